@@ -1,0 +1,12 @@
+//! The networks: field names are checkpoint keys, shapes stand beside them, a forward reads like the figure.
+
+pub mod clip;
+pub mod layers;
+pub mod unet;
+pub mod vae;
+pub mod weights;
+
+pub use clip::{ClipTextConfig, ClipTextModel, TextEmbeddings};
+pub use unet::{Unet, UnetConditioning, UnetConfig, UnetOptions};
+pub use vae::{Vae, VaeConfig};
+pub use weights::{WeightStore, Weights};

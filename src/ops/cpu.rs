@@ -1,0 +1,1 @@
+//! The cpu device's side of the ops.

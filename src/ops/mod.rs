@@ -1,0 +1,110 @@
+//! The fused ops of the models: checked arguments here, one name in kernel, op, test and bench.
+//!
+//! A model calls the fused op; a device may split it. Layouts: activations `[N, H, W, C]`, tokens `[N, L, C]`, heads
+//! `[N, L, heads, head_dim]`, conv weights `[O, kh, kw, I]`, linear weights `[N, K]`. Inputs of one op share device and
+//! dtype unless said otherwise; accumulation and statistics are f32. Every op accepts empty batches.
+
+mod attention;
+mod conv;
+mod cpu;
+mod elementwise;
+mod embedding;
+mod linear;
+mod norm;
+mod resize;
+mod sampler;
+
+pub use attention::{Attention, attention};
+pub use conv::{Conv2d, ConvNorm, conv2d};
+pub use elementwise::{Activation, activation, add, clamp, scale_cast};
+pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
+pub use linear::{Linear, linear};
+pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
+pub use resize::{Upsampler, resize, resize_nearest};
+pub use sampler::{StepCoefficients, StepOutput, add_noise, diagonal_gaussian, sampler_step};
+
+use crate::error::{Error, Result};
+use crate::runtime::Tensor;
+
+/// The input of an op that can read a skip connection as a second source: `Two(a, b)` is `a` and `b` side by side on
+/// the channel dimension, without a copy.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    One(&'a Tensor),
+    /// `[N, H, W, C_a]` and `[N, H, W, C_b]`, read as `[N, H, W, C_a + C_b]`.
+    Two(&'a Tensor, &'a Tensor),
+}
+
+impl<'a> Source<'a> {
+    pub fn first(&self) -> &'a Tensor {
+        match self {
+            Source::One(a) | Source::Two(a, _) => a,
+        }
+    }
+
+    pub fn second(&self) -> Option<&'a Tensor> {
+        match self {
+            Source::One(_) => None,
+            Source::Two(_, b) => Some(b),
+        }
+    }
+
+    /// `[N, H, W, C]` with C over both sources.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] when a source is not 4-d or the two do not fit together.
+    pub fn dims(&self, op: &'static str) -> Result<[usize; 4]> {
+        let a = self.first();
+        let [n, h, w, c] = a.dims(op, "x")?;
+        float(op, "x", a)?;
+        match self.second() {
+            None => Ok([n, h, w, c]),
+            Some(b) => {
+                let [_, _, _, c_b] = b.dims(op, "x2")?;
+                b.expect(op, "x2", &[n, h, w, c_b], a.dtype(), a.device())?;
+                Ok([n, h, w, c + c_b])
+            }
+        }
+    }
+}
+
+impl<'a> From<&'a Tensor> for Source<'a> {
+    fn from(x: &'a Tensor) -> Source<'a> {
+        Source::One(x)
+    }
+}
+
+/// The argument has a float dtype.
+fn float(op: &'static str, arg: &'static str, x: &Tensor) -> Result<()> {
+    if x.dtype().is_float() {
+        return Ok(());
+    }
+    Err(Error::Dtype { op, arg, got: x.dtype(), want: "f32, f16 or bf16".into() })
+}
+
+/// Runs a generic function for the element type of a float tensor: `by_dtype!(x.dtype(), T => kernel::<T>(x))`.
+macro_rules! by_dtype {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::runtime::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::runtime::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            $crate::runtime::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::runtime::DType::U32 => unreachable!("checked: a float dtype"),
+        }
+    };
+}
+use by_dtype;
+
+/// Total bytes of tensors that an op reads or writes once.
+fn bytes_of(tensors: &[Option<&Tensor>]) -> u64 {
+    tensors.iter().flatten().map(|t| t.bytes()).sum()
+}

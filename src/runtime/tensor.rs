@@ -1,0 +1,317 @@
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::{CpuDevice, DType, Device, Element, MetaDevice};
+use crate::error::{Error, Result};
+
+/// A dense, contiguous, row-major array on a device.
+///
+/// Activations are channels-last, `[N, H, W, C]`; tokens `[N, L, C]` with `L = H * W` are the same bytes, so
+/// [`reshape`](Tensor::reshape) never copies. Clones share the storage; an op's result is always fresh storage.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    /// First element, counted in elements of `dtype`.
+    offset: usize,
+    shape: Vec<usize>,
+    dtype: DType,
+    device: Device,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Cpu { data: CpuData, device: CpuDevice },
+    Meta { bytes: u64, device: MetaDevice },
+}
+
+/// Host memory of a tensor.
+#[derive(Debug)]
+pub enum CpuData {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+    U32(Vec<u32>),
+}
+
+impl CpuData {
+    fn as_bytes(&self) -> &[u8] {
+        match self {
+            CpuData::F32(v) => bytemuck::cast_slice(v),
+            CpuData::F16(v) => bytemuck::cast_slice(v),
+            CpuData::BF16(v) => bytemuck::cast_slice(v),
+            CpuData::U32(v) => bytemuck::cast_slice(v),
+        }
+    }
+
+    fn as_bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            CpuData::F32(v) => bytemuck::cast_slice_mut(v),
+            CpuData::F16(v) => bytemuck::cast_slice_mut(v),
+            CpuData::BF16(v) => bytemuck::cast_slice_mut(v),
+            CpuData::U32(v) => bytemuck::cast_slice_mut(v),
+        }
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        match self {
+            Storage::Cpu { data, device } => device.removed(data.as_bytes().len() as u64),
+            Storage::Meta { bytes, device } => device.removed(*bytes),
+        }
+    }
+}
+
+impl Tensor {
+    /// Fresh storage with unspecified contents: NaN in debug builds, so that an element an op forgets is seen.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] when the element count overflows, [`Error::OutOfMemory`] when the device has no room.
+    pub fn uninit(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let poison = if cfg!(debug_assertions) { f32::NAN } else { 0.0 };
+        Tensor::filled(device, shape, dtype, poison)
+    }
+
+    pub fn zeros(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Tensor::filled(device, shape, dtype, 0.0)
+    }
+
+    fn filled(device: &Device, shape: &[usize], dtype: DType, value: f32) -> Result<Tensor> {
+        let count = element_count(shape, dtype)?;
+        let storage = match device {
+            Device::Cpu(cpu) => {
+                let data = match dtype {
+                    DType::F32 => CpuData::F32(allocate(cpu, count, shape, value)?),
+                    DType::F16 => CpuData::F16(allocate(cpu, count, shape, f16::from_f32(value))?),
+                    DType::BF16 => CpuData::BF16(allocate(cpu, count, shape, bf16::from_f32(value))?),
+                    DType::U32 => CpuData::U32(allocate(cpu, count, shape, 0)?),
+                };
+                cpu.added((count * dtype.size_bytes()) as u64);
+                Storage::Cpu { data, device: cpu.clone() }
+            }
+            Device::Meta(meta) => {
+                let bytes = (count * dtype.size_bytes()) as u64;
+                meta.added(bytes);
+                Storage::Meta { bytes, device: meta.clone() }
+            }
+        };
+        Ok(Tensor { storage: Arc::new(storage), offset: 0, shape: shape.to_vec(), dtype, device: device.clone() })
+    }
+
+    /// Takes `values` (row-major) to the device, rounding to `dtype` to nearest even.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the count is not the product of `shape`; as [`uninit`](Tensor::uninit).
+    pub fn from_f32(device: &Device, shape: &[usize], dtype: DType, values: &[f32]) -> Result<Tensor> {
+        let mut tensor = Tensor::filled(device, shape, dtype, 0.0)?;
+        if values.len() != tensor.numel() {
+            return Err(Error::argument(
+                "Tensor::from_f32",
+                "values",
+                values.len(),
+                format!("the product of {shape:?}"),
+            ));
+        }
+        if let Device::Cpu(_) = device {
+            match dtype {
+                DType::F32 => tensor.cpu_mut::<f32>().copy_from_slice(values),
+                DType::F16 => store(tensor.cpu_mut::<f16>(), values),
+                DType::BF16 => store(tensor.cpu_mut::<bf16>(), values),
+                DType::U32 => {
+                    return Err(Error::Dtype {
+                        op: "Tensor::from_f32",
+                        arg: "dtype",
+                        got: dtype,
+                        want: "a float type".into(),
+                    });
+                }
+            }
+        }
+        Ok(tensor)
+    }
+
+    /// Token ids and other counts, dtype `U32`. Errors as [`from_f32`](Tensor::from_f32).
+    pub fn from_u32(device: &Device, shape: &[usize], values: &[u32]) -> Result<Tensor> {
+        let mut tensor = Tensor::filled(device, shape, DType::U32, 0.0)?;
+        if values.len() != tensor.numel() {
+            return Err(Error::argument(
+                "Tensor::from_u32",
+                "values",
+                values.len(),
+                format!("the product of {shape:?}"),
+            ));
+        }
+        if let Device::Cpu(_) = device {
+            tensor.cpu_mut::<u32>().copy_from_slice(values);
+        }
+        Ok(tensor)
+    }
+
+    /// The elements as f32 on the host, row-major.
+    ///
+    /// # Errors
+    /// [`Error::DeviceUnavailable`] on the meta device, which has no data.
+    pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        if let Device::Meta(_) = self.device {
+            return Err(Error::DeviceUnavailable { device: "meta".into(), reason: "its tensors hold no data".into() });
+        }
+        Ok(match self.dtype {
+            DType::F32 => self.cpu::<f32>().to_vec(),
+            DType::F16 => load(self.cpu::<f16>()),
+            DType::BF16 => load(self.cpu::<bf16>()),
+            DType::U32 => load(self.cpu::<u32>()),
+        })
+    }
+
+    /// A copy in another float dtype (the same tensor when it has it already).
+    pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
+        if dtype == self.dtype {
+            return Ok(self.clone());
+        }
+        match self.device {
+            Device::Meta(_) => Tensor::uninit(&self.device, &self.shape, dtype),
+            Device::Cpu(_) => Tensor::from_f32(&self.device, &self.shape, dtype, &self.to_f32_vec()?),
+        }
+    }
+
+    /// The same bytes under another shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the element counts differ.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
+        if shape.iter().product::<usize>() != self.numel() {
+            return Err(Error::shape("reshape", "self", self, format!("as many elements as {shape:?}")));
+        }
+        Ok(Tensor { shape: shape.to_vec(), ..self.clone() })
+    }
+
+    /// Rows `range` of the first dimension, sharing the storage: `[N, ...]` to `[range.len(), ...]`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the range is not within the first dimension.
+    pub fn rows(&self, range: Range<usize>) -> Result<Tensor> {
+        let first = self.shape.first().copied().unwrap_or(0);
+        if range.start > range.end || range.end > first {
+            return Err(Error::argument("rows", "range", format!("{range:?}"), format!("within 0..{first}")));
+        }
+        let row: usize = self.shape[1..].iter().product();
+        let mut shape = self.shape.clone();
+        shape[0] = range.len();
+        Ok(Tensor { offset: self.offset + range.start * row, shape, ..self.clone() })
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of the elements.
+    pub fn bytes(&self) -> u64 {
+        (self.numel() * self.dtype.size_bytes()) as u64
+    }
+
+    /// The shape as an array, for destructuring: `let [n, h, w, c] = x.dims(OP, "x")?;`
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the rank is not `R`.
+    pub fn dims<const R: usize>(&self, op: &'static str, arg: &'static str) -> Result<[usize; R]> {
+        self.shape.as_slice().try_into().map_err(|_| Error::shape(op, arg, self, format!("{R} dimensions")))
+    }
+
+    /// Checks that an argument has exactly this shape and dtype and lives with `with`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`], naming `arg`.
+    pub fn expect(
+        &self,
+        op: &'static str,
+        arg: &'static str,
+        shape: &[usize],
+        dtype: DType,
+        with: &Device,
+    ) -> Result<()> {
+        if self.shape != shape {
+            return Err(Error::shape(op, arg, self, format!("{shape:?}")));
+        }
+        if self.dtype != dtype {
+            return Err(Error::Dtype { op, arg, got: self.dtype, want: dtype.to_string() });
+        }
+        if !self.device.same(with) {
+            return Err(Error::Device { op, arg, got: self.device.to_string(), want: with.to_string() });
+        }
+        Ok(())
+    }
+
+    /// The elements in host memory. The op has checked device and dtype; a mismatch is a bug in the op.
+    pub(crate) fn cpu<T: Element>(&self) -> &[T] {
+        assert_eq!(self.dtype, T::DTYPE, "op read a tensor as the wrong type");
+        match &*self.storage {
+            Storage::Cpu { data, .. } => {
+                &bytemuck::cast_slice(data.as_bytes())[self.offset..self.offset + self.numel()]
+            }
+            Storage::Meta { .. } => unreachable!("a meta tensor has no data"),
+        }
+    }
+
+    /// The elements of a tensor nobody else holds yet: the output of the op that calls this.
+    pub(crate) fn cpu_mut<T: Element>(&mut self) -> &mut [T] {
+        assert_eq!(self.dtype, T::DTYPE, "op wrote a tensor as the wrong type");
+        let range = self.offset..self.offset + self.numel();
+        match Arc::get_mut(&mut self.storage).expect("an output is not shared while it is written") {
+            Storage::Cpu { data, .. } => &mut bytemuck::cast_slice_mut(data.as_bytes_mut())[range],
+            Storage::Meta { .. } => unreachable!("a meta tensor has no data"),
+        }
+    }
+}
+
+fn element_count(shape: &[usize], dtype: DType) -> Result<usize> {
+    let bytes =
+        shape.iter().try_fold(dtype.size_bytes() as u128, |n, &d| n.checked_mul(d as u128)).unwrap_or(u128::MAX);
+    let limit = isize::MAX as u128;
+    if bytes > limit {
+        return Err(Error::TooLarge { op: "Tensor", what: "bytes of the shape", got: bytes, limit });
+    }
+    Ok(shape.iter().product())
+}
+
+fn allocate<T: bytemuck::Pod>(cpu: &CpuDevice, count: usize, shape: &[usize], value: T) -> Result<Vec<T>> {
+    // Zeroed pages come from the system for nothing; anything else is written once.
+    let zero = bytemuck::bytes_of(&value).iter().all(|&byte| byte == 0);
+    let result = if zero {
+        bytemuck::allocation::try_zeroed_vec(count).map_err(drop)
+    } else {
+        let mut data = Vec::new();
+        data.try_reserve_exact(count).map_err(drop).map(|()| {
+            data.resize(count, value);
+            data
+        })
+    };
+    result.map_err(|()| Error::OutOfMemory {
+        device: "cpu".into(),
+        what: format!("a tensor of shape {shape:?}"),
+        requested_bytes: (count * size_of::<T>()) as u64,
+        in_use_bytes: cpu.in_use_bytes(),
+        hint: "choose a smaller --size or fewer --count, or --dtype bf16".into(),
+    })
+}
+
+fn store<T: Element>(to: &mut [T], from: &[f32]) {
+    to.iter_mut().zip(from).for_each(|(to, &from)| *to = T::from_f32(from));
+}
+
+fn load<T: Element>(from: &[T]) -> Vec<f32> {
+    from.iter().map(|&value| value.to_f32()).collect()
+}
