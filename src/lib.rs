@@ -4,9 +4,12 @@
 //! fills them; no method edits a model.
 
 pub mod error;
+pub mod methods;
 pub mod models;
 pub mod ops;
+pub mod pipeline;
 pub mod runtime;
+pub mod schedulers;
 
 pub use error::{Error, Result};
 pub use runtime::{DType, Device, Tensor};
