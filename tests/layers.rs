@@ -81,9 +81,10 @@ fn crate_paths(text: &str, inside: &Path) -> Vec<Vec<String>> {
     let depth = inside.components().count() - usize::from(inside.ends_with("mod.rs"));
     let root_by_super = format!("\nuse {}", "super::".repeat(depth));
     let mut paths = Vec::new();
-    for (start, root) in ["crate::", "megafuse::", &root_by_super].iter().flat_map(|root| {
-        code.match_indices(*root).map(|(start, found)| (start, found.len())).collect::<Vec<_>>()
-    }) {
+    for (start, root) in ["crate::", "megafuse::", &root_by_super]
+        .iter()
+        .flat_map(|root| code.match_indices(*root).map(|(start, found)| (start, found.len())).collect::<Vec<_>>())
+    {
         let joined = code[..start].ends_with(|c: char| c.is_alphanumeric() || c == '_');
         if !joined {
             use_tree(&mut code[start + root..].chars().peekable(), &[], &mut paths);
