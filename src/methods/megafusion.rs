@@ -193,7 +193,11 @@ impl Run<'_> {
         self.watch.check_cancelled()?;
         let step = self.schedulers[stage].step(self.done);
         let output = self.model.denoise(x, self.done, step.input_scale, &self.plan.options(stage))?;
-        let noise = if step.draws_noise { Some(self.draw(self.model.sample_shape(self.plan.stages[stage].size))?) } else { None };
+        let noise = if step.draws_noise {
+            Some(self.draw(self.model.sample_shape(self.plan.stages[stage].size))?)
+        } else {
+            None
+        };
         let noise = noise.filter(|_| step.coefficients.next_from_noise != 0.0);
         let mut result = ops::sampler_step(x, &output, self.plan.guidance, &step.coefficients, noise.as_ref())?;
         if self.plan.reference_compat {
