@@ -32,13 +32,12 @@ import torch
 import resize
 from module_values import encode_prompt, set_mid_dilation
 
+# Without --scheduler: the sampler of the class in scheduler_config.json, DDIM for classes that are none of these.
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
 }
 
 
@@ -55,7 +54,7 @@ class Settings:
     reschedule = None  # None: as the method says
     dilation = None
     relay_noise_offset = 0
-    scheduler = "ddim"
+    scheduler = None
     eta = 0.0
     steps = 4
     guidance = 7.0
@@ -66,6 +65,10 @@ class Settings:
         for key, value in changes.items():
             assert hasattr(Settings, key), key
             setattr(self, key, value)
+
+    def sampler(self, scheduler_config):
+        own = {v: k for k, v in SAMPLERS.items()}.get(scheduler_config["_class_name"], "ddim")
+        return self.scheduler or own
 
     def args(self, changed):
         """The command line that sets the `changed` names (prompt first)."""
@@ -141,7 +144,8 @@ def decode(model, latent):
 
 def plain(model, settings, tensors):
     draws = Draws(settings.seed, tensors, model.unet.dtype)
-    scheduler = make_scheduler(SAMPLERS[settings.scheduler], model.scheduler_config)
+    sampler = settings.sampler(model.scheduler_config)
+    scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config)
     scheduler.set_timesteps(settings.steps)
     width, height = settings.size
     shape = (1, 4, height // model.vae_factor, width // model.vae_factor)
@@ -149,10 +153,10 @@ def plain(model, settings, tensors):
     x = draws.normal(shape) * scheduler.init_noise_sigma
     for n, t in enumerate(scheduler.timesteps):
         output = predict(scheduler.scale_model_input(x, t), t)
-        if settings.scheduler == "ddim":
+        if sampler == "ddim":
             noise = draws.normal(shape) if settings.eta > 0 else None
             x = scheduler.step(output, t, x, eta=settings.eta, variance_noise=noise).prev_sample
-        elif settings.scheduler in ("ddpm", "euler-ancestral"):
+        elif sampler in ("ddpm", "euler-ancestral"):
             x = drawing_step(scheduler, output, t, x, draws)
         else:
             x = scheduler.step(output, t, x).prev_sample
@@ -179,6 +183,7 @@ def megafusion(model, settings, tensors):
     reschedule = plus if settings.reschedule is None else settings.reschedule
     dilation = (2 if plus else 1) if settings.dilation is None else settings.dilation
     compat = settings.reference_compat
+    assert settings.sampler(model.scheduler_config) == "ddim"
     draws = Draws(settings.seed, tensors, model.unet.dtype)
     total = sum(steps for _, steps in settings.stages)
     (first_w, first_h), _ = settings.stages[0]
@@ -295,7 +300,7 @@ def main():
 
     size = lambda text: tuple(int(n) for n in text.split("x"))
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
-    types = {"size": size, "stages": stages, "reschedule": lambda text: {"true": True, "false": False}[text],
+    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": lambda text: {"true": True, "false": False}[text],
              "dilation": int}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="")

@@ -45,6 +45,9 @@ def runs():
         "plain-one-step": ("sd15", plain | {"steps": 1}),
         "plain-fifty": ("sd15", {"method": "plain", "size": (6, 6), "steps": 50, "scheduler": "ddim"}),
     }
+    for model, config in [("sd15", "pndm"), ("four-levels", "euler"), ("mixed", "ddpm"), ("sd21", "ddim")]:
+        size = {"four-levels": (32, 24)}.get(model, (16, 16))
+        out[f"plain-own-{config}"] = (model, {"method": "plain", "size": size, "steps": 3, "seed": 2, "guidance": 3.0})
     # MegaFusion, one option at a time.
     # Guidance multiplies rounding by about 2w: most runs take less than the default of 7.
     mega = {"method": "megafusion", "stages": TWO, "seed": 9, "guidance": 2.5}
@@ -99,8 +102,9 @@ def runs():
         "wide": (((16, 16), 2), ((24, 24), 1)),
     }.items():
         out[f"mega-plus-{model}"] = (model, {"method": "megafusion++", "stages": stages, "seed": 21, "prompt": FOX,
-                                       "guidance": 1.5})
-        out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0})
+                                       "guidance": 1.5, "scheduler": "ddim"})
+        out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
+                                     "scheduler": "ddim"})
     return out
 
 
@@ -108,7 +112,8 @@ def check_against_pipeline(model, settings, tensors):
     """A plain run is what diffusers' own pipeline makes of the same modules."""
     from diffusers import StableDiffusionPipeline
 
-    scheduler = reference.make_scheduler(reference.SAMPLERS[settings.scheduler], model.scheduler_config)
+    sampler = settings.sampler(model.scheduler_config)
+    scheduler = reference.make_scheduler(reference.SAMPLERS[sampler], model.scheduler_config)
     pipe = StableDiffusionPipeline(vae=model.vae, text_encoder=model.text, tokenizer=model.tokenizer, unet=model.unet,
                                    scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                    requires_safety_checker=False)
