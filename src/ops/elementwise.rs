@@ -29,7 +29,12 @@ pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
     const OP: &str = "activation";
     float(OP, "x", x)?;
     if activation == Activation::Geglu {
-        return Err(Error::argument(OP, "activation", "Geglu", "None, Silu, Gelu or QuickGelu; GEGLU is part of linear"));
+        return Err(Error::argument(
+            OP,
+            "activation",
+            "Geglu",
+            "None, Silu, Gelu or QuickGelu; GEGLU is part of linear",
+        ));
     }
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
     if recorded(OP, &y, &[x], 4) {

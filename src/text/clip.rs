@@ -14,8 +14,7 @@ use super::files::{Description, TokenizerFiles};
 use crate::error::{Error, Result};
 
 /// Words, one digit at a time, runs of anything else but white space; contractions and the special tokens whole.
-const SPLIT: &str =
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const SPLIT: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 const END_OF_WORD: &str = "</w>";
 /// Length when neither the tokenizer's config nor the text encoder gives one: CLIP's context.
 const DEFAULT_LENGTH: usize = 77;
@@ -192,7 +191,7 @@ impl ClipTokenizer {
         let mut truncated = None;
         if ids.len() > length {
             let dropped = self.tokenizer.decode(&ids[length - 1..ids.len() - 1], false).map_err(failed)?;
-            truncated = Some(dropped.replace(END_OF_WORD, " ").trim().to_string());
+            truncated = Some(dropped.replace(END_OF_WORD, " ").trim_matches(is_space).to_string());
             ids.truncate(length - 1);
             ids.push(self.eos);
         }
@@ -202,4 +201,9 @@ impl ClipTokenizer {
         ids.splice(at..at, padding);
         Ok(Encoding { ids, truncated })
     }
+}
+
+/// White space as Python's `strip` has it: the four separators U+001C to U+001F too.
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
