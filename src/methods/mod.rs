@@ -1,9 +1,17 @@
-//! The generation methods: plain sampling and MegaFusion. A method talks to a [`LatentDiffusion`] model and fills the
-//! options that the model offers per call; it never edits a model.
+//! The generation methods: plain sampling and MegaFusion. A method talks to a [`DiffusionModel`] and fills the options
+//! that the model offers per call; it never edits a model.
 
+mod megafusion;
+mod model;
+mod observer;
 mod size;
+mod stages;
 
+pub use megafusion::{Plan, generate};
+pub use model::{DiffusionModel, NoiseSource};
+pub use observer::{Event, Observer, Silent, StepProgress, Watch};
 pub use size::{Size, Stage};
+pub use stages::{base_size, check_size, default_stages};
 
 use std::fmt;
 use std::str::FromStr;
@@ -31,6 +39,18 @@ impl Method {
             Method::MegaFusion => "megafusion",
             Method::MegaFusionPlus => "megafusion++",
         }
+    }
+}
+
+impl Method {
+    /// Does the method re-schedule the noise of later stages when not told otherwise?
+    pub fn reschedules(self) -> bool {
+        self == Method::MegaFusionPlus
+    }
+
+    /// The dilation of later stages when not told otherwise.
+    pub fn dilation(self) -> usize {
+        if self == Method::MegaFusionPlus { 2 } else { 1 }
     }
 }
 
