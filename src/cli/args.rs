@@ -129,7 +129,7 @@ pub struct RunArgs {
     ///
     /// plain: every step at the final size. megafusion: the first steps at the model's own size, then relays to larger
     /// ones (arXiv:2408.11001). megafusion++: with noise re-scheduling and dilated convolutions in the later stages.
-    #[arg(long, value_parser = named(Method::ALL.map(Method::name)), default_value = "megafusion++")]
+    #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)), default_value = "megafusion++")]
     pub method: Method,
 
     /// Size of the final picture, width x height in pixels
@@ -153,7 +153,7 @@ pub struct RunArgs {
     pub guidance: f32,
 
     /// Sampler (default: the one of the model's scheduler configuration)
-    #[arg(long, value_parser = named(Sampler::ALL.map(Sampler::name)), value_name = "S")]
+    #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
     pub scheduler: Option<Sampler>,
 
     /// DDIM's share of fresh noise per step, 0 to 1
@@ -175,7 +175,7 @@ pub struct RunArgs {
     /// Where a relay clamps its picture to the valid range (default: both)
     ///
     /// none; decode: after the decoder; both: after the decoder and after the upsampler.
-    #[arg(long, value_name = "C", value_parser = named(RelayClamp::ALL.map(RelayClamp::name)),
+    #[arg(long, value_name = "C", value_parser = named::<RelayClamp, 3>(RelayClamp::ALL.map(RelayClamp::name)),
           help_heading = "MegaFusion")]
     pub relay_clamp: Option<RelayClamp>,
 
@@ -200,7 +200,7 @@ pub struct RunArgs {
     pub rng: RngChoice,
 
     /// Element type of weights and activations; statistics and sums are f32 always
-    #[arg(long, value_parser = named(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32",
+    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32",
           help_heading = "Machine")]
     pub dtype: DType,
 
@@ -226,7 +226,7 @@ impl RunArgs {
     /// # Errors
     /// [`Error::Request`] naming the flag, when two flags contradict each other or one would have no effect.
     pub fn request(&self) -> Result<Request> {
-        self.check_sizes_and_steps()?;
+        self.check_seeds()?;
         self.check_effect()?;
         Ok(Request {
             prompt: self.prompt.clone(),
@@ -255,35 +255,14 @@ impl RunArgs {
         })
     }
 
-    fn check_sizes_and_steps(&self) -> Result<()> {
-        if self.seed.checked_add(self.count as u64 - 1).is_none() {
-            return Err(conflict(
-                "--seed",
-                self.seed,
-                format!("with --count {} the last seed exceeds 2^64-1", self.count),
-            ));
+    fn check_seeds(&self) -> Result<()> {
+        match self.seed.checked_add(self.count as u64 - 1) {
+            Some(_) => Ok(()),
+            None => {
+                let reason = format!("with --count {} the last seed would exceed 2^64 - 1", self.count);
+                Err(conflict("--seed", self.seed, reason))
+            }
         }
-        let Some(stages) = &self.stages else { return Ok(()) };
-        if let (Some(size), Some(last)) = (self.size, stages.last_size())
-            && size != last
-        {
-            return Err(conflict(
-                "--size",
-                size,
-                format!("the last of --stages {stages} is {last}; leave one of them out"),
-            ));
-        }
-        if let Some(steps) = self.steps
-            && steps != stages.total_steps()
-        {
-            let total = stages.total_steps();
-            return Err(conflict(
-                "--steps",
-                steps,
-                format!("--stages {stages} has {total} steps; leave one of them out"),
-            ));
-        }
-        Ok(())
     }
 
     /// A flag that would change nothing is a misunderstanding; better said before an hour of computing than after.
@@ -346,7 +325,7 @@ pub struct ProbeArgs {
     pub out: PathBuf,
 
     /// Element type of weights and activations
-    #[arg(long, value_parser = named(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32")]
+    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32")]
     pub dtype: DType,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu

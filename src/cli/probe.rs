@@ -1,7 +1,6 @@
 //! `megafuse probe`: one module of a model on tensors of a file, NCHW in and out, to compare with other programs.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use megafuse::models::{Unet, UnetOptions, Vae};
 use megafuse::pipeline::ModelFiles;
@@ -119,7 +118,7 @@ fn vae_encode(vae: &Vae, input: &Inputs, device: &Device, dtype: DType) -> Resul
     let [n, both, h, w] = moments.shape[..] else { unreachable!("to_nchw gives four dimensions") };
     let half = both / 2 * h * w;
     // [N, 2c, h, w]: of every sample the first half of the channels, then the second.
-    let part = |second: usize| values.chunks_exact(2 * half).flat_map(|x| &x[second * half..][..half]).copied();
+    let part = |second: usize| values.chunks_exact(2 * half).flat_map(move |x| &x[second * half..][..half]).copied();
     let shape = [n, both / 2, h, w];
     Ok(Arrays::from([
         ("mean".into(), Array::f32(&shape, part(0).collect())),

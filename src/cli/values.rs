@@ -4,9 +4,9 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use megafuse::methods::{Size, Stage};
+use megafuse::methods::Stage;
 use megafuse::pipeline::ModelSource;
-use megafuse::{Device, Error, Result};
+use megafuse::{Device, Error};
 
 /// Steps of one run: the training schedule has that many timesteps.
 pub const MAX_STEPS: usize = 1000;
@@ -43,10 +43,6 @@ pub struct Stages(pub Vec<Stage>);
 impl Stages {
     pub fn total_steps(&self) -> usize {
         self.0.iter().map(|stage| stage.steps).sum()
-    }
-
-    pub fn last_size(&self) -> Option<Size> {
-        self.0.last().map(|stage| stage.size)
     }
 }
 
@@ -140,7 +136,7 @@ impl DeviceChoice {
 
     /// # Errors
     /// [`Error::DeviceUnavailable`] for what this version cannot run on, with what can be done.
-    pub fn open(self) -> Result<Device> {
+    pub fn open(self) -> megafuse::Result<Device> {
         let reason = match self {
             DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(Device::cpu()),
             DeviceChoice::Cuda { .. } => "this version has no CUDA kernels yet; use --device cpu",
@@ -163,6 +159,8 @@ impl fmt::Display for DeviceChoice {
 
 #[cfg(test)]
 mod tests {
+    use megafuse::methods::Size;
+
     use super::*;
 
     #[test]
@@ -180,7 +178,6 @@ mod tests {
     fn stage_lists() {
         let list = stages("512x512:40,768x768:5,1024x1024:5").unwrap();
         assert_eq!(list.total_steps(), 50);
-        assert_eq!(list.last_size(), Some(Size::new(1024, 1024)));
         assert_eq!(list.to_string(), "512x512:40,768x768:5,1024x1024:5");
         for (text, part) in [
             ("", "stage 1 \"\""),
