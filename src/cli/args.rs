@@ -71,7 +71,7 @@ Examples:
   # the model inside the program, nothing to download
   megafuse generate \"two large red balls on the left\"
 
-  # Stable Diffusion 1.5 from a directory in the layout of diffusers; 512x512 -> 768x768 -> 1024x1024
+  # Stable Diffusion 1.5 from a directory: 512x512, relayed to 768x768, then to 1024x1024
   megafuse generate \"a lighthouse at dusk\" --model ~/models/stable-diffusion-v1-5 --size 1024x1024
 
   # the stages by hand, 4 pictures with seeds 7 to 10 in out-1.png to out-4.png
