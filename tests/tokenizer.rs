@@ -70,7 +70,7 @@ fn ids_and_truncated_text_equal_transformers() {
         assert_eq!(special, (variant.bos, variant.eos, variant.pad), "{name}: start, end, padding id");
         for ((text, ids), truncated) in expected.texts.iter().zip(&variant.ids).zip(&variant.truncated) {
             let got = tokenizer.encode(text).unwrap_or_else(|error| panic!("{name}: {text:?}: {error}"));
-            if &got.ids != ids { eprintln!("{name} {text:?}\n {:?}\n {ids:?}", got.ids); }
+            assert_eq!(&got.ids, ids, "{name}: ids of {text:?}");
             assert_eq!(&got.truncated, truncated, "{name}: truncated part of {text:?}");
         }
     }
@@ -104,7 +104,8 @@ fn a_length_that_is_not_set_is_that_of_the_text_encoder() {
         assert_eq!(tokenizer.max_length(), 77, "{config}");
         assert_eq!(tokenizer.fitted(714, 20).unwrap().max_length(), 20, "{config}");
     }
-    let files = [("vocab.json", VOCAB), ("merges.txt", MERGES), ("tokenizer_config.json", r#"{"model_max_length": 16}"#)];
+    let files =
+        [("vocab.json", VOCAB), ("merges.txt", MERGES), ("tokenizer_config.json", r#"{"model_max_length": 16}"#)];
     let tokenizer = load_with(&files).unwrap();
     assert_eq!(tokenizer.clone().fitted(714, 77).unwrap().max_length(), 16);
     assert_eq!(tokenizer.fitted(714, 12).unwrap().max_length(), 12);

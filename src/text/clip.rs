@@ -191,7 +191,7 @@ impl ClipTokenizer {
         let mut truncated = None;
         if ids.len() > length {
             let dropped = self.tokenizer.decode(&ids[length - 1..ids.len() - 1], false).map_err(failed)?;
-            truncated = Some(dropped.replace(END_OF_WORD, " ").trim().to_string());
+            truncated = Some(dropped.replace(END_OF_WORD, " ").trim_matches(is_space).to_string());
             ids.truncate(length - 1);
             ids.push(self.eos);
         }
@@ -201,4 +201,9 @@ impl ClipTokenizer {
         ids.splice(at..at, padding);
         Ok(Encoding { ids, truncated })
     }
+}
+
+/// White space as Python's `strip` has it: the four separators U+001C to U+001F too.
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
