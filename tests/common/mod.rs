@@ -167,11 +167,12 @@ pub fn group_norm(args: &GroupNorm) -> Expected {
             let mean = all().map(|i| x[i]).sum::<f64>() / count;
             let var = all().map(|i| (x[i] - mean).powi(2)).sum::<f64>() / count;
             let rstd = 1.0 / (var + f64::from(args.eps)).sqrt();
+            let size = all().map(|i| x[i].abs()).sum::<f64>() / count;
             for i in all() {
                 let y = (x[i] - mean) * rstd * gamma[i % c] + beta[i % c];
                 values[i] = if args.silu { silu(y) } else { y };
-                // The mean and the difference from it are rounded in units of the mean.
-                magnitudes[i] = (x[i].abs() + mean.abs()) * rstd * gamma[i % c].abs() + beta[i % c].abs() + y.abs();
+                // The mean, a sum of terms of this size, and the difference from it are rounded.
+                magnitudes[i] = (x[i].abs() + size) * rstd * gamma[i % c].abs() + beta[i % c].abs() + y.abs();
             }
         }
     }
@@ -186,9 +187,10 @@ pub fn layer_norm(args: &LayerNorm) -> Expected {
         let mean = row.iter().sum::<f64>() / c as f64;
         let var = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64;
         let rstd = 1.0 / (var + f64::from(args.eps)).sqrt();
+        let size = row.iter().map(|x| x.abs()).sum::<f64>() / c as f64;
         for (i, x) in row.iter().enumerate() {
             values.push((x - mean) * rstd * gamma[i] + beta[i]);
-            magnitudes.push((x.abs() + mean.abs()) * rstd * gamma[i].abs() + beta[i].abs());
+            magnitudes.push((x.abs() + size) * rstd * gamma[i].abs() + beta[i].abs());
         }
     }
     Expected { shape: args.x.shape().to_vec(), values, magnitudes }
