@@ -9,6 +9,7 @@ pub mod methods;
 pub mod models;
 pub mod ops;
 pub mod pipeline;
+pub mod rng;
 pub mod runtime;
 pub mod schedulers;
 pub mod text;
