@@ -4,9 +4,11 @@
 //! fills them; no method edits a model.
 
 pub mod error;
+pub mod image;
 pub mod models;
 pub mod ops;
 pub mod runtime;
+pub mod text;
 
 pub use error::{Error, Result};
 pub use runtime::{DType, Device, Tensor};

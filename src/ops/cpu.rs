@@ -1,1 +1,0 @@
-//! The cpu device's side of the ops.
