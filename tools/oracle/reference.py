@@ -117,7 +117,7 @@ def make_scheduler(class_name, config, gamma=1.0):
     if gamma != 1.0:
         a = scheduler.alphas_cumprod.double()
         scheduler.alphas_cumprod = (a / (gamma - (gamma - 1) * a)).float()
-        if not scheduler.config.set_alpha_to_one:
+        if not scheduler.config.get("set_alpha_to_one", True):
             scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
 
@@ -153,13 +153,7 @@ def plain(model, settings, tensors):
     x = draws.normal(shape) * scheduler.init_noise_sigma
     for n, t in enumerate(scheduler.timesteps):
         output = predict(scheduler.scale_model_input(x, t), t)
-        if sampler == "ddim":
-            noise = draws.normal(shape) if settings.eta > 0 else None
-            x = scheduler.step(output, t, x, eta=settings.eta, variance_noise=noise).prev_sample
-        elif sampler in ("ddpm", "euler-ancestral"):
-            x = drawing_step(scheduler, output, t, x, draws)
-        else:
-            x = scheduler.step(output, t, x).prev_sample
+        x = step(scheduler, sampler, output, t, x, draws, settings.eta).prev_sample
         tensors[f"step{n + 1}"] = x
     tensors["timesteps"] = scheduler.timesteps.float()
     tensors["alpha_bar"] = scheduler.alphas_cumprod[None].float()
@@ -167,13 +161,18 @@ def plain(model, settings, tensors):
     tensors["image"] = decode(model, x)
 
 
-def drawing_step(scheduler, output, t, x, draws):
-    """A step of a class that draws by itself: let it draw from our source."""
+def step(scheduler, sampler, output, t, x, draws, eta):
+    """A step of the class, drawing from our source."""
+    if sampler == "ddim":
+        noise = draws.normal(x.shape) if eta > 0 else None
+        return scheduler.step(output, t, x, eta=eta, variance_noise=noise)
+    if sampler == "euler":  # has a generator too, for churn
+        return scheduler.step(output, t, x)
     module = sys.modules[type(scheduler).__module__]
     theirs = module.randn_tensor
     module.randn_tensor = lambda shape, **_: draws.normal(shape)
     try:
-        return scheduler.step(output, t, x).prev_sample
+        return scheduler.step(output, t, x)
     finally:
         module.randn_tensor = theirs
 
@@ -183,7 +182,7 @@ def megafusion(model, settings, tensors):
     reschedule = plus if settings.reschedule is None else settings.reschedule
     dilation = (2 if plus else 1) if settings.dilation is None else settings.dilation
     compat = settings.reference_compat
-    assert settings.sampler(model.scheduler_config) == "ddim"
+    sampler = settings.sampler(model.scheduler_config)
     draws = Draws(settings.seed, tensors, model.unet.dtype)
     total = sum(steps for _, steps in settings.stages)
     (first_w, first_h), _ = settings.stages[0]
@@ -195,31 +194,32 @@ def megafusion(model, settings, tensors):
         gamma = 2.25 if compat else 1.0
         if reschedule and s > 0:
             gamma = (w * h) / (first_w * first_h)
-        scheduler = make_scheduler("DDIMScheduler", model.scheduler_config, gamma)
+        scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config, gamma)
         scheduler.set_timesteps(total)
         schedulers.append(scheduler)
     timesteps = schedulers[0].timesteps
     tensors["timesteps"] = timesteps.float()
     tensors["alpha_bar"] = torch.stack([s.alphas_cumprod for s in schedulers])
+    assert all(torch.equal(s.timesteps, timesteps) for s in schedulers)
 
     predict = Guided(model, settings)
     shape = lambda size: (1, 4, size[1] // model.vae_factor, size[0] // model.vae_factor)
-    z, x0, done = draws.normal(shape(settings.stages[0][0])), None, 0
+    z, x0, done = draws.normal(shape(settings.stages[0][0])) * schedulers[0].init_noise_sigma, None, 0
     for s, (size, steps) in enumerate(settings.stages):
         scheduler = schedulers[s]
         if s > 0:
-            z = relay(model, settings, tensors, draws, s, x0, scheduler, timesteps[done + settings.relay_noise_offset])
+            z = relay(model, settings, tensors, draws, s, x0, scheduler, sampler,
+                      done + settings.relay_noise_offset)
             assert z.shape == shape(size)
         # The paper dilates above the native size only; the published code builds its UNet once, so everywhere.
         set_mid_dilation(model.unet, dilation if s > 0 or compat else 1)
         for t in timesteps[done : done + steps]:
-            output = predict(z, t)
-            noise = draws.normal(z.shape) if settings.eta > 0 else None
-            step = scheduler.step(output, t, z, eta=settings.eta, variance_noise=noise)
-            z, x0 = step.prev_sample, step.pred_original_sample
+            output = predict(scheduler.scale_model_input(z, t), t)
+            stepped = step(scheduler, sampler, output, t, z, draws, settings.eta)
+            z, x0 = stepped.prev_sample, stepped.pred_original_sample
             if compat:
                 # The published code applies the x0 formula to the latents it has already stepped.
-                assert scheduler.config.prediction_type == "epsilon"
+                assert sampler == "ddim" and scheduler.config.prediction_type == "epsilon"
                 abar = scheduler.alphas_cumprod[t]
                 x0 = (z - (1 - abar).sqrt() * output) / abar.sqrt()
             done += 1
@@ -229,8 +229,8 @@ def megafusion(model, settings, tensors):
     tensors["image"] = decode(model, x0)
 
 
-def relay(model, settings, tensors, draws, k, x0, scheduler, level):
-    """x0 -> picture -> larger picture -> latents -> noised to the level of the timestep `level`."""
+def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
+    """x0 -> picture -> larger picture -> latents -> noised to where step `level` of the run begins."""
     (w, h), _ = settings.stages[k]
     decoded = decode(model, x0)
     if settings.reference_compat:
@@ -247,8 +247,11 @@ def relay(model, settings, tensors, draws, k, x0, scheduler, level):
     if settings.reference_compat:
         y = y + posterior.std * draws.normal(y.shape)
     y = y * model.vae.config.scaling_factor
-    abar = scheduler.alphas_cumprod[level]
-    z = abar.sqrt() * y + (1 - abar).sqrt() * draws.normal(y.shape)
+    if sampler.startswith("euler"):
+        z = y + scheduler.sigmas[level] * draws.normal(y.shape)
+    else:
+        abar = scheduler.alphas_cumprod[scheduler.timesteps[level]]
+        z = abar.sqrt() * y + (1 - abar).sqrt() * draws.normal(y.shape)
     for name, tensor in [("x0", x0), ("decoded", decoded), ("upsampled", up), ("encoded", y), ("noised", z)]:
         tensors[f"relay{k}.{name}"] = tensor
     return z

@@ -80,6 +80,10 @@ def runs():
     for upsampler in ("bilinear", "bicubic", "bicubic-torch", "bicubic-gaussian", "bicubic-edge"):
         out[f"mega-{upsampler}"] = ("sd15", mega | {"upsampler": upsampler})
     out["mega-edge-clamp-none"] = ("sd15", mega | {"upsampler": "bicubic-edge", "relay_clamp": "none"})
+    for sampler in ("euler", "euler-ancestral", "ddpm"):
+        out[f"mega-plus-{sampler}"] = ("sd15", mega | {"method": "megafusion++", "scheduler": sampler})
+    out["mega-own-euler"] = ("four-levels", {"method": "megafusion++", "stages": (((24, 24), 2), ((32, 40), 1)),
+                                             "guidance": 1.0, "seed": 4})
     # The published code's quirks.
     # 8-bit pictures: a value close to half a level falls to either side in f32, so small pictures, and seeds
     # (found by trying) with which none comes close; write() checks.

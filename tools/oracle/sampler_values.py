@@ -66,6 +66,14 @@ def cases():
         ("euler-sample", "EulerDiscrete", SD | {"prediction_type": "sample"}, 6, None),
         ("euler-50", "EulerDiscrete", SD | {"timestep_spacing": "leading", "steps_offset": 1}, 50, None),
     ]
+    pndm = SD | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+    out += [
+        ("pndm-leading", "PNDM", pndm, 8, None),
+        ("pndm-v", "PNDM", pndm | {"prediction_type": "v_prediction"}, 8, None),
+        ("dpm-leading", "DPMSolverMultistep", SD | {"timestep_spacing": "leading", "steps_offset": 1}, 8, None),
+        ("dpm-linspace", "DPMSolverMultistep", SD, 20, None),
+        ("dpm-v", "DPMSolverMultistep", SD | {"prediction_type": "v_prediction"}, 8, None),
+    ]
     return out
 
 
@@ -84,6 +92,9 @@ def trajectory(name, cls, config, steps, eta, tensors):
         if cls == "DDIM":
             noise = torch.randn(shape, generator=generator) if eta > 0 else None
             step = scheduler.step(output, t, x, eta=eta, variance_noise=noise)
+        elif cls in ("PNDM", "DPMSolverMultistep"):
+            noise = None
+            step = scheduler.step(output, t, x)
         else:
             # These classes draw by themselves: replay the same draw to know the noise.
             state = generator.get_state()
