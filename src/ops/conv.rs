@@ -1,5 +1,13 @@
-use super::{GroupNorm, Source, Tensor};
-use crate::error::Result;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::cpu::gemm::{self, Rows, Store};
+use super::cpu::norm::{ChannelAffine, SourceRows};
+use super::cpu::{self, OutputRows, math};
+use super::{GroupNorm, Source, Tensor, by_dtype, bytes_of};
+use crate::error::{Error, Result};
+use crate::runtime::{Device, Element, OpKind, Work};
 
 /// Arguments of [`conv2d`].
 #[derive(Clone, Copy, Debug)]
@@ -14,9 +22,9 @@ pub struct Conv2d<'a> {
     pub dilation: usize,
     /// Zeros around the input: top, bottom, left, right.
     pub padding: [usize; 4],
-    /// Group norm (and SiLU) of the input, applied while it is loaded; its `x` is this `x`.
+    /// Group norm (and SiLU) of the input, applied while it is loaded; its statistics are those of `x`.
     pub norm: Option<ConvNorm<'a>>,
-    /// The input is first resized to this height and width by nearest neighbour (the upsampler's conv).
+    /// The (normalised) input is resized to this height and width by nearest neighbour (the upsampler's conv).
     pub resize_to: Option<[usize; 2]>,
     /// `[N, O]`: the timestep's row, added to every pixel.
     pub row: Option<&'a Tensor>,
@@ -69,14 +77,372 @@ impl<'a> Conv2d<'a> {
     }
 }
 
-/// 2-d cross-correlation, fused: `scale * (conv(silu(norm(resize(x)))) + bias + row + residual)`.
+const OP: &str = "conv2d";
+
+/// Sizes of one call, checked.
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    images: usize,
+    /// Of the stored input.
+    stored: [usize; 2],
+    /// Of the input as the convolution sees it: after `resize_to`.
+    input: [usize; 2],
+    output: [usize; 2],
+    /// Of both sources.
+    channels: usize,
+    outputs: usize,
+    kernel: [usize; 2],
+}
+
+/// 2-d cross-correlation, fused: `scale * (conv(resize(silu(norm(x)))) + bias + row + residual)`.
 ///
 /// `H_out = (H + top + bottom - dilation * (kh - 1) - 1) / stride + 1`, the same for W (after `resize_to`).
+///
+/// On the cpu an image's result depends on that image only, bit for bit, whatever the number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
 /// which argument; [`Error::Argument`](crate::Error::Argument): stride or dilation 0, a kernel larger than the padded
-/// input; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
-pub fn conv2d(_args: Conv2d) -> Result<Tensor> {
-    unimplemented!()
+/// input, an empty `resize_to`, `eps` as in [`group_norm`](super::group_norm);
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+pub fn conv2d(args: Conv2d) -> Result<Tensor> {
+    let g = check(&args)?;
+    let x = args.x.first();
+    let shape = [g.images, g.output[0], g.output[1], g.outputs];
+    let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Conv, &shape, work(&args, &g, &y)),
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(&args, &g, &mut y)),
+    }
+    Ok(y)
+}
+
+fn check(args: &Conv2d) -> Result<Geometry> {
+    let [n, h, w, c] = args.x.dims(OP)?;
+    let (x, weight) = (args.x.first(), args.weight);
+    let [outputs, kh, kw, _] = weight.dims(OP, "weight")?;
+    weight.expect(OP, "weight", &[outputs, kh, kw, c], x.dtype(), x.device())?;
+    if kh == 0 || kw == 0 {
+        return Err(Error::shape(OP, "weight", weight, "a kernel of at least 1 x 1"));
+    }
+    if args.stride == 0 {
+        return Err(Error::argument(OP, "stride", 0, "at least 1"));
+    }
+    if args.dilation == 0 {
+        return Err(Error::argument(OP, "dilation", 0, "at least 1"));
+    }
+    if let Some([rh, rw]) = args.resize_to
+        && (rh == 0 || rw == 0 || h == 0 || w == 0)
+    {
+        let want = format!("a size of at least 1 x 1, from an input of at least 1 x 1 (it is {h} x {w})");
+        return Err(Error::argument(OP, "resize_to", format!("{rh} x {rw}"), want));
+    }
+    let input = args.resize_to.unwrap_or([h, w]);
+    let [top, bottom, left, right] = args.padding;
+    let output = [
+        output_size(args, input[0], kh, "height", [top, bottom])?,
+        output_size(args, input[1], kw, "width", [left, right])?,
+    ];
+    if let Some(bias) = args.bias {
+        bias.expect(OP, "bias", &[outputs], x.dtype(), x.device())?;
+    }
+    if let Some(norm) = args.norm {
+        norm.of(args.x).check(OP)?;
+    }
+    if let Some(row) = args.row {
+        row.expect(OP, "row", &[n, outputs], x.dtype(), x.device())?;
+    }
+    if let Some(residual) = args.residual {
+        residual.expect(OP, "residual", &[n, output[0], output[1], outputs], x.dtype(), x.device())?;
+    }
+    Ok(Geometry { images: n, stored: [h, w], input, output, channels: c, outputs, kernel: [kh, kw] })
+}
+
+fn output_size(args: &Conv2d, size: usize, kernel: usize, what: &str, padding: [usize; 2]) -> Result<usize> {
+    // In u128 nothing overflows.
+    let padded = size as u128 + padding[0] as u128 + padding[1] as u128;
+    let reach = args.dilation as u128 * (kernel as u128 - 1) + 1;
+    if padded < reach {
+        let got = format!("{kernel} with dilation {}: {reach} values of the {what}", args.dilation);
+        return Err(Error::argument(OP, "kernel", got, format!("at most the padded input's {padded}")));
+    }
+    let output = (padded - reach) / args.stride as u128 + 1;
+    let limit = isize::MAX as u128;
+    if padded > limit {
+        return Err(Error::TooLarge { op: OP, what: "padded input", got: padded, limit });
+    }
+    Ok(output as usize)
+}
+
+/// Cost of the fused kernel; on-load normalisation adds the launch that gathers its statistics.
+fn work(args: &Conv2d, g: &Geometry, y: &Tensor) -> Work {
+    let values = y.numel() as u64;
+    let macs = values * (g.kernel[0] * g.kernel[1] * g.channels) as u64;
+    let epilogue = [args.bias.is_some(), args.row.is_some(), args.residual.is_some(), args.scale != 1.0];
+    let epilogue = epilogue.iter().filter(|&&used| used).count() as u64;
+    let x_values = (g.images * g.stored[0] * g.stored[1] * g.channels) as u64;
+    let norm = args.norm.map_or(0, |norm| norm.of(args.x).flops_per_element() * x_values);
+    let (gamma, beta) = (args.norm.map(|norm| norm.gamma), args.norm.map(|norm| norm.beta));
+    let (x, x2) = (Some(args.x.first()), args.x.second());
+    Work {
+        macs,
+        flops: 2 * macs + epilogue * values + norm,
+        bytes: bytes_of(&[x, x2, Some(args.weight), args.bias, gamma, beta, args.row, args.residual, Some(y)]),
+        launches: 1 + u64::from(args.norm.is_some()),
+    }
+}
+
+/// Normalised input that exists at once, in f32; a larger one is made and consumed in bands of rows.
+const BAND_BYTES: usize = 128 << 20;
+
+fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
+    if y.numel() == 0 {
+        return;
+    }
+    let epilogue = Epilogue {
+        bias: args.bias.map(cpu::to_f32::<T>),
+        row: args.row.map(cpu::to_f32::<T>),
+        residual: args.residual.map(|r| r.cpu::<T>()),
+        scale: args.scale,
+        outputs: g.outputs,
+        pixels: g.output[0] * g.output[1],
+        first_row: 0,
+        y: OutputRows::new(y.cpu_mut::<T>(), g.outputs),
+    };
+    let weight = args.weight.cpu::<T>();
+    let k = g.kernel[0] * g.kernel[1] * g.channels;
+    let x = SourceRows::<T>::new(&args.x, [g.images, g.stored[0], g.stored[1], g.channels]);
+    let Some(norm) = args.norm else {
+        let rows = Taps::new(args, g, x, 0..g.stored[0], 0);
+        return gemm::matmul([g.images * epilogue.pixels, g.outputs, k], &rows, weight, &epilogue);
+    };
+    if x.pixels == 0 {
+        // Only padding: nothing to normalise.
+        let rows = Taps::new(args, g, x, 0..g.stored[0], 0);
+        return gemm::matmul([g.images * epilogue.pixels, g.outputs, k], &rows, weight, &epilogue);
+    }
+
+    let affine = ChannelAffine::group_norm(&x, &norm.of(args.x));
+    let mut epilogue = epilogue;
+    for (images, output_rows) in bands(args, g) {
+        let stored = stored_rows(args, g, &output_rows);
+        let band = normalised(&x, &affine, g, images.clone(), stored.clone());
+        let band = SourceRows {
+            a: &band,
+            b: &[],
+            channels_a: g.channels,
+            channels: g.channels,
+            images: images.len(),
+            pixels: stored.len() * g.stored[1],
+        };
+        let rows = Taps::new(args, g, band, stored, output_rows.start);
+        let rows = Taps { output_pixels: output_rows.len() * g.output[1], ..rows };
+        epilogue.first_row = images.start * epilogue.pixels + output_rows.start * g.output[1];
+        gemm::matmul([images.len() * rows.output_pixels, g.outputs, k], &rows, weight, &epilogue);
+    }
+}
+
+/// All images and output rows at once when the normalised input is within [`BAND_BYTES`]; else bands of one image each.
+fn bands(args: &Conv2d, g: &Geometry) -> Vec<(Range<usize>, Range<usize>)> {
+    let row_bytes = g.stored[1] * g.channels * size_of::<f32>();
+    if g.images * g.stored[0] * row_bytes <= BAND_BYTES {
+        return vec![(0..g.images, 0..g.output[0])];
+    }
+    // As many output rows as the band's input rows feed, without their overlap.
+    let stored_rows = (BAND_BYTES / row_bytes.max(1)).max(1);
+    let rows = (stored_rows * g.input[0] / g.stored[0] / args.stride).max(1);
+    (0..g.images)
+        .flat_map(|image| {
+            (0..g.output[0]).step_by(rows).map(move |first| (image..image + 1, first..g.output[0].min(first + rows)))
+        })
+        .collect()
+}
+
+/// Stored input rows that these output rows read.
+fn stored_rows(args: &Conv2d, g: &Geometry, output: &Range<usize>) -> Range<usize> {
+    let top = args.padding[0];
+    let first = (output.start * args.stride).saturating_sub(top);
+    let last = ((output.end - 1) * args.stride + args.dilation * (g.kernel[0] - 1)).saturating_sub(top);
+    let last = last.min(g.input[0] - 1);
+    if first > last {
+        return 0..0;
+    }
+    nearest(first, g.stored[0], g.input[0])..nearest(last, g.stored[0], g.input[0]) + 1
+}
+
+/// Nearest neighbour: the source of index `i` when `from` values become `to`.
+fn nearest(i: usize, from: usize, to: usize) -> usize {
+    (i as u128 * from as u128 / to as u128) as usize
+}
+
+fn normalised<T: Element>(
+    x: &SourceRows<T>,
+    affine: &ChannelAffine,
+    g: &Geometry,
+    images: Range<usize>,
+    stored: Range<usize>,
+) -> Vec<f32> {
+    let (c, w) = (g.channels, g.stored[1]);
+    let pixels = stored.len() * w;
+    let mut band = vec![0.0; images.len() * pixels * c];
+    let rows = cpu::norm::rows_per_task(c);
+    band.par_chunks_mut(rows * c).enumerate().for_each(|(task, band)| {
+        for (i, to) in band.chunks_exact_mut(c).enumerate() {
+            let (image, pixel) = ((task * rows + i) / pixels + images.start, (task * rows + i) % pixels);
+            x.load(image * x.pixels + stored.start * w + pixel, to);
+            affine.apply(image, to);
+        }
+    });
+    band
+}
+
+/// The convolution's left side: row r is output pixel r, its k values the input under the kernel, `[kh, kw, C]`.
+struct Taps<'a, T> {
+    x: SourceRows<'a, T>,
+    stride: usize,
+    dilation: usize,
+    /// Top and left.
+    padding: [usize; 2],
+    kernel: [usize; 2],
+    input: [usize; 2],
+    /// Stored row and column of each input row and column.
+    source: [Vec<usize>; 2],
+    /// Stored rows that `x` holds.
+    stored: Range<usize>,
+    stored_width: usize,
+    output_width: usize,
+    /// Output pixels of an image in this product.
+    output_pixels: usize,
+    /// Output row that the product begins with.
+    first_output_row: usize,
+    /// The kernel's columns lie side by side in memory: no dilation, no resize, one source.
+    contiguous: bool,
+}
+
+impl<'a, T: Element> Taps<'a, T> {
+    fn new(
+        args: &Conv2d,
+        g: &Geometry,
+        x: SourceRows<'a, T>,
+        stored: Range<usize>,
+        first_output_row: usize,
+    ) -> Taps<'a, T> {
+        let source = [0, 1].map(|d| (0..g.input[d]).map(|i| nearest(i, g.stored[d], g.input[d])).collect());
+        Taps {
+            stride: args.stride,
+            dilation: args.dilation,
+            padding: [args.padding[0], args.padding[2]],
+            kernel: g.kernel,
+            input: g.input,
+            source,
+            stored,
+            stored_width: g.stored[1],
+            output_width: g.output[1],
+            output_pixels: g.output[0] * g.output[1],
+            first_output_row,
+            contiguous: args.dilation == 1 && args.resize_to.is_none() && x.channels_a == x.channels,
+            x,
+        }
+    }
+
+    /// First element of an input pixel within its image's stretch of a source with `channels` channels.
+    fn pixel(&self, image: usize, y: usize, x: usize) -> usize {
+        let row = image * self.stored.len() + (self.source[0][y] - self.stored.start);
+        row * self.stored_width + self.source[1][x]
+    }
+
+    /// Values `from..from + to.len()` of the channels of one input pixel.
+    fn load_channels(&self, pixel: usize, from: usize, to: &mut [f32]) {
+        let (channels, channels_a) = (self.x.channels, self.x.channels_a);
+        let in_a = channels_a.saturating_sub(from).min(to.len());
+        let (to_a, to_b) = to.split_at_mut(in_a);
+        if !to_a.is_empty() {
+            math::load(to_a, &self.x.a[pixel * channels_a + from..][..to_a.len()]);
+        }
+        if !to_b.is_empty() {
+            let from = from + in_a - channels_a;
+            math::load(to_b, &self.x.b[pixel * (channels - channels_a) + from..][..to_b.len()]);
+        }
+    }
+}
+
+impl<T: Element> Rows for Taps<'_, T> {
+    fn load(&self, row: usize, k: Range<usize>, mut to: &mut [f32]) {
+        let (image, pixel) = (row / self.output_pixels, row % self.output_pixels);
+        let (out_y, out_x) = (pixel / self.output_width + self.first_output_row, pixel % self.output_width);
+        let c = self.x.channels;
+        let [kh, kw] = self.kernel;
+        let [top, left] = self.padding;
+        let (mut tap, mut from) = (k.start / c.max(1), k.start % c.max(1));
+        while !to.is_empty() {
+            let (ky, kx) = (tap / kw, tap % kw);
+            debug_assert!(ky < kh);
+            let (y, x) = (out_y * self.stride + ky * self.dilation, out_x * self.stride + kx * self.dilation);
+            // Taps that are read or skipped together: to the end of the kernel row, or one.
+            let inside_y = y >= top && y - top < self.input[0];
+            let (taps, inside) = if !inside_y {
+                (kw - kx, false)
+            } else if self.contiguous {
+                let before = left.saturating_sub(x).min(kw - kx);
+                match before {
+                    0 => match (self.input[1] + left).saturating_sub(x).min(kw - kx) {
+                        0 => (kw - kx, false),
+                        inside => (inside, true),
+                    },
+                    before => (before, false),
+                }
+            } else {
+                (1, x >= left && x - left < self.input[1])
+            };
+            let count = (taps * c - from).min(to.len());
+            let (now, rest) = to.split_at_mut(count);
+            if !inside {
+                now.fill(0.0);
+            } else if self.contiguous {
+                math::load(now, &self.x.a[self.pixel(image, y - top, x - left) * c + from..][..count]);
+            } else {
+                self.load_channels(self.pixel(image, y - top, x - left), from, now);
+            }
+            to = rest;
+            tap += taps;
+            from = 0;
+        }
+    }
+}
+
+struct Epilogue<'a, T> {
+    /// `[O]`
+    bias: Option<Vec<f32>>,
+    /// `[N, O]`
+    row: Option<Vec<f32>>,
+    /// `[N * H_out * W_out, O]`
+    residual: Option<&'a [T]>,
+    scale: f32,
+    outputs: usize,
+    /// H_out * W_out
+    pixels: usize,
+    /// Output pixel, over all images, of the product's row 0.
+    first_row: usize,
+    /// `[N * H_out * W_out, O]`
+    y: OutputRows<'a, T>,
+}
+
+impl<T: Element> Store for Epilogue<'_, T> {
+    fn store(&self, row: usize, column: usize, sums: &mut [f32]) {
+        let (row, len) = (self.first_row + row, sums.len());
+        if let Some(bias) = &self.bias {
+            math::add(sums, &bias[column..][..len]);
+        }
+        if let Some(rows) = &self.row {
+            math::add(sums, &rows[row / self.pixels * self.outputs + column..][..len]);
+        }
+        if let Some(residual) = self.residual {
+            math::add(sums, &residual[row * self.outputs + column..][..len]);
+        }
+        if self.scale != 1.0 {
+            math::scale(sums, self.scale);
+        }
+        // SAFETY: matmul calls store once for each row and column; bands do not overlap and run one after another.
+        math::store(unsafe { self.y.get(row, column..column + len) }, sums);
+    }
 }

@@ -1,5 +1,10 @@
-use super::{Activation, Tensor};
-use crate::error::Result;
+use super::cpu::gemm::{self, Dense, Store};
+use super::cpu::{self, OutputRows, math};
+use super::{Activation, Tensor, by_dtype, bytes_of, float};
+use crate::error::{Error, Result};
+use crate::runtime::{Device, Element, OpKind, Work};
+
+const OP: &str = "linear";
 
 /// Arguments of [`linear`].
 #[derive(Clone, Copy, Debug)]
@@ -21,11 +26,99 @@ impl<'a> Linear<'a> {
     }
 }
 
-/// `activation(x W^T + bias) + residual`: `[..., K]` to `[..., N]`.
+/// `activation(x W^T + bias) + residual`: `[..., K]` to `[..., N]`, dtype of `x`.
+///
+/// On the cpu a row of the result depends on its own row of `x` only, bit for bit, whatever the other rows and the
+/// number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
 /// which argument; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
-pub fn linear(_args: Linear) -> Result<Tensor> {
-    unimplemented!()
+pub fn linear(args: Linear) -> Result<Tensor> {
+    let Linear { x, weight, bias, activation, residual } = args;
+    float(OP, "x", x)?;
+    let Some((&k, leading)) = x.shape().split_last() else {
+        return Err(Error::shape(OP, "x", x, "[..., K]"));
+    };
+    let [weight_rows, _] = weight.dims(OP, "weight")?;
+    weight.expect(OP, "weight", &[weight_rows, k], x.dtype(), x.device())?;
+    let n = match activation {
+        Activation::Geglu if weight_rows % 2 != 0 => {
+            return Err(Error::shape(OP, "weight", weight, "an even number of rows: GEGLU's values and gates"));
+        }
+        Activation::Geglu => weight_rows / 2,
+        _ => weight_rows,
+    };
+    if let Some(bias) = bias {
+        bias.expect(OP, "bias", &[weight_rows], x.dtype(), x.device())?;
+    }
+    let output_shape = [leading, &[n]].concat();
+    if let Some(residual) = residual {
+        residual.expect(OP, "residual", &output_shape, x.dtype(), x.device())?;
+    }
+
+    let mut y = Tensor::uninit(x.device(), &output_shape, x.dtype())?;
+    let m: usize = leading.iter().product();
+    match x.device() {
+        Device::Meta(meta) => {
+            let macs = (m * weight_rows * k) as u64;
+            let a_row = weight_rows as u64 * u64::from(bias.is_some())
+                + n as u64 * (activation_flops(activation) + u64::from(residual.is_some()));
+            let bytes = bytes_of(&[Some(x), Some(weight), bias, residual, Some(&y)]);
+            meta.record(
+                OP,
+                OpKind::Linear,
+                &output_shape,
+                Work { macs, flops: 2 * macs + m as u64 * a_row, bytes, launches: 1 },
+            );
+        }
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => linear_cpu::<T>(&args, [m, n, k], &mut y)),
+    }
+    Ok(y)
+}
+
+/// Flops an output element, counted by the formula with exp and erf as one each; GEGLU's includes the product.
+pub(super) fn activation_flops(activation: Activation) -> u64 {
+    match activation {
+        Activation::None => 0,
+        Activation::Silu => 4,
+        Activation::QuickGelu | Activation::Gelu => 5,
+        Activation::Geglu => 6,
+    }
+}
+
+fn linear_cpu<T: Element>(args: &Linear, [m, n, k]: [usize; 3], y: &mut Tensor) {
+    let bias = args.bias.map(cpu::to_f32::<T>);
+    let residual = args.residual.map(|r| r.cpu::<T>());
+    let weight_rows = args.weight.shape()[0];
+    let epilogue = Epilogue { bias, activation: args.activation, residual, n, y: OutputRows::new(y.cpu_mut::<T>(), n) };
+    gemm::matmul([m, weight_rows, k], &Dense { x: args.x.cpu::<T>(), k }, args.weight.cpu::<T>(), &epilogue);
+}
+
+struct Epilogue<'a, T> {
+    bias: Option<Vec<f32>>,
+    activation: Activation,
+    residual: Option<&'a [T]>,
+    n: usize,
+    y: OutputRows<'a, T>,
+}
+
+impl<T: Element> Store for Epilogue<'_, T> {
+    fn store(&self, row: usize, column: usize, sums: &mut [f32]) {
+        if let Some(bias) = &self.bias {
+            math::add(sums, &bias[column..column + sums.len()]);
+        }
+        math::activate(self.activation, sums);
+        // A block of columns begins at a multiple of the panel width, so never between a value and its gate.
+        let (column, len) = match self.activation {
+            Activation::Geglu => (column / 2, sums.len() / 2),
+            _ => (column, sums.len()),
+        };
+        let sums = &mut sums[..len];
+        if let Some(residual) = self.residual {
+            math::add(sums, &residual[row * self.n + column..][..len]);
+        }
+        // SAFETY: matmul calls store once for each row and column.
+        math::store(unsafe { self.y.get(row, column..column + len) }, sums);
+    }
 }

@@ -1,5 +1,10 @@
-use super::{Source, Tensor};
-use crate::error::Result;
+use rayon::prelude::*;
+
+use super::cpu::norm::{ChannelAffine, SourceRows};
+use super::cpu::{self, math};
+use super::{Source, Tensor, by_dtype, bytes_of};
+use crate::error::{Error, Result};
+use crate::runtime::{Device, Element, OpKind, Work};
 
 /// Arguments of [`group_norm`].
 #[derive(Clone, Copy, Debug)]
@@ -18,14 +23,79 @@ pub struct GroupNorm<'a> {
     pub silu: bool,
 }
 
-/// Group norm, optionally followed by SiLU: `[N, H, W, C]`. Statistics in f32, two passes. Wu & He 2018,
-/// arXiv:1803.08494, sec. 3.
+impl GroupNorm<'_> {
+    /// The arguments fit together: `[N, H, W, C]` of the input.
+    pub(super) fn check(&self, op: &'static str) -> Result<[usize; 4]> {
+        let dims = self.x.dims(op)?;
+        let (x, c) = (self.x.first(), dims[3]);
+        self.gamma.expect(op, "gamma", &[c], x.dtype(), x.device())?;
+        self.beta.expect(op, "beta", &[c], x.dtype(), x.device())?;
+        if self.groups == 0 || c % self.groups != 0 {
+            return Err(Error::Shape {
+                op,
+                arg: "x",
+                got: dims.to_vec(),
+                want: format!("a channel count that {} groups divide", self.groups),
+            });
+        }
+        check_eps(op, self.eps)?;
+        Ok(dims)
+    }
+
+    /// Flops of normalising one element: mean 1, variance 3, normalise 2, gamma and beta 2; SiLU 4.
+    pub(super) fn flops_per_element(&self) -> u64 {
+        if self.silu { 12 } else { 8 }
+    }
+}
+
+fn check_eps(op: &'static str, eps: f32) -> Result<()> {
+    if eps.is_finite() && eps >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::argument(op, "eps", eps, "a finite value that is not negative"))
+}
+
+/// Group norm, optionally followed by SiLU: `[N, H, W, C]`, dtype of the input. Statistics in f32, two passes. Wu & He
+/// 2018, arXiv:1803.08494, sec. 3.
+///
+/// On the cpu an image's result depends on that image only, bit for bit, whatever the number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) (also: `groups` does not divide C), [`Error::Dtype`](crate::Error::Dtype),
-/// [`Error::Device`](crate::Error::Device): which argument.
-pub fn group_norm(_args: GroupNorm) -> Result<Tensor> {
-    unimplemented!()
+/// [`Error::Device`](crate::Error::Device): which argument; [`Error::Argument`](crate::Error::Argument): a negative or
+/// non-finite `eps`.
+pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
+    const OP: &str = "group_norm";
+    let dims = args.check(OP)?;
+    let x = args.x.first();
+    let mut y = Tensor::uninit(x.device(), &dims, x.dtype())?;
+    match x.device() {
+        Device::Meta(meta) => {
+            let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)]);
+            let flops = args.flops_per_element() * y.numel() as u64;
+            meta.record(OP, OpKind::Norm, &dims, Work { macs: 0, flops, bytes, launches: 1 });
+        }
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => group_norm_cpu::<T>(&args, dims, &mut y)),
+    }
+    Ok(y)
+}
+
+fn group_norm_cpu<T: Element>(args: &GroupNorm, dims: [usize; 4], y: &mut Tensor) {
+    if y.numel() == 0 {
+        return;
+    }
+    let x = SourceRows::<T>::new(&args.x, dims);
+    let affine = ChannelAffine::group_norm(&x, args);
+    let rows = cpu::norm::rows_per_task(x.channels);
+    y.cpu_mut::<T>().par_chunks_mut(rows * x.channels).enumerate().for_each(|(task, y)| {
+        let mut values = vec![0.0; x.channels];
+        for (i, y) in y.chunks_exact_mut(x.channels).enumerate() {
+            let row = task * rows + i;
+            x.load(row, &mut values);
+            affine.apply(row / x.pixels, &mut values);
+            math::store(y, &values);
+        }
+    });
 }
 
 /// Arguments of [`layer_norm`].
@@ -41,10 +111,45 @@ pub struct LayerNorm<'a> {
     pub eps: f32,
 }
 
-/// Layer norm over the last dimension. Ba et al. 2016, arXiv:1607.06450.
+/// Layer norm over the last dimension, shape and dtype of `x`. Ba et al. 2016, arXiv:1607.06450.
 ///
 /// # Errors
 /// As [`group_norm`].
-pub fn layer_norm(_args: LayerNorm) -> Result<Tensor> {
-    unimplemented!()
+pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
+    const OP: &str = "layer_norm";
+    let LayerNorm { x, gamma, beta, eps } = args;
+    super::float(OP, "x", x)?;
+    let Some(&c) = x.shape().last() else {
+        return Err(Error::shape(OP, "x", x, "[..., C]"));
+    };
+    gamma.expect(OP, "gamma", &[c], x.dtype(), x.device())?;
+    beta.expect(OP, "beta", &[c], x.dtype(), x.device())?;
+    check_eps(OP, eps)?;
+    let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
+    match x.device() {
+        Device::Meta(meta) => {
+            let bytes = bytes_of(&[Some(x), Some(gamma), Some(beta), Some(&y)]);
+            let work = Work { macs: 0, flops: 8 * y.numel() as u64, bytes, launches: 1 };
+            meta.record(OP, OpKind::Norm, x.shape(), work);
+        }
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => layer_norm_cpu::<T>(&args, c, &mut y)),
+    }
+    Ok(y)
+}
+
+fn layer_norm_cpu<T: Element>(args: &LayerNorm, c: usize, y: &mut Tensor) {
+    if y.numel() == 0 {
+        return;
+    }
+    let (gamma, beta) = (cpu::to_f32::<T>(args.gamma), cpu::to_f32::<T>(args.beta));
+    let rows = cpu::norm::rows_per_task(c) * c;
+    let x = args.x.cpu::<T>();
+    y.cpu_mut::<T>().par_chunks_mut(rows).zip(x.par_chunks(rows)).for_each(|(y, x)| {
+        let mut values = vec![0.0; c];
+        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            math::load(&mut values, x);
+            cpu::norm::layer_norm_row(&mut values, &gamma, &beta, args.eps);
+            math::store(y, &values);
+        }
+    });
 }

@@ -260,6 +260,34 @@ pub fn store<T: Element>(to: &mut [T], from: &[f32]) {
     }
 }
 
+/// `values += terms`; the slices have one length, `T` is a float type.
+pub fn add<T: Element>(values: &mut [f32], terms: &[T]) {
+    if T::DTYPE == DType::F32 {
+        return add_f32(values, bytemuck::cast_slice(terms));
+    }
+    assert_eq!(values.len(), terms.len());
+    let mut block = [0.0; 128];
+    for (values, terms) in values.chunks_mut(128).zip(terms.chunks(128)) {
+        let block = &mut block[..terms.len()];
+        load(block, terms);
+        add_f32(values, block);
+    }
+}
+
+simd! {
+    fn add_f32(values: &mut [f32], terms: &[f32]) {
+        assert_eq!(values.len(), terms.len());
+        values.iter_mut().zip(terms).for_each(|(value, term)| *value += term);
+    }
+}
+
+simd! {
+    /// `values *= factor`
+    pub fn scale(values: &mut [f32], factor: f32) {
+        values.iter_mut().for_each(|v| *v *= factor);
+    }
+}
+
 simd! {
     fn load_bf16(to: &mut [f32], from: &[bf16]) {
         assert_eq!(to.len(), from.len());

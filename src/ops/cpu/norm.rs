@@ -1,0 +1,218 @@
+//! Statistics and normalisation of channels-last rows (pixels), for the norms and for a conv that normalises on load.
+
+use rayon::prelude::*;
+
+use super::math::{self, simd};
+use crate::ops::{GroupNorm, Source};
+use crate::runtime::Element;
+
+/// Rows of C channels that a task or a partial sum takes: 64 KiB of f32, however many threads there are.
+pub fn rows_per_task(channels: usize) -> usize {
+    (16 * 1024 / channels.max(1)).max(1)
+}
+
+/// One source or two side by side, as rows of channels.
+pub struct SourceRows<'a, T> {
+    pub a: &'a [T],
+    pub b: &'a [T],
+    pub channels_a: usize,
+    /// Of both sources.
+    pub channels: usize,
+    pub images: usize,
+    /// H * W
+    pub pixels: usize,
+}
+
+impl<'a, T: Element> SourceRows<'a, T> {
+    /// `dims`: `[N, H, W, C]` as [`Source::dims`] returned it.
+    pub fn new(x: &Source<'a>, [n, h, w, channels]: [usize; 4]) -> SourceRows<'a, T> {
+        let channels_a = x.first().shape()[3];
+        let b = x.second().map_or(&[][..], |b| b.cpu::<T>());
+        SourceRows { a: x.first().cpu::<T>(), b, channels_a, channels, images: n, pixels: h * w }
+    }
+
+    /// All channels of one row, counted over all images.
+    pub fn load(&self, row: usize, to: &mut [f32]) {
+        let (to_a, to_b) = to.split_at_mut(self.channels_a);
+        math::load(to_a, &self.a[row * self.channels_a..][..self.channels_a]);
+        if !to_b.is_empty() {
+            let channels_b = self.channels - self.channels_a;
+            math::load(to_b, &self.b[row * channels_b..][..channels_b]);
+        }
+    }
+}
+
+/// Mean and sum of squared deviations of `count` values.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moments {
+    count: f64,
+    mean: f64,
+    squares: f64,
+}
+
+impl Moments {
+    /// Of both sets together: Chan, Golub & LeVeque 1979.
+    fn merge(self, other: Moments) -> Moments {
+        let count = self.count + other.count;
+        if count == 0.0 {
+            return self;
+        }
+        let delta = other.mean - self.mean;
+        Moments {
+            count,
+            mean: self.mean + delta * other.count / count,
+            squares: self.squares + other.squares + delta * delta * self.count * other.count / count,
+        }
+    }
+}
+
+/// Group norm of an input whose statistics are known: `y[n, c] = (x - mean[n, c]) * scale[n, c] + shift[c]`, then SiLU.
+pub struct ChannelAffine {
+    /// `[N, C]`
+    mean: Vec<f32>,
+    /// `[N, C]`: gamma / sqrt(var + eps)
+    scale: Vec<f32>,
+    /// `[C]`: beta
+    shift: Vec<f32>,
+    silu: bool,
+}
+
+impl ChannelAffine {
+    /// The statistics of `x`. Blocks of rows are summed in f32, in two passes each while they are in cache; blocks are
+    /// merged in f64 in their order.
+    pub fn group_norm<T: Element>(x: &SourceRows<T>, args: &GroupNorm) -> ChannelAffine {
+        let (c, groups) = (x.channels, args.groups);
+        let rows = rows_per_task(c).min(x.pixels.max(1));
+        let blocks = x.pixels.div_ceil(rows);
+        let mut moments = vec![Moments::default(); x.images * blocks * groups];
+        moments.par_chunks_mut(groups).enumerate().for_each(|(task, to)| {
+            let (image, block) = (task / blocks, task % blocks);
+            let first = block * rows;
+            let count = rows.min(x.pixels - first);
+            block_moments(x, image * x.pixels + first, count, to);
+        });
+
+        let (gamma, shift) = (super::to_f32::<T>(args.gamma), super::to_f32::<T>(args.beta));
+        let mut affine = ChannelAffine {
+            mean: Vec::with_capacity(x.images * c),
+            scale: Vec::with_capacity(x.images * c),
+            shift,
+            silu: args.silu,
+        };
+        for image in 0..x.images {
+            for group in 0..groups {
+                let all = (0..blocks).map(|block| moments[(image * blocks + block) * groups + group]);
+                let all = all.fold(Moments::default(), Moments::merge);
+                let rstd = 1.0 / (all.squares / all.count + f64::from(args.eps)).sqrt();
+                let channels = group * (c / groups)..(group + 1) * (c / groups);
+                affine.mean.extend(channels.clone().map(|_| all.mean as f32));
+                affine.scale.extend(gamma[channels].iter().map(|&gamma| (f64::from(gamma) * rstd) as f32));
+            }
+        }
+        affine
+    }
+
+    /// Normalises one row of image `image` in place.
+    pub fn apply(&self, image: usize, values: &mut [f32]) {
+        let c = self.shift.len();
+        let (mean, scale) = (&self.mean[image * c..][..c], &self.scale[image * c..][..c]);
+        if self.silu {
+            affine_silu(values, mean, scale, &self.shift);
+        } else {
+            affine(values, mean, scale, &self.shift);
+        }
+    }
+}
+
+/// Moments by group of `count` rows from `first`.
+fn block_moments<T: Element>(x: &SourceRows<T>, first: usize, count: usize, to: &mut [Moments]) {
+    let c = x.channels;
+    let mut values = vec![0.0; count * c];
+    let mut sums = vec![0.0; 3 * c];
+    let (mean, rest) = sums.split_at_mut(c);
+    let (deviation, squares) = rest.split_at_mut(c);
+    for (i, values) in values.chunks_exact_mut(c).enumerate() {
+        x.load(first + i, values);
+        math::add(mean, values);
+    }
+    math::scale(mean, 1.0 / count as f32);
+    for values in values.chunks_exact(c) {
+        deviations(values, mean, deviation, squares);
+    }
+    let group_channels = c / to.len();
+    for (group, to) in to.iter_mut().enumerate() {
+        for c in group * group_channels..(group + 1) * group_channels {
+            // `mean` was rounded; what is left of the sum of deviations corrects it.
+            let n = count as f64;
+            let left = f64::from(deviation[c]) / n;
+            let channel = Moments {
+                count: n,
+                mean: f64::from(mean[c]) + left,
+                squares: (f64::from(squares[c]) - n * left * left).max(0.0),
+            };
+            *to = to.merge(channel);
+        }
+    }
+}
+
+simd! {
+    fn deviations(values: &[f32], mean: &[f32], sum: &mut [f32], squares: &mut [f32]) {
+        for (((value, mean), sum), squares) in values.iter().zip(mean).zip(sum).zip(squares) {
+            let d = value - mean;
+            *sum += d;
+            *squares = math::fma::<FMA>(d, d, *squares);
+        }
+    }
+}
+
+simd! {
+    fn affine(values: &mut [f32], mean: &[f32], scale: &[f32], shift: &[f32]) {
+        for (((value, mean), scale), shift) in values.iter_mut().zip(mean).zip(scale).zip(shift) {
+            *value = math::fma::<FMA>(*value - mean, *scale, *shift);
+        }
+    }
+}
+
+simd! {
+    fn affine_silu(values: &mut [f32], mean: &[f32], scale: &[f32], shift: &[f32]) {
+        for (((value, mean), scale), shift) in values.iter_mut().zip(mean).zip(scale).zip(shift) {
+            *value = math::silu::<FMA>(math::fma::<FMA>(*value - mean, *scale, *shift));
+        }
+    }
+}
+
+simd! {
+    /// Normalises one row in place: `(x - mean) / sqrt(var + eps) * gamma + beta`.
+    pub fn layer_norm_row(values: &mut [f32], gamma: &[f32], beta: &[f32], eps: f32) {
+        let count = values.len() as f32;
+        let rough = lane_sum(values.iter().copied()) / count;
+        // `rough` was rounded; the mean deviation from it corrects it.
+        let left = lane_sum(values.iter().map(|value| value - rough)) / count;
+        let mean = rough + left;
+        let squares = lane_sum(values.iter().map(|value| (value - rough - left) * (value - rough - left)));
+        let rstd = 1.0 / (squares / count + eps).sqrt();
+        for ((value, gamma), beta) in values.iter_mut().zip(gamma).zip(beta) {
+            *value = math::fma::<FMA>((*value - rough - left) * rstd, *gamma, *beta);
+        }
+    }
+}
+
+/// A sum in 16 interleaved chains, which the compiler may vectorise; the order is the same on every machine.
+#[inline(always)]
+fn lane_sum(mut values: impl ExactSizeIterator<Item = f32>) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for _ in 0..values.len() / 16 {
+        for lane in &mut lanes {
+            *lane += values.next().unwrap_or(0.0);
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(values) {
+        *lane += value;
+    }
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+    }
+    lanes[0]
+}

@@ -1,0 +1,162 @@
+//! group_norm and layer_norm against plain f64 loops.
+
+mod common;
+
+use common::{Random, assert_close};
+use megafuse::Error;
+use megafuse::ops::{self, GroupNorm, LayerNorm, Source};
+use megafuse::runtime::{DType, Device, OpKind, Tensor};
+
+/// N, H, W, channels of the first and of the second source (0: one source), groups: one element; primes; groups that
+/// span both sources; more pixels than one partial sum takes; empty; the models' own widths.
+const SHAPES: [[usize; 6]; 11] = [
+    [1, 1, 1, 1, 0, 1],
+    [2, 7, 5, 6, 0, 3],
+    [1, 31, 33, 33, 0, 11],
+    [3, 1, 255, 4, 0, 2],
+    [2, 3, 5, 7, 5, 4],
+    [1, 2, 3, 3, 9, 2],
+    [2, 0, 3, 8, 0, 4],
+    [0, 4, 4, 8, 8, 4],
+    [2, 9, 16, 320, 0, 32],
+    [1, 5, 7, 640, 320, 32],
+    [2, 67, 31, 48, 16, 32],
+];
+
+#[test]
+fn group_norm_matches_f64() {
+    let device = Device::cpu();
+    for (dtype, [n, h, w, c_a, c_b, groups]) in DType::FLOATS.into_iter().flat_map(|d| SHAPES.map(|s| (d, s))) {
+        for (mean, silu) in [(0.0, false), (0.0, true), (1000.0, false), (-3.0, true)] {
+            let mut random = Random::new(11);
+            let a = random.tensor(&device, &[n, h, w, c_a], dtype, mean, 2.0);
+            let b = random.tensor(&device, &[n, h, w, c_b], dtype, mean + 1.0, 1.0);
+            let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c_a + c_b], dtype, mean, 0.5));
+            let x = if c_b > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
+            let args = GroupNorm { x, gamma: &gamma, beta: &beta, groups, eps: 1e-5, silu };
+            let what = format!("{n} {h} {w} {c_a}+{c_b} groups {groups} mean {mean} silu {silu}");
+            // 4: the mean in f32, the difference, the scale, SiLU.
+            assert_close(&ops::group_norm(args).unwrap(), &common::group_norm(&args), 4.0, what);
+        }
+    }
+}
+
+/// A group of equal values: variance 0, only eps below the root.
+#[test]
+fn group_norm_of_a_constant_is_beta() {
+    let device = Device::cpu();
+    let x = Tensor::from_f32(&device, &[1, 3, 3, 4], DType::F32, &[1234.5; 36]).unwrap();
+    let gamma = Tensor::from_f32(&device, &[4], DType::F32, &[1.0, 2.0, 3.0, 4.0]).unwrap();
+    let beta = Tensor::from_f32(&device, &[4], DType::F32, &[0.5, -0.5, 0.25, 0.0]).unwrap();
+    let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &beta, groups: 2, eps: 1e-6, silu: false };
+    let y = ops::group_norm(args).unwrap().to_f32_vec().unwrap();
+    for pixel in y.chunks_exact(4) {
+        assert_eq!(pixel, [0.5, -0.5, 0.25, 0.0]);
+    }
+}
+
+#[test]
+fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
+    let device = Device::cpu();
+    let mut random = Random::new(3);
+    let x = random.randn(&device, &[3, 40, 50, 24], DType::F32);
+    let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[24], DType::F32, mean, 0.5));
+    let run = |x: &Tensor| {
+        let args = GroupNorm { x: x.into(), gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true };
+        ops::group_norm(args).unwrap().to_f32_vec().unwrap()
+    };
+    let all = run(&x);
+    for image in 0..3 {
+        let one = run(&x.rows(image..image + 1).unwrap());
+        assert_eq!(one, all[image * one.len()..(image + 1) * one.len()], "image {image}");
+    }
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert_eq!(pool.install(|| run(&x)), all, "{threads} threads");
+    }
+}
+
+#[test]
+fn layer_norm_matches_f64() {
+    let device = Device::cpu();
+    let shapes: [&[usize]; 9] =
+        [&[1], &[5, 1], &[2, 3, 7], &[3, 17], &[2, 31], &[2, 33], &[0, 8], &[2, 77, 768], &[1, 60, 320]];
+    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|d| shapes.map(|s| (d, s))) {
+        for mean in [0.0, 1000.0] {
+            let mut random = Random::new(13);
+            let x = random.tensor(&device, shape, dtype, mean, 2.0);
+            let c = shape[shape.len() - 1];
+            let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
+            let args = LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 };
+            let what = format!("{shape:?} mean {mean}");
+            assert_close(&ops::layer_norm(args).unwrap(), &common::layer_norm(&args), 4.0, what);
+        }
+    }
+    let empty = Tensor::zeros(&device, &[3, 0], DType::F32).unwrap();
+    let none = Tensor::zeros(&device, &[0], DType::F32).unwrap();
+    let y = ops::layer_norm(LayerNorm { x: &empty, gamma: &none, beta: &none, eps: 1e-5 }).unwrap();
+    assert_eq!(y.shape(), [3, 0]);
+}
+
+#[test]
+fn meta_records_one_pass_over_the_operands() {
+    let device = Device::meta();
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, shape, DType::F16).unwrap();
+    let (a, b, gamma) = (zeros(&[2, 8, 8, 640]), zeros(&[2, 8, 8, 320]), zeros(&[960]));
+    let Device::Meta(meta) = &device else { unreachable!() };
+    meta.take_report();
+    let args = GroupNorm { x: Source::Two(&a, &b), gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
+    let y = ops::group_norm(args).unwrap();
+    assert_eq!(y.shape(), [2, 8, 8, 960]);
+    let tokens = y.reshape(&[2, 64, 960]).unwrap();
+    ops::layer_norm(LayerNorm { x: &tokens, gamma: &gamma, beta: &gamma, eps: 1e-5 }).unwrap();
+    let report = meta.take_report();
+    let values = 2 * 64 * 960;
+    assert_eq!(report.ops.iter().map(|op| op.op).collect::<Vec<_>>(), ["group_norm", "layer_norm"]);
+    for (op, flops) in report.ops.iter().zip([12 * values, 8 * values]) {
+        let work = op.work;
+        let expected_bytes = 2 * (2 * values + 2 * 960);
+        assert_eq!((work.macs, work.flops, work.bytes, work.launches), (0, flops, expected_bytes, 1));
+        assert_eq!(op.kind, OpKind::Norm);
+    }
+}
+
+#[test]
+fn arguments_that_do_not_fit_are_named() {
+    let device = Device::cpu();
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(&device, shape, dtype).unwrap();
+    let f = DType::F32;
+    let (x, x2, gamma, tokens) = (zeros(&[1, 2, 2, 6], f), zeros(&[1, 2, 3, 6], f), zeros(&[6], f), zeros(&[4, 6], f));
+    let ok = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &gamma, groups: 3, eps: 1e-5, silu: false };
+    assert!(ops::group_norm(ok).is_ok());
+    let fails = |args: GroupNorm, expected: &str| {
+        let error = ops::group_norm(args).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error} does not contain {expected}");
+        error
+    };
+    fails(GroupNorm { x: (&tokens).into(), ..ok }, "group_norm: x has shape [4, 6], expected 4 dimensions");
+    fails(GroupNorm { x: Source::Two(&x, &x2), ..ok }, "x2 has shape [1, 2, 3, 6], expected [1, 2, 2, 6]");
+    fails(GroupNorm { gamma: &zeros(&[5], f), ..ok }, "gamma has shape [5], expected [6]");
+    fails(GroupNorm { beta: &zeros(&[6], DType::BF16), ..ok }, "beta is bf16, expected f32");
+    let error =
+        fails(GroupNorm { groups: 4, ..ok }, "x has shape [1, 2, 2, 6], expected a channel count that 4 groups");
+    assert!(matches!(error, Error::Shape { arg: "x", .. }));
+    fails(GroupNorm { groups: 0, ..ok }, "0 groups");
+    fails(GroupNorm { eps: -1.0, ..ok }, "eps is -1");
+    fails(GroupNorm { eps: f32::NAN, ..ok }, "eps is NaN");
+    let elsewhere = Tensor::zeros(&Device::cpu(), &[6], f).unwrap();
+    assert!(matches!(fails(GroupNorm { gamma: &elsewhere, ..ok }, "gamma"), Error::Device { .. }));
+    fails(GroupNorm { x: (&zeros(&[1, 2, 2, 6], DType::U32)).into(), ..ok }, "x is u32");
+
+    let ok = LayerNorm { x: &tokens, gamma: &gamma, beta: &gamma, eps: 1e-5 };
+    assert!(ops::layer_norm(ok).is_ok());
+    let fails = |args: LayerNorm, expected: &str| {
+        let error = ops::layer_norm(args).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error} does not contain {expected}");
+    };
+    fails(LayerNorm { x: &zeros(&[], f), ..ok }, "layer_norm: x has shape []");
+    fails(LayerNorm { gamma: &zeros(&[4], f), ..ok }, "gamma has shape [4], expected [6]");
+    fails(LayerNorm { beta: &zeros(&[6], DType::F16), ..ok }, "beta is f16, expected f32");
+    fails(LayerNorm { x: &zeros(&[4, 6], DType::U32), ..ok }, "x is u32");
+    fails(LayerNorm { eps: f32::INFINITY, ..ok }, "eps is inf");
+}
