@@ -7,6 +7,7 @@ pub mod error;
 pub mod image;
 pub mod models;
 pub mod ops;
+pub mod rng;
 pub mod runtime;
 pub mod text;
 

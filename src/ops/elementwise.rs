@@ -1,5 +1,6 @@
 use rayon::prelude::*;
 
+use super::cpu::math;
 use super::{Tensor, by_dtype, bytes_of, float};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
@@ -40,7 +41,7 @@ pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
     if recorded(OP, &y, &[x], 4) {
         return Ok(y);
     }
-    by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| activate(values, activation)));
+    by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| math::activate(activation, values)));
     Ok(y)
 }
 
@@ -145,22 +146,12 @@ fn recorded(op: &'static str, y: &Tensor, inputs: &[&Tensor], flops: u64) -> boo
 /// `y = f(x)` in f32, a chunk at a time.
 pub(super) fn map<T: Element, U: Element>(x: &[T], y: &mut [U], f: impl Fn(&mut [f32]) + Sync) {
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each_init(
-        || Vec::with_capacity(CHUNK),
-        |values: &mut Vec<f32>, (y, x)| {
-            values.clear();
-            values.extend(x.iter().map(|&x| x.to_f32()));
+        || vec![0.0; CHUNK],
+        |values, (y, x)| {
+            let values = &mut values[..x.len()];
+            math::load(values, x);
             f(values);
-            y.iter_mut().zip(values.iter()).for_each(|(y, &value)| *y = U::from_f32(value));
+            math::store(y, values);
         },
     );
-}
-
-fn activate(values: &mut [f32], activation: Activation) {
-    let f: fn(f32) -> f32 = match activation {
-        Activation::None | Activation::Geglu => return,
-        Activation::Silu => |x| x / (1.0 + (-x).exp()),
-        Activation::QuickGelu => |x| x / (1.0 + (-1.702 * x).exp()),
-        Activation::Gelu => |x| x,
-    };
-    values.iter_mut().for_each(|x| *x = f(*x));
 }
