@@ -4,9 +4,15 @@
 //! fills them; no method edits a model.
 
 pub mod error;
+pub mod image;
+pub mod methods;
 pub mod models;
 pub mod ops;
+pub mod pipeline;
+pub mod rng;
 pub mod runtime;
+pub mod schedulers;
+pub mod text;
 
 pub use error::{Error, Result};
 pub use runtime::{DType, Device, Tensor};

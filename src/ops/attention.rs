@@ -1,5 +1,13 @@
-use super::Tensor;
-use crate::error::Result;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::cpu::gemm::{K_BLOCK, TILE_STRIDE};
+use super::cpu::kernels::Kernel;
+use super::cpu::math::{self, exp_nonpositive, simd};
+use super::{Tensor, by_dtype, float};
+use crate::error::{Error, Result};
+use crate::runtime::{Device, Element, OpKind, Work};
 
 /// Arguments of [`attention`]; heads are as the projections leave them, so nothing is transposed or copied.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +24,348 @@ pub enum Attention<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
-/// which argument; [`Error::Argument`](crate::Error::Argument): no keys.
-pub fn attention(_args: Attention) -> Result<Tensor> {
-    unimplemented!()
+/// which argument; [`Error::Argument`](crate::Error::Argument): queries but no keys.
+pub fn attention(args: Attention) -> Result<Tensor> {
+    const OP: &str = "attention";
+    let (q, causal, dims) = match args {
+        Attention::Packed { qkv, causal } => {
+            let [n, l, three, heads, head_dim] = qkv.dims(OP, "qkv")?;
+            float(OP, "qkv", qkv)?;
+            if three != 3 {
+                return Err(Error::shape(OP, "qkv", qkv, "[N, L, 3, heads, head_dim]"));
+            }
+            (qkv, causal, Dims { n, queries: l, keys: l, heads, head_dim })
+        }
+        Attention::Cross { q, kv } => {
+            let [n, queries, heads, head_dim] = q.dims(OP, "q")?;
+            let [_, keys, _, _, _] = kv.dims(OP, "kv")?;
+            float(OP, "q", q)?;
+            kv.expect(OP, "kv", &[n, keys, 2, heads, head_dim], q.dtype(), q.device())?;
+            (q, false, Dims { n, queries, keys, heads, head_dim })
+        }
+    };
+    let Dims { n, queries, keys, heads, head_dim } = dims;
+    let mut y = Tensor::uninit(q.device(), &[n, queries, heads, head_dim], q.dtype())?;
+    if y.numel() > 0 && keys == 0 {
+        return Err(Error::argument(OP, "L_k", keys, "at least one key"));
+    }
+    if let Device::Meta(meta) = y.device() {
+        let kv_bytes = 2 * (n * keys * heads * head_dim * y.dtype().size_bytes()) as u64;
+        meta.record(OP, OpKind::Attention, y.shape(), dims.work(causal, 2 * y.bytes() + kv_bytes));
+        return Ok(y);
+    }
+    if y.numel() == 0 {
+        return Ok(y);
+    }
+    by_dtype!(y.dtype(), T => {
+        // Rows of all heads, so the distance of two tokens' rows of one head.
+        let width = heads * head_dim;
+        let (q, k, v) = match args {
+            Attention::Packed { qkv, .. } => {
+                let part = |part| Tokens { data: qkv.cpu::<T>(), offset: part * width, stride: 3 * width };
+                (part(0), part(1), part(2))
+            }
+            Attention::Cross { q, kv } => {
+                let part = |part| Tokens { data: kv.cpu::<T>(), offset: part * width, stride: 2 * width };
+                (Tokens { data: q.cpu(), offset: 0, stride: width }, part(0), part(1))
+            }
+        };
+        forward(&dims, causal, [q, k, v], y.cpu_mut());
+    });
+    Ok(y)
+}
+
+#[derive(Clone, Copy)]
+struct Dims {
+    n: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl Dims {
+    fn work(&self, causal: bool, bytes: u64) -> Work {
+        let pairs = if causal { self.queries * (self.queries + 1) / 2 } else { self.queries * self.keys };
+        let scores = self.n as u64 * self.heads as u64 * pairs as u64;
+        let macs = 2 * scores * self.head_dim as u64;
+        // Beside the products: scale, maximum, subtraction, exponential and sum of each score.
+        Work { macs, flops: 2 * macs + 5 * scores, bytes, launches: 1 }
+    }
+}
+
+/// q, k or v where the projection left it: token `i` of batch `b` starts at element `offset + (b * L + i) * stride`.
+#[derive(Clone, Copy)]
+struct Tokens<'a, T> {
+    data: &'a [T],
+    offset: usize,
+    stride: usize,
+}
+
+impl<'a, T> Tokens<'a, T> {
+    /// From token `token` (counted over the whole batch) of head `head` on.
+    fn from(&self, token: usize, head: usize, head_dim: usize) -> &'a [T] {
+        &self.data[self.offset + token * self.stride + head * head_dim..]
+    }
+}
+
+/// Queries of one task: their packed keys and values are shared by so many rows.
+const MAX_QUERIES: usize = 224;
+
+/// Keys of one block: the depth of the product with the values.
+const KEYS: usize = K_BLOCK;
+
+/// The blocks of one head, one rayon task per head and block of queries. A task walks the keys in blocks: keys and values
+/// are packed into the kernel's panels, then each tile of queries gets its scores (a tile by a block, in L1), the
+/// running softmax, and the product with the values, which is added to the tile's rows of `sums`.
+fn forward<T: Element>(dims: &Dims, causal: bool, qkv: [Tokens<T>; 3], y: &mut [T]) {
+    let kernel = Kernel::best();
+    let Dims { n, queries, heads, head_dim, .. } = *dims;
+    // About four tasks a thread where there are so many rows, whole tiles, at most MAX_QUERIES.
+    let fair = (n * heads * queries).div_ceil(4 * rayon::current_num_threads());
+    let block = fair.min(MAX_QUERIES).next_multiple_of(kernel.rows).min(MAX_QUERIES / kernel.rows * kernel.rows);
+    let blocks = queries.div_ceil(block);
+    let y = Output { data: y.as_mut_ptr(), len: y.len() };
+    (0..n * heads * blocks).into_par_iter().for_each_init(
+        || Scratch::new(kernel, block, head_dim, dims.keys),
+        |scratch, task| {
+            let (batch, head, first) = (task / blocks / heads, task / blocks % heads, task % blocks * block);
+            let rows = first..queries.min(first + block);
+            scratch.attend(dims, causal, qkv, batch, head, rows.clone());
+            for (i, query) in rows.enumerate() {
+                let at = ((batch * queries + query) * heads + head) * head_dim;
+                // SAFETY: a row of a head belongs to one task alone, and no task reads y.
+                let row = unsafe { y.slice_mut(at..at + head_dim) };
+                scratch.finish(i, row);
+            }
+        },
+    );
+}
+
+/// The output, shared by tasks that write disjoint parts of it.
+#[derive(Clone, Copy)]
+struct Output<T> {
+    data: *mut T,
+    len: usize,
+}
+
+// SAFETY: the pointer is only used through slice_mut, whose callers hold disjoint ranges.
+unsafe impl<T: Send> Sync for Output<T> {}
+
+impl<T> Output<T> {
+    /// # Safety
+    /// No two live slices overlap, and the tensor outlives them.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice_mut(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: in bounds as just asserted; exclusive by the caller's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
+
+/// Memory of one task, bounded by the block sizes: about 2 MiB at head_dim 512, 0.4 MiB at 40.
+struct Scratch {
+    kernel: Kernel,
+    head_dim: usize,
+    /// head_dim, rounded up to whole panels.
+    width: usize,
+    /// `[head_dim / K_BLOCK, queries, TILE_STRIDE]`: the scaled queries in the kernel's tiles.
+    q: Vec<f32>,
+    queries: usize,
+    /// `[panel of keys, head_dim, columns]`
+    k: Vec<f32>,
+    /// `[panel of head_dim, keys, columns]`
+    v: Vec<f32>,
+    /// Keys that a panel of `v` has room for.
+    keys: usize,
+    /// `[tile's rows, TILE_STRIDE]`: scores, then their exponentials.
+    scores: Vec<f32>,
+    /// `[queries, width]`: sums of exponential times value.
+    sums: Vec<f32>,
+    /// For each query the largest score so far and the sum of the exponentials relative to it.
+    max: Vec<f32>,
+    total: Vec<f32>,
+    rescale: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(kernel: Kernel, queries: usize, head_dim: usize, keys: usize) -> Scratch {
+        let width = head_dim.next_multiple_of(kernel.columns);
+        let keys = keys.min(KEYS).next_multiple_of(kernel.columns);
+        Scratch {
+            kernel,
+            head_dim,
+            width,
+            q: vec![0.0; head_dim.div_ceil(K_BLOCK) * queries * TILE_STRIDE],
+            queries,
+            k: vec![0.0; keys * head_dim],
+            v: vec![0.0; keys * width],
+            keys,
+            scores: vec![0.0; kernel.rows * TILE_STRIDE],
+            sums: vec![0.0; queries * width],
+            max: vec![0.0; queries],
+            total: vec![0.0; queries],
+            rescale: vec![0.0; kernel.rows],
+        }
+    }
+
+    /// One head's block of queries against all the keys it sees; the result waits in `sums` and `total`.
+    fn attend<T: Element>(
+        &mut self,
+        dims: &Dims,
+        causal: bool,
+        [q, k, v]: [Tokens<T>; 3],
+        batch: usize,
+        head: usize,
+        rows: Range<usize>,
+    ) {
+        let count = rows.len();
+        self.load_queries(q, batch * dims.queries + rows.start, head, count);
+        self.sums[..count * self.width].fill(0.0);
+        self.max[..count].fill(f32::NEG_INFINITY);
+        self.total[..count].fill(0.0);
+        let seen = if causal { rows.end } else { dims.keys };
+        for first in (0..seen).step_by(KEYS) {
+            let keys = KEYS.min(seen - first);
+            let token = batch * dims.keys + first;
+            self.pack_keys(k.from(token, head, self.head_dim), k.stride, keys);
+            self.pack_values(v.from(token, head, self.head_dim), v.stride, keys);
+            for tile in (0..count).step_by(self.kernel.rows) {
+                let tile_rows = self.kernel.rows.min(count - tile);
+                // Keys of this block that the tile's first and last query see.
+                let last = rows.start + tile + tile_rows - 1;
+                let visible = |query: usize| if causal { (query + 1).saturating_sub(first).min(keys) } else { keys };
+                if visible(last) == 0 {
+                    continue;
+                }
+                self.score(tile, tile_rows, visible(last));
+                if visible(rows.start + tile) == keys {
+                    self.update(tile, 0..tile_rows, keys);
+                } else {
+                    // The diagonal: row by row, so that no row touches a key or a value behind its own.
+                    for row in 0..tile_rows {
+                        self.update(tile, row..row + 1, visible(rows.start + tile + row));
+                    }
+                }
+            }
+        }
+    }
+
+    /// q / sqrt(head_dim) of `count` queries from `token` on.
+    fn load_queries<T: Element>(&mut self, q: Tokens<T>, token: usize, head: usize, count: usize) {
+        let scale = (1.0 / (self.head_dim as f64).sqrt()) as f32;
+        for i in 0..count {
+            let row = &q.from(token + i, head, self.head_dim)[..self.head_dim];
+            for (part, row) in row.chunks(K_BLOCK).enumerate() {
+                let to = &mut self.q[(part * self.queries + i) * TILE_STRIDE..][..row.len()];
+                math::load(to, row);
+                to.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+    }
+
+    fn pack_keys<T: Element>(&mut self, k: &[T], stride: usize, keys: usize) {
+        let columns = self.kernel.columns;
+        for (first, panel) in (0..keys).step_by(columns).zip(self.k.chunks_mut(columns * self.head_dim)) {
+            let count = columns.min(keys - first);
+            for start in (0..self.head_dim).step_by(K_BLOCK) {
+                let depth = start..self.head_dim.min(start + K_BLOCK);
+                self.kernel.transpose(&k[first * stride..], stride, count, depth, &mut panel[start * columns..]);
+            }
+        }
+    }
+
+    fn pack_values<T: Element>(&mut self, v: &[T], stride: usize, keys: usize) {
+        let columns = self.kernel.columns;
+        for (first, panel) in (0..self.head_dim).step_by(columns).zip(self.v.chunks_mut(self.keys * columns)) {
+            let count = columns.min(self.head_dim - first);
+            for (key, to) in panel.chunks_exact_mut(columns).take(keys).enumerate() {
+                math::load(&mut to[..count], &v[key * stride + first..][..count]);
+            }
+        }
+    }
+
+    /// `scores = q k^T` for the tile's queries and the block's first `keys` keys.
+    fn score(&mut self, tile: usize, rows: usize, keys: usize) {
+        let columns = self.kernel.columns;
+        for (first, panel) in (0..keys).step_by(columns).zip(self.k.chunks(columns * self.head_dim)) {
+            for (part, start) in (0..self.head_dim).step_by(K_BLOCK).enumerate() {
+                let depth = K_BLOCK.min(self.head_dim - start);
+                let q = &self.q[(part * self.queries + tile) * TILE_STRIDE..];
+                let (panel, sums) = (&panel[start * columns..], &mut self.scores[first..]);
+                let narrow = keys - first <= columns / 2;
+                self.kernel.run(rows, narrow, depth, q, panel, sums, TILE_STRIDE, part > 0);
+            }
+        }
+    }
+
+    /// Softmax of the first `keys` scores of these rows of the tile and their product with the values.
+    fn update(&mut self, tile: usize, rows: Range<usize>, keys: usize) {
+        if keys == 0 {
+            return;
+        }
+        let Scratch { width, kernel, .. } = *self;
+        let queries = tile + rows.start..tile + rows.end;
+        let scores = &mut self.scores[rows.start * TILE_STRIDE..];
+        let rescale = &mut self.rescale[..rows.len()];
+        online_softmax(scores, keys, &mut self.max[queries.clone()], &mut self.total[queries.clone()], rescale);
+        let sums = &mut self.sums[queries.start * width..queries.end * width];
+        for (row, &factor) in sums.chunks_exact_mut(width).zip(rescale.iter()) {
+            if factor != 1.0 {
+                row.iter_mut().for_each(|sum| *sum *= factor);
+            }
+        }
+        let panels = self.v.chunks(self.keys * kernel.columns);
+        for (first, panel) in (0..self.head_dim).step_by(kernel.columns).zip(panels) {
+            let narrow = self.head_dim - first <= kernel.columns / 2;
+            kernel.run(rows.len(), narrow, keys, scores, panel, &mut sums[first..], width, true);
+        }
+    }
+
+    /// `y = sums / total`, row `i` of the block.
+    fn finish<T: Element>(&mut self, i: usize, y: &mut [T]) {
+        let row = &mut self.sums[i * self.width..][..self.head_dim];
+        let scale = 1.0 / self.total[i];
+        row.iter_mut().for_each(|sum| *sum *= scale);
+        math::store(y, row);
+    }
+}
+
+simd! {
+    /// One block's step of the running softmax, row by row (rows of `scores` [`TILE_STRIDE`] apart): `scores` become
+    /// `exp(score - max)` with the new maximum, `total` is brought to it and grows by their sum, and `rescale` is what
+    /// sums relative to the old maximum have to be multiplied by.
+    ///
+    /// A row that so far saw only -inf keeps sums of 0, as exp(-inf) relative to any finite maximum; NaN passes through.
+    fn online_softmax(scores: &mut [f32], keys: usize, max: &mut [f32], total: &mut [f32], rescale: &mut [f32]) {
+        const LANES: usize = 32;
+        for (row, ((max, total), rescale)) in max.iter_mut().zip(total).zip(rescale).enumerate() {
+            let scores = &mut scores[row * TILE_STRIDE..][..keys];
+            let (blocks, tail) = scores.as_chunks_mut::<LANES>();
+            let mut lanes = [*max; LANES];
+            for block in blocks.iter() {
+                for (lane, &score) in lanes.iter_mut().zip(block) {
+                    *lane = if score > *lane { score } else { *lane };
+                }
+            }
+            let largest = lanes.iter().chain(tail.iter()).fold(*max, |a, &b| if b > a { b } else { a });
+            let shift = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
+
+            let mut lanes = [0.0f32; LANES];
+            for block in blocks {
+                for (lane, score) in lanes.iter_mut().zip(block) {
+                    *score = exp_nonpositive::<FMA>(*score - shift);
+                    *lane += *score;
+                }
+            }
+            let mut sum: f32 = lanes.iter().sum();
+            for score in tail {
+                *score = exp_nonpositive::<FMA>(*score - shift);
+                sum += *score;
+            }
+            *rescale = exp_nonpositive::<FMA>(*max - shift);
+            *total = *total * *rescale + sum;
+            *max = largest;
+        }
+    }
 }

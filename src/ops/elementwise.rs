@@ -1,6 +1,12 @@
-use super::Tensor;
-use crate::error::Result;
-use crate::runtime::DType;
+use rayon::prelude::*;
+
+use super::cpu::math;
+use super::{Tensor, by_dtype, bytes_of, float};
+use crate::error::{Error, Result};
+use crate::runtime::{DType, Device, Element, OpKind, Work};
+
+/// Elements one task works on: enough to outweigh its start, few enough to stay in the first-level caches.
+pub(super) const CHUNK: usize = 8192;
 
 /// Pointwise nonlinearity, alone or in a linear's epilogue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,31 +26,132 @@ pub enum Activation {
 ///
 /// # Errors
 /// [`Error::Dtype`](crate::Error::Dtype); [`Error::Argument`](crate::Error::Argument) for GEGLU.
-pub fn activation(_x: &Tensor, _activation: Activation) -> Result<Tensor> {
-    unimplemented!()
+pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    const OP: &str = "activation";
+    float(OP, "x", x)?;
+    if activation == Activation::Geglu {
+        return Err(Error::argument(
+            OP,
+            "activation",
+            "Geglu",
+            "None, Silu, Gelu or QuickGelu; GEGLU is part of linear",
+        ));
+    }
+    let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
+    if recorded(OP, &y, &[x], 4) {
+        return Ok(y);
+    }
+    by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| math::activate(activation, values)));
+    Ok(y)
 }
 
 /// `a + b`, same shape and dtype.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device).
-pub fn add(_a: &Tensor, _b: &Tensor) -> Result<Tensor> {
-    unimplemented!()
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    const OP: &str = "add";
+    float(OP, "a", a)?;
+    b.expect(OP, "b", a.shape(), a.dtype(), a.device())?;
+    let mut y = Tensor::uninit(a.device(), a.shape(), a.dtype())?;
+    if recorded(OP, &y, &[a, b], 1) {
+        return Ok(y);
+    }
+    by_dtype!(a.dtype(), T => {
+        let (a, b) = (a.cpu::<T>(), b.cpu::<T>());
+        y.cpu_mut::<T>().par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK))).for_each(|(y, (a, b))| {
+            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+                *y = T::from_f32(a.to_f32() + b.to_f32());
+            }
+        });
+    });
+    Ok(y)
 }
 
 /// `min(max(x, low), high)`, same shape and dtype; NaN stays NaN.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) when `low > high`.
-pub fn clamp(_x: &Tensor, _low: f32, _high: f32) -> Result<Tensor> {
-    unimplemented!()
+/// [`Error::Argument`](crate::Error::Argument) when `low > high` or one of them is NaN;
+/// [`Error::Dtype`](crate::Error::Dtype).
+pub fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
+    const OP: &str = "clamp";
+    float(OP, "x", x)?;
+    ordered(OP, "low, high", low, high)?;
+    let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
+    if recorded(OP, &y, &[x], 2) {
+        return Ok(y);
+    }
+    by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| {
+        values.iter_mut().for_each(|value| *value = value.clamp(low, high));
+    }));
+    Ok(y)
 }
 
 /// `scale * x + shift`, rounded to `dtype`, repeated along the batch: `[N, ...]` to `[repeats * N, ...]` (all rows, then
 /// all rows again: the unconditional and the conditional half of classifier-free guidance).
 ///
 /// # Errors
-/// [`Error::Dtype`](crate::Error::Dtype); [`Error::Argument`](crate::Error::Argument) when `repeats` is 0.
-pub fn scale_cast(_x: &Tensor, _scale: f32, _shift: f32, _dtype: DType, _repeats: usize) -> Result<Tensor> {
-    unimplemented!()
+/// [`Error::Dtype`](crate::Error::Dtype); [`Error::Shape`](crate::Error::Shape): no batch dimension;
+/// [`Error::Argument`](crate::Error::Argument) when `repeats` is 0.
+pub fn scale_cast(x: &Tensor, scale: f32, shift: f32, dtype: DType, repeats: usize) -> Result<Tensor> {
+    const OP: &str = "scale_cast";
+    float(OP, "x", x)?;
+    if !dtype.is_float() {
+        return Err(Error::Dtype { op: OP, arg: "dtype", got: dtype, want: "f32, f16 or bf16".into() });
+    }
+    if repeats == 0 {
+        return Err(Error::argument(OP, "repeats", repeats, "at least 1"));
+    }
+    let Some(&n) = x.shape().first() else {
+        return Err(Error::shape(OP, "x", x, "[N, ...]"));
+    };
+    let mut shape = x.shape().to_vec();
+    shape[0] = n.checked_mul(repeats).ok_or(Error::TooLarge {
+        op: OP,
+        what: "repeats * N",
+        got: n as u128 * repeats as u128,
+        limit: usize::MAX as u128,
+    })?;
+    let mut y = Tensor::uninit(x.device(), &shape, dtype)?;
+    if recorded(OP, &y, &[x], 2) {
+        return Ok(y);
+    }
+    let count = x.numel();
+    if count == 0 {
+        return Ok(y);
+    }
+    by_dtype!(x.dtype(), T => by_dtype!(dtype, U => {
+        for part in y.cpu_mut::<U>().chunks_exact_mut(count) {
+            map::<T, U>(x.cpu(), part, |values| values.iter_mut().for_each(|value| *value = scale * *value + shift));
+        }
+    }));
+    Ok(y)
+}
+
+/// `low <= high`, neither of them NaN.
+pub(super) fn ordered(op: &'static str, arg: &'static str, low: f32, high: f32) -> Result<()> {
+    if low <= high { Ok(()) } else { Err(Error::argument(op, arg, format!("{low}, {high}"), "low <= high, not NaN")) }
+}
+
+/// On the meta device: records a pointwise op that reads `inputs`, writes `y` and spends `flops` an output element.
+fn recorded(op: &'static str, y: &Tensor, inputs: &[&Tensor], flops: u64) -> bool {
+    let Device::Meta(meta) = y.device() else { return false };
+    let inputs: Vec<Option<&Tensor>> = inputs.iter().map(|&x| Some(x)).collect();
+    let bytes = y.bytes() + bytes_of(&inputs);
+    let work = Work { macs: 0, flops: flops * y.numel() as u64, bytes, launches: 1 };
+    meta.record(op, OpKind::Elementwise, y.shape(), work);
+    true
+}
+
+/// `y = f(x)` in f32, a chunk at a time.
+pub(super) fn map<T: Element, U: Element>(x: &[T], y: &mut [U], f: impl Fn(&mut [f32]) + Sync) {
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each_init(
+        || vec![0.0; CHUNK],
+        |values, (y, x)| {
+            let values = &mut values[..x.len()];
+            math::load(values, x);
+            f(values);
+            math::store(y, values);
+        },
+    );
 }

@@ -20,7 +20,7 @@ pub use elementwise::{Activation, activation, add, clamp, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
-pub use resize::{Upsampler, resize, resize_nearest};
+pub use resize::{Upsampler, resize, resize_nearest, resize_u8};
 pub use sampler::{StepCoefficients, StepOutput, add_noise, diagonal_gaussian, sampler_step};
 
 use crate::error::{Error, Result};

@@ -1,5 +1,9 @@
-use super::Tensor;
-use crate::error::Result;
+use rayon::prelude::*;
+
+use super::elementwise::{map, ordered};
+use super::{Tensor, by_dtype, float};
+use crate::error::{Error, Result};
+use crate::runtime::{Device, OpKind, Work};
 
 /// The relay's upsampler Phi (MegaFusion, arXiv:2408.11001, table 4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -21,15 +25,304 @@ pub enum Upsampler {
 /// does: horizontal, then vertical) and `clamp` is applied at the end.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument): an empty size; [`Error::Shape`](crate::Error::Shape): not 4-d or empty.
-pub fn resize(_x: &Tensor, _size: [usize; 2], _upsampler: Upsampler, _clamp: Option<(f32, f32)>) -> Result<Tensor> {
-    unimplemented!()
+/// [`Error::Argument`](crate::Error::Argument): an empty size, a `clamp` that is not low, high;
+/// [`Error::Shape`](crate::Error::Shape): not 4-d or empty; [`Error::Dtype`](crate::Error::Dtype).
+pub fn resize(x: &Tensor, size: [usize; 2], upsampler: Upsampler, clamp: Option<(f32, f32)>) -> Result<Tensor> {
+    let (low, high) = clamp.unwrap_or((f32::NEG_INFINITY, f32::INFINITY));
+    ordered("resize", "clamp", low, high)?;
+    by_image("resize", x, size, upsampler, |mut image, [rows, columns]| {
+        image = image.horizontal(columns, |sum| sum as f32).vertical(rows, |sum| sum as f32).sharpened(upsampler);
+        image.values.iter_mut().for_each(|value| *value = value.clamp(low, high));
+        image
+    })
+}
+
+/// [`resize`] as it happens to 8-bit RGB, for parity with code whose images pass through it: values in [-1, 1] are
+/// quantised to `round(255 clamp(x/2 + 0.5, 0, 1))`, filtered horizontally, rounded and clamped to 8 bits, filtered
+/// vertically, rounded and clamped again, and mapped back to [-1, 1]. PIL's fixed-point weights (22 bits) make
+/// `Bilinear`, `Bicubic` and `BicubicEdge` equal to PIL level for level; PIL has no `BicubicTorch` and no such Gaussian:
+/// these are the float filters on 8-bit levels, rounded once. NaN becomes level 0.
+///
+/// # Errors
+/// As [`resize`].
+pub fn resize_u8(x: &Tensor, size: [usize; 2], upsampler: Upsampler) -> Result<Tensor> {
+    by_image("resize_u8", x, size, upsampler, |mut image, [rows, columns]| {
+        // `as u8` takes NaN to 0.
+        let quantise = |v: f32| f32::from(((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
+        image.values.iter_mut().for_each(|value| *value = quantise(*value));
+        image = if upsampler == Upsampler::BicubicTorch {
+            image.horizontal(columns, |sum| sum as f32).vertical(rows, level)
+        } else {
+            let (rows, columns) = (rows.fixed_point(), columns.fixed_point());
+            image.horizontal(&columns, fixed_point_level).vertical(&rows, fixed_point_level)
+        };
+        image = image.sharpened(upsampler);
+        image.values.iter_mut().for_each(|value| *value = 2.0 * (level(f64::from(*value)) / 255.0) - 1.0);
+        image
+    })
+}
+
+/// Checks, the meta device, and the loop over the batch of [`resize`] and [`resize_u8`].
+fn by_image(
+    op: &'static str,
+    x: &Tensor,
+    size: [usize; 2],
+    upsampler: Upsampler,
+    f: impl Fn(Image, [&Filter; 2]) -> Image,
+) -> Result<Tensor> {
+    let [n, h, w, c] = checked(op, x, size)?;
+    let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
+    let filters = [Filter::new(upsampler, h, size[0]), Filter::new(upsampler, w, size[1])];
+    let [rows, columns] = &filters;
+    let taps = h * columns.taps.len() + size[1] * rows.taps.len() + size[0] * size[1] * upsampler.sharpening_taps();
+    if recorded(op, x, &y, 2 * (n * c * taps) as u64) {
+        return Ok(y);
+    }
+    let (from, to) = (h * w * c, size[0] * size[1] * c);
+    for i in 0..n {
+        let mut image = Image { values: vec![0.0; from], h, w, c };
+        by_dtype!(x.dtype(), T => map::<T, f32>(&x.cpu()[i * from..][..from], &mut image.values, |_| {}));
+        let resized = f(image, [rows, columns]);
+        by_dtype!(x.dtype(), T => map::<f32, T>(&resized.values, &mut y.cpu_mut()[i * to..][..to], |_| {}));
+    }
+    Ok(y)
 }
 
 /// Nearest neighbour, source index `floor(i * in / out)`: `[N, H, W, C]` to `[N, size[0], size[1], C]`.
 ///
 /// # Errors
 /// As [`resize`].
-pub fn resize_nearest(_x: &Tensor, _size: [usize; 2]) -> Result<Tensor> {
-    unimplemented!()
+pub fn resize_nearest(x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+    const OP: &str = "resize_nearest";
+    let [n, h, w, c] = checked(OP, x, size)?;
+    let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
+    if recorded(OP, x, &y, 0) || y.numel() == 0 {
+        return Ok(y);
+    }
+    let [rows, columns] = [nearest(h, size[0]), nearest(w, size[1])];
+    by_dtype!(x.dtype(), T => {
+        let x = x.cpu::<T>();
+        y.cpu_mut::<T>().par_chunks_mut(size[1] * c).enumerate().for_each(|(i, y)| {
+            let row = &x[(i / size[0] * h + rows[i % size[0]]) * w * c..][..w * c];
+            for (y, &column) in y.chunks_exact_mut(c).zip(&columns) {
+                y.copy_from_slice(&row[column * c..][..c]);
+            }
+        });
+    });
+    Ok(y)
+}
+
+/// `floor(i * len / out)` for every output index.
+fn nearest(len: usize, out: usize) -> Vec<usize> {
+    (0..out).map(|i| (i as u128 * len as u128 / out as u128) as usize).collect()
+}
+
+fn checked(op: &'static str, x: &Tensor, size: [usize; 2]) -> Result<[usize; 4]> {
+    let [n, h, w, c] = x.dims(op, "x")?;
+    float(op, "x", x)?;
+    if h == 0 || w == 0 || c == 0 {
+        return Err(Error::shape(op, "x", x, "a height, a width and channels"));
+    }
+    if size.contains(&0) {
+        return Err(Error::argument(op, "size", format!("{size:?}"), "at least 1 x 1"));
+    }
+    Ok([n, h, w, c])
+}
+
+/// On the meta device: records the op.
+fn recorded(op: &'static str, x: &Tensor, y: &Tensor, flops: u64) -> bool {
+    let Device::Meta(meta) = y.device() else { return false };
+    let work = Work { macs: 0, flops, bytes: x.bytes() + y.bytes(), launches: 1 };
+    meta.record(op, OpKind::Resize, y.shape(), work);
+    true
+}
+
+impl Upsampler {
+    /// Multiplications a pixel and channel that follow the resize.
+    fn sharpening_taps(self) -> usize {
+        match self {
+            Upsampler::Bilinear | Upsampler::Bicubic | Upsampler::BicubicTorch => 0,
+            Upsampler::BicubicGaussian => 10,
+            Upsampler::BicubicEdge => 9,
+        }
+    }
+}
+
+/// One dimension's pass: output i is the sum of the inputs that `taps[ends[i - 1]..ends[i]]` name, times their weights.
+struct Filter {
+    ends: Vec<usize>,
+    /// Index of the input, weight. The border's rule is already applied to the indices.
+    taps: Vec<(usize, f64)>,
+}
+
+impl Filter {
+    fn new(upsampler: Upsampler, len: usize, out: usize) -> Filter {
+        match upsampler {
+            Upsampler::Bilinear => Filter::pil(len, out, 1.0, |x| (1.0 - x.abs()).max(0.0)),
+            Upsampler::BicubicTorch => Filter::torch_bicubic(len, out),
+            Upsampler::Bicubic | Upsampler::BicubicGaussian | Upsampler::BicubicEdge => {
+                Filter::pil(len, out, 2.0, |x| cubic(x, -0.5))
+            }
+        }
+    }
+
+    /// PIL's filters: `kernel` has its support widened by the scale when downscaling, taps outside the image are left
+    /// out, and the weights are normalised to sum 1.
+    fn pil(len: usize, out: usize, support: f64, kernel: impl Fn(f64) -> f64) -> Filter {
+        let scale = len as f64 / out as f64;
+        let width = scale.max(1.0);
+        let support = support * width;
+        Filter::collect(out, |i| {
+            let center = (i as f64 + 0.5) * scale;
+            // Casts to an integer truncate, those to usize also stop at 0.
+            let (first, end) = ((center - support + 0.5) as usize, ((center + support + 0.5) as usize).min(len));
+            let weights: Vec<f64> = (first..end).map(|j| kernel((j as f64 - center + 0.5) / width)).collect();
+            let sum: f64 = weights.iter().sum();
+            (first..end).zip(weights).map(move |(j, weight)| (j, weight / sum)).collect()
+        })
+    }
+
+    /// torch's, with the source coordinate in f32 as there: at index 1000 its rounding shifts the phase by up to 6e-5.
+    fn torch_bicubic(len: usize, out: usize) -> Filter {
+        let scale = len as f32 / out as f32;
+        Filter::collect(out, |i| {
+            let at = scale * (i as f32 + 0.5) - 0.5;
+            let (first, phase) = (at.floor() as isize - 1, f64::from(at - at.floor()));
+            let weight = |j: isize| cubic(phase + 1.0 - j as f64, -0.75);
+            (0..4).map(|j| ((first + j).clamp(0, len as isize - 1) as usize, weight(j))).collect()
+        })
+    }
+
+    /// Five taps of a Gaussian of standard deviation 1.1 pixels, the image mirrored about its border pixels.
+    fn gaussian(len: usize) -> Filter {
+        let weight = |offset: isize| (-0.5 * (offset as f64 / 1.1).powi(2)).exp();
+        let sum: f64 = (-2..=2).map(weight).sum();
+        let period = (2 * len as isize - 2).max(1);
+        Filter::collect(len, |i| {
+            let mirrored = |at: isize| at.rem_euclid(period).min(period - at.rem_euclid(period)) as usize;
+            (-2..=2).map(|offset| (mirrored(i as isize + offset).min(len - 1), weight(offset) / sum)).collect()
+        })
+    }
+
+    /// Weights of exactly 0 are left out, so that a pass between equal sizes is a copy.
+    fn collect(out: usize, taps_of: impl Fn(usize) -> Vec<(usize, f64)>) -> Filter {
+        let mut filter = Filter { ends: Vec::with_capacity(out), taps: Vec::new() };
+        for i in 0..out {
+            filter.taps.extend(taps_of(i).into_iter().filter(|&(_, weight)| weight != 0.0));
+            filter.ends.push(filter.taps.len());
+        }
+        filter
+    }
+
+    /// The weights in units of 2^-22, rounded half away from zero: PIL's for 8-bit images.
+    fn fixed_point(&self) -> Filter {
+        let rounded = |weight: f64| (weight * f64::from(FIXED_POINT_ONE)).round();
+        Filter { ends: self.ends.clone(), taps: self.taps.iter().map(|&(j, weight)| (j, rounded(weight))).collect() }
+    }
+
+    fn out(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn taps_of(&self, i: usize) -> &[(usize, f64)] {
+        let start = if i == 0 { 0 } else { self.ends[i - 1] };
+        &self.taps[start..self.ends[i]]
+    }
+}
+
+/// 1 in PIL's fixed point for 8-bit images.
+const FIXED_POINT_ONE: u32 = 1 << 22;
+
+/// A sum of levels times fixed-point weights (integers, exact in f64), rounded half up and clamped to 8 bits.
+fn fixed_point_level(sum: f64) -> f32 {
+    level(sum / f64::from(FIXED_POINT_ONE))
+}
+
+/// Rounded half up and clamped to 8 bits.
+fn level(value: f64) -> f32 {
+    (value + 0.5).floor().clamp(0.0, 255.0) as f32
+}
+
+/// Keys 1981, doi:10.1109/TASSP.1981.1163711: the piecewise cubic with slope `a` at 1.
+fn cubic(x: f64, a: f64) -> f64 {
+    let x = x.abs();
+    if x < 1.0 {
+        ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    } else if x < 2.0 {
+        (((x - 5.0) * x + 8.0) * x - 4.0) * a
+    } else {
+        0.0
+    }
+}
+
+/// One image of the batch, `[h, w, c]`.
+struct Image {
+    values: Vec<f32>,
+    h: usize,
+    w: usize,
+    c: usize,
+}
+
+impl Image {
+    /// `[h, w, c]` to `[h, filter.out(), c]`; `store` rounds a finished sum.
+    fn horizontal(&self, filter: &Filter, store: impl Fn(f64) -> f32 + Sync) -> Image {
+        let (h, w, c) = (self.h, filter.out(), self.c);
+        let mut values = vec![0.0; h * w * c];
+        values.par_chunks_mut(w * c).zip(self.values.par_chunks(self.w * c)).for_each(|(to, from)| {
+            for (i, to) in to.chunks_exact_mut(c).enumerate() {
+                for (channel, to) in to.iter_mut().enumerate() {
+                    let terms = filter.taps_of(i).iter().map(|&(j, tap)| tap * f64::from(from[j * c + channel]));
+                    *to = store(terms.sum());
+                }
+            }
+        });
+        Image { values, h, w, c }
+    }
+
+    /// `[h, w, c]` to `[filter.out(), w, c]`.
+    fn vertical(&self, filter: &Filter, store: impl Fn(f64) -> f32 + Sync) -> Image {
+        let (h, w, c) = (filter.out(), self.w, self.c);
+        let mut values = vec![0.0; h * w * c];
+        values.par_chunks_mut(w * c).enumerate().for_each_init(
+            || vec![0.0; w * c],
+            |sums, (i, to)| {
+                sums.fill(0.0);
+                for &(j, tap) in filter.taps_of(i) {
+                    let from = &self.values[j * w * c..][..w * c];
+                    sums.iter_mut().zip(from).for_each(|(sum, &from)| *sum += tap * f64::from(from));
+                }
+                to.iter_mut().zip(sums.iter()).for_each(|(to, &sum)| *to = store(sum));
+            },
+        );
+        Image { values, h, w, c }
+    }
+
+    /// What configurations C and D add to the resize.
+    fn sharpened(self, upsampler: Upsampler) -> Image {
+        match upsampler {
+            Upsampler::Bilinear | Upsampler::Bicubic | Upsampler::BicubicTorch => self,
+            Upsampler::BicubicGaussian => {
+                let rows = Filter::gaussian(self.h);
+                self.horizontal(&Filter::gaussian(self.w), |sum| sum as f32).vertical(&rows, |sum| sum as f32)
+            }
+            Upsampler::BicubicEdge => self.edge_enhanced(),
+        }
+    }
+
+    /// `1/2 [[-1,-1,-1],[-1,10,-1],[-1,-1,-1]]` as `(11 x - the sum of the 3x3 neighbourhood) / 2`, border pixels kept.
+    fn edge_enhanced(&self) -> Image {
+        let (h, w, c) = (self.h, self.w, self.c);
+        let mut values = self.values.clone();
+        values.par_chunks_mut(w * c).enumerate().for_each(|(i, to)| {
+            if i == 0 || i + 1 == h || w < 3 {
+                return;
+            }
+            let rows = [i - 1, i, i + 1].map(|row| &self.values[row * w * c..][..w * c]);
+            for at in c..(w - 1) * c {
+                let column = |at: usize| rows.iter().map(|row| row[at]).sum::<f32>();
+                to[at] = (11.0 * rows[1][at] - (column(at - c) + column(at) + column(at + c))) / 2.0;
+            }
+        });
+        Image { values, h, w, c }
+    }
 }

@@ -1,7 +1,7 @@
 //! The cpu device's side of the ops: vector math and the matrix product that linear and conv2d share.
 
 pub mod gemm;
-mod kernels;
+pub mod kernels;
 pub mod math;
 pub mod norm;
 
