@@ -481,17 +481,6 @@ fn values_that_are_refused() {
     }
 }
 
-#[test]
-fn a_size_beyond_the_memory_is_refused_with_figures() {
-    if !cfg!(target_os = "linux") {
-        return; // elsewhere the free memory is not known
-    }
-    let message = Place::new().fails(2, &["generate", "x", "--model", MODEL, "--size", "65536x65536"]);
-    for part in ["--size 65536x65536", "B of memory", "would fit"] {
-        assert!(message.contains(part), "{part} in: {message}");
-    }
-}
-
 /// Ctrl-C in the middle of a run and kill -9: no file, no rest of one.
 #[cfg(unix)]
 #[test]
