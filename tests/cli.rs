@@ -487,7 +487,7 @@ fn values_that_are_refused() {
 fn an_interrupt_leaves_nothing() {
     for (signal, status) in [("INT", Some(130)), ("KILL", None)] {
         let place = Place::new();
-        let args = ["generate", "x", "--model", MODEL, "--size", "96x96", "--method", "plain", "--steps", "1000"];
+        let args = ["generate", "x", "--model", MODEL, "--size", "96x96", "--method", "plain", "--steps", "900"];
         let mut command = place.command(&args);
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
