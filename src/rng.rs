@@ -29,7 +29,11 @@ impl FromStr for RngKind {
         match s {
             "torch-cpu" => Ok(RngKind::TorchCpu),
             "torch-cuda" => Ok(RngKind::TorchCuda),
-            _ => Err(Error::Request { flag: "--rng", value: s.into(), reason: "expected torch-cpu or torch-cuda".into() }),
+            _ => Err(Error::Request {
+                flag: "--rng",
+                value: s.into(),
+                reason: "expected torch-cpu or torch-cuda".into(),
+            }),
         }
     }
 }
@@ -51,7 +55,9 @@ impl Rng {
     /// As `torch.Generator(..).manual_seed(seed)`. Of the seed the cpu generator uses the lower 32 bits.
     pub fn new(kind: RngKind, seed: u64) -> Rng {
         Rng(match kind {
-            RngKind::TorchCpu => Generator::TorchCpu(Box::new(TorchCpu { bits: Mt19937::new(seed as u32), cached: None })),
+            RngKind::TorchCpu => {
+                Generator::TorchCpu(Box::new(TorchCpu { bits: Mt19937::new(seed as u32), cached: None }))
+            }
             RngKind::TorchCuda => Generator::TorchCuda(TorchCuda { seed, offset: 0 }),
         })
     }
@@ -79,7 +85,8 @@ impl Rng {
         drop(Tensor::uninit(device, &shape, DType::F32)?);
         let planar = self.normal(n * h * w * c);
         let mut values = vec![0.0; planar.len()];
-        for (image, planes) in values.chunks_exact_mut((h * w * c).max(1)).zip(planar.chunks_exact((h * w * c).max(1))) {
+        for (image, planes) in values.chunks_exact_mut((h * w * c).max(1)).zip(planar.chunks_exact((h * w * c).max(1)))
+        {
             for (channel, plane) in planes.chunks_exact(h * w).enumerate() {
                 image[channel..].iter_mut().step_by(c).zip(plane).for_each(|(to, &from)| *to = from);
             }

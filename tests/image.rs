@@ -90,8 +90,10 @@ fn parameters_are_what_stable_diffusion_webui_writes() {
 fn bytes_round_to_nearest_even_and_clamp() {
     let values = [-1.0, 1.0, 0.0, -1.5, 7.0, -0.996, 0.5, -0.5, 1.0 / 255.0, -1.0 / 255.0, f32::MIN, f32::MAX, -0.0];
     assert_eq!(to_bytes(&values).unwrap(), [0, 255, 128, 0, 255, 1, 191, 64, 128, 127, 0, 255, 128]);
-    // 127.5 and 0.5 are ties: to even. 254.5 / 127.5 - 1 is not exact in f32; its neighbours decide.
-    assert_eq!(to_bytes(&[0.0, -1.0 + 1.0 / 255.0]).unwrap(), [128, 1]);
+    // Ties, or what f32 makes of them: 127.5, 0.5, 1.5, 2.5, 254.5.
+    let ties =
+        [0.0_f64, -1.0 + 1.0 / 255.0, -1.0 + 3.0 / 255.0, -1.0 + 5.0 / 255.0, 1.0 - 1.0 / 255.0].map(|x| x as f32);
+    assert_eq!(to_bytes(&ties).unwrap(), [128, 0, 1, 2, 254]);
     let all: Vec<u8> = (0..=255).collect();
     assert_eq!(to_bytes(&from_bytes(&all)).unwrap(), all);
     assert_eq!(from_bytes(&[0, 255]), [-1.0, 1.0]);

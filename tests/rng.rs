@@ -17,10 +17,46 @@ fn cpu(seed: u64) -> Rng {
 /// Per seed: draws of 1..=40 values, each from a fresh generator, one after the other; of 100; 1000; 16384; and thirteen
 /// draws of mixed sizes from one generator.
 const HASHES: [(u64, [u64; 5]); 4] = [
-    (0, [0x3477_ac5f_b4ac_9e0d, 0x6b68_0134_d3d6_9e1b, 0x31ae_6782_1ca5_077e, 0xdf76_3936_577c_ac18, 0x415b_7bef_83ee_8069]),
-    (42, [0xc991_089d_c03c_77cf, 0x7ea0_2704_af7a_98a3, 0x790c_9ebf_d525_92da, 0xa6f5_89a0_8584_1b88, 0xc26c_84e5_78e0_1f6c]),
-    (4294967301, [0x38a2_b66b_70f4_0675, 0x8216_93f9_a621_b93a, 0xcf44_413a_37cd_1ab4, 0x17f0_8c8f_b967_5489, 0xdb2a_de5d_35d2_3fb9]),
-    (18446744073709551613, [0xe765_1f3b_8e53_6645, 0xf122_e580_7c34_767d, 0x2fdd_5704_a96a_1bd2, 0x70a9_02c8_3321_515f, 0x7288_a196_4119_1d3d]),
+    (
+        0,
+        [
+            0x3477_ac5f_b4ac_9e0d,
+            0x6b68_0134_d3d6_9e1b,
+            0x31ae_6782_1ca5_077e,
+            0xdf76_3936_577c_ac18,
+            0x415b_7bef_83ee_8069,
+        ],
+    ),
+    (
+        42,
+        [
+            0xc991_089d_c03c_77cf,
+            0x7ea0_2704_af7a_98a3,
+            0x790c_9ebf_d525_92da,
+            0xa6f5_89a0_8584_1b88,
+            0xc26c_84e5_78e0_1f6c,
+        ],
+    ),
+    (
+        4294967301,
+        [
+            0x38a2_b66b_70f4_0675,
+            0x8216_93f9_a621_b93a,
+            0xcf44_413a_37cd_1ab4,
+            0x17f0_8c8f_b967_5489,
+            0xdb2a_de5d_35d2_3fb9,
+        ],
+    ),
+    (
+        18446744073709551613,
+        [
+            0xe765_1f3b_8e53_6645,
+            0xf122_e580_7c34_767d,
+            0x2fdd_5704_a96a_1bd2,
+            0x70a9_02c8_3321_515f,
+            0x7288_a196_4119_1d3d,
+        ],
+    ),
 ];
 const MIXED: [usize; 13] = [3, 17, 4, 16, 1, 2, 100, 5, 33, 7, 15, 20, 6];
 
@@ -41,9 +77,24 @@ fn torch_cpu_first_values_of_seed_42() {
     let bits = |count| cpu(42).normal(count).iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
     assert_eq!(bits(5), [0x3eac_62ae, 0x3e03_e69d, 0x3e70_16e7, 0x3e6b_dc6c, 0xbf8f_b9c2]);
     let want = [
-        0x3ff6_a529, 0x3fbe_5f53, 0xbefe_aae4, 0x3ee1_11d8, 0xbf42_14e2, 0x3f8a_0650, 0x3f4d_0144, 0x3fd7_1e93,
-        0x3eb6_3345, 0xbf2f_c686, 0x3f1c_4788, 0x3faa_d8b0, 0xbe6d_2eed, 0x3d2b_0c00, 0xbe80_ce7a, 0x3f5c_1fb0,
-        0xbe9e_9482, 0xbeca_9a91,
+        0x3ff6_a529,
+        0x3fbe_5f53,
+        0xbefe_aae4,
+        0x3ee1_11d8,
+        0xbf42_14e2,
+        0x3f8a_0650,
+        0x3f4d_0144,
+        0x3fd7_1e93,
+        0x3eb6_3345,
+        0xbf2f_c686,
+        0x3f1c_4788,
+        0x3faa_d8b0,
+        0xbe6d_2eed,
+        0x3d2b_0c00,
+        0xbe80_ce7a,
+        0x3f5c_1fb0,
+        0xbe9e_9482,
+        0xbeca_9a91,
     ];
     assert_eq!(bits(18), want);
 }
@@ -71,8 +122,18 @@ fn normal_nhwc_draws_in_nchw_order() {
 #[test]
 fn torch_cuda_matches_published_values() {
     let want = [
-        -0.92466259, -0.42534415, -2.6438457, 0.14518388, -0.12086647, -0.57972564, -0.62285122, -0.32838709,
-        -1.07454231, -0.36314407, -1.67105067, 2.26550497f64,
+        -0.92466259,
+        -0.42534415,
+        -2.6438457,
+        0.14518388,
+        -0.12086647,
+        -0.57972564,
+        -0.62285122,
+        -0.32838709,
+        -1.07454231,
+        -0.36314407,
+        -1.67105067,
+        2.26550497f64,
     ];
     let got = Rng::new(RngKind::TorchCuda, 0).normal(12);
     for (i, (&got, want)) in got.iter().zip(want).enumerate() {
