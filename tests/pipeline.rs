@@ -79,14 +79,16 @@ fn request(args: &[String]) -> Request {
             "--dilation" => request.dilation = Some(value.parse().unwrap()),
             "--relay-noise-offset" => request.relay_noise_offset = value.parse().unwrap(),
             "--relay-clamp" => request.relay_clamp = value.parse().unwrap(),
-            "--upsampler" => request.upsampler = match value {
-                "bilinear" => Upsampler::Bilinear,
-                "bicubic" => Upsampler::Bicubic,
-                "bicubic-torch" => Upsampler::BicubicTorch,
-                "bicubic-gaussian" => Upsampler::BicubicGaussian,
-                "bicubic-edge" => Upsampler::BicubicEdge,
-                _ => panic!("{value}"),
-            },
+            "--upsampler" => {
+                request.upsampler = match value {
+                    "bilinear" => Upsampler::Bilinear,
+                    "bicubic" => Upsampler::Bicubic,
+                    "bicubic-torch" => Upsampler::BicubicTorch,
+                    "bicubic-gaussian" => Upsampler::BicubicGaussian,
+                    "bicubic-edge" => Upsampler::BicubicEdge,
+                    _ => panic!("{value}"),
+                }
+            }
             _ => panic!("{flag}"),
         }
     }
