@@ -5,10 +5,13 @@
 
 pub mod error;
 pub mod image;
+pub mod methods;
 pub mod models;
 pub mod ops;
+pub mod pipeline;
 pub mod rng;
 pub mod runtime;
+pub mod schedulers;
 pub mod text;
 
 pub use error::{Error, Result};

@@ -173,14 +173,19 @@ impl Specials {
             }
         }
         special.read_roles(config_file, config)?;
+        special.read_extra(config_file, config, "additional_special_tokens")?;
+        special.read_extra(config_file, config, "extra_special_tokens")?;
         if let Some(listed) = config.get("added_tokens_decoder").filter(|value| !value.is_null()) {
             let listed: HashMap<u32, TokenObject> = typed(config_file, "added_tokens_decoder", listed)?;
             special.listed = listed.into_iter().map(|(id, object)| (object.token(object.special), id)).collect();
         } else {
-            if let Some(bytes) = files.special_tokens_map {
-                let path = place.join("special_tokens_map.json");
-                special.read_roles(&path, &object(&path, bytes)?)?;
-            }
+            let map_file = place.join("special_tokens_map.json");
+            let map = match files.special_tokens_map {
+                Some(bytes) => object(&map_file, bytes)?,
+                None => Map::new(),
+            };
+            special.read_roles(&map_file, &map)?;
+            special.read_extra(&map_file, &map, "extra_special_tokens")?;
             if let Some(bytes) = files.added_tokens {
                 let path = place.join("added_tokens.json");
                 let tokens: HashMap<String, u32> = parse_json(&path, bytes)?;
@@ -188,6 +193,10 @@ impl Specials {
                     let named = special.roles.values().chain(&special.extra).any(|token| token.content() == text);
                     special.listed.push((AddedToken::from(text, named), id));
                 }
+            }
+            // Only now: the older name in this file does not make a token of added_tokens.json special.
+            if special.extra.is_empty() {
+                special.read_extra(&map_file, &map, "additional_special_tokens")?;
             }
             if let Some(tokens) = json.and_then(|json| json.get("added_tokens")) {
                 let tokens: Vec<TokenObject> = typed(json_file, "added_tokens", tokens)?;
@@ -218,10 +227,12 @@ impl Specials {
                 self.roles.insert(name.into(), token);
             }
         }
-        for name in ["additional_special_tokens", "extra_special_tokens"] {
-            if let Some(value @ Value::Array(_)) = map.get(name) {
-                self.extra = typed(path, name, value)?;
-            }
+        Ok(())
+    }
+
+    fn read_extra(&mut self, path: &Path, map: &Map<String, Value>, name: &str) -> Result<()> {
+        if let Some(value @ Value::Array(_)) = map.get(name) {
+            self.extra = typed(path, name, value)?;
         }
         Ok(())
     }

@@ -4,7 +4,6 @@
 
 mod files;
 mod modules;
-mod random;
 mod resizing;
 mod runs;
 mod tokens;

@@ -46,9 +46,21 @@ def upsample(images, size, name):
     if name == "bilinear":
         return pil(images, size, Image.Resampling.BILINEAR)
     if name == "bicubic-torch":
-        return F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=False)
+        # In f32 whatever the run is in: torch then rounds its coordinates, which is 8e-5 of a result at 768 pixels.
+        out = F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False, antialias=False)
+        return out.to(images.dtype)
     out = pil(images, size, Image.Resampling.BICUBIC)
     return {"bicubic": lambda x: x, "bicubic-gaussian": gaussian, "bicubic-edge": edge}[name](out)
+
+
+def pil_u8(image, size, filter_):
+    """PIL on 8-bit pictures: the horizontal pass, rounded to 8 bits, then the vertical one.
+
+    Two calls, because Pillow 13 goes first where it shrinks most (for pictures that become lower); releases of the time
+    of the published code always filtered rows first. The order shows: the rounding and clamping between differ.
+    """
+    width_only = image.resize((size[1], image.height), filter_)
+    return width_only.resize((size[1], size[0]), filter_)
 
 
 def upsample_u8(images, size, name):
@@ -57,6 +69,6 @@ def upsample_u8(images, size, name):
     out = []
     for image in images:
         levels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        resized = Image.fromarray(levels).resize((size[1], size[0]), filter_)
+        resized = pil_u8(Image.fromarray(levels), size, filter_)
         out.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(images.dtype) / 255 * 2 - 1)
     return torch.stack(out)

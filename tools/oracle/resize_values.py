@@ -36,7 +36,7 @@ def write(root):
         for name in resize.NAMES:
             if name == "bicubic-gaussian" and min(dst) < 3:
                 continue  # a border of 2 cannot be reflected
-            tensors[f"small{i}.{name}"] = resize.upsample(x, dst, name)
+            tensors[f"small{i}.{name}"] = resize.upsample(x.double(), dst, name).float()
             done.append(name)
         rgb = image(100 + i, 3, src)
         tensors[f"small{i}.u8-in"] = rgb
@@ -53,10 +53,10 @@ def write(root):
         entry = {"name": f"large{i}", "from": list(src), "to": list(dst), "rows": rows, "u8_sha256": {}}
         planes = torch.from_numpy(plane)[None, None]
         for name in ("bilinear", "bicubic", "bicubic-torch"):
-            out = resize.upsample(planes, dst, name)
+            out = resize.upsample(planes.double(), dst, name).float()
             tensors[f"large{i}.{name}"] = out[0, 0, rows].contiguous()
         for name, filter_ in [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]:
-            out = np.asarray(Image.fromarray(levels).resize((dst[1], dst[0]), filter_))
+            out = np.asarray(resize.pil_u8(Image.fromarray(levels), dst, filter_))
             entry["u8_sha256"][name] = hashlib.sha256(out.tobytes()).hexdigest()
             tensors[f"large{i}.u8-{name}"] = torch.from_numpy(out[rows].copy())
         large.append(entry)
