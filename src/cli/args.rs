@@ -59,9 +59,9 @@ pub struct GenerateArgs {
 
     /// Write the run's intermediate tensors to a safetensors file
     ///
-    /// f32, NCHW: noise<j> (the j-th draw), timesteps, alpha_bar, step<n> (latents after the n-th update),
-    /// relay<k>.{x0,decoded,upsampled,encoded,noised} (k: the stage it leads to, from 1), latent, image. Replaced when
-    /// it exists; with --count N the names get -1 to -N before the ending.
+    /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
+    /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), latent, image. Replaced when it
+    /// exists; with --count N the names get -1 to -N before the ending.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub dump: Option<PathBuf>,
 }

@@ -122,11 +122,11 @@ impl Plan {
 ///
 /// # Errors
 /// [`Error::Interrupted`]; [`Error::NonFinite`], naming the stage; those of the model.
-pub fn generate(
-    model: &dyn DiffusionModel,
-    plan: &Plan,
-    noise: &mut dyn NoiseSource,
-    watch: Watch<'_>,
+pub fn generate<'a>(
+    model: &'a dyn DiffusionModel,
+    plan: &'a Plan,
+    noise: &'a mut dyn NoiseSource,
+    watch: Watch<'a>,
 ) -> Result<Tensor> {
     let schedulers = plan.schedulers();
     let mut run = Run { model, plan, schedulers, noise, watch, draws: 0, done: 0 };
