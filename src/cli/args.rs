@@ -196,8 +196,12 @@ pub struct RunArgs {
     pub reference_compat: bool,
 
     /// Which generator draws the noise
-    #[arg(long, value_enum, value_name = "R", default_value = "torch-cpu", help_heading = "Machine")]
-    pub rng: RngChoice,
+    ///
+    /// torch-cpu: the noise of torch.randn on a seeded CPU generator, bit for bit; torch-cuda: on a CUDA generator
+    /// (Philox), to rounding.
+    #[arg(long, value_parser = named::<RngKind, 2>(["torch-cpu", "torch-cuda"]), value_name = "R",
+          default_value = "torch-cpu", help_heading = "Machine")]
+    pub rng: RngKind,
 
     /// Element type of weights and activations; statistics and sums are f32 always
     #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32",
@@ -208,14 +212,6 @@ pub struct RunArgs {
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
           help_heading = "Machine")]
     pub device: DeviceChoice,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum RngChoice {
-    /// mt19937 and torch's normal transform: the noise of torch.randn on a seeded CPU generator
-    TorchCpu,
-    /// Philox, as torch draws on CUDA; comes with the CUDA device
-    TorchCuda,
 }
 
 impl RunArgs {
@@ -246,12 +242,7 @@ impl RunArgs {
             guidance: self.guidance,
             seed: self.seed,
             count: self.count,
-            rng: match self.rng {
-                RngChoice::TorchCpu => RngKind::TorchCpu,
-                RngChoice::TorchCuda => {
-                    return Err(conflict("--rng", "torch-cuda", "this version has torch-cpu only"));
-                }
-            },
+            rng: self.rng,
         })
     }
 

@@ -114,6 +114,12 @@ impl SchedulerConfig {
         }
     }
 
+    /// As the published Stable Diffusion pipelines read the file, whatever it says or leaves out: `steps_offset` is 1,
+    /// and `clip_sample`, which is for pictures and would cut latents at 1, is off.
+    pub fn for_latents(self) -> SchedulerConfig {
+        SchedulerConfig { steps_offset: 1, clip_sample: Some(false), ..self }
+    }
+
     pub fn prediction(&self) -> Prediction {
         self.prediction_type.unwrap_or(Prediction::Epsilon)
     }
