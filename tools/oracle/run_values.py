@@ -82,8 +82,9 @@ def runs():
     out["mega-edge-clamp-none"] = ("sd15", mega | {"upsampler": "bicubic-edge", "relay_clamp": "none"})
     for sampler in ("euler", "euler-ancestral", "ddpm"):
         out[f"mega-plus-{sampler}"] = ("sd15", mega | {"method": "megafusion++", "scheduler": sampler})
-    out["mega-own-euler"] = ("four-levels", {"method": "megafusion++", "stages": (((24, 24), 2), ((32, 40), 1)),
-                                             "guidance": 1.0, "seed": 4})
+    far = {"method": "megafusion++", "stages": (((24, 24), 2), ((32, 40), 1)), "guidance": 1.0, "seed": 4}
+    out["mega-plus-four-levels-euler"] = ("four-levels", far | {"scheduler": "euler"})
+    out["mega-plus-no-scheduler"] = ("four-levels", far)
     # The published code's quirks.
     # 8-bit pictures: a value close to half a level falls to either side in f32, so small pictures, and seeds
     # (found by trying) with which none comes close; write() checks.
