@@ -1,23 +1,92 @@
-//! CLIP text encoder (Radford et al. 2021, arXiv:2103.00020) as transformers' `CLIPTextModel` stores it.
+//! CLIP text encoder as transformers' `CLIPTextModel` stores it: a causal transformer with the norm before each block.
+//! Radford et al. 2021, arXiv:2103.00020, sec. 2.4; Cherti et al. 2022, arXiv:2212.07143 for the one of SD 2.x.
 
-use super::weights::WeightStore;
-use crate::error::Result;
-use crate::runtime::Tensor;
+use serde_json::Value;
+
+use super::config::{JsonConfig, as_count};
+use super::layers::{LayerNorm, Linear};
+use super::weights::{WeightStore, Weights};
+use crate::error::{Error, Result};
+use crate::ops::{self, Activation, Attention};
+use crate::runtime::{DType, Device, Tensor};
 
 /// `text_encoder/config.json`; absent keys take the class defaults of transformers.
-#[derive(Clone, Debug, serde::Deserialize)]
-pub struct ClipTextConfig {}
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipTextConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// Longest prompt in tokens, start and end included.
+    pub max_position_embeddings: usize,
+    /// `quick_gelu` (SD 1.x) or `gelu` (SD 2.x).
+    pub hidden_act: Activation,
+    pub layer_norm_eps: f32,
+    pub eos_token_id: u32,
+}
 
 impl ClipTextConfig {
     /// Parses and checks config.json; `what` (its path) stands in errors.
-    pub fn from_json(_what: &str, _json: &str) -> Result<ClipTextConfig> {
-        unimplemented!()
+    ///
+    /// # Errors
+    /// [`Error::Config`]: not JSON, another kind of model, or a key whose value cannot be used, and what could be.
+    pub fn from_json(what: &str, json: &str) -> Result<ClipTextConfig> {
+        let keys = JsonConfig::parse(what, json, "CLIPTextModel")?;
+        keys.only("model_type", &["clip_text_model".into(), Value::Null])?;
+        let hidden_act = match keys.get("hidden_act") {
+            None => Activation::QuickGelu,
+            Some(Value::String(name)) if name == "quick_gelu" => Activation::QuickGelu,
+            Some(Value::String(name)) if name == "gelu" => Activation::Gelu,
+            Some(_) => return Err(keys.error("hidden_act", "not supported, only \"quick_gelu\" or \"gelu\" is")),
+        };
+        let eos_token_id = match keys.get("eos_token_id") {
+            None => 49407,
+            // Newer files may hold a list; of CLIP's it has one entry.
+            Some(Value::Array(list)) if list.len() == 1 => token_id(&list[0]).ok_or_else(|| id_error(&keys))?,
+            Some(value) => token_id(value).ok_or_else(|| id_error(&keys))?,
+        };
+        let config = ClipTextConfig {
+            vocab_size: keys.count("vocab_size", 49408)?,
+            hidden_size: keys.count("hidden_size", 512)?,
+            intermediate_size: keys.count("intermediate_size", 2048)?,
+            num_hidden_layers: keys.count("num_hidden_layers", 12)?,
+            num_attention_heads: keys.count("num_attention_heads", 8)?,
+            max_position_embeddings: keys.count("max_position_embeddings", 77)?,
+            hidden_act,
+            layer_norm_eps: keys.positive("layer_norm_eps", 1e-5)? as f32,
+            eos_token_id,
+        };
+        if config.hidden_size % config.num_attention_heads != 0 {
+            let reason = format!("expected a number that divides hidden_size = {}", config.hidden_size);
+            return Err(keys.error("num_attention_heads", reason));
+        }
+        Ok(config)
     }
 }
 
-pub struct ClipTextModel {}
+fn token_id(value: &Value) -> Option<u32> {
+    if value.as_u64() == Some(0) { Some(0) } else { as_count(value).map(|id| id as u32) }
+}
 
-/// All f32-or-dtype tensors of the tokens `[N, L]`.
+fn id_error(keys: &JsonConfig) -> Error {
+    keys.error("eos_token_id", "expected one token id")
+}
+
+/// The encoder. Field names are checkpoint keys below `text_model.`
+pub struct ClipTextModel {
+    config: ClipTextConfig,
+    device: Device,
+    dtype: DType,
+    token_embedding: Tensor,    // [V, C]
+    position_embedding: Tensor, // [P, C]
+    layers: Vec<EncoderLayer>,
+    final_layer_norm: LayerNorm, // [C]
+    /// Position 0 for every row: makes the embedding op pick rows. `[1, C]`
+    zero: Tensor,
+}
+
+/// What the encoder says of `N` prompts of `L` tokens, in the weights' dtype.
 pub struct TextEmbeddings {
     /// After the final layer norm: `[N, L, C]`.
     pub last_hidden_state: Tensor,
@@ -27,14 +96,151 @@ pub struct TextEmbeddings {
     pub pooled: Tensor,
 }
 
-impl ClipTextModel {
-    /// Takes every tensor of `store` (dropping `position_ids`, accepting keys with and without `text_model.`).
-    pub fn load(_store: WeightStore, _config: &ClipTextConfig) -> Result<ClipTextModel> {
-        unimplemented!()
+struct EncoderLayer {
+    layer_norm1: LayerNorm, // [C]
+    qkv: Linear,            // [3 C, C]: q_proj, k_proj, v_proj
+    out_proj: Linear,       // [C, C]
+    layer_norm2: LayerNorm, // [C]
+    fc1: Linear,            // [M, C]
+    fc2: Linear,            // [C, M]
+    heads: usize,
+    activation: Activation,
+}
+
+impl EncoderLayer {
+    fn load(w: &Weights, config: &ClipTextConfig) -> Result<EncoderLayer> {
+        let (c, m, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let (attention, mlp) = (w.at("self_attn"), w.at("mlp"));
+        Ok(EncoderLayer {
+            layer_norm1: LayerNorm::load(&w.at("layer_norm1"), c, eps)?,
+            qkv: Linear {
+                weight: attention.stacked(&["q_proj.weight", "k_proj.weight", "v_proj.weight"], c, Some(c))?,
+                bias: Some(attention.stacked(&["q_proj.bias", "k_proj.bias", "v_proj.bias"], c, None)?),
+            },
+            out_proj: Linear::load(&attention.at("out_proj"), c, c)?,
+            layer_norm2: LayerNorm::load(&w.at("layer_norm2"), c, eps)?,
+            fc1: Linear::load(&mlp.at("fc1"), m, c)?,
+            fc2: Linear::load(&mlp.at("fc2"), c, m)?,
+            heads: config.num_attention_heads,
+            activation: config.hidden_act,
+        })
     }
 
-    /// `ids`: N rows of equal length L, at most `max_position_embeddings`.
-    pub fn forward(&self, _ids: &[Vec<u32>]) -> Result<TextEmbeddings> {
-        unimplemented!()
+    /// `x: [N, L, C]` to the same.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let [n, l, c] = x.dims("ClipTextModel", "x")?;
+        let qkv = self.qkv.forward(&self.layer_norm1.forward(x)?)?; // [N, L, 3 C]
+        let qkv = qkv.reshape(&[n, l, 3, self.heads, c / self.heads])?;
+        let h = ops::attention(Attention::Packed { qkv: &qkv, causal: true })?.reshape(&[n, l, c])?;
+        let x = self.out_proj.forward_residual(&h, x)?;
+        let h = self.fc1.fused(&self.layer_norm2.forward(&x)?, self.activation, None)?; // [N, L, M]
+        self.fc2.forward_residual(&h, &x)
+    }
+}
+
+impl ClipTextModel {
+    /// Takes every tensor of `store`: keys with or without `text_model.`; `position_ids` (0, 1, 2, ... in older files)
+    /// and a `text_projection` (of `CLIPTextModelWithProjection`, which this family does not use) are let go.
+    ///
+    /// # Errors
+    /// [`Error::Weight`]: missing, extra, of another shape, not finite; [`Error::OutOfMemory`].
+    pub fn load(mut store: WeightStore, config: &ClipTextConfig) -> Result<ClipTextModel> {
+        store.rename(|key| {
+            let unused = key.ends_with("embeddings.position_ids") || key == "text_projection.weight";
+            (!unused).then(|| key.to_string())
+        })?;
+        let model = ClipTextModel::from_weights(&store.root(), config)?;
+        store.finish()?;
+        Ok(model)
+    }
+
+    /// Takes the model's tensors and leaves it to the caller to look for others ([`WeightStore::finish`]) or at what was
+    /// asked for ([`WeightStore::manifest`]).
+    ///
+    /// # Errors
+    /// As [`load`](ClipTextModel::load).
+    pub fn from_weights(w: &Weights, config: &ClipTextConfig) -> Result<ClipTextModel> {
+        // Older transformers put the whole model below one name; a manifest is of the published, older files.
+        let prefixed = w.at("text_model");
+        let w = if prefixed.contains("final_layer_norm.weight") { &prefixed } else { w };
+        let (c, eps) = (config.hidden_size, config.layer_norm_eps);
+        let embeddings = w.at("embeddings");
+        let layer = |i| EncoderLayer::load(&w.at(format!("encoder.layers.{i}")), config);
+        Ok(ClipTextModel {
+            device: w.device().clone(),
+            dtype: w.dtype(),
+            token_embedding: embeddings.tensor("token_embedding.weight", &[config.vocab_size, c])?,
+            position_embedding: embeddings.tensor("position_embedding.weight", &[config.max_position_embeddings, c])?,
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            final_layer_norm: LayerNorm::load(&w.at("final_layer_norm"), c, eps)?,
+            zero: Tensor::zeros(w.device(), &[1, c], w.dtype())?,
+            config: config.clone(),
+        })
+    }
+
+    pub fn config(&self) -> &ClipTextConfig {
+        &self.config
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `ids`: N rows of equal length L, at most `max_position_embeddings`. There is no padding mask: the models were
+    /// trained to attend to the padding.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: no rows or no tokens, rows of different lengths, a row longer than the encoder's positions,
+    /// an id that is not below `vocab_size`; [`Error::OutOfMemory`].
+    pub fn forward(&self, ids: &[Vec<u32>]) -> Result<TextEmbeddings> {
+        let tokens = self.checked(ids)?;
+        let mut x = ops::embedding(&tokens, &self.token_embedding, &self.position_embedding)?; // [N, L, C]
+        let mut penultimate = x.clone();
+        for layer in &self.layers {
+            penultimate = x;
+            x = layer.forward(&penultimate)?;
+        }
+        let last_hidden_state = self.final_layer_norm.forward(&x)?;
+        let pooled = self.pool(&last_hidden_state, ids)?;
+        Ok(TextEmbeddings { last_hidden_state, penultimate, pooled })
+    }
+
+    /// The ids as a tensor `[N, L]`.
+    fn checked(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        let error = |got: String, want: String| Err(Error::argument("ClipTextModel", "ids", got, want));
+        let (longest, length) = (self.config.max_position_embeddings, ids.first().map_or(0, Vec::len));
+        if length == 0 || length > longest {
+            return error(format!("{} rows of {length} tokens", ids.len()), format!("rows of 1 to {longest} tokens"));
+        }
+        if let Some(other) = ids.iter().find(|row| row.len() != length) {
+            return error(format!("rows of {length} and of {} tokens", other.len()), "rows of equal length".into());
+        }
+        if let Some(id) = ids.iter().flatten().find(|&&id| id as usize >= self.config.vocab_size) {
+            return error(format!("{id}"), format!("token ids below vocab_size = {}", self.config.vocab_size));
+        }
+        Tensor::from_u32(&self.device, &[ids.len(), length], &ids.concat())
+    }
+
+    /// Row `end_of_text` of every prompt of `x: [N, L, C]`: `[N, C]`.
+    fn pool(&self, x: &Tensor, ids: &[Vec<u32>]) -> Result<Tensor> {
+        let [n, l, c] = x.dims("ClipTextModel", "x")?;
+        let rows: Vec<u32> = ids.iter().enumerate().map(|(i, row)| (i * l + self.end_of_text(row)) as u32).collect();
+        let rows = Tensor::from_u32(&self.device, &[n, 1], &rows)?;
+        ops::embedding(&rows, &x.reshape(&[n * l, c])?, &self.zero)?.reshape(&[n, c])
+    }
+
+    /// First end-of-text token of a prompt; 0 when it has none, as transformers has it.
+    fn end_of_text(&self, ids: &[u32]) -> usize {
+        // Configs from before transformers 4.31 (SD 1.5 and 2.1 among them) hold a wrong id, 2; there the largest id is
+        // taken for the end of text, which in the published vocabulary it is.
+        let end = match self.config.eos_token_id {
+            2 => ids.iter().copied().max().unwrap_or_default(),
+            id => id,
+        };
+        ids.iter().position(|&id| id == end).unwrap_or_default()
     }
 }

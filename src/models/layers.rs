@@ -1,7 +1,7 @@
 //! Layers with weights: the checkpoint's names, the fused ops.
 
 use super::weights::Weights;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{self, Activation, ConvNorm, Source};
 use crate::runtime::Tensor;
 
@@ -97,5 +97,99 @@ impl LayerNorm {
     /// `[..., C]` to the same.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(ops::LayerNorm { x, gamma: &self.weight, beta: &self.bias, eps: self.eps })
+    }
+}
+
+/// What a [`ResnetBlock`] is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct ResnetConfig {
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub groups: usize,
+    pub eps: f32,
+    /// The sum of branch and shortcut is multiplied by this: 1 / output_scale_factor.
+    pub scale: f32,
+}
+
+/// Residual block of the UNet (with the timestep's row) and of the VAE (without). Ho et al. 2020, arXiv:2006.11239.
+///
+/// `time_emb_proj` is not here: its result does not depend on the input, so it is computed once a run for all steps.
+pub struct ResnetBlock {
+    norm1: GroupNorm,              // [C_in]
+    conv1: Conv2d,                 // [C_out, 3, 3, C_in]
+    norm2: GroupNorm,              // [C_out]
+    conv2: Conv2d,                 // [C_out, 3, 3, C_out]
+    conv_shortcut: Option<Conv2d>, // [C_out, 1, 1, C_in], when C_in != C_out
+    scale: f32,
+}
+
+impl ResnetBlock {
+    pub fn load(w: &Weights, c: ResnetConfig) -> Result<ResnetBlock> {
+        let (input, output) = (c.in_channels, c.out_channels);
+        Ok(ResnetBlock {
+            norm1: GroupNorm::load(&w.at("norm1"), input, c.groups, c.eps)?,
+            conv1: Conv2d::load(&w.at("conv1"), output, input, 3)?,
+            norm2: GroupNorm::load(&w.at("norm2"), output, c.groups, c.eps)?,
+            conv2: Conv2d::load(&w.at("conv2"), output, output, 3)?,
+            conv_shortcut: match input == output {
+                true => None,
+                false => Some(Conv2d::load(&w.at("conv_shortcut"), output, input, 1)?),
+            },
+            scale: c.scale,
+        })
+    }
+
+    /// `x: [N, H, W, C_in]`, one source or two; `row: [N, C_out]`, the timestep's; to `[N, H, W, C_out]`. `dilation` is
+    /// that of both 3x3 convs, padded so that the size stays.
+    ///
+    /// # Errors
+    /// Those of the ops; [`Error::Shape`] for two sources in a block without `conv_shortcut`, which has one input only.
+    pub fn forward<'a>(&'a self, x: impl Into<Source<'a>>, row: Option<&'a Tensor>, dilation: usize) -> Result<Tensor> {
+        let x = x.into();
+        let padding = [dilation; 4];
+        let conv1 = self.conv1.args(x);
+        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(true), row, dilation, padding, ..conv1 })?;
+        let shortcut = match (&self.conv_shortcut, x) {
+            (Some(conv), x) => ops::conv2d(conv.args(x))?,
+            (None, Source::One(x)) => x.clone(),
+            (None, Source::Two(x, _)) => return Err(Error::shape("resnet", "x", x, "one source: C_in is C_out")),
+        };
+        let (norm, residual) = (self.norm2.on_load(true), Some(&shortcut));
+        ops::conv2d(ops::Conv2d { norm, residual, dilation, padding, scale: self.scale, ..self.conv2.args(&h) })
+    }
+}
+
+/// 3x3 conv of stride 2 (`downsamplers.0.conv`), padded by 1 all around (the UNet), or with 0 by one row below and one
+/// column to the right (the VAE).
+pub struct Downsample {
+    conv: Conv2d, // [C, 3, 3, C]
+    padding: [usize; 4],
+}
+
+impl Downsample {
+    pub fn load(w: &Weights, channels: usize, padding: usize) -> Result<Downsample> {
+        let padding = if padding == 0 { [0, 1, 0, 1] } else { [padding; 4] };
+        Ok(Downsample { conv: Conv2d::load(&w.at("downsamplers.0.conv"), channels, channels, 3)?, padding })
+    }
+
+    /// `[N, H, W, C]` to half the size, rounded up (rounded down with padding 0).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d(ops::Conv2d { stride: 2, padding: self.padding, ..self.conv.args(x) })
+    }
+}
+
+/// Nearest neighbour and a 3x3 conv (`upsamplers.0.conv`) in one.
+pub struct Upsample {
+    conv: Conv2d, // [C, 3, 3, C]
+}
+
+impl Upsample {
+    pub fn load(w: &Weights, channels: usize) -> Result<Upsample> {
+        Ok(Upsample { conv: Conv2d::load(&w.at("upsamplers.0.conv"), channels, channels, 3)? })
+    }
+
+    /// `[N, H, W, C]` to `[N, size[0], size[1], C]`.
+    pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+        ops::conv2d(ops::Conv2d { resize_to: Some(size), ..self.conv.args(x) })
     }
 }

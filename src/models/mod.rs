@@ -1,6 +1,7 @@
 //! The networks: field names are checkpoint keys, shapes stand beside them, a forward reads like the figure.
 
 pub mod clip;
+mod config;
 pub mod layers;
 pub mod unet;
 pub mod vae;

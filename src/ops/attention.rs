@@ -45,6 +45,7 @@ pub fn attention(args: Attention) -> Result<Tensor> {
         }
     };
     let Dims { n, queries, keys, heads, head_dim } = dims;
+    let _timed = super::profile::scope(OP, &[n, queries, heads, head_dim]);
     let mut y = Tensor::uninit(q.device(), &[n, queries, heads, head_dim], q.dtype())?;
     if y.numel() > 0 && keys == 0 {
         return Err(Error::argument(OP, "L_k", keys, "at least one key"));

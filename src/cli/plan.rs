@@ -1,0 +1,114 @@
+//! `megafuse plan`: what a request would cost, from the configuration files alone.
+
+use megafuse::Result;
+use megafuse::pipeline::{self, PlanReport};
+use megafuse::runtime::{OpKind, Work};
+
+use super::args::PlanArgs;
+use super::memory::bytes_text;
+use super::output::print_line;
+use super::values;
+
+pub fn run(args: &PlanArgs) -> Result<()> {
+    let request = args.run.request()?;
+    args.run.device.open()?;
+    let source = args.run.source();
+    let report = pipeline::plan(&source, args.run.dtype, &request)?;
+    if args.json {
+        print_line(format!("{:#}", report.to_json()));
+        return Ok(());
+    }
+    let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();
+    let model = values::source_name(&source);
+    print_line(format!("{model}, {}, {}, stages {}", report.dtype, args.run.method, stages.join(" ")));
+    if request.count > 1 {
+        print_line(format!("for one of {} pictures", request.count));
+    }
+    print_line("");
+    table(&phases(&report)).iter().for_each(print_line);
+    print_line("");
+    table(&totals(&report)).iter().for_each(print_line);
+    print_line("");
+    table(&weights(&report)).iter().for_each(print_line);
+    print_line("");
+    print_line(format!("peak memory {} (weights and live activations)", bytes_text(report.peak_bytes)));
+    Ok(())
+}
+
+/// The kinds with matrix products, which make up the MACs.
+const MATRIX_KINDS: [OpKind; 3] = [OpKind::Conv, OpKind::Linear, OpKind::Attention];
+
+fn of(kinds: &[(OpKind, Work)], kind: OpKind) -> Work {
+    kinds.iter().find(|(k, _)| *k == kind).map(|(_, work)| *work).unwrap_or_default()
+}
+
+fn phases(report: &PlanReport) -> Vec<Vec<String>> {
+    let header =
+        ["phase", "stage", "size", "times", "conv GMAC", "linear GMAC", "attention GMAC", "GFLOP", "launches", "peak"];
+    let mut rows = vec![header.map(String::from).to_vec()];
+    for phase in &report.phases {
+        let text = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+        let mut row = vec![
+            phase.name.to_string(),
+            text(phase.stage.map(|stage| (stage + 1).to_string())),
+            text(phase.size.map(|size| size.to_string())),
+            phase.repeats.to_string(),
+        ];
+        row.extend(MATRIX_KINDS.map(|kind| giga(of(&phase.by_kind, kind).macs)));
+        row.extend([giga(phase.once.flops), phase.once.launches.to_string(), bytes_text(phase.peak_bytes)]);
+        rows.push(row);
+    }
+    rows
+}
+
+fn totals(report: &PlanReport) -> Vec<Vec<String>> {
+    let header = ["all phases and repeats", "GMAC", "GFLOP", "bytes moved", "launches"];
+    let mut rows = vec![header.map(String::from).to_vec()];
+    let kinds = report.by_kind.iter().map(|(kind, work)| (kind.name(), *work));
+    for (name, work) in kinds.chain([("total", report.total)]) {
+        let launches = work.launches.to_string();
+        rows.push(vec![name.into(), giga(work.macs), giga(work.flops), bytes_text(work.bytes), launches]);
+    }
+    rows
+}
+
+fn weights(report: &PlanReport) -> Vec<Vec<String>> {
+    let mut rows = vec![["weights", "parameters", "bytes"].map(String::from).to_vec()];
+    for module in &report.weights {
+        rows.push(vec![module.module.into(), module.parameters.to_string(), bytes_text(module.bytes)]);
+    }
+    let parameters: u64 = report.weights.iter().map(|module| module.parameters).sum();
+    let bytes: u64 = report.weights.iter().map(|module| module.bytes).sum();
+    rows.push(vec!["total".into(), parameters.to_string(), bytes_text(bytes)]);
+    rows
+}
+
+fn giga(count: u64) -> String {
+    let giga = count as f64 / 1e9;
+    if giga >= 100.0 { format!("{giga:.0}") } else { format!("{giga:.3}") }
+}
+
+/// Columns lined up: the first to the left, the others to the right.
+fn table(rows: &[Vec<String>]) -> Vec<String> {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).enumerate();
+        let cells = cells.map(|(i, (cell, &w))| if i == 0 { format!("{cell:w$}") } else { format!("{cell:>w$}") });
+        cells.collect::<Vec<_>>().join("  ")
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [vec!["a".into(), "1".into()], vec!["long".into(), "22".into()]];
+        assert_eq!(table(&rows), ["a      1", "long  22"]);
+        assert_eq!((giga(1_500_000), giga(123_456_000_000)), ("0.002".into(), "123".into()));
+    }
+}

@@ -1,0 +1,170 @@
+//! `megafuse probe`: one module of a model on tensors of a file, NCHW in and out, to compare with other programs.
+
+use std::collections::BTreeMap;
+
+use megafuse::models::{Unet, UnetOptions, Vae};
+use megafuse::pipeline::ModelFiles;
+use megafuse::{DType, Device, Error, Result, Tensor};
+
+use super::args::{Module, ProbeArgs};
+use super::safetensors_file::{self, Array, Inputs, Values};
+use super::{output, values};
+
+type Arrays = BTreeMap<String, Array>;
+
+pub fn run(args: &ProbeArgs) -> Result<()> {
+    check_flags(args)?;
+    let device = args.device.open()?;
+    output::check_writable(&args.out)?;
+    let files = ModelFiles::open(&values::source(args.model.as_deref()))?;
+    let input = |module: &str| match &args.input {
+        Some(path) => Inputs::open(path),
+        None => Err(missing("--in", format!("--module {module} needs a safetensors file of inputs"))),
+    };
+    let arrays = match args.module {
+        Module::Text => text(&files, args.prompt.as_deref().unwrap_or_default(), &device, args.dtype)?,
+        Module::Unet => {
+            let input = input("unet")?;
+            let options = UnetOptions { mid_dilation: args.dilation.unwrap_or(1) };
+            unet(&files.unet(&device, args.dtype)?, &input, &options, &device, args.dtype)?
+        }
+        Module::VaeEncode => vae_encode(&files.vae(&device, args.dtype)?, &input("vae-encode")?, &device, args.dtype)?,
+        Module::VaeDecode => vae_decode(&files.vae(&device, args.dtype)?, &input("vae-decode")?, &device, args.dtype)?,
+    };
+    safetensors_file::write(&args.out, &arrays)?;
+    output::print_line(args.out.display());
+    Ok(())
+}
+
+fn check_flags(args: &ProbeArgs) -> Result<()> {
+    let unused = |flag, value: String, module: &str| {
+        Err(Error::Request { flag, value, reason: format!("belongs to --module {module}") })
+    };
+    match (args.module, &args.prompt, &args.input, args.dilation) {
+        (Module::Text, None, _, _) => Err(missing("--prompt", "--module text needs a prompt; it may be empty".into())),
+        (Module::Text, _, Some(input), _) => {
+            unused("--in", input.display().to_string(), "unet, vae-encode or vae-decode")
+        }
+        (Module::Unet | Module::VaeEncode | Module::VaeDecode, Some(prompt), _, _) => {
+            unused("--prompt", format!("{prompt:?}"), "text")
+        }
+        (Module::Text | Module::VaeEncode | Module::VaeDecode, _, _, Some(dilation)) => {
+            unused("--dilation", dilation.to_string(), "unet")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn missing(flag: &'static str, reason: String) -> Error {
+    Error::Request { flag, value: "is missing".into(), reason }
+}
+
+/// `prompt_embeds` is what the UNet of the SD 1.x/2.x family reads: the last hidden state.
+fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Result<Arrays> {
+    let config = files.text_config()?;
+    let tokens = files.tokenizer()?.fitted(config.vocab_size, config.max_position_embeddings)?.encode(prompt)?;
+    if let Some(rest) = &tokens.truncated {
+        eprintln!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
+    }
+    let embeddings = files.text_encoder(device, dtype)?.forward(std::slice::from_ref(&tokens.ids))?;
+    let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();
+    let mut arrays = Arrays::new();
+    arrays.insert("input_ids".into(), Array { shape: vec![1, ids.len()], values: Values::I64(ids) });
+    for (name, tensor) in [
+        ("last_hidden_state", &embeddings.last_hidden_state),
+        ("penultimate", &embeddings.penultimate),
+        ("pooled", &embeddings.pooled),
+        ("prompt_embeds", &embeddings.last_hidden_state),
+    ] {
+        arrays.insert(name.into(), Array::f32(tensor.shape(), tensor.to_f32_vec()?));
+    }
+    Ok(arrays)
+}
+
+fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dtype: DType) -> Result<Arrays> {
+    let (in_channels, width) = (unet.config().in_channels, unet.config().cross_attention_dim);
+    let (sample_shape, sample) = input.get_shaped::<4>("sample", &format!("[N, {in_channels}, H, W]"))?;
+    let [n, c, _, _] = sample_shape;
+    if c != in_channels {
+        return Err(input.mismatch("sample", &sample_shape, &format!("[N, {in_channels}, H, W]")));
+    }
+    let wanted = format!("[{n}, L, {width}] (or [1, L, {width}], used for every sample)");
+    let (text_shape, text) = input.get_shaped::<3>("prompt_embeds", &wanted)?;
+    let [rows, length, text_width] = text_shape;
+    if text_width != width || (rows != n && rows != 1) {
+        return Err(input.mismatch("prompt_embeds", &text_shape, &wanted));
+    }
+    let text = if rows == n { text } else { text.repeat(n) };
+    let (timestep_shape, timesteps) = input.get("timestep")?;
+    if timesteps.is_empty() || timesteps.iter().any(|&t| t != timesteps[0]) || ![1, n].contains(&timesteps.len()) {
+        return Err(input.mismatch("timestep", &timestep_shape, &format!("one value (or {n} equal ones)")));
+    }
+
+    let x = from_nchw(device, dtype, sample_shape, &sample)?;
+    let text = Tensor::from_f32(device, &[n, length, width], dtype, &text)?;
+    let conditioning = unet.condition(&text, &timesteps[..1])?;
+    let out = unet.forward(&x, 0, &conditioning, options)?;
+    Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
+}
+
+fn vae_encode(vae: &Vae, input: &Inputs, device: &Device, dtype: DType) -> Result<Arrays> {
+    let factor = vae.config().factor();
+    let wanted = format!("[N, 3, H, W] with H and W multiples of {factor}");
+    let (shape, image) = input.get_shaped::<4>("image", &wanted)?;
+    if shape[1] != 3 || shape[2] % factor != 0 || shape[3] % factor != 0 {
+        return Err(input.mismatch("image", &shape, &wanted));
+    }
+    let moments = to_nchw(&vae.encode(&from_nchw(device, dtype, shape, &image)?)?)?;
+    let Values::F32(values) = &moments.values else { unreachable!("to_nchw gives f32") };
+    let [n, both, h, w] = moments.shape[..] else { unreachable!("to_nchw gives four dimensions") };
+    let half = both / 2 * h * w;
+    // [N, 2c, h, w]: of every sample the first half of the channels, then the second.
+    let part = |second: usize| values.chunks_exact(2 * half).flat_map(move |x| &x[second * half..][..half]).copied();
+    let shape = [n, both / 2, h, w];
+    Ok(Arrays::from([
+        ("mean".into(), Array::f32(&shape, part(0).collect())),
+        ("logvar".into(), Array::f32(&shape, part(1).map(|x| x.clamp(-30.0, 20.0)).collect())),
+    ]))
+}
+
+fn vae_decode(vae: &Vae, input: &Inputs, device: &Device, dtype: DType) -> Result<Arrays> {
+    let channels = vae.config().latent_channels;
+    let wanted = format!("[N, {channels}, h, w]");
+    let (shape, latent) = input.get_shaped::<4>("latent", &wanted)?;
+    if shape[1] != channels {
+        return Err(input.mismatch("latent", &shape, &wanted));
+    }
+    let decoded = vae.decode(&from_nchw(device, dtype, shape, &latent)?)?;
+    Ok(Arrays::from([("decoded".into(), to_nchw(&decoded)?)]))
+}
+
+/// `[N, C, H, W]` values to a tensor `[N, H, W, C]`.
+fn from_nchw(device: &Device, dtype: DType, [n, c, h, w]: [usize; 4], values: &[f32]) -> Result<Tensor> {
+    Tensor::from_f32(device, &[n, h, w, c], dtype, &swapped(values, c, h * w))
+}
+
+/// A tensor `[N, H, W, C]` to an array `[N, C, H, W]`.
+fn to_nchw(x: &Tensor) -> Result<Array> {
+    let [n, h, w, c] = x.dims("probe", "result")?;
+    Ok(Array::f32(&[n, c, h, w], swapped(&x.to_f32_vec()?, h * w, c)))
+}
+
+/// `[N, rows, columns]` to `[N, columns, rows]`.
+fn swapped(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let sample = |x: &[f32]| -> Vec<f32> {
+        (0..columns).flat_map(|column| x[column..].iter().step_by(columns).copied().take(rows)).collect()
+    };
+    values.chunks_exact((rows * columns).max(1)).flat_map(sample).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn swapping_two_dimensions() {
+        let x: Vec<f32> = (0..12u8).map(f32::from).collect(); // [2, 2, 3]
+        assert_eq!(swapped(&x, 2, 3), [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.]);
+        assert_eq!(swapped(&swapped(&x, 2, 3), 3, 2), x);
+    }
+}

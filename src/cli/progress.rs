@@ -1,0 +1,152 @@
+//! Progress on standard error: a bar per stage on a terminal, else a line per stage and every ten seconds.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use megafuse::Result;
+use megafuse::pipeline::{Event, Observer, StepProgress};
+
+use super::safetensors_file::Array;
+
+/// Shows where a run stands and collects the tensors of `--dump`.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    stage: String,
+    stage_begin: Instant,
+    last_line: Instant,
+    /// The intermediate tensors by name, when they are wanted.
+    pub tensors: Option<BTreeMap<String, Array>>,
+}
+
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+impl Progress {
+    pub fn new(dump: bool) -> Progress {
+        Progress {
+            bar: None,
+            terminal: std::io::stderr().is_terminal(),
+            stage: String::new(),
+            stage_begin: Instant::now(),
+            last_line: Instant::now(),
+            tensors: dump.then(BTreeMap::new),
+        }
+    }
+
+    /// One line above whatever is being drawn.
+    pub fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn begin(&mut self, stage: String, steps: usize) {
+        self.finish();
+        self.stage = stage;
+        self.stage_begin = Instant::now();
+        self.last_line = Instant::now();
+        if self.terminal {
+            let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
+            let style = "{prefix:26} {bar:24} {pos}/{len} steps  {msg}  {elapsed}  ETA {eta}";
+            bar.set_style(ProgressStyle::with_template(style).expect("a fixed template"));
+            bar.set_prefix(self.stage.clone());
+            bar.enable_steady_tick(Duration::from_millis(200));
+            self.bar = Some(bar);
+        } else {
+            eprintln!("{}: {steps} steps", self.stage);
+        }
+    }
+
+    fn step(&mut self, at: &StepProgress) {
+        let seconds = self.stage_begin.elapsed().as_secs_f64();
+        let rate = at.step as f64 / seconds.max(1e-9);
+        if let Some(bar) = &self.bar {
+            bar.set_message(rate_text(rate));
+            bar.set_position(at.step as u64);
+        } else if at.step == at.stage_steps {
+            eprintln!("{}: {} steps in {}, {}", self.stage, at.step, seconds_text(seconds), rate_text(rate));
+        } else if self.last_line.elapsed() >= LINE_INTERVAL {
+            self.last_line = Instant::now();
+            let left = seconds_text((at.stage_steps - at.step) as f64 / rate);
+            eprintln!("{}: {}/{} steps, {}, ETA {left}", self.stage, at.step, at.stage_steps, rate_text(rate));
+        }
+    }
+
+    /// Leaves the stage's last state on the terminal.
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.abandon();
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::StageBegins { stage, stages, size, steps } => {
+                self.begin(format!("stage {}/{stages} {size}", stage + 1), *steps);
+            }
+            Event::Step(at) => self.step(at),
+            Event::PictureEnds { .. } => self.finish(),
+            _ => {}
+        }
+    }
+
+    fn warning(&mut self, message: &str) {
+        self.line(&format!("warning: {message}"));
+    }
+
+    fn wants_tensors(&self, _index: usize) -> bool {
+        self.tensors.is_some()
+    }
+
+    fn tensor(&mut self, _index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
+        if let Some(tensors) = &mut self.tensors {
+            tensors.insert(name.to_string(), Array::f32(shape, values));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// `3.21 steps/s`, or below one the other way round: `4.0 s/step`.
+fn rate_text(steps_per_second: f64) -> String {
+    if steps_per_second >= 1.0 {
+        format!("{steps_per_second:.2} steps/s")
+    } else {
+        format!("{steps_per_second:.3} steps/s ({:.1} s/step)", 1.0 / steps_per_second)
+    }
+}
+
+/// `0.43 s`, `12.3 s`, `4:05 min`, `1:02:03 h`.
+pub fn seconds_text(seconds: f64) -> String {
+    match seconds {
+        s if s < 1.0 => format!("{s:.2} s"),
+        s if s < 60.0 => format!("{s:.1} s"),
+        s if s < 3600.0 => format!("{}:{:02} min", s as u64 / 60, s as u64 % 60),
+        s => format!("{}:{:02}:{:02} h", s as u64 / 3600, s as u64 / 60 % 60, s as u64 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts() {
+        assert_eq!(seconds_text(0.431), "0.43 s");
+        assert_eq!(seconds_text(12.34), "12.3 s");
+        assert_eq!(seconds_text(245.0), "4:05 min");
+        assert_eq!(seconds_text(3723.0), "1:02:03 h");
+        assert_eq!(rate_text(3.214), "3.21 steps/s");
+        assert_eq!(rate_text(0.25), "0.250 steps/s (4.0 s/step)");
+    }
+}

@@ -1,0 +1,227 @@
+//! The values of flags: each parser says what is accepted; clap puts the flag and the value in front.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use megafuse::methods::Stage;
+use megafuse::pipeline::ModelSource;
+use megafuse::{Device, Error};
+
+/// Steps of one run: the training schedule has that many timesteps.
+pub const MAX_STEPS: usize = 1000;
+
+/// Parses with the library's own parser; of its error only the reason is kept, clap adds the rest.
+pub fn library<T: FromStr<Err = Error>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(reason)
+}
+
+fn reason(error: Error) -> String {
+    match error {
+        Error::Request { reason, .. } => reason,
+        other => other.to_string(),
+    }
+}
+
+/// `--model`.
+pub fn source(model: Option<&Path>) -> ModelSource {
+    model.map_or(ModelSource::Embedded, |directory| ModelSource::Directory(directory.to_path_buf()))
+}
+
+/// How messages call the model.
+pub fn source_name(source: &ModelSource) -> String {
+    match source {
+        ModelSource::Directory(directory) => directory.display().to_string(),
+        ModelSource::Embedded => "pocket (the model inside the program)".into(),
+    }
+}
+
+/// All of `--stages`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stages(pub Vec<Stage>);
+
+impl Stages {
+    pub fn total_steps(&self) -> usize {
+        self.0.iter().map(|stage| stage.steps).sum()
+    }
+}
+
+impl fmt::Display for Stages {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let stages: Vec<String> = self.0.iter().map(Stage::to_string).collect();
+        f.write_str(&stages.join(","))
+    }
+}
+
+/// `WxH:steps,WxH:steps,...`
+pub fn stages(text: &str) -> Result<Stages, String> {
+    const WANTED: &str = "expected WxH:steps,WxH:steps,... such as 512x512:40,768x768:5,1024x1024:5";
+    let mut list = Vec::new();
+    for (index, part) in text.split(',').enumerate() {
+        let in_stage = |reason: String| format!("stage {} {part:?}: {reason}", index + 1);
+        let (size, count) = part.split_once(':').ok_or_else(|| in_stage(WANTED.into()))?;
+        let size = library(size).map_err(in_stage)?;
+        let steps = steps(count).map_err(in_stage)?;
+        list.push(Stage { size, steps });
+    }
+    let stages = Stages(list);
+    match stages.total_steps() {
+        total if total <= MAX_STEPS => Ok(stages),
+        total => Err(format!("{total} steps in all, the limit is {MAX_STEPS}, the length of the training schedule")),
+    }
+}
+
+/// A number of steps.
+pub fn steps(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(steps) if (1..=MAX_STEPS).contains(&steps) => Ok(steps),
+        _ => Err(format!("expected a number of steps from 1 to {MAX_STEPS}")),
+    }
+}
+
+/// The guidance scale: finite, not negative.
+pub fn guidance(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(scale) if (0.0..=1000.0).contains(&scale) => Ok(scale),
+        _ => Err("expected a number from 0 to 1000; 7 is usual, up to 1 there is no guidance".into()),
+    }
+}
+
+/// DDIM's eta.
+pub fn eta(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(eta) if (0.0..=1.0).contains(&eta) => Ok(eta),
+        _ => Err("expected a number from 0 (no fresh noise) to 1 (as much as DDPM)".into()),
+    }
+}
+
+/// How many pictures.
+pub fn count(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(count) if (1..=10_000).contains(&count) => Ok(count),
+        _ => Err("expected a number of pictures from 1 to 10000".into()),
+    }
+}
+
+/// Dilation of 3x3 convolutions.
+pub fn dilation(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(dilation) if (1..=64).contains(&dilation) => Ok(dilation),
+        _ => Err("expected a dilation from 1 (none) to 64; the paper's is 2".into()),
+    }
+}
+
+/// `--device`, before it is known what this machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda { index: usize },
+    Emu,
+}
+
+impl DeviceChoice {
+    pub fn parse(text: &str) -> Result<DeviceChoice, String> {
+        let indexed = || text.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "cuda" => Ok(DeviceChoice::Cuda { index: 0 }),
+            "emu" => Ok(DeviceChoice::Emu),
+            _ => indexed()
+                .map(|index| DeviceChoice::Cuda { index })
+                .ok_or_else(|| "expected auto, cpu, cuda, cuda:N or emu".to_string()),
+        }
+    }
+
+    /// # Errors
+    /// [`Error::DeviceUnavailable`] for what this version cannot run on, with what can be done.
+    pub fn open(self) -> megafuse::Result<Device> {
+        let reason = match self {
+            DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(Device::cpu()),
+            DeviceChoice::Cuda { .. } => "this version has no CUDA kernels yet; use --device cpu",
+            DeviceChoice::Emu => "this version has no emulated card yet; use --device cpu",
+        };
+        Err(Error::DeviceUnavailable { device: self.to_string(), reason: reason.into() })
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda { index } => write!(f, "cuda:{index}"),
+            DeviceChoice::Emu => f.write_str("emu"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use megafuse::methods::Size;
+
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(library::<Size>("1024x768"), Ok(Size::new(1024, 768)));
+        let wrong =
+            ["", "512", "512x", "x512", "-8x8", "8.5x8", "8x8x3", "8 x 8", "0x8", "8x0", "8x99999999999999999999"];
+        for text in wrong.into_iter().chain(["1000000000x1000000000"]) {
+            let error = library::<Size>(text).expect_err(text);
+            assert!(error.contains("1024x768"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn stage_lists() {
+        let list = stages("512x512:40,768x768:5,1024x1024:5").unwrap();
+        assert_eq!(list.total_steps(), 50);
+        assert_eq!(list.to_string(), "512x512:40,768x768:5,1024x1024:5");
+        for (text, part) in [
+            ("", "stage 1 \"\""),
+            ("512x512", "expected WxH:steps"),
+            ("512x512:", "from 1 to 1000"),
+            ("512x512:0", "from 1 to 1000"),
+            ("512x512:1001", "from 1 to 1000"),
+            ("512x512:-3", "from 1 to 1000"),
+            ("512x512:40,", "stage 2 \"\""),
+            ("512x512:40,768x0:5", "stage 2 \"768x0:5\""),
+            ("512x512:600,768x768:401", "1001 steps in all"),
+        ] {
+            let error = stages(text).expect_err(text);
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn numbers() {
+        assert_eq!(guidance("7.5"), Ok(7.5));
+        assert_eq!(guidance("0"), Ok(0.0));
+        for text in ["NaN", "inf", "-1", "", "seven", "1e9"] {
+            assert!(guidance(text).is_err(), "{text}");
+        }
+        assert_eq!(eta("0.5"), Ok(0.5));
+        for text in ["NaN", "-0.1", "1.1", "x"] {
+            assert!(eta(text).is_err(), "{text}");
+        }
+        assert_eq!((count("3"), dilation("2")), (Ok(3), Ok(2)));
+        for text in ["0", "-1", "", "1e3", "99999999999999999999"] {
+            assert!(count(text).is_err() && dilation(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn devices() {
+        assert_eq!(DeviceChoice::parse("auto"), Ok(DeviceChoice::Auto));
+        assert_eq!(DeviceChoice::parse("cuda"), Ok(DeviceChoice::Cuda { index: 0 }));
+        assert_eq!(DeviceChoice::parse("cuda:3"), Ok(DeviceChoice::Cuda { index: 3 }));
+        for text in ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", ""] {
+            assert!(DeviceChoice::parse(text).is_err(), "{text}");
+        }
+        assert!(matches!(DeviceChoice::Auto.open(), Ok(Device::Cpu(_))));
+        let error = DeviceChoice::Cuda { index: 1 }.open().unwrap_err().to_string();
+        assert!(error.contains("cuda:1") && error.contains("--device cpu"), "{error}");
+    }
+}

@@ -1,0 +1,13 @@
+//! Pictures in and out: PNG with the parameters of the run, PNG and JPEG as input, f32 pixels to bytes and back.
+
+mod atomic;
+mod infotext;
+mod pixels;
+mod png;
+mod read;
+
+pub use atomic::write_atomically;
+pub use infotext::infotext;
+pub use pixels::{from_bytes, to_bytes};
+pub use png::{PngText, encode_png, write_png};
+pub use read::read_image;

@@ -1,0 +1,63 @@
+use std::io::{Cursor, ErrorKind};
+use std::path::Path;
+
+use image::{DynamicImage, ImageDecoder, ImageError, ImageReader};
+
+use crate::error::{Error, Result};
+
+/// Largest side that is read; a header that claims more is refused before any memory is asked for.
+const MAX_SIDE: u32 = 32_768;
+/// Largest number of bytes that decoding may take: 32768 x 32768 RGB would be 3.2e9.
+const MAX_BYTES: u64 = 4 << 30;
+
+/// Reads a PNG or JPEG (by its content, not its name) as 8-bit RGB: width, height, `[height, width, 3]`. Transparency is
+/// dropped, grey becomes RGB, 16 bits become 8, a JPEG's Exif orientation is applied.
+///
+/// # Errors
+/// [`Error::File`]: no such file, a folder, another kind of file, truncated or corrupt, a side above 32768 pixels;
+/// [`Error::Io`] when the system cannot read it.
+pub fn read_image(path: &Path) -> Result<(usize, usize, Vec<u8>)> {
+    if path.is_dir() {
+        return Err(Error::file(path, "is a folder; expected a PNG or JPEG file"));
+    }
+    let bytes = std::fs::read(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Error::file(path, "no such file; expected a PNG or JPEG file"),
+        _ => Error::io(path, error),
+    })?;
+    if bytes.is_empty() {
+        return Err(Error::file(path, "the file is empty; expected a PNG or JPEG file"));
+    }
+    let image = decode(&bytes).map_err(|error| Error::file(path, explain(&error)))?.into_rgb8();
+    Ok((image.width() as usize, image.height() as usize, image.into_raw()))
+}
+
+fn decode(bytes: &[u8]) -> image::ImageResult<DynamicImage> {
+    let mut limits = image::Limits::default();
+    limits.max_image_width = Some(MAX_SIDE);
+    limits.max_image_height = Some(MAX_SIDE);
+    limits.max_alloc = Some(MAX_BYTES);
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder()?;
+    let orientation = decoder.orientation()?;
+    let mut image = DynamicImage::from_decoder(decoder)?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+fn explain(error: &ImageError) -> String {
+    match error {
+        ImageError::Unsupported(_) => "not a PNG or JPEG file that can be read; convert it to one".into(),
+        ImageError::Limits(limits) => {
+            format!("too large ({limits}); at most {MAX_SIDE} pixels a side and {} GiB are read", MAX_BYTES >> 30)
+        }
+        ImageError::IoError(io) if io.kind() == ErrorKind::UnexpectedEof => {
+            "truncated: the file ends in the middle of the picture".into()
+        }
+        // The decoders say "unexpected end of file" in their own words.
+        other if other.to_string().to_lowercase().contains("eof") => {
+            format!("truncated: the file ends in the middle of the picture ({other})")
+        }
+        other => format!("damaged: {other}"),
+    }
+}

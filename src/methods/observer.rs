@@ -1,0 +1,124 @@
+use super::Size;
+use crate::error::{Error, Result};
+use crate::runtime::{DType, Device, Tensor};
+
+/// Where a run stands after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepProgress {
+    /// Counted from 0.
+    pub stage: usize,
+    /// Steps done in this stage, of `stage_steps`.
+    pub step: usize,
+    pub stage_steps: usize,
+    /// Steps done in the whole run, of `run_steps`.
+    pub run_step: usize,
+    pub run_steps: usize,
+}
+
+/// What happens in a run, in order. Names a phase at its beginning, except [`Step`](Event::Step) and the two ends.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// The prompts are encoded next, once for all pictures.
+    EncodeText,
+    /// Picture `index` (from 0) of `count` begins.
+    PictureBegins { index: usize, count: usize, seed: u64 },
+    /// The steps of a stage begin; `stage` from 0.
+    StageBegins { stage: usize, stages: usize, size: Size, steps: usize },
+    /// A step is done.
+    Step(StepProgress),
+    /// A relay begins: the clean sample is decoded. `stage` (from 0) is the one it leads to.
+    Relay { stage: usize, from: Size, to: Size },
+    /// The relay's picture is resized.
+    RelayUpsample { stage: usize },
+    /// The relay's picture is encoded and noised.
+    RelayEncode { stage: usize },
+    /// The final decode begins.
+    Decode,
+    /// The picture is finished.
+    PictureEnds { index: usize },
+}
+
+/// Who watches a run. Every method has a default that does nothing.
+pub trait Observer {
+    fn event(&mut self, _event: &Event) {}
+
+    /// Asked before every step, relay and decode: true ends the run with [`Error::Interrupted`].
+    fn cancelled(&self) -> bool {
+        false
+    }
+
+    /// Something the user should know, in one sentence (a prompt that was truncated).
+    fn warning(&mut self, _message: &str) {}
+
+    /// Should [`tensor`](Observer::tensor) be called for the intermediate tensors of picture `index`?
+    fn wants_tensors(&self, _index: usize) -> bool {
+        false
+    }
+
+    /// An intermediate tensor of picture `index`, row-major, NCHW where it is a picture or latents: `noise<j>` (the j-th
+    /// draw, from 0), `timesteps`, `alpha_bar` (`[stages, training timesteps]`), `step<n>` (latents after the n-th
+    /// update, from 1), `relay<k>.{x0,decoded,upsampled,encoded,noised}` (k: the stage it leads to, the second is 1),
+    /// `latent` (what is decoded at the end), `image` (not clamped).
+    ///
+    /// # Errors
+    /// End the run.
+    fn tensor(&mut self, _index: usize, _name: &str, _shape: &[usize], _values: Vec<f32>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// An observer that does nothing.
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// An observer and the picture it is told about.
+pub struct Watch<'a> {
+    pub observer: &'a mut dyn Observer,
+    pub index: usize,
+}
+
+impl Watch<'_> {
+    pub(super) fn begin(&mut self, event: Event) -> Result<()> {
+        self.observer.event(&event);
+        self.check_cancelled()
+    }
+
+    pub(super) fn check_cancelled(&self) -> Result<()> {
+        if self.observer.cancelled() { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    /// `[N, H, W, C]` to the observer as `[N, C, H, W]`, if it wants tensors and there are data.
+    pub(super) fn dump(&mut self, name: &str, x: &Tensor) -> Result<()> {
+        if !self.observer.wants_tensors(self.index) || matches!(x.device(), Device::Meta(_)) {
+            return Ok(());
+        }
+        let [n, h, w, c] = x.dims("dump", "x")?;
+        let (values, plane) = (x.to_f32_vec()?, h * w);
+        let mut planar = Vec::with_capacity(values.len());
+        for image in values.chunks_exact((plane * c).max(1)) {
+            for channel in 0..c {
+                planar.extend((0..plane).map(|i| image[i * c + channel]));
+            }
+        }
+        self.observer.tensor(self.index, name, &[n, c, h, w], planar)
+    }
+
+    pub(super) fn dump_values(&mut self, name: &str, shape: &[usize], values: impl Iterator<Item = f32>) -> Result<()> {
+        if !self.observer.wants_tensors(self.index) {
+            return Ok(());
+        }
+        self.observer.tensor(self.index, name, shape, values.collect())
+    }
+}
+
+/// # Errors
+/// [`Error::NonFinite`] with `what` when an element of `x` is NaN or infinite. The meta device has none.
+pub(super) fn check_finite(x: &Tensor, what: impl FnOnce() -> String) -> Result<()> {
+    if matches!(x.device(), Device::Meta(_)) || x.dtype() == DType::U32 {
+        return Ok(());
+    }
+    let count = x.to_f32_vec()?.iter().filter(|value| !value.is_finite()).count();
+    if count == 0 { Ok(()) } else { Err(Error::NonFinite { what: what(), count, total: x.numel() }) }
+}

@@ -1,0 +1,68 @@
+//! Which sizes and how many steps, when the user names only the final size.
+
+use super::{Method, Size, Stage};
+use crate::error::{Error, Result};
+
+/// Up to this ratio of sides to the native ones, one stage at the final size makes the picture.
+const LARGEST_DIRECT_SCALE: f64 = 1.1;
+/// The share of steps that stages 2 and later take together: 10 of 50 in the paper.
+const RELAYED_SHARE: f64 = 0.2;
+const MOST_RELAYS: usize = 3;
+
+/// The stages for `size` from a model trained at `native`, whose sizes are multiples of `factor` pixels.
+///
+/// `plain`, and sizes up to 1.1 times the native sides (by area): one stage. Else the first stage has the native area and
+/// the final aspect ratio; the sides then grow linearly, by at most half the native ones per relay, in at most three
+/// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later share a fifth of the steps.
+/// So for SD 1.5 at 1024x1024 and 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1): 512x512:40, 768x768:5,
+/// 1024x1024:5; and for 256x256 from a model of 64x64: 64x64:40, 128x128:4, 192x192:3, 256x256:3.
+///
+/// # Errors
+/// [`Error::Request`]: `size` is not made of multiples of `factor`.
+pub fn default_stages(method: Method, size: Size, native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>> {
+    check_size("--size", size, factor)?;
+    let scale = (size.area() as f64 / native.area() as f64).sqrt();
+    if method == Method::Plain || scale <= LARGEST_DIRECT_SCALE || steps < 2 {
+        return Ok(vec![Stage { size, steps }]);
+    }
+    let first = base_size(size, native, factor);
+    let relays = ((2.0 * (scale - 1.0) - 1e-9).ceil() as usize).clamp(1, MOST_RELAYS).min(steps - 1);
+    let relayed_steps = ((steps as f64 * RELAYED_SHARE).round() as usize).max(relays);
+    let mut stages = vec![Stage { size: first, steps: steps - relayed_steps }];
+    for relay in 1..=relays {
+        let between = |from: usize, to: usize| {
+            let side = from as f64 + (to as f64 - from as f64) * relay as f64 / relays as f64;
+            rounded(side, factor)
+        };
+        let size = match relay == relays {
+            true => size,
+            false => Size::new(between(first.width, size.width), between(first.height, size.height)),
+        };
+        // The earlier of them take what does not divide.
+        let extra = usize::from(relay <= relayed_steps % relays);
+        stages.push(Stage { size, steps: relayed_steps / relays + extra });
+    }
+    Ok(stages)
+}
+
+/// The native area in the aspect ratio of `size`.
+pub fn base_size(size: Size, native: Size, factor: usize) -> Size {
+    let (area, ratio) = (native.area() as f64, size.width as f64 / size.height as f64);
+    Size::new(rounded((area * ratio).sqrt(), factor), rounded((area / ratio).sqrt(), factor))
+}
+
+fn rounded(side: f64, factor: usize) -> usize {
+    ((side / factor as f64).round() as usize).max(1) * factor
+}
+
+/// # Errors
+/// [`Error::Request`] with `flag`: a side is 0 or not a multiple of `factor`; names the nearest size that is.
+pub fn check_size(flag: &'static str, size: Size, factor: usize) -> Result<()> {
+    let fits = |side: usize| side > 0 && side.is_multiple_of(factor);
+    if fits(size.width) && fits(size.height) {
+        return Ok(());
+    }
+    let nearest = Size::new(rounded(size.width as f64, factor), rounded(size.height as f64, factor));
+    let reason = format!("sides must be multiples of {factor}, the pixels per latent cell; the nearest is {nearest}");
+    Err(Error::Request { flag, value: size.to_string(), reason })
+}

@@ -1,0 +1,302 @@
+use serde_json::{Value, json};
+
+use crate::error::Result;
+use crate::models::config::{JsonConfig, as_count};
+use crate::ops::TimestepEmbedding;
+
+/// `unet/config.json`; absent keys take the class defaults of diffusers' `UNet2DConditionModel`. What the file describes
+/// per level (scalar or list) is resolved per block here.
+#[derive(Clone, Debug)]
+pub struct UnetConfig {
+    pub in_channels: usize,
+    pub out_channels: usize,
+    /// Native latent height and width: [H, W].
+    pub sample_size: Option<[usize; 2]>,
+    /// Width of the text embeddings.
+    pub cross_attention_dim: usize,
+    /// Channels of each level, the finest first.
+    pub block_out_channels: Vec<usize>,
+    /// The down blocks in order, one a level.
+    pub down_blocks: Vec<BlockConfig>,
+    /// `None`: `mid_block_type` is null.
+    pub mid_block: Option<MidBlockConfig>,
+    /// The up blocks in order, the coarsest level first.
+    pub up_blocks: Vec<BlockConfig>,
+    /// The model sees `2 x - 1`.
+    pub center_input_sample: bool,
+    /// Sinusoid of the timestep; its width is `block_out_channels[0]`.
+    pub timestep: TimestepEmbedding,
+    /// Width of the timestep's embedding.
+    pub time_embed_dim: usize,
+    /// Symmetric padding of the downsampling convs; 0 pads bottom and right by one.
+    pub downsample_padding: usize,
+    pub norm_num_groups: usize,
+    pub norm_eps: f32,
+    /// proj_in and proj_out of the transformers are stored as linear layers, not as 1x1 convs.
+    pub use_linear_projection: bool,
+    pub conv_in_kernel: usize,
+    pub conv_out_kernel: usize,
+}
+
+/// One level on the way down or up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockConfig {
+    /// Channels of the block's output.
+    pub channels: usize,
+    pub resnets: usize,
+    /// `None` for blocks without attention.
+    pub attention: Option<AttentionConfig>,
+}
+
+/// The transformers of a block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionConfig {
+    /// `attention_head_dim` of the file: in this family it means the number of heads.
+    pub heads: usize,
+    /// Transformer blocks in the attention behind each ResNet.
+    pub layers: Vec<usize>,
+    /// The first attention of each transformer block reads the text too.
+    pub only_cross_attention: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct MidBlockConfig {
+    /// `None`: `UNetMidBlock2D`, a single ResNet.
+    pub attention: Option<AttentionConfig>,
+    /// `mid_block_scale_factor`: the ResNets' outputs are divided by it.
+    pub scale_factor: f64,
+}
+
+/// Keys that would change the model in ways not written here, with the values under which they change nothing.
+fn unsupported() -> Vec<(&'static str, Vec<Value>)> {
+    vec![
+        ("dual_cross_attention", vec![json!(false)]),
+        ("encoder_hid_dim", vec![Value::Null]),
+        ("encoder_hid_dim_type", vec![Value::Null]),
+        ("class_embed_type", vec![Value::Null]),
+        ("num_class_embeds", vec![Value::Null]),
+        ("class_embeddings_concat", vec![json!(false), Value::Null]),
+        ("addition_embed_type", vec![Value::Null]),
+        ("resnet_time_scale_shift", vec![json!("default")]),
+        ("time_embedding_type", vec![json!("positional")]),
+        ("time_embedding_act_fn", vec![Value::Null]),
+        ("timestep_post_act", vec![Value::Null]),
+        ("time_cond_proj_dim", vec![Value::Null]),
+        ("attention_type", vec![json!("default")]),
+    ]
+}
+
+impl UnetConfig {
+    /// Parses and checks config.json; `what` (its path) stands in errors.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) with key and value: of the wrong type, lists of unequal length, or a part of the published class
+    /// that the SD 1.x/2.x family does not use.
+    pub fn from_json(what: &str, json: &str) -> Result<UnetConfig> {
+        let c = JsonConfig::parse(what, json, "UNet2DConditionModel")?;
+        for (key, values) in unsupported() {
+            c.only(key, &values)?;
+        }
+        c.only_silu("act_fn")?;
+        let block_out_channels = c.counts("block_out_channels", &[320, 640, 1280, 1280])?;
+        let levels = block_out_channels.len();
+        let norm_num_groups = c.count("norm_num_groups", 32)?;
+        if let Some(channels) = block_out_channels.iter().find(|channels| !channels.is_multiple_of(norm_num_groups)) {
+            let wanted = format!("{channels} is not divisible into norm_num_groups = {norm_num_groups} groups");
+            return Err(c.error("block_out_channels", wanted));
+        }
+        let blocks = Blocks::read(&c, &block_out_channels)?;
+        let dim = block_out_channels[0];
+        let config = UnetConfig {
+            in_channels: c.count("in_channels", 4)?,
+            out_channels: c.count("out_channels", 4)?,
+            sample_size: c.size("sample_size")?,
+            cross_attention_dim: cross_attention_dim(&c, levels)?,
+            down_blocks: blocks.down,
+            mid_block: blocks.mid,
+            up_blocks: blocks.up,
+            center_input_sample: c.flag("center_input_sample", false)?,
+            timestep: TimestepEmbedding {
+                dim,
+                flip_sin_to_cos: c.flag("flip_sin_to_cos", true)?,
+                freq_shift: c.number("freq_shift", 0.0)?,
+            },
+            time_embed_dim: c.optional_count("time_embedding_dim")?.unwrap_or(4 * dim),
+            downsample_padding: padding(&c)?,
+            norm_num_groups,
+            norm_eps: c.positive("norm_eps", 1e-5)? as f32,
+            use_linear_projection: c.flag("use_linear_projection", false)?,
+            conv_in_kernel: odd(&c, "conv_in_kernel")?,
+            conv_out_kernel: odd(&c, "conv_out_kernel")?,
+            block_out_channels,
+        };
+        c.flag("upcast_attention", false)?; // nothing to do: the softmax is f32 always
+        Ok(config)
+    }
+
+    /// Height and width of the latents shrink by this on the way to the mid block; other sizes work too.
+    pub fn factor(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}
+
+struct Blocks {
+    down: Vec<BlockConfig>,
+    mid: Option<MidBlockConfig>,
+    up: Vec<BlockConfig>,
+}
+
+impl Blocks {
+    fn read(c: &JsonConfig, channels: &[usize]) -> Result<Blocks> {
+        let levels = channels.len();
+        let types = |key: &str, default: &[&str], plain: &str, cross: &str| -> Result<Vec<bool>> {
+            let names = c.names(key, default)?;
+            if names.len() != levels {
+                return Err(c.error(key, format!("expected {levels} entries, as many as block_out_channels has")));
+            }
+            let has_attention = |name: &String| match name.strip_prefix("UNetRes").unwrap_or(name) {
+                name if name == plain => Ok(false),
+                name if name == cross => Ok(true),
+                name => Err(c.error(key, format!("{name} is not supported, only {plain} and {cross} are"))),
+            };
+            names.iter().map(has_attention).collect()
+        };
+        let down_default = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"];
+        let up_default = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"];
+        let down_types = types("down_block_types", &down_default, "DownBlock2D", "CrossAttnDownBlock2D")?;
+        let up_types = types("up_block_types", &up_default, "UpBlock2D", "CrossAttnUpBlock2D")?;
+
+        let resnets = c.count_per_level("layers_per_block", levels, 2)?;
+        // The published class takes either name and means the number of heads.
+        let heads_key = match c.get("num_attention_heads") {
+            None | Some(Value::Null) => "attention_head_dim",
+            Some(_) => "num_attention_heads",
+        };
+        let heads = c.count_per_level(heads_key, levels, 8)?;
+        let only_cross_attention = c.flag_per_level("only_cross_attention", levels, false)?;
+        let layers = TransformerLayers::read(c, levels)?;
+        let attention = |level: usize, layers: Vec<usize>, only_cross_attention: bool| {
+            if !channels[level].is_multiple_of(heads[level]) {
+                let wanted =
+                    format!("level {level} has {} channels, not divisible into as many heads", channels[level]);
+                return Err(c.error(heads_key, wanted));
+            }
+            Ok(Some(AttentionConfig { heads: heads[level], layers, only_cross_attention }))
+        };
+
+        let (mut down, mut up) = (Vec::new(), Vec::new());
+        for level in 0..levels {
+            let resnets = resnets[level];
+            let attention = match down_types[level] {
+                true => attention(level, layers.down(c, level, resnets)?, only_cross_attention[level])?,
+                false => None,
+            };
+            down.push(BlockConfig { channels: channels[level], resnets, attention });
+        }
+        for (i, level) in (0..levels).rev().enumerate() {
+            let resnets = resnets[level] + 1;
+            let attention = match up_types[i] {
+                true => attention(level, layers.up(c, i, resnets)?, only_cross_attention[level])?,
+                false => None,
+            };
+            up.push(BlockConfig { channels: channels[level], resnets, attention });
+        }
+        let scale_factor = c.positive("mid_block_scale_factor", 1.0)?;
+        let last = levels - 1;
+        let mid = match c.get("mid_block_type") {
+            Some(Value::Null) => None,
+            Some(Value::String(name)) if name == "UNetMidBlock2D" => {
+                Some(MidBlockConfig { attention: None, scale_factor })
+            }
+            Some(value) if value != "UNetMidBlock2DCrossAttn" => {
+                let wanted = "not supported, only \"UNetMidBlock2DCrossAttn\", \"UNetMidBlock2D\" or null is";
+                return Err(c.error("mid_block_type", wanted));
+            }
+            _ => {
+                let attention = attention(last, vec![layers.down(c, last, 1)?[0]], false)?;
+                Some(MidBlockConfig { attention, scale_factor })
+            }
+        };
+        Ok(Blocks { down, mid, up })
+    }
+}
+
+/// `transformer_layers_per_block` and `reverse_transformer_layers_per_block`: a count, one a level, or one a ResNet.
+struct TransformerLayers {
+    down: Vec<Value>,
+    /// In the order of the up blocks.
+    up: Vec<Value>,
+    up_key: &'static str,
+}
+
+const LAYERS: &str = "transformer_layers_per_block";
+const REVERSE_LAYERS: &str = "reverse_transformer_layers_per_block";
+
+impl TransformerLayers {
+    fn read(c: &JsonConfig, levels: usize) -> Result<TransformerLayers> {
+        let per_level = |key: &str, value: &Value| match value {
+            Value::Array(list) if list.len() == levels => Ok(list.clone()),
+            Value::Array(_) => Err(c.error(key, format!("expected a list of {levels}"))),
+            value => Ok(vec![value.clone(); levels]),
+        };
+        let down = per_level(LAYERS, c.get(LAYERS).unwrap_or(&json!(1)))?;
+        match c.get(REVERSE_LAYERS) {
+            None | Some(Value::Null) => {
+                if down.iter().any(Value::is_array) {
+                    return Err(c.error(REVERSE_LAYERS, format!("{LAYERS} is one a ResNet, so this must be given")));
+                }
+                let up = down.iter().rev().cloned().collect();
+                Ok(TransformerLayers { down, up, up_key: LAYERS })
+            }
+            Some(value) => {
+                Ok(TransformerLayers { down, up: per_level(REVERSE_LAYERS, value)?, up_key: REVERSE_LAYERS })
+            }
+        }
+    }
+
+    fn down(&self, c: &JsonConfig, level: usize, resnets: usize) -> Result<Vec<usize>> {
+        per_resnet(c, LAYERS, &self.down[level], resnets)
+    }
+
+    fn up(&self, c: &JsonConfig, block: usize, resnets: usize) -> Result<Vec<usize>> {
+        per_resnet(c, self.up_key, &self.up[block], resnets)
+    }
+}
+
+/// A count for all ResNets of a block, or a list with at least one a ResNet.
+fn per_resnet(c: &JsonConfig, key: &str, value: &Value, resnets: usize) -> Result<Vec<usize>> {
+    let layers: Option<Vec<usize>> = match value {
+        Value::Array(list) => list.get(..resnets).and_then(|list| list.iter().map(as_count).collect()),
+        value => as_count(value).map(|layers| vec![layers; resnets]),
+    };
+    layers
+        .ok_or_else(|| c.error(key, format!("expected counts, one for each of a block's {resnets} ResNets if a list")))
+}
+
+/// All attentions read the same text, so a list of widths must be of equal ones.
+fn cross_attention_dim(c: &JsonConfig, levels: usize) -> Result<usize> {
+    let dims = c.count_per_level("cross_attention_dim", levels, 1280)?;
+    if dims.iter().any(|dim| *dim != dims[0]) {
+        return Err(c.error("cross_attention_dim", "not supported, only equal widths are: there is one text encoder"));
+    }
+    Ok(dims[0])
+}
+
+fn padding(c: &JsonConfig) -> Result<usize> {
+    match c.get("downsample_padding").map(Value::as_u64) {
+        None => Ok(1),
+        Some(Some(padding @ 0..=1)) => Ok(padding as usize),
+        Some(_) => Err(c.error("downsample_padding", "not supported, only 0 or 1 is")),
+    }
+}
+
+fn odd(c: &JsonConfig, key: &str) -> Result<usize> {
+    let kernel = c.count(key, 3)?;
+    if kernel % 2 == 1 { Ok(kernel) } else { Err(c.error(key, "expected an odd kernel size")) }
+}
+
+impl MidBlockConfig {
+    pub(super) fn scale(&self) -> f32 {
+        (1.0 / self.scale_factor) as f32
+    }
+}

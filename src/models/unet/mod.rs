@@ -1,0 +1,201 @@
+//! UNet2DConditionModel of the SD 1.x/2.x family. Rombach et al. 2022, arXiv:2112.10752; the convolutional frame is that
+//! of Ho et al. 2020, arXiv:2006.11239.
+
+mod blocks;
+mod config;
+
+pub use config::{AttentionConfig, BlockConfig, MidBlockConfig, UnetConfig};
+
+use super::layers::{Conv2d, GroupNorm, Linear};
+use super::weights::{WeightStore, Weights};
+use crate::error::{Error, Result};
+use crate::ops::{self, Activation};
+use crate::runtime::{DType, Device, Tensor};
+use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
+
+/// What a method may ask of a call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnetOptions {
+    /// Dilation (and padding) of the mid block's four 3x3 convs: 1, or 2 in MegaFusion++'s later stages.
+    pub mid_dilation: usize,
+}
+
+impl Default for UnetOptions {
+    fn default() -> UnetOptions {
+        UnetOptions { mid_dilation: 1 }
+    }
+}
+
+/// What is the same for every step of a run, computed once: K and V of the text for every cross-attention, and each
+/// ResNet's projection of every timestep's embedding.
+pub struct UnetConditioning {
+    rows: Vec<Tensor>, // one a ResNet: [steps * N, C_out], the N rows of a step together
+    kv: Vec<Tensor>,   // one a cross-attention: [N, L, 2, heads, head_dim]
+    batch: usize,
+    steps: usize,
+}
+
+impl UnetConditioning {
+    /// Samples a call must have: the rows of the text.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Timesteps it was made for.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    fn row(&self, resnet: usize, step: usize) -> Result<Tensor> {
+        self.rows[resnet].rows(step * self.batch..(step + 1) * self.batch)
+    }
+
+    fn kv(&self, attention: usize) -> &Tensor {
+        &self.kv[attention]
+    }
+}
+
+/// The denoiser.
+pub struct Unet {
+    config: UnetConfig,
+    device: Device,
+    dtype: DType,
+    conv_in: Conv2d,       // [C_0, k, k, in_channels]
+    time_linear_1: Linear, // [T, C_0]
+    time_linear_2: Linear, // [T, T]
+    projections: Projections,
+    down_blocks: Vec<DownBlock>,
+    mid_block: Option<MidBlock>,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm, // [C_0]
+    conv_out: Conv2d,         // [out_channels, k, k, C_0]
+}
+
+impl Unet {
+    /// Takes every tensor of `store`.
+    ///
+    /// # Errors
+    /// [`Error::Weight`]: missing, extra, of another shape, not finite; [`Error::OutOfMemory`].
+    pub fn load(store: WeightStore, config: &UnetConfig) -> Result<Unet> {
+        let unet = Unet::from_weights(&store.root(), config)?;
+        store.finish()?;
+        Ok(unet)
+    }
+
+    /// Takes the model's tensors and leaves it to the caller to look for others ([`WeightStore::finish`]) or at what was
+    /// asked for ([`WeightStore::manifest`]).
+    ///
+    /// # Errors
+    /// As [`load`](Unet::load).
+    pub fn from_weights(w: &Weights, config: &UnetConfig) -> Result<Unet> {
+        let channels = &config.block_out_channels;
+        let (first, deepest) = (channels[0], channels[channels.len() - 1]);
+        let mut loader = Loader { config, projections: Projections::default() };
+
+        let mut skips = vec![first]; // channels of the skip connections, in the order they are written
+        let mut down_blocks = Vec::new();
+        let mut input = first;
+        for (i, block) in config.down_blocks.iter().enumerate() {
+            let last = i + 1 == config.down_blocks.len();
+            down_blocks.push(loader.down_block(&w.at(format!("down_blocks.{i}")), input, block, last)?);
+            skips.extend(vec![block.channels; block.resnets + usize::from(!last)]);
+            input = block.channels;
+        }
+        let mid_block = match &config.mid_block {
+            None => None,
+            Some(mid) => Some(loader.mid_block(&w.at("mid_block"), deepest, mid)?),
+        };
+        let mut up_blocks = Vec::new();
+        for (i, block) in config.up_blocks.iter().enumerate() {
+            let last = i + 1 == config.up_blocks.len();
+            let mut read = skips.split_off(skips.len() - block.resnets);
+            read.reverse();
+            up_blocks.push(loader.up_block(&w.at(format!("up_blocks.{i}")), input, &read, block, last)?);
+            input = block.channels;
+        }
+        let time = w.at("time_embedding");
+        Ok(Unet {
+            device: w.device().clone(),
+            dtype: w.dtype(),
+            conv_in: Conv2d::load(&w.at("conv_in"), first, config.in_channels, config.conv_in_kernel)?,
+            time_linear_1: Linear::load(&time.at("linear_1"), config.time_embed_dim, first)?,
+            time_linear_2: Linear::load(&time.at("linear_2"), config.time_embed_dim, config.time_embed_dim)?,
+            projections: loader.projections,
+            down_blocks,
+            mid_block,
+            up_blocks,
+            conv_norm_out: GroupNorm::load(&w.at("conv_norm_out"), first, config.norm_num_groups, config.norm_eps)?,
+            conv_out: Conv2d::load(&w.at("conv_out"), config.out_channels, first, config.conv_out_kernel)?,
+            config: config.clone(),
+        })
+    }
+
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `text: [N, L, cross_attention_dim]`, the rows in the order of the samples' (unconditional first);
+    /// `timesteps`: all of the run, in the order in which [`forward`](Unet::forward) will name them by index.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `text`; [`Error::OutOfMemory`].
+    pub fn condition(&self, text: &Tensor, timesteps: &[f32]) -> Result<UnetConditioning> {
+        let [batch, length, _] = text.dims("unet", "text")?;
+        text.expect("unet", "text", &[batch, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
+        // Each timestep N times, so that the rows of a step are the N that its convs want.
+        let repeated: Vec<f32> = timesteps.iter().flat_map(|&t| std::iter::repeat_n(t, batch)).collect();
+        let emb = ops::timestep_embedding(&repeated, self.config.timestep, &self.device, self.dtype)?;
+        let emb = self.time_linear_1.fused(&emb, Activation::Silu, None)?;
+        // The ResNets read nothing but silu(emb): [steps * N, T].
+        let emb = self.time_linear_2.fused(&emb, Activation::Silu, None)?;
+        let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
+        let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
+        Ok(UnetConditioning { rows, kv, batch, steps: timesteps.len() })
+    }
+
+    /// `x: [N, H, W, in_channels]` at timestep `timesteps[step]` to `[N, H, W, out_channels]`: the predicted noise, or
+    /// whatever the checkpoint was trained to predict. Any H, W; N rows as the text has.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, `mid_dilation`;
+    /// [`Error::OutOfMemory`].
+    pub fn forward(&self, x: &Tensor, step: usize, text: &UnetConditioning, options: &UnetOptions) -> Result<Tensor> {
+        let [_, h, w, _] = x.dims("unet", "x")?;
+        x.expect("unet", "x", &[text.batch, h, w, self.config.in_channels], self.dtype, &self.device)?;
+        if h == 0 || w == 0 {
+            return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
+        }
+        if step >= text.steps {
+            let want = format!("below {}, the number of timesteps of the conditioning", text.steps);
+            return Err(Error::argument("unet", "step", step, want));
+        }
+        if options.mid_dilation == 0 {
+            return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
+        }
+        let call = Call { conditioning: text, step, mid_dilation: options.mid_dilation };
+
+        let mut x = match self.config.center_input_sample {
+            true => self.conv_in.forward(&ops::scale_cast(x, 2.0, -1.0, self.dtype, 1)?)?,
+            false => self.conv_in.forward(x)?,
+        };
+        let mut skips = vec![x.clone()];
+        for block in &self.down_blocks {
+            x = block.forward(x, call, &mut skips)?;
+        }
+        if let Some(mid) = &self.mid_block {
+            x = mid.forward(x, call)?;
+        }
+        for block in &self.up_blocks {
+            x = block.forward(x, call, &mut skips)?;
+        }
+        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(true), ..self.conv_out.args(&x) })
+    }
+}

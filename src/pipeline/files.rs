@@ -1,0 +1,218 @@
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use super::embedded;
+use crate::error::{Error, Result};
+use crate::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
+use crate::runtime::{DType, Device};
+use crate::schedulers::SchedulerConfig;
+use crate::text::{ClipTokenizer, TokenizerFiles};
+
+/// Where a model comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A directory in the layout of diffusers: tokenizer/, text_encoder/, unet/, vae/, scheduler/.
+    Directory(PathBuf),
+    /// The small model that ships inside the program.
+    Embedded,
+}
+
+/// The files of a model, read part by part: configurations and weights when asked for.
+pub struct ModelFiles {
+    place: Place,
+}
+
+enum Place {
+    Directory(PathBuf),
+    /// Path inside the model's directory, contents.
+    Embedded(embedded::Files),
+}
+
+/// What a directory must have, for messages.
+const LAYOUT: &str =
+    "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
+/// What stands for the directory of the embedded model.
+const EMBEDDED_NAME: &str = "pocket";
+
+impl ModelFiles {
+    /// Reads nothing but `model_index.json` (if there) and checks that the parts' directories exist.
+    ///
+    /// # Errors
+    /// [`Error::File`]: what is missing and what the directory should look like; [`Error::Config`]: a model of another
+    /// family.
+    pub fn open(source: &ModelSource) -> Result<ModelFiles> {
+        let files = match source {
+            ModelSource::Embedded => ModelFiles { place: Place::Embedded(embedded::files()?) },
+            ModelSource::Directory(path) => {
+                if path.is_file() {
+                    let reason = format!(
+                        "is one file; {LAYOUT} (diffusers' convert_original_stable_diffusion_to_diffusers.py makes one)"
+                    );
+                    return Err(Error::file(path, reason));
+                }
+                if !path.is_dir() {
+                    return Err(Error::file(path, format!("no such directory; {LAYOUT}")));
+                }
+                ModelFiles { place: Place::Directory(path.clone()) }
+            }
+        };
+        files.check_index()?;
+        if let Place::Directory(path) = &files.place {
+            for part in ["text_encoder", "unet", "vae", "scheduler"] {
+                let folder = path.join(part);
+                if !folder.is_dir() {
+                    return Err(Error::file(&folder, format!("no such directory; {LAYOUT}")));
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    /// What the model is called: its directory's name.
+    pub fn name(&self) -> String {
+        match &self.place {
+            Place::Embedded(_) => EMBEDDED_NAME.into(),
+            Place::Directory(path) => {
+                let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+            }
+        }
+    }
+
+    pub fn tokenizer(&self) -> Result<ClipTokenizer> {
+        match &self.place {
+            Place::Directory(path) => ClipTokenizer::load(&path.join("tokenizer")),
+            Place::Embedded(files) => {
+                let file = |name: &str| files.get(&format!("tokenizer/{name}"));
+                let files = TokenizerFiles {
+                    vocab: file("vocab.json"),
+                    merges: file("merges.txt"),
+                    tokenizer: file("tokenizer.json"),
+                    config: file("tokenizer_config.json"),
+                    special_tokens_map: file("special_tokens_map.json"),
+                    added_tokens: file("added_tokens.json"),
+                };
+                ClipTokenizer::from_bytes(&self.path("tokenizer"), &files)
+            }
+        }
+    }
+
+    pub fn scheduler_config(&self) -> Result<SchedulerConfig> {
+        let (what, json) = self.json("scheduler/scheduler_config.json")?;
+        SchedulerConfig::from_json(&what, &json)
+    }
+
+    pub fn text_config(&self) -> Result<ClipTextConfig> {
+        let (what, json) = self.json("text_encoder/config.json")?;
+        ClipTextConfig::from_json(&what, &json)
+    }
+
+    pub fn unet_config(&self) -> Result<UnetConfig> {
+        let (what, json) = self.json("unet/config.json")?;
+        UnetConfig::from_json(&what, &json)
+    }
+
+    pub fn vae_config(&self) -> Result<VaeConfig> {
+        let (what, json) = self.json("vae/config.json")?;
+        VaeConfig::from_json(&what, &json)
+    }
+
+    /// The text encoder; on the meta device from its configuration alone. So the other two.
+    pub fn text_encoder(&self, device: &Device, dtype: DType) -> Result<ClipTextModel> {
+        ClipTextModel::load(self.weights("text_encoder", "model", device, dtype)?, &self.text_config()?)
+    }
+
+    pub fn unet(&self, device: &Device, dtype: DType) -> Result<Unet> {
+        Unet::load(self.weights("unet", "diffusion_pytorch_model", device, dtype)?, &self.unet_config()?)
+    }
+
+    /// In f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it).
+    pub fn vae(&self, device: &Device, dtype: DType) -> Result<Vae> {
+        let config = self.vae_config()?;
+        let store = self.weights("vae", "diffusion_pytorch_model", device, vae_dtype(&config, dtype))?;
+        Vae::load(store, &config)
+    }
+
+    fn weights(&self, part: &str, stem: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+        if matches!(device, Device::Meta(_)) {
+            return Ok(WeightStore::meta(device, dtype));
+        }
+        match &self.place {
+            Place::Directory(path) => WeightStore::open(&path.join(part), stem, device, dtype),
+            Place::Embedded(files) => {
+                let name = format!("{part}/{stem}.safetensors");
+                let bytes = files.get(&name).ok_or_else(|| self.missing(&name))?;
+                WeightStore::from_bytes(&self.path(&name).display().to_string(), bytes, device, dtype)
+            }
+        }
+    }
+
+    /// Refuses models of other families before their parts give riddles.
+    fn check_index(&self) -> Result<()> {
+        const INDEX: &str = "model_index.json";
+        let Some(bytes) = self.read(INDEX)? else { return Ok(()) };
+        let path = self.path(INDEX);
+        let index: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
+        let class = index["_class_name"].as_str().unwrap_or("unknown");
+        let has = |part: &str| index.get(part).is_some_and(|entry| !entry[1].is_null());
+        let refuse = |why: String| {
+            let what = path.display().to_string();
+            Err(Error::config(what, format!("a {class} {why}; expected a Stable Diffusion 1.x or 2.x pipeline")))
+        };
+        for part in ["text_encoder_2", "transformer", "controlnet", "image_encoder"] {
+            // SD 1.x lists an image_encoder of null for IP-Adapter.
+            if has(part) {
+                return refuse(format!("with a part {part}"));
+            }
+        }
+        for (part, wanted) in
+            [("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")]
+        {
+            if let Some(found) = index[part][1].as_str()
+                && found != wanted
+            {
+                return refuse(format!("whose {part} is a {found}, not a {wanted}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The file's path (for errors) and text.
+    fn json(&self, name: &str) -> Result<(String, String)> {
+        let bytes = self.read(name)?.ok_or_else(|| self.missing(name))?;
+        let path = self.path(name);
+        let text = String::from_utf8(bytes.into_owned()).map_err(|_| Error::file(&path, "is not UTF-8 text"))?;
+        Ok((path.display().to_string(), text))
+    }
+
+    fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        match &self.place {
+            Place::Embedded(files) => Ok(files.get(name).map(Cow::Borrowed)),
+            Place::Directory(path) => {
+                let path = path.join(name);
+                match std::fs::read(&path) {
+                    Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                    Err(error) => Err(Error::io(&path, error)),
+                }
+            }
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::file(&self.path(name), format!("no such file; {LAYOUT}"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        match &self.place {
+            Place::Embedded(_) => Path::new(EMBEDDED_NAME).join(name),
+            Place::Directory(path) => path.join(name),
+        }
+    }
+}
+
+/// A decoder with `force_upcast` may leave the range of f16; bf16 has the range of f32.
+pub(super) fn vae_dtype(config: &VaeConfig, dtype: DType) -> DType {
+    if config.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
+}

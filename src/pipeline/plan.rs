@@ -1,0 +1,190 @@
+use serde_json::{Value, json};
+
+use super::files::vae_dtype;
+use super::{ModelFiles, ModelSource, Pipeline, Request};
+use crate::error::Result;
+use crate::methods::{Event, Observer, Size, Stage};
+use crate::models::{ClipTextModel, Unet, Vae, WeightStore, Weights};
+use crate::runtime::{DType, Device, MetaDevice, OpKind, Report, Work};
+
+/// The cost of one phase of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PhaseReport {
+    /// `text`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`.
+    pub name: &'static str,
+    /// The stage that the phase belongs to, from 0; a relay belongs to the stage it leads to.
+    pub stage: Option<usize>,
+    /// Picture size of the phase's result.
+    pub size: Option<Size>,
+    /// How many times it runs.
+    pub repeats: usize,
+    /// One run of it, by kind (kinds without launches are left out) and in total.
+    pub by_kind: Vec<(OpKind, Work)>,
+    pub once: Work,
+    /// Largest number of bytes alive at once during it, weights included.
+    pub peak_bytes: u64,
+}
+
+/// Weights of one module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightReport {
+    /// `text_encoder`, `unet`, `vae`.
+    pub module: &'static str,
+    pub parameters: u64,
+    pub bytes: u64,
+}
+
+/// What a request would cost, from the configuration files alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlanReport {
+    pub dtype: DType,
+    pub stages: Vec<Stage>,
+    /// In the order of the run.
+    pub phases: Vec<PhaseReport>,
+    pub weights: Vec<WeightReport>,
+    /// Over all phases and repeats, for one picture.
+    pub by_kind: Vec<(OpKind, Work)>,
+    pub total: Work,
+    pub peak_bytes: u64,
+}
+
+impl PlanReport {
+    /// The same as JSON.
+    pub fn to_json(&self) -> Value {
+        let phase = |phase: &PhaseReport| {
+            json!({
+                "name": phase.name, "stage": phase.stage, "size": phase.size.map(|size| size.to_string()),
+                "repeats": phase.repeats, "once": cost(&phase.by_kind, phase.once), "peak_bytes": phase.peak_bytes,
+            })
+        };
+        let weights = |weights: &WeightReport| json!({"module": weights.module, "parameters": weights.parameters, "bytes": weights.bytes});
+        json!({
+            "dtype": self.dtype.name(),
+            "stages": self.stages.iter().map(Stage::to_string).collect::<Vec<_>>(),
+            "phases": self.phases.iter().map(phase).collect::<Vec<_>>(),
+            "weights": self.weights.iter().map(weights).collect::<Vec<_>>(),
+            "weight_bytes": self.weight_bytes(),
+            "total": cost(&self.by_kind, self.total),
+            "peak_bytes": self.peak_bytes,
+        })
+    }
+
+    /// Over all modules.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weights.iter().map(|weights| weights.bytes).sum()
+    }
+}
+
+fn cost(by_kind: &[(OpKind, Work)], total: Work) -> Value {
+    let work = |w: Work| json!({"macs": w.macs, "flops": w.flops, "bytes": w.bytes, "launches": w.launches});
+    let mut value = work(total);
+    value["by_kind"] =
+        by_kind.iter().map(|(kind, w)| (kind.name().to_string(), work(*w))).collect::<serde_json::Map<_, _>>().into();
+    value
+}
+
+/// Runs the request on the meta device: the code of the real run, for one picture.
+///
+/// # Errors
+/// As [`Pipeline::load`] and [`Pipeline::generate`], except for those of weight files and the tokenizer.
+pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<PlanReport> {
+    let meta = MetaDevice::default();
+    let device = Device::Meta(meta.clone());
+    let weights = weights(source, dtype)?;
+    let pipeline = Pipeline::load(source.clone(), device, dtype)?;
+    let stages = pipeline.resolve(request)?.stages;
+    meta.take_report(); // loading does no work, but sets the peak to the weights
+    let mut recorder = Recorder { meta, stages: stages.clone(), current: None, phases: Vec::new() };
+    pipeline.generate(&Request { count: 1, ..request.clone() }, &mut recorder)?;
+
+    let phases = recorder.phases;
+    let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
+    let sum = |pick: &dyn Fn(&PhaseReport) -> Work| {
+        phases.iter().fold(Work::default(), |sum, phase| add(sum, pick(phase), phase.repeats as u64))
+    };
+    let total = sum(&|phase| phase.once);
+    let by_kind = OpKind::ALL
+        .into_iter()
+        .map(|kind| {
+            (kind, sum(&|phase| phase.by_kind.iter().find(|(k, _)| *k == kind).map_or(Work::default(), |(_, w)| *w)))
+        })
+        .filter(|(_, work)| work.launches > 0)
+        .collect();
+    Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes })
+}
+
+fn add(sum: Work, work: Work, times: u64) -> Work {
+    Work {
+        macs: sum.macs + work.macs * times,
+        flops: sum.flops + work.flops * times,
+        bytes: sum.bytes + work.bytes * times,
+        launches: sum.launches + work.launches * times,
+    }
+}
+
+/// What the modules ask of a manifest.
+fn weights(source: &ModelSource, dtype: DType) -> Result<Vec<WeightReport>> {
+    let files = ModelFiles::open(source)?;
+    let (text, unet, vae) = (files.text_config()?, files.unet_config()?, files.vae_config()?);
+    let device = Device::meta();
+    let report = |module, dtype: DType, ask: &dyn Fn(&Weights) -> Result<()>| {
+        let store = WeightStore::meta(&device, dtype);
+        ask(&store.root())?;
+        let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+        Ok(WeightReport { module, parameters, bytes: parameters * dtype.size_bytes() as u64 })
+    };
+    Ok(vec![
+        report("text_encoder", dtype, &|w| ClipTextModel::from_weights(w, &text).map(drop))?,
+        report("unet", dtype, &|w| Unet::from_weights(w, &unet).map(drop))?,
+        report("vae", vae_dtype(&vae, dtype), &|w| Vae::from_weights(w, &vae).map(drop))?,
+    ])
+}
+
+/// Cuts the meta device's record at the run's events.
+struct Recorder {
+    meta: MetaDevice,
+    stages: Vec<Stage>,
+    /// The phase that the next record belongs to; `None`: not counted (the first noise).
+    current: Option<(&'static str, Option<usize>)>,
+    phases: Vec<PhaseReport>,
+}
+
+impl Observer for Recorder {
+    fn event(&mut self, event: &Event) {
+        let report = self.meta.take_report();
+        if let Some((name, stage)) = self.current.take() {
+            self.add(name, stage, &report);
+        }
+        let last = self.stages.len() - 1;
+        self.current = match *event {
+            Event::EncodeText => Some(("text", None)),
+            Event::StageBegins { stage, .. } => Some(("denoise", Some(stage))),
+            Event::Step(progress) if progress.step < progress.stage_steps => Some(("denoise", Some(progress.stage))),
+            Event::Relay { stage, .. } => Some(("relay decode", Some(stage))),
+            Event::RelayUpsample { stage } => Some(("relay upsample", Some(stage))),
+            Event::RelayEncode { stage } => Some(("relay encode", Some(stage))),
+            Event::Decode => Some(("decode", Some(last))),
+            Event::Step(_) | Event::PictureBegins { .. } | Event::PictureEnds { .. } => None,
+        };
+    }
+}
+
+impl Recorder {
+    fn add(&mut self, name: &'static str, stage: Option<usize>, report: &Report) {
+        let once = report.total();
+        if let Some(last) = self.phases.last_mut()
+            && (last.name, last.stage, last.once) == (name, stage, once)
+        {
+            last.repeats += 1;
+            last.peak_bytes = last.peak_bytes.max(report.peak_bytes);
+            return;
+        }
+        let size = stage.map(|stage| match name {
+            "relay decode" => self.stages[stage - 1].size,
+            _ => self.stages[stage].size,
+        });
+        let by_kind =
+            OpKind::ALL.into_iter().map(|kind| (kind, report.of(kind))).filter(|(_, w)| w.launches > 0).collect();
+        self.phases.push(PhaseReport { name, stage, size, repeats: 1, by_kind, once, peak_bytes: report.peak_bytes });
+    }
+}

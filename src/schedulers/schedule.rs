@@ -1,0 +1,113 @@
+//! alphas_cumprod (abar) of a configuration, and its re-scheduling for larger pictures.
+
+use super::SchedulerConfig;
+use crate::error::Result;
+
+/// abar_t for every training timestep: the share of signal in the variance of the noised sample.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct NoiseSchedule {
+    pub abar: Vec<f64>,
+    /// abar after the last step.
+    pub final_abar: f64,
+    /// Is `final_abar` 1 whatever the table?
+    set_alpha_to_one: bool,
+}
+
+impl NoiseSchedule {
+    pub fn new(config: &SchedulerConfig, set_alpha_to_one: bool) -> Result<NoiseSchedule> {
+        let mut betas = betas(config)?;
+        if config.rescale_betas_zero_snr {
+            betas = with_zero_terminal_snr(&betas);
+        }
+        if let Some((t, beta)) = betas.iter().enumerate().find(|(_, beta)| !(0.0..=1.0).contains(*beta)) {
+            return Err(config.error(format!("beta {t} is {beta}, expected 0 to 1; check beta_start and beta_end")));
+        }
+        let abar = alphas_cumprod(&betas);
+        // An abar of 0 before the last timestep leaves nothing to sample from.
+        if let Some(t) = abar[..abar.len() - 1].iter().position(|&a| a <= 0.0) {
+            return Err(config.error(format!("alphas_cumprod is 0 from timestep {t} on; the betas are too large")));
+        }
+        let abar: Vec<f64> = abar.into_iter().map(f64::from).collect();
+        let final_abar = if set_alpha_to_one { 1.0 } else { abar[0] };
+        Ok(NoiseSchedule { abar, final_abar, set_alpha_to_one })
+    }
+
+    /// abar' = abar / (gamma - (gamma - 1) abar): the signal-to-noise ratio divided by `gamma`, for pictures of gamma
+    /// times the area. The final abar follows. MegaFusion, arXiv:2408.11001, eq. (8).
+    pub fn rescheduled(&self, gamma: f64) -> NoiseSchedule {
+        let abar: Vec<f64> = self.abar.iter().map(|a| a / (gamma - (gamma - 1.0) * a)).collect();
+        let final_abar = if self.set_alpha_to_one { 1.0 } else { abar[0] };
+        NoiseSchedule { abar, final_abar, set_alpha_to_one: self.set_alpha_to_one }
+    }
+
+    /// sqrt((1 - abar) / abar), between the integers linearly interpolated, outside the table its ends.
+    pub fn sigma(&self, t: f64) -> f64 {
+        let at = |t: usize| ((1.0 - self.abar[t]) / self.abar[t]).sqrt();
+        let last = self.abar.len() - 1;
+        let t = t.clamp(0.0, last as f64);
+        let below = (t.floor() as usize).min(last - 1);
+        let fraction = t - below as f64;
+        at(below) + (at(below + 1) - at(below)) * fraction
+    }
+}
+
+/// In f32, as the models were trained.
+fn betas(config: &SchedulerConfig) -> Result<Vec<f32>> {
+    let n = config.num_train_timesteps;
+    if let Some(betas) = &config.trained_betas {
+        if betas.len() != n {
+            let got = betas.len();
+            return Err(config.error(format!("trained_betas has {got} values, num_train_timesteps is {n}")));
+        }
+        return Ok(betas.iter().map(|&beta| beta as f32).collect());
+    }
+    let (start, end) = (config.beta_start, config.beta_end);
+    match config.beta_schedule.as_str() {
+        "linear" => Ok(linspace(start as f32, end as f32, n)),
+        "scaled_linear" => {
+            let mut roots = linspace(start.sqrt() as f32, end.sqrt() as f32, n);
+            roots.iter_mut().for_each(|root| *root *= *root);
+            Ok(roots)
+        }
+        "squaredcos_cap_v2" => Ok(cosine(n)),
+        other => Err(config.error(format!(
+            "beta_schedule is {other:?}, expected \"linear\", \"scaled_linear\" or \"squaredcos_cap_v2\""
+        ))),
+    }
+}
+
+/// torch.linspace in f32: from both ends to the middle.
+fn linspace(start: f32, end: f32, n: usize) -> Vec<f32> {
+    let step = (end - start) / (n - 1) as f32;
+    let value = |i: usize| {
+        if i < n / 2 { step.mul_add(i as f32, start) } else { (-step).mul_add((n - 1 - i) as f32, end) }
+    };
+    (0..n).map(value).collect()
+}
+
+/// Nichol & Dhariwal 2021, arXiv:2102.09672, eq. (17): abar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), beta at most 0.999.
+fn cosine(n: usize) -> Vec<f32> {
+    let abar = |u: f64| ((u + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+    let beta = |i: usize| 1.0 - abar((i + 1) as f64 / n as f64) / abar(i as f64 / n as f64);
+    (0..n).map(|i| beta(i).min(0.999) as f32).collect()
+}
+
+/// Products in f64, each stored as f32: what torch.cumprod does on a CPU.
+fn alphas_cumprod(betas: &[f32]) -> Vec<f32> {
+    let next = |product: &mut f64, beta: &f32| {
+        *product *= f64::from(1.0 - beta);
+        Some(*product as f32)
+    };
+    betas.iter().scan(1.0f64, next).collect()
+}
+
+/// sqrt(abar) shifted and scaled so that the last is 0 and the first is kept. Lin et al. 2023, arXiv:2305.08891,
+/// algorithm 1.
+fn with_zero_terminal_snr(betas: &[f32]) -> Vec<f32> {
+    let roots: Vec<f32> = alphas_cumprod(betas).into_iter().map(f32::sqrt).collect();
+    let (first, last) = (roots[0], roots[roots.len() - 1]);
+    let scale = first / (first - last);
+    let abar: Vec<f32> = roots.iter().map(|root| ((root - last) * scale).powi(2)).collect();
+    let before = |t: usize| if t == 0 { 1.0 } else { abar[t - 1] };
+    (0..abar.len()).map(|t| 1.0 - abar[t] / before(t)).collect()
+}

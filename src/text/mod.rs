@@ -1,0 +1,7 @@
+//! Prompts to token ids.
+
+mod clip;
+mod files;
+
+pub use clip::{ClipTokenizer, Encoding};
+pub use files::TokenizerFiles;

@@ -1,0 +1,516 @@
+//! The program from outside: its flags, files, messages and exit status. Numbers are checked elsewhere.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use safetensors::{Dtype, SafeTensors};
+
+/// A small random model of the SD 1.x family, native size 32x32 (latents 16x16).
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
+
+/// The program in a folder of its own.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Place {
+        Place { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_megafuse"));
+        command.args(args).current_dir(self.folder.path()).env("RAYON_NUM_THREADS", "2");
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("the program starts")
+    }
+
+    /// Standard output of a run that must succeed.
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// The message of a run that must fail with this status and write nothing.
+    fn fails(&self, status: i32, args: &[&str]) -> String {
+        let before = self.names();
+        let output = self.run(args);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
+        assert_eq!(self.names(), before, "{args:?} left something");
+        assert!(!message.contains("panicked"), "{args:?}: {message}");
+        message
+    }
+
+    fn names(&self) -> BTreeSet<String> {
+        let entries = fs::read_dir(self.folder.path()).expect("the folder is there");
+        entries.map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// `generate` on the small model in a few steps, with further flags.
+fn generate<'a>(further: &[&'a str]) -> Vec<&'a str> {
+    let base = ["generate", "a photo of a cat", "--model", MODEL, "--stages", "16x16:2,24x24:1"];
+    base.into_iter().chain(further.iter().copied()).collect()
+}
+
+struct Png {
+    width: u32,
+    height: u32,
+    pixels: Vec<u8>,
+    texts: Vec<(String, String)>,
+}
+
+fn read_png(path: &Path) -> Png {
+    let file = std::io::BufReader::new(fs::File::open(path).unwrap_or_else(|error| panic!("{path:?}: {error}")));
+    let mut reader = png::Decoder::new(file).read_info().expect("a PNG");
+    let mut pixels = vec![0; reader.output_buffer_size().expect("a small picture")];
+    let info = reader.next_frame(&mut pixels).expect("a complete PNG");
+    assert_eq!((info.color_type, info.bit_depth), (png::ColorType::Rgb, png::BitDepth::Eight));
+    let texts = reader.info().uncompressed_latin1_text.iter();
+    let mut texts: Vec<(String, String)> = texts.map(|chunk| (chunk.keyword.clone(), chunk.text.clone())).collect();
+    let utf8 = reader.info().utf8_text.iter();
+    texts.extend(utf8.map(|chunk| (chunk.keyword.clone(), chunk.get_text().expect("UTF-8"))));
+    Png { width: info.width, height: info.height, pixels, texts }
+}
+
+fn write_png(path: &Path, width: u32, height: u32, pixels: &[u8]) {
+    let file = fs::File::create(path).expect("a writable folder");
+    let mut encoder = png::Encoder::new(file, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder.write_header().expect("a header").write_image_data(pixels).expect("the pixels");
+}
+
+/// Shape and f32 values of a tensor.
+fn tensor(bytes: &[u8], name: &str) -> (Vec<usize>, Vec<f32>) {
+    let tensors = SafeTensors::deserialize(bytes).expect("a safetensors file");
+    let tensor = tensors.tensor(name).unwrap_or_else(|_| panic!("{name} among {:?}", tensors.names()));
+    assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
+    (tensor.shape().to_vec(), bytemuck::pod_collect_to_vec(tensor.data()))
+}
+
+fn write_tensors(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) {
+    let views = tensors.iter().map(|(name, shape, values)| {
+        let view = safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(values));
+        (*name, view.expect("as many values as the shape says"))
+    });
+    safetensors::serialize_to_file(views, None, path).expect("a writable folder");
+}
+
+/// Values between -1 and 1 without a pattern.
+fn noise(count: usize) -> Vec<f32> {
+    let mut state = 1u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+#[test]
+fn help_shows_every_command_and_flag_with_examples() {
+    let place = Place::new();
+    let help = place.ok(&["--help"]);
+    for command in ["generate", "plan", "probe", "resize", "doctor"] {
+        assert!(help.contains(command), "{help}");
+        let help = place.ok(&[command, "--help"]);
+        assert!(command == "doctor" || help.contains("Examples:"), "{command}: {help}");
+    }
+    let help = place.ok(&["generate", "--help"]);
+    let flags = "model negative method size stages upsampler relay-clamp reschedule dilation relay-noise-offset \
+                 scheduler eta steps guidance seed count rng dtype device out dump reference-compat";
+    for flag in flags.split_whitespace() {
+        assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");
+    }
+    let version = place.ok(&["--version"]);
+    assert_eq!(version.trim(), concat!("megafuse ", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn a_picture_is_the_same_again_and_another_with_another_seed() {
+    let place = Place::new();
+    assert_eq!(place.ok(&generate(&["--seed", "3", "--out", "a.png"])), "a.png\n");
+    place.ok(&generate(&["--seed", "3", "--out", "b.png"]));
+    place.ok(&generate(&["--seed", "4", "--out", "c.png"]));
+    assert_eq!(place.bytes("a.png"), place.bytes("b.png"));
+    let (a, c) = (read_png(&place.path("a.png")), read_png(&place.path("c.png")));
+    assert_eq!((a.width, a.height), (24, 24));
+    assert_ne!(a.pixels, c.pixels);
+    assert!(a.pixels.iter().collect::<BTreeSet<_>>().len() > 4, "a flat picture");
+}
+
+#[test]
+fn a_picture_says_how_it_was_made() {
+    let place = Place::new();
+    place.ok(&generate(&["--seed", "3", "--negative", "a dog", "--guidance", "5.5", "--out", "a.png"]));
+    let texts = read_png(&place.path("a.png")).texts;
+    let chunk = |keyword: &str| &texts.iter().find(|(key, _)| key == keyword).expect(keyword).1;
+    let parameters = chunk("parameters");
+    let lines: Vec<&str> = parameters.lines().collect();
+    assert_eq!(lines[0], "a photo of a cat");
+    assert_eq!(lines[1], "Negative prompt: a dog");
+    for part in ["Steps: 3", "CFG scale: 5.5", "Seed: 3", "Size: 24x24"] {
+        assert!(lines[2].contains(part), "{part} in {parameters}");
+    }
+    let json: serde_json::Value = serde_json::from_str(chunk("megafuse")).expect("JSON");
+    assert_eq!(json["prompt"], "a photo of a cat");
+    assert_eq!(json["seed"], 3);
+}
+
+#[test]
+fn default_names_do_not_replace_and_chosen_names_do() {
+    let place = Place::new();
+    assert_eq!(place.ok(&generate(&["--seed", "3"])), "megafuse-3.png\n");
+    assert_eq!(place.ok(&generate(&["--seed", "3"])), "megafuse-3-2.png\n");
+    assert_eq!(place.bytes("megafuse-3.png"), place.bytes("megafuse-3-2.png"));
+    fs::write(place.path("a.png"), "something old").unwrap();
+    place.ok(&generate(&["--seed", "3", "--out", "a.png"]));
+    assert_eq!(place.bytes("a.png"), place.bytes("megafuse-3.png"));
+    fs::create_dir(place.path("folder")).unwrap();
+    let printed = place.ok(&generate(&["--seed", "3", "--out", "folder"]));
+    assert_eq!(Path::new(printed.trim()), Path::new("folder/megafuse-3.png"));
+}
+
+#[test]
+fn counted_pictures_depend_on_their_own_seed_only() {
+    let place = Place::new();
+    let printed = place.ok(&generate(&["--seed", "5", "--count", "3", "--out", "x.png", "--dump", "d.safetensors"]));
+    let names = ["x-1.png", "d-1.safetensors", "x-2.png", "d-2.safetensors", "x-3.png", "d-3.safetensors"];
+    assert_eq!(printed.lines().collect::<Vec<_>>(), names);
+    assert_eq!(place.names(), names.iter().map(ToString::to_string).collect());
+    place.ok(&generate(&["--seed", "7", "--out", "alone.png"]));
+    assert_eq!(read_png(&place.path("x-3.png")).pixels, read_png(&place.path("alone.png")).pixels);
+    assert_ne!(read_png(&place.path("x-1.png")).pixels, read_png(&place.path("x-2.png")).pixels);
+}
+
+#[test]
+fn a_dump_holds_the_whole_run() {
+    let place = Place::new();
+    place.ok(&generate(&["--out", "a.png", "--dump", "d.safetensors"]));
+    let bytes = place.bytes("d.safetensors");
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let names: BTreeSet<&str> = tensors.names().into_iter().collect();
+    // Two draws: the first latents and the relay's noise.
+    let want: BTreeSet<&str> =
+        "noise0 noise1 timesteps alpha_bar step1 step2 step3 relay1.x0 relay1.decoded relay1.upsampled \
+                relay1.encoded relay1.noised latent image"
+            .split_whitespace()
+            .collect();
+    assert_eq!(names, want);
+    assert_eq!(tensor(&bytes, "timesteps").0, [3]);
+    assert_eq!(tensor(&bytes, "relay1.decoded").0, [1, 3, 16, 16]);
+    assert_eq!(tensor(&bytes, "relay1.upsampled").0, [1, 3, 24, 24]);
+    assert_eq!(tensor(&bytes, "relay1.noised").0, [1, 4, 12, 12]);
+    let (shape, image) = tensor(&bytes, "image");
+    assert_eq!(shape, [1, 3, 24, 24]);
+    // The PNG is this tensor: x / 2 + 1/2, clamped, in 255 steps.
+    let pixels = read_png(&place.path("a.png")).pixels;
+    for (index, &pixel) in pixels.iter().enumerate() {
+        let (position, channel) = (index / 3, index % 3);
+        let value = (image[channel * 24 * 24 + position] / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0;
+        assert!((value - f32::from(pixel)).abs() <= 0.5 + 1e-4, "pixel {position}: {value} as {pixel}");
+    }
+}
+
+#[test]
+fn a_plan_adds_up() {
+    let place = Place::new();
+    let args = ["plan", "a cat", "--model", MODEL, "--stages", "16x16:2,24x24:1"];
+    let json: serde_json::Value =
+        serde_json::from_str(&place.ok(&[&args[..], &["--json"]].concat())).expect("JSON on standard output");
+    let total = json["total"]["macs"].as_u64().expect("total.macs");
+    let phases = json["phases"].as_array().expect("phases");
+    let sum: u64 =
+        phases.iter().map(|phase| phase["repeats"].as_u64().unwrap() * phase["once"]["macs"].as_u64().unwrap()).sum();
+    assert!(total > 0);
+    assert_eq!(sum, total);
+    let weights = json["weights"].as_array().expect("weights");
+    assert_eq!(weights.len(), 3);
+    assert!(json["peak_bytes"].as_u64().unwrap() > weights.iter().map(|w| w["bytes"].as_u64().unwrap()).sum::<u64>());
+
+    let table = place.ok(&args);
+    for part in ["16x16:2 24x24:1", "conv GMAC", "relay decode", "peak memory", "unet", "total"] {
+        assert!(table.contains(part), "{part} in:\n{table}");
+    }
+    assert!(place.names().is_empty());
+}
+
+#[test]
+fn a_plan_needs_no_weights() {
+    let place = Place::new();
+    for part in ["text_encoder", "unet", "vae", "scheduler", "tokenizer"] {
+        fs::create_dir(place.path(part)).unwrap();
+        for entry in fs::read_dir(Path::new(MODEL).join(part)).unwrap() {
+            let from = entry.unwrap().path();
+            if from.extension().is_none_or(|extension| extension != "safetensors") {
+                fs::copy(&from, place.path(part).join(from.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    place.ok(&["plan", "a cat", "--model", ".", "--size", "64x48"]);
+    let message = place.fails(1, &["generate", "a cat", "--model", ".", "--size", "64x48"]);
+    assert!(message.contains("safetensors"), "{message}");
+}
+
+#[test]
+fn a_doctor_names_what_is_there() {
+    let report = Place::new().ok(&["doctor"]);
+    for part in [env!("CARGO_PKG_VERSION"), "threads", "cpu features", "cuda", "emu", "pocket", "--model DIR"] {
+        assert!(report.contains(part), "{part} in:\n{report}");
+    }
+}
+
+#[test]
+fn resize_agrees_with_the_filters_by_hand() {
+    let place = Place::new();
+    // One row, grey 100 then 200: with bicubic a = -1/2 twice as wide, borders re-normalised, by hand in f64.
+    write_png(&place.path("in.png"), 2, 1, &[100, 100, 100, 200, 200, 200]);
+    place.ok(&["resize", "in.png", "out.png", "--size", "4x1"]);
+    let weight = |x: f64| {
+        let x = x.abs();
+        match x {
+            x if x < 1.0 => 1.5 * x.powi(3) - 2.5 * x.powi(2) + 1.0,
+            x if x < 2.0 => -0.5 * x.powi(3) + 2.5 * x.powi(2) - 4.0 * x + 2.0,
+            _ => 0.0,
+        }
+    };
+    let want = |i: usize| {
+        let centre = (i as f64 + 0.5) / 2.0;
+        let taps = [(weight(0.5 - centre), 100.0), (weight(1.5 - centre), 200.0)];
+        let sum: f64 = taps.iter().map(|(w, _)| w).sum();
+        taps.iter().map(|(w, value)| w * value).sum::<f64>() / sum
+    };
+    let out = read_png(&place.path("out.png"));
+    assert_eq!((out.width, out.height), (4, 1));
+    for i in 0..4 {
+        assert!((f64::from(out.pixels[3 * i]) - want(i)).abs() <= 0.5 + 1e-3, "{i}: {:?} {}", out.pixels, want(i));
+    }
+
+    let bilinear = |i: usize| [100.0, 125.0, 175.0, 200.0][i];
+    place.ok(&["resize", "in.png", "out.png", "--size", "4x1", "--upsampler", "bilinear"]);
+    let out = read_png(&place.path("out.png"));
+    for i in 0..4 {
+        assert!((f64::from(out.pixels[3 * i + 1]) - bilinear(i)).abs() <= 0.5 + 1e-3, "{i}: {:?}", out.pixels);
+    }
+
+    for upsampler in ["bicubic", "bicubic-torch", "bicubic-gaussian", "bicubic-edge"] {
+        let flat: Vec<u8> = [17, 99, 255].repeat(63);
+        write_png(&place.path("flat.png"), 9, 7, &flat);
+        place.ok(&["resize", "flat.png", "flat-out.png", "--size", "23x11", "--upsampler", upsampler]);
+        assert_eq!(read_png(&place.path("flat-out.png")).pixels, [17, 99, 255].repeat(23 * 11), "{upsampler}");
+    }
+}
+
+#[test]
+fn probes_take_and_give_nchw() {
+    let place = Place::new();
+    place.ok(&["probe", "--model", MODEL, "--module", "text", "--prompt", "a cat", "--out", "text.safetensors"]);
+    let bytes = place.bytes("text.safetensors");
+    let (shape, embeds) = tensor(&bytes, "prompt_embeds");
+    assert_eq!((shape[0], shape.len()), (1, 3));
+    assert_eq!(embeds, tensor(&bytes, "last_hidden_state").1);
+    let ids = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = ids.tensor("input_ids").unwrap();
+    assert_eq!((ids.dtype(), ids.shape()), (Dtype::I64, &shape[..2]));
+
+    let image = noise(3 * 20 * 16);
+    write_tensors(&place.path("image.safetensors"), &[("image", vec![1, 3, 20, 16], image)]);
+    let (input, out) = ("image.safetensors", "moments.safetensors");
+    place.ok(&["probe", "--model", MODEL, "--module", "vae-encode", "--in", input, "--out", out]);
+    let (shape, mean) = tensor(&place.bytes(out), "mean");
+    assert_eq!(shape, [1, 4, 10, 8]);
+    assert_eq!(tensor(&place.bytes(out), "logvar").0, shape);
+    write_tensors(&place.path("latent.safetensors"), &[("latent", shape, mean.clone())]);
+    let (input, out) = ("latent.safetensors", "decoded.safetensors");
+    place.ok(&["probe", "--model", MODEL, "--module", "vae-decode", "--in", input, "--out", out]);
+    assert_eq!(tensor(&place.bytes(out), "decoded").0, [1, 3, 20, 16]);
+
+    // Two samples at once are the two one by one.
+    let text_shape = tensor(&bytes, "prompt_embeds").0;
+    let sample = noise(2 * 4 * 6 * 5);
+    let unet = |name: &str, n: usize, sample: &[f32]| {
+        write_tensors(
+            &place.path("in.safetensors"),
+            &[
+                ("sample", vec![n, 4, 6, 5], sample.to_vec()),
+                ("timestep", vec![1], vec![521.0]),
+                ("prompt_embeds", text_shape.clone(), embeds.clone()),
+            ],
+        );
+        place.ok(&["probe", "--model", MODEL, "--module", "unet", "--in", "in.safetensors", "--out", name]);
+        let (shape, out) = tensor(&place.bytes(name), "out");
+        assert_eq!(shape, [n, 4, 6, 5]);
+        out
+    };
+    let both = unet("both.safetensors", 2, &sample);
+    let second = unet("second.safetensors", 1, &sample[120..]);
+    for (a, b) in both[120..].iter().zip(&second) {
+        assert!((a - b).abs() <= 1e-4 * b.abs().max(1.0), "{a} {b}");
+    }
+}
+
+#[test]
+fn probes_refuse_what_does_not_fit() {
+    let place = Place::new();
+    write_tensors(&place.path("a.safetensors"), &[("image", vec![1, 3, 7, 8], noise(168))]);
+    fs::write(place.path("b.safetensors"), "not tensors").unwrap();
+    let probe = |further: &[&str]| -> Vec<String> {
+        let base = ["probe", "--model", MODEL, "--out", "out.safetensors", "--module"];
+        base.iter().chain(further).map(ToString::to_string).collect()
+    };
+    for (further, status, parts) in [
+        (&["vae-encode", "--in", "a.safetensors"][..], 1, &["image", "[1, 3, 7, 8]", "multiples of 2"][..]),
+        (&["vae-decode", "--in", "a.safetensors"], 1, &["a.safetensors", "latent", "image"]),
+        (&["unet", "--in", "b.safetensors"], 1, &["b.safetensors", "safetensors file"]),
+        (&["unet", "--in", "c.safetensors"], 1, &["c.safetensors"]),
+        (&["unet"], 2, &["--in"]),
+        (&["text"], 2, &["--prompt"]),
+        (&["text", "--prompt", "x", "--dilation", "2"], 2, &["--dilation 2"]),
+        (&["vae-decode", "--in", "a.safetensors", "--prompt", "x"], 2, &["--prompt"]),
+        (&["nothing"], 2, &["--module", "vae-encode"]),
+    ] {
+        let args = probe(further);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let message = place.fails(status, &args);
+        for part in parts {
+            assert!(message.contains(part), "{part} for {further:?} in: {message}");
+        }
+    }
+}
+
+/// Flags that contradict each other or do nothing: each names the flag and its value before anything is computed.
+#[test]
+fn flags_that_do_not_go_together() {
+    let place = Place::new();
+    fs::create_dir(place.path("folder.png")).unwrap();
+    for (flags, status, parts) in [
+        (&["--size", "32x32"][..], 2, &["--size 32x32", "24x24"][..]),
+        (&["--steps", "7"], 2, &["--steps 7", "3"]),
+        (&["--method", "plain"], 2, &["--stages", "plain"]),
+        (&["--scheduler", "euler", "--eta", "0.5"], 2, &["--eta 0.5", "ddim"]),
+        (&["--seed", "18446744073709551615", "--count", "2"], 2, &["--seed 18446744073709551615", "--count 2"]),
+        (&["--device", "cuda:1"], 1, &["cuda:1", "--device cpu"]),
+        (&["--device", "emu"], 1, &["emu", "--device cpu"]),
+        (&["--out", "a.jpg"], 2, &["--out a.jpg", ".png"]),
+        (&["--out", "no/such/a.png"], 1, &["no/such", "does not exist"]),
+        (&["--out", "a.png", "--dump", "a.png"], 2, &["--dump a.png", "--out"]),
+        (&["--dump", "folder.png"], 1, &["folder.png", "folder"]),
+        (&["--unknown"], 2, &["--unknown"]),
+    ] {
+        let message = place.fails(status, &generate(flags));
+        for part in parts {
+            assert!(message.contains(part), "{part} for {flags:?} in: {message}");
+        }
+    }
+    for (flag, value) in [
+        ("--upsampler", "bilinear"),
+        ("--relay-clamp", "none"),
+        ("--reschedule", "true"),
+        ("--dilation", "2"),
+        ("--relay-noise-offset", "1"),
+    ] {
+        let args = ["generate", "x", "--model", MODEL, "--size", "16x16", "--method", "plain", flag, value];
+        let message = place.fails(2, &args);
+        assert!(message.contains(&format!("{flag} {value}")) && message.contains("plain"), "{message}");
+    }
+}
+
+#[test]
+fn values_that_are_refused() {
+    let place = Place::new();
+    for (flag, value, part) in [
+        ("--size", "0x0", "1024x768"),
+        ("--size", "1000000000x1000000000", "1024x768"),
+        ("--size", "23x24", "multiples of 2"),
+        ("--stages", "16x16:2,24x24", "stage 2"),
+        ("--stages", "16x16:0", "from 1 to 1000"),
+        ("--steps", "0", "from 1 to 1000"),
+        ("--steps", "1001", "from 1 to 1000"),
+        ("--guidance", "NaN", "from 0"),
+        ("--guidance", "-1", "from 0"),
+        ("--eta", "2", "from 0"),
+        ("--count", "0", "from 1"),
+        ("--seed", "-1", "--seed"),
+        ("--dilation", "0", "from 1"),
+        ("--reschedule", "True", "true, false"),
+        ("--method", "magic", "megafusion++"),
+        ("--scheduler", "pndm", "euler-ancestral"),
+        ("--upsampler", "lanczos", "bicubic-edge"),
+        ("--relay-clamp", "yes", "decode"),
+        ("--rng", "numpy", "torch-cuda"),
+        ("--dtype", "f64", "bf16"),
+        ("--device", "tpu", "auto"),
+        ("--model", "no/such/model", "no/such/model"),
+    ] {
+        let args = ["generate", "x", "--model", MODEL, "--size", "16x16"];
+        // A flag given twice is an error of its own, so the tested one replaces the usual one.
+        let mut args: Vec<&str> = args.to_vec();
+        match args.iter().position(|arg| *arg == flag) {
+            Some(at) => args[at + 1] = value,
+            None => args.extend([flag, value]),
+        }
+        let joined = if value.starts_with('-') { Some(format!("{flag}={value}")) } else { None };
+        if let Some(joined) = &joined {
+            args.truncate(args.len() - 2);
+            args.push(joined);
+        }
+        let status = if flag == "--model" { 1 } else { 2 };
+        let message = place.fails(status, &args);
+        assert!(message.contains(part), "{flag} {value}: {message}");
+        assert!(message.contains(value), "{flag} {value}: {message}");
+    }
+}
+
+/// Ctrl-C in the middle of a run and kill -9: no file, no rest of one.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_nothing() {
+    for (signal, status) in [("INT", Some(130)), ("KILL", None)] {
+        let place = Place::new();
+        let args = ["generate", "x", "--model", MODEL, "--size", "96x96", "--method", "plain", "--steps", "900"];
+        let mut command = place.command(&args);
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
+        // The first progress line says that the steps have begun.
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().expect("piped")));
+        assert!(lines.by_ref().any(|line| line.expect("text").starts_with("stage 1/1")), "no stage began");
+        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status();
+        assert!(kill.expect("kill runs").success());
+        let begin = Instant::now();
+        let ended = child.wait().expect("it ends");
+        assert!(begin.elapsed() < Duration::from_secs(20), "{signal}: took {:?}", begin.elapsed());
+        assert_eq!(ended.code(), status, "{signal}");
+        let rest: Vec<String> = lines.map_while(Result::ok).collect();
+        assert!(signal == "KILL" || rest.iter().any(|line| line.contains("nothing was written")), "{rest:?}");
+        assert!(place.names().is_empty(), "{signal} left {:?}", place.names());
+    }
+}
+
+/// The main job: one command, no model directory, no flags.
+#[test]
+fn a_newcomer_gets_a_picture() {
+    let place = Place::new();
+    assert_eq!(place.ok(&["generate", "two large red balls on the left"]), "megafuse-0.png\n");
+    let picture = read_png(&place.path("megafuse-0.png"));
+    assert_eq!((picture.width, picture.height), (256, 256));
+}

@@ -1,0 +1,70 @@
+//! With the published configurations the models ask for exactly the published checkpoints' keys and shapes.
+//! `tests/data/manifest` is written by tools/oracle/manifest.py from the published classes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use megafuse::models::{Unet, UnetConfig, Vae, VaeConfig, WeightStore, Weights};
+use megafuse::{DType, Device, Result};
+
+fn read(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/manifest").join(name);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Lines `path name shape name shape ...`.
+fn published(name: &str) -> BTreeMap<String, Vec<usize>> {
+    let mut keys = BTreeMap::new();
+    for line in read(&format!("{name}.txt")).lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        for tensor in words[1..].chunks(2) {
+            let shape = tensor[1].split('x').map(|d| d.parse().expect("a dimension")).collect();
+            keys.insert(format!("{}.{}", words[0], tensor[0]), shape);
+        }
+    }
+    keys
+}
+
+fn parameters(keys: &BTreeMap<String, Vec<usize>>) -> usize {
+    keys.values().map(|shape| shape.iter().product::<usize>()).sum()
+}
+
+/// The two lists are one, with `total` parameters in `tensors` tensors; loading allocated no more than those.
+fn check(name: &str, total: usize, tensors: Option<usize>, load: impl Fn(&Weights, &str) -> Result<()>) {
+    let device = Device::meta();
+    let store = WeightStore::meta(&device, DType::F16);
+    load(&store.root(), &read(&format!("{name}.json"))).expect(name);
+    let asked: BTreeMap<String, Vec<usize>> = store.manifest().into_iter().collect();
+    let published = published(name);
+    for (key, shape) in &published {
+        assert_eq!(asked.get(key), Some(shape), "{name}: {key}");
+    }
+    for key in asked.keys() {
+        assert!(published.contains_key(key), "{name}: {key} is not in the published file");
+    }
+    assert_eq!(parameters(&asked), total, "{name}");
+    tensors.into_iter().for_each(|tensors| assert_eq!(asked.len(), tensors, "{name}"));
+    let Device::Meta(meta) = &device else { unreachable!() };
+    assert_eq!(meta.take_report().peak_bytes, 2 * total as u64, "{name}: bytes of the loaded weights");
+}
+
+fn unet(w: &Weights, json: &str) -> Result<()> {
+    Unet::from_weights(w, &UnetConfig::from_json("unet/config.json", json)?).map(drop)
+}
+
+fn vae(w: &Weights, json: &str) -> Result<()> {
+    Vae::from_weights(w, &VaeConfig::from_json("vae/config.json", json)?).map(drop)
+}
+
+#[test]
+fn sd15() {
+    check("sd15-unet", 859_520_964, Some(686), unet);
+    check("sd15-vae", 83_653_863, Some(248), vae);
+}
+
+#[test]
+fn sd21() {
+    check("sd21-unet", 865_910_724, Some(686), unet);
+    check("sd21-vae", 83_653_863, Some(248), vae);
+}

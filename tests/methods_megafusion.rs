@@ -1,0 +1,528 @@
+//! Plain sampling and MegaFusion over a model that is a formula: what is relayed, at which level, in which order noise is
+//! drawn, and which stage gets which options.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+use megafuse::methods::{
+    self, DiffusionModel, Event, Method, NoiseSource, Observer, Plan, RelayClamp, Size, Stage, Watch,
+};
+use megafuse::models::UnetOptions;
+use megafuse::ops::Upsampler;
+use megafuse::schedulers::{Sampler, Scheduler, SchedulerConfig};
+use megafuse::{DType, Device, Error, Result, Tensor};
+
+/// A pixel model: 3 channels, decode and encode are the identity (encode adds the posterior's noise times 0.1).
+struct Formula {
+    guided: bool,
+    /// Multiplies the decoded picture.
+    contrast: f32,
+    calls: RefCell<Vec<(usize, Size, f32, UnetOptions)>>,
+}
+
+/// The one device of all tensors.
+fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(Device::cpu).clone()
+}
+
+fn formula() -> Formula {
+    Formula { guided: false, contrast: 1.0, calls: RefCell::default() }
+}
+
+/// The output for element j at a step; `row` 1 is the conditional one under guidance.
+fn output(x: f32, step: usize, j: usize, row: usize) -> f32 {
+    0.8 * (1.3 * x).tanh() + 0.2 * ((step * 37 + j) as f32).sin() + 0.05 * row as f32
+}
+
+impl DiffusionModel for Formula {
+    fn sample_shape(&self, size: Size) -> [usize; 4] {
+        [1, size.height, size.width, 3]
+    }
+
+    fn denoise(&self, x: &Tensor, step: usize, input_scale: f32, options: &UnetOptions) -> Result<Tensor> {
+        let [_, h, w, _] = x.dims("denoise", "x")?;
+        self.calls.borrow_mut().push((step, Size::new(w, h), input_scale, options.clone()));
+        let (values, rows) = (x.to_f32_vec()?, if self.guided { 2 } else { 1 });
+        let out: Vec<f32> = (0..rows)
+            .flat_map(|row| values.iter().enumerate().map(move |(j, x)| output(input_scale * x, step, j, row)))
+            .collect();
+        Tensor::from_f32(&device(), &[rows, h, w, 3], DType::F32, &out)
+    }
+
+    fn decode(&self, x0: &Tensor) -> Result<Tensor> {
+        let values: Vec<f32> = x0.to_f32_vec()?.iter().map(|v| v * self.contrast).collect();
+        Tensor::from_f32(&device(), x0.shape(), DType::F32, &values)
+    }
+
+    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
+        let mut values = picture.to_f32_vec()?;
+        if let Some(noise) = noise {
+            values.iter_mut().zip(noise.to_f32_vec()?).for_each(|(v, n)| *v += 0.1 * n);
+        }
+        Tensor::from_f32(&device(), picture.shape(), DType::F32, &values)
+    }
+}
+
+/// Uniform numbers of variance 1 that differ by draw; a prepared draw where there is one.
+#[derive(Default)]
+struct Draws {
+    shapes: Vec<[usize; 4]>,
+    prepared: HashMap<usize, Vec<f32>>,
+}
+
+impl NoiseSource for Draws {
+    fn normal(&mut self, shape: [usize; 4]) -> Result<Tensor> {
+        let draw = self.shapes.len();
+        self.shapes.push(shape);
+        let count = shape.iter().product::<usize>() as u64;
+        let hash = |i: u64| (i + 1000 * draw as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        let uniform = |i: u64| (hash(i) as f32 / (1u64 << 24) as f32 - 0.5) * 12f32.sqrt();
+        let values = self.prepared.get(&draw).cloned().unwrap_or_else(|| (0..count).map(uniform).collect());
+        Tensor::from_f32(&device(), &shape, DType::F32, &values)
+    }
+}
+
+#[derive(Default)]
+struct Recorded {
+    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    events: Vec<Event>,
+    /// Cancel after this many events.
+    patience: Option<usize>,
+}
+
+impl Observer for Recorded {
+    fn event(&mut self, event: &Event) {
+        self.events.push(event.clone());
+    }
+    fn cancelled(&self) -> bool {
+        self.patience.is_some_and(|patience| self.events.len() >= patience)
+    }
+    fn wants_tensors(&self, _: usize) -> bool {
+        true
+    }
+    fn tensor(&mut self, _: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
+        let before = self.tensors.insert(name.to_string(), (shape.to_vec(), values));
+        assert!(before.is_none(), "{name} twice");
+        Ok(())
+    }
+}
+
+impl Recorded {
+    fn values(&self, name: &str) -> &[f32] {
+        &self.tensors.get(name).unwrap_or_else(|| panic!("no {name}")).1
+    }
+}
+
+fn config(spacing: &str) -> SchedulerConfig {
+    let json = serde_json::json!({
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+        "set_alpha_to_one": false, "clip_sample": false, "timestep_spacing": spacing
+    });
+    SchedulerConfig::from_json("scheduler_config.json", &json.to_string()).unwrap()
+}
+
+fn plan(method: Method, stages: &[&str]) -> Plan {
+    let stages: Vec<Stage> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
+    let steps = stages.iter().map(|stage| stage.steps).sum();
+    Plan {
+        method,
+        scheduler: Scheduler::new(&config("leading"), Sampler::Ddim, steps, 0.0).unwrap(),
+        stages,
+        guidance: None,
+        upsampler: Upsampler::Bicubic,
+        relay_clamp: RelayClamp::None,
+        reschedule: method.reschedules(),
+        dilation: method.dilation(),
+        relay_noise_offset: 0,
+        reference_compat: false,
+    }
+}
+
+fn with_sampler(plan: Plan, sampler: Sampler, eta: f64) -> Plan {
+    let steps = plan.scheduler.timesteps().len();
+    Plan { scheduler: Scheduler::new(&config("leading"), sampler, steps, eta).unwrap(), ..plan }
+}
+
+fn run_with(model: &Formula, plan: &Plan, draws: &mut Draws) -> (Vec<f32>, Recorded) {
+    plan.check(1).unwrap();
+    let mut recorded = Recorded::default();
+    let image = methods::generate(model, plan, draws, Watch { observer: &mut recorded, index: 0 }).unwrap();
+    (image.to_f32_vec().unwrap(), recorded)
+}
+
+fn run(plan: &Plan) -> (Vec<f32>, Recorded) {
+    run_with(&formula(), plan, &mut Draws::default())
+}
+
+#[track_caller]
+fn assert_close(got: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((got - want).abs() <= tolerance * want.abs().max(1.0), "element {i}: {got} is not {want}");
+    }
+}
+
+#[test]
+fn one_stage_is_plain_sampling_bit_for_bit_and_ends_with_x0() {
+    let (plain, a) = run(&plan(Method::Plain, &["6x5:8"]));
+    let (mega, b) = run(&plan(Method::MegaFusionPlus, &["6x5:8"]));
+    for n in 1..=8 {
+        assert_eq!(a.values(&format!("step{n}")), b.values(&format!("step{n}")));
+    }
+    assert_eq!(a.values("latent"), a.values("step8"));
+    assert_eq!(a.values("image"), a.values("latent"));
+    assert_ne!(plain, mega);
+    // x_final = sqrt(abar_0) x0 + sqrt(1 - abar_0) eps: they differ by up to 0.0292 times the output.
+    assert_close(&plain, &mega, 0.04);
+}
+
+/// The same size, no filter, and as noise what the truncated step would have kept: the relay must be invisible.
+#[test]
+fn an_identity_relay_with_the_steps_own_noise_is_the_untruncated_run() {
+    for sampler in [Sampler::Ddim, Sampler::Euler] {
+        let whole = with_sampler(plan(Method::Plain, &["7x4:10"]), sampler, 0.0);
+        let (_, want) = run(&whole);
+        // Recover the noise that step 6 keeps: x7 = signal x0 + sigma noise at the level of step 7.
+        let model = formula();
+        let relayed = with_sampler(plan(Method::MegaFusion, &["7x4:6", "7x4:4"]), sampler, 0.0);
+        let (_, first) = run_with(&model, &relayed, &mut Draws::default());
+        let (signal, sigma) = relayed.scheduler.noise_level(6);
+        let noise: Vec<f32> = (first.values("relay1.x0").iter().zip(want.values("step6")))
+            .map(|(x0, x)| ((f64::from(*x) - signal * f64::from(*x0)) / sigma) as f32)
+            .collect();
+        let mut draws = Draws { prepared: HashMap::from([(1, to_nhwc(&noise, 3, 28))]), ..Draws::default() };
+        let (_, got) = run_with(&model, &relayed, &mut draws);
+        assert_close(got.values("relay1.noised"), want.values("step6"), 1e-6);
+        for n in 7..=10 {
+            assert_close(got.values(&format!("step{n}")), want.values(&format!("step{n}")), 3e-6);
+        }
+    }
+}
+
+fn to_nhwc(planar: &[f32], channels: usize, plane: usize) -> Vec<f32> {
+    (0..plane).flat_map(|i| (0..channels).map(move |c| planar[c * plane + i])).collect()
+}
+
+#[test]
+fn a_relay_noises_to_the_level_of_the_next_timestep() {
+    for offset in [0, 2] {
+        let plan = Plan { relay_noise_offset: offset, ..plan(Method::MegaFusion, &["6x4:6", "6x4:4"]) };
+        let (_, r) = run(&plan);
+        let level = plan.scheduler.timesteps()[6 + offset] as usize;
+        let abar = plan.scheduler.alphas_cumprod()[level];
+        let (signal, sigma) = (abar.sqrt() as f32, (1.0 - abar).sqrt() as f32);
+        let want: Vec<f32> =
+            (r.values("relay1.encoded").iter().zip(r.values("noise1"))).map(|(y, n)| signal * y + sigma * n).collect();
+        assert_close(r.values("relay1.noised"), &want, 2e-7);
+        // Identity upsampler at the same size, identity VAE.
+        assert_eq!(r.values("relay1.x0"), r.values("relay1.encoded"));
+    }
+}
+
+#[test]
+fn the_relayed_x0_is_that_of_the_last_evaluation() {
+    let plan = plan(Method::MegaFusion, &["6x4:6", "12x8:4"]);
+    let (_, r) = run(&plan);
+    // Equation (2) from x and eps of step 6 (x: the latents after step 5).
+    let abar = plan.scheduler.alphas_cumprod()[plan.scheduler.timesteps()[5] as usize];
+    let x = to_nhwc(r.values("step5"), 3, 24);
+    let x0 = to_nhwc(r.values("relay1.x0"), 3, 24);
+    let want: Vec<f32> = (x.iter().enumerate())
+        .map(|(j, x)| ((f64::from(*x) - (1.0 - abar).sqrt() * f64::from(output(*x, 5, j, 0))) / abar.sqrt()) as f32)
+        .collect();
+    assert_close(&x0, &want, 1e-6);
+    let shapes: Vec<_> = ["x0", "decoded", "upsampled", "encoded", "noised"]
+        .iter()
+        .map(|name| r.tensors[&format!("relay1.{name}")].0.clone())
+        .collect();
+    assert_eq!(shapes[..2], [vec![1, 3, 4, 6], vec![1, 3, 4, 6]]);
+    assert_eq!(shapes[2..], [vec![1, 3, 8, 12], vec![1, 3, 8, 12], vec![1, 3, 8, 12]]);
+}
+
+#[test]
+fn every_stage_gets_its_steps_sizes_dilation_and_gamma() {
+    let stages = ["8x6:3", "12x9:2", "16x10:2"];
+    for (method, compat, dilations, gammas) in [
+        (Method::MegaFusion, false, [1, 1, 1], [1.0, 1.0, 1.0]),
+        (Method::MegaFusionPlus, false, [1, 2, 2], [1.0, 2.25, 160.0 / 48.0]),
+        // The published code: dilated from the start, and its base schedule re-scheduled with 2.25.
+        (Method::MegaFusion, true, [1, 1, 1], [2.25, 2.25, 2.25]),
+        (Method::MegaFusionPlus, true, [2, 2, 2], [2.25, 2.25, 160.0 / 48.0]),
+    ] {
+        let plan = Plan { reference_compat: compat, ..plan(method, &stages) };
+        let model = formula();
+        let (_, r) = run_with(&model, &plan, &mut Draws::default());
+        let calls = model.calls.borrow();
+        let steps: Vec<usize> = calls.iter().map(|call| call.0).collect();
+        assert_eq!(steps, [0, 1, 2, 3, 4, 5, 6]);
+        for (call, stage) in calls.iter().zip([0, 0, 0, 1, 1, 2, 2]) {
+            assert_eq!(call.1, plan.stages[stage].size);
+            assert_eq!(call.3.mid_dilation, dilations[stage], "{method} compat {compat} stage {stage}");
+        }
+        let (shape, tables) = &r.tensors["alpha_bar"];
+        assert_eq!(shape, &[3, 1000]);
+        for (table, gamma) in tables.chunks(1000).zip(gammas) {
+            for (got, a) in table.iter().zip(plan.scheduler.alphas_cumprod()) {
+                let want = a / (gamma - (gamma - 1.0) * a);
+                assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{method} compat {compat} gamma {gamma}");
+            }
+        }
+        assert_eq!(r.values("timesteps"), plan.scheduler.timesteps());
+    }
+}
+
+#[test]
+fn the_published_gamma_table_is_that_of_its_sizes() {
+    // 768 first: by area 1024x1024 would get 1.78, the published table says 4.
+    let plan = Plan { reference_compat: true, ..plan(Method::MegaFusionPlus, &["768x768:2", "1024x1024:1"]) };
+    let base = &plan.scheduler;
+    let got = &plan.schedulers()[1];
+    assert_eq!(got.alphas_cumprod(), base.rescheduled(4.0).alphas_cumprod());
+}
+
+#[test]
+fn draws_come_in_the_documented_order() {
+    let small = [1, 4, 6, 3];
+    let large = [1, 8, 12, 3];
+    let shapes = |plan: &Plan| {
+        let mut draws = Draws::default();
+        run_with(&formula(), plan, &mut draws);
+        draws.shapes
+    };
+    let base = plan(Method::MegaFusion, &["6x4:2", "12x8:2"]);
+    assert_eq!(shapes(&base), [small, large]);
+    let eta = with_sampler(base.clone(), Sampler::Ddim, 0.5);
+    assert_eq!(shapes(&eta), [small, small, small, large, large, large]);
+    let compat = Plan { reference_compat: true, ..base.clone() };
+    assert_eq!(shapes(&compat), [small, large, large]);
+    // An ancestral step draws even where the noise then has no weight: at the end.
+    let ancestral = with_sampler(base.clone(), Sampler::EulerAncestral, 0.0);
+    assert_eq!(shapes(&ancestral), [small, small, small, large, large, large]);
+    assert_eq!(shapes(&with_sampler(base, Sampler::Euler, 0.0)), [small, large]);
+}
+
+#[test]
+fn every_draw_is_dumped_as_drawn() {
+    let plan = with_sampler(plan(Method::MegaFusion, &["6x4:2", "12x8:2"]), Sampler::Euler, 0.0);
+    let (_, r) = run(&plan);
+    let mut draws = Draws::default();
+    let first = draws.normal([1, 4, 6, 3]).unwrap().to_f32_vec().unwrap();
+    assert_eq!(to_nhwc(r.values("noise0"), 3, 24), first); // before init_noise_sigma
+}
+
+/// --reference-compat: x0' = a x0 + b eps with a = sqrt(abar_s / abar_t), b = (sqrt(1 - abar_s) - sqrt(1 - abar_t)) /
+/// sqrt(abar_t).
+#[test]
+fn the_published_x0_comes_from_the_updated_latents() {
+    let compat = Plan { reference_compat: true, reschedule: false, ..plan(Method::MegaFusion, &["6x4:40", "6x4:10"]) };
+    let (_, r) = run(&compat);
+    let table = compat.schedulers()[0].alphas_cumprod().to_vec();
+    let (abar_t, abar_s) = (table[201], table[181]);
+    let x = to_nhwc(r.values("step39"), 3, 24);
+    let got = to_nhwc(r.values("relay1.x0"), 3, 24);
+    let a = (abar_s / abar_t).sqrt();
+    let b = ((1.0 - abar_s).sqrt() - (1.0 - abar_t).sqrt()) / abar_t.sqrt();
+    let want: Vec<f32> = (x.iter().enumerate())
+        .map(|(j, x)| {
+            let eps = f64::from(output(*x, 39, j, 0));
+            let x0 = (f64::from(*x) - (1.0 - abar_t).sqrt() * eps) / abar_t.sqrt();
+            (a * x0 + b * eps) as f32
+        })
+        .collect();
+    assert_close(&got, &want, 1e-6);
+    // On the base schedule, the values of the paper's analysis.
+    let base = compat.scheduler.alphas_cumprod();
+    assert!(((base[181] / base[201]).sqrt() - 1.02008).abs() < 1e-5);
+}
+
+#[test]
+fn relays_clamp_where_asked() {
+    let model = Formula { contrast: 3.0, ..formula() };
+    let largest = |clamp, compat| {
+        let plan =
+            Plan { relay_clamp: clamp, reference_compat: compat, ..plan(Method::MegaFusion, &["6x4:6", "12x8:4"]) };
+        let (_, r) = run_with(&model, &plan, &mut Draws::default());
+        let max = |name: &str| r.values(name).iter().fold(0f32, |m, v| m.max(v.abs()));
+        (max("relay1.decoded"), max("relay1.upsampled"))
+    };
+    let (decoded, none) = largest(RelayClamp::None, false);
+    assert!(decoded > 1.2 && none > 1.2, "the test needs values beyond the range: {decoded} {none}");
+    let (unclamped, decode) = largest(RelayClamp::Decode, false);
+    assert_eq!(unclamped, decoded); // dumped before any clamp
+    assert!(decode > 1.0 && decode < none, "bicubic overshoots the clamped picture a little: {decode}");
+    assert_eq!(largest(RelayClamp::Both, false).1, 1.0);
+    assert_eq!(largest(RelayClamp::None, true).1, 1.0); // 8 bits
+}
+
+#[test]
+fn the_published_relay_passes_through_8_bits() {
+    let plan = Plan { reference_compat: true, ..plan(Method::MegaFusion, &["6x4:6", "12x8:4"]) };
+    let (_, r) = run(&plan);
+    for value in r.values("relay1.upsampled") {
+        let level = (value / 2.0 + 0.5) * 255.0;
+        assert!((level - level.round()).abs() < 1e-4, "{value} is not a level of 8 bits");
+    }
+    // The posterior's noise is the draw before the relay's own.
+    let want: Vec<f32> =
+        (r.values("relay1.upsampled").iter().zip(r.values("noise1"))).map(|(v, n)| v + 0.1 * n).collect();
+    assert_close(r.values("relay1.encoded"), &want, 1e-6);
+}
+
+#[test]
+fn guidance_extrapolates_from_the_unconditional_row() {
+    let model = Formula { guided: true, ..formula() };
+    let plan = Plan { guidance: Some(7.0), ..plan(Method::Plain, &["6x4:1"]) };
+    let (_, r) = run_with(&model, &plan, &mut Draws::default());
+    let x = to_nhwc(r.values("noise0"), 3, 24);
+    let c = plan.scheduler.step(0).coefficients;
+    let want: Vec<f32> = (x.iter().enumerate())
+        .map(|(j, x)| {
+            let (u, p) = (output(*x, 0, j, 0), output(*x, 0, j, 1));
+            let e = u + 7.0 * (p - u);
+            c.next_from_e * e + c.next_from_x0 * (c.x0_from_x * x + c.x0_from_e * e)
+        })
+        .collect();
+    // x0 divides by sqrt(abar) and is far from 1 when noise is all there is.
+    assert_close(&to_nhwc(r.values("step1"), 3, 24), &want, 1e-5);
+}
+
+#[test]
+fn euler_stages_start_at_their_own_sigma() {
+    let plan = with_sampler(plan(Method::MegaFusionPlus, &["8x8:6", "16x16:4"]), Sampler::Euler, 0.0);
+    let model = formula();
+    let (_, r) = run_with(&model, &plan, &mut Draws::default());
+    let sigma = 2.0 * plan.scheduler.noise_level(6).1; // gamma 4
+    let want: Vec<f32> =
+        (r.values("relay1.encoded").iter().zip(r.values("noise1"))).map(|(y, n)| y + sigma as f32 * n).collect();
+    assert_close(r.values("relay1.noised"), &want, 1e-6);
+    let scale = model.calls.borrow()[6].2;
+    assert!((f64::from(scale) * (sigma * sigma + 1.0).sqrt() - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn a_run_ends_where_it_is_cancelled() {
+    let plan = plan(Method::MegaFusion, &["6x4:2", "12x8:2"]);
+    let (_, whole) = run(&plan);
+    for patience in 0..whole.events.len() {
+        let model = formula();
+        let mut observer = Recorded { patience: Some(patience), ..Recorded::default() };
+        let watch = Watch { observer: &mut observer, index: 0 };
+        let error = methods::generate(&model, &plan, &mut Draws::default(), watch).unwrap_err();
+        assert!(matches!(error, Error::Interrupted));
+        assert!(observer.events.len() <= patience + 1, "went on after {patience} events");
+    }
+}
+
+#[test]
+fn a_sample_that_is_not_finite_names_its_stage() {
+    let plan = plan(Method::MegaFusion, &["6x4:2", "12x8:2"]);
+    for (prepared, word) in [(0, "stage 1 (6x4)"), (1, "stage 2 (12x8)")] {
+        let count = if prepared == 0 { 72 } else { 288 };
+        let mut draws = Draws { prepared: HashMap::from([(prepared, vec![f32::NAN; count])]), ..Draws::default() };
+        let mut observer = Recorded::default();
+        let watch = Watch { observer: &mut observer, index: 0 };
+        let error = methods::generate(&formula(), &plan, &mut draws, watch).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::NonFinite { .. }) && text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn plans_that_cannot_run_name_the_flag() {
+    let refused = |plan: Plan, flag: &str| match plan.check(8) {
+        Err(Error::Request { flag: got, .. }) => assert_eq!(got, flag),
+        other => panic!("{flag}: {other:?}"),
+    };
+    let good = plan(Method::MegaFusion, &["64x64:6", "128x128:4"]);
+    good.check(8).unwrap();
+    refused(Plan { stages: Vec::new(), ..good.clone() }, "--stages");
+    refused(Plan { method: Method::Plain, ..good.clone() }, "--stages");
+    refused(plan(Method::MegaFusion, &["60x64:6", "128x128:4"]), "--stages");
+    refused(Plan { dilation: 0, ..good.clone() }, "--dilation");
+    refused(Plan { relay_noise_offset: 4, ..good.clone() }, "--relay-noise-offset");
+    Plan { relay_noise_offset: 3, ..good.clone() }.check(8).unwrap();
+    let compat = Plan { reference_compat: true, ..good };
+    refused(with_sampler(compat.clone(), Sampler::Euler, 0.0), "--reference-compat");
+    refused(Plan { stages: compat.stages[..1].to_vec(), method: Method::Plain, ..compat }, "--reference-compat");
+}
+
+fn listed(stages: &[Stage]) -> Vec<String> {
+    stages.iter().map(Stage::to_string).collect()
+}
+
+#[test]
+fn default_stages_are_the_papers() {
+    let stages = |method, size: &str, native: usize, factor, steps| {
+        let native = Size::new(native, native);
+        listed(&methods::default_stages(method, size.parse().unwrap(), native, factor, steps).unwrap())
+    };
+    let mega = Method::MegaFusion;
+    assert_eq!(stages(mega, "1024x1024", 512, 8, 50), ["512x512:40", "768x768:5", "1024x1024:5"]);
+    assert_eq!(stages(mega, "768x768", 512, 8, 50), ["512x512:40", "768x768:10"]);
+    assert_eq!(stages(mega, "512x512", 512, 8, 50), ["512x512:50"]);
+    assert_eq!(stages(mega, "384x512", 512, 8, 50), ["384x512:50"]);
+    assert_eq!(stages(Method::Plain, "1024x1024", 512, 8, 50), ["1024x1024:50"]);
+    assert_eq!(stages(mega, "256x256", 64, 4, 50), ["64x64:40", "128x128:4", "192x192:3", "256x256:3"]);
+    assert_eq!(stages(mega, "1024x1024", 512, 8, 3), ["512x512:1", "768x768:1", "1024x1024:1"]);
+    assert_eq!(stages(mega, "1024x1024", 512, 8, 2), ["512x512:1", "1024x1024:1"]);
+    assert_eq!(stages(mega, "1024x1024", 512, 8, 1), ["1024x1024:1"]);
+    let odd = methods::default_stages(mega, Size::new(1000, 1001), Size::new(512, 512), 8, 50).unwrap_err();
+    assert!(odd.to_string().contains("1000x1000"), "{odd}");
+}
+
+/// The sizes of the paper's appendix on SDXL's and SD 1.5's native areas.
+#[test]
+fn the_ten_aspect_ratios_start_from_the_native_area() {
+    let sizes = [
+        ("2048x2048", "1024x1024"),
+        ("1920x1080", "1368x768"),
+        ("1536x2048", "888x1184"),
+        ("2048x1536", "1184x888"),
+        ("640x2560", "512x2048"),
+        ("2560x640", "2048x512"),
+        ("1024x2048", "728x1448"),
+        ("2048x1024", "1448x728"),
+        ("2016x864", "1568x672"),
+        ("864x2016", "672x1568"),
+    ];
+    for (size, base) in sizes {
+        let size: Size = size.parse().unwrap();
+        assert_eq!(methods::base_size(size, Size::new(1024, 1024), 8).to_string(), base);
+        for native in [512, 768, 1024] {
+            for steps in [10, 28, 50] {
+                let stages =
+                    methods::default_stages(Method::MegaFusion, size, Size::new(native, native), 8, steps).unwrap();
+                assert_eq!(stages.iter().map(|stage| stage.steps).sum::<usize>(), steps);
+                assert_eq!(stages[stages.len() - 1].size, size);
+                let listed = listed(&stages);
+                for pair in stages.windows(2) {
+                    assert!(pair[0].size.area() < pair[1].size.area(), "{listed:?}");
+                    assert!(pair[0].steps >= pair[1].steps, "{listed:?}");
+                }
+                for stage in &stages {
+                    assert!(stage.size.width % 8 == 0 && stage.size.height % 8 == 0, "{listed:?}");
+                    let ratio = |size: Size| size.width as f64 / size.height as f64;
+                    let stretch = ratio(stage.size) / ratio(size);
+                    assert!((stretch - 1.0).abs() < 0.02, "{listed:?}: stretched by {stretch}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sizes_and_stages_are_read_as_they_are_written() {
+    for text in ["1x1", "1920x1080"] {
+        assert_eq!(text.parse::<Size>().unwrap().to_string(), text);
+    }
+    assert_eq!("512X256".parse::<Size>().unwrap(), Size::new(512, 256));
+    for text in ["", "512", "512x", "x512", "0x512", "-1x5", "5x5x5", "70000x8", "512x512:0", "512 x 512"] {
+        assert!(matches!(text.parse::<Size>(), Err(Error::Request { flag: "--size", .. })), "{text}");
+    }
+    assert_eq!("512x256:40".parse::<Stage>().unwrap().to_string(), "512x256:40");
+    for text in ["512x512", "512x512:", "512x512:0", "512x512:-1", ":5", "512x512:5:5"] {
+        assert!(matches!(text.parse::<Stage>(), Err(Error::Request { flag: "--stages", .. })), "{text}");
+    }
+}

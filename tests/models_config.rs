@@ -1,0 +1,192 @@
+//! config.json of UNet and VAE: the published classes' defaults, scalars and lists, and an error for everything else.
+
+use megafuse::models::unet::{AttentionConfig, BlockConfig};
+use megafuse::models::{UnetConfig, VaeConfig};
+
+fn unet(json: &str) -> UnetConfig {
+    UnetConfig::from_json("unet/config.json", json).expect(json)
+}
+
+fn vae(json: &str) -> VaeConfig {
+    VaeConfig::from_json("vae/config.json", json).expect(json)
+}
+
+fn block(channels: usize, resnets: usize, heads: usize) -> BlockConfig {
+    let attention =
+        (heads > 0).then(|| AttentionConfig { heads, layers: vec![1; resnets], only_cross_attention: false });
+    BlockConfig { channels, resnets, attention }
+}
+
+#[test]
+fn an_empty_unet_config_is_the_class_default() {
+    let c = unet("{}");
+    assert_eq!((c.in_channels, c.out_channels, c.sample_size, c.cross_attention_dim), (4, 4, None, 1280));
+    assert_eq!(c.block_out_channels, [320, 640, 1280, 1280]);
+    assert_eq!(c.down_blocks, [block(320, 2, 8), block(640, 2, 8), block(1280, 2, 8), block(1280, 2, 0)]);
+    assert_eq!(c.up_blocks, [block(1280, 3, 0), block(1280, 3, 8), block(640, 3, 8), block(320, 3, 8)]);
+    let mid = c.mid_block.as_ref().expect("the default has one");
+    assert_eq!((mid.attention.as_ref(), mid.scale_factor), (block(1280, 1, 8).attention.as_ref(), 1.0));
+    assert!(c.timestep.flip_sin_to_cos && c.timestep.freq_shift == 0.0 && c.timestep.dim == 320);
+    assert_eq!((c.time_embed_dim, c.norm_num_groups, c.norm_eps), (1280, 32, 1e-5));
+    assert_eq!((c.downsample_padding, c.conv_in_kernel, c.conv_out_kernel), (1, 3, 3));
+    assert!(!c.center_input_sample && !c.use_linear_projection);
+    assert_eq!(c.factor(), 8);
+}
+
+#[test]
+fn unet_values_per_level() {
+    let c = unet(
+        r#"{"block_out_channels": [32, 64, 96], "layers_per_block": [1, 2, 3], "attention_head_dim": [1, 2, 3],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"], "sample_size": [48, 64],
+            "transformer_layers_per_block": [1, 2, 4], "only_cross_attention": [true, true, false],
+            "cross_attention_dim": [24, 24, 24], "mid_block_scale_factor": 2, "act_fn": "swish",
+            "_class_name": "UNet2DConditionModel", "use_ema_warmup": true}"#,
+    );
+    let attention = |heads, layers: &[usize], only_cross_attention| {
+        Some(AttentionConfig { heads, layers: layers.to_vec(), only_cross_attention })
+    };
+    let with = |channels, resnets, attention| BlockConfig { channels, resnets, attention };
+    let down =
+        [block(32, 1, 0), with(64, 2, attention(2, &[2, 2], true)), with(96, 3, attention(3, &[4, 4, 4], false))];
+    assert_eq!(c.down_blocks, down);
+    let up = [with(96, 4, attention(3, &[4; 4], false)), block(64, 3, 0), with(32, 2, attention(1, &[1; 2], true))];
+    assert_eq!(c.up_blocks, up);
+    let mid = c.mid_block.expect("the default has one");
+    assert_eq!((mid.attention, mid.scale_factor), (attention(3, &[4], false), 2.0));
+    assert_eq!((c.sample_size, c.cross_attention_dim), (Some([48, 64]), 24));
+}
+
+#[test]
+fn unet_transformer_layers_per_resnet() {
+    let c = unet(
+        r#"{"block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+            "transformer_layers_per_block": [[1, 2], 3], "reverse_transformer_layers_per_block": [[4, 5, 6], 7]}"#,
+    );
+    let layers =
+        |blocks: &[BlockConfig]| blocks.iter().map(|b| b.attention.clone().map(|a| a.layers)).collect::<Vec<_>>();
+    assert_eq!(layers(&c.down_blocks), [Some(vec![1, 2]), Some(vec![3, 3])]);
+    assert_eq!(layers(&c.up_blocks), [Some(vec![4, 5, 6]), Some(vec![7, 7, 7])]);
+    assert_eq!(c.mid_block.and_then(|mid| mid.attention).map(|a| a.layers), Some(vec![3]));
+}
+
+#[test]
+fn unet_mid_block_types() {
+    assert!(unet(r#"{"mid_block_type": null}"#).mid_block.is_none());
+    assert!(unet(r#"{"mid_block_type": "UNetMidBlock2D"}"#).mid_block.expect("one ResNet").attention.is_none());
+}
+
+#[test]
+fn unet_head_counts_under_either_name() {
+    let c = unet(r#"{"num_attention_heads": 4, "attention_head_dim": 8}"#);
+    assert_eq!(c.down_blocks[0].attention.as_ref().map(|a| a.heads), Some(4));
+    let c = unet(r#"{"num_attention_heads": null, "attention_head_dim": [5, 10, 20, 20]}"#);
+    assert_eq!(c.down_blocks[2].attention.as_ref().map(|a| a.heads), Some(20));
+    assert_eq!(c.up_blocks[3].attention.as_ref().map(|a| a.heads), Some(5));
+}
+
+/// What is wrong, and what the message must name beside the file.
+#[test]
+fn bad_unet_configs_name_key_and_value() {
+    let cases: &[(&str, &[&str])] = &[
+        ("", &["not a JSON object"]),
+        ("[1]", &["not a JSON object"]),
+        (r#"{"_class_name": "UNet2DModel"}"#, &["_class_name", "UNet2DModel", "UNet2DConditionModel"]),
+        (r#"{"in_channels": "4"}"#, &["in_channels", "\"4\"", "expected a number"]),
+        (r#"{"in_channels": 0}"#, &["in_channels is 0", "from 1 to"]),
+        (r#"{"in_channels": -4}"#, &["in_channels is -4"]),
+        (r#"{"in_channels": 1e300}"#, &["in_channels is 1e"]),
+        (r#"{"in_channels": 18446744073709551615}"#, &["in_channels is 18446744073709551615"]),
+        (r#"{"block_out_channels": []}"#, &["block_out_channels is []"]),
+        (r#"{"block_out_channels": [32, 64]}"#, &["down_block_types", "expected 2 entries"]),
+        (r#"{"block_out_channels": [320, 640, 1280, 1281]}"#, &["1281 is not divisible", "32 groups"]),
+        (r#"{"norm_num_groups": null}"#, &["norm_num_groups is null"]),
+        (r#"{"norm_eps": 0}"#, &["norm_eps is 0", "above 0"]),
+        (r#"{"attention_head_dim": 7}"#, &["attention_head_dim is 7", "not divisible"]),
+        (r#"{"attention_head_dim": [8, 8]}"#, &["attention_head_dim is [8,8]", "a list of 4"]),
+        (r#"{"layers_per_block": [2, 2, 2]}"#, &["layers_per_block", "a list of 4"]),
+        (r#"{"only_cross_attention": 1}"#, &["only_cross_attention is 1", "true or false"]),
+        (r#"{"cross_attention_dim": [768, 768, 768, 1024]}"#, &["cross_attention_dim", "equal widths"]),
+        (
+            r#"{"down_block_types": ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"]}"#,
+            &["down_block_types", "AttnDownBlock2D is not supported"],
+        ),
+        (r#"{"up_block_types": "UpBlock2D"}"#, &["up_block_types", "a list of names"]),
+        (r#"{"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}"#, &["mid_block_type", "SimpleCrossAttn", "not supp"]),
+        (r#"{"mid_block_scale_factor": 0}"#, &["mid_block_scale_factor is 0"]),
+        (r#"{"act_fn": "gelu"}"#, &["act_fn is \"gelu\"", "silu"]),
+        (r#"{"addition_embed_type": "text_time"}"#, &["addition_embed_type is \"text_time\"", "not supported"]),
+        (r#"{"class_embed_type": "projection"}"#, &["class_embed_type", "projection"]),
+        (r#"{"num_class_embeds": 1000}"#, &["num_class_embeds is 1000"]),
+        (r#"{"encoder_hid_dim": 4096}"#, &["encoder_hid_dim is 4096"]),
+        (r#"{"time_cond_proj_dim": 256}"#, &["time_cond_proj_dim is 256"]),
+        (r#"{"time_embedding_type": "fourier"}"#, &["time_embedding_type", "fourier"]),
+        (r#"{"resnet_time_scale_shift": "scale_shift"}"#, &["resnet_time_scale_shift", "scale_shift"]),
+        (r#"{"dual_cross_attention": true}"#, &["dual_cross_attention is true"]),
+        (r#"{"attention_type": "gated"}"#, &["attention_type", "gated"]),
+        (r#"{"conv_in_kernel": 4}"#, &["conv_in_kernel is 4", "odd"]),
+        (r#"{"downsample_padding": 2}"#, &["downsample_padding is 2"]),
+        (r#"{"sample_size": [64, 64, 64]}"#, &["sample_size", "[height, width]"]),
+        (r#"{"transformer_layers_per_block": [1, 1]}"#, &["transformer_layers_per_block", "a list of 4"]),
+        (
+            r#"{"transformer_layers_per_block": [[1, 1], 1, 1, 1]}"#,
+            &["reverse_transformer_layers_per_block is absent", "must be given"],
+        ),
+        (
+            r#"{"transformer_layers_per_block": [[1], 1, 1, 1], "reverse_transformer_layers_per_block": 1}"#,
+            &["transformer_layers_per_block", "2 ResNets"],
+        ),
+    ];
+    for (json, says) in cases {
+        let error = UnetConfig::from_json("m/unet/config.json", json).expect_err(json).to_string();
+        for part in [&["m/unet/config.json"], *says].concat() {
+            assert!(error.contains(part), "{json}: {error:?} does not say {part:?}");
+        }
+    }
+}
+
+#[test]
+fn an_empty_vae_config_is_the_class_default() {
+    let c = vae("{}");
+    assert_eq!((c.in_channels, c.out_channels, c.latent_channels, c.layers_per_block), (3, 3, 4, 1));
+    assert_eq!((c.scaling_factor, c.shift_factor, c.norm_num_groups), (0.18215, 0.0, 32));
+    assert_eq!((c.block_out_channels.as_slice(), c.factor(), c.sample_size), (&[64usize][..], 1, Some([32, 32])));
+    assert!(c.use_quant_conv && c.use_post_quant_conv && c.mid_block_add_attention && c.force_upcast);
+}
+
+#[test]
+fn vae_values() {
+    let c =
+        vae(r#"{"block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D",
+            "DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
+            "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": false, "use_post_quant_conv": false,
+            "latent_channels": 16, "layers_per_block": 2, "latents_mean": null, "force_upcast": false}"#);
+    assert_eq!((c.factor(), c.latent_channels, c.scaling_factor, c.shift_factor), (4, 16, 1.5305, 0.0609));
+    assert!(!c.use_quant_conv && !c.use_post_quant_conv && !c.force_upcast);
+    assert_eq!(vae(r#"{"shift_factor": null}"#).shift_factor, 0.0);
+}
+
+#[test]
+fn bad_vae_configs_name_key_and_value() {
+    let cases: &[(&str, &[&str])] = &[
+        ("{", &["not a JSON object"]),
+        (r#"{"_class_name": "VQModel"}"#, &["_class_name", "VQModel", "AutoencoderKL"]),
+        (r#"{"block_out_channels": [64, 64]}"#, &["down_block_types", "expected 2 entries"]),
+        (r#"{"block_out_channels": [48]}"#, &["48 is not divisible"]),
+        (r#"{"down_block_types": ["AttnDownEncoderBlock2D"]}"#, &["down_block_types", "not supported"]),
+        (r#"{"up_block_types": ["AttnUpDecoderBlock2D"]}"#, &["up_block_types", "not supported"]),
+        (r#"{"act_fn": "mish"}"#, &["act_fn is \"mish\""]),
+        (r#"{"scaling_factor": 0}"#, &["scaling_factor is 0", "above 0"]),
+        (r#"{"scaling_factor": "0.18"}"#, &["scaling_factor", "expected a number"]),
+        (r#"{"latents_mean": [0, 0, 0, 0]}"#, &["latents_mean", "not supported"]),
+        (r#"{"use_quant_conv": 0}"#, &["use_quant_conv is 0", "true or false"]),
+        (r#"{"layers_per_block": [1, 2]}"#, &["layers_per_block is [1,2]"]),
+    ];
+    for (json, says) in cases {
+        let error = VaeConfig::from_json("m/vae/config.json", json).expect_err(json).to_string();
+        for part in [&["m/vae/config.json"], *says].concat() {
+            assert!(error.contains(part), "{json}: {error:?} does not say {part:?}");
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! UNet and VAE as a library: option groups that no small published-style model sets, low precision, batches, wrong
+//! arguments, and what a step costs. (`tests/oracle` checks the modules of whole models through the command line.)
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use megafuse::models::{Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
+use megafuse::runtime::OpKind;
+use megafuse::{DType, Device, Error, Tensor};
+use safetensors::SafeTensors;
+
+fn data(path: impl AsRef<Path>) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// f32 tensors of a file, by name: shape and values.
+fn arrays(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let f32s = |data: &[u8]| bytemuck::pod_collect_to_vec::<u8, f32>(data);
+    let float = |(_, view): &(&str, safetensors::tensor::TensorView)| view.dtype() == safetensors::Dtype::F32;
+    file.iter()
+        .filter(float)
+        .map(|(name, view)| (name.to_string(), (view.shape().to_vec(), f32s(view.data()))))
+        .collect()
+}
+
+/// `[N, C, H, W]` to `[N, H, W, C]`.
+fn channels_last(device: &Device, dtype: DType, (shape, values): &(Vec<usize>, Vec<f32>)) -> Tensor {
+    let [n, c, h, w] = shape[..] else { panic!("4 dimensions, not {shape:?}") };
+    let at = |i: usize| ((i / c / w / h * c + i % c) * h + i / c / w % h) * w + i / c % w;
+    let values: Vec<f32> = (0..n * h * w * c).map(|i| values[at(i)]).collect();
+    Tensor::from_f32(device, &[n, h, w, c], dtype, &values).expect("a tensor")
+}
+
+/// The largest error of an element, relative to the larger of its size and the root mean square of all; and that of the
+/// root mean square error.
+fn errors(got: &Tensor, want: &Tensor) -> (f64, f64) {
+    assert_eq!(got.shape(), want.shape());
+    let pairs: Vec<(f64, f64)> = got
+        .to_f32_vec()
+        .expect("cpu")
+        .into_iter()
+        .zip(want.to_f32_vec().expect("cpu"))
+        .map(|(got, want)| (f64::from(got), f64::from(want)))
+        .collect();
+    let mean_square = |f: &dyn Fn(f64, f64) -> f64| {
+        (pairs.iter().map(|&(got, want)| f(got, want).powi(2)).sum::<f64>() / pairs.len() as f64).sqrt()
+    };
+    let rms = mean_square(&|_, want| want);
+    let worst = pairs.iter().map(|&(got, want)| (got - want).abs() / want.abs().max(rms));
+    (
+        worst.fold(0.0, |a, b| if b.is_nan() { f64::INFINITY } else { a.max(b) }),
+        mean_square(&|got, want| got - want) / rms,
+    )
+}
+
+fn load_unet(folder: &Path, device: &Device, dtype: DType) -> Unet {
+    let config = UnetConfig::from_json("config.json", &text(&folder.join("config.json"))).expect("a good config");
+    let store = WeightStore::open(folder, "diffusion_pytorch_model", device, dtype).expect("weights");
+    Unet::load(store, &config).expect("loads")
+}
+
+fn load_vae(folder: &Path, device: &Device, dtype: DType) -> Vae {
+    let config = VaeConfig::from_json("config.json", &text(&folder.join("config.json"))).expect("a good config");
+    let store = WeightStore::open(folder, "diffusion_pytorch_model", device, dtype).expect("weights");
+    Vae::load(store, &config).expect("loads")
+}
+
+const OPTIONS: [&str; 4] =
+    ["only-cross-attention", "no-mid-block", "one-resnet-mid-block", "transformer-layers-per-resnet"];
+
+/// f32 sums of at most a few hundred products in each of some fifty layers.
+const F32_TOLERANCE: f64 = 2e-5;
+
+#[test]
+fn rare_options_agree_with_the_published_class() {
+    let device = Device::cpu();
+    for name in OPTIONS {
+        let folder = data("unet-options").join(name);
+        let unet = load_unet(&folder, &device, DType::F32);
+        let expected = arrays(&folder.join("expected.safetensors"));
+        let (shape, embeds) = &expected["prompt_embeds"];
+        let context = Tensor::from_f32(&device, shape, DType::F32, embeds).expect("a tensor");
+        let conditioning = unet.condition(&context, &expected["timestep"].1).expect("conditions");
+        let sample = channels_last(&device, DType::F32, &expected["sample"]);
+        let got = unet.forward(&sample, 0, &conditioning, &UnetOptions::default()).expect("runs");
+        let (worst, _) = errors(&got, &channels_last(&device, DType::F32, &expected["out"]));
+        assert!(worst < F32_TOLERANCE, "{name}: off by {worst:.1e}");
+    }
+}
+
+/// One of the small models with an input.
+struct Case {
+    unet: Unet,
+    sample: Tensor,
+    context: Tensor,
+    want: Tensor,
+    timestep: f32,
+}
+
+impl Case {
+    fn load(model: &str, case: &str, dtype: DType) -> Case {
+        let device = Device::cpu();
+        let unet = load_unet(&data(model).join("unet"), &device, dtype);
+        let all = arrays(&data(model).join("oracle.safetensors"));
+        let get = |name: &str| &all[&format!("{case}.{name}")];
+        let (shape, embeds) = get("prompt_embeds");
+        Case {
+            sample: channels_last(&device, dtype, get("sample")),
+            context: Tensor::from_f32(&device, shape, dtype, embeds).expect("a tensor"),
+            want: channels_last(&device, DType::F32, get("out")),
+            timestep: get("timestep").1[0],
+            unet,
+        }
+    }
+
+    fn condition(&self, timesteps: &[f32]) -> UnetConditioning {
+        self.unet.condition(&self.context, timesteps).expect("conditions")
+    }
+
+    fn forward(&self, sample: &Tensor, conditioning: &UnetConditioning, step: usize) -> Tensor {
+        self.unet.forward(sample, step, conditioning, &UnetOptions::default()).expect("runs")
+    }
+}
+
+/// Rounding to the dtype adds in quadrature over the layers: with some hundred roundings of half an ulp (at most) each, the
+/// root mean square error stays within ten halves; weights and inputs are rounded too, hence twice that.
+#[test]
+fn low_precision_stays_within_its_rounding() {
+    for model in ["sd15", "sd21", "four-levels"] {
+        for dtype in [DType::F16, DType::BF16] {
+            let case = Case::load(model, "unet-batch", dtype);
+            let got = case.forward(&case.sample, &case.condition(&[case.timestep]), 0);
+            assert_eq!(got.dtype(), dtype);
+            let (_, rms) = errors(&got, &case.want);
+            assert!(rms < 10.0 * dtype.ulp(), "{model} {dtype}: off by {rms:.1e}, an ulp is {:.1e}", dtype.ulp());
+            assert!(rms > 0.01 * dtype.ulp(), "{model} {dtype}: off by {rms:.1e}, so nothing was rounded");
+        }
+    }
+}
+
+#[test]
+fn low_precision_vae_stays_within_its_rounding() {
+    let all = arrays(&data("sd21/oracle.safetensors"));
+    for dtype in [DType::F16, DType::BF16] {
+        let device = Device::cpu();
+        let vae = load_vae(&data("sd21/vae"), &device, dtype);
+        let got = vae.decode(&channels_last(&device, dtype, &all["decode-odd.latent"])).expect("decodes");
+        let (_, rms) = errors(&got, &channels_last(&device, DType::F32, &all["decode-odd.decoded"]));
+        assert!(rms < 10.0 * dtype.ulp(), "{dtype}: off by {rms:.1e}, an ulp is {:.1e}", dtype.ulp());
+    }
+}
+
+/// Neither the other rows of a batch nor the other timesteps of a run change a result, bit for bit.
+#[test]
+fn a_sample_depends_on_itself_alone() {
+    let case = Case::load("sd21", "unet-batch", DType::F32);
+    let both = case.forward(&case.sample, &case.condition(&[999.0, case.timestep, 3.5]), 1);
+    for row in 0..2 {
+        let context = case.context.rows(row..row + 1).expect("a row");
+        let conditioning = case.unet.condition(&context, &[case.timestep]).expect("conditions");
+        let alone = case.forward(&case.sample.rows(row..row + 1).expect("a row"), &conditioning, 0);
+        let same = both.rows(row..row + 1).expect("a row");
+        let (worst, _) = errors(&alone, &same);
+        assert!(worst < F32_TOLERANCE, "row {row}: off by {worst:.1e}");
+    }
+}
+
+#[test]
+fn dilation_changes_the_mid_block_alone_and_only_when_asked() {
+    let case = Case::load("sd15", "unet-square", DType::F32);
+    let conditioning = case.condition(&[case.timestep]);
+    let run =
+        |mid_dilation| case.unet.forward(&case.sample, 0, &conditioning, &UnetOptions { mid_dilation }).expect("runs");
+    assert!(errors(&run(1), &case.want).0 < F32_TOLERANCE);
+    assert!(errors(&run(2), &case.want).0 > 1e-3, "dilation 2 changes the result");
+}
+
+#[test]
+fn wrong_arguments_are_errors() {
+    let case = Case::load("sd15", "unet-square", DType::F32);
+    let conditioning = case.condition(&[case.timestep]);
+    let options = UnetOptions::default();
+    let tensor = |shape: &[usize], dtype| Tensor::zeros(case.unet.device(), shape, dtype).expect("a tensor");
+    let forward = |x: &Tensor, step: usize, options: &UnetOptions| {
+        case.unet.forward(x, step, &conditioning, options).expect_err("wrong").to_string()
+    };
+    let x = tensor(&[1, 8, 8, 4], DType::F32);
+    assert_eq!(
+        forward(&x, 1, &options),
+        "unet: step is 1, expected below 1, the number of timesteps of the conditioning"
+    );
+    assert_eq!(forward(&x, 0, &UnetOptions { mid_dilation: 0 }), "unet: mid_dilation is 0, expected 1 or more");
+    for shape in [[2, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
+        let error = forward(&tensor(&shape, DType::F32), 0, &options);
+        assert!(error.starts_with(&format!("unet: x has shape {shape:?}")), "{error}");
+    }
+    assert!(forward(&tensor(&[1, 8, 8, 4], DType::F16), 0, &options).starts_with("unet: x is f16, expected f32"));
+    let elsewhere = Tensor::zeros(&Device::meta(), &[1, 8, 8, 4], DType::F32).expect("a tensor");
+    assert!(forward(&elsewhere, 0, &options).starts_with("unet: x is on meta"));
+    let context = tensor(&[1, 77, 17], DType::F32);
+    let error = case.unet.condition(&context, &[1.0]).map(drop).expect_err("wrong").to_string();
+    assert!(error.starts_with("unet: text has shape [1, 77, 17], expected [1, 77, 16]"), "{error}");
+
+    let vae = load_vae(&data("sd21/vae"), case.unet.device(), DType::F32);
+    for shape in [[1, 9, 8, 3], [1, 8, 10, 3], [1, 0, 4, 3], [1, 8, 8, 4]] {
+        let error = vae.encode(&tensor(&shape, DType::F32)).expect_err("wrong");
+        assert!(matches!(error, Error::Shape { op: "vae_encode", arg: "image", .. }), "{error}");
+    }
+    for shape in [[1, 4, 4, 3], [1, 4, 0, 4]] {
+        let error = vae.decode(&tensor(&shape, DType::F32)).expect_err("wrong");
+        assert!(matches!(error, Error::Shape { op: "vae_decode", arg: "latent", .. }), "{error}");
+    }
+}
+
+/// A guided step of SD 1.5 at 512x512 on the meta device: published multiply-accumulates, one op a layer, and no op that
+/// only moves data.
+#[test]
+fn a_step_of_sd15_costs_what_it_must() {
+    let device = Device::meta();
+    let config = UnetConfig::from_json("config.json", &text(&data("manifest/sd15-unet.json"))).expect("a good config");
+    let unet = Unet::load(WeightStore::meta(&device, DType::BF16), &config).expect("loads");
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, shape, DType::BF16).expect("a tensor");
+    let conditioning = unet.condition(&zeros(&[2, 77, 768]), &[0.0; 50]).expect("conditions");
+    let Device::Meta(meta) = &device else { unreachable!() };
+    meta.take_report();
+    let weights_bytes = meta.live_bytes();
+    let out = unet.forward(&zeros(&[2, 64, 64, 4]), 0, &conditioning, &UnetOptions::default()).expect("runs");
+    assert_eq!(out.shape(), [2, 64, 64, 4]);
+    let report = meta.take_report();
+
+    let count = |op: &str| report.ops.iter().filter(|record| record.op == op).count();
+    let (resnets, transformers) = (22, 16);
+    // Two convs a ResNet, 14 shortcuts, 3 down, 3 up, in and out.
+    assert_eq!(count("conv2d"), 2 * resnets + 14 + 3 + 3 + 2);
+    // proj_in, QKV, out, Q, out, two of the feed-forward, proj_out; K and V of the text are not here.
+    assert_eq!(count("linear"), 8 * transformers);
+    assert_eq!((count("attention"), count("layer_norm"), count("group_norm")), (2 * 16, 3 * 16, 16));
+    assert_eq!(report.ops.len(), 66 + 8 * 16 + 2 * 16 + 3 * 16 + 16, "nothing else: no copy, no resize");
+
+    // torch's flop counter on the published class with the same input; its convs are ours and the 1x1 projections, and
+    // K and V of the text and all that depends on the timestep alone are done once a run.
+    let (convs, linears, attention) = (443_946_106_880, 179_152_486_400 + 54_122_577_920, 126_052_270_080);
+    let (text, time) = (2_952_069_120, 55_705_600);
+    let got = [OpKind::Conv, OpKind::Linear, OpKind::Attention].map(|kind| report.of(kind).macs);
+    assert_eq!(got[0] + got[1], convs + linears - text - time);
+    assert_eq!(got[2], attention);
+
+    // The skip connections are 28 MiB in bf16, the finest level's feed-forward the largest tensors beside them.
+    let transient = report.peak_bytes - weights_bytes;
+    assert!(transient < 200 << 20, "{transient} bytes beside weights and conditioning");
+}

@@ -1,0 +1,10 @@
+//! The product against diffusers, transformers, torch and PIL: the files of tests/data that tools/oracle/generate.py
+//! writes from seven small random Stable Diffusion models. Modules and whole runs go through the command line, as a
+//! user's do; randn, tokenizers and resizing through the library.
+
+mod files;
+mod modules;
+mod random;
+mod resizing;
+mod runs;
+mod tokens;

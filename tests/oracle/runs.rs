@@ -1,0 +1,134 @@
+//! `megafuse generate --dump` against every stored run, tensor by tensor.
+
+use std::path::Path;
+
+use crate::files::{self, Arrays, compare, data, megafuse};
+
+/// f32 and f64 differ by up to 4e-5 in these runs (`f32_error` in runs.json): torch's f32, and ours, against f64.
+const TOLERANCE: f64 = 1e-4;
+/// One rounding to f32 of a quotient computed in f64, on each side.
+const TABLE_TOLERANCE: f64 = 2.0 * f32::EPSILON as f64;
+
+struct Run {
+    name: String,
+    model: String,
+    args: Vec<String>,
+}
+
+fn runs(wanted: impl Fn(&str) -> bool) -> Vec<Run> {
+    let listed = files::json("runs/runs.json");
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_string();
+    let run = |run: &serde_json::Value| Run {
+        name: text(&run["name"]),
+        model: text(&run["model"]),
+        args: run["args"].as_array().unwrap().iter().map(text).collect(),
+    };
+    listed["runs"].as_array().unwrap().iter().map(run).filter(|run| wanted(&run.name)).collect()
+}
+
+/// Generates in `folder`: `out.png` and `dump.safetensors` there.
+fn generate(folder: &Path, run: &Run, more: &[&str]) -> Result<(), String> {
+    let path = |path: &Path| path.display().to_string();
+    let mut args = vec!["generate".to_string()];
+    args.extend(run.args.iter().cloned());
+    for (flag, value) in [
+        ("--model", path(&data(&run.model))),
+        ("--device", "cpu".into()),
+        ("--out", path(&folder.join("out.png"))),
+        ("--dump", path(&folder.join("dump.safetensors"))),
+    ] {
+        args.extend([flag.to_string(), value]);
+    }
+    args.extend(more.iter().map(ToString::to_string));
+    megafuse(&args).map_err(|e| format!("{}: {e}", run.name))
+}
+
+fn check(run: &Run) -> Result<(), String> {
+    let folder = tempfile::tempdir().unwrap();
+    generate(folder.path(), run, &[])?;
+    let got = Arrays::read(folder.path().join("dump.safetensors"));
+    let want = Arrays::read(data("runs").join(format!("{}.safetensors", run.name)));
+    let names = |arrays: &Arrays| arrays.0.keys().cloned().collect::<Vec<_>>();
+    if names(&got) != names(&want) {
+        return Err(format!("{}: dumps {:?}, expected {:?}", run.name, names(&got), names(&want)));
+    }
+    let differences: Vec<String> = want
+        .0
+        .iter()
+        .filter_map(|(name, want)| {
+            let tolerance = match name.as_str() {
+                "timesteps" => 0.0,
+                "alpha_bar" => TABLE_TOLERANCE,
+                name if name.starts_with("noise") => 0.0,
+                _ => TOLERANCE,
+            };
+            compare(name, got.get(name), want, tolerance).err()
+        })
+        .collect();
+    match differences.is_empty() {
+        true => Ok(()),
+        false => Err(format!("{}:\n  {}", run.name, differences.join("\n  "))),
+    }
+}
+
+fn check_all(wanted: impl Fn(&str) -> bool) {
+    files::all_passed(runs(wanted).iter().map(check).collect());
+}
+
+#[test]
+fn plain() {
+    check_all(|name| name.starts_with("plain"));
+}
+
+#[test]
+fn megafusion() {
+    check_all(|name| name.starts_with("mega") && !name.starts_with("mega-plus"));
+}
+
+#[test]
+fn megafusion_plus_plus() {
+    check_all(|name| name.starts_with("mega-plus"));
+}
+
+#[test]
+fn reference_compat() {
+    check_all(|name| name.starts_with("compat"));
+}
+
+#[test]
+fn the_png_is_the_rounded_image() {
+    for run in runs(|name| name == "mega-wide") {
+        let folder = tempfile::tempdir().unwrap();
+        generate(folder.path(), &run, &[]).unwrap();
+        let dump = Arrays::read(folder.path().join("dump.safetensors"));
+        let image = dump.get("image");
+        let [1, 3, height, width] = image.shape[..] else { panic!("an image of shape {:?}", image.shape) };
+        let png = image::open(folder.path().join("out.png")).unwrap().into_rgb8();
+        assert_eq!(png.dimensions(), (width as u32, height as u32));
+        for (x, y, pixel) in png.enumerate_pixels() {
+            for channel in 0..3 {
+                let value = image.values[(channel * height + y as usize) * width + x as usize];
+                let level = ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8;
+                assert_eq!(pixel[channel], level, "channel {channel} of pixel ({x}, {y}), from {value}");
+            }
+        }
+    }
+}
+
+/// A picture depends on its own seed, not on the pictures before it.
+#[test]
+fn picture_i_of_count_has_seed_plus_i() {
+    for run in runs(|name| name == "mega-eta") {
+        let folder = tempfile::tempdir().unwrap();
+        let seed = run.args.iter().position(|arg| arg == "--seed").map(|i| run.args[i + 1].clone()).unwrap();
+        let at = run.args.iter().position(|arg| arg == "--seed").unwrap();
+        let before = seed.parse::<u64>().unwrap() - 1;
+        let mut earlier = Run { args: run.args.clone(), name: run.name.clone(), model: run.model.clone() };
+        earlier.args[at + 1] = before.to_string();
+        generate(folder.path(), &run, &[]).unwrap();
+        generate(folder.path(), &earlier, &["--count", "2"]).unwrap();
+        let alone = Arrays::read(folder.path().join("dump.safetensors"));
+        let second = Arrays::read(folder.path().join("dump-2.safetensors"));
+        assert_eq!(alone.0, second.0);
+    }
+}

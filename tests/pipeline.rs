@@ -1,0 +1,340 @@
+//! Whole runs against the published libraries on small random models, and what a run promises: seeds, counts, warnings,
+//! cancellation, parameters, and the planner's figures.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use megafuse::methods::{Method, Stage};
+use megafuse::ops::Upsampler;
+use megafuse::pipeline::{self, Event, ModelSource, Observer, Pipeline, Request, RngKind, Silent};
+use megafuse::runtime::OpKind;
+use megafuse::{DType, Device, Error, Result};
+use safetensors::SafeTensors;
+
+fn data() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
+}
+
+fn load(model: &str, dtype: DType) -> Pipeline {
+    Pipeline::load(ModelSource::Directory(data().join(model)), Device::cpu(), dtype).unwrap()
+}
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+#[derive(Default)]
+struct Recorded {
+    tensors: Tensors,
+    warnings: Vec<String>,
+    events: Vec<Event>,
+    patience: Option<usize>,
+}
+
+impl Observer for Recorded {
+    fn event(&mut self, event: &Event) {
+        self.events.push(event.clone());
+    }
+    fn cancelled(&self) -> bool {
+        self.patience.is_some_and(|patience| self.events.len() >= patience)
+    }
+    fn warning(&mut self, message: &str) {
+        self.warnings.push(message.into());
+    }
+    fn wants_tensors(&self, index: usize) -> bool {
+        index == 0
+    }
+    fn tensor(&mut self, _: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
+        self.tensors.insert(name.into(), (shape.to_vec(), values));
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Tensors {
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let values = |data: &[u8]| data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    file.tensors().into_iter().map(|(name, view)| (name, (view.shape().to_vec(), values(view.data())))).collect()
+}
+
+/// The request of a command line of `megafuse generate`.
+fn request(args: &[String]) -> Request {
+    let mut request = Request { prompt: args[0].clone(), ..Request::default() };
+    let mut rest = args[1..].iter();
+    while let Some(flag) = rest.next() {
+        if flag == "--reference-compat" {
+            request.reference_compat = true;
+            continue;
+        }
+        let value = rest.next().unwrap().as_str();
+        match flag.as_str() {
+            "--method" => request.method = value.parse().unwrap(),
+            "--size" => request.size = Some(value.parse().unwrap()),
+            "--stages" => request.stages = value.split(',').map(|s| s.parse::<Stage>().unwrap()).collect(),
+            "--steps" => request.steps = Some(value.parse().unwrap()),
+            "--scheduler" => request.scheduler = Some(value.parse().unwrap()),
+            "--seed" => request.seed = value.parse().unwrap(),
+            "--guidance" => request.guidance = value.parse().unwrap(),
+            "--eta" => request.eta = value.parse().unwrap(),
+            "--negative" => request.negative_prompt = value.into(),
+            "--reschedule" => request.reschedule = Some(value.parse().unwrap()),
+            "--dilation" => request.dilation = Some(value.parse().unwrap()),
+            "--relay-noise-offset" => request.relay_noise_offset = value.parse().unwrap(),
+            "--relay-clamp" => request.relay_clamp = value.parse().unwrap(),
+            "--upsampler" => {
+                request.upsampler = match value {
+                    "bilinear" => Upsampler::Bilinear,
+                    "bicubic" => Upsampler::Bicubic,
+                    "bicubic-torch" => Upsampler::BicubicTorch,
+                    "bicubic-gaussian" => Upsampler::BicubicGaussian,
+                    "bicubic-edge" => Upsampler::BicubicEdge,
+                    _ => panic!("{value}"),
+                }
+            }
+            _ => panic!("{flag}"),
+        }
+    }
+    request
+}
+
+/// Every tensor of every run, element by element, to 1e-4 of the larger of the value and the tensor's rms.
+#[test]
+fn runs_are_those_of_the_published_libraries() {
+    let json = std::fs::read_to_string(data().join("runs/runs.json")).unwrap();
+    let listed: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let mut models: BTreeMap<String, Pipeline> = BTreeMap::new();
+    let (mut failed, mut compared, mut worst) = (Vec::new(), 0, 0.0f64);
+    for run in listed["runs"].as_array().unwrap() {
+        let (name, model) = (run["name"].as_str().unwrap(), run["model"].as_str().unwrap());
+        let args: Vec<String> = run["args"].as_array().unwrap().iter().map(|a| a.as_str().unwrap().into()).collect();
+        if args.iter().any(|arg| arg == "pndm" || arg == "dpm") {
+            continue; // multistep samplers, which are not offered
+        }
+        let pipeline = models.entry(model.into()).or_insert_with(|| load(model, DType::F32));
+        let mut recorded = Recorded::default();
+        pipeline.generate(&request(&args), &mut recorded).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let want = read(&data().join(format!("runs/{name}.safetensors")));
+        match compare(&recorded.tensors, &want) {
+            Ok(error) => worst = worst.max(error),
+            Err(message) => failed.push(format!("{name}: {message}")),
+        }
+        compared += 1;
+    }
+    assert!(failed.is_empty(), "{} of {compared} runs differ:\n{}", failed.len(), failed.join("\n"));
+    assert!(compared >= 55, "only {compared} runs");
+    println!("{compared} runs, largest error {worst:.1e}");
+}
+
+/// The largest error, relative to max(|value|, rms); tensors with a larger one than allowed, in the order of the run.
+fn compare(got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
+    let names = |t: &Tensors| t.keys().cloned().collect::<Vec<_>>();
+    if names(got) != names(want) {
+        return Err(format!("tensors {:?}, expected {:?}", names(got), names(want)));
+    }
+    let (mut worst, mut wrong) = (0.0f64, Vec::new());
+    for (name, (shape, want)) in want {
+        let (got_shape, got) = &got[name];
+        if got_shape != shape {
+            return Err(format!("{name} has shape {got_shape:?}, expected {shape:?}"));
+        }
+        let rms = (want.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / want.len() as f64).sqrt();
+        let error = |(got, want): (&f32, &f32)| {
+            let error = (f64::from(*got) - f64::from(*want)).abs() / f64::from(want.abs()).max(rms);
+            if error.is_nan() { f64::INFINITY } else { error }
+        };
+        let largest = got.iter().zip(want).map(error).fold(0.0, f64::max);
+        // Draws are torch's bit for bit.
+        let allowed = if name.starts_with("noise") || name == "timesteps" { 0.0 } else { 1e-4 };
+        if largest > allowed {
+            wrong.push(format!("{name} {largest:.1e}"));
+        }
+        worst = worst.max(largest);
+    }
+    if wrong.is_empty() { Ok(worst) } else { Err(wrong.join(", ")) }
+}
+
+fn small() -> Request {
+    Request {
+        prompt: "a photo of a cat".into(),
+        method: Method::MegaFusionPlus,
+        stages: vec!["16x16:2".parse().unwrap(), "24x20:1".parse().unwrap()],
+        seed: 5,
+        ..Request::default()
+    }
+}
+
+#[test]
+fn a_picture_depends_on_its_own_seed_alone() {
+    let pipeline = load("sd15", DType::F32);
+    let three = pipeline.generate(&Request { count: 3, ..small() }, &mut Silent).unwrap();
+    assert_eq!(three.len(), 3);
+    for (i, picture) in three.iter().enumerate() {
+        let alone = pipeline.generate(&Request { seed: 5 + i as u64, ..small() }, &mut Silent).unwrap();
+        assert_eq!(alone, [picture.clone()]);
+        assert_eq!((picture.width, picture.height, picture.rgb.len()), (24, 20, 3 * 24 * 20));
+    }
+    assert_ne!(three[0].rgb, three[1].rgb);
+    assert_ne!(three[1].rgb, three[2].rgb);
+}
+
+#[test]
+fn parameters_say_how_to_make_the_picture_again() {
+    let pipeline = load("sd15", DType::F32);
+    let request = Request { negative_prompt: "blurry, dark".into(), ..small() };
+    let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
+    let text = &picture.parameters.text;
+    assert!(text.starts_with("a photo of a cat\nNegative prompt: blurry, dark\nSteps: 3, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 24x20, Model: sd15,"), "{text}");
+    let json = &picture.parameters.json;
+    assert_eq!(json["stages"], serde_json::json!(["16x16:2", "24x20:1"]));
+    assert_eq!((json["seed"].as_u64(), json["guidance"].as_f64()), (Some(5), Some(7.0)));
+    assert_eq!((json["dilation"].as_u64(), json["reschedule"].as_bool()), (Some(2), Some(true)));
+}
+
+#[test]
+fn low_precision_runs_stay_near_f32() {
+    let want = load("sd15", DType::F32).generate(&small(), &mut Silent).unwrap().remove(0);
+    for (dtype, levels) in [(DType::F16, 12.0), (DType::BF16, 40.0)] {
+        let got = load("sd15", dtype).generate(&small(), &mut Silent).unwrap().remove(0);
+        let difference = |(a, b): (&u8, &u8)| f64::from(a.abs_diff(*b));
+        let mean = got.rgb.iter().zip(&want.rgb).map(difference).sum::<f64>() / want.rgb.len() as f64;
+        assert!(mean < levels, "{dtype}: {mean} levels off on average");
+    }
+}
+
+#[test]
+fn a_long_prompt_is_cut_with_a_warning() {
+    let pipeline = load("sd15", DType::F32);
+    let mut recorded = Recorded::default();
+    let prompt = "one two three four five six seven eight nine ten ".repeat(12);
+    pipeline.generate(&Request { prompt, ..small() }, &mut recorded).unwrap();
+    assert_eq!(recorded.warnings.len(), 1, "{:?}", recorded.warnings);
+    assert!(recorded.warnings[0].starts_with("the prompt is longer than"), "{:?}", recorded.warnings);
+}
+
+#[test]
+fn cancelling_ends_the_run() {
+    let pipeline = load("sd15", DType::F32);
+    for patience in [0, 2, 4] {
+        let mut recorded = Recorded { patience: Some(patience), ..Recorded::default() };
+        assert!(matches!(pipeline.generate(&small(), &mut recorded), Err(Error::Interrupted)));
+        assert!(recorded.events.len() <= patience + 2);
+    }
+}
+
+#[test]
+fn requests_that_cannot_be_met_name_the_flag() {
+    let pipeline = load("sd15", DType::F32);
+    let refused = |request: Request, flag: &str| match pipeline.resolve(&request) {
+        Err(Error::Request { flag: got, .. }) => assert_eq!(got, flag),
+        Err(other) => panic!("{flag}: {other}"),
+        Ok(_) => panic!("{flag}: accepted"),
+    };
+    refused(Request { count: 0, ..small() }, "--count");
+    refused(Request { guidance: f32::NAN, ..small() }, "--guidance");
+    refused(Request { steps: Some(4), ..small() }, "--steps");
+    refused(Request { size: Some("16x16".parse().unwrap()), ..small() }, "--size");
+    refused(Request { method: Method::Plain, ..small() }, "--stages");
+    refused(Request { stages: Vec::new(), size: Some("17x16".parse().unwrap()), ..small() }, "--size");
+    refused(Request { eta: 2.0, ..small() }, "--eta");
+    refused(Request { stages: Vec::new(), steps: Some(2000), ..small() }, "--steps");
+    refused(Request { stages: Vec::new(), steps: Some(0), ..small() }, "--steps");
+}
+
+#[test]
+fn a_plan_is_the_real_run_counted() {
+    let source = ModelSource::Directory(data().join("sd15"));
+    let report = pipeline::plan(&source, DType::F32, &small()).unwrap();
+    let names: Vec<_> = report.phases.iter().map(|phase| (phase.name, phase.stage, phase.repeats)).collect();
+    assert_eq!(
+        names,
+        [
+            ("text", None, 1),
+            ("denoise", Some(0), 2),
+            ("relay decode", Some(1), 1),
+            ("relay upsample", Some(1), 1),
+            ("relay encode", Some(1), 1),
+            ("denoise", Some(1), 1),
+            ("decode", Some(1), 1)
+        ]
+    );
+    let sum: u64 = report.phases.iter().map(|phase| phase.repeats as u64 * phase.once.macs).sum();
+    assert_eq!(report.total.macs, sum);
+    let kinds: u64 = report.by_kind.iter().map(|(_, work)| work.flops).sum();
+    assert_eq!(report.total.flops, kinds);
+    assert!(report.by_kind.iter().any(|(kind, work)| *kind == OpKind::Attention && work.macs > 0));
+    assert!(report.peak_bytes > report.weight_bytes());
+    assert!(report.phases.iter().all(|phase| phase.peak_bytes <= report.peak_bytes && phase.once.flops > 0));
+    // What the cpu device really held at most is what was planned: the plan's tensors, give or take dumps and draws.
+    let device = Device::cpu();
+    let pipeline = Pipeline::load(source, device.clone(), DType::F32).unwrap();
+    pipeline.generate(&small(), &mut Silent).unwrap();
+    let Device::Cpu(cpu) = &device else { unreachable!() };
+    let ratio = cpu.peak_bytes() as f64 / report.peak_bytes as f64;
+    assert!((0.8..1.25).contains(&ratio), "held {} bytes, planned {}", cpu.peak_bytes(), report.peak_bytes);
+    let json = report.to_json();
+    assert_eq!(json["total"]["macs"].as_u64(), Some(report.total.macs));
+}
+
+#[test]
+fn the_other_generator_gives_another_picture() {
+    let pipeline = load("sd15", DType::F32);
+    let one = pipeline.generate(&small(), &mut Silent).unwrap();
+    let other = pipeline.generate(&Request { rng: RngKind::TorchCuda, ..small() }, &mut Silent).unwrap();
+    assert_ne!(one[0].rgb, other[0].rgb);
+}
+
+/// A directory with the published configurations of SD 1.5 and no weights.
+fn sd15_configs() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (part, from) in [("text_encoder", "sd15-text"), ("unet", "sd15-unet"), ("vae", "sd15-vae")] {
+        std::fs::create_dir(dir.path().join(part)).unwrap();
+        std::fs::copy(data().join(format!("manifest/{from}.json")), dir.path().join(part).join("config.json")).unwrap();
+    }
+    std::fs::create_dir(dir.path().join("scheduler")).unwrap();
+    let scheduler = r#"{"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true,
+        "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
+    std::fs::write(dir.path().join("scheduler/scheduler_config.json"), scheduler).unwrap();
+    dir
+}
+
+/// Convolutions and projections cost as the areas do, (40/4 + 5 * 0.5625 + 5) / 50 of all steps at the final size; with
+/// attention, which grows with the square, MegaFusion saves more.
+#[test]
+fn sd15_at_1024_costs_what_the_paper_says() {
+    let dir = sd15_configs();
+    let report =
+        |request: &Request| pipeline::plan(&ModelSource::Directory(dir.path().into()), DType::BF16, request).unwrap();
+    let denoising = |method, attention: bool| {
+        let report = report(&Request { method, size: Some("1024x1024".parse().unwrap()), ..Request::default() });
+        let steps = report.phases.iter().filter(|phase| phase.name == "denoise");
+        let kinds = steps.flat_map(|phase| phase.by_kind.iter().map(move |(kind, work)| (kind, work, phase.repeats)));
+        let counted = kinds.filter(|(kind, ..)| attention || **kind != OpKind::Attention);
+        counted.map(|(_, work, repeats)| work.macs * repeats as u64).sum::<u64>() as f64
+    };
+    let ratio = |attention| denoising(Method::MegaFusion, attention) / denoising(Method::Plain, attention);
+    assert!((ratio(false) - 0.35625).abs() < 1e-3, "{}", ratio(false));
+    assert!((0.25..0.30).contains(&ratio(true)), "{}", ratio(true));
+
+    let report = report(&Request::default());
+    assert_eq!(
+        report.stages.iter().map(Stage::to_string).collect::<Vec<_>>(),
+        ["512x512:40", "768x768:5", "1024x1024:5"]
+    );
+    let parameters: Vec<_> = report.weights.iter().map(|weights| (weights.module, weights.parameters)).collect();
+    assert_eq!(parameters, [("text_encoder", 123_060_480), ("unet", 859_520_964), ("vae", 83_653_863)]);
+    // One guided step at 512x512: about 2 x 400 G multiply-accumulates.
+    let step = report.phases.iter().find(|phase| phase.name == "denoise").unwrap();
+    assert!((step.once.macs as f64 / 2.0 / 401e9 - 1.0).abs() < 0.2, "{}", step.once.macs / 2);
+}
+
+/// Needs models/pocket, which a build may lack; then there is one clear error.
+#[test]
+fn the_embedded_model_draws_or_says_why_not() {
+    match Pipeline::load(ModelSource::Embedded, Device::cpu(), DType::F32) {
+        Ok(pipeline) => {
+            let request = Request { prompt: "a red ball".into(), steps: Some(4), ..Request::default() };
+            let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
+            assert_eq!((picture.width, picture.height), (256, 256));
+        }
+        Err(error) => assert!(error.to_string().contains("--model"), "{error}"),
+    }
+}

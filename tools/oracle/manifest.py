@@ -1,0 +1,154 @@
+"""Writes the keys and shapes of the published models' checkpoints, as the published classes have them.
+
+    tools/oracle/venv tools/oracle/manifest.py [--check]
+
+For every model: NAME.json, its config.json with the keys of the published file, and NAME.txt, one line a module: path,
+then name and shape of each of its tensors. The classes are built on torch's meta device, so this takes no memory and no
+weights. --check compares with the files that are there instead of writing.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2] / "tests/data/manifest"
+
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+UNET_21 = UNET | {
+    "_diffusers_version": "0.10.0.dev0",
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "torch_dtype": "float32",
+    "vocab_size": 49408,
+}
+TEXT_21 = TEXT | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+
+# Name: config and the published number of parameters.
+MODELS = {
+    "sd15-unet": (UNET, 859_520_964),
+    "sd21-unet": (UNET_21, 865_910_724),
+    "sd15-vae": (VAE, 83_653_863),
+    "sd21-vae": (VAE | {"_diffusers_version": "0.10.0.dev0", "sample_size": 768}, 83_653_863),
+    "sd15-text": (TEXT, 123_060_480),
+    "sd21-text": (TEXT_21, 340_387_840),
+}
+
+
+def build(config):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        if config.get("model_type") == "clip_text_model":
+            return CLIPTextModel(CLIPTextConfig(**config))
+        return {"UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL}[
+            config["_class_name"]
+        ].from_config(config)
+
+
+def listing(name):
+    config, parameters = MODELS[name]
+    state = build(config).state_dict()
+    total = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
+    assert total == parameters, f"{name}: {total} parameters, published {parameters}"
+    modules = {}
+    for key, tensor in sorted(state.items()):
+        if not tensor.is_floating_point():
+            continue
+        # Newer transformers releases drop the prefix that the published text encoders have.
+        key = "text_model." + key.removeprefix("text_model.") if name.endswith("-text") else key
+        path, tensor_name = key.rsplit(".", 1)
+        modules.setdefault(path, []).append(f"{tensor_name} {'x'.join(map(str, tensor.shape))}")
+    return "".join(f"{path} {' '.join(tensors)}\n" for path, tensors in modules.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    ROOT.mkdir(parents=True, exist_ok=True)
+    changed = []
+    for name, (config, _) in MODELS.items():
+        for path, text in [
+            (ROOT / f"{name}.json", json.dumps(config, indent=2) + "\n"),
+            (ROOT / f"{name}.txt", listing(name)),
+        ]:
+            if check and (not path.exists() or path.read_text() != text):
+                changed.append(path.name)
+            elif not check:
+                path.write_text(text)
+    if changed:
+        sys.exit(f"differ: {', '.join(changed)}")
+
+
+if __name__ == "__main__":
+    main()

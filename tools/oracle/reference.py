@@ -1,0 +1,334 @@
+"""Plain sampling and MegaFusion in plain torch over diffusers' modules, batch 1.
+
+    reference.py --model DIR --out FILE.safetensors [the options of `megafuse generate`] [PROMPT]
+
+Noise comes from one torch CPU generator seeded with --seed, in this order: the initial latents; then, as they are used,
+a sampler's noise of each step and one draw per relay (with --reference-compat two: the posterior's, then the relay's).
+
+With --f64 the weights, latents and pictures are f64 (tables, draws and PIL's resize stay f32): that is what the stored
+expected values are, so that a comparison in f32 sees one program's rounding and not the sum of two.
+
+The tensors written, all f32 NCHW:
+    noise<j>             the j-th draw, from 0, as drawn (N(0, 1), before any scaling)
+    timesteps            one per model evaluation, over all stages
+    alpha_bar            [stages, 1000], re-scheduled where the stage is
+    step<n>              latents after the n-th update, from 1
+    relay<k>.x0          the clean latents leaving a stage; k is the stage entered, from 1 = the second
+    relay<k>.decoded     the VAE's picture of them, before any clamp
+    relay<k>.upsampled   the picture that is encoded: resized, and clamped if asked
+    relay<k>.encoded     its latents, scaled
+    relay<k>.noised      what the stage starts from
+    latent               the latents that are decoded at the end: the last stepped ones (plain), the last x0 (MegaFusion)
+    image                the final picture, not clamped
+"""
+
+import argparse
+import copy
+import pathlib
+import sys
+
+import torch
+
+import resize
+from module_values import encode_prompt, set_mid_dilation
+
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+}
+
+
+class Settings:
+    """The options of `megafuse generate` that change numbers, with their defaults."""
+
+    prompt = ""
+    negative = ""
+    method = "megafusion"
+    size = (16, 16)  # width, height
+    stages = ()  # ((width, height), steps) each
+    upsampler = "bicubic"
+    relay_clamp = "both"
+    reschedule = None  # None: as the method says
+    dilation = None
+    relay_noise_offset = 0
+    scheduler = None
+    eta = 0.0
+    steps = 4
+    guidance = 7.0
+    seed = 0
+    reference_compat = False
+
+    def __init__(self, **changes):
+        for key, value in changes.items():
+            assert hasattr(Settings, key), key
+            setattr(self, key, value)
+
+    def sampler(self, scheduler_config):
+        """Without --scheduler: MegaFusion takes the paper's DDIM; plain sampling the class of scheduler_config.json, or
+        DDIM for a class that is none of these."""
+        if self.method != "plain":
+            return self.scheduler or "ddim"
+        own = {v: k for k, v in SAMPLERS.items()}.get(scheduler_config["_class_name"], "ddim")
+        return self.scheduler or own
+
+    def args(self, changed):
+        """The command line that sets the `changed` names (prompt first)."""
+        out = [self.prompt]
+        for key in changed:
+            value, option = getattr(self, key), "--" + key.replace("_", "-")
+            if key == "prompt":
+                continue
+            if key == "size":
+                value = "x".join(map(str, value))
+            if key == "stages":
+                value = ",".join(f"{w}x{h}:{n}" for (w, h), n in value)
+            if isinstance(value, bool) and key != "reschedule":
+                assert value
+                out.append(option)
+                continue
+            out += [option, str(value).lower() if isinstance(value, bool) else str(value)]
+        return out
+
+
+class Draws:
+    """The run's one source of noise, remembering every draw."""
+
+    def __init__(self, seed, tensors, dtype):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tensors, self.count, self.dtype = tensors, 0, dtype
+
+    def normal(self, shape):
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float32)
+        self.tensors[f"noise{self.count}"] = x
+        self.count += 1
+        return x.to(self.dtype)
+
+
+def make_scheduler(class_name, config, gamma=1.0):
+    """The class, from scheduler_config.json (a key it lacks takes the class's default), re-scheduled by gamma.
+
+    As in diffusers' Stable Diffusion pipelines, whatever the config says or leaves out: steps_offset is 1, and
+    clip_sample (for pictures; it would cut latents at 1) is off.
+    abar' = abar / (gamma - (gamma - 1) abar), and the final abar is taken after that.
+    """
+    import diffusers
+
+    config = {k: v for k, v in config.items() if k[0] != "_"} | {"steps_offset": 1, "clip_sample": False}
+    scheduler = getattr(diffusers, class_name).from_config(config)
+    if gamma != 1.0:
+        a = scheduler.alphas_cumprod.double()
+        scheduler.alphas_cumprod = (a / (gamma - (gamma - 1) * a)).float()
+        if not scheduler.config.get("set_alpha_to_one", True):
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return scheduler
+
+
+class Guided:
+    """The UNet with classifier-free guidance: e_u + w (e_c - e_u) when w > 1, else the prompt's prediction alone."""
+
+    def __init__(self, model, settings):
+        self.unet, self.w = model.unet, settings.guidance
+        self.cond = encode_prompt(model, settings.prompt)
+        self.uncond = encode_prompt(model, settings.negative)
+
+    def __call__(self, x, t):
+        if self.w <= 1:
+            return self.unet(x, t, encoder_hidden_states=self.cond).sample
+        both = self.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([self.uncond, self.cond])).sample
+        e_u, e_c = both.chunk(2)
+        return e_u + self.w * (e_c - e_u)
+
+
+def decode(model, latent):
+    return model.vae.decode(latent / model.vae.config.scaling_factor).sample
+
+
+def plain(model, settings, tensors):
+    draws = Draws(settings.seed, tensors, model.unet.dtype)
+    sampler = settings.sampler(model.scheduler_config)
+    scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config)
+    scheduler.set_timesteps(settings.steps)
+    width, height = settings.size
+    shape = (1, 4, height // model.vae_factor, width // model.vae_factor)
+    predict = Guided(model, settings)
+    x = draws.normal(shape) * scheduler.init_noise_sigma
+    for n, t in enumerate(scheduler.timesteps):
+        output = predict(scheduler.scale_model_input(x, t), t)
+        x = step(scheduler, sampler, output, t, x, draws, settings.eta).prev_sample
+        tensors[f"step{n + 1}"] = x
+    tensors["timesteps"] = scheduler.timesteps.float()
+    tensors["alpha_bar"] = scheduler.alphas_cumprod[None].float()
+    tensors["latent"] = x
+    tensors["image"] = decode(model, x)
+
+
+def step(scheduler, sampler, output, t, x, draws, eta):
+    """A step of the class, drawing from our source."""
+    if sampler == "ddim":
+        noise = draws.normal(x.shape) if eta > 0 else None
+        return scheduler.step(output, t, x, eta=eta, variance_noise=noise)
+    if sampler == "euler":  # has a generator too, for churn
+        return scheduler.step(output, t, x)
+    module = sys.modules[type(scheduler).__module__]
+    theirs = module.randn_tensor
+    module.randn_tensor = lambda shape, **_: draws.normal(shape)
+    try:
+        return scheduler.step(output, t, x)
+    finally:
+        module.randn_tensor = theirs
+
+
+def megafusion(model, settings, tensors):
+    plus = settings.method == "megafusion++"
+    reschedule = plus if settings.reschedule is None else settings.reschedule
+    dilation = (2 if plus else 1) if settings.dilation is None else settings.dilation
+    compat = settings.reference_compat
+    sampler = settings.sampler(model.scheduler_config)
+    draws = Draws(settings.seed, tensors, model.unet.dtype)
+    total = sum(steps for _, steps in settings.stages)
+    (first_w, first_h), _ = settings.stages[0]
+
+    schedulers = []
+    for s, ((w, h), _) in enumerate(settings.stages):
+        # --reference-compat: the published base scheduler carries gamma 2.25 from its default argument, and it is the
+        # one used in every stage that is not re-scheduled by itself.
+        gamma = 2.25 if compat else 1.0
+        if reschedule and s > 0:
+            gamma = (w * h) / (first_w * first_h)
+        scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config, gamma)
+        scheduler.set_timesteps(total)
+        schedulers.append(scheduler)
+    timesteps = schedulers[0].timesteps
+    tensors["timesteps"] = timesteps.float()
+    tensors["alpha_bar"] = torch.stack([s.alphas_cumprod for s in schedulers])
+    assert all(torch.equal(s.timesteps, timesteps) for s in schedulers)
+
+    predict = Guided(model, settings)
+    shape = lambda size: (1, 4, size[1] // model.vae_factor, size[0] // model.vae_factor)
+    z, x0, done = draws.normal(shape(settings.stages[0][0])) * schedulers[0].init_noise_sigma, None, 0
+    for s, (size, steps) in enumerate(settings.stages):
+        scheduler = schedulers[s]
+        if s > 0:
+            z = relay(model, settings, tensors, draws, s, x0, scheduler, sampler,
+                      done + settings.relay_noise_offset)
+            assert z.shape == shape(size)
+        # The paper dilates above the native size only; the published code builds its UNet once, so everywhere.
+        set_mid_dilation(model.unet, dilation if s > 0 or compat else 1)
+        for t in timesteps[done : done + steps]:
+            output = predict(scheduler.scale_model_input(z, t), t)
+            stepped = step(scheduler, sampler, output, t, z, draws, settings.eta)
+            z, x0 = stepped.prev_sample, stepped.pred_original_sample
+            if compat:
+                # The published code applies the x0 formula to the latents it has already stepped.
+                assert sampler == "ddim" and scheduler.config.prediction_type == "epsilon"
+                abar = scheduler.alphas_cumprod[t]
+                x0 = (z - (1 - abar).sqrt() * output) / abar.sqrt()
+            done += 1
+            tensors[f"step{done}"] = z
+    set_mid_dilation(model.unet, 1)
+    tensors["latent"] = x0
+    tensors["image"] = decode(model, x0)
+
+
+def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
+    """x0 -> picture -> larger picture -> latents -> noised to where step `level` of the run begins."""
+    (w, h), _ = settings.stages[k]
+    decoded = decode(model, x0)
+    if settings.reference_compat:
+        levels = (decoded.double() / 2 + 0.5).clamp(0, 1) * 255
+        model.u8_margin = min(model.u8_margin, ((levels % 1) - 0.5).abs().min().item())
+        up = resize.upsample_u8(decoded, (h, w), settings.upsampler)
+    else:
+        picture = decoded if settings.relay_clamp == "none" else decoded.clamp(-1, 1)
+        up = resize.upsample(picture, (h, w), settings.upsampler)
+        if settings.relay_clamp == "both":
+            up = up.clamp(-1, 1)
+    posterior = model.vae.encode(up).latent_dist
+    y = posterior.mean
+    if settings.reference_compat:
+        y = y + posterior.std * draws.normal(y.shape)
+    y = y * model.vae.config.scaling_factor
+    if sampler.startswith("euler"):
+        z = y + scheduler.sigmas[level] * draws.normal(y.shape)
+    else:
+        abar = scheduler.alphas_cumprod[scheduler.timesteps[level]]
+        z = abar.sqrt() * y + (1 - abar).sqrt() * draws.normal(y.shape)
+    for name, tensor in [("x0", x0), ("decoded", decoded), ("upsampled", up), ("encoded", y), ("noised", z)]:
+        tensors[f"relay{k}.{name}"] = tensor
+    return z
+
+
+@torch.no_grad()
+def run(model, settings):
+    tensors = {}
+    model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
+    (plain if settings.method == "plain" else megafusion)(model, settings, tensors)
+    return {k: v.float().contiguous().clone() for k, v in tensors.items()}
+
+
+def double(model):
+    """The same model in f64."""
+    out = copy.copy(model)
+    out.text, out.unet, out.vae = (copy.deepcopy(m).double() for m in (model.text, model.unet, model.vae))
+    return out
+
+
+def load(folder):
+    """The modules of a model directory, through diffusers and transformers, in f32."""
+    import json
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    import small_models
+
+    folder = pathlib.Path(folder)
+    model = small_models.Model()
+    model.name, model.folder = folder.name, folder
+    variant = {"variant": "fp16"} if list(folder.glob("unet/*.fp16*safetensors")) else {}
+    options = {"torch_dtype": torch.float32, **variant}
+    model.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32,
+                                               attn_implementation="sdpa", **variant)
+    model.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+    model.vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
+    for module in (model.text, model.unet, model.vae):
+        module.eval().requires_grad_(False)
+    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    model.vae_factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
+    model.scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    return model
+
+
+def main():
+    from safetensors.torch import save_file
+
+    size = lambda text: tuple(int(n) for n in text.split("x"))
+    stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
+    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": lambda text: {"true": True, "false": False}[text],
+             "dilation": int}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", default="")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--f64", action="store_true")
+    for key, default in vars(Settings).items():
+        if key.startswith("_") or callable(default) or key == "prompt":
+            continue
+        option = "--" + key.replace("_", "-")
+        if key == "reference_compat":
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(option, default=default, type=types.get(key, type(default)))
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    model, out = load(options.pop("model")), options.pop("out")
+    if options.pop("f64"):
+        model = double(model)
+    save_file(run(model, Settings(**options)), out)
+
+
+if __name__ == "__main__":
+    main()

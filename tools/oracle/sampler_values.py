@@ -1,0 +1,150 @@
+"""Expected values of the schedulers: tables, timesteps and whole trajectories of diffusers' classes.
+
+The "model" of a trajectory is `0.1 * tanh(model_input) + 0.9 * fixed`, fixed per step: cheap, and different at each step.
+A test feeds the stored model outputs; nothing has to be recomputed.
+"""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from module_values import compact, normal
+
+SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SHAPE = (1, 4, 3, 5)
+
+
+def cases():
+    """(name, class, config as in scheduler_config.json, steps, eta)"""
+    out = []
+    for spacing in ("leading", "trailing", "linspace"):
+        for offset in (0, 1):
+            config = SD | {"timestep_spacing": spacing, "steps_offset": offset, "clip_sample": False,
+                           "set_alpha_to_one": False}
+            out.append((f"ddim-{spacing}-{offset}", "DDIM", config, 7, 0.0))
+    base = SD | {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+    out += [
+        ("ddim-50", "DDIM", base, 50, 0.0),
+        ("ddim-eta", "DDIM", base, 6, 0.5),
+        ("ddim-eta-1", "DDIM", base | {"prediction_type": "v_prediction"}, 6, 1.0),
+        ("ddim-alpha-one", "DDIM", base | {"set_alpha_to_one": True}, 6, 0.0),
+        ("ddim-clip", "DDIM", base | {"clip_sample": True}, 6, 0.0),
+        ("ddim-clip-range", "DDIM", base | {"clip_sample": True, "clip_sample_range": 1.5}, 6, 0.5),
+        ("ddim-v", "DDIM", base | {"prediction_type": "v_prediction"}, 6, 0.0),
+        ("ddim-sample", "DDIM", base | {"prediction_type": "sample"}, 6, 0.5),
+        ("ddim-defaults", "DDIM", {}, 6, 0.0),
+        ("ddim-cosine", "DDIM", {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False}, 6, 0.0),
+        ("ddim-zero-snr", "DDIM", base | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction",
+                                          "timestep_spacing": "trailing"}, 6, 0.0),
+        ("ddim-one-step", "DDIM", base, 1, 0.0),
+    ]
+    for spacing in ("leading", "trailing", "linspace"):
+        config = SD | {"timestep_spacing": spacing, "steps_offset": 1, "clip_sample": False}
+        out.append((f"ddpm-{spacing}", "DDPM", config, 6, None))
+    config = SD | {"clip_sample": False}
+    out += [
+        ("ddpm-v", "DDPM", config | {"prediction_type": "v_prediction"}, 6, None),
+        ("ddpm-sample", "DDPM", config | {"prediction_type": "sample"}, 6, None),
+        ("ddpm-clip", "DDPM", SD, 6, None),
+        ("ddpm-large", "DDPM", config | {"variance_type": "fixed_large"}, 6, None),
+    ]
+    for cls in ("EulerDiscrete", "EulerAncestralDiscrete"):
+        short = "euler" if cls == "EulerDiscrete" else "euler-ancestral"
+        for spacing in ("leading", "trailing", "linspace"):
+            for offset in (0, 1):
+                if spacing != "leading" and offset:
+                    continue
+                config = SD | {"timestep_spacing": spacing, "steps_offset": offset}
+                out.append((f"{short}-{spacing}-{offset}", cls, config, 7, None))
+        out += [
+            (f"{short}-v", cls, SD | {"prediction_type": "v_prediction", "timestep_spacing": "leading",
+                                      "steps_offset": 1}, 6, None),
+            (f"{short}-defaults", cls, {}, 6, None),
+        ]
+    out += [
+        ("euler-sample", "EulerDiscrete", SD | {"prediction_type": "sample"}, 6, None),
+        ("euler-50", "EulerDiscrete", SD | {"timestep_spacing": "leading", "steps_offset": 1}, 50, None),
+    ]
+    pndm = SD | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+    out += [
+        ("pndm-leading", "PNDM", pndm, 8, None),
+        ("pndm-v", "PNDM", pndm | {"prediction_type": "v_prediction"}, 8, None),
+        ("dpm-leading", "DPMSolverMultistep", SD | {"timestep_spacing": "leading", "steps_offset": 1}, 8, None),
+        ("dpm-linspace", "DPMSolverMultistep", SD, 20, None),
+        ("dpm-v", "DPMSolverMultistep", SD | {"prediction_type": "v_prediction"}, 8, None),
+    ]
+    return out
+
+
+def trajectory(name, cls, config, steps, eta, tensors):
+    import diffusers
+
+    scheduler = getattr(diffusers, f"{cls}Scheduler").from_config(dict(config))
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    shape = SHAPE if steps < 20 else (1, 4, 1, 2)
+    x = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    inputs, outputs, samples, x0s, noises = [], [], [x], [], []
+    for i, t in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(x, t)
+        output = 0.1 * torch.tanh(model_input) + 0.9 * normal(5000 + i, *shape)
+        if cls == "DDIM":
+            noise = torch.randn(shape, generator=generator) if eta > 0 else None
+            step = scheduler.step(output, t, x, eta=eta, variance_noise=noise)
+        elif cls in ("PNDM", "DPMSolverMultistep"):
+            noise = None
+            step = scheduler.step(output, t, x)
+        else:
+            # These classes draw by themselves: replay the same draw to know the noise.
+            state = generator.get_state()
+            step = scheduler.step(output, t, x, generator=generator)
+            drew = not torch.equal(state, generator.get_state())
+            noise = None
+            if drew:
+                replay = torch.Generator()
+                replay.set_state(state)
+                noise = torch.randn(shape, generator=replay)
+        inputs.append(model_input)
+        outputs.append(output)
+        noises.append(noise)
+        x = step.prev_sample
+        samples.append(x)
+        if getattr(step, "pred_original_sample", None) is not None:
+            x0s.append(step.pred_original_sample)
+    tensors |= {f"{name}.timesteps": scheduler.timesteps.float(), f"{name}.samples": torch.cat(samples),
+                f"{name}.model_outputs": torch.cat(outputs)}
+    if cls.startswith("Euler"):
+        tensors[f"{name}.model_inputs"] = torch.cat(inputs)
+        tensors[f"{name}.sigmas"] = scheduler.sigmas.float()
+    if x0s:
+        tensors[f"{name}.pred_original"] = torch.cat(x0s)
+    drawn = [n is not None for n in noises]
+    if any(drawn):
+        tensors[f"{name}.noise"] = torch.cat([torch.zeros(shape) if n is None else n for n in noises])
+    return {"name": name, "class": f"{cls}Scheduler", "config": config, "steps": steps, "eta": eta, "draws": drawn,
+            "init_noise_sigma": float(scheduler.init_noise_sigma)}
+
+
+def tables(tensors):
+    """alphas_cumprod as diffusers holds it (f32), and re-scheduled for a gamma (computed in f64 from it)."""
+    import diffusers
+
+    for name, config in [("sd", SD), ("defaults", {}), ("cosine", {"beta_schedule": "squaredcos_cap_v2"}),
+                         ("zero-snr", SD | {"rescale_betas_zero_snr": True})]:
+        abar = diffusers.DDIMScheduler.from_config(dict(config)).alphas_cumprod
+        tensors[f"alpha_bar.{name}"] = abar
+        if name == "sd":
+            for gamma in (1.0, 2.25, 4.0):
+                a = abar.double()
+                tensors[f"alpha_bar.sd.gamma-{gamma}"] = (a / (gamma - (gamma - 1) * a)).float()
+
+
+def write(root):
+    folder = root / "schedulers"
+    folder.mkdir(parents=True)
+    tensors = {}
+    listed = [trajectory(*case, tensors) for case in cases()]
+    tables(tensors)
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "oracle.safetensors")
+    (folder / "oracle.json").write_text(compact(json.dumps({"cases": listed}, indent=1)))
