@@ -481,24 +481,13 @@ fn values_that_are_refused() {
     }
 }
 
-#[test]
-fn a_size_beyond_the_memory_is_refused_with_figures() {
-    if !cfg!(target_os = "linux") {
-        return; // elsewhere the free memory is not known
-    }
-    let message = Place::new().fails(2, &["generate", "x", "--model", MODEL, "--size", "65536x65536"]);
-    for part in ["--size 65536x65536", "B of memory", "would fit"] {
-        assert!(message.contains(part), "{part} in: {message}");
-    }
-}
-
 /// Ctrl-C in the middle of a run and kill -9: no file, no rest of one.
 #[cfg(unix)]
 #[test]
 fn an_interrupt_leaves_nothing() {
     for (signal, status) in [("INT", Some(130)), ("KILL", None)] {
         let place = Place::new();
-        let args = ["generate", "x", "--model", MODEL, "--size", "96x96", "--method", "plain", "--steps", "1000"];
+        let args = ["generate", "x", "--model", MODEL, "--size", "96x96", "--method", "plain", "--steps", "900"];
         let mut command = place.command(&args);
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");

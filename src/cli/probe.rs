@@ -61,7 +61,8 @@ fn missing(flag: &'static str, reason: String) -> Error {
 
 /// `prompt_embeds` is what the UNet of the SD 1.x/2.x family reads: the last hidden state.
 fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Result<Arrays> {
-    let tokens = files.tokenizer()?.encode(prompt)?;
+    let config = files.text_config()?;
+    let tokens = files.tokenizer()?.fitted(config.vocab_size, config.max_position_embeddings)?.encode(prompt)?;
     if let Some(rest) = &tokens.truncated {
         eprintln!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
     }

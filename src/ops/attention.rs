@@ -45,6 +45,7 @@ pub fn attention(args: Attention) -> Result<Tensor> {
         }
     };
     let Dims { n, queries, keys, heads, head_dim } = dims;
+    let _timed = super::profile::scope(OP, &[n, queries, heads, head_dim]);
     let mut y = Tensor::uninit(q.device(), &[n, queries, heads, head_dim], q.dtype())?;
     if y.numel() > 0 && keys == 0 {
         return Err(Error::argument(OP, "L_k", keys, "at least one key"));
@@ -185,7 +186,6 @@ struct Scratch {
     /// For each query the largest score so far and the sum of the exponentials relative to it.
     max: Vec<f32>,
     total: Vec<f32>,
-    rescale: Vec<f32>,
 }
 
 impl Scratch {
@@ -205,7 +205,6 @@ impl Scratch {
             sums: vec![0.0; queries * width],
             max: vec![0.0; queries],
             total: vec![0.0; queries],
-            rescale: vec![0.0; kernel.rows],
         }
     }
 
@@ -221,7 +220,6 @@ impl Scratch {
     ) {
         let count = rows.len();
         self.load_queries(q, batch * dims.queries + rows.start, head, count);
-        self.sums[..count * self.width].fill(0.0);
         self.max[..count].fill(f32::NEG_INFINITY);
         self.total[..count].fill(0.0);
         let seen = if causal { rows.end } else { dims.keys };
@@ -240,11 +238,11 @@ impl Scratch {
                 }
                 self.score(tile, tile_rows, visible(last));
                 if visible(rows.start + tile) == keys {
-                    self.update(tile, 0..tile_rows, keys);
+                    self.update(tile, 0..tile_rows, keys, first == 0);
                 } else {
                     // The diagonal: row by row, so that no row touches a key or a value behind its own.
                     for row in 0..tile_rows {
-                        self.update(tile, row..row + 1, visible(rows.start + tile + row));
+                        self.update(tile, row..row + 1, visible(rows.start + tile + row), first == 0);
                     }
                 }
             }
@@ -300,25 +298,21 @@ impl Scratch {
     }
 
     /// Softmax of the first `keys` scores of these rows of the tile and their product with the values.
-    fn update(&mut self, tile: usize, rows: Range<usize>, keys: usize) {
+    /// `first`: nothing was added to their sums yet.
+    fn update(&mut self, tile: usize, rows: Range<usize>, keys: usize, first: bool) {
         if keys == 0 {
             return;
         }
         let Scratch { width, kernel, .. } = *self;
         let queries = tile + rows.start..tile + rows.end;
         let scores = &mut self.scores[rows.start * TILE_STRIDE..];
-        let rescale = &mut self.rescale[..rows.len()];
-        online_softmax(scores, keys, &mut self.max[queries.clone()], &mut self.total[queries.clone()], rescale);
+        let (max, total) = (&mut self.max[queries.clone()], &mut self.total[queries.clone()]);
         let sums = &mut self.sums[queries.start * width..queries.end * width];
-        for (row, &factor) in sums.chunks_exact_mut(width).zip(rescale.iter()) {
-            if factor != 1.0 {
-                row.iter_mut().for_each(|sum| *sum *= factor);
-            }
-        }
+        online_softmax(scores, keys, max, total, if first { &mut [] } else { sums });
         let panels = self.v.chunks(self.keys * kernel.columns);
-        for (first, panel) in (0..self.head_dim).step_by(kernel.columns).zip(panels) {
-            let narrow = self.head_dim - first <= kernel.columns / 2;
-            kernel.run(rows.len(), narrow, keys, scores, panel, &mut sums[first..], width, true);
+        for (column, panel) in (0..self.head_dim).step_by(kernel.columns).zip(panels) {
+            let narrow = self.head_dim - column <= kernel.columns / 2;
+            kernel.run(rows.len(), narrow, keys, scores, panel, &mut sums[column..], width, !first);
         }
     }
 
@@ -331,24 +325,42 @@ impl Scratch {
     }
 }
 
+/// Independent sums and maxima of a row of scores; divides the block of keys.
+const LANES: usize = 32;
+
+/// Combines the lanes in halves.
+#[inline(always)]
+fn reduce(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = combine(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 simd! {
     /// One block's step of the running softmax, row by row (rows of `scores` [`TILE_STRIDE`] apart): `scores` become
-    /// `exp(score - max)` with the new maximum, `total` is brought to it and grows by their sum, and `rescale` is what
-    /// sums relative to the old maximum have to be multiplied by.
+    /// `exp(score - max)` with the new maximum, and `total` and the row's `sums` (none in the first block) are brought
+    /// to that maximum, `total` with the new exponentials added.
     ///
     /// A row that so far saw only -inf keeps sums of 0, as exp(-inf) relative to any finite maximum; NaN passes through.
-    fn online_softmax(scores: &mut [f32], keys: usize, max: &mut [f32], total: &mut [f32], rescale: &mut [f32]) {
-        const LANES: usize = 32;
-        for (row, ((max, total), rescale)) in max.iter_mut().zip(total).zip(rescale).enumerate() {
-            let scores = &mut scores[row * TILE_STRIDE..][..keys];
-            let (blocks, tail) = scores.as_chunks_mut::<LANES>();
+    fn online_softmax(scores: &mut [f32], keys: usize, max: &mut [f32], total: &mut [f32], sums: &mut [f32]) {
+        let width = sums.len() / max.len();
+        for (row, (max, total)) in max.iter_mut().zip(total).enumerate() {
+            // Whole vectors: what lies behind the keys is no score, or one that this row does not see.
+            let scores = &mut scores[row * TILE_STRIDE..][..keys.next_multiple_of(LANES)];
+            scores[keys..].fill(f32::NEG_INFINITY);
+            let (blocks, _) = scores.as_chunks_mut::<LANES>();
             let mut lanes = [*max; LANES];
             for block in blocks.iter() {
                 for (lane, &score) in lanes.iter_mut().zip(block) {
                     *lane = if score > *lane { score } else { *lane };
                 }
             }
-            let largest = lanes.iter().chain(tail.iter()).fold(*max, |a, &b| if b > a { b } else { a });
+            let largest = reduce(lanes, |a, b| if b > a { b } else { a });
             let shift = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
 
             let mut lanes = [0.0f32; LANES];
@@ -358,14 +370,10 @@ simd! {
                     *lane += *score;
                 }
             }
-            let mut sum: f32 = lanes.iter().sum();
-            for score in tail {
-                *score = exp_nonpositive::<FMA>(*score - shift);
-                sum += *score;
-            }
-            *rescale = exp_nonpositive::<FMA>(*max - shift);
-            *total = *total * *rescale + sum;
+            let rescale = exp_nonpositive::<FMA>(*max - shift);
+            *total = *total * rescale + reduce(lanes, |a, b| a + b);
             *max = largest;
+            sums[row * width..][..width].iter_mut().for_each(|sum| *sum *= rescale);
         }
     }
 }
