@@ -4,15 +4,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module, and the modules of ours that it may import.
-const LAYERS: [(&str, &[&str]); 11] = [
+const LAYERS: [(&str, &[&str]); 12] = [
     ("main", &["cli"]),
     ("cli", &["pipeline", "image", "models", "ops", "runtime"]),
-    ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "runtime"]),
+    ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime"]),
     ("methods", &["schedulers", "models", "ops", "runtime"]),
     ("schedulers", &["ops", "runtime"]),
     ("models", &["ops", "runtime"]),
     ("ops", &["runtime"]),
     ("runtime", &[]),
+    ("rng", &[]),
     ("text", &[]),
     ("image", &[]),
     ("error", &[]),

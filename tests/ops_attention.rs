@@ -1,130 +1,244 @@
-//! attention against textbook loops in f64.
+//! attention against plain f64 loops.
 
+mod common;
+
+use common::{Expected, Random, assert_close, f64s};
+use megafuse::Error;
 use megafuse::ops::{self, Attention};
-use megafuse::runtime::OpKind;
-use megafuse::{DType, Device, Error, Tensor};
+use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
-/// Deterministic values, about normal with the given scale: sums of uniforms of a 64-bit congruential generator.
-fn values(seed: u64, count: usize, scale: f32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2).wrapping_add(1);
-    let mut uniform = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..count).map(|_| scale * (uniform() + uniform() + uniform() + uniform()) * 1.73).collect()
-}
+/// N, tokens, heads, head_dim. One; primes; off and on the tile of 14 rows, the panel of 32 columns, the blocks of 224
+/// queries and 256 keys, and the kernel's depth of 256; nothing at all; the models' head widths.
+const SELF: [[usize; 4]; 18] = [
+    [1, 1, 1, 1],
+    [2, 3, 2, 5],
+    [1, 14, 3, 16],
+    [1, 15, 1, 17],
+    [2, 77, 2, 64],
+    [1, 97, 1, 33],
+    [1, 224, 1, 7],
+    [1, 256, 2, 40],
+    [1, 257, 1, 31],
+    [2, 521, 1, 8],
+    [1, 64, 3, 160],
+    [1, 50, 1, 255],
+    [1, 50, 1, 257],
+    [1, 300, 1, 512],
+    [1, 1025, 1, 24],
+    [0, 5, 2, 8],
+    [2, 0, 2, 8],
+    [2, 5, 0, 8],
+];
 
-/// `softmax(q k^T / sqrt(d)) v` of one head's rows; masked pairs never enter.
-fn reference(q: &[Vec<f64>], k: &[Vec<f64>], v: &[Vec<f64>], causal: bool) -> Vec<Vec<f64>> {
-    let scale = 1.0 / (q[0].len() as f64).sqrt();
-    q.iter()
-        .enumerate()
-        .map(|(i, q)| {
-            let seen = if causal { i + 1 } else { k.len() };
-            let scores: Vec<f64> =
-                k[..seen].iter().map(|k| scale * q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>()).collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            (0..q.len()).map(|c| weights.iter().zip(v).map(|(w, v)| w * v[c]).sum::<f64>() / sum).collect()
-        })
-        .collect()
-}
+/// N, queries, keys, heads, head_dim.
+const CROSS: [[usize; 5]; 8] = [
+    [1, 1, 1, 1, 1],
+    [1, 1, 513, 2, 3],
+    [2, 13, 7, 3, 11],
+    [2, 256, 77, 2, 40],
+    [1, 61, 154, 2, 80],
+    [1, 300, 257, 1, 64],
+    [0, 3, 5, 2, 8],
+    [2, 0, 5, 2, 8],
+];
 
-struct Case {
-    n: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    head_dim: usize,
-}
-
-/// Token rows of one head of a `[n, l, parts, heads, d]` tensor.
-fn head(x: &[f32], case: &Case, l: usize, parts: usize, at: [usize; 3]) -> Vec<Vec<f64>> {
-    let [n, part, head] = at;
-    let (heads, d) = (case.heads, case.head_dim);
-    (0..l)
-        .map(|i| {
-            let start = (((n * l + i) * parts + part) * heads + head) * d;
-            x[start..start + d].iter().map(|&v| f64::from(v)).collect()
-        })
-        .collect()
-}
-
-/// Runs both forms that the case allows and compares every element.
-fn check(case: &Case, dtype: DType, causal: bool, packed: bool, scale: f32) {
+#[test]
+fn self_attention_matches_f64() {
     let device = Device::cpu();
-    let Case { n, queries, keys, heads, head_dim } = *case;
-    let (y, q, kv, parts) = if packed {
-        let shape = [n, queries, 3, heads, head_dim];
-        let x = values(7, shape.iter().product(), scale);
-        let qkv = Tensor::from_f32(&device, &shape, dtype, &x).unwrap();
-        let y = ops::attention(Attention::Packed { qkv: &qkv, causal }).unwrap();
-        let x = qkv.to_f32_vec().unwrap();
-        (y, x.clone(), x, (3, 0, 1, 3))
-    } else {
-        let (q_shape, kv_shape) = ([n, queries, heads, head_dim], [n, keys, 2, heads, head_dim]);
-        let q = values(11, q_shape.iter().product(), scale);
-        let kv = values(13, kv_shape.iter().product(), scale);
-        let q = Tensor::from_f32(&device, &q_shape, dtype, &q).unwrap();
-        let kv = Tensor::from_f32(&device, &kv_shape, dtype, &kv).unwrap();
-        let y = ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap();
-        (y, q.to_f32_vec().unwrap(), kv.to_f32_vec().unwrap(), (1, 0, 0, 2))
+    for (dtype, [n, l, heads, d]) in DType::FLOATS.into_iter().flat_map(|dtype| SELF.map(|s| (dtype, s))) {
+        let qkv = Random::new(5).randn(&device, &[n, l, 3, heads, d], dtype);
+        for causal in [false, true] {
+            let got = ops::attention(Attention::Packed { qkv: &qkv, causal }).unwrap();
+            assert_eq!(got.dtype(), dtype);
+            let x = f64s(&qkv);
+            let want = reference([n, l, l, heads, d], causal, |part, b, i, h| {
+                row(&x, d, ((b * l + i) * 3 + part) * heads + h)
+            });
+            assert_close(&got, &want, 8.0, format!("self {n} {l} {heads} {d} causal {causal}"));
+        }
+    }
+}
+
+#[test]
+fn cross_attention_matches_f64() {
+    let device = Device::cpu();
+    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| CROSS.map(|s| (dtype, s))) {
+        let [n, queries, keys, heads, d] = shape;
+        let mut random = Random::new(6);
+        let q = random.randn(&device, &[n, queries, heads, d], dtype);
+        let kv = random.randn(&device, &[n, keys, 2, heads, d], dtype);
+        let got = ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap();
+        let (q, kv) = (f64s(&q), f64s(&kv));
+        let want = reference(shape, false, |part, b, i, h| match part {
+            0 => row(&q, d, (b * queries + i) * heads + h),
+            _ => row(&kv, d, ((b * keys + i) * 2 + part - 1) * heads + h),
+        });
+        assert_close(&got, &want, 8.0, format!("cross {shape:?}"));
+    }
+}
+
+fn row(x: &[f64], d: usize, index: usize) -> &[f64] {
+    &x[index * d..][..d]
+}
+
+/// The textbook: `part(0 | 1 | 2, batch, token, head)` is a row of q, k or v. Pairs that causality masks never enter.
+fn reference<'a>(
+    [n, queries, keys, heads, d]: [usize; 5],
+    causal: bool,
+    part: impl Fn(usize, usize, usize, usize) -> &'a [f64],
+) -> Expected {
+    let scale = 1.0 / (d as f64).sqrt();
+    let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
+    for (b, i, h) in common::product3(n, queries, heads) {
+        let q = part(0, b, i, h);
+        let seen = if causal { i + 1 } else { keys };
+        let terms = |j: usize| q.iter().zip(part(1, b, j, h)).map(move |(q, k)| scale * q * k);
+        let scores: Vec<f64> = (0..seen).map(|j| terms(j).sum()).collect();
+        // What the roundings of a score are relative to; they move the weights by as much, relatively.
+        let largest_terms = (0..seen).map(|j| terms(j).map(f64::abs).sum::<f64>()).fold(0.0, f64::max);
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+        let (mut sum, mut magnitude) = (vec![0.0; d], vec![0.0; d]);
+        for (j, score) in scores.iter().enumerate() {
+            let weight = (score - max).exp() / total;
+            for (c, v) in part(2, b, j, h).iter().enumerate() {
+                sum[c] += weight * v;
+                magnitude[c] += weight * v.abs() * (1.0 + largest_terms);
+            }
+        }
+        values.extend(sum);
+        magnitudes.extend(magnitude);
+    }
+    Expected { shape: vec![n, queries, heads, d], values, magnitudes }
+}
+
+/// Scores of several hundred, rising and falling along the keys: the running maximum changes in every block.
+#[test]
+fn large_scores_neither_overflow_nor_vanish() {
+    let device = Device::cpu();
+    for sign in [1.0, -1.0] {
+        let (l, d) = (700, 4);
+        let x: Vec<f32> = (0..l)
+            .flat_map(|i| {
+                let k = sign * (i as f32 - 350.0);
+                [1.0, 0.5, -0.5, 0.25, k, 0.0, 0.0, 1.0, i as f32, -1.0, 0.0, 2.0]
+            })
+            .collect();
+        let qkv = Tensor::from_f32(&device, &[1, l, 3, 1, d], DType::F32, &x).unwrap();
+        let got = ops::attention(Attention::Packed { qkv: &qkv, causal: false }).unwrap();
+        let x = f64s(&qkv);
+        let want = reference([1, l, l, 1, d], false, |part, _, i, _| row(&x, d, i * 3 + part));
+        assert_close(&got, &want, 8.0, format!("sign {sign}"));
+    }
+}
+
+/// NaN or infinity reaches the rows that see it and no others: causal rows before it stay as they were, bit for bit.
+#[test]
+fn a_masked_nan_touches_no_row() {
+    let device = Device::cpu();
+    let (l, heads, d) = (300, 2, 8);
+    let clean = Random::new(9).randn(&device, &[1, l, 3, heads, d], DType::F32);
+    let run = |values: &[f32]| {
+        let qkv = Tensor::from_f32(&device, &[1, l, 3, heads, d], DType::F32, values).unwrap();
+        ops::attention(Attention::Packed { qkv: &qkv, causal: true }).unwrap().to_f32_vec().unwrap()
     };
-    assert_eq!(y.shape(), [n, queries, heads, head_dim]);
-    assert_eq!(y.dtype(), dtype);
-    let y = y.to_f32_vec().unwrap();
-    let (q_parts, q_part, k_part, kv_parts) = parts;
-    for b in 0..n {
-        for h in 0..heads {
-            let q = head(&q, case, queries, q_parts, [b, q_part, h]);
-            let k = head(&kv, case, keys, kv_parts, [b, k_part, h]);
-            let v = head(&kv, case, keys, kv_parts, [b, k_part + 1, h]);
-            let want = reference(&q, &k, &v, causal);
-            let largest = v.iter().flatten().fold(0.0f64, |a, v| a.max(v.abs()));
-            for (i, want) in want.iter().enumerate() {
-                for (c, want) in want.iter().enumerate() {
-                    let got = f64::from(y[((b * queries + i) * heads + h) * head_dim + c]);
-                    // Store: half an ulp. Score: |s| eps * head_dim roundings at worst, sqrt of it typically; it moves
-                    // a weight by as much relatively. Sums over keys: eps * sqrt(keys), of values up to `largest`.
-                    let score = f64::from(scale * scale) * 16.0;
-                    let f32_eps = DType::F32.ulp();
-                    let roundings = (keys as f64).sqrt() + score * (head_dim as f64).sqrt() + 8.0;
-                    let tolerance = dtype.ulp() / 2.0 * want.abs() + f32_eps * roundings * largest;
-                    assert!(
-                        (got - want).abs() <= tolerance,
-                        "{dtype} causal {causal} packed {packed} n{n} q{queries} k{keys} h{heads} d{head_dim}: [{b}, {i}, {h}, {c}] is {got}, not {want} +- {tolerance:e}"
-                    );
-                }
+    let values = clean.to_f32_vec().unwrap();
+    let want = run(&values);
+    for (part, token, bad) in [(1, 0, f32::NAN), (2, 20, f32::NAN), (1, 150, f32::INFINITY), (2, 299, f32::INFINITY)] {
+        let mut values = values.clone();
+        values[((token * 3 + part) * heads + 1) * d + 3] = bad;
+        let got = run(&values);
+        for (i, h) in (0..l).flat_map(|i| [(i, 0), (i, 1)]) {
+            let at = (i * heads + h) * d..(i * heads + h + 1) * d;
+            if h == 0 || i < token {
+                assert_eq!(got[at.clone()], want[at], "part {part} token {token}: row {i} head {h}");
+            } else if bad.is_nan() {
+                // A bad key spoils the row, a bad value its column.
+                let spoilt = got[at.clone()].iter().filter(|v| v.is_nan()).count();
+                assert_eq!(spoilt, if part == 1 { d } else { 1 }, "part {part} token {token}: row {i}");
+            } else {
+                assert!(got[at].iter().any(|v| !v.is_finite()) || part == 1, "part {part} token {token}: row {i}");
             }
         }
     }
 }
 
-/// One; primes; around the tile of 14 rows, the panel of 32, the blocks of 224 queries and 256 keys, and K_BLOCK.
-const CASES: [Case; 14] = [
-    Case { n: 1, queries: 1, keys: 1, heads: 1, head_dim: 1 },
-    Case { n: 2, queries: 3, keys: 3, heads: 2, head_dim: 5 },
-    Case { n: 1, queries: 14, keys: 14, heads: 3, head_dim: 16 },
-    Case { n: 1, queries: 15, keys: 15, heads: 1, head_dim: 17 },
-    Case { n: 2, queries: 77, keys: 77, heads: 2, head_dim: 64 },
-    Case { n: 1, queries: 97, keys: 97, heads: 1, head_dim: 33 },
-    Case { n: 1, queries: 256, keys: 256, heads: 2, head_dim: 40 },
-    Case { n: 1, queries: 257, keys: 257, heads: 1, head_dim: 31 },
-    Case { n: 2, queries: 521, keys: 521, heads: 1, head_dim: 8 },
-    Case { n: 1, queries: 64, keys: 64, heads: 8, head_dim: 160 },
-    Case { n: 1, queries: 50, keys: 50, heads: 1, head_dim: 255 },
-    Case { n: 1, queries: 50, keys: 50, heads: 1, head_dim: 257 },
-    Case { n: 1, queries: 300, keys: 300, heads: 1, head_dim: 512 },
-    Case { n: 1, queries: 1025, keys: 1025, heads: 1, head_dim: 24 },
-];
+/// An infinite score of one key: torch's softmax gives NaN for +inf, weight 0 for -inf, NaN when all are -inf.
+#[test]
+fn infinite_scores() {
+    let device = Device::cpu();
+    let l = 600;
+    let run = |score: &dyn Fn(usize) -> f32| {
+        let kv: Vec<f32> = (0..l).flat_map(|j| [score(j), 1.0 + (j % 3) as f32]).collect();
+        let kv = Tensor::from_f32(&device, &[1, l, 2, 1, 1], DType::F32, &kv).unwrap();
+        let q = Tensor::from_f32(&device, &[1, 1, 1, 1], DType::F32, &[1.0]).unwrap();
+        ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap().to_f32_vec().unwrap()[0]
+    };
+    assert!(run(&|j| if j == 300 { f32::INFINITY } else { 0.0 }).is_nan());
+    assert!(run(&|_| f32::NEG_INFINITY).is_nan());
+    // The whole first block invisible: the second must not inherit garbage from it. Only keys = 0 mod 3 (value 1).
+    assert_eq!(run(&|j| if j < 256 || j % 3 != 0 { f32::NEG_INFINITY } else { 0.0 }), 1.0);
+}
 
 #[test]
-fn packed_matches_f64_loops() {
-    for dtype in DType::FLOATS {
-        for case in &CASES {
-            check(case, dtype, false, true, 1.0);
-            check(case, dtype, true, true, 1.0);
-        }
+fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
+    let device = Device::cpu();
+    for causal in [false, true] {
+        let qkv = Random::new(3).randn(&device, &[3, 311, 3, 2, 24], DType::F32);
+        let run = |threads: usize, x: &Tensor| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| ops::attention(Attention::Packed { qkv: x, causal }).unwrap().to_f32_vec().unwrap())
+        };
+        let want = run(1, &qkv);
+        assert_eq!(run(5, &qkv), want);
+        let one = run(2, &qkv.rows(1..2).unwrap());
+        assert_eq!(one, want[one.len()..2 * one.len()]);
     }
+}
+
+#[test]
+fn meta_records_the_fused_cost() {
+    let meta = megafuse::runtime::MetaDevice::default();
+    let device = Device::Meta(meta.clone());
+    let bytes = |elements: usize| 2 * elements as u64;
+    let [n, l, k, heads, d] = [2, 77, 13, 3, 8];
+    let qkv = Tensor::uninit(&device, &[n, l, 3, heads, d], DType::F16).unwrap();
+    let q = Tensor::uninit(&device, &[n, l, heads, d], DType::F16).unwrap();
+    let kv = Tensor::uninit(&device, &[n, k, 2, heads, d], DType::F16).unwrap();
+    for (args, pairs, kv_tokens) in [
+        (Attention::Packed { qkv: &qkv, causal: false }, l * l, l),
+        (Attention::Packed { qkv: &qkv, causal: true }, (1..=l).sum(), l),
+        (Attention::Cross { q: &q, kv: &kv }, l * k, k),
+    ] {
+        let y = ops::attention(args).unwrap();
+        assert_eq!((y.shape(), y.dtype()), ([n, l, heads, d].as_slice(), DType::F16));
+        let report = meta.take_report();
+        let [record] = report.ops.as_slice() else { panic!("one op, one record: {report:?}") };
+        assert_eq!((record.op, record.kind, record.output.as_slice()), ("attention", OpKind::Attention, y.shape()));
+        assert_eq!(record.work.macs, (2 * n * heads * d * pairs) as u64);
+        assert!(record.work.flops > 2 * record.work.macs);
+        assert_eq!(record.work.bytes, bytes(n * heads * d * 2 * (l + kv_tokens)));
+        assert_eq!(record.work.launches, 1);
+    }
+}
+
+#[test]
+fn errors_name_the_argument() {
+    let device = Device::cpu();
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(&device, shape, dtype).unwrap();
+    let packed = |qkv: &Tensor| ops::attention(Attention::Packed { qkv, causal: false }).unwrap_err();
+    let cross = |q: &Tensor, kv: &Tensor| ops::attention(Attention::Cross { q, kv }).unwrap_err();
+    let q = zeros(&[2, 5, 3, 8], DType::F32);
+
+    assert!(matches!(packed(&q), Error::Shape { arg: "qkv", .. }));
+    assert!(matches!(packed(&zeros(&[2, 5, 2, 3, 8], DType::F32)), Error::Shape { arg: "qkv", .. }));
+    assert!(matches!(packed(&zeros(&[2, 5, 3, 3, 8], DType::U32)), Error::Dtype { arg: "qkv", .. }));
+    assert!(matches!(cross(&q, &q), Error::Shape { arg: "kv", .. }));
+    for shape in [[1, 7, 2, 3, 8], [2, 7, 3, 3, 8], [2, 7, 2, 2, 8], [2, 7, 2, 3, 9]] {
+        assert!(matches!(cross(&q, &zeros(&shape, DType::F32)), Error::Shape { arg: "kv", .. }), "{shape:?}");
+    }
+    assert!(matches!(cross(&q, &zeros(&[2, 7, 2, 3, 8], DType::F16)), Error::Dtype { arg: "kv", .. }));
+    let other = Tensor::zeros(&Device::cpu(), &[2, 7, 2, 3, 8], DType::F32).unwrap();
+    assert!(matches!(cross(&q, &other), Error::Device { arg: "kv", .. }));
+    assert!(matches!(cross(&q, &zeros(&[2, 0, 2, 3, 8], DType::F32)), Error::Argument { arg: "L_k", .. }));
 }

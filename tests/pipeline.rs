@@ -79,14 +79,16 @@ fn request(args: &[String]) -> Request {
             "--dilation" => request.dilation = Some(value.parse().unwrap()),
             "--relay-noise-offset" => request.relay_noise_offset = value.parse().unwrap(),
             "--relay-clamp" => request.relay_clamp = value.parse().unwrap(),
-            "--upsampler" => request.upsampler = match value {
-                "bilinear" => Upsampler::Bilinear,
-                "bicubic" => Upsampler::Bicubic,
-                "bicubic-torch" => Upsampler::BicubicTorch,
-                "bicubic-gaussian" => Upsampler::BicubicGaussian,
-                "bicubic-edge" => Upsampler::BicubicEdge,
-                _ => panic!("{value}"),
-            },
+            "--upsampler" => {
+                request.upsampler = match value {
+                    "bilinear" => Upsampler::Bilinear,
+                    "bicubic" => Upsampler::Bicubic,
+                    "bicubic-torch" => Upsampler::BicubicTorch,
+                    "bicubic-gaussian" => Upsampler::BicubicGaussian,
+                    "bicubic-edge" => Upsampler::BicubicEdge,
+                    _ => panic!("{value}"),
+                }
+            }
             _ => panic!("{flag}"),
         }
     }
@@ -166,7 +168,7 @@ fn a_picture_depends_on_its_own_seed_alone() {
     assert_eq!(three.len(), 3);
     for (i, picture) in three.iter().enumerate() {
         let alone = pipeline.generate(&Request { seed: 5 + i as u64, ..small() }, &mut Silent).unwrap();
-        assert_eq!(alone, [picture.clone()]);
+        assert_eq!(alone.as_slice(), std::slice::from_ref(picture));
         assert_eq!((picture.width, picture.height, picture.rgb.len()), (24, 20, 3 * 24 * 20));
     }
     assert_ne!(three[0].rgb, three[1].rgb);
@@ -277,4 +279,62 @@ fn the_other_generator_gives_another_picture() {
     let one = pipeline.generate(&small(), &mut Silent).unwrap();
     let other = pipeline.generate(&Request { rng: RngKind::TorchCuda, ..small() }, &mut Silent).unwrap();
     assert_ne!(one[0].rgb, other[0].rgb);
+}
+
+/// A directory with the published configurations of SD 1.5 and no weights.
+fn sd15_configs() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (part, from) in [("text_encoder", "sd15-text"), ("unet", "sd15-unet"), ("vae", "sd15-vae")] {
+        std::fs::create_dir(dir.path().join(part)).unwrap();
+        std::fs::copy(data().join(format!("manifest/{from}.json")), dir.path().join(part).join("config.json")).unwrap();
+    }
+    std::fs::create_dir(dir.path().join("scheduler")).unwrap();
+    let scheduler = r#"{"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": false, "skip_prk_steps": true,
+        "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
+    std::fs::write(dir.path().join("scheduler/scheduler_config.json"), scheduler).unwrap();
+    dir
+}
+
+/// Convolutions and projections cost as the areas do, (40/4 + 5 * 0.5625 + 5) / 50 of all steps at the final size; with
+/// attention, which grows with the square, MegaFusion saves more.
+#[test]
+fn sd15_at_1024_costs_what_the_paper_says() {
+    let dir = sd15_configs();
+    let report =
+        |request: &Request| pipeline::plan(&ModelSource::Directory(dir.path().into()), DType::BF16, request).unwrap();
+    let denoising = |method, attention: bool| {
+        let report = report(&Request { method, size: Some("1024x1024".parse().unwrap()), ..Request::default() });
+        let steps = report.phases.iter().filter(|phase| phase.name == "denoise");
+        let kinds = steps.flat_map(|phase| phase.by_kind.iter().map(move |(kind, work)| (kind, work, phase.repeats)));
+        let counted = kinds.filter(|(kind, ..)| attention || **kind != OpKind::Attention);
+        counted.map(|(_, work, repeats)| work.macs * repeats as u64).sum::<u64>() as f64
+    };
+    let ratio = |attention| denoising(Method::MegaFusion, attention) / denoising(Method::Plain, attention);
+    assert!((ratio(false) - 0.35625).abs() < 1e-3, "{}", ratio(false));
+    assert!((0.25..0.30).contains(&ratio(true)), "{}", ratio(true));
+
+    let report = report(&Request::default());
+    assert_eq!(
+        report.stages.iter().map(Stage::to_string).collect::<Vec<_>>(),
+        ["512x512:40", "768x768:5", "1024x1024:5"]
+    );
+    let parameters: Vec<_> = report.weights.iter().map(|weights| (weights.module, weights.parameters)).collect();
+    assert_eq!(parameters, [("text_encoder", 123_060_480), ("unet", 859_520_964), ("vae", 83_653_863)]);
+    // One guided step at 512x512: about 2 x 400 G multiply-accumulates.
+    let step = report.phases.iter().find(|phase| phase.name == "denoise").unwrap();
+    assert!((step.once.macs as f64 / 2.0 / 401e9 - 1.0).abs() < 0.2, "{}", step.once.macs / 2);
+}
+
+/// Needs models/pocket, which a build may lack; then there is one clear error.
+#[test]
+fn the_embedded_model_draws_or_says_why_not() {
+    match Pipeline::load(ModelSource::Embedded, Device::cpu(), DType::F32) {
+        Ok(pipeline) => {
+            let request = Request { prompt: "a red ball".into(), steps: Some(4), ..Request::default() };
+            let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
+            assert_eq!((picture.width, picture.height), (256, 256));
+        }
+        Err(error) => assert!(error.to_string().contains("--model"), "{error}"),
+    }
 }

@@ -4,10 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use megafuse::methods::{Method, RelayClamp, Size};
-use megafuse::ops::Upsampler;
-use megafuse::pipeline::{ModelSource, Request, RngKind};
-use megafuse::schedulers::Sampler;
+use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
 use megafuse::{DType, Error, Result};
 
 use super::values::{self, DeviceChoice, Stages};
@@ -152,7 +149,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", value_parser = values::guidance, default_value = "7")]
     pub guidance: f32,
 
-    /// Sampler (default: the one of the model's scheduler configuration)
+    /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
     #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
     pub scheduler: Option<Sampler>,
 
@@ -192,12 +189,19 @@ pub struct RunArgs {
     pub relay_noise_offset: Option<usize>,
 
     /// Do as the published code of MegaFusion does where it differs from the paper
+    ///
+    /// x0 from the updated latents, relay pictures through 8-bit RGB (without --relay-clamp), a posterior sample, the
+    /// dilation in every stage, the first schedule re-scheduled too; with ddim only.
     #[arg(long, help_heading = "MegaFusion")]
     pub reference_compat: bool,
 
     /// Which generator draws the noise
-    #[arg(long, value_enum, value_name = "R", default_value = "torch-cpu", help_heading = "Machine")]
-    pub rng: RngChoice,
+    ///
+    /// torch-cpu: the noise of torch.randn on a seeded CPU generator, bit for bit; torch-cuda: on a CUDA generator
+    /// (Philox), to rounding.
+    #[arg(long, value_parser = named::<RngKind, 2>(["torch-cpu", "torch-cuda"]), value_name = "R",
+          default_value = "torch-cpu", help_heading = "Machine")]
+    pub rng: RngKind,
 
     /// Element type of weights and activations; statistics and sums are f32 always
     #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32",
@@ -208,14 +212,6 @@ pub struct RunArgs {
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
           help_heading = "Machine")]
     pub device: DeviceChoice,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum RngChoice {
-    /// mt19937 and torch's normal transform: the noise of torch.randn on a seeded CPU generator
-    TorchCpu,
-    /// Philox, as torch draws on CUDA; comes with the CUDA device
-    TorchCuda,
 }
 
 impl RunArgs {
@@ -246,12 +242,7 @@ impl RunArgs {
             guidance: self.guidance,
             seed: self.seed,
             count: self.count,
-            rng: match self.rng {
-                RngChoice::TorchCpu => RngKind::TorchCpu,
-                RngChoice::TorchCuda => {
-                    return Err(conflict("--rng", "torch-cuda", "this version has torch-cpu only"));
-                }
-            },
+            rng: self.rng,
         })
     }
 

@@ -11,7 +11,7 @@ use super::output::print_line;
 pub fn run() -> Result<()> {
     print_line("build");
     row("version", env!("CARGO_PKG_VERSION"));
-    row("profile", if cfg!(debug_assertions) { "with assertions (slow); build with --release" } else { "release" });
+    row("profile", if cfg!(poison) { "for tests (slower); build with --release" } else { "release" });
     row("target", format!("{} {}", std::env::consts::ARCH, std::env::consts::OS));
     row("backends", "cpu, meta (the planner)");
 

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::methods::Size;
-use megafuse::pipeline::{self, ModelSource, Pipeline, PlanReport, Request};
+use megafuse::pipeline::{self, ModelSource, Pipeline, PlanReport, Request, Size};
 use megafuse::{DType, Error, Result};
 
 use super::args::GenerateArgs;
@@ -23,7 +22,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = pipeline::plan(&source, dtype, &request)?;
-    check_memory(&source, dtype, &request, &plan)?;
+    check_memory(&source, dtype, &request, &plan, available_bytes())?;
 
     let begin = Instant::now();
     let name = values::source_name(&source);
@@ -91,8 +90,14 @@ fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<(Target, Option
 
 /// # Errors
 /// [`Error::Request`] when the run needs more memory than there is, with a size that fits.
-fn check_memory(source: &ModelSource, dtype: DType, request: &Request, plan: &PlanReport) -> Result<()> {
-    let Some(available) = available_bytes().filter(|&available| plan.peak_bytes > available) else { return Ok(()) };
+fn check_memory(
+    source: &ModelSource,
+    dtype: DType,
+    request: &Request,
+    plan: &PlanReport,
+    available: Option<u64>,
+) -> Result<()> {
+    let Some(available) = available.filter(|&available| plan.peak_bytes > available) else { return Ok(()) };
     let Some(wanted) = plan.stages.last().map(|stage| stage.size) else { return Ok(()) };
     let fits = (1..16).rev().find_map(|sixteenths| {
         let side = |side: usize| (side * sixteenths / 16 / 64 * 64).max(64);
@@ -108,4 +113,26 @@ fn check_memory(source: &ModelSource, dtype: DType, request: &Request, plan: &Pl
     let reason = format!("needs at least {need} of memory in {dtype}, {free} are available; {advice}");
     let flag = if request.stages.is_empty() { "--size" } else { "--stages" };
     Err(Error::Request { flag, value: wanted.to_string(), reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_beyond_the_memory_is_refused_with_figures_and_a_size_that_fits() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sd15");
+        let (source, dtype) = (ModelSource::Directory(model), DType::F32);
+        let request = Request { size: Some(Size::new(1024, 1024)), ..Request::default() };
+        let plan = pipeline::plan(&source, dtype, &request).unwrap();
+        let check = |available| check_memory(&source, dtype, &request, &plan, available);
+        check(None).unwrap();
+        check(Some(plan.peak_bytes)).unwrap();
+        let message = check(Some(plan.peak_bytes / 2)).unwrap_err().to_string();
+        for part in ["--size 1024x1024: needs at least", "of memory in f32", "are available; --size ", " would fit"] {
+            assert!(message.contains(part), "{part} in: {message}");
+        }
+        let message = check(Some(1000)).unwrap_err().to_string();
+        assert!(message.contains("no smaller size"), "{message}");
+    }
 }

@@ -75,8 +75,10 @@ impl Plan {
         if self.dilation == 0 {
             return refuse("--dilation", "0".into(), "expected 1 (none) or more");
         }
-        let later_steps = self.stages[1..].iter().map(|stage| stage.steps);
-        let steps_after_last_relay = later_steps.last().unwrap_or(usize::MAX);
+        let steps_after_last_relay = match self.stages[..] {
+            [_, .., last] => last.steps,
+            _ => usize::MAX, // no relay
+        };
         if self.relay_noise_offset >= steps_after_last_relay {
             let reason = format!("expected less than {steps_after_last_relay}, the steps after the last relay");
             return refuse("--relay-noise-offset", self.relay_noise_offset.to_string(), &reason);

@@ -42,7 +42,7 @@ impl FromStr for Size {
 }
 
 /// Keeps products of sides far from overflow; no device holds a picture of this size.
-const LARGEST_SIDE: usize = 1 << 16;
+const LARGEST_SIDE: usize = 1 << 14;
 
 /// One resolution of a run and the number of steps spent there, written `WIDTHxHEIGHT:STEPS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

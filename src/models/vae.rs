@@ -64,7 +64,7 @@ impl VaeConfig {
             return Err(c.error("block_out_channels", "expected at most 16 levels"));
         }
         let norm_num_groups = c.count("norm_num_groups", 32)?;
-        if let Some(channels) = block_out_channels.iter().find(|&channels| channels % norm_num_groups != 0) {
+        if let Some(channels) = block_out_channels.iter().find(|channels| !channels.is_multiple_of(norm_num_groups)) {
             let wanted = format!("{channels} is not divisible into norm_num_groups = {norm_num_groups} groups");
             return Err(c.error("block_out_channels", wanted));
         }
@@ -167,7 +167,7 @@ impl Vae {
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
         let ([n, h, w, _], f) = (image.dims("vae_encode", "image")?, self.config.factor());
         image.expect("vae_encode", "image", &[n, h, w, self.config.in_channels], self.dtype, &self.device)?;
-        if h == 0 || w == 0 || h % f != 0 || w % f != 0 {
+        if h == 0 || w == 0 || !h.is_multiple_of(f) || !w.is_multiple_of(f) {
             return Err(Error::shape("vae_encode", "image", image, format!("height and width divisible by {f}")));
         }
         let moments = self.encoder.forward(image)?;

@@ -463,18 +463,17 @@ fn merge(a: Option<BadValues>, b: Option<BadValues>) -> Option<BadValues> {
 
 /// Little-endian file elements as f32. A file's data need not be aligned.
 fn decode(bytes: &[u8], dtype: FileDtype, to: &mut [f32]) {
-    let (two, four, eight): (&[[u8; 2]], &[[u8; 4]], &[[u8; 8]]) = match dtype {
-        FileDtype::F64 => (&[], &[], bytemuck::cast_slice(bytes)),
-        FileDtype::F32 => (&[], bytemuck::cast_slice(bytes), &[]),
-        _ => (bytemuck::cast_slice(bytes), &[], &[]),
-    };
+    fn each<const SIZE: usize>(to: &mut [f32], bytes: &[u8], value: impl Fn([u8; SIZE]) -> f32) {
+        let (elements, _) = bytes.as_chunks::<SIZE>();
+        to.iter_mut().zip(elements).for_each(|(to, &element)| *to = value(element));
+    }
     match dtype {
-        FileDtype::F64 => to.iter_mut().zip(eight).for_each(|(to, &v)| *to = f64::from_le_bytes(v) as f32),
-        FileDtype::F32 => to.iter_mut().zip(four).for_each(|(to, &v)| *to = f32::from_le_bytes(v)),
-        FileDtype::BF16 => to.iter_mut().zip(two).for_each(|(to, &v)| *to = bf16::from_le_bytes(v).to_f32()),
+        FileDtype::F64 => each(to, bytes, |v| f64::from_le_bytes(v) as f32),
+        FileDtype::F32 => each(to, bytes, f32::from_le_bytes),
+        FileDtype::BF16 => each(to, bytes, |v| bf16::from_le_bytes(v).to_f32()),
         FileDtype::F16 => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
             Ok(values) if cfg!(target_endian = "little") => values.convert_to_f32_slice(to), // vector instructions
-            _ => to.iter_mut().zip(two).for_each(|(to, &v)| *to = f16::from_le_bytes(v).to_f32()),
+            _ => each(to, bytes, |v| f16::from_le_bytes(v).to_f32()),
         },
         _ => unreachable!("take() lets only these through"),
     }

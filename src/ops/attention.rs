@@ -45,6 +45,7 @@ pub fn attention(args: Attention) -> Result<Tensor> {
         }
     };
     let Dims { n, queries, keys, heads, head_dim } = dims;
+    let _timed = super::profile::scope(OP, &[n, queries, heads, head_dim]);
     let mut y = Tensor::uninit(q.device(), &[n, queries, heads, head_dim], q.dtype())?;
     if y.numel() > 0 && keys == 0 {
         return Err(Error::argument(OP, "L_k", keys, "at least one key"));
@@ -86,11 +87,13 @@ struct Dims {
 
 impl Dims {
     fn work(&self, causal: bool, bytes: u64) -> Work {
-        let pairs = if causal { self.queries * (self.queries + 1) / 2 } else { self.queries * self.keys };
-        let scores = self.n as u64 * self.heads as u64 * pairs as u64;
-        let macs = 2 * scores * self.head_dim as u64;
+        let (queries, keys) = (self.queries as u64, self.keys as u64);
+        let pairs = if causal { queries.saturating_mul(queries + 1) / 2 } else { queries.saturating_mul(keys) };
+        let scores = pairs.saturating_mul((self.n * self.heads) as u64);
+        let macs = scores.saturating_mul(2 * self.head_dim as u64);
         // Beside the products: scale, maximum, subtraction, exponential and sum of each score.
-        Work { macs, flops: 2 * macs + 5 * scores, bytes, launches: 1 }
+        let flops = macs.saturating_mul(2).saturating_add(scores.saturating_mul(5));
+        Work { macs, flops, bytes, launches: 1 }
     }
 }
 
@@ -109,8 +112,8 @@ impl<'a, T> Tokens<'a, T> {
     }
 }
 
-/// Queries of one task: their packed keys and values are shared by so many rows.
-const MAX_QUERIES: usize = 224;
+/// Queries of one task, about: so many rows share the packed keys and values.
+const MAX_QUERIES: usize = 256;
 
 /// Keys of one block: the depth of the product with the values.
 const KEYS: usize = K_BLOCK;
@@ -121,9 +124,9 @@ const KEYS: usize = K_BLOCK;
 fn forward<T: Element>(dims: &Dims, causal: bool, qkv: [Tokens<T>; 3], y: &mut [T]) {
     let kernel = Kernel::best();
     let Dims { n, queries, heads, head_dim, .. } = *dims;
-    // About four tasks a thread where there are so many rows, whole tiles, at most MAX_QUERIES.
+    // Equal blocks of whole tiles; smaller ones where there would be fewer than four tasks a thread.
     let fair = (n * heads * queries).div_ceil(4 * rayon::current_num_threads());
-    let block = fair.min(MAX_QUERIES).next_multiple_of(kernel.rows).min(MAX_QUERIES / kernel.rows * kernel.rows);
+    let block = queries.div_ceil(queries.div_ceil(fair.min(MAX_QUERIES))).next_multiple_of(kernel.rows);
     let blocks = queries.div_ceil(block);
     let y = Output { data: y.as_mut_ptr(), len: y.len() };
     (0..n * heads * blocks).into_par_iter().for_each_init(
@@ -185,7 +188,6 @@ struct Scratch {
     /// For each query the largest score so far and the sum of the exponentials relative to it.
     max: Vec<f32>,
     total: Vec<f32>,
-    rescale: Vec<f32>,
 }
 
 impl Scratch {
@@ -205,7 +207,6 @@ impl Scratch {
             sums: vec![0.0; queries * width],
             max: vec![0.0; queries],
             total: vec![0.0; queries],
-            rescale: vec![0.0; kernel.rows],
         }
     }
 
@@ -221,7 +222,6 @@ impl Scratch {
     ) {
         let count = rows.len();
         self.load_queries(q, batch * dims.queries + rows.start, head, count);
-        self.sums[..count * self.width].fill(0.0);
         self.max[..count].fill(f32::NEG_INFINITY);
         self.total[..count].fill(0.0);
         let seen = if causal { rows.end } else { dims.keys };
@@ -240,11 +240,11 @@ impl Scratch {
                 }
                 self.score(tile, tile_rows, visible(last));
                 if visible(rows.start + tile) == keys {
-                    self.update(tile, 0..tile_rows, keys);
+                    self.update(tile, 0..tile_rows, keys, first == 0);
                 } else {
                     // The diagonal: row by row, so that no row touches a key or a value behind its own.
                     for row in 0..tile_rows {
-                        self.update(tile, row..row + 1, visible(rows.start + tile + row));
+                        self.update(tile, row..row + 1, visible(rows.start + tile + row), first == 0);
                     }
                 }
             }
@@ -259,7 +259,7 @@ impl Scratch {
             for (part, row) in row.chunks(K_BLOCK).enumerate() {
                 let to = &mut self.q[(part * self.queries + i) * TILE_STRIDE..][..row.len()];
                 math::load(to, row);
-                to.iter_mut().for_each(|value| *value *= scale);
+                multiply(to, scale);
             }
         }
     }
@@ -300,55 +300,76 @@ impl Scratch {
     }
 
     /// Softmax of the first `keys` scores of these rows of the tile and their product with the values.
-    fn update(&mut self, tile: usize, rows: Range<usize>, keys: usize) {
+    /// `first`: nothing was added to their sums yet.
+    fn update(&mut self, tile: usize, rows: Range<usize>, keys: usize, first: bool) {
         if keys == 0 {
             return;
         }
         let Scratch { width, kernel, .. } = *self;
         let queries = tile + rows.start..tile + rows.end;
         let scores = &mut self.scores[rows.start * TILE_STRIDE..];
-        let rescale = &mut self.rescale[..rows.len()];
-        online_softmax(scores, keys, &mut self.max[queries.clone()], &mut self.total[queries.clone()], rescale);
+        let (max, total) = (&mut self.max[queries.clone()], &mut self.total[queries.clone()]);
         let sums = &mut self.sums[queries.start * width..queries.end * width];
-        for (row, &factor) in sums.chunks_exact_mut(width).zip(rescale.iter()) {
-            if factor != 1.0 {
-                row.iter_mut().for_each(|sum| *sum *= factor);
-            }
-        }
+        online_softmax(scores, keys, max, total, if first { &mut [] } else { sums });
         let panels = self.v.chunks(self.keys * kernel.columns);
-        for (first, panel) in (0..self.head_dim).step_by(kernel.columns).zip(panels) {
-            let narrow = self.head_dim - first <= kernel.columns / 2;
-            kernel.run(rows.len(), narrow, keys, scores, panel, &mut sums[first..], width, true);
+        for (column, panel) in (0..self.head_dim).step_by(kernel.columns).zip(panels) {
+            let narrow = self.head_dim - column <= kernel.columns / 2;
+            kernel.run(rows.len(), narrow, keys, scores, panel, &mut sums[column..], width, !first);
         }
     }
 
     /// `y = sums / total`, row `i` of the block.
     fn finish<T: Element>(&mut self, i: usize, y: &mut [T]) {
         let row = &mut self.sums[i * self.width..][..self.head_dim];
-        let scale = 1.0 / self.total[i];
-        row.iter_mut().for_each(|sum| *sum *= scale);
+        multiply(row, 1.0 / self.total[i]);
         math::store(y, row);
+    }
+}
+
+/// Independent sums and maxima of a row of scores; divides the block of keys.
+const LANES: usize = 32;
+
+/// Combines the lanes in halves. The lanes pass through an opaque box: otherwise the compiler merges this tree with the
+/// loop before it, whose vectors it then splits into pairs.
+#[inline(always)]
+fn reduce(lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = std::hint::black_box(lanes);
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = combine(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+simd! {
+    fn multiply(values: &mut [f32], factor: f32) {
+        values.iter_mut().for_each(|value| *value *= factor);
     }
 }
 
 simd! {
     /// One block's step of the running softmax, row by row (rows of `scores` [`TILE_STRIDE`] apart): `scores` become
-    /// `exp(score - max)` with the new maximum, `total` is brought to it and grows by their sum, and `rescale` is what
-    /// sums relative to the old maximum have to be multiplied by.
+    /// `exp(score - max)` with the new maximum, and `total` and the row's `sums` (none in the first block) are brought
+    /// to that maximum, `total` with the new exponentials added.
     ///
     /// A row that so far saw only -inf keeps sums of 0, as exp(-inf) relative to any finite maximum; NaN passes through.
-    fn online_softmax(scores: &mut [f32], keys: usize, max: &mut [f32], total: &mut [f32], rescale: &mut [f32]) {
-        const LANES: usize = 32;
-        for (row, ((max, total), rescale)) in max.iter_mut().zip(total).zip(rescale).enumerate() {
-            let scores = &mut scores[row * TILE_STRIDE..][..keys];
-            let (blocks, tail) = scores.as_chunks_mut::<LANES>();
+    fn online_softmax(scores: &mut [f32], keys: usize, max: &mut [f32], total: &mut [f32], sums: &mut [f32]) {
+        let width = sums.len() / max.len();
+        for (row, (max, total)) in max.iter_mut().zip(total).enumerate() {
+            // Whole vectors: what lies behind the keys is no score, or one that this row does not see.
+            let scores = &mut scores[row * TILE_STRIDE..][..keys.next_multiple_of(LANES)];
+            scores[keys..].fill(f32::NEG_INFINITY);
+            let (blocks, _) = scores.as_chunks_mut::<LANES>();
             let mut lanes = [*max; LANES];
             for block in blocks.iter() {
                 for (lane, &score) in lanes.iter_mut().zip(block) {
                     *lane = if score > *lane { score } else { *lane };
                 }
             }
-            let largest = lanes.iter().chain(tail.iter()).fold(*max, |a, &b| if b > a { b } else { a });
+            let largest = reduce(lanes, |a, b| if b > a { b } else { a });
             let shift = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
 
             let mut lanes = [0.0f32; LANES];
@@ -358,14 +379,10 @@ simd! {
                     *lane += *score;
                 }
             }
-            let mut sum: f32 = lanes.iter().sum();
-            for score in tail {
-                *score = exp_nonpositive::<FMA>(*score - shift);
-                sum += *score;
-            }
-            *rescale = exp_nonpositive::<FMA>(*max - shift);
-            *total = *total * *rescale + sum;
+            let rescale = exp_nonpositive::<FMA>(*max - shift);
+            *total = *total * rescale + reduce(lanes, |a, b| a + b);
             *max = largest;
+            sums[row * width..][..width].iter_mut().for_each(|sum| *sum *= rescale);
         }
     }
 }

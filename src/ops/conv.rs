@@ -109,6 +109,7 @@ pub fn conv2d(args: Conv2d) -> Result<Tensor> {
     let g = check(&args)?;
     let x = args.x.first();
     let shape = [g.images, g.output[0], g.output[1], g.outputs];
+    let _timed = super::profile::scope(OP, &shape);
     let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
     match x.device() {
         Device::Meta(meta) => meta.record(OP, OpKind::Conv, &shape, work(&args, &g, &y)),

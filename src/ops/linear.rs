@@ -57,6 +57,7 @@ pub fn linear(args: Linear) -> Result<Tensor> {
         residual.expect(OP, "residual", &output_shape, x.dtype(), x.device())?;
     }
 
+    let _timed = super::profile::scope(OP, &output_shape);
     let mut y = Tensor::uninit(x.device(), &output_shape, x.dtype())?;
     let m: usize = leading.iter().product();
     match x.device() {

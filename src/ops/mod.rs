@@ -11,6 +11,7 @@ mod elementwise;
 mod embedding;
 mod linear;
 mod norm;
+pub mod profile;
 mod resize;
 mod sampler;
 

@@ -68,6 +68,7 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
     const OP: &str = "group_norm";
     let dims = args.check(OP)?;
     let x = args.x.first();
+    let _timed = super::profile::scope(OP, &dims);
     let mut y = Tensor::uninit(x.device(), &dims, x.dtype())?;
     match x.device() {
         Device::Meta(meta) => {
@@ -125,6 +126,7 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
     gamma.expect(OP, "gamma", &[c], x.dtype(), x.device())?;
     beta.expect(OP, "beta", &[c], x.dtype(), x.device())?;
     check_eps(OP, eps)?;
+    let _timed = super::profile::scope(OP, x.shape());
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
     match x.device() {
         Device::Meta(meta) => {

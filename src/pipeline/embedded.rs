@@ -1,4 +1,4 @@
-//! The model that ships inside the program.
+//! The model that ships inside the program: models/pocket.
 
 use crate::error::{Error, Result};
 
@@ -12,11 +12,35 @@ impl Files {
     }
 }
 
+#[cfg(embedded_model)]
+macro_rules! pocket {
+    ($($path:literal),* $(,)?) => {
+        Files(&[$(($path, include_bytes!(concat!("../../models/pocket/", $path)))),*])
+    };
+}
+
+#[cfg(embedded_model)]
+const FILES: Files = pocket![
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+];
+
+#[cfg(not(embedded_model))]
 const FILES: Files = Files(&[]);
 
 pub fn files() -> Result<Files> {
     if FILES.0.is_empty() {
-        let reason = "this build has no embedded model; name a model directory with --model";
+        let reason = "this program was built without models/pocket; name a model directory with --model";
         return Err(Error::config("embedded model", reason));
     }
     Ok(FILES)

@@ -126,11 +126,11 @@ impl ModelFiles {
         Unet::load(self.weights("unet", "diffusion_pytorch_model", device, dtype)?, &self.unet_config()?)
     }
 
-    /// In f32 when `dtype` is f16 and the configuration has `force_upcast`: such decoders leave f16's range.
+    /// In f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it).
     pub fn vae(&self, device: &Device, dtype: DType) -> Result<Vae> {
         let config = self.vae_config()?;
-        let dtype = if config.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype };
-        Vae::load(self.weights("vae", "diffusion_pytorch_model", device, dtype)?, &config)
+        let store = self.weights("vae", "diffusion_pytorch_model", device, vae_dtype(&config, dtype))?;
+        Vae::load(store, &config)
     }
 
     fn weights(&self, part: &str, stem: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
@@ -210,4 +210,9 @@ impl ModelFiles {
             Place::Directory(path) => path.join(name),
         }
     }
+}
+
+/// A decoder with `force_upcast` may leave the range of f16; bf16 has the range of f32.
+pub(super) fn vae_dtype(config: &VaeConfig, dtype: DType) -> DType {
+    if config.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
 }

@@ -1,8 +1,10 @@
 use serde_json::{Value, json};
 
+use super::files::vae_dtype;
 use super::{ModelFiles, ModelSource, Pipeline, Request};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::methods::{Event, Observer, Size, Stage};
+use crate::models::{ClipTextModel, Unet, Vae, WeightStore, Weights};
 use crate::runtime::{DType, Device, MetaDevice, OpKind, Report, Work};
 
 /// The cost of one phase of a run.
@@ -98,7 +100,7 @@ pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<Pla
     let phases = recorder.phases;
     let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
     let sum = |pick: &dyn Fn(&PhaseReport) -> Work| {
-        phases.iter().fold(Work::default(), |sum, phase| add(sum, pick(phase), phase.repeats as u64))
+        phases.iter().fold(Work::default(), |sum, phase| sum.plus(pick(phase), phase.repeats as u64))
     };
     let total = sum(&|phase| phase.once);
     let by_kind = OpKind::ALL
@@ -111,32 +113,21 @@ pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<Pla
     Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes })
 }
 
-fn add(sum: Work, work: Work, times: u64) -> Work {
-    Work {
-        macs: sum.macs + work.macs * times,
-        flops: sum.flops + work.flops * times,
-        bytes: sum.bytes + work.bytes * times,
-        launches: sum.launches + work.launches * times,
-    }
-}
-
-/// Every module alone on a device of its own.
+/// What the modules ask of a manifest.
 fn weights(source: &ModelSource, dtype: DType) -> Result<Vec<WeightReport>> {
     let files = ModelFiles::open(source)?;
-    let report = |module, load: &dyn Fn(&Device) -> Result<(Box<dyn std::any::Any>, DType)>| {
-        let meta = MetaDevice::default();
-        let (_model, dtype) = load(&Device::Meta(meta.clone()))?;
-        let bytes = meta.live_bytes();
-        Ok::<_, Error>(WeightReport { module, parameters: bytes / dtype.size_bytes() as u64, bytes })
+    let (text, unet, vae) = (files.text_config()?, files.unet_config()?, files.vae_config()?);
+    let device = Device::meta();
+    let report = |module, dtype: DType, ask: &dyn Fn(&Weights) -> Result<()>| {
+        let store = WeightStore::meta(&device, dtype);
+        ask(&store.root())?;
+        let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+        Ok(WeightReport { module, parameters, bytes: parameters * dtype.size_bytes() as u64 })
     };
     Ok(vec![
-        report("text_encoder", &|device| Ok((Box::new(files.text_encoder(device, dtype)?), dtype)))?,
-        report("unet", &|device| Ok((Box::new(files.unet(device, dtype)?), dtype)))?,
-        report("vae", &|device| {
-            let vae = files.vae(device, dtype)?;
-            let dtype = vae.dtype();
-            Ok((Box::new(vae), dtype))
-        })?,
+        report("text_encoder", dtype, &|w| ClipTextModel::from_weights(w, &text).map(drop))?,
+        report("unet", dtype, &|w| Unet::from_weights(w, &unet).map(drop))?,
+        report("vae", vae_dtype(&vae, dtype), &|w| Vae::from_weights(w, &vae).map(drop))?,
     ])
 }
 

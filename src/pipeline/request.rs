@@ -27,8 +27,8 @@ pub struct Request {
     pub relay_noise_offset: usize,
     /// Do as the published code of MegaFusion does where it differs from the paper.
     pub reference_compat: bool,
-    /// Default: `ddim` for MegaFusion, as in the paper; for the plain method the sampler of the model's own scheduler
-    /// class, `ddim` where that has none here (PNDM, DPM-Solver).
+    /// Default: the sampler of the model's own scheduler class; `ddim` where that has none here (PNDM, as in SD 1.5's
+    /// files, DPM-Solver) and for `reference_compat`.
     pub scheduler: Option<Sampler>,
     /// DDIM's share of fresh noise per step, 0 to 1.
     pub eta: f64,
@@ -95,8 +95,8 @@ impl Request {
         }
         let sampler = match self.scheduler {
             Some(sampler) => sampler,
-            None if self.method == Method::Plain => config.sampler(),
-            None => Sampler::Ddim,
+            None if self.reference_compat => Sampler::Ddim,
+            None => config.sampler(),
         };
         let plan = Plan {
             method: self.method,

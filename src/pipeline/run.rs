@@ -45,7 +45,7 @@ impl Pipeline {
     /// their widths.
     pub fn load(source: ModelSource, device: Device, dtype: DType) -> Result<Pipeline> {
         let files = ModelFiles::open(&source)?;
-        let scheduler = files.scheduler_config()?;
+        let scheduler = files.scheduler_config()?.for_latents();
         let (text_config, unet_config, vae_config) = (files.text_config()?, files.unet_config()?, files.vae_config()?);
         check_fit(&files.name(), text_config.hidden_size, &unet_config, &vae_config)?;
         let (tokenizer, tokens) = match device {

@@ -65,12 +65,12 @@ impl Drop for Storage {
 }
 
 impl Tensor {
-    /// Fresh storage with unspecified contents: NaN in debug builds, so that an element an op forgets is seen.
+    /// Fresh storage with unspecified contents: NaN in builds for tests, so that an element an op forgets is seen.
     ///
     /// # Errors
     /// [`Error::TooLarge`] when the element count overflows, [`Error::OutOfMemory`] when the device has no room.
     pub fn uninit(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let poison = if cfg!(debug_assertions) { f32::NAN } else { 0.0 };
+        let poison = if cfg!(poison) { f32::NAN } else { 0.0 };
         Tensor::filled(device, shape, dtype, poison)
     }
 

@@ -4,6 +4,7 @@
 
 mod files;
 mod modules;
+mod random;
 mod resizing;
 mod runs;
 mod tokens;

@@ -32,7 +32,6 @@ import torch
 import resize
 from module_values import encode_prompt, set_mid_dilation
 
-# Without --scheduler: the sampler of the class in scheduler_config.json, DDIM for classes that are none of these.
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -67,6 +66,10 @@ class Settings:
             setattr(self, key, value)
 
     def sampler(self, scheduler_config):
+        """Without --scheduler: MegaFusion takes the paper's DDIM; plain sampling the class of scheduler_config.json, or
+        DDIM for a class that is none of these."""
+        if self.method != "plain":
+            return self.scheduler or "ddim"
         own = {v: k for k, v in SAMPLERS.items()}.get(scheduler_config["_class_name"], "ddim")
         return self.scheduler or own
 

@@ -101,7 +101,7 @@ impl UnetConfig {
         let block_out_channels = c.counts("block_out_channels", &[320, 640, 1280, 1280])?;
         let levels = block_out_channels.len();
         let norm_num_groups = c.count("norm_num_groups", 32)?;
-        if let Some(channels) = block_out_channels.iter().find(|&channels| channels % norm_num_groups != 0) {
+        if let Some(channels) = block_out_channels.iter().find(|channels| !channels.is_multiple_of(norm_num_groups)) {
             let wanted = format!("{channels} is not divisible into norm_num_groups = {norm_num_groups} groups");
             return Err(c.error("block_out_channels", wanted));
         }
@@ -176,7 +176,7 @@ impl Blocks {
         let only_cross_attention = c.flag_per_level("only_cross_attention", levels, false)?;
         let layers = TransformerLayers::read(c, levels)?;
         let attention = |level: usize, layers: Vec<usize>, only_cross_attention: bool| {
-            if channels[level] % heads[level] != 0 {
+            if !channels[level].is_multiple_of(heads[level]) {
                 let wanted =
                     format!("level {level} has {} channels, not divisible into as many heads", channels[level]);
                 return Err(c.error(heads_key, wanted));

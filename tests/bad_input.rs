@@ -1,0 +1,633 @@
+//! Malformed model directories, files, prompts and flags, each against the built program: the message names the file or
+//! flag, the key, the value and what to do; the exit status is an error's and no panic's; nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use megafuse::image::{PngText, encode_png};
+use serde_json::{Map, Value, json};
+
+/// A small random model of the SD 1.x family, native size 32x32, two pixels a latent cell.
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
+/// Failed: a file, a configuration, a device.
+const FAILED: i32 = 1;
+/// Wrong usage: a flag or its value.
+const USAGE: i32 = 2;
+
+/// One broken thing, the command that meets it, and what the message must say.
+struct Case {
+    name: &'static str,
+    /// `MODEL` in it stands for the copy of the model, `DIR` for the working directory.
+    command: &'static str,
+    status: i32,
+    wanted: &'static [&'static str],
+    /// Breaks the copy of the model.
+    damage: fn(&Model),
+}
+
+/// The command of most cases.
+const GENERATE: &str = "generate cat --model MODEL --method plain --size 32x32 --steps 1 --out DIR/out.png";
+
+/// A copy of the model that may be broken.
+struct Model {
+    folder: PathBuf,
+}
+
+impl Model {
+    /// `""` is the model itself.
+    fn path(&self, name: &str) -> PathBuf {
+        if name.is_empty() { self.folder.clone() } else { self.folder.join(name) }
+    }
+
+    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        fs::write(self.path(name), bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn remove(&self, name: &str) {
+        let path = self.path(name);
+        let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        removed.unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+
+    fn keep_half(&self, name: &str) {
+        let bytes = self.read(name);
+        self.write(name, &bytes[..bytes.len() / 2]);
+    }
+
+    /// Sets one key of a JSON file.
+    fn set(&self, name: &str, key: &str, value: Value) {
+        let mut json: Value = serde_json::from_slice(&self.read(name)).unwrap();
+        json[key] = value;
+        self.write(name, json.to_string());
+    }
+
+    /// Changes the header of a safetensors file and leaves its data.
+    fn header(&self, name: &str, change: impl Fn(&mut Map<String, Value>)) {
+        let bytes = self.read(name);
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let mut header: Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        change(&mut header);
+        let header = Value::from(header).to_string();
+        let parts = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &bytes[8 + length..]];
+        self.write(name, parts.concat());
+    }
+
+    /// Overwrites the first bytes of a tensor's data.
+    fn data(&self, name: &str, key: &str, value: &[u8]) {
+        let mut bytes = self.read(name);
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let at = 8 + length + header[key]["data_offsets"][0].as_u64().unwrap() as usize;
+        bytes[at..at + value.len()].copy_from_slice(value);
+        self.write(name, bytes);
+    }
+
+    /// Makes the first value of the last layer's bias `value`, in bf16: finite there, whatever it is elsewhere.
+    fn last_bias(&self, value: f32) {
+        self.header(UNET, |header| header["conv_out.bias"]["dtype"] = "BF16".into());
+        self.data(UNET, "conv_out.bias", &half::bf16::from_f32(value).to_le_bytes());
+    }
+
+    /// Makes the UNet's file a shard of an index with this weight_map.
+    fn shard(&self, weight_map: impl Fn(&mut Map<String, Value>)) {
+        let bytes = self.read(UNET);
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let keys = header.keys().filter(|key| *key != "__metadata__");
+        let mut map: Map<String, Value> = keys.map(|key| (key.clone(), "shard-1.safetensors".into())).collect();
+        weight_map(&mut map);
+        self.write("unet/shard-1.safetensors", bytes);
+        self.remove(UNET);
+        self.write(&format!("{UNET}.index.json"), json!({"metadata": {}, "weight_map": map}).to_string());
+    }
+}
+
+const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
+const TEXT: &str = "text_encoder/model.safetensors";
+const UNET_CONFIG: &str = "unet/config.json";
+const VAE_CONFIG: &str = "vae/config.json";
+const TEXT_CONFIG: &str = "text_encoder/config.json";
+const SCHEDULER: &str = "scheduler/scheduler_config.json";
+const TOKENIZER: &str = "tokenizer/tokenizer_config.json";
+const INDEX: &str = "model_index.json";
+
+fn model(name: &'static str, damage: fn(&Model), wanted: &'static [&'static str]) -> Case {
+    Case { name, command: GENERATE, status: FAILED, wanted, damage }
+}
+
+fn flags(command: &'static str, wanted: &'static [&'static str]) -> Case {
+    Case { name: command, command, status: USAGE, wanted, damage: |_| {} }
+}
+
+fn input(name: &'static str, command: &'static str, damage: fn(&Model), wanted: &'static [&'static str]) -> Case {
+    Case { name, command, status: FAILED, wanted, damage }
+}
+
+fn directories() -> Vec<Case> {
+    vec![
+        model("no model directory", |m| m.remove(""), &["model", "no such directory", "unet/", "scheduler/"]),
+        model(
+            "a file in place of the directory",
+            |m| {
+                m.remove("");
+                m.write("", b"");
+            },
+            &["is one file", "a model is a directory with tokenizer/"],
+        ),
+        model("no UNet", |m| m.remove("unet"), &["model/unet", "no such directory"]),
+        model("no scheduler", |m| m.remove("scheduler"), &["model/scheduler", "no such directory"]),
+        model("no tokenizer", |m| m.remove("tokenizer"), &["model/tokenizer", "vocab.json and merges.txt"]),
+        model("no UNet configuration", |m| m.remove(UNET_CONFIG), &["unet/config.json", "no such file"]),
+        model(
+            "index of SDXL",
+            |m| m.set(INDEX, "text_encoder_2", json!(["transformers", "CLIPTextModel"])),
+            &["model_index.json", "text_encoder_2", "Stable Diffusion 1.x or 2.x"],
+        ),
+        model(
+            "index of SD 3",
+            |m| m.set(INDEX, "transformer", json!(["diffusers", "SD3Transformer2DModel"])),
+            &["model_index.json", "transformer", "Stable Diffusion 1.x or 2.x"],
+        ),
+        model("index that is no JSON", |m| m.write(INDEX, "{"), &["model_index.json", "not JSON"]),
+        model("no weights", |m| m.remove(UNET), &["unet", "diffusion_pytorch_model.safetensors"]),
+        model(
+            "weights of the old form only",
+            |m| {
+                m.remove(UNET);
+                m.write("unet/diffusion_pytorch_model.bin", b"PK");
+            },
+            &["unet", "diffusion_pytorch_model.bin", "safetensors"],
+        ),
+    ]
+}
+
+fn configurations() -> Vec<Case> {
+    vec![
+        model("half a UNet configuration", |m| m.keep_half(UNET_CONFIG), &["unet/config.json", "JSON", "download"]),
+        model("a list as configuration", |m| m.write(VAE_CONFIG, "[]"), &["vae/config.json", "JSON object"]),
+        model("configuration that is not UTF-8", |m| m.write(TEXT_CONFIG, b"\xff\xfe{}"), &[TEXT_CONFIG, "UTF-8"]),
+        model(
+            "class",
+            |m| m.set(UNET_CONFIG, "_class_name", "UNet3DConditionModel".into()),
+            &["unet/config.json", "_class_name", "UNet3DConditionModel", "UNet2DConditionModel"],
+        ),
+        model(
+            "block type",
+            |m| m.set(UNET_CONFIG, "down_block_types", json!(["KDownBlock2D", "DownBlock2D"])),
+            &["unet/config.json", "down_block_types", "KDownBlock2D", "CrossAttnDownBlock2D"],
+        ),
+        model(
+            "channels no multiple of the groups",
+            |m| m.set(UNET_CONFIG, "norm_num_groups", 5.into()),
+            &["unet/config.json", "block_out_channels", "5"],
+        ),
+        model("negative size", |m| m.set(UNET_CONFIG, "sample_size", (-64).into()), &["sample_size is -64"]),
+        model("number as text", |m| m.set(UNET_CONFIG, "in_channels", "4".into()), &["in_channels is \"4\""]),
+        model(
+            "heads for three levels of two",
+            |m| m.set(UNET_CONFIG, "attention_head_dim", json!([2, 2, 2])),
+            &["unet/config.json", "attention_head_dim is [2,2,2]", "2"],
+        ),
+        model(
+            "heads that do not divide",
+            |m| m.set(UNET_CONFIG, "attention_head_dim", 3.into()),
+            &["unet/config.json", "attention_head_dim is 3"],
+        ),
+        model("activation", |m| m.set(UNET_CONFIG, "act_fn", "mish".into()), &["act_fn is \"mish\"", "silu"]),
+        model(
+            "an inpainting UNet",
+            |m| m.set(UNET_CONFIG, "in_channels", 9.into()),
+            &["unet/config.json has in_channels 9", "latent_channels 4", "inpainting"],
+        ),
+        model(
+            "text of another width",
+            |m| m.set(UNET_CONFIG, "cross_attention_dim", 768.into()),
+            &["cross_attention_dim 768", "hidden_size 16"],
+        ),
+        model("scaling factor", |m| m.set(VAE_CONFIG, "scaling_factor", 0.into()), &["scaling_factor is 0", "above 0"]),
+        model(
+            "text activation",
+            |m| m.set(TEXT_CONFIG, "hidden_act", "gelu_new".into()),
+            &["text_encoder/config.json", "hidden_act is \"gelu_new\"", "quick_gelu"],
+        ),
+        model(
+            "text heads",
+            |m| m.set(TEXT_CONFIG, "num_attention_heads", 3.into()),
+            &["num_attention_heads is 3", "hidden_size = 16"],
+        ),
+        model(
+            "prediction type",
+            |m| m.set(SCHEDULER, "prediction_type", "score".into()),
+            &["scheduler_config.json", "prediction_type", "score"],
+        ),
+        model(
+            "noise schedule",
+            |m| m.set(SCHEDULER, "beta_schedule", "exotic".into()),
+            &["scheduler_config.json", "beta_schedule", "exotic"],
+        ),
+        model(
+            "scheduler class",
+            |m| m.set(SCHEDULER, "_class_name", "FlowMatchEulerDiscreteScheduler".into()),
+            &["scheduler_config.json", "FlowMatchEulerDiscreteScheduler"],
+        ),
+        model("no timesteps", |m| m.set(SCHEDULER, "num_train_timesteps", 0.into()), &["num_train_timesteps is 0"]),
+        model("betas above 1", |m| m.set(SCHEDULER, "beta_end", 4.into()), &["scheduler_config.json", "beta"]),
+    ]
+}
+
+fn weights() -> Vec<Case> {
+    vec![
+        model("half a weight file", |m| m.keep_half(UNET), &[UNET, "truncated", "download"]),
+        model("an empty weight file", |m| m.write(VAE, b""), &[VAE, "empty"]),
+        model(
+            "a pointer in place of the weights",
+            |m| m.write(UNET, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167540\n"),
+            &[UNET, "git lfs pull"],
+        ),
+        model(
+            "a web page in place of the weights",
+            |m| m.write(TEXT, "<!DOCTYPE html><html></html>"),
+            &[TEXT, "download"],
+        ),
+        model(
+            "a tensor of another shape",
+            |m| m.header(UNET, |header| header["conv_in.bias"]["shape"] = json!([2, 4])),
+            &[UNET, "conv_in.bias", "[2, 4]", "[8]"],
+        ),
+        model(
+            "a tensor under another name",
+            |m| {
+                m.header(VAE, |header| {
+                    let tensor = header.remove("decoder.conv_in.bias").unwrap();
+                    header.insert("decoder.conv_in.offset".into(), tensor);
+                })
+            },
+            &[VAE, "decoder.conv_in.bias", "missing", "[16]"],
+        ),
+        model(
+            "a tensor too many",
+            |m| {
+                m.header(TEXT, |header| {
+                    let tensor = header["text_model.final_layer_norm.bias"].clone();
+                    let end = header.values().filter_map(|t| t["data_offsets"][1].as_u64()).max().unwrap();
+                    let mut tensor = tensor;
+                    tensor["shape"] = json!([0]);
+                    tensor["data_offsets"] = json!([end, end]);
+                    header.insert("text_model.lora.up".into(), tensor);
+                })
+            },
+            &[TEXT, "text_model.lora.up", "no layer", "config.json"],
+        ),
+        model(
+            "integers as weights",
+            |m| m.header(UNET, |header| header["conv_in.bias"]["dtype"] = integer_of(&header["conv_in.bias"])),
+            &[UNET, "conv_in.bias", "wanted F32, F16, BF16"],
+        ),
+        model("not a number", |m| m.data(UNET, "conv_out.bias", &[0xff; 4]), &[UNET, "conv_out.bias", "not finite"]),
+        model(
+            "more layers than weights",
+            |m| m.set(TEXT_CONFIG, "num_hidden_layers", 3.into()),
+            &[TEXT, "encoder.layers.2.", "missing"],
+        ),
+        model(
+            "more weights than layers",
+            |m| m.set(TEXT_CONFIG, "num_hidden_layers", 1.into()),
+            &[TEXT, "encoder.layers.1.", "no layer"],
+        ),
+        model(
+            "a missing shard",
+            |m| m.shard(|map| map["conv_in.bias"] = "shard-2.safetensors".into()),
+            &["shard-2.safetensors", "shard is missing", "index.json"],
+        ),
+        model(
+            "a shard's missing tensor",
+            |m| m.shard(|map| drop(map.insert("x.weight".into(), "shard-1.safetensors".into()))),
+            &["index.json", "x.weight", "no shard has it"],
+        ),
+        model(
+            "a shard outside the directory",
+            |m| m.shard(|map| map["conv_in.bias"] = "../../etc/passwd".into()),
+            &["index.json", "../../etc/passwd", "plain name"],
+        ),
+    ]
+}
+
+/// An integer type of the tensor's width.
+fn integer_of(tensor: &Value) -> Value {
+    if tensor["dtype"] == "F32" { "I32".into() } else { "I16".into() }
+}
+
+fn tokenizers() -> Vec<Case> {
+    vec![
+        model("no merges", |m| m.remove("tokenizer/merges.txt"), &["tokenizer", "merges.txt is missing"]),
+        model("half a vocabulary", |m| m.keep_half("tokenizer/vocab.json"), &["tokenizer/vocab.json", "complete"]),
+        model(
+            "another vocabulary's merges",
+            |m| m.write("tokenizer/merges.txt", "#version: 0.2\nqq xx\n"),
+            &["vocab.json", "qq", "belong together"],
+        ),
+        model(
+            "merges of three",
+            |m| m.write("tokenizer/merges.txt", "#version: 0.2\na b c\n"),
+            &["merges.txt", "line 2"],
+        ),
+        model(
+            "T5's tokenizer",
+            |m| m.set(TOKENIZER, "tokenizer_class", "T5Tokenizer".into()),
+            &["tokenizer_config.json", "T5Tokenizer", "CLIPTokenizer"],
+        ),
+        model("no room for a prompt", |m| m.set(TOKENIZER, "model_max_length", 1.into()), &["model_max_length is 1"]),
+        model(
+            "a padding token that nobody knows",
+            |m| m.set("tokenizer/special_tokens_map.json", "pad_token", "[PAD]".into()),
+            &["tokenizer", "[PAD]", "id 814", "vocab_size is 814"],
+        ),
+    ]
+}
+
+fn usage() -> Vec<Case> {
+    vec![
+        flags("generate", &["PROMPT"]),
+        flags("generate cat dog --model MODEL", &["dog"]),
+        flags("generate cat --model MODEL --size 0x64", &["--size", "0x64", "1024x768"]),
+        flags("generate cat --model MODEL --size 64", &["--size", "64", "1024x768"]),
+        flags("generate cat --model MODEL --method plain --size 33x32", &["33x32", "multiple"]),
+        flags("generate cat --model MODEL --stages 16x16", &["--stages", "16x16", "WxH:steps"]),
+        flags("generate cat --model MODEL --stages 16x16:0", &["--stages", "16x16:0", "1 to 1000"]),
+        flags("generate cat --model MODEL --stages 16x16:1,17x16:1", &["--stages 17x16", "multiples of 2", "18x16"]),
+        flags("generate cat --model MODEL --stages 16x16:2,32x32:1 --steps 7", &["--steps 7", "3 steps"]),
+        flags("generate cat --model MODEL --stages 16x16:2,32x32:1 --size 64x64", &["--size 64x64", "32x32"]),
+        flags("generate cat --model MODEL --steps 0", &["--steps", "1 to 1000"]),
+        flags("generate cat --model MODEL --steps many", &["--steps", "many", "1 to 1000"]),
+        flags("generate cat --model MODEL --eta 2", &["--eta", "0 (no fresh noise) to 1"]),
+        flags("generate cat --model MODEL --scheduler euler --eta 0.5", &["--eta 0.5", "ddim"]),
+        flags("generate cat --model MODEL --guidance nan", &["--guidance", "nan", "0 to 1000"]),
+        flags("generate cat --model MODEL --scheduler dpm++", &["--scheduler", "dpm++", "euler-ancestral"]),
+        flags("generate cat --model MODEL --method hires", &["--method", "hires", "megafusion++"]),
+        flags("generate cat --model MODEL --upsampler lanczos", &["--upsampler", "lanczos", "bicubic-torch"]),
+        flags("generate cat --model MODEL --relay-clamp all", &["--relay-clamp", "all", "decode"]),
+        flags(
+            "generate cat --model MODEL --method plain --upsampler bilinear",
+            &["--upsampler bilinear", "--method plain"],
+        ),
+        flags("generate cat --model MODEL --reschedule maybe", &["--reschedule", "maybe", "true"]),
+        flags("generate cat --model MODEL --dilation 0", &["--dilation", "1 (none)"]),
+        flags("generate cat --model MODEL --seed -1", &["-1"]),
+        flags("generate cat --model MODEL --seed 18446744073709551615 --count 2", &["--seed", "2^64 - 1"]),
+        flags("generate cat --model MODEL --count 0", &["--count", "1 to 10000"]),
+        flags("generate cat --model MODEL --dtype f8", &["--dtype", "f8", "bf16"]),
+        flags("generate cat --model MODEL --rng numpy", &["--rng", "numpy", "torch-cpu"]),
+        flags("generate cat --model MODEL --device tpu", &["--device", "tpu", "cpu"]),
+        flags("generate cat --model MODEL --out DIR/out.jpg", &["--out", "out.jpg", ".png"]),
+        flags("generate cat --model MODEL --out DIR/x.png --dump DIR/x.png", &["--dump", "same file"]),
+        flags("generate cat --model MODEL --colour red", &["--colour"]),
+        flags("generate cat --model MODEL --size 400000x400000", &["--size", "400000x400000", "1 to 16384"]),
+        flags("plan cat --model MODEL --size 0x0", &["--size", "0x0"]),
+        flags("resize MODEL/in.png DIR/out.png", &["--size"]),
+        flags("probe --model MODEL --module unet --out DIR/o.safetensors", &["--in", "--module unet"]),
+        flags("probe --model MODEL --module text --out DIR/o.safetensors", &["--prompt", "--module text"]),
+        flags("probe --model MODEL --module clip --out DIR/o.safetensors", &["--module", "clip", "vae-decode"]),
+        flags("paint cat", &["paint"]),
+    ]
+}
+
+fn files() -> Vec<Case> {
+    const RESIZE: &str = "resize MODEL/in.png DIR/out.png --size 64x64";
+    const PROBE: &str = "probe --model MODEL --module vae-decode --in MODEL/in.safetensors --out DIR/o.safetensors";
+    vec![
+        input(
+            "missing folder",
+            "generate cat --model MODEL --out DIR/no/out.png",
+            |_| {},
+            &["no/out.png", "does not exist"],
+        ),
+        input(
+            "missing folder of a dump",
+            "generate cat --model MODEL --dump DIR/no/d.safetensors",
+            |_| {},
+            &["no/d.safetensors", "does not exist"],
+        ),
+        input(
+            "a file as folder",
+            "generate cat --model MODEL --out MODEL/model_index.json/out.png",
+            |_| {},
+            &["model_index.json/out.png"],
+        ),
+        input(
+            "a device that is not there",
+            "generate cat --model MODEL --device emu",
+            |_| {},
+            &["emu", "--device cpu"],
+        ),
+        input(
+            "weights beyond f16",
+            "generate cat --model MODEL --method plain --size 32x32 --steps 1 --dtype f16 --out DIR/out.png",
+            |m| m.last_bias(1e6),
+            &[UNET, "conv_out.bias", "too large for f16", "bf16"],
+        ),
+        input("no picture", RESIZE, |_| {}, &["in.png", "no such file"]),
+        input("text as picture", RESIZE, |m| m.write("in.png", "no picture"), &["in.png", "not a PNG or JPEG"]),
+        input("an empty picture", RESIZE, |m| m.write("in.png", ""), &["in.png", "empty"]),
+        input(
+            "half a picture",
+            RESIZE,
+            |m| {
+                let png = encode_png(&[9; 40 * 30 * 3], 40, 30, PngText::default()).unwrap();
+                m.write("in.png", &png[..png.len() / 2]);
+            },
+            &["in.png", "truncated"],
+        ),
+        input("a folder as picture", "resize MODEL/unet DIR/out.png --size 64x64", |_| {}, &["unet", "is a folder"]),
+        input("no tensors", PROBE, |_| {}, &["in.safetensors"]),
+        input("text as tensors", PROBE, |m| m.write("in.safetensors", "no tensors"), &["in.safetensors"]),
+        input(
+            "tensors under other names",
+            PROBE,
+            |m| fs::write(m.path("in.safetensors"), m.read(VAE)).unwrap(),
+            &["in.safetensors", "latent"],
+        ),
+        input(
+            "a latent with three channels",
+            PROBE,
+            |m| m.write("in.safetensors", one_tensor("latent", &[1, 3, 2, 2])),
+            &["in.safetensors", "latent", "[1, 3, 2, 2]", "[N, 4, h, w]"],
+        ),
+        input(
+            "an image in three dimensions",
+            "probe --model MODEL --module vae-encode --in MODEL/in.safetensors --out DIR/o.safetensors",
+            |m| m.write("in.safetensors", one_tensor("image", &[3, 8, 8])),
+            &["in.safetensors", "image", "[3, 8, 8]", "[N, 3, H, W]"],
+        ),
+        input("a broken configuration", "plan cat --model MODEL", |m| m.keep_half(UNET_CONFIG), &["unet/config.json"]),
+    ]
+}
+
+/// A safetensors file of one f32 tensor of zeros.
+fn one_tensor(name: &str, shape: &[usize]) -> Vec<u8> {
+    let bytes = vec![0; 4 * shape.iter().product::<usize>()];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &bytes).unwrap();
+    safetensors::serialize([(name, view)], None).unwrap()
+}
+
+#[test]
+fn every_bad_input_has_its_clear_error() {
+    let groups = [directories(), configurations(), weights(), tokenizers(), usage(), files()].into_iter().flatten();
+    let mut wrong = Vec::new();
+    let mut count = 0;
+    for case in groups {
+        count += 1;
+        if let Err(reason) = check(&case) {
+            wrong.push(format!("{}: {reason}", case.name));
+        }
+    }
+    assert!(count >= 25, "{count} cases");
+    assert!(wrong.is_empty(), "{} of {count} cases:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+fn check(case: &Case) -> Result<(), String> {
+    let place = tempfile::tempdir().unwrap();
+    let model = Model { folder: place.path().join("model") };
+    let work = place.path().join("work");
+    fs::create_dir(&work).unwrap();
+    copy(Path::new(MODEL), &model.folder);
+    (case.damage)(&model);
+    let args: Vec<String> = case
+        .command
+        .split(' ')
+        .map(|word| word.replace("MODEL", model.folder.to_str().unwrap()).replace("DIR", work.to_str().unwrap()))
+        .collect();
+    run(args.iter().map(OsString::from), place.path(), case.status, case.wanted)
+}
+
+/// Runs the program in `place/work` and looks at its status, its message, and at what it left in `place`.
+fn run(args: impl Iterator<Item = OsString>, place: &Path, status: i32, wanted: &[&str]) -> Result<(), String> {
+    let before = contents(place);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_megafuse"));
+    command.args(args).current_dir(place.join("work")).env("RAYON_NUM_THREADS", "2").env_remove("RUST_BACKTRACE");
+    let output = command.output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.code() != Some(status) {
+        return Err(format!("ended with {}, expected {status}: {message}", output.status));
+    }
+    if message.contains("panicked") || message.contains("RUST_BACKTRACE") {
+        return Err(format!("panicked: {message}"));
+    }
+    if let Some(missing) = wanted.iter().find(|part| !message.contains(*part)) {
+        return Err(format!("the message lacks {missing:?}: {message}"));
+    }
+    if !output.stdout.is_empty() {
+        return Err(format!("standard output has {:?}", String::from_utf8_lossy(&output.stdout)));
+    }
+    let after = contents(place);
+    if before != after {
+        let names: Vec<&PathBuf> = after.keys().filter(|name| !before.contains_key(*name)).collect();
+        return Err(format!("files were left or changed: {names:?}"));
+    }
+    Ok(())
+}
+
+/// Every file below `folder`, with its size.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, u64> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(contents(&entry.path()));
+        } else {
+            found.insert(entry.path(), entry.metadata().unwrap().len());
+        }
+    }
+    found
+}
+
+/// Copies a model without the values that other tests compare with.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else if !entry.file_name().to_string_lossy().starts_with("oracle") {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// The copy itself works: it is the damage that the other cases meet.
+#[test]
+fn the_undamaged_model_makes_a_picture() {
+    let place = tempfile::tempdir().unwrap();
+    let (model, work) = (place.path().join("model"), place.path().join("work"));
+    fs::create_dir(&work).unwrap();
+    copy(Path::new(MODEL), &model);
+    let args = GENERATE.split(' ').map(|word| word.replace("MODEL", model.to_str().unwrap()));
+    let args = args.map(|word| word.replace("DIR", work.to_str().unwrap()));
+    let output = Command::new(env!("CARGO_BIN_EXE_megafuse")).args(args).current_dir(&work).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(contents(&work).len(), 1);
+}
+
+/// Prompts that are no error: empty, far too long, control characters; each a picture, the long one with a warning.
+#[test]
+fn odd_prompts_are_no_error() {
+    let long = "a very long prompt, ".repeat(60) + "the end";
+    for (prompt, warned) in [("", false), (" \t\n", false), ("\u{1b}[31m \u{7} \u{202e}", false), (long.as_str(), true)]
+    {
+        let place = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_megafuse"));
+        let args = ["--model", MODEL, "--method", "plain", "--size", "32x32", "--steps", "1", "--out", "out.png"];
+        let output = command.args(["generate", prompt]).args(args).current_dir(place.path()).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{prompt:?}: {message}");
+        assert_eq!(message.contains("the end"), warned, "{prompt:?}: {message}");
+        assert!(place.path().join("out.png").is_file(), "{prompt:?}");
+    }
+}
+
+/// Figures of a size that nobody can run are large, and no overflow.
+#[test]
+fn the_largest_size_can_be_planned() {
+    let place = tempfile::tempdir().unwrap();
+    let args = ["plan", "cat", "--model", MODEL, "--method", "plain", "--size", "16384x16384", "--json"];
+    let output = Command::new(env!("CARGO_BIN_EXE_megafuse")).args(args).current_dir(place.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(plan["total"]["macs"].as_f64().unwrap() > 1e15, "{plan}");
+}
+
+/// A prompt that is not UTF-8 is refused by its bytes, not by a panic.
+#[cfg(unix)]
+#[test]
+fn a_prompt_that_is_not_utf_8_is_an_error() {
+    use std::os::unix::ffi::OsStringExt;
+    let place = tempfile::tempdir().unwrap();
+    fs::create_dir(place.path().join("work")).unwrap();
+    let prompt = OsString::from_vec(b"caf\xe9".to_vec());
+    let args = [OsString::from("generate"), prompt, "--model".into(), MODEL.into()];
+    run(args.into_iter(), place.path(), USAGE, &["UTF-8"]).unwrap();
+}
+
+/// An interrupted or failed run leaves an older picture of the same name alone.
+#[test]
+fn a_failed_run_leaves_the_older_picture() {
+    let place = tempfile::tempdir().unwrap();
+    let (model, work) = (Model { folder: place.path().join("model") }, place.path().join("work"));
+    fs::create_dir(&work).unwrap();
+    fs::write(work.join("out.png"), b"older").unwrap();
+    copy(Path::new(MODEL), &model.folder);
+    // Finite weights that overflow on the way: the failure comes after the computing.
+    model.last_bias(3e38);
+    let args = GENERATE.split(' ').map(|word| word.replace("MODEL", model.folder.to_str().unwrap()));
+    let args = args.map(|word| word.replace("DIR", work.to_str().unwrap()).into());
+    run(args, place.path(), FAILED, &["not finite"]).unwrap();
+    assert_eq!(fs::read(work.join("out.png")).unwrap(), b"older");
+}
