@@ -28,8 +28,8 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
             let options = UnetOptions { mid_dilation: args.dilation.unwrap_or(1) };
             unet(&files.unet(&device, args.dtype)?, &input, &options, &device, args.dtype)?
         }
-        Module::VaeEncode => vae_encode(&files.vae(&device, args.dtype)?, &input("vae-encode")?, &device, args.dtype)?,
-        Module::VaeDecode => vae_decode(&files.vae(&device, args.dtype)?, &input("vae-decode")?, &device, args.dtype)?,
+        Module::VaeEncode => vae_encode(&files.vae(&device, args.dtype)?, &input("vae-encode")?)?,
+        Module::VaeDecode => vae_decode(&files.vae(&device, args.dtype)?, &input("vae-decode")?)?,
     };
     safetensors_file::write(&args.out, &arrays)?;
     output::print_line(args.out.display());
@@ -107,14 +107,15 @@ fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dty
     Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
 }
 
-fn vae_encode(vae: &Vae, input: &Inputs, device: &Device, dtype: DType) -> Result<Arrays> {
+/// In the VAE's own dtype, which is f32 where the configuration says that f16 overflows.
+fn vae_encode(vae: &Vae, input: &Inputs) -> Result<Arrays> {
     let factor = vae.config().factor();
     let wanted = format!("[N, 3, H, W] with H and W multiples of {factor}");
     let (shape, image) = input.get_shaped::<4>("image", &wanted)?;
     if shape[1] != 3 || shape[2] % factor != 0 || shape[3] % factor != 0 {
         return Err(input.mismatch("image", &shape, &wanted));
     }
-    let moments = to_nchw(&vae.encode(&from_nchw(device, dtype, shape, &image)?)?)?;
+    let moments = to_nchw(&vae.encode(&from_nchw(vae.device(), vae.dtype(), shape, &image)?)?)?;
     let Values::F32(values) = &moments.values else { unreachable!("to_nchw gives f32") };
     let [n, both, h, w] = moments.shape[..] else { unreachable!("to_nchw gives four dimensions") };
     let half = both / 2 * h * w;
@@ -127,14 +128,14 @@ fn vae_encode(vae: &Vae, input: &Inputs, device: &Device, dtype: DType) -> Resul
     ]))
 }
 
-fn vae_decode(vae: &Vae, input: &Inputs, device: &Device, dtype: DType) -> Result<Arrays> {
+fn vae_decode(vae: &Vae, input: &Inputs) -> Result<Arrays> {
     let channels = vae.config().latent_channels;
     let wanted = format!("[N, {channels}, h, w]");
     let (shape, latent) = input.get_shaped::<4>("latent", &wanted)?;
     if shape[1] != channels {
         return Err(input.mismatch("latent", &shape, &wanted));
     }
-    let decoded = vae.decode(&from_nchw(device, dtype, shape, &latent)?)?;
+    let decoded = vae.decode(&from_nchw(vae.device(), vae.dtype(), shape, &latent)?)?;
     Ok(Arrays::from([("decoded".into(), to_nchw(&decoded)?)]))
 }
 

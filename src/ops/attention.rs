@@ -87,11 +87,13 @@ struct Dims {
 
 impl Dims {
     fn work(&self, causal: bool, bytes: u64) -> Work {
-        let pairs = if causal { self.queries * (self.queries + 1) / 2 } else { self.queries * self.keys };
-        let scores = self.n as u64 * self.heads as u64 * pairs as u64;
-        let macs = 2 * scores * self.head_dim as u64;
+        let (queries, keys) = (self.queries as u64, self.keys as u64);
+        let pairs = if causal { queries.saturating_mul(queries + 1) / 2 } else { queries.saturating_mul(keys) };
+        let scores = pairs.saturating_mul((self.n * self.heads) as u64);
+        let macs = scores.saturating_mul(2 * self.head_dim as u64);
         // Beside the products: scale, maximum, subtraction, exponential and sum of each score.
-        Work { macs, flops: 2 * macs + 5 * scores, bytes, launches: 1 }
+        let flops = macs.saturating_mul(2).saturating_add(scores.saturating_mul(5));
+        Work { macs, flops, bytes, launches: 1 }
     }
 }
 

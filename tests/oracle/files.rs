@@ -57,7 +57,7 @@ fn values(view: &TensorView) -> Vec<f32> {
 }
 
 /// Writes an input file for `megafuse probe`.
-pub fn write(path: &Path, arrays: &[(&str, &Array)]) {
+pub fn write(path: &Path, arrays: &[(&str, Array)]) {
     let bytes: Vec<Vec<u8>> = arrays.iter().map(|(_, a)| bytemuck::cast_slice(&a.values).to_vec()).collect();
     let views = arrays.iter().zip(&bytes).map(|((name, array), bytes)| {
         (*name, TensorView::new(Dtype::F32, array.shape.clone(), bytes).expect("values fill the shape"))

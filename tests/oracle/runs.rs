@@ -9,6 +9,7 @@ const TOLERANCE: f64 = 1e-4;
 /// One rounding to f32 of a quotient computed in f64, on each side.
 const TABLE_TOLERANCE: f64 = 2.0 * f32::EPSILON as f64;
 
+#[derive(Clone)]
 struct Run {
     name: String,
     model: String,
@@ -120,11 +121,9 @@ fn the_png_is_the_rounded_image() {
 fn picture_i_of_count_has_seed_plus_i() {
     for run in runs(|name| name == "mega-eta") {
         let folder = tempfile::tempdir().unwrap();
-        let seed = run.args.iter().position(|arg| arg == "--seed").map(|i| run.args[i + 1].clone()).unwrap();
-        let at = run.args.iter().position(|arg| arg == "--seed").unwrap();
-        let before = seed.parse::<u64>().unwrap() - 1;
-        let mut earlier = Run { args: run.args.clone(), name: run.name.clone(), model: run.model.clone() };
-        earlier.args[at + 1] = before.to_string();
+        let seed = 1 + run.args.iter().position(|arg| arg == "--seed").unwrap();
+        let mut earlier = run.clone();
+        earlier.args[seed] = (run.args[seed].parse::<u64>().unwrap() - 1).to_string();
         generate(folder.path(), &run, &[]).unwrap();
         generate(folder.path(), &earlier, &["--count", "2"]).unwrap();
         let alone = Arrays::read(folder.path().join("dump.safetensors"));

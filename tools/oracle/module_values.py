@@ -1,5 +1,6 @@
 """Expected values of the modules of one model directory: text encoder, UNet, VAE; and the token ids."""
 
+import copy
 import json
 
 import torch
@@ -92,16 +93,48 @@ def vae_values(model, tensors):
     return cases
 
 
-def write(model):
+def half_errors(single, tensors, cases):
+    """Adds to every case how far torch itself is off in f16 and bf16: the largest error of an element of the output
+    named, relative to max(|want|, rms). What a test may allow the product follows from it."""
+    for dtype, torch_dtype in [("f16", torch.float16), ("bf16", torch.bfloat16)]:
+        text, unet, vae = (copy.deepcopy(m).to(torch_dtype) for m in (single.text, single.unet, single.vae))
+
+        def note(case, output, got):
+            want = tensors[f"{case['name']}.{output}"]
+            case.setdefault("torch_error", {})[dtype] = float(f"{relative(got, want):.1e}")
+
+        for case in cases["text"]:
+            ids = tensors[f"{case['name']}.input_ids"]
+            note(case, "last_hidden_state", text(ids).last_hidden_state)
+        for case in cases["unet"]:
+            name = case["name"]
+            sample, embeds = (tensors[f"{name}.{k}"].to(torch_dtype) for k in ("sample", "prompt_embeds"))
+            set_mid_dilation(unet, case["dilation"])
+            note(case, "out", unet(sample, tensors[f"{name}.timestep"], encoder_hidden_states=embeds).sample)
+        for case in cases["vae_encode"]:
+            image = tensors[f"{case['name']}.image"].to(torch_dtype)
+            note(case, "mean", vae.encode(image).latent_dist.mean)
+        for case in cases["vae_decode"]:
+            note(case, "decoded", vae.decode(tensors[f"{case['name']}.latent"].to(torch_dtype)).sample)
+
+
+def relative(got, want):
+    """The largest error of an element, relative to max(|want|, rms)."""
+    got, want = got.double(), want.double()
+    return ((got - want).abs() / want.abs().clamp_min(want.square().mean().sqrt()).clamp_min(1e-30)).max().item()
+
+
+def write(single, model):
     """`oracle.safetensors` (tensors `<case>.<name>`) and `oracle.json` (the cases) in the model's directory.
 
-    `model`: in f64, so that the stored f32 values are the true ones to rounding.
+    `model`: `single` in f64, so that the stored f32 values are the true ones to rounding.
     """
     tensors = {}
     with torch.no_grad():
         cases = {"covers": model.spec["covers"], "text": text_values(model, tensors), "unet": unet_values(model, tensors)}
         vae = vae_values(model, tensors)
         cases |= {"vae_encode": vae["encode"], "vae_decode": vae["decode"]}
+        half_errors(single, tensors, cases)
     for name, tensor in tensors.items():
         assert torch.isfinite(tensor).all(), name
     cases["vae_factor"] = model.vae_factor

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import reference
-from module_values import compact
+from module_values import relative
 
 CAT = "a photo of a cat"
 TWO = (((16, 16), 3), ((24, 24), 2))
@@ -155,12 +155,6 @@ def write(root, models):
         listed.append({"name": name, "model": model, "args": settings.args(changes),
                        "f32_error": float(f"{error:.1e}")})
     (folder / "runs.json").write_text(compact_args(json.dumps({"runs": listed}, indent=1, ensure_ascii=False)))
-
-
-def relative(got, want):
-    """The largest error of an element, relative to max(|want|, rms)."""
-    got, want = got.double(), want.double()
-    return ((got - want).abs() / want.abs().clamp_min(want.square().mean().sqrt()).clamp_min(1e-30)).max().item()
 
 
 def compact_args(text):
