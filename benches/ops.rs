@@ -2,11 +2,12 @@
 //! compares each with this machine's own peaks: `cargo bench --bench ops -- [--json] [--filter S] [--dtype f32]
 //! [--threads N] [--seconds S] [--cpu-time]`.
 //!
-//! The peaks are measured first: a large f32 product by the gemm crate (FLOP/s) and a copy of 256 MiB (bytes/s). An op's
+//! The peaks are measured first: bare fused multiply-adds on every core (FLOP/s) and a copy of 256 MiB (bytes/s). An op's
 //! floor is the larger of flops over the first and bytes over the second; flops and bytes are those that the meta device
 //! records for the same call. Inputs are random; outputs are allocated by each call, as in a model; the time is the
 //! median. Nothing is flushed between calls: an input that fits the last-level cache may be read from it.
 
+use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -48,7 +49,7 @@ fn main() -> Result<()> {
 
 fn run(args: &Args) -> Result<()> {
     let clock = Clock { time: Duration::from_secs_f64(args.seconds), cpu_time: args.cpu_time };
-    let peak = Peaks { flops: gemm_flops(clock), bytes: copy_bytes(clock) };
+    let peak = Peaks { flops: fma_flops(clock), bytes: copy_bytes(clock) };
     let threads = rayon::current_num_threads();
     if args.json {
         println!(
@@ -140,40 +141,76 @@ fn thread_seconds() -> f64 {
     0.0
 }
 
-/// Largest f32 throughput that the gemm crate reaches on 2048 x 2048 x 2048.
-fn gemm_flops(clock: Clock) -> f64 {
-    const N: usize = 2048;
-    let (a, b) = (random(N * N, 1), random(N * N, 2));
-    let mut c = vec![0.0f32; N * N];
+/// f32 throughput of bare fused multiply-adds on registers, all threads at once: no memory, no loop of a matrix product.
+fn fma_flops(clock: Clock) -> f64 {
+    const ROUNDS: usize = 1 << 20;
+    let threads = rayon::current_num_threads();
     let seconds = clock.measure(|| {
-        let (n, row, threads) = (N, N as isize, gemm::Parallelism::Rayon(0));
-        // SAFETY: three N x N matrices, column stride 1, row stride N; c is not read.
-        unsafe {
-            gemm::gemm(
-                n,
-                n,
-                n,
-                c.as_mut_ptr(),
-                1,
-                row,
-                false,
-                a.as_ptr(),
-                1,
-                row,
-                b.as_ptr(),
-                1,
-                row,
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                threads,
-            );
-        }
+        (0..threads).into_par_iter().for_each(|_| {
+            black_box(fma_rounds(black_box(ROUNDS)));
+        });
         Ok(())
     });
-    2.0 * (N * N * N) as f64 / seconds.expect("infallible")
+    let lanes = fma_lanes();
+    2.0 * (ROUNDS * FMA_SUMS * lanes * threads) as f64 / seconds.expect("infallible")
+}
+
+/// Independent sums: enough to hide the latency of two units, few enough for the registers.
+const FMA_SUMS: usize = 12;
+
+#[cfg(target_arch = "x86_64")]
+fn fma_lanes() -> usize {
+    if is_x86_feature_detected!("avx512f") {
+        16
+    } else if is_x86_feature_detected!("fma") {
+        8
+    } else {
+        4
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fma_lanes() -> usize {
+    4
+}
+
+fn fma_rounds(rounds: usize) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+
+        #[target_feature(enable = "avx512f")]
+        fn avx512(rounds: usize) -> f32 {
+            let (scale, shift) = (_mm512_set1_ps(0.999), _mm512_set1_ps(0.001));
+            let mut sums = [shift; FMA_SUMS];
+            for _ in 0..rounds {
+                sums = sums.map(|sum| _mm512_fmadd_ps(sum, scale, shift));
+            }
+            sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
+        }
+
+        #[target_feature(enable = "avx,fma")]
+        fn fma(rounds: usize) -> f32 {
+            let (scale, shift) = (_mm256_set1_ps(0.999), _mm256_set1_ps(0.001));
+            let mut sums = [shift; FMA_SUMS];
+            for _ in 0..rounds {
+                sums = sums.map(|sum| _mm256_fmadd_ps(sum, scale, shift));
+            }
+            sums.into_iter().map(|sum| _mm256_cvtss_f32(sum)).sum()
+        }
+
+        // SAFETY: the instruction sets were detected.
+        match fma_lanes() {
+            16 => return unsafe { avx512(rounds) },
+            8 => return unsafe { fma(rounds) },
+            _ => {}
+        }
+    }
+    let mut sums = [[0.001f32; 4]; FMA_SUMS];
+    for _ in 0..rounds {
+        sums = sums.map(|sum| sum.map(|value| value * 0.999 + 0.001));
+    }
+    sums.into_iter().flatten().sum()
 }
 
 /// Bytes read plus written per second by a parallel copy.

@@ -5,8 +5,7 @@
 //!
 //! A picture from the model that ships inside, in ten lines (leave `size`, `steps` and `method` out for the defaults):
 //! ```
-//! use megafuse::methods::{Method, Size};
-//! use megafuse::pipeline::{ModelSource, Pipeline, Request, Silent};
+//! use megafuse::pipeline::{Method, ModelSource, Pipeline, Request, Silent, Size};
 //! use megafuse::{DType, Device, image};
 //!
 //! # fn main() -> megafuse::Result<()> {

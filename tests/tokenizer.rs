@@ -145,7 +145,11 @@ fn broken_files_are_named() {
         ("tokenizer_config.json", r#"{"model_max_length": "77"}"#, &["model_max_length is \"77\"", "whole number"]),
         ("tokenizer_config.json", r#"{"tokenizer_class": "T5Tokenizer"}"#, &["T5Tokenizer", "CLIPTokenizer"]),
         ("tokenizer_config.json", r#"{"padding_side": "up"}"#, &["padding_side", "\"up\"", "left"]),
-        ("tokenizer_config.json", r#"{"pad_token": 3}"#, &["tokenizer_config.json", "pad_token"]),
+        (
+            "tokenizer_config.json",
+            r#"{"pad_token": 3}"#,
+            &["tokenizer_config.json", "pad_token is 3", "expected a text"],
+        ),
         ("tokenizer_config.json", r#"{"bos_token": ""}"#, &["bos_token is empty"]),
         (
             "tokenizer_config.json",

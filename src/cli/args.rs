@@ -4,10 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use megafuse::methods::{Method, RelayClamp, Size};
-use megafuse::ops::Upsampler;
-use megafuse::pipeline::{ModelSource, Request, RngKind};
-use megafuse::schedulers::Sampler;
+use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
 use megafuse::{DType, Error, Result};
 
 use super::values::{self, DeviceChoice, Stages};
@@ -152,7 +149,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", value_parser = values::guidance, default_value = "7")]
     pub guidance: f32,
 
-    /// Sampler (default: the one of the model's scheduler configuration)
+    /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
     #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
     pub scheduler: Option<Sampler>,
 
@@ -192,6 +189,9 @@ pub struct RunArgs {
     pub relay_noise_offset: Option<usize>,
 
     /// Do as the published code of MegaFusion does where it differs from the paper
+    ///
+    /// x0 from the updated latents, relay pictures through 8-bit RGB (without --relay-clamp), a posterior sample, the
+    /// dilation in every stage, the first schedule re-scheduled too; with ddim only.
     #[arg(long, help_heading = "MegaFusion")]
     pub reference_compat: bool,
 

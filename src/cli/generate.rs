@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::methods::Size;
-use megafuse::pipeline::{self, ModelSource, Pipeline, PlanReport, Request};
+use megafuse::pipeline::{self, ModelSource, Pipeline, PlanReport, Request, Size};
 use megafuse::{DType, Error, Result};
 
 use super::args::GenerateArgs;

@@ -50,7 +50,8 @@ impl Progress {
         self.last_line = Instant::now();
         if self.terminal {
             let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
-            let style = "{prefix:26} {bar:24} {pos}/{len} steps  {msg}  {elapsed}  ETA {eta}";
+            // At most 80 columns, the usual terminal.
+            let style = "{prefix:22} {bar:16} {pos}/{len}  {msg}  {elapsed}  ETA {eta}";
             bar.set_style(ProgressStyle::with_template(style).expect("a fixed template"));
             bar.set_prefix(self.stage.clone());
             bar.enable_steady_tick(Duration::from_millis(200));
@@ -64,7 +65,7 @@ impl Progress {
         let seconds = self.stage_begin.elapsed().as_secs_f64();
         let rate = at.step as f64 / seconds.max(1e-9);
         if let Some(bar) = &self.bar {
-            bar.set_message(rate_text(rate));
+            bar.set_message(format!("{rate:.*} steps/s", if rate < 1.0 { 3 } else { 2 }));
             bar.set_position(at.step as u64);
         } else if at.step == at.stage_steps {
             eprintln!("{}: {} steps in {}, {}", self.stage, at.step, seconds_text(seconds), rate_text(rate));

@@ -4,8 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use megafuse::methods::Stage;
-use megafuse::pipeline::ModelSource;
+use megafuse::pipeline::{ModelSource, Stage};
 use megafuse::{Device, Error};
 
 /// Steps of one run: the training schedule has that many timesteps.
@@ -159,7 +158,7 @@ impl fmt::Display for DeviceChoice {
 
 #[cfg(test)]
 mod tests {
-    use megafuse::methods::Size;
+    use megafuse::pipeline::Size;
 
     use super::*;
 

@@ -87,11 +87,13 @@ struct Dims {
 
 impl Dims {
     fn work(&self, causal: bool, bytes: u64) -> Work {
-        let pairs = if causal { self.queries * (self.queries + 1) / 2 } else { self.queries * self.keys };
-        let scores = self.n as u64 * self.heads as u64 * pairs as u64;
-        let macs = 2 * scores * self.head_dim as u64;
+        let (queries, keys) = (self.queries as u64, self.keys as u64);
+        let pairs = if causal { queries.saturating_mul(queries + 1) / 2 } else { queries.saturating_mul(keys) };
+        let scores = pairs.saturating_mul((self.n * self.heads) as u64);
+        let macs = scores.saturating_mul(2 * self.head_dim as u64);
         // Beside the products: scale, maximum, subtraction, exponential and sum of each score.
-        Work { macs, flops: 2 * macs + 5 * scores, bytes, launches: 1 }
+        let flops = macs.saturating_mul(2).saturating_add(scores.saturating_mul(5));
+        Work { macs, flops, bytes, launches: 1 }
     }
 }
 
@@ -110,8 +112,8 @@ impl<'a, T> Tokens<'a, T> {
     }
 }
 
-/// Queries of one task: their packed keys and values are shared by so many rows.
-const MAX_QUERIES: usize = 224;
+/// Queries of one task, about: so many rows share the packed keys and values.
+const MAX_QUERIES: usize = 256;
 
 /// Keys of one block: the depth of the product with the values.
 const KEYS: usize = K_BLOCK;
@@ -122,9 +124,9 @@ const KEYS: usize = K_BLOCK;
 fn forward<T: Element>(dims: &Dims, causal: bool, qkv: [Tokens<T>; 3], y: &mut [T]) {
     let kernel = Kernel::best();
     let Dims { n, queries, heads, head_dim, .. } = *dims;
-    // About four tasks a thread where there are so many rows, whole tiles, at most MAX_QUERIES.
+    // Equal blocks of whole tiles; smaller ones where there would be fewer than four tasks a thread.
     let fair = (n * heads * queries).div_ceil(4 * rayon::current_num_threads());
-    let block = fair.min(MAX_QUERIES).next_multiple_of(kernel.rows).min(MAX_QUERIES / kernel.rows * kernel.rows);
+    let block = queries.div_ceil(queries.div_ceil(fair.min(MAX_QUERIES))).next_multiple_of(kernel.rows);
     let blocks = queries.div_ceil(block);
     let y = Output { data: y.as_mut_ptr(), len: y.len() };
     (0..n * heads * blocks).into_par_iter().for_each_init(
@@ -257,7 +259,7 @@ impl Scratch {
             for (part, row) in row.chunks(K_BLOCK).enumerate() {
                 let to = &mut self.q[(part * self.queries + i) * TILE_STRIDE..][..row.len()];
                 math::load(to, row);
-                to.iter_mut().for_each(|value| *value *= scale);
+                multiply(to, scale);
             }
         }
     }
@@ -319,8 +321,7 @@ impl Scratch {
     /// `y = sums / total`, row `i` of the block.
     fn finish<T: Element>(&mut self, i: usize, y: &mut [T]) {
         let row = &mut self.sums[i * self.width..][..self.head_dim];
-        let scale = 1.0 / self.total[i];
-        row.iter_mut().for_each(|sum| *sum *= scale);
+        multiply(row, 1.0 / self.total[i]);
         math::store(y, row);
     }
 }
@@ -328,9 +329,11 @@ impl Scratch {
 /// Independent sums and maxima of a row of scores; divides the block of keys.
 const LANES: usize = 32;
 
-/// Combines the lanes in halves.
+/// Combines the lanes in halves. The lanes pass through an opaque box: otherwise the compiler merges this tree with the
+/// loop before it, whose vectors it then splits into pairs.
 #[inline(always)]
-fn reduce(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+fn reduce(lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = std::hint::black_box(lanes);
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -339,6 +342,12 @@ fn reduce(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+simd! {
+    fn multiply(values: &mut [f32], factor: f32) {
+        values.iter_mut().for_each(|value| *value *= factor);
+    }
 }
 
 simd! {

@@ -7,8 +7,10 @@ mod plan;
 mod request;
 mod run;
 
-pub use crate::methods::{Event, Observer, Silent, StepProgress};
+pub use crate::methods::{Event, Method, Observer, RelayClamp, Silent, Size, Stage, StepProgress};
+pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
+pub use crate::schedulers::Sampler;
 pub use files::{ModelFiles, ModelSource};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, WeightReport, plan};

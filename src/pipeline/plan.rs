@@ -100,7 +100,7 @@ pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<Pla
     let phases = recorder.phases;
     let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
     let sum = |pick: &dyn Fn(&PhaseReport) -> Work| {
-        phases.iter().fold(Work::default(), |sum, phase| add(sum, pick(phase), phase.repeats as u64))
+        phases.iter().fold(Work::default(), |sum, phase| sum.plus(pick(phase), phase.repeats as u64))
     };
     let total = sum(&|phase| phase.once);
     let by_kind = OpKind::ALL
@@ -111,15 +111,6 @@ pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<Pla
         .filter(|(_, work)| work.launches > 0)
         .collect();
     Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes })
-}
-
-fn add(sum: Work, work: Work, times: u64) -> Work {
-    Work {
-        macs: sum.macs + work.macs * times,
-        flops: sum.flops + work.flops * times,
-        bytes: sum.bytes + work.bytes * times,
-        launches: sum.launches + work.launches * times,
-    }
 }
 
 /// What the modules ask of a manifest.

@@ -43,6 +43,19 @@ pub struct Work {
     pub launches: u64,
 }
 
+impl Work {
+    /// `self + times * work`; stays at the largest number rather than wrap for sizes that nobody can run.
+    pub fn plus(self, work: Work, times: u64) -> Work {
+        let add = |sum: u64, one: u64| sum.saturating_add(one.saturating_mul(times));
+        Work {
+            macs: add(self.macs, work.macs),
+            flops: add(self.flops, work.flops),
+            bytes: add(self.bytes, work.bytes),
+            launches: add(self.launches, work.launches),
+        }
+    }
+}
+
 /// One op call on the meta device.
 #[derive(Clone, Debug)]
 pub struct OpRecord {
@@ -75,12 +88,7 @@ impl Report {
     }
 
     fn sum<'a>(ops: impl Iterator<Item = &'a OpRecord>) -> Work {
-        ops.fold(Work::default(), |sum, op| Work {
-            macs: sum.macs + op.work.macs,
-            flops: sum.flops + op.work.flops,
-            bytes: sum.bytes + op.work.bytes,
-            launches: sum.launches + op.work.launches,
-        })
+        ops.fold(Work::default(), |sum, op| sum.plus(op.work, 1))
     }
 }
 
@@ -130,5 +138,17 @@ impl MetaDevice {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // A panic while recording leaves plain counters behind: still usable.
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_of_work_saturate() {
+        let one = Work { macs: u64::MAX / 2, flops: 3, bytes: 0, launches: 1 };
+        let sum = one.plus(one, 5);
+        assert_eq!(sum, Work { macs: u64::MAX, flops: 18, bytes: 0, launches: 6 });
     }
 }

@@ -79,13 +79,28 @@ mod defaults {
     }
 }
 
+/// Why a file cannot be used, with the key and its value when one key is the reason.
+fn unusable(json: &str, error: &serde_json::Error) -> String {
+    let Ok(keys) = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(json) else {
+        return format!("not a JSON object ({error}): download the file again");
+    };
+    for (key, value) in keys {
+        let alone = serde_json::json!({ &key: &value });
+        if let Err(error) = SchedulerConfig::deserialize(alone) {
+            return format!("{key} is {value}: {error}");
+        }
+    }
+    error.to_string()
+}
+
 impl SchedulerConfig {
     /// Parses scheduler_config.json; `what` (its path) stands in errors.
     ///
     /// # Errors
     /// [`Error::Config`]: not JSON, a key of the wrong type, a value out of range or not supported.
     pub fn from_json(what: &str, json: &str) -> Result<SchedulerConfig> {
-        let config: SchedulerConfig = serde_json::from_str(json).map_err(|e| Error::config(what, e.to_string()))?;
+        let config: SchedulerConfig =
+            serde_json::from_str(json).map_err(|error| Error::config(what, unusable(json, &error)))?;
         let config = SchedulerConfig { what: what.into(), ..config };
         if config.class_name.starts_with("FlowMatch") {
             return Err(config.error(format!(

@@ -220,7 +220,12 @@ impl Specials {
     fn read_roles(&mut self, path: &Path, map: &Map<String, Value>) -> Result<()> {
         for (name, _) in ROLES {
             if let Some(value) = map.get(name).filter(|value| !value.is_null()) {
-                let token: SpecialToken = typed(path, name, value)?;
+                let token = SpecialToken::deserialize(value).map_err(|_| {
+                    Error::file(
+                        path,
+                        format!("{name} is {value}; expected a text, or an object with a text \"content\""),
+                    )
+                })?;
                 if token.content().is_empty() {
                     return Err(Error::file(path, format!("{name} is empty; a special token needs a text")));
                 }
