@@ -245,11 +245,12 @@ fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
 }
 
 type Call = Box<dyn Fn() -> Result<Tensor>>;
+type Prepare = Box<dyn Fn(&Device, DType) -> Result<Call>>;
 
 /// A call that can be prepared on any device.
 struct Case {
     name: String,
-    prepare: Box<dyn Fn(&Device, DType) -> Result<Call>>,
+    prepare: Prepare,
 }
 
 fn cases() -> Vec<Case> {
