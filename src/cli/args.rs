@@ -128,7 +128,7 @@ pub struct RunArgs {
     /// plain: every step at the final size. megafusion: the first steps at the model's own size, then relays to larger
     /// ones (arXiv:2408.11001). megafusion++: with noise re-scheduling and dilated convolutions in the later stages.
     /// Default: megafusion++; for the small model inside the program, which they bend out of shape, megafusion with one
-    /// relay and a twenty-fifth of the steps after it.
+    /// relay and the last fiftieth of the steps after it.
     #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)))]
     pub method: Option<Method>,
 
@@ -269,7 +269,7 @@ impl RunArgs {
         if self.method() == Method::Plain || !fits || steps < 2 || size.area() <= 2 * NATIVE.area() {
             return Vec::new();
         }
-        let relayed = (steps / 25).max(1);
+        let relayed = (steps / 50).max(1);
         let first = base_size(size, NATIVE, FACTOR);
         vec![Stage { size: first, steps: steps - relayed }, Stage { size, steps: relayed }]
     }
