@@ -57,7 +57,7 @@ impl ClipTextConfig {
             layer_norm_eps: keys.positive("layer_norm_eps", 1e-5)? as f32,
             eos_token_id,
         };
-        if config.hidden_size % config.num_attention_heads != 0 {
+        if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             let reason = format!("expected a number that divides hidden_size = {}", config.hidden_size);
             return Err(keys.error("num_attention_heads", reason));
         }

@@ -46,8 +46,8 @@ const LARGEST_LENGTH: f64 = 1e6;
 
 /// Everything the tokenizer is built from.
 pub(super) struct Description {
-    pub vocab: HashMap<String, u32>,
-    pub merges: Vec<(String, String)>,
+    pub vocab: Vocab,
+    pub merges: Merges,
     pub bos: String,
     pub eos: String,
     pub unk: String,
@@ -306,9 +306,12 @@ fn pad_left(path: &Path, config: &Map<String, Value>, json: Option<&Map<String, 
     }
 }
 
-type Vocabulary = (PathBuf, HashMap<String, u32>, Vec<(String, String)>);
+/// Token to id.
+type Vocab = HashMap<String, u32>;
+/// Pairs of tokens that become one, best first.
+type Merges = Vec<(String, String)>;
 
-fn vocab_and_merges(place: &Path, files: &TokenizerFiles) -> Result<Vocabulary> {
+fn vocab_and_merges(place: &Path, files: &TokenizerFiles) -> Result<(PathBuf, Vocab, Merges)> {
     let missing = |name: &str| {
         let reason = format!("{name} is missing; a CLIP tokenizer needs vocab.json and merges.txt, or tokenizer.json");
         Error::file(place, reason)
@@ -320,7 +323,7 @@ fn vocab_and_merges(place: &Path, files: &TokenizerFiles) -> Result<Vocabulary> 
     Ok((vocab_file, vocab, merges))
 }
 
-fn parse_merges(path: &Path, bytes: &[u8]) -> Result<Vec<(String, String)>> {
+fn parse_merges(path: &Path, bytes: &[u8]) -> Result<Merges> {
     let text = std::str::from_utf8(bytes).map_err(|error| Error::file(path, format!("not UTF-8: {error}")))?;
     let mut merges = Vec::new();
     for (i, line) in text.lines().enumerate() {
@@ -340,7 +343,7 @@ fn pair(line: &str) -> Option<(String, String)> {
 }
 
 /// `model` of a tokenizer.json: merges are pairs, or, as older versions wrote them, strings.
-fn model_of(path: &Path, json: &Map<String, Value>) -> Result<(HashMap<String, u32>, Vec<(String, String)>)> {
+fn model_of(path: &Path, json: &Map<String, Value>) -> Result<(Vocab, Merges)> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Merge {
@@ -364,7 +367,7 @@ fn model_of(path: &Path, json: &Map<String, Value>) -> Result<(HashMap<String, u
     Ok((vocab, merges.collect::<Result<_>>()?))
 }
 
-fn check_vocab(path: &Path, vocab: &HashMap<String, u32>, merges: &[(String, String)]) -> Result<()> {
+fn check_vocab(path: &Path, vocab: &Vocab, merges: &[(String, String)]) -> Result<()> {
     if vocab.is_empty() {
         return Err(Error::file(path, "the vocabulary is empty"));
     }
