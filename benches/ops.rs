@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use megafuse::Result;
-use megafuse::ops::{self, Activation, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, Source};
+use megafuse::ops::{
+    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, Source, StepCoefficients, Upsampler,
+};
 use megafuse::runtime::{DType, Device, Tensor, Work};
 use rayon::prelude::*;
 
@@ -243,11 +245,12 @@ fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
 }
 
 type Call = Box<dyn Fn() -> Result<Tensor>>;
+type Prepare = Box<dyn Fn(&Device, DType) -> Result<Call>>;
 
 /// A call that can be prepared on any device.
 struct Case {
     name: String,
-    prepare: Box<dyn Fn(&Device, DType) -> Result<Call>>,
+    prepare: Prepare,
 }
 
 fn cases() -> Vec<Case> {
@@ -291,6 +294,19 @@ fn cases() -> Vec<Case> {
     for (rows, c) in [(8192, 320), (2048, 640), (512, 1280)] {
         cases.push(layer_norm(rows, c));
     }
+    for (n, l, heads, head_dim) in
+        [(2, 4096, 8, 40), (2, 1024, 8, 80), (2, 256, 8, 160), (2, 64, 8, 160), (1, 4096, 1, 512), (1, 16384, 1, 512)]
+    {
+        cases.push(self_attention(n, l, heads, head_dim, false));
+    }
+    cases.push(self_attention(2, 77, 12, 64, true));
+    for (l, head_dim) in [(4096, 40), (1024, 80), (256, 160), (64, 160)] {
+        cases.push(cross_attention(2, l, 77, 8, head_dim));
+    }
+    for upsampler in [Upsampler::Bilinear, Upsampler::Bicubic, Upsampler::BicubicGaussian, Upsampler::BicubicEdge] {
+        cases.push(resize([1, 512, 512, 3], [1024, 1024], upsampler));
+    }
+    cases.push(sampler_step([1, 128, 128, 4]));
     cases
 }
 
@@ -366,4 +382,47 @@ fn layer_norm(rows: usize, c: usize) -> Case {
         Ok(Box::new(move || ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
     };
     Case { name: format!("layer_norm [{rows},{c}]"), prepare: Box::new(prepare) }
+}
+
+fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
+    let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
+        let qkv = tensor(device, dtype, &[n, l, 3, heads, head_dim])?;
+        Ok(Box::new(move || ops::attention(Attention::Packed { qkv: &qkv, causal })))
+    };
+    let suffix = if causal { " causal" } else { "" };
+    Case { name: format!("attention [{n},{l},3,{heads},{head_dim}]{suffix}"), prepare: Box::new(prepare) }
+}
+
+fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Case {
+    let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
+        let q = tensor(device, dtype, &[n, queries, heads, head_dim])?;
+        let kv = tensor(device, dtype, &[n, keys, 2, heads, head_dim])?;
+        Ok(Box::new(move || ops::attention(Attention::Cross { q: &q, kv: &kv })))
+    };
+    Case { name: format!("attention [{n},{queries},{heads},{head_dim}] x {keys} keys"), prepare: Box::new(prepare) }
+}
+
+fn resize(shape: [usize; 4], size: [usize; 2], upsampler: Upsampler) -> Case {
+    let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
+        let x = tensor(device, dtype, &shape)?;
+        Ok(Box::new(move || ops::resize(&x, size, upsampler, Some((-1.0, 1.0)))))
+    };
+    Case { name: format!("resize {upsampler:?} {shape:?} -> {size:?}"), prepare: Box::new(prepare) }
+}
+
+fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
+    let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
+        let (x, output) = (tensor(device, DType::F32, &[n, h, w, c])?, tensor(device, dtype, &[2 * n, h, w, c])?);
+        let coefficients = StepCoefficients {
+            x0_from_x: 1.1,
+            x0_from_e: -0.5,
+            clip: None,
+            next_from_x: 0.0,
+            next_from_e: 0.4,
+            next_from_x0: 0.9,
+            next_from_noise: 0.0,
+        };
+        Ok(Box::new(move || Ok(ops::sampler_step(&x, &output, Some(7.0), &coefficients, None)?.next)))
+    };
+    Case { name: format!("sampler_step guided [{n},{h},{w},{c}]"), prepare: Box::new(prepare) }
 }

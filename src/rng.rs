@@ -158,7 +158,7 @@ impl TorchCpu {
         }
         let mut values: Vec<f32> = (0..count).map(|_| self.bits.uniform_f32()).collect();
         values.as_chunks_mut().0.iter_mut().for_each(box_muller_16);
-        if count % 16 != 0
+        if !count.is_multiple_of(16)
             && let Some(last) = values.last_chunk_mut()
         {
             last.fill_with(|| self.bits.uniform_f32());

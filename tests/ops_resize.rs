@@ -185,11 +185,8 @@ fn reference(x: &[Vec<f64>], size: [usize; 2], upsampler: Upsampler) -> Vec<Vec<
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let narrow: Vec<Vec<f64>> = x.iter().map(|row| columns.iter().map(|weights| dot(weights, row)).collect()).collect();
     let column = |j: usize| narrow.iter().map(|row| row[j]).collect::<Vec<f64>>();
-    let mut y = vec![vec![0.0; size[1]]; size[0]];
-    for j in 0..size[1] {
-        let column = column(j);
-        (0..size[0]).for_each(|i| y[i][j] = dot(&rows[i], &column));
-    }
+    let y: Vec<Vec<f64>> =
+        rows.iter().map(|weights| (0..size[1]).map(|j| dot(weights, &column(j))).collect()).collect();
     let at = |i: isize, j: isize| {
         // Mirrored about the border pixels, again and again in tiny images.
         let mirror = |mut k: isize, len: usize| {

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
+use megafuse::methods::base_size;
+use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Stage, Upsampler};
 use megafuse::{DType, Error, Result};
 
 use super::values::{self, DeviceChoice, Stages};
@@ -126,8 +127,10 @@ pub struct RunArgs {
     ///
     /// plain: every step at the final size. megafusion: the first steps at the model's own size, then relays to larger
     /// ones (arXiv:2408.11001). megafusion++: with noise re-scheduling and dilated convolutions in the later stages.
-    #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)), default_value = "megafusion++")]
-    pub method: Method,
+    /// Default: megafusion++; for the small model inside the program, which they bend out of shape, megafusion with one
+    /// relay and the last fiftieth of the steps after it.
+    #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)))]
+    pub method: Option<Method>,
 
     /// Size of the final picture, width x height in pixels
     #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
@@ -227,9 +230,13 @@ impl RunArgs {
         Ok(Request {
             prompt: self.prompt.clone(),
             negative_prompt: self.negative.clone().unwrap_or_default(),
-            method: self.method,
+            method: self.method(),
             size: self.size,
-            stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
+            stages: match &self.stages {
+                Some(stages) => stages.0.clone(),
+                None if self.model.is_none() => self.pocket_stages(),
+                None => Vec::new(),
+            },
             upsampler: self.upsampler.unwrap_or_default(),
             relay_clamp: self.relay_clamp.unwrap_or_default(),
             reschedule: self.reschedule,
@@ -244,6 +251,27 @@ impl RunArgs {
             count: self.count,
             rng: self.rng,
         })
+    }
+
+    pub fn method(&self) -> Method {
+        let usual = if self.model.is_none() { Method::MegaFusion } else { Method::MegaFusionPlus };
+        self.method.unwrap_or(usual)
+    }
+
+    /// The stages of the model inside the program. It has seen 64x64 pixels only: steps at a larger size refine edges but
+    /// soon bend shapes, so there is one relay, late. Empty where the library's own planning serves as well.
+    fn pocket_stages(&self) -> Vec<Stage> {
+        const NATIVE: Size = Size { width: 64, height: 64 };
+        const FACTOR: usize = 4;
+        let size = self.size.unwrap_or(Size::new(256, 256));
+        let steps = self.steps.unwrap_or(50);
+        let fits = size.width.is_multiple_of(FACTOR) && size.height.is_multiple_of(FACTOR);
+        if self.method() == Method::Plain || !fits || steps < 2 || size.area() <= 2 * NATIVE.area() {
+            return Vec::new();
+        }
+        let relayed = (steps / 50).max(1);
+        let first = base_size(size, NATIVE, FACTOR);
+        vec![Stage { size: first, steps: steps - relayed }, Stage { size, steps: relayed }]
     }
 
     fn check_seeds(&self) -> Result<()> {
@@ -261,7 +289,7 @@ impl RunArgs {
         if self.eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
             return Err(conflict("--eta", self.eta, "only --scheduler ddim has an eta"));
         }
-        if self.method != Method::Plain {
+        if self.method() != Method::Plain {
             return Ok(());
         }
         let relay_only = |flag, value: String| {

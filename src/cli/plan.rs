@@ -20,7 +20,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     }
     let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();
     let model = values::source_name(&source);
-    print_line(format!("{model}, {}, {}, stages {}", report.dtype, args.run.method, stages.join(" ")));
+    print_line(format!("{model}, {}, {}, stages {}", report.dtype, args.run.method(), stages.join(" ")));
     if request.count > 1 {
         print_line(format!("for one of {} pictures", request.count));
     }

@@ -69,8 +69,6 @@ impl Default for Request {
 
 /// Steps of a run when nothing says otherwise; the paper's and diffusers'.
 const DEFAULT_STEPS: usize = 50;
-/// Models smaller than this are enlarged more when no size is asked for.
-const SMALL_NATIVE_SIDE: usize = 128;
 
 impl Request {
     /// The plan for a model with this scheduler configuration, native size and pixels per latent cell.
@@ -148,7 +146,7 @@ impl Request {
     fn default_size(&self, native: Size) -> Size {
         let scale = match self.method {
             Method::Plain => 1,
-            _ if native.width.max(native.height) < SMALL_NATIVE_SIDE => 4,
+            _ if native.width.max(native.height) < methods::SMALL_NATIVE_SIDE => 4,
             _ => 2,
         };
         Size::new(scale * native.width, scale * native.height)

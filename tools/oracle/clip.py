@@ -91,7 +91,7 @@ def write_case(name, more, dtype, form):
     if form["position_ids"]:
         tensors["text_model.embeddings.position_ids"] = torch.arange(config["max_position_embeddings"]).unsqueeze(0)
     if form["projection"]:
-        tensors["text_projection.weight"] = torch.randn(config["projection_dim"], config["hidden_size"]).to(dtype)
+        tensors["text_projection.weight"] = torch.ones(config["projection_dim"], config["hidden_size"], dtype=dtype)
     save_file(tensors, folder / "model.safetensors")
     expected = dict(zip(("last_hidden_state", "penultimate", "pooled"), (t.contiguous() for t in wanted)))
     save_file({"ids": ids.int(), **expected}, folder / "expected.safetensors", metadata={"errors": json.dumps(errors)})

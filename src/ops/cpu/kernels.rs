@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::gemm::{K_BLOCK, TILE_STRIDE};
 use super::math::{self, Level};
-use crate::runtime::Element;
+use crate::runtime::{DType, Element};
 
 /// The tile that the sums' registers hold, by instruction set.
 #[derive(Clone, Copy, Debug)]
@@ -72,28 +72,30 @@ impl Kernel {
         let mut block = [0.0f32; ROWS * K_BLOCK];
         for first in (0..count).step_by(ROWS) {
             let rows = ROWS.min(count - first);
-            for j in 0..rows {
-                math::load(&mut block[j * K_BLOCK..][..depth], &weight[(first + j) * stride..][k.clone()]);
-            }
+            let (from, from_stride) = match bytemuck::try_cast_slice::<T, f32>(weight) {
+                Ok(weight) if T::DTYPE == DType::F32 => (&weight[first * stride + k.start..], stride),
+                _ => {
+                    for j in 0..rows {
+                        math::load(&mut block[j * K_BLOCK..][..depth], &weight[(first + j) * stride..][k.clone()]);
+                    }
+                    (&block[..], K_BLOCK)
+                }
+            };
+            assert!(from.len() >= (rows - 1) * from_stride + depth);
             let mut done = 0;
             #[cfg(target_arch = "x86_64")]
             if self.level == Level::Avx512 && rows == ROWS {
                 done = depth / 16 * 16;
                 for k in (0..done).step_by(16) {
-                    // SAFETY: the square lies in `block`; rows k..k + 16 and columns first..first + 16 in the panel.
-                    unsafe {
-                        x86::transpose_16x16(
-                            block.as_ptr().add(k),
-                            K_BLOCK,
-                            panel.as_mut_ptr().add(k * width + first),
-                            width,
-                        );
-                    }
+                    let (from, to) = (from[k..].as_ptr(), panel[k * width + first..].as_mut_ptr());
+                    // SAFETY: rows 0..16 and k..k + 16 lie in `from`, rows k..k + 16 and columns first..first + 16 in
+                    // the panel, by the assertions.
+                    unsafe { x86::transpose_16x16(from, from_stride, to, width) };
                 }
             }
             for k in done..depth {
                 for j in 0..rows {
-                    panel[k * width + first + j] = block[j * K_BLOCK + k];
+                    panel[k * width + first + j] = from[j * from_stride + k];
                 }
             }
         }
@@ -122,6 +124,8 @@ trait Vector: Copy {
     /// `self * b + c`
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     unsafe fn add(self, b: Self) -> Self;
+    /// Asks for a cache line; the address may be anything.
+    fn prefetch(_from: *const f32) {}
 }
 
 /// `ROWS` rows times `WIDE` vectors of a panel that is two vectors wide.
@@ -133,6 +137,12 @@ unsafe fn tile<V: Vector, const ROWS: usize, const WIDE: usize>(args: Args) {
     let Args { k, tile, mut panel, sums, stride, add } = args;
     // SAFETY: the caller's.
     unsafe {
+        if add {
+            for i in 0..ROWS {
+                V::prefetch(sums.add(i * stride));
+                V::prefetch(sums.add(i * stride + V::LANES));
+            }
+        }
         let mut sum = [[V::splat(0.0); WIDE]; ROWS];
         for k in 0..k {
             let mut b = [V::splat(0.0); WIDE];
@@ -241,6 +251,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
             unsafe { _mm512_add_ps(self, b) }
+        }
+        #[inline(always)]
+        fn prefetch(from: *const f32) {
+            // SAFETY: a hint; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
     }
 

@@ -140,12 +140,6 @@ fn power_of_two(n: i32) -> f32 {
     f32::from_bits((n.wrapping_add(127) as u32) << 23)
 }
 
-/// `1 / (1 + e^-x)`
-#[inline(always)]
-pub fn sigmoid<const FMA: bool>(x: f32) -> f32 {
-    1.0 / (1.0 + exp::<FMA>(-x))
-}
-
 /// `x / (1 + e^-x)`
 #[inline(always)]
 pub fn silu<const FMA: bool>(x: f32) -> f32 {
