@@ -66,9 +66,9 @@ class Settings:
             setattr(self, key, value)
 
     def sampler(self, scheduler_config):
-        """Without --scheduler: MegaFusion takes the paper's DDIM; plain sampling the class of scheduler_config.json, or
-        DDIM for a class that is none of these."""
-        if self.method != "plain":
+        """Without --scheduler: the class of scheduler_config.json; DDIM for a class that is none of these, and for
+        --reference-compat."""
+        if self.reference_compat:
             return self.scheduler or "ddim"
         own = {v: k for k, v in SAMPLERS.items()}.get(scheduler_config["_class_name"], "ddim")
         return self.scheduler or own
