@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Module, and the modules of ours that it may import.
 const LAYERS: [(&str, &[&str]); 12] = [
     ("main", &["cli"]),
-    ("cli", &["pipeline", "methods", "image", "models", "ops", "runtime"]),
+    ("cli", &["pipeline", "image", "models", "ops", "runtime"]),
     ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime"]),
     ("methods", &["schedulers", "models", "ops", "runtime"]),
     ("schedulers", &["ops", "runtime"]),

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use megafuse::methods::base_size;
-use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Stage, Upsampler};
+use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
 use megafuse::{DType, Error, Result};
 
 use super::values::{self, DeviceChoice, Stages};
@@ -232,11 +231,7 @@ impl RunArgs {
             negative_prompt: self.negative.clone().unwrap_or_default(),
             method: self.method(),
             size: self.size,
-            stages: match &self.stages {
-                Some(stages) => stages.0.clone(),
-                None if self.model.is_none() => self.pocket_stages(),
-                None => Vec::new(),
-            },
+            stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
             upsampler: self.upsampler.unwrap_or_default(),
             relay_clamp: self.relay_clamp.unwrap_or_default(),
             reschedule: self.reschedule,
@@ -256,22 +251,6 @@ impl RunArgs {
     pub fn method(&self) -> Method {
         let usual = if self.model.is_none() { Method::MegaFusion } else { Method::MegaFusionPlus };
         self.method.unwrap_or(usual)
-    }
-
-    /// The stages of the model inside the program. It has seen 64x64 pixels only: steps at a larger size refine edges but
-    /// soon bend shapes, so there is one relay, late. Empty where the library's own planning serves as well.
-    fn pocket_stages(&self) -> Vec<Stage> {
-        const NATIVE: Size = Size { width: 64, height: 64 };
-        const FACTOR: usize = 4;
-        let size = self.size.unwrap_or(Size::new(256, 256));
-        let steps = self.steps.unwrap_or(50);
-        let fits = size.width.is_multiple_of(FACTOR) && size.height.is_multiple_of(FACTOR);
-        if self.method() == Method::Plain || !fits || steps < 2 || size.area() <= 2 * NATIVE.area() {
-            return Vec::new();
-        }
-        let relayed = (steps / 50).max(1);
-        let first = base_size(size, NATIVE, FACTOR);
-        vec![Stage { size: first, steps: steps - relayed }, Stage { size, steps: relayed }]
     }
 
     fn check_seeds(&self) -> Result<()> {

@@ -16,8 +16,8 @@ struct Relays {
 /// 10 of 50 steps in the paper.
 const RELAYS: Relays = Relays { most: 3, share: 0.2 };
 /// Models below [`SMALL_NATIVE_SIDE`]: an object is a few latent cells, and relayed at the paper's noise level it comes
-/// back as several smaller ones (seen on models/pocket at 256x256); they only refine.
-const RELAYS_OF_SMALL_MODELS: Relays = Relays { most: 2, share: 0.06 };
+/// back as several smaller ones (seen on models/pocket at 256x256), so one late relay only refines edges.
+const RELAYS_OF_SMALL_MODELS: Relays = Relays { most: 1, share: 0.02 };
 /// Pixels; see [`RELAYS_OF_SMALL_MODELS`].
 pub const SMALL_NATIVE_SIDE: usize = 128;
 
@@ -27,8 +27,8 @@ pub const SMALL_NATIVE_SIDE: usize = 128;
 /// the final aspect ratio; the sides then grow linearly, by about half the native ones per relay, in at most three
 /// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later share a fifth of the steps.
 /// So for SD 1.5 at 1024x1024 and 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1): 512x512:40, 768x768:5,
-/// 1024x1024:5. Models trained below 128 pixels only refine: at most two relays, 6 % of the steps; so for 256x256 from a
-/// model of 64x64: 64x64:47, 160x160:2, 256x256:1.
+/// 1024x1024:5. Models trained below 128 pixels only refine: one relay, 2 % of the steps; so for 256x256 from a model of
+/// 64x64: 64x64:49, 256x256:1.
 ///
 /// # Errors
 /// [`Error::Request`]: `size` is not made of multiples of `factor`.

@@ -1,0 +1,532 @@
+"""Trains, exports and scores the pocket model: a Stable Diffusion of five million parameters that draws scenes.py.
+
+The stages, in order (each resumes from its checkpoint in --work, so a stopped run is continued by the same command):
+
+    python train.py vae    --work run --minutes 15
+    python train.py unet   --work run --minutes 75
+    python train.py vae    --work run --minutes 30 --decoder-only
+    python train.py export --work run --out ../../models/pocket
+    python train.py eval   --model ../../models/pocket --pictures out
+
+The model is the same shape as Stable Diffusion 1.x (CLIP text encoder, cross-attention UNet that predicts the noise,
+KL autoencoder), only smaller: 64x64 pictures, latents 4x16x16. The text encoder is trained together with the UNet. The
+third stage keeps the encoder, and with it the latents the UNet has learned; it may run beside the second.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import read
+import scenes
+
+NATIVE = 64
+MAX_TOKENS = 20
+LATENT_SCALE = 0.18215  # one over the standard deviation of the latents, as in Stable Diffusion 1.x
+HERE = Path(__file__).resolve().parent
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def byte_symbols():
+    """CLIP's (and GPT-2's) printable character for each byte, in vocabulary order."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in plain]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(rest))]
+
+
+def caption_words():
+    text = " ".join(k.caption() for k in scenes.ALL_KINDS) + " a"
+    return sorted(set(text.replace(",", " , ").split()))
+
+
+def learn_merges(words):
+    """Byte-pair merges, most frequent pair first, until every word is one symbol."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while any(len(s) > 1 for s in spelled):
+        count = {}
+        for s in spelled:
+            for pair in zip(s, s[1:]):
+                count[pair] = count.get(pair, 0) + 1
+        best = min(count, key=lambda pair: (-count[pair], pair))
+        merges.append(best)
+        for k, s in enumerate(spelled):
+            joined, i = [], 0
+            while i < len(s):
+                if tuple(s[i : i + 2]) == best:
+                    joined.append(s[i] + s[i + 1])
+                    i += 2
+                else:
+                    joined.append(s[i])
+                    i += 1
+            spelled[k] = joined
+    return merges
+
+
+def write_tokenizer(directory):
+    """The files of a CLIPTokenizer whose merges cover the caption words; other text falls back to bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    symbols, merges = byte_symbols(), learn_merges(caption_words())
+    entries = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
+    entries = list(dict.fromkeys(entries)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {entry: i for i, entry in enumerate(entries)}
+    (directory / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    start, end = (
+        {"content": c, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        for c in ("<|startoftext|>", "<|endoftext|>")
+    )
+    special = {"bos_token": start, "eos_token": end, "pad_token": "<|endoftext|>", "unk_token": end}
+    write_json(directory / "special_tokens_map.json", special)
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "bos_token": start | {"__type": "AddedToken"},
+            "do_lower_case": True,
+            "eos_token": end | {"__type": "AddedToken"},
+            "errors": "replace",
+            "model_max_length": MAX_TOKENS,
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "CLIPTokenizer",
+            "unk_token": end | {"__type": "AddedToken"},
+        },
+    )
+    return CLIPTokenizer.from_pretrained(directory)
+
+
+def tokenize(tokenizer, captions):
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def new_vae():
+    return AutoencoderKL(
+        sample_size=NATIVE,
+        latent_channels=4,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+
+
+def new_unet():
+    return UNet2DConditionModel(
+        sample_size=NATIVE // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96, 96),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+    )
+
+
+def new_text_encoder(tokenizer):
+    """With word embeddings far larger than CLIP's 0.02: there the biases, learned first, drown the words' differences."""
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    torch.nn.init.normal_(model.embeddings.position_embedding.weight, std=0.1)
+    return model
+
+
+def new_scheduler():
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        timestep_spacing="leading",
+        prediction_type="epsilon",
+    )
+
+
+# ---- training, shared ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One stage's models, optimizer, averaged weights and clock; saved and restored as one file."""
+
+    def __init__(self, path, modules, rate, minutes, device, ema_decay):
+        self.path, self.modules, self.rate, self.ema_decay = path, modules, rate, ema_decay
+        self.seconds_planned, self.seconds_done, self.step = minutes * 60.0, 0.0, 0
+        for m in modules.values():
+            m.to(device=device, memory_format=torch.channels_last)
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.rng = np.random.default_rng(0)
+        self.averages = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in modules.items()}
+        if path.exists():
+            saved = torch.load(path, map_location=device, weights_only=False)
+            for n, m in modules.items():
+                m.load_state_dict(saved["modules"][n])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.averages, self.step, self.seconds_done = saved["averages"], saved["step"], saved["seconds_done"]
+            self.rng.bit_generator.state = saved["numpy_rng"]
+            torch.set_rng_state(saved["torch_rng"].cpu())
+            print(f"resumed {path.name} at step {self.step}, {self.seconds_done / 60:.1f} min")
+        self.last_tick = time.monotonic()
+
+    def progress(self):
+        """Fraction of the planned time that is used up; the learning rate follows it, not the step count."""
+        return min(self.seconds_done / self.seconds_planned, 1.0)
+
+    def update(self, loss):
+        """One optimizer step; rate: 200 steps of warm-up, then a cosine over the planned time."""
+        rate = self.rate * min(1.0, (self.step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress())))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for n, m in self.modules.items():
+                for k, v in m.state_dict().items():
+                    if v.dtype.is_floating_point:
+                        self.averages[n][k].lerp_(v, 1 - decay)
+        now = time.monotonic()
+        self.seconds_done += now - self.last_tick
+        self.last_tick = now
+
+    def save(self):
+        saved = {
+            "modules": {n: m.state_dict() for n, m in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "averages": self.averages,
+            "step": self.step,
+            "seconds_done": self.seconds_done,
+            "numpy_rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+        }
+        write_atomically(self.path, lambda path: torch.save(saved, path))
+
+    def averaged(self, name):
+        """The averaged weights of one module, loaded into it."""
+        self.modules[name].load_state_dict(self.averages[name])
+        return self.modules[name].eval()
+
+
+def write_atomically(path, write):
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+def to_tensor(pictures):
+    """[n, h, w, 3] in 0..1 -> [n, 3, h, w] in -1..1, channels last."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
+
+
+def random_kind(rng):
+    return scenes.TRAINING_KINDS[rng.integers(len(scenes.TRAINING_KINDS))]
+
+
+# ---- stage vae -------------------------------------------------------------------------------------------------------
+
+
+def vae_picture(rng):
+    """A 64x64 picture: a scene or a crowd, whole or a window of it at two or four times the size."""
+    scale = (1, 1, 2, 4)[rng.integers(4)]
+    size = NATIVE * scale
+    crowd = rng.random() < 0.5
+    scene = scenes.draw_scene(rng, random_kind(rng))
+    x, y = rng.uniform(0, 1, 2) if crowd else scene.centres[rng.integers(len(scene.centres))]
+    left, top = (int(np.clip((c + rng.uniform(-0.12, 0.12)) * size - NATIVE / 2, 0, size - NATIVE)) for c in (x, y))
+    window = (left, top, NATIVE, NATIVE)
+    return scenes.render_crowd(rng, size, window) if crowd else scenes.render(scene, size, window)
+
+
+def picture_loss(out, target):
+    """L1 on the pixels and on their differences to the right and lower neighbour; the objects count five times.
+
+    They cover little of most pictures: unweighted, the colours of the objects are learned long after the grounds.
+    """
+    apart = (target - target.flatten(2).median(dim=2).values[..., None, None]).abs().amax(dim=1, keepdim=True) > 0.3
+    weight = 1.0 + 4.0 * F.max_pool2d(apart.float(), 3, stride=1, padding=1)
+    error = out - target
+    edges = (error.diff(dim=-1).abs() * weight[..., 1:]).mean() + (error.diff(dim=-2).abs() * weight[..., 1:, :]).mean()
+    return (error.abs() * weight).mean() + 0.5 * edges
+
+
+def psnr(out, target):
+    """Mean over the pictures of 10 log10(1 / mse), values in 0..1."""
+    mse = ((out.clamp(-1, 1) - target) / 2).square().mean(dim=(1, 2, 3))
+    return float((10 * torch.log10(1 / mse)).mean())
+
+
+def stage_vae(args):
+    """The autoencoder; with --decoder-only the encoder stays as it is, so latents made with it stay valid."""
+    vae = new_vae()
+    with torch.no_grad():  # little posterior noise from the start; it would fall slowly, and blur the pictures until then
+        vae.quant_conv.weight[4:] *= 0.1
+        vae.quant_conv.bias[4:] = -6.0
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    path = args.work / ("decoder.ckpt" if args.decoder_only else "vae.ckpt")
+    run = Run(path, {"vae": vae}, args.rate or 4e-4, args.minutes, args.device, 0.995)
+    if args.decoder_only and run.step == 0:
+        saved = torch.load(args.work / "vae.ckpt", map_location=args.device, weights_only=False)["averages"]["vae"]
+        vae.load_state_dict(saved)
+        run.averages["vae"] = {k: v.clone() for k, v in saved.items()}
+    vae.train()
+    while run.progress() < 1:
+        target = to_tensor([vae_picture(run.rng) for _ in range(args.batch or 8)]).to(args.device)
+        posterior = vae.encode(target).latent_dist
+        out = vae.decode(posterior.sample()).sample
+        loss = picture_loss(out, target)
+        if not args.decoder_only:
+            loss = loss + 3e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+        run.update(loss)
+        if run.step % 50 == 0:
+            with torch.no_grad():
+                print(
+                    f"step {run.step} {run.seconds_done / 60:.1f} min loss {loss.item():.4f} psnr {psnr(out, target):.2f} "
+                    f"std {posterior.mean.std():.2f} noise {posterior.std.mean():.4f}",
+                    flush=True,
+                )
+        if run.step % 200 == 0:
+            run.save()
+    if not args.decoder_only:
+        run.averages["vae"] = standardised(run.averages["vae"], run.averaged("vae"))
+    run.save()
+
+
+@torch.no_grad()
+def standardised(weights, vae):
+    """The same autoencoder with every latent channel at mean 0 and at Stable Diffusion's usual standard deviation.
+
+    Both are folded into the 1x1 convolutions around the latents. Without it the channels' deviations were 3.7, 1.7, 1.6
+    and 0.65: the noise would hide the last channel long before the first.
+    """
+    rng = np.random.default_rng(2)
+    drawn = [scenes.draw_scene(rng, random_kind(rng)) for _ in range(512)]
+    device = vae.quant_conv.weight.device
+    parts = [to_tensor([scenes.render(s, NATIVE) for s in drawn[i : i + 64]]).to(device) for i in range(0, 512, 64)]
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
+    weights = {k: v.clone() for k, v in weights.items()}
+    quant, post = weights["quant_conv.weight"], weights["post_quant_conv.weight"]
+    quant[:4] /= std[:, None, None, None]
+    weights["quant_conv.bias"][:4] = (weights["quant_conv.bias"][:4] - mean) / std
+    weights["quant_conv.bias"][4:] -= 2 * std.log()
+    weights["post_quant_conv.bias"] += post[:, :, 0, 0] @ mean
+    post *= std[None, :, None, None]
+    return weights
+
+
+def load_vae(work, device):
+    """The averaged autoencoder, with the later-trained decoder where there is one."""
+    path = work / "decoder.ckpt"
+    path = path if path.exists() else work / "vae.ckpt"
+    vae = new_vae()
+    vae.load_state_dict(torch.load(path, map_location=device, weights_only=False)["averages"]["vae"])
+    return vae.to(device=device, memory_format=torch.channels_last).eval()
+
+
+@torch.no_grad()
+def encode_scenes(args):
+    """Latents and kinds of --scenes training scenes, encoded once and kept in --work."""
+    path = args.work / "latents.safetensors"
+    if not path.exists():
+        vae, rng = load_vae(args.work, args.device), np.random.default_rng(1)
+        kinds = [int(rng.integers(len(scenes.TRAINING_KINDS))) for _ in range(args.scenes)]
+        latents = []
+        for i in range(0, len(kinds), 64):
+            drawn = [scenes.draw_scene(rng, scenes.TRAINING_KINDS[k]) for k in kinds[i : i + 64]]
+            pictures = to_tensor([scenes.render(s, NATIVE) for s in drawn]).to(args.device)
+            latents.append(vae.encode(pictures).latent_dist.mean.contiguous().cpu())
+        tensors = {"latents": torch.cat(latents), "kinds": torch.tensor(kinds)}
+        write_atomically(path, lambda part: save_file(tensors, part))
+    saved = load_file(path)
+    return saved["latents"], saved["kinds"], 1.0 / float(saved["latents"].std())
+
+
+# ---- stage unet ------------------------------------------------------------------------------------------------------
+
+
+def stage_unet(args):
+    """The noise predictor and the text encoder, on encoded scenes.
+
+    The error of the noise is weighted by clamp(SNR, 0.1, 5) / SNR. The upper bound is min-SNR weighting (Hang et al. 2023,
+    arXiv:2303.09556). The lower one is for the caption: number and position are settled at an SNR near 0.01, where the
+    noise is easily told from the picture and a wrong picture costs next to nothing in the noise.
+    """
+    latents, kinds, scale = encode_scenes(args)
+    print(f"{len(latents)} scenes, scaling factor {scale:.4f}", flush=True)
+    tokenizer = write_tokenizer(args.work / "tokenizer")
+    modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
+    run = Run(args.work / "unet.ckpt", modules, args.rate or 4e-4, args.minutes, args.device, 0.995)
+    unet, text_encoder = (m.train() for m in modules.values())
+    abar = new_scheduler().alphas_cumprod.to(args.device)
+    batch, total = args.batch or 32, 0.0
+    while run.progress() < 1:
+        rows = run.rng.integers(len(latents), size=batch)
+        captions = [scenes.draw_caption(run.rng, scenes.TRAINING_KINDS[kinds[r]]) for r in rows]
+        clean = (latents[rows] * scale).to(args.device, memory_format=torch.channels_last)
+        noise = torch.randn_like(clean)
+        t = (1000 * torch.rand(batch).sqrt()).long().clamp(max=999).to(args.device)  # noisier pictures more often
+        a = abar[t][:, None, None, None]
+        context = text_encoder(tokenize(tokenizer, captions).to(args.device)).last_hidden_state
+        out = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, context).sample
+        snr = abar[t] / (1 - abar[t])
+        loss = ((out - noise).square().mean(dim=(1, 2, 3)) * snr.clamp(0.1, 5) / snr).mean()
+        run.update(loss)
+        total += loss.item()
+        if run.step % 100 == 0:
+            print(f"step {run.step} {run.seconds_done / 60:.1f} min loss {total / 100:.4f}", flush=True)
+            total = 0.0
+        if run.step % 200 == 0:
+            run.save()
+    run.save()
+
+
+# ---- stages export and eval ------------------------------------------------------------------------------------------
+
+
+def stage_export(args):
+    """The averaged weights as a diffusers directory in f16; a part without a checkpoint yet is exported untrained."""
+    tokenizer = write_tokenizer(args.out / "tokenizer")
+    modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer), "vae": new_vae()}
+    if (args.work / "vae.ckpt").exists():
+        modules["vae"] = load_vae(args.work, "cpu")
+    if (args.work / "unet.ckpt").exists():
+        saved = torch.load(args.work / "unet.ckpt", map_location="cpu", weights_only=False)["averages"]
+        for name, weights in saved.items():
+            modules[name].load_state_dict(weights)
+        _, _, scale = encode_scenes(args)
+        modules["vae"].register_to_config(scaling_factor=round(scale, 6))
+    for name, module in modules.items():
+        module.half().to(memory_format=torch.contiguous_format).save_pretrained(args.out / name)
+        print(f"{name}: {sum(p.numel() for p in module.parameters())} parameters")
+    # transformers 5 drops the prefix that every published Stable Diffusion checkpoint has, and would load the text
+    # encoder in the type named here while diffusers loads the other parts in f32.
+    text_encoder = args.out / "text_encoder"
+    weights = load_file(text_encoder / "model.safetensors")
+    weights = {k if k.startswith("text_model.") else "text_model." + k: v for k, v in weights.items()}
+    save_file(weights, text_encoder / "model.safetensors", {"format": "pt"})
+    config = json.loads((text_encoder / "config.json").read_text())
+    config.pop("dtype", None)
+    write_json(text_encoder / "config.json", config | {"torch_dtype": "float32"})
+    for file in args.out.rglob("*.safetensors"):
+        file.chmod(0o644)
+    new_scheduler().save_pretrained(args.out / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(args.out / "model_index.json", index)
+
+
+def held_out_captions():
+    return (HERE / "heldout.txt").read_text().split("\n")[:-1]
+
+
+def stage_eval(args):
+    """Pictures of the held-out captions through diffusers, and what read.py finds in them."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    captions = held_out_captions()[: args.count]
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    for i in range(0, len(captions), 25):
+        part = captions[i : i + 25]
+        seeds = [torch.Generator("cpu").manual_seed(args.seed + i + k) for k in range(len(part))]
+        pictures = pipe(part, num_inference_steps=args.steps, guidance_scale=args.guidance, generator=seeds).images
+        for k, picture in enumerate(pictures):
+            picture.save(args.pictures / f"{i + k:03d}.png")
+    print(f"{args.steps} DDIM steps, guidance {args.guidance}, seeds {args.seed}..{args.seed + len(captions) - 1}")
+    read.score_directory(args.pictures, captions)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="stage", required=True)
+
+    vae = commands.add_parser("vae", help="train the autoencoder")
+    vae.add_argument("--decoder-only", action="store_true", help="train on with the encoder frozen")
+    unet = commands.add_parser("unet", help="train the UNet and the text encoder")
+    export = commands.add_parser("export", help="write the diffusers directory")
+    export.add_argument("--out", type=Path, required=True, help="directory to write")
+    for command in (vae, unet):
+        command.add_argument("--minutes", type=float, required=True, help="planned training time, over all resumptions")
+        command.add_argument("--rate", type=float, help="peak learning rate")
+        command.add_argument("--batch", type=int, help="samples in a step")
+    for command in (vae, unet, export):
+        command.add_argument("--work", type=Path, required=True, help="directory of checkpoints and encoded scenes")
+        command.add_argument("--scenes", type=int, default=20000, help="scenes to encode for the UNet")
+
+    score = commands.add_parser("eval", help="generate the held-out captions and score the pictures")
+    score.add_argument("--model", type=Path, required=True, help="exported directory")
+    score.add_argument("--pictures", type=Path, required=True, help="directory for the pictures")
+    score.add_argument("--count", type=int, default=200, help="captions to take from heldout.txt")
+    score.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    score.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
+    score.add_argument("--seed", type=int, default=0, help="seed of the first picture; the others count up")
+
+    for command in (vae, unet, export, score):
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--threads", type=int, default=1, help="CPU threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.stage != "eval":
+        torch.manual_seed(0)
+        args.work.mkdir(parents=True, exist_ok=True)
+    {"vae": stage_vae, "unet": stage_unet, "export": stage_export, "eval": stage_eval}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
