@@ -147,9 +147,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = values::steps)]
     pub steps: Option<usize>,
 
-    /// Classifier-free guidance scale; up to 1 there is no guidance
-    #[arg(long, value_name = "X", value_parser = values::guidance, default_value = "7")]
-    pub guidance: f32,
+    /// Classifier-free guidance scale; up to 1 there is no guidance (default: 7; 3 for the model inside the program)
+    #[arg(long, value_name = "X", value_parser = values::guidance)]
+    pub guidance: Option<f32>,
 
     /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
     #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
@@ -241,7 +241,7 @@ impl RunArgs {
             scheduler: self.scheduler,
             eta: self.eta,
             steps: self.steps,
-            guidance: self.guidance,
+            guidance: self.guidance.unwrap_or(if self.model.is_none() { 3.0 } else { 7.0 }),
             seed: self.seed,
             count: self.count,
             rng: self.rng,

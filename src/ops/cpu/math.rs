@@ -404,7 +404,8 @@ mod tests {
     #[test]
     fn conversions_round_to_nearest_even() {
         // Ties, overflow, subnormals, NaN: as the half crate has them, element by element.
-        let specials = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 65519.9, 65520.0, 3.4e38, 1e-8, 6e-8, f32::INFINITY];
+        let specials =
+            [0.0, -0.0, 1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 65519.9, 65520.0, 3.4e38, 1e-8, 6e-8, f32::INFINITY];
         let values: Vec<f32> = specials.into_iter().chain(sweep(-3.0, 3.0)).collect();
         let (mut to_f16, mut to_bf16) = (vec![f16::ZERO; values.len()], vec![bf16::ZERO; values.len()]);
         store(&mut to_f16, &values);
