@@ -3,7 +3,7 @@
 //! The scalar functions have no branches and no table look-ups, so a plain loop over a slice becomes vector code. Loops
 //! are written inside [`simd!`], which compiles the body once per instruction set (AVX-512, AVX2 with FMA, the build's
 //! own baseline) and picks at run time; `FMA` is a constant in the body and goes to the functions:
-//! ```ignore
+//! ```text
 //! simd! {
 //!     /// values = exp(values - shift)
 //!     pub fn exp_shifted(values: &mut [f32], shift: f32) {
