@@ -1,9 +1,9 @@
 """Reads number, size, colour, shape, position and ground back from a picture in the style of scenes.py.
 
 No learned parts. The ground's colour is the median of the picture's border; a pixel belongs to an object if no
-brightness of the ground's colour explains it, so shadows stay ground. Connected pixels form an object. Its shape is the one
-whose outline, with the same area and middle, differs least; its colour follows from hue and saturation, the position from
-the mean of the objects' centres.
+brightness of the ground's colour explains it, so shadows stay ground. Connected pixels form an object. Its shape is the
+one whose outline, with the same area and middle, differs least; its colour follows from hue and saturation, the
+position from the mean of the objects' centres.
 
     python read.py picture.png ...          prints what is seen
     python read.py --score DIR              scores DIR/000.png, 001.png, ... against heldout.txt, line by line

@@ -16,7 +16,7 @@ from PIL import Image
 
 NUMBERS = ("one", "two", "three")
 SIZES = ("small", "large")
-COLOURS = {  # linear enough for shading: the picture is these values times the shade
+COLOURS = {  # times the shade of the object
     "red": (0.88, 0.10, 0.10),
     "green": (0.12, 0.70, 0.20),
     "blue": (0.13, 0.32, 0.95),
@@ -190,7 +190,7 @@ def render(scene, size, window=None):
 
 
 def render_crowd(rng, size, window=None):
-    """Nine unlike objects in a grid: no caption describes it, but an autoencoder learns more from it than from ground."""
+    """Nine unlike objects in a grid: no caption says this, but an autoencoder learns more from it than from ground."""
     things = [
         Thing(
             shape=SHAPES[rng.integers(len(SHAPES))],
