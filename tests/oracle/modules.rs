@@ -9,7 +9,7 @@ use crate::files::{self, Array, Arrays, MODELS, all_passed, compare, data, megaf
 /// The expected values are f64's; f32 on torch is within 1e-5 of them.
 const TOLERANCE: f64 = 2e-5;
 /// This one case is ill-conditioned: torch's own f32 is off by 1.6e-5, and an input changed by 6e-8 moves it by 1.4e-5.
-const ILL_CONDITIONED: (&str, f64) = ("four-levels unet-square.out", 1e-4);
+const ILL_CONDITIONED: (&str, f64) = ("four-levels unet-square.out", 5e-5);
 
 /// A module of a model: its list in oracle.json, what it is run on, and what is compared (the main output first).
 struct Module {
