@@ -1,8 +1,6 @@
 //! activation, add, clamp, scale_cast, embedding and timestep_embedding against plain f64 loops.
 
-mod common;
-
-use common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, Random, assert_close, f64s};
 use megafuse::Error;
 use megafuse::ops::{self, Activation, TimestepEmbedding};
 use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};
@@ -25,8 +23,8 @@ fn activations_match_f64() {
         let v = f64s(&x);
         for (activation, f) in [
             (Activation::None, &(|x| x) as &dyn Fn(f64) -> f64),
-            (Activation::Silu, &common::silu),
-            (Activation::Gelu, &common::gelu),
+            (Activation::Silu, &crate::common::silu),
+            (Activation::Gelu, &crate::common::gelu),
             (Activation::QuickGelu, &quick_gelu),
         ] {
             let got = ops::activation(&x, activation).unwrap();

@@ -1,8 +1,6 @@
 //! linear against plain f64 loops.
 
-mod common;
-
-use common::{Random, assert_close};
+use crate::common::{Random, assert_close};
 use megafuse::Error;
 use megafuse::ops::{self, Activation, Linear};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -65,7 +63,7 @@ fn linear_matches_f64() {
                 };
                 let what = format!("{leading:?} {k} {rows} {activation:?} bias {bias} residual {residual}");
                 // 8: a chain of products (see the engine), and the activation's own few ulp.
-                assert_close(&ops::linear(args).unwrap(), &common::linear(&args), 8.0, what);
+                assert_close(&ops::linear(args).unwrap(), &crate::common::linear(&args), 8.0, what);
             }
         }
     }

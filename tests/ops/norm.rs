@@ -1,8 +1,6 @@
 //! group_norm and layer_norm against plain f64 loops.
 
-mod common;
-
-use common::{Random, assert_close};
+use crate::common::{Random, assert_close};
 use megafuse::Error;
 use megafuse::ops::{self, GroupNorm, LayerNorm, Source};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -36,7 +34,7 @@ fn group_norm_matches_f64() {
             let args = GroupNorm { x, gamma: &gamma, beta: &beta, groups, eps: 1e-5, silu };
             let what = format!("{n} {h} {w} {c_a}+{c_b} groups {groups} mean {mean} silu {silu}");
             // 4: the mean in f32, the difference, the scale, SiLU.
-            assert_close(&ops::group_norm(args).unwrap(), &common::group_norm(&args), 4.0, what);
+            assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, what);
         }
     }
 }
@@ -89,7 +87,7 @@ fn layer_norm_matches_f64() {
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
             let args = LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 };
             let what = format!("{shape:?} mean {mean}");
-            assert_close(&ops::layer_norm(args).unwrap(), &common::layer_norm(&args), 4.0, what);
+            assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 4.0, what);
         }
     }
     let empty = Tensor::zeros(&device, &[3, 0], DType::F32).unwrap();

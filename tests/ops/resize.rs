@@ -1,8 +1,6 @@
 //! resize against PIL, torch and plain f64 loops.
 
-mod common;
-
-use common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, Random, assert_close, f64s};
 use megafuse::Error;
 use megafuse::ops::{self, Upsampler};
 use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};
@@ -33,7 +31,7 @@ const SHAPES: [([usize; 4], [usize; 2]); 11] = [
 /// Levels with steep steps in every direction.
 fn pattern(h: usize, w: usize, c: usize) -> Vec<u8> {
     let level = |y: usize, x: usize, k: usize| ((x * 37 + y * 91 + k * 53 + (x * y) % 17 * 11) % 256) as u8;
-    common::product3(h, w, c).map(|(y, x, k)| level(y, x, k)).collect()
+    crate::common::product3(h, w, c).map(|(y, x, k)| level(y, x, k)).collect()
 }
 
 /// Levels as a `[1, h, w, c]` image in [-1, 1].
@@ -274,7 +272,7 @@ fn nearest_takes_the_floor_index() {
         let got = ops::resize_nearest(&x, size).unwrap();
         assert_eq!((got.shape(), got.dtype()), ([n, size[0], size[1], c].as_slice(), dtype));
         let (x, got) = (f64s(&x), f64s(&got));
-        for (b, i, j) in common::product3(n, size[0], size[1]) {
+        for (b, i, j) in crate::common::product3(n, size[0], size[1]) {
             let from = ((b * h + i * h / size[0]) * w + j * w / size[1]) * c;
             let to = ((b * size[0] + i) * size[1] + j) * c;
             assert_eq!(got[to..to + c], x[from..from + c], "{shape:?} {size:?} [{b}, {i}, {j}]");

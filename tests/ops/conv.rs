@@ -1,8 +1,6 @@
 //! conv2d against plain f64 loops: every kernel, stride, dilation and padding, every fused option alone and together.
 
-mod common;
-
-use common::{Random, assert_close};
+use crate::common::{Random, assert_close};
 use megafuse::Error;
 use megafuse::ops::{self, Conv2d, ConvNorm, Source};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -82,7 +80,7 @@ fn run(case: &Case, dtype: DType) {
         args.residual = Some(&residual);
     }
     // 8: a chain of products, and the norm's rounding of each factor.
-    assert_close(&ops::conv2d(args).unwrap(), &common::conv2d(&args), 8.0, format!("{case:?}"));
+    assert_close(&ops::conv2d(args).unwrap(), &crate::common::conv2d(&args), 8.0, format!("{case:?}"));
 }
 
 fn run_all(cases: &[Case]) {

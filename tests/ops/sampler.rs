@@ -1,8 +1,6 @@
 //! sampler_step, add_noise and diagonal_gaussian against plain f64 loops.
 
-mod common;
-
-use common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, Random, assert_close, f64s};
 use megafuse::Error;
 use megafuse::ops::{self, StepCoefficients};
 use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};

@@ -1,8 +1,6 @@
 //! attention against plain f64 loops.
 
-mod common;
-
-use common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, Random, assert_close, f64s};
 use megafuse::Error;
 use megafuse::ops::{self, Attention};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -89,7 +87,7 @@ fn reference<'a>(
 ) -> Expected {
     let scale = 1.0 / (d as f64).sqrt();
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
-    for (b, i, h) in common::product3(n, queries, heads) {
+    for (b, i, h) in crate::common::product3(n, queries, heads) {
         let q = part(0, b, i, h);
         let seen = if causal { i + 1 } else { keys };
         let terms = |j: usize| q.iter().zip(part(1, b, j, h)).map(move |(q, k)| scale * q * k);

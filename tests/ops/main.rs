@@ -1,0 +1,12 @@
+//! Every op against textbook loops in f64, on every device this run has: the cpu, and the card or its emulation.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attention;
+mod conv;
+mod elementwise;
+mod linear;
+mod norm;
+mod resize;
+mod sampler;
