@@ -1,6 +1,7 @@
 //! The card's side of the ops: which kernel, which grid. The arguments were checked by the op.
 
 pub mod elementwise;
+pub mod step;
 
 use crate::error::Error;
 use crate::runtime::DType;
