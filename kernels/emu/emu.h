@@ -72,28 +72,31 @@ bool configure_from_environment();
 // ---- kernels and launches ----
 
 using Thunk = void (*)(void* const* params);
+// A parameter as the driver sees it: where it lies in the packed argument buffer, and whether it is an address.
 struct Param {
-    uint32_t offset, bytes;
+    uint32_t offset, size;
+    bool is_pointer;
 };
 struct Kernel {
     const char* name;
     const char* file;  // of the .cu
-    Thunk run;         // one thread's body
+    Thunk fn;          // one thread's body
     unsigned max_threads, min_blocks;  // its launch bounds
-    unsigned param_count;
     const Param* params;
+    unsigned param_count;
     const Kernel* next;
-    Kernel(const char* name, const char* file, Thunk run, unsigned max_threads, unsigned min_blocks, unsigned param_count,
-           const Param* params);
+    Kernel(const char* name, const char* file, Thunk fn, const unsigned (&bounds)[2], const Param* params,
+           unsigned param_count);
 };
-const Kernel* first_kernel();                    // of all, a list in no order
-const Kernel* find_kernel(const char* name);     // or null
-const Kernel* find_kernel(Thunk run);            // or null
-Thunk find(const char* name);                    // or null
+using Reg = Kernel;
+const Kernel* first_kernel();                        // of all, a list in no order
+const Kernel* find_registered(const char* name);     // or null
+const Kernel* find_registered(Thunk fn);             // or null
+Thunk find(const char* name);                        // or null
 
 // Runs the whole grid. 0: done; negative: refused before anything ran; positive: number of errors and races.
 // `params[i]` points to the value of parameter i; `smem` is the dynamic shared memory in bytes. Launches wait for each other.
-int launch(Thunk run, dim3 grid, dim3 block, unsigned smem, void* const* params);
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params);
 // What went wrong in the latest launch of this host thread, a line each; empty if nothing did.
 const char* last_error();
 
@@ -160,14 +163,11 @@ struct Entry<F> {
     static constexpr unsigned count = sizeof...(A);
     struct Layout {
         Param params[count + 1];  // never empty
+        // As a C struct of the parameters would be laid out.
         constexpr Layout() : params{} {
-            const size_t bytes[] = {sizeof(A)..., 0}, align[] = {alignof(A)..., 1};
-            size_t offset = 0;
-            for (unsigned i = 0; i < count; i++) {
-                offset = (offset + align[i] - 1) / align[i] * align[i];
-                params[i] = {uint32_t(offset), uint32_t(bytes[i])};
-                offset += bytes[i];
-            }
+            uint32_t i = 0, end = 0;
+            ((end = (end + alignof(A) - 1) / alignof(A) * alignof(A), params[i++] = {end, sizeof(A), std::is_pointer_v<A>},
+              end += sizeof(A)), ...);
         }
     };
     static constexpr Layout layout{};
@@ -180,10 +180,9 @@ struct Entry<F> {
 #define KERNEL(name, max_threads, min_blocks)                                                      \
     static constexpr unsigned emu_bounds_##name[2] = {unsigned(max_threads), unsigned(min_blocks)}; \
     __attribute__((noinline)) static void name
-#define REGISTER_KERNEL(name)                                                                          \
-    static const ::emu::Kernel emu_kernel_##name(#name, __FILE__, ::emu::Entry<&name>::run, emu_bounds_##name[0], \
-                                                 emu_bounds_##name[1], ::emu::Entry<&name>::count,     \
-                                                 ::emu::Entry<&name>::layout.params);
+#define REGISTER_KERNEL(name)                                                                            \
+    static const ::emu::Kernel emu_kernel_##name(#name, __FILE__, ::emu::Entry<&name>::run, emu_bounds_##name, \
+                                                 ::emu::Entry<&name>::layout.params, ::emu::Entry<&name>::count);
 
 #define SHARED_DYNAMIC(T, name) T& name = *static_cast<T*>(::emu::dyn_smem(sizeof(T), ::emu::Loc(__FILE__, __LINE__)))
 #define SHARED_STATIC(T, name, dims)          \

@@ -312,7 +312,7 @@ void yield_at_random(Machine& m) {
 // and `machine` must not be kept across a switch: hence not inlined.
 __attribute__((noinline)) static void run_thread() {
     Machine& m = *machine;
-    m.kernel->run(m.params);
+    m.kernel->fn(m.params);
     Thread& me = self();
     if (!me.group_ends.empty() || !me.copies.empty()) land_copies(me, uint32_t(me.copies.size()));
     m.alive--;

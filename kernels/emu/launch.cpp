@@ -16,32 +16,32 @@ Stats stats;
 
 static const Kernel* kernels;  // constant-initialised: registrations run before main in any order
 
-Kernel::Kernel(const char* name, const char* file, Thunk run, unsigned max_threads, unsigned min_blocks,
-               unsigned param_count, const Param* params)
-    : name(name), file(file), run(run), max_threads(max_threads), min_blocks(min_blocks), param_count(param_count),
-      params(params), next(kernels) {
+Kernel::Kernel(const char* name, const char* file, Thunk fn, const unsigned (&bounds)[2], const Param* params,
+               unsigned param_count)
+    : name(name), file(file), fn(fn), max_threads(bounds[0]), min_blocks(bounds[1]), params(params),
+      param_count(param_count), next(kernels) {
     kernels = this;
 }
 
 const Kernel* first_kernel() { return kernels; }
 
-const Kernel* find_kernel(const char* name) {
+const Kernel* find_registered(const char* name) {
     for (const Kernel* k = kernels; k; k = k->next) {
         if (strcmp(k->name, name) == 0) return k;
     }
     return nullptr;
 }
 
-const Kernel* find_kernel(Thunk run) {
+const Kernel* find_registered(Thunk fn) {
     for (const Kernel* k = kernels; k; k = k->next) {
-        if (k->run == run) return k;
+        if (k->fn == fn) return k;
     }
     return nullptr;
 }
 
 Thunk find(const char* name) {
-    const Kernel* k = find_kernel(name);
-    return k ? k->run : nullptr;
+    const Kernel* k = find_registered(name);
+    return k ? k->fn : nullptr;
 }
 
 // ---- messages ----
@@ -290,9 +290,9 @@ static std::string refusal(const Kernel* kernel, dim3 grid, dim3 block, unsigned
     return *text ? std::string(kernel->name) + ": " + text : "";
 }
 
-int launch(Thunk run, dim3 grid, dim3 block, unsigned smem, void* const* params) {
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params) {
     std::lock_guard lock(pool().launching);
-    const Kernel* kernel = find_kernel(run);
+    const Kernel* kernel = find_registered(fn);
     latest_error = refusal(kernel, grid, block, smem);
     if (!latest_error.empty()) {
         if (!config.quiet) fprintf(stderr, "[emu] launch refused: %s\n", latest_error.c_str());

@@ -493,7 +493,7 @@ void begin_launch(Machine& m) {
     s.reported.clear();
     memset(s.allocation, 0, sizeof s.allocation);
     s.next_allocation = 0;
-    const uintptr_t code = reinterpret_cast<uintptr_t>(m.kernel->run);
+    const uintptr_t code = reinterpret_cast<uintptr_t>(m.kernel->fn);
     if (code < s.image.begin || code >= s.image.end) s.image = image_of(reinterpret_cast<const void*>(code));
     constexpr size_t kMostPages = 8192;  // about 700 MB of cells
     if (s.pages.size() > kMostPages) {

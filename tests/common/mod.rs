@@ -4,9 +4,32 @@
 use std::fmt::Display;
 
 use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source};
-use megafuse::runtime::{DType, Device, Tensor};
+use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
 pub const F32_EPS: f64 = f32::EPSILON as f64;
+
+/// The devices that every op is tested on: the cpu and the emulated card, or those that `MEGAFUSE_TEST_DEVICES` lists
+/// (`cpu`, `emu`, `cuda`), for a machine that has a card. On a card each tensor is an allocation of its own.
+pub fn devices() -> Vec<Device> {
+    let listed = std::env::var("MEGAFUSE_TEST_DEVICES").unwrap_or_else(|_| "cpu,emu".into());
+    listed.split(',').map(device).collect()
+}
+
+/// The cards among [`devices`].
+pub fn cards() -> Vec<Device> {
+    devices().into_iter().filter(|device| matches!(device, Device::Cuda(_))).collect()
+}
+
+fn device(name: &str) -> Device {
+    let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
+    match name {
+        "cpu" => Device::cpu(),
+        "emu" => Device::emulated(options)
+            .unwrap_or_else(|error| panic!("{error}\n(MEGAFUSE_TEST_DEVICES=cpu tests without the emulated card)")),
+        "cuda" => Device::Cuda(CudaDevice::open(options).unwrap_or_else(|error| panic!("{error}"))),
+        other => panic!("MEGAFUSE_TEST_DEVICES has {other:?}, expected cpu, emu and cuda, separated by commas"),
+    }
+}
 
 /// Seeded normal numbers (SplitMix64, Box-Muller).
 pub struct Random(u64);
@@ -209,7 +232,8 @@ pub fn conv2d(args: &Conv2d) -> Expected {
         (size + padding - args.dilation * (kernel - 1) - 1) / args.stride + 1
     };
     let (out_h, out_w) = (size(in_h, top + bottom, kh), size(in_w, left + right, kw));
-    let (bias, row, residual) = (args.bias.map(f64s), args.row.map(f64s), args.residual.map(f64s));
+    let (bias, residual) = (args.bias.map(f64s), args.residual.map(f64s));
+    let row = args.row.map(|row| f64s(row.table)[row.step.get() * n * outputs..].to_vec());
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
     for (image, out_y, out_x) in product3(n, out_h, out_w) {
         for o in 0..outputs {
