@@ -180,7 +180,7 @@ static AllocationRef create(MemoryKind kind, size_t size, unsigned flags, bool s
 }
 
 // Ends an allocation: its addresses stay recognisable for a while, its content is gone at once.
-static CUresult destroy(const AllocationRef& allocation) {
+static CUresult destroy(AllocationRef allocation) {  // by value: the map's own reference goes
     const CUresult result = check_guards_of(allocation, "seen when it was freed, after " + last_launch());
     live().erase(allocation->base);
     allocation->freed = true;
