@@ -1011,6 +1011,7 @@ static void failed_kernel() {
 static void launch_limits() {
     open_card();
     CUdeviceptr y = allocate(4096);
+    OK(cuMemsetD8_v2(y, 0, 4096));
     int count = 1;
     void* params[] = {&y, &y, &count};
     const CUfunction twice = kernel("test_twice"), fill = kernel("test_fill");
