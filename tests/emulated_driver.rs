@@ -11,12 +11,23 @@ use std::sync::OnceLock;
 const RESOURCES: &str = "80\ttest_heavy\t255\t16384\t8\t8\t24\n80\ttest_twice\t16\t0\t0\t0\t0\n";
 const SANITIZERS: &str = "-fsanitize=address,undefined";
 
-/// The environment that a scenario is about; the others run without.
-const ENVIRONMENTS: [(&str, &str, &str); 4] = [
-    ("memory_limit", "MEGAFUSE_EMU_MEMORY", "4096"),
-    ("failure_on_demand", "MEGAFUSE_EMU_FAIL_ALLOC", "1"),
-    ("late_by_environment", "MEGAFUSE_EMU_ASYNC", "late"),
-    ("attributes", "MEGAFUSE_EMU_CAPABILITY", "9.0"),
+/// Scenarios and the variables that they are about, `NAME=value` after MEGAFUSE_EMU_. The others run without any.
+const ENVIRONMENTS: [(&str, &[&str]); 15] = [
+    ("attributes", &[]),
+    ("attributes", &["CAPABILITY=8.6"]),
+    ("attributes", &["CAPABILITY=9.0"]),
+    ("failure_on_demand", &["FAIL_ALLOC=1"]),
+    ("late_by_environment", &["ASYNC=late"]),
+    ("launch_limits", &["CAPABILITY=8.6", "SCHEDULE=random"]),
+    ("launch_limits", &["CAPABILITY=9.0", "SCHEDULE=reverse"]),
+    ("memory_limit", &["MEMORY=4096"]),
+    ("mistyped_environment", &["ASYNC=soon"]),
+    ("mistyped_environment", &["CAPABILITY=8"]),
+    ("mistyped_environment", &["FAIL_ALLOC=first"]),
+    ("mistyped_environment", &["MEMORY=-1"]),
+    ("mistyped_environment", &["SCHEDULE=inorder"]),
+    ("no_card_and_an_old_driver", &["DEVICES=0", "DRIVER_VERSION=12040"]),
+    ("replay", &["SCHEDULE=run-ahead", "SEED=7"]),
 ];
 
 struct Program {
@@ -86,26 +97,23 @@ fn it_keeps_its_promises() {
     let scenarios: Vec<&str> = listed.lines().filter(|&name| name != "damage_seen_at_exit").collect();
     assert!(scenarios.len() > 30);
     let mut failed = Vec::new();
-    let mut run = |name: &str, command: &mut Command| {
+    let mut run = |name: &str, variables: &[&str]| {
+        let mut command = program.command(name);
+        command.envs(variables.iter().map(|variable| {
+            let (name, value) = variable.split_once('=').unwrap();
+            (format!("MEGAFUSE_EMU_{name}"), value)
+        }));
         let output = command.output().unwrap();
         if !output.status.success() {
-            failed.push(format!("{name}: {}\n{}", output.status, text(&output)));
+            failed.push(format!("{name} {variables:?}: {}\n{}", output.status, text(&output)));
         }
     };
     for name in scenarios {
-        let own = ENVIRONMENTS.iter().find(|(scenario, ..)| *scenario == name);
-        // Scenarios about a variable need it; the attributes of both cards are of interest.
-        if own.is_none() || name == "attributes" {
-            run(name, &mut program.command(name));
+        let mut own = ENVIRONMENTS.iter().filter(|(scenario, _)| *scenario == name).peekable();
+        if own.peek().is_none() {
+            run(name, &[]);
         }
-        if let Some((_, variable, value)) = own {
-            run(name, program.command(name).env(variable, value));
-        }
-    }
-    // On any card and in any order of a block's warps.
-    for name in ["launch_limits", "replay"] {
-        let mut command = program.command(name);
-        run(name, command.env("MEGAFUSE_EMU_CAPABILITY", "9.0").env("MEGAFUSE_EMU_SCHEDULE", "random"));
+        own.for_each(|(_, variables)| run(name, variables));
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }

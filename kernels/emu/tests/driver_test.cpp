@@ -196,6 +196,7 @@ static void open_card() {
     OK(cuDevicePrimaryCtxRetain(&context, device));
     OK(cuCtxSetCurrent(context));
     OK(cuModuleLoadData(&module, "an image"));
+    if (!getenv("MEGAFUSE_EMU_ASYNC")) emu_set_schedule(nullptr, "early", 1);
 }
 
 static CUfunction kernel(const char* name) {
@@ -304,17 +305,18 @@ static int attribute(CUdevice_attribute which) {
     return value;
 }
 
-// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 9.0 too.
+// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.6 and 9.0 too.
 static void attributes() {
     OK(cuInit(0));
-    const char* capability = getenv("MEGAFUSE_EMU_CAPABILITY");
-    const bool hopper = capability && !strcmp(capability, "9.0");
+    const char* set = getenv("MEGAFUSE_EMU_CAPABILITY");
+    const std::string capability = set ? set : "8.0";
+    const bool hopper = capability == "9.0", small = capability == "8.6";
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) == (hopper ? 9 : 8));
-    CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) == 0);
-    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) == (hopper ? 132 : 108));
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) == (small ? 6 : 0));
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) == (hopper ? 132 : small ? 84 : 108));
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK) == 48 << 10);
-    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) == (hopper ? 227 : 163) << 10);
-    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) == (hopper ? 228 : 164) << 10);
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) == (hopper ? 227 : small ? 99 : 163) << 10);
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) == (hopper ? 228 : small ? 100 : 164) << 10);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_WARP_SIZE) == 32);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK) == 1024);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X) == 0x7fffffff);
@@ -344,6 +346,17 @@ static void error_names() {
     EXPECT(cuGetProcAddress_v2("cuNoSuchThing", &function, 13000, 0, &status), CUDA_ERROR_NOT_FOUND);
     CHECK(!function && int(status) == CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND);
 }
+
+// MEGAFUSE_EMU_DEVICES=0 and MEGAFUSE_EMU_DRIVER_VERSION=12040 from outside.
+static void no_card_and_an_old_driver() {
+    int version;
+    OK(cuDriverGetVersion(&version));
+    CHECK(version == 12040);
+    EXPECT(cuInit(0), CUDA_ERROR_NO_DEVICE);
+}
+
+// A variable with a value that does not exist, from outside.
+static void mistyped_environment() { EXPECT(cuInit(0), CUDA_ERROR_INVALID_VALUE); }
 
 // ---- memory ----
 
@@ -1442,7 +1455,7 @@ static void threads() {
 
 static void schedule_names() {
     open_card();
-    for (const char* schedule : {"inorder", "reverse", "random", "runahead"}) {
+    for (const char* schedule : {"in-order", "reverse", "random", "run-ahead"}) {
         CHECK(emu_set_schedule(schedule, "mixed", 2) == 0);
         CUdeviceptr a = allocate(4000);
         OK(launch_fill(a, 3, 1000, nullptr));
@@ -1484,6 +1497,8 @@ static const struct {
     SCENARIO(start),
     SCENARIO(attributes),
     SCENARIO(error_names),
+    SCENARIO(no_card_and_an_old_driver),
+    SCENARIO(mistyped_environment),
     SCENARIO(memory),
     SCENARIO(pinned_memory),
     SCENARIO(memory_limit),
