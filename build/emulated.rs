@@ -66,6 +66,7 @@ pub fn plan(out: &Path, kernels: &[PathBuf], for_tests: bool) -> Result<Emulated
                 arguments: arguments.clone(),
                 source: source.clone(),
                 output: folder.join(kind).join(stem(source)).with_extension("o"),
+                second: None,
             }));
         }
         emulated.variants.push((variant, emulated.jobs.len() - before));
@@ -128,6 +129,7 @@ impl Emulated {
         if !failed.is_empty() {
             return Err(failed.join("\n\n"));
         }
+        toolchain::pass_on_warnings(logs);
         let mut jobs = &self.jobs[..];
         for (variant, count) in &self.variants {
             let (own, rest) = jobs.split_at(*count);
