@@ -7,6 +7,7 @@ mod driver;
 mod graph;
 mod kernels;
 mod launch;
+mod mark;
 mod memory;
 mod staging;
 
@@ -16,4 +17,5 @@ pub use graph::Graph;
 pub use kernels::{ARCHS as KERNEL_ARCHS, BUILT as KERNELS_BUILT};
 pub(crate) use launch::args;
 pub use launch::{Arg, DevicePtr, Launch};
+pub use mark::Mark;
 pub(super) use memory::Buffer;
