@@ -102,7 +102,7 @@ impl Emulated {
                 // A compiler that cannot do the language at all is like none; otherwise the mistake is ours.
                 Err(message) => match probe(compiler, out) {
                     Ok(_) => return Err(message),
-                    Err(_) => Err(format!("{} cannot compile C++20; install g++ 10 or newer", compiler.version)),
+                    Err(_) => Err(format!("{} cannot compile C++20; install g++ 12 or newer", compiler.version)),
                 },
             },
             Err(reason) => Err(reason.clone()),

@@ -33,7 +33,7 @@ pub fn host_compiler() -> Result<HostCompiler, String> {
         let version = version.lines().next().unwrap_or_default().trim().to_owned();
         return Ok(HostCompiler { program, arguments, version });
     }
-    Err(format!("no C++ compiler found (looked for {}); install g++ 10 or newer", candidates.join(", ")))
+    Err(format!("no C++ compiler found (looked for {}); install g++ 12 or newer", candidates.join(", ")))
 }
 
 impl HostCompiler {
