@@ -3,8 +3,10 @@
 //   no im2col buffer: a thread finds its rows' pixels when it comes to a new tap and adds 64 bytes otherwise.
 //   x is one source [N, H, W, Ca] or two side by side, [N, H, W, Ca] and [N, H, W, Cb], C = Ca + Cb (a skip connection).
 //   resize: nearest neighbour, pixel i of the input is stored pixel i * H / Hin; padding is zeros around the input.
-//   affine [N, C]: x * scale + shift, then SiLU, on load (group norm; the general kernel only). Zeros of the padding stay.
-//   y, x, weight, bias, row, residual: T = f32 | f16 | bf16; bias, row, residual, affine may be null. y overlaps nothing.
+//   norm: group norm (and SiLU) on load, from the groups' statistics [N, G]; the general kernel only. The padding's zeros
+//   are zeros of the normalised input.
+//   y, x, weight, gamma, beta, bias, row, residual: T = f32 | f16 | bf16; statistics (with gamma and beta), bias, row,
+//   residual may be null. y overlaps nothing.
 //   row: a table, `step` (may be null) an index on the device: row[step * step_stride + n * O + o], so that a captured
 //   graph replays for every step.
 // Compute bound: 2 M O K flops; bytes at best x, weight, residual and y once (a 3x3 reads x from L2 for eight of nine taps).
@@ -13,8 +15,9 @@
 // sizeof(Tile::Shared); src/ops/cuda/tiles.rs has the table. `general` takes any channels and alignment; the others ask
 // that Ca and Cb are multiples of Chunk<T>::kCount and that x and weight are aligned to 16 bytes.
 // splits > 1: block (., s) sums its slices of K into partial[s, M, O] (f32) and conv2d_join_<dtype> adds the parts in order.
-#include "common/activation.cuh"
 #include "common/gemm.cuh"
+#include "common/math.cuh"
+#include "common/norm.cuh"
 
 // As #[repr(C)] struct Geometry of src/ops/cuda/conv.rs.
 struct ConvGeometry {
@@ -38,7 +41,11 @@ template <class T>
 struct ConvSource {
     const T* a;
     const T* b;
-    const float2* affine;  // general only, or null
+    // On-load norm, or null: {mean, 1 / sqrt(var + eps)} [N, G], gamma and beta [C], groups of group_channels.
+    const float2* statistics;
+    const T* gamma;
+    const T* beta;
+    int group_channels;
     bool silu;
 };
 
@@ -147,10 +154,13 @@ DEVICE void copy_async(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile
     }
 }
 
+// Channel `channel` of image `image`, normalised and rounded to T.
 template <class T>
-DEVICE float normalise(const ConvSource<T>& x, float value, float2 affine) {
-    const float z = value * affine.x + affine.y;
-    return x.silu ? silu(z) : z;
+DEVICE T normalised(const ConvSource<T>& x, const ConvGeometry& g, int image, int channel, T value) {
+    const int groups = (g.channels_a + g.channels_b) / x.group_channels;
+    const float2 statistics = x.statistics[int64_t(image) * groups + channel / x.group_channels];
+    const float z = normalise(to_f32(value), statistics, to_f32(x.gamma[channel]), to_f32(x.beta[channel]));
+    return from_f32<T>(x.silu ? silu(z) : z);
 }
 
 // The tap and the channel (over both sources) of value k of K.
@@ -177,12 +187,10 @@ DEVICE void load_wide(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile:
             const T* from = in_b ? r.x.b + pixel * r.g.channels_b + (at.channel - r.g.channels_a)
                                  : r.x.a + pixel * r.g.channels_a + at.channel;
             to[i] = *reinterpret_cast<const Chunk<T>*>(from);
-            if (r.x.affine != nullptr) {
-                const float2* affine =
-                    r.x.affine + int64_t(r.image[i]) * (r.g.channels_a + r.g.channels_b) + at.channel;
+            if (r.x.statistics != nullptr) {
                 UNROLL
                 for (int e = 0; e < Chunk<T>::kCount; e++) {
-                    to[i].v[e] = from_f32<T>(normalise(r.x, to_f32(to[i].v[e]), affine[e]));
+                    to[i].v[e] = normalised(r.x, r.g, r.image[i], at.channel + e, to[i].v[e]);
                 }
             }
         }
@@ -203,11 +211,7 @@ DEVICE void fill(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile::T>* 
             if (find_pixel(r, i, at.tap_y, at.tap_x, pixel) && inside_k) {
                 value = in_b ? r.x.b[pixel * r.g.channels_b + (at.channel - r.g.channels_a)]
                              : r.x.a[pixel * r.g.channels_a + at.channel];
-                if (r.x.affine != nullptr) {
-                    const int64_t channels = r.g.channels_a + r.g.channels_b;
-                    const float2 affine = r.x.affine[r.image[i] * channels + at.channel];
-                    value = from_f32<T>(normalise(r.x, to_f32(value), affine));
-                }
+                if (r.x.statistics != nullptr) value = normalised(r.x, r.g, r.image[i], at.channel, value);
             }
             slice[own_place<Tile>(i)].v[e] = value;
         }
@@ -318,11 +322,13 @@ DEVICE void conv2d(const ConvSource<T>& x, const T* weight, const ConvOutput<T>&
 
 #define CONV2D(name, T, min_blocks, ...)                                                                             \
     KERNEL(conv2d_##name, (Tile<T, __VA_ARGS__>::kThreads), min_blocks)                                              \
-    (T* y, float* partial, const T* a, const T* b, const float2* affine, int silu, const T* weight, const T* bias,   \
+    (T* y, float* partial, const T* a, const T* b, const float2* statistics, const T* gamma, const T* beta,        \
+     int group_channels, int silu, const T* weight, const T* bias,                                                    \
      const T* row, const unsigned* step, int64_t step_stride, const T* residual, float scale, ConvGeometry geometry, \
      int wide) {                                                                                                     \
         const auto output = conv_output(y, partial, bias, row, step, step_stride, residual, scale, geometry, wide);  \
-        conv2d<Tile<T, __VA_ARGS__>>({a, b, affine, silu != 0}, weight, output, geometry, wide);                     \
+        const ConvSource<T> x = {a, b, statistics, gamma, beta, group_channels, silu != 0};                           \
+        conv2d<Tile<T, __VA_ARGS__>>(x, weight, output, geometry, wide);                                              \
     }                                                                                                                \
     REGISTER_KERNEL(conv2d_##name)
 

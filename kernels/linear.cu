@@ -7,8 +7,8 @@
 // Launch: linear_<tile>_<dtype>, grid ceil(M / kM) * ceil(columns / kN), block Tile::kThreads, dynamic shared memory
 // sizeof(Tile::Shared); src/ops/cuda/tiles.rs has the table. `general` takes any K and alignment; the others ask that
 // K % Chunk<T>::kCount == 0 and that x and weight are aligned to 16 bytes.
-#include "common/activation.cuh"
 #include "common/gemm.cuh"
+#include "common/math.cuh"
 
 enum LinearActivation { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
 
