@@ -3,6 +3,7 @@
 pub mod elementwise;
 pub mod linear;
 pub mod tiles;
+pub mod step;
 
 use crate::error::Error;
 use crate::runtime::{DType, Tensor};
