@@ -15,6 +15,7 @@ mod norm;
 pub mod profile;
 mod resize;
 mod sampler;
+mod step;
 
 pub use attention::{Attention, attention};
 pub use conv::{Conv2d, ConvNorm, conv2d};
@@ -24,6 +25,7 @@ pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{Upsampler, resize, resize_nearest, resize_u8};
 pub use sampler::{StepCoefficients, StepOutput, add_noise, diagonal_gaussian, sampler_step};
+pub use step::{StepIndex, StepRows};
 
 use crate::error::{Error, Result};
 use crate::runtime::Tensor;

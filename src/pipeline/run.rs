@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, DiffusionModel, Event, NoiseSource, Observer, Plan, Size, Watch};
 use crate::models::{ClipTextModel, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
-use crate::ops;
+use crate::ops::{self, StepIndex};
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
@@ -193,7 +193,7 @@ impl DiffusionModel for Conditioned<'_> {
     fn denoise(&self, x: &Tensor, step: usize, input_scale: f32, options: &UnetOptions) -> Result<Tensor> {
         let unet = &self.pipeline.unet;
         let input = ops::scale_cast(x, input_scale, 0.0, unet.dtype(), self.conditioning.batch())?;
-        unet.forward(&input, step, self.conditioning, options)
+        unet.forward(&input, &StepIndex::new(&self.pipeline.device, step)?, self.conditioning, options)
     }
 
     fn decode(&self, x0: &Tensor) -> Result<Tensor> {

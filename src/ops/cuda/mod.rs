@@ -2,6 +2,7 @@
 
 pub mod elementwise;
 pub mod norm;
+pub mod step;
 
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Tensor};

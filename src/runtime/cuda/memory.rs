@@ -91,10 +91,6 @@ impl Buffer {
     pub fn address(&self) -> u64 {
         self.address
     }
-
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
 }
 
 impl Drop for Buffer {
