@@ -20,7 +20,8 @@ struct Variant {
 }
 
 /// -ffp-contract=off: a product and a sum are rounded apart unless a kernel says fmaf, on every host alike.
-const FLAGS: [&str; 4] = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-Ikernels"];
+/// -fno-strict-aliasing: kernels read and write through pointers to wider types, as they may under nvcc.
+const FLAGS: [&str; 5] = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Ikernels"];
 const LINK_FLAGS: [&str; 4] = ["-shared", "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl"];
 const PLAIN: Variant =
     Variant { name: "plain", flags: &["-O2", "-g0"], kernel_flags: &[], link_flags: &["-Wl,-z,defs"] };
