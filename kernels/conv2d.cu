@@ -1,20 +1,20 @@
-// conv2d.cu, conv2d: y[N, Hout, Wout, O] = scale * (conv(resize(x), weight) + bias[O] + row[N, O] + residual), channels-last.
-//   Implicit GEMM: M = N Hout Wout output pixels, K = kh kw C values under the kernel, ordered as weight [O, kh, kw, C];
-//   no im2col buffer: a thread finds its rows' pixels when it comes to a new tap and adds 64 bytes otherwise.
-//   x is one source [N, H, W, Ca] or two side by side, [N, H, W, Ca] and [N, H, W, Cb], C = Ca + Cb (a skip connection).
+// conv2d.cu, conv2d: y[N, Hout, Wout, O] = scale * (conv(resize(x), weight) + bias[O] + row[N, O] + residual),
+//   channels-last. Implicit GEMM: M = N Hout Wout output pixels, K = kh kw C values under the kernel, ordered as weight
+//   [O, kh, kw, C]; no im2col buffer: a thread finds its rows' pixels when it comes to a new tap, else adds 64 bytes.
+//   x is one source [N, H, W, Ca], or two side by side (a skip connection), the second [N, H, W, Cb], C = Ca + Cb.
 //   resize: nearest neighbour, pixel i of the input is stored pixel i * H / Hin; padding is zeros around the input.
-//   norm: group norm (and SiLU) on load, from the groups' statistics [N, G]; the general kernel only. The padding's zeros
-//   are zeros of the normalised input.
+//   norm: group norm (and SiLU) on load, from the groups' statistics [N, G]; the general kernel only. Padding zeros are
+//   zeros of the normalised input.
 //   y, x, weight, gamma, beta, bias, row, residual: T = f32 | f16 | bf16; statistics (with gamma and beta), bias, row,
 //   residual may be null. y overlaps nothing.
 //   row: a table, `step` (may be null) an index on the device: row[step * step_stride + n * O + o], so that a captured
 //   graph replays for every step.
-// Compute bound: 2 M O K flops; bytes at best x, weight, residual and y once (a 3x3 reads x from L2 for eight of nine taps).
+// Compute bound: 2 M O K flops; bytes at best x, weight, residual and y once (3x3: eight of nine taps read x from L2).
 // Sums and what is added to them in f32, one rounding at the store; a value normalised on load is rounded to T.
 // Launch: conv2d_<tile>_<dtype>, grid (ceil(M / kM) * ceil(O / kN), splits), block Tile::kThreads, dynamic shared memory
 // sizeof(Tile::Shared); src/ops/cuda/tiles.rs has the table. `general` takes any channels and alignment; the others ask
 // that Ca and Cb are multiples of Chunk<T>::kCount and that x and weight are aligned to 16 bytes.
-// splits > 1: block (., s) sums its slices of K into partial[s, M, O] (f32) and conv2d_join_<dtype> adds the parts in order.
+// splits > 1: block (., s) sums its slices of K into partial[s, M, O] (f32); conv2d_join_<dtype> adds the parts in order.
 #include "common/gemm.cuh"
 #include "common/math.cuh"
 #include "common/norm.cuh"
@@ -30,7 +30,7 @@ struct ConvGeometry {
     int stride, dilation, top, left;
 };
 
-// Bits of `wide`: these rows are whole aligned chunks.
+// Bits of `wide`: these rows are whole aligned chunks; kWideOutput: y, bias, row, residual and partial.
 enum ConvWide { kWideX = 1, kWideWeight = 2, kWideOutput = 4 };
 
 constexpr int kOutside = -(1 << 30);  // a row that no tap brings inside
@@ -60,20 +60,21 @@ struct ConvRows {
     int tap_y, tap_x, channel;
     bool in_b;
     const T* from[kRows];  // null: zeros
-    // general: its chunk's first value of K
-    int k;
+    // general: its chunk's first value of K; groups of the norm
+    int k, groups;
 };
 
 // Pixel of the image, as stored, under tap (tap_y, tap_x) of row i; false: padding, or no such row.
 template <class T, int kRows>
 DEVICE bool find_pixel(const ConvRows<T, kRows>& r, int i, int tap_y, int tap_x, int64_t& pixel) {
     int y = r.y[i] + tap_y * r.g.dilation, x = r.x0[i] + tap_x * r.g.dilation;
-    const bool inside = GUARD(unsigned(y) < unsigned(r.g.input_height)) && GUARD(unsigned(x) < unsigned(r.g.input_width));
+    const bool inside_y = GUARD(unsigned(y) < unsigned(r.g.input_height));
+    const bool inside_x = GUARD(unsigned(x) < unsigned(r.g.input_width));
     // The host keeps stored size times input size below 2^32.
     if (r.g.input_height != r.g.height) y = unsigned(y) * unsigned(r.g.height) / unsigned(r.g.input_height);
     if (r.g.input_width != r.g.width) x = unsigned(x) * unsigned(r.g.width) / unsigned(r.g.input_width);
     pixel = (int64_t(r.image[i]) * r.g.height + y) * r.g.width + x;
-    return inside;
+    return inside_y && inside_x;
 }
 
 // Looks up the rows' pixels of the current segment.
@@ -127,8 +128,11 @@ DEVICE ConvRows<typename Tile::T, Tile::kRowsA> conv_rows(const ConvSource<typen
         r.x0[i] = pixel % g.output_width * g.stride - g.left;
     }
     r.k = slice * Tile::kSlice + threadIdx.x % kRowChunks * Tile::kChunkValues;
-    if constexpr (!Tile::kGeneral) {
-        const int channels = g.channels_a + g.channels_b, tap = r.k / channels;
+    const int channels = g.channels_a + g.channels_b;
+    if constexpr (Tile::kGeneral) {
+        r.groups = channels / x.group_channels;
+    } else {
+        const int tap = r.k / channels;
         r.tap_y = tap / g.kernel_width;
         r.tap_x = tap % g.kernel_width;
         r.channel = r.k - tap * channels;
@@ -154,11 +158,19 @@ DEVICE void copy_async(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile
     }
 }
 
-// Channel `channel` of image `image`, normalised and rounded to T.
+// Group of a channel, and the channels from it to the group's end.
+struct Group {
+    int index, left;
+};
 template <class T>
-DEVICE T normalised(const ConvSource<T>& x, const ConvGeometry& g, int image, int channel, T value) {
-    const int groups = (g.channels_a + g.channels_b) / x.group_channels;
-    const float2 statistics = x.statistics[int64_t(image) * groups + channel / x.group_channels];
+DEVICE Group group_of(const ConvSource<T>& x, int channel) {
+    const int index = channel / x.group_channels;
+    return {index, (index + 1) * x.group_channels - channel};
+}
+
+// A value of channel `channel`, normalised and rounded to T; `statistics`: of its group in its image.
+template <class T>
+DEVICE T normalised(const ConvSource<T>& x, float2 statistics, int channel, T value) {
     const float z = normalise(to_f32(value), statistics, to_f32(x.gamma[channel]), to_f32(x.beta[channel]));
     return from_f32<T>(x.silu ? silu(z) : z);
 }
@@ -179,6 +191,7 @@ DEVICE void load_wide(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile:
     using T = typename Tile::T;
     const KPlace at = k_place(r.g, r.k);
     const bool inside_k = GUARD(at.tap_y < r.g.kernel_height), in_b = at.channel >= r.g.channels_a;
+    const Group first = group_of(r.x, at.channel);
     UNROLL
     for (int i = 0; i < kRows; i++) {
         to[i] = Chunk<T>{};
@@ -188,9 +201,12 @@ DEVICE void load_wide(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile:
                                  : r.x.a + pixel * r.g.channels_a + at.channel;
             to[i] = *reinterpret_cast<const Chunk<T>*>(from);
             if (r.x.statistics != nullptr) {
+                const float2* statistics = r.x.statistics + int64_t(r.image[i]) * r.groups;
+                Group group = first;
                 UNROLL
                 for (int e = 0; e < Chunk<T>::kCount; e++) {
-                    to[i].v[e] = normalised(r.x, r.g, r.image[i], at.channel + e, to[i].v[e]);
+                    to[i].v[e] = normalised(r.x, statistics[group.index], at.channel + e, to[i].v[e]);
+                    if (--group.left == 0) group = {group.index + 1, r.x.group_channels};
                 }
             }
         }
@@ -204,6 +220,7 @@ DEVICE void fill(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile::T>* 
     for (int e = 0; e < Tile::kChunkValues; e++) {
         const KPlace at = k_place(r.g, r.k + e);
         const bool inside_k = GUARD(at.tap_y < r.g.kernel_height), in_b = at.channel >= r.g.channels_a;
+        const int group = group_of(r.x, at.channel).index;
         UNROLL
         for (int i = 0; i < kRows; i++) {
             T value = from_f32<T>(0.0f);
@@ -211,7 +228,10 @@ DEVICE void fill(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile::T>* 
             if (find_pixel(r, i, at.tap_y, at.tap_x, pixel) && inside_k) {
                 value = in_b ? r.x.b[pixel * r.g.channels_b + (at.channel - r.g.channels_a)]
                              : r.x.a[pixel * r.g.channels_a + at.channel];
-                if (r.x.statistics != nullptr) value = normalised(r.x, r.g, r.image[i], at.channel, value);
+                if (r.x.statistics != nullptr) {
+                    const float2 statistics = r.x.statistics[int64_t(r.image[i]) * r.groups + group];
+                    value = normalised(r.x, statistics, at.channel, value);
+                }
             }
             slice[own_place<Tile>(i)].v[e] = value;
         }
@@ -294,8 +314,16 @@ DEVICE void store(const ConvOutput<typename Tile::T>& o, const float (&rows)[16]
                 finish(o, &rows[row][column], m, n);
             } else {
                 float* partial = o.partial + int64_t(m) * o.outputs + n;
-                for (int e = 0; e < kCount; e++) {
-                    if (GUARD(n + e < o.outputs)) partial[e] = rows[row][column + e];
+                if (o.wide) {
+                    UNROLL
+                    for (int e = 0; e < kCount; e += 4) {
+                        const auto part = *reinterpret_cast<const Chunk<float>*>(&rows[row][column + e]);
+                        *reinterpret_cast<Chunk<float>*>(partial + e) = part;
+                    }
+                } else {
+                    for (int e = 0; e < kCount; e++) {
+                        if (GUARD(n + e < o.outputs)) partial[e] = rows[row][column + e];
+                    }
                 }
             }
         }
@@ -303,7 +331,8 @@ DEVICE void store(const ConvOutput<typename Tile::T>& o, const float (&rows)[16]
 }
 
 template <class Tile, class T = typename Tile::T>
-DEVICE void conv2d(const ConvSource<T>& x, const T* weight, const ConvOutput<T>& output, const ConvGeometry& g, int wide) {
+DEVICE void conv2d(const ConvSource<T>& x, const T* weight, const ConvOutput<T>& output, const ConvGeometry& g,
+                   int wide) {
     SHARED_DYNAMIC(typename Tile::Shared, s);
     const TileOrigin origin = tile_origin<Tile>(g.m, g.outputs);
     const int k = g.kernel_height * g.kernel_width * (g.channels_a + g.channels_b);
@@ -350,9 +379,18 @@ DEVICE void conv2d_join(const ConvOutput<T>& o, int splits) {
         float sums[kCount] = {};
         for (int split = 0; split < splits; split++) {
             const float* partial = o.partial + (int64_t(split) * o.m + m) * o.outputs + n;
-            UNROLL
-            for (int e = 0; e < kCount; e++) {
-                if (GUARD(n + e < o.outputs)) sums[e] += partial[e];
+            if (o.wide) {
+                UNROLL
+                for (int e = 0; e < kCount; e += 4) {
+                    const auto part = *reinterpret_cast<const Chunk<float>*>(partial + e);
+                    UNROLL
+                    for (int i = 0; i < 4; i++) sums[e + i] += part.v[i];
+                }
+            } else {
+                UNROLL
+                for (int e = 0; e < kCount; e++) {
+                    if (GUARD(n + e < o.outputs)) sums[e] += partial[e];
+                }
             }
         }
         finish(o, sums, m, n);

@@ -2,7 +2,7 @@
 //   activation: none, SiLU, GELU (exact), quick GELU: columns = N; GEGLU: columns = 2 N, weight rows interleaved, row 2j
 //   is value j and row 2j + 1 its gate: y_j = value_j gelu(gate_j)
 //   y, x, weight, bias, residual: T = f32 | f16 | bf16, contiguous; bias and residual may be null. y overlaps nothing.
-// Compute bound from M ~ 300 on (bf16, H100-class): 2 M columns K flops; below, the weight's columns * K * sizeof(T) bytes.
+// Compute bound from M ~ 300 on (bf16, H100-class): 2 M columns K flops; below, the weight's columns K sizeof(T) bytes.
 // Bias, activation and residual in f32, one rounding at the store.
 // Launch: linear_<tile>_<dtype>, grid ceil(M / kM) * ceil(columns / kN), block Tile::kThreads, dynamic shared memory
 // sizeof(Tile::Shared); src/ops/cuda/tiles.rs has the table. `general` takes any K and alignment; the others ask that
@@ -36,7 +36,8 @@ DEVICE float activate(int activation, float x) {
 
 // kSpan: columns of C an output, 2 for GEGLU.
 template <class Tile, int kSpan>
-DEVICE void store_linear(const LinearOutput<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m0, int n0) {
+DEVICE void store_linear(const LinearOutput<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m0,
+                         int n0) {
     using T = typename Tile::T;
     constexpr int kCount = Chunk<T>::kCount, kAcross = Tile::kWarpN / (kCount * kSpan);
     for (int item = lane_index(); item < 16 * kAcross; item += 32) {

@@ -1,8 +1,8 @@
 // gemm.cuh: the matrix product that linear and conv2d share: C[M, N] = A[M, K] B[N, K]^T, sums in f32.
 //
-// A block makes a tile of kM x kN sums. A slice of A and of B, 64 bytes of k a row (32 f16 or bf16, 16 f32), waits in each
-// slot of a ring of kStages; one barrier a slice. 16-bit types multiply on the tensor cores (mma.sync m16n8k16), f32 on the
-// FMA units (never TF32). Where A's rows are in memory is the caller's: DenseRows here, ConvRows in conv2d.cu.
+// A block makes a tile of kM x kN sums. A slice of A and of B, 64 bytes of k a row (32 f16 or bf16, 16 f32), waits in
+// each slot of a ring of kStages; one barrier a slice. 16-bit types multiply on the tensor cores (mma.sync m16n8k16), f32
+// on the FMA units (never TF32). Where A's rows are in memory is the caller's: DenseRows here, ConvRows in conv2d.cu.
 //
 // Two ways into shared memory, chosen by the host (src/ops/cuda/tiles.rs):
 //   async    every 16-byte chunk of a row is aligned and whole: cp.async, kStages - 1 slices ahead
@@ -139,8 +139,8 @@ DEVICE int warp_column() {
     return warp_index() % Tile::kWarpsN * Tile::kWarpN;
 }
 
-// Sums of a warp on the tensor cores: [i][j] is the 16x8 block at (16 i, 8 j); a lane has (lane / 4, lane % 4 * 2 + {0, 1})
-// of it and the same 8 rows further down.
+// Sums of a warp on the tensor cores: [i][j] is the 16x8 block at (16 i, 8 j); of it a lane has row lane / 4, columns
+// lane % 4 * 2 + {0, 1}, and the same 8 rows further down.
 template <class Tile>
 struct MmaSums {
     float v[Tile::kWarpM / 16][Tile::kWarpN / 8][4];
@@ -150,8 +150,8 @@ template <class Tile>
 DEVICE void multiply(MmaSums<Tile>& sums, const typename Tile::Slices& s) {
     using T = typename Tile::T;
     const int lane = lane_index();
-    // ldmatrix: lanes 0..7 name the rows of matrix 0, 8..15 of matrix 1, ... A: rows 0-7 and 8-15 at k 0-7, then both at
-    // k 8-15. B: rows (columns of C) 0-7 at k 0-7 and 8-15, then rows 8-15.
+    // ldmatrix: lanes 0..7 name the rows of matrix 0, 8..15 of matrix 1, ... A: rows 0-7 and 8-15 at k 0-7, then both
+    // at k 8-15. B: rows (columns of C) 0-7 at k 0-7 and 8-15, then rows 8-15.
     const int row_a = warp_row<Tile>() + (lane & 15), chunk_a = lane >> 4;
     const int row_b = warp_column<Tile>() + (lane & 7) + (lane >> 4 << 3), chunk_b = lane >> 3 & 1;
     UNROLL
@@ -265,7 +265,6 @@ DEVICE void load_slices(RowsA& a, DenseRows<typename Tile::T>& b, typename Tile:
 template <class Tile, class RowsA>
 DEVICE void product(Sums<Tile>& sums, typename Tile::Shared& s, RowsA& a, DenseRows<typename Tile::T>& b, int slices) {
     constexpr int kAhead = Tile::kStages - 1;
-    UNROLL
     for (int i = 0; i < kAhead; i++) {
         if (i < slices) load_slices<Tile>(a, b, s.ring[i]);
         if constexpr (!Tile::kGeneral) {
@@ -302,8 +301,8 @@ DEVICE void product(Sums<Tile>& sums, typename Tile::Shared& s, RowsA& a, DenseR
 
 // ---- from sums to the result ----
 
-// First row and column of a block's tile. Blocks that run at once share rows of A and of B in L2: they go down 8 tiles of
-// rows, then one tile of columns to the right, ...
+// First row and column of a block's tile. Blocks that run at once share rows of A and of B in L2: they go down 8 tiles
+// of rows, then one tile of columns to the right, ...
 struct TileOrigin {
     int m, n;
 };
@@ -316,8 +315,8 @@ DEVICE TileOrigin tile_origin(int m, int n) {
     return {(band * kDown + within % down) * Tile::kM, within / down * Tile::kN};
 }
 
-// Hands the tile's sums to store(output, rows, m, n), 16 rows of a warp at a time: rows[r][c] is the sum of row m + r and
-// column n + c of C. All lanes of the warp call it together.
+// Hands the tile's sums to store(output, rows, m, n), 16 rows of a warp at a time: rows[r][c] is the sum of row m + r
+// and column n + c of C. All lanes of the warp call it together.
 template <class Tile, class Output>
 DEVICE void write_out(const Sums<Tile>& sums, typename Tile::Shared& s, TileOrigin origin, const Output& output) {
     float(&rows)[16][Tile::kPitch] = s.rows[warp_index()];

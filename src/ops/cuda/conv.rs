@@ -1,5 +1,5 @@
-//! Launches of kernels/conv2d.cu. How a convolution is split into launches follows from its shape, so that the meta device
-//! counts the same launches and the same scratch memory.
+//! Launches of kernels/conv2d.cu. How a convolution is split into launches follows from its shape, so that the meta
+//! device counts the same launches and the same scratch memory.
 
 use super::norm::{self, Statistics};
 use super::tiles::{self, Product, Wide};
@@ -212,7 +212,7 @@ pub fn conv2d(
         x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
         weight: k % chunk == 0 && aligned(weight),
         output: g.outputs % chunk == 0
-            && [Some(&*y), args.bias, table, args.residual].into_iter().flatten().all(aligned),
+            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()].into_iter().flatten().all(aligned),
     };
     let tile = tiles::pick(&Product {
         dtype,

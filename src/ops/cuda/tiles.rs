@@ -1,7 +1,7 @@
 //! The tile table of linear and conv2d (kernels/common/tiles.cuh) and who picks from it.
 //!
-//! Every variant makes the same bits: a sum runs over K in the same order whatever the tile (kernels/common/gemm.cuh), so a
-//! choice may depend on the batch. Only a split sum has another order; [`splits`] therefore looks at one image alone.
+//! Every variant makes the same bits: a sum runs over K in the same order whatever the tile (kernels/common/gemm.cuh), so
+//! a choice may depend on the batch. Only a split sum has another order; [`splits`] therefore looks at one image alone.
 //!
 //! All figures here are arithmetic for an A100 or H100, not measurements.
 
@@ -129,10 +129,10 @@ pub fn pick(product: &Product) -> &'static Tile {
 
 /// Parts of a convolution's sums that different blocks make, joined by a second launch; 1: no split.
 ///
-/// The 8x8 and 4x4 images of a UNet have few tiles and long sums (64 pixels, 1280 outputs: 20 tiles of 64x64, K = 11520),
-/// and would leave most of a card idle. From one image's size alone, so that an image's bits do not depend on the batch,
-/// and for 128 multiprocessors whatever the card, so that they do not depend on that either. A part keeps at least 512
-/// terms: below that the parts' way through memory costs more than it brings.
+/// The 8x8 and 4x4 images of a UNet have few tiles and long sums (64 pixels, 1280 outputs: 20 tiles of 64x64, and
+/// K = 11520), and would leave most of a card idle. From one image's size alone, so that an image's bits do not depend on
+/// the batch, and for 128 multiprocessors whatever the card, so that they do not depend on that either. A part keeps at
+/// least 512 terms: below that the parts' way through memory costs more than it brings.
 pub fn splits(pixels: usize, outputs: usize, k: usize) -> usize {
     const BLOCKS: usize = 128;
     const TERMS: usize = 512;
@@ -147,9 +147,9 @@ pub fn splits(pixels: usize, outputs: usize, k: usize) -> usize {
 ///
 /// On load every element is normalised once a tap and once a column of tiles. SiLU takes two of a multiprocessor's 16
 /// special functions a clock: a 64x32 slice 256 clocks, where its product takes 96 (predicted). The pass instead costs a
-/// write and a read of the input, mostly in L2, and a launch: about 12% of a 3x3 convolution of 320 channels. So on load
-/// for one tap without SiLU (a transformer's proj_in), where the pass would be half of the whole and the arithmetic is an
-/// FMA; else the pass. `MEGAFUSE_CONV_NORM=load` or `pass` overrides.
+/// write and a read of the input, mostly in L2, and a launch: about 12% of a 3x3 convolution of 320 channels
+/// (predicted). So on load for one tap without SiLU (a transformer's proj_in), where the pass would be half of the whole
+/// and the arithmetic is an FMA; else the pass. `MEGAFUSE_CONV_NORM=load` or `pass` overrides.
 pub fn norm_on_load(taps: usize, silu: bool) -> bool {
     Variant::current().norm_on_load.unwrap_or(taps == 1 && !silu)
 }
