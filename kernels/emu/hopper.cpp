@@ -199,7 +199,7 @@ static const char* element(const Machine& m, uint64_t descriptor, uint32_t row, 
 }
 
 static void multiply(Machine& m, const Wgmma& w) {
-    static thread_local float a[64][16], b[16][256], d[64][256];
+    auto& [a, b, d] = m.wgmma_operands;
     const WgmmaCall& call = w.call;
     const auto value = [&](const char* p) {
         uint16_t bits;

@@ -216,6 +216,10 @@ struct Machine {
     Warp warp[kMaxWarps];
     Barrier bar[kBarriers];
     Warpgroup warpgroup[kWarpgroups];
+    // Not thread_local: `cur` and `machine` make the library's thread-local block static, which has to be small.
+    struct {
+        float a[64][16], b[16][256], d[64][256];
+    } wgmma_operands;
     std::vector<TmaCopy> tma;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
 
