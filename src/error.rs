@@ -55,6 +55,14 @@ pub enum Error {
     #[error("device {device}: {reason}")]
     DeviceUnavailable { device: String, reason: String },
 
+    /// The card's driver refused a call, or reports that earlier work failed.
+    #[error("{device}: {call}: {name}: {text}")]
+    Driver { device: String, call: &'static str, name: String, text: String },
+
+    /// A kernel cannot be launched as asked.
+    #[error("kernel {kernel}: {reason}")]
+    Kernel { kernel: String, reason: String },
+
     /// What the user asked for is inconsistent: a flag and its value, and what would be accepted.
     #[error("{flag} {value}: {reason}")]
     Request { flag: &'static str, value: String, reason: String },

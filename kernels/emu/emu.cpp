@@ -21,8 +21,9 @@ namespace emu {
 Config config; Stats stats; __thread Ctx* cur;
 bool race_on = false;                       // set by the race build (emu_race.cpp)
 static Reg* regs; static std::mutex out_mu; static std::atomic<int> n_errors;
-Reg::Reg(const char* n, Thunk f) : name(n), fn(f), next(regs) { regs = this; }
-Thunk find(const char* n) { for (Reg* r = regs; r; r = r->next) if (!strcmp(r->name, n)) return r->fn; return nullptr; }
+Reg::Reg(const char* n, Thunk f, const Param* p, unsigned count, unsigned threads) : name(n), fn(f), params(p), param_count(count), max_threads(threads), next(regs) { regs = this; }
+const Reg* find_registered(const char* n) { for (Reg* r = regs; r; r = r->next) if (!strcmp(r->name, n)) return r; return nullptr; }
+Thunk find(const char* n) { const Reg* r = find_registered(n); return r ? r->fn : nullptr; }
 
 // ---------------- context switch ----------------
 #if defined(__x86_64__) && !defined(EMU_UCONTEXT)

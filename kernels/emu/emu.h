@@ -40,12 +40,26 @@ extern Config config;
 struct Stats { uint64_t switches, barriers, warp_ops, mma, wgmma, ldsm, ldsm_wavefronts, tma, races, errors; };
 extern Stats stats;
 using Thunk = void (*)(void* const* params);
-struct Reg { const char* name; Thunk fn; Reg* next; Reg(const char* n, Thunk f); };
+// A kernel's parameter as the driver sees it: where it lies in the packed argument buffer, and whether it is an address.
+struct Param { uint32_t offset, size; bool is_pointer; };
+struct Reg {
+  const char* name; Thunk fn; const Param* params; unsigned param_count, max_threads; Reg* next;
+  Reg(const char* n, Thunk f, const Param* p, unsigned count, unsigned threads); };
+const Reg* find_registered(const char* name);  // null: no such kernel
 int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params); // 0 = ok, else number of errors
 Thunk find(const char* name);
 template <class... A, size_t... I> static void call_unpacked(void (*f)(A...), void* const* p, std::index_sequence<I...>) { f(*(std::remove_reference_t<A>*)p[I]...); }
 template <auto F> struct Unpack;
-template <class... A, void (*F)(A...)> struct Unpack<F> { static void call(void* const* p) { call_unpacked(F, p, std::index_sequence_for<A...>{}); } };
+template <class... A, void (*F)(A...)> struct Unpack<F> {
+  static void call(void* const* p) { call_unpacked(F, p, std::index_sequence_for<A...>{}); }
+  static constexpr unsigned count = sizeof...(A);
+  struct Params { Param at[count ? count : 1]; };
+  static constexpr Params layout() {  // as a C struct of the parameters would be laid out
+    Params r{}; uint32_t i = 0, top = 0;
+    ((top = (top + alignof(A) - 1) / alignof(A) * alignof(A), r.at[i] = {top, sizeof(A), std::is_pointer_v<A>}, top += sizeof(A), i++), ...);
+    return r; }
+  static constexpr Params params = layout();
+};
 
 // ---- primitives (emu.cpp; compiled once, optimised, never instrumented) ----
 void* dyn_smem(size_t need, Loc loc);
@@ -115,8 +129,11 @@ static inline float rcp_approx(float x) { return 1.0f / x; }
 
 #define DEVICE static inline
 #define GRID_CONST const
-#define KERNEL(name, maxthreads, minblocks) static void name
-#define REGISTER_KERNEL(name) static ::emu::Reg emu_reg_##name{#name, &::emu::Unpack<&name>::call};
+#define KERNEL(name, maxthreads, minblocks) \
+  static constexpr unsigned name##_max_threads = maxthreads; \
+  static void name
+#define REGISTER_KERNEL(name) \
+  static ::emu::Reg emu_reg_##name{#name, &::emu::Unpack<&name>::call, ::emu::Unpack<&name>::params.at, ::emu::Unpack<&name>::count, name##_max_threads};
 #define SHARED_DYNAMIC(T, name) T& name = *(T*)::emu::dyn_smem(sizeof(T), ::emu::Loc{__FILE__, __LINE__})
 #define SHARED_STATIC(T, name, dims) typedef T name##_arr dims; static char name##_key; name##_arr& name = *(name##_arr*)::emu::static_smem(&name##_key, sizeof(name##_arr), alignof(name##_arr) < 16 ? 16 : alignof(name##_arr))
 #define UNROLL

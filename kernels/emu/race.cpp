@@ -1,4 +1,5 @@
 // Link this into the race build: kernels compiled with -fsanitize=thread (instrumentation only), NOT linked against libtsan.
+#ifdef EMU_RACE
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -15,3 +16,4 @@ void __tsan_write_range(void* p, size_t n) { emu::race_hook(p, n, true, PC); }
 void __tsan_init() {} void __tsan_func_entry(void*) {} void __tsan_func_exit(void*) {}
 void __tsan_vptr_update(void**, void*) {} void __tsan_vptr_read(void**) {}
 }
+#endif

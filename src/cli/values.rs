@@ -5,6 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use megafuse::pipeline::{ModelSource, Stage};
+use megafuse::runtime::CudaOptions;
 use megafuse::{Device, Error};
 
 /// Steps of one run: the training schedule has that many timesteps.
@@ -133,15 +134,17 @@ impl DeviceChoice {
         }
     }
 
+    /// `auto` is card 0 where a driver and a card are there and the program holds kernels, else the cpu.
+    ///
     /// # Errors
-    /// [`Error::DeviceUnavailable`] for what this version cannot run on, with what can be done.
+    /// [`Error::DeviceUnavailable`]: what is missing, and what can be done; [`Error::Driver`].
     pub fn open(self) -> megafuse::Result<Device> {
-        let reason = match self {
-            DeviceChoice::Auto | DeviceChoice::Cpu => return Ok(Device::cpu()),
-            DeviceChoice::Cuda { .. } => "this version has no CUDA kernels yet; use --device cpu",
-            DeviceChoice::Emu => "this version has no emulated card yet; use --device cpu",
-        };
-        Err(Error::DeviceUnavailable { device: self.to_string(), reason: reason.into() })
+        match self {
+            DeviceChoice::Auto => Ok(Device::cuda(0).unwrap_or_else(|_| Device::cpu())),
+            DeviceChoice::Cpu => Ok(Device::cpu()),
+            DeviceChoice::Cuda { index } => Device::cuda(index),
+            DeviceChoice::Emu => Device::emulated(CudaOptions::default()),
+        }
     }
 }
 
@@ -219,8 +222,8 @@ mod tests {
         for text in ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", ""] {
             assert!(DeviceChoice::parse(text).is_err(), "{text}");
         }
-        assert!(matches!(DeviceChoice::Auto.open(), Ok(Device::Cpu(_))));
-        let error = DeviceChoice::Cuda { index: 1 }.open().unwrap_err().to_string();
-        assert!(error.contains("cuda:1") && error.contains("--device cpu"), "{error}");
+        assert!(DeviceChoice::Auto.open().is_ok(), "with a card or without");
+        let error = DeviceChoice::Cuda { index: 4096 }.open().unwrap_err().to_string();
+        assert!(error.contains("cuda:4096"), "{error}");
     }
 }

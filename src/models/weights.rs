@@ -360,10 +360,12 @@ impl<'a> Weights<'a> {
 
     /// A tensor of the store's dtype and device from `sources`, one after the other.
     fn build(&self, shape: &[usize], sources: &[(String, Option<&Entry>)], layout: Layout) -> Result<Tensor> {
-        let mut tensor = Tensor::uninit(&self.store.device, shape, self.store.dtype)?;
         if let Device::Meta(_) = self.store.device {
-            return Ok(tensor);
+            return Tensor::uninit(&self.store.device, shape, self.store.dtype);
         }
+        // A card gets each tensor as soon as it is repacked: the host holds one at a time.
+        let host = if let Device::Cpu(_) = self.store.device { self.store.device.clone() } else { Device::cpu() };
+        let mut tensor = Tensor::uninit(&host, shape, self.store.dtype)?;
         match self.store.dtype {
             DType::F32 => self.fill_all(tensor.cpu_mut::<f32>(), sources, layout)?,
             DType::F16 => self.fill_all(tensor.cpu_mut::<f16>(), sources, layout)?,
@@ -373,7 +375,7 @@ impl<'a> Weights<'a> {
                 return Err(Error::Dtype { op, arg, got, want });
             }
         }
-        Ok(tensor)
+        tensor.to_device(&self.store.device)
     }
 
     fn fill_all<T: Element>(&self, to: &mut [T], sources: &[(String, Option<&Entry>)], layout: Layout) -> Result<()> {

@@ -114,6 +114,7 @@ pub fn conv2d(args: Conv2d) -> Result<Tensor> {
     match x.device() {
         Device::Meta(meta) => meta.record(OP, OpKind::Conv, &shape, work(&args, &g, &y)),
         Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(&args, &g, &mut y)),
+        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
     }
     Ok(y)
 }

@@ -74,6 +74,7 @@ pub fn linear(args: Linear) -> Result<Tensor> {
             );
         }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => linear_cpu::<T>(&args, [m, n, k], &mut y)),
+        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
     }
     Ok(y)
 }

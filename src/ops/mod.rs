@@ -7,6 +7,7 @@
 mod attention;
 mod conv;
 mod cpu;
+mod cuda;
 mod elementwise;
 mod embedding;
 mod linear;

@@ -77,6 +77,7 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
             meta.record(OP, OpKind::Norm, &dims, Work { macs: 0, flops, bytes, launches: 1 });
         }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => group_norm_cpu::<T>(&args, dims, &mut y)),
+        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
     }
     Ok(y)
 }
@@ -135,6 +136,7 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
             meta.record(OP, OpKind::Norm, x.shape(), work);
         }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => layer_norm_cpu::<T>(&args, c, &mut y)),
+        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
     }
     Ok(y)
 }

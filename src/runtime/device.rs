@@ -3,12 +3,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::MetaDevice;
+use super::cuda::{self, CudaDevice, CudaOptions};
+use crate::error::Result;
 
 /// Where a tensor lives and where ops on it run. Cheap to clone; clones are the same device.
 #[derive(Clone, Debug)]
 pub enum Device {
     /// Host memory; ops in Rust on the gemm crate and rayon.
     Cpu(CpuDevice),
+    /// An NVIDIA card (or its emulation); ops in the kernels of kernels/.
+    Cuda(CudaDevice),
     /// No data: shape checks and a record of every op's cost.
     Meta(MetaDevice),
 }
@@ -22,10 +26,29 @@ impl Device {
         Device::Meta(MetaDevice::default())
     }
 
+    /// Card `ordinal` of the installed driver.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::open`].
+    pub fn cuda(ordinal: usize) -> Result<Device> {
+        Ok(Device::Cuda(CudaDevice::open(CudaOptions { ordinal, ..CudaOptions::default() })?))
+    }
+
+    /// The emulated card: the same kernels, compiled for the host, behind the driver's interface. It takes the place of
+    /// the installed driver for the whole process.
+    ///
+    /// # Errors
+    /// As [`cuda::emulated_library`], [`cuda::use_library`] and [`CudaDevice::open`].
+    pub fn emulated(options: CudaOptions) -> Result<Device> {
+        cuda::use_library(&cuda::emulated_library()?)?;
+        Ok(Device::Cuda(CudaDevice::open(options)?))
+    }
+
     /// Are the two the same device, so that one op may read both?
     pub fn same(&self, other: &Device) -> bool {
         match (self, other) {
             (Device::Cpu(a), Device::Cpu(b)) => Arc::ptr_eq(&a.0, &b.0),
+            (Device::Cuda(a), Device::Cuda(b)) => a.same(b),
             (Device::Meta(a), Device::Meta(b)) => a.same(b),
             _ => false,
         }
@@ -34,10 +57,11 @@ impl Device {
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Device::Cpu(_) => "cpu",
-            Device::Meta(_) => "meta",
-        })
+        match self {
+            Device::Cpu(_) => f.write_str("cpu"),
+            Device::Cuda(cuda) => cuda.fmt(f),
+            Device::Meta(_) => f.write_str("meta"),
+        }
     }
 }
 

@@ -1,12 +1,15 @@
 //! Tensors and the devices they live on.
 //!
-//! `cpu` computes in Rust; `meta` holds no data and records what each op would cost. The model code is the same.
+//! `cpu` computes in Rust; `cuda` launches the kernels of kernels/ on a card, or on its emulation; `meta` holds no data and
+//! records what each op would cost. The model code is the same.
 
+pub mod cuda;
 mod device;
 mod dtype;
 mod meta;
 mod tensor;
 
+pub use cuda::{CudaDevice, CudaOptions};
 pub use device::{CpuDevice, Device};
 pub use dtype::{DType, Element};
 pub use meta::{MetaDevice, OpKind, OpRecord, Report, Work};

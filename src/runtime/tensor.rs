@@ -3,7 +3,8 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::{CpuDevice, DType, Device, Element, MetaDevice};
+use super::cuda::{Buffer, DevicePtr};
+use super::{CpuDevice, CudaDevice, DType, Device, Element, MetaDevice};
 use crate::error::{Error, Result};
 
 /// A dense, contiguous, row-major array on a device.
@@ -23,6 +24,7 @@ pub struct Tensor {
 #[derive(Debug)]
 enum Storage {
     Cpu { data: CpuData, device: CpuDevice },
+    Cuda(Buffer),
     Meta { bytes: u64, device: MetaDevice },
 }
 
@@ -59,6 +61,7 @@ impl Drop for Storage {
     fn drop(&mut self) {
         match self {
             Storage::Cpu { data, device } => device.removed(data.as_bytes().len() as u64),
+            Storage::Cuda(_) => {}
             Storage::Meta { bytes, device } => device.removed(*bytes),
         }
     }
@@ -70,8 +73,9 @@ impl Tensor {
     /// # Errors
     /// [`Error::TooLarge`] when the element count overflows, [`Error::OutOfMemory`] when the device has no room.
     pub fn uninit(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let poison = if cfg!(poison) { f32::NAN } else { 0.0 };
-        Tensor::filled(device, shape, dtype, poison)
+        // The host's fresh pages are zeros for nothing; a card's memory would have to be filled.
+        let fill = cfg!(poison) || matches!(device, Device::Cuda(_));
+        Tensor::filled(device, shape, dtype, if fill { f32::NAN } else { 0.0 })
     }
 
     pub fn zeros(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -91,6 +95,18 @@ impl Tensor {
                 cpu.added((count * dtype.size_bytes()) as u64);
                 Storage::Cpu { data, device: cpu.clone() }
             }
+            Device::Cuda(cuda) => {
+                let bytes = (count * dtype.size_bytes()) as u64;
+                let buffer = cuda.allocate(bytes, &|| format!("a tensor of shape {shape:?}"))?;
+                match value {
+                    0.0 => cuda.fill(buffer.address(), 0, bytes)?,
+                    // All bits set is NaN in every float dtype. A graph holds no fills: they would hide what a replay
+                    // forgets.
+                    _ if cfg!(poison) && !cuda.is_recording() => cuda.fill(buffer.address(), 0xff, bytes)?,
+                    _ => {}
+                }
+                Storage::Cuda(buffer)
+            }
             Device::Meta(meta) => {
                 let bytes = (count * dtype.size_bytes()) as u64;
                 meta.added(bytes);
@@ -105,31 +121,51 @@ impl Tensor {
     /// # Errors
     /// [`Error::Argument`] when the count is not the product of `shape`; as [`uninit`](Tensor::uninit).
     pub fn from_f32(device: &Device, shape: &[usize], dtype: DType, values: &[f32]) -> Result<Tensor> {
-        let mut tensor = Tensor::filled(device, shape, dtype, 0.0)?;
-        if values.len() != tensor.numel() {
-            return Err(Error::argument(
-                "Tensor::from_f32",
-                "values",
-                values.len(),
-                format!("the product of {shape:?}"),
-            ));
+        let count = element_count(shape, dtype)?;
+        if values.len() != count {
+            let want = format!("the product of {shape:?}");
+            return Err(Error::argument("Tensor::from_f32", "values", values.len(), want));
         }
-        if let Device::Cpu(_) = device {
-            match dtype {
-                DType::F32 => tensor.cpu_mut::<f32>().copy_from_slice(values),
-                DType::F16 => store(tensor.cpu_mut::<f16>(), values),
-                DType::BF16 => store(tensor.cpu_mut::<bf16>(), values),
-                DType::U32 => {
-                    return Err(Error::Dtype {
-                        op: "Tensor::from_f32",
-                        arg: "dtype",
-                        got: dtype,
-                        want: "a float type".into(),
-                    });
+        if !dtype.is_float() {
+            let (op, arg, want) = ("Tensor::from_f32", "dtype", "a float type".into());
+            return Err(Error::Dtype { op, arg, got: dtype, want });
+        }
+        let mut tensor = Tensor::uninit(device, shape, dtype)?;
+        tensor.write_f32(values)?;
+        Ok(tensor)
+    }
+
+    /// Overwrites every element of a tensor that nobody else holds: on a card the address stays, and the copy comes after
+    /// the work launched before.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the count differs; [`Error::Driver`].
+    pub fn write_f32(&mut self, values: &[f32]) -> Result<()> {
+        if values.len() != self.numel() {
+            let want = format!("the product of {:?}", self.shape);
+            return Err(Error::argument("Tensor::write_f32", "values", values.len(), want));
+        }
+        match &self.device {
+            Device::Meta(_) => Ok(()),
+            Device::Cpu(_) => {
+                match self.dtype {
+                    DType::F32 => self.cpu_mut::<f32>().copy_from_slice(values),
+                    DType::F16 => store(self.cpu_mut::<f16>(), values),
+                    DType::BF16 => store(self.cpu_mut::<bf16>(), values),
+                    DType::U32 => store(self.cpu_mut::<u32>(), values),
+                }
+                Ok(())
+            }
+            Device::Cuda(cuda) => {
+                let to = self.cuda().0;
+                match self.dtype {
+                    DType::F32 => cuda.upload(to, bytemuck::cast_slice(values)),
+                    DType::F16 => upload_as::<f16>(cuda, to, values),
+                    DType::BF16 => upload_as::<bf16>(cuda, to, values),
+                    DType::U32 => upload_as::<u32>(cuda, to, values),
                 }
             }
         }
-        Ok(tensor)
     }
 
     /// Token ids and other counts, dtype `U32`. Errors as [`from_f32`](Tensor::from_f32).
@@ -143,8 +179,10 @@ impl Tensor {
                 format!("the product of {shape:?}"),
             ));
         }
-        if let Device::Cpu(_) = device {
-            tensor.cpu_mut::<u32>().copy_from_slice(values);
+        match device {
+            Device::Cpu(_) => tensor.cpu_mut::<u32>().copy_from_slice(values),
+            Device::Cuda(cuda) => cuda.upload(tensor.cuda().0, bytemuck::cast_slice(values))?,
+            Device::Meta(_) => {}
         }
         Ok(tensor)
     }
@@ -152,10 +190,17 @@ impl Tensor {
     /// The elements as f32 on the host, row-major.
     ///
     /// # Errors
-    /// [`Error::DeviceUnavailable`] on the meta device, which has no data.
+    /// [`Error::DeviceUnavailable`] on the meta device, which has no data; [`Error::Driver`].
     pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
-        if let Device::Meta(_) = self.device {
-            return Err(Error::DeviceUnavailable { device: "meta".into(), reason: "its tensors hold no data".into() });
+        match &self.device {
+            Device::Cpu(_) => {}
+            Device::Cuda(_) => return self.to_cpu()?.to_f32_vec(),
+            Device::Meta(_) => {
+                return Err(Error::DeviceUnavailable {
+                    device: "meta".into(),
+                    reason: "its tensors hold no data".into(),
+                });
+            }
         }
         Ok(match self.dtype {
             DType::F32 => self.cpu::<f32>().to_vec(),
@@ -172,7 +217,44 @@ impl Tensor {
         }
         match self.device {
             Device::Meta(_) => Tensor::uninit(&self.device, &self.shape, dtype),
-            Device::Cpu(_) => Tensor::from_f32(&self.device, &self.shape, dtype, &self.to_f32_vec()?),
+            Device::Cpu(_) | Device::Cuda(_) => Tensor::from_f32(&self.device, &self.shape, dtype, &self.to_f32_vec()?),
+        }
+    }
+
+    /// The same elements on another device (the same tensor where it is there already).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Driver`]; [`Error::DeviceUnavailable`] from the meta device.
+    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
+        if self.device.same(device) {
+            return Ok(self.clone());
+        }
+        match (&self.device, device) {
+            (_, Device::Meta(_)) => Tensor::uninit(device, &self.shape, self.dtype),
+            (Device::Cpu(_), Device::Cuda(cuda)) => {
+                let tensor = Tensor::uninit(device, &self.shape, self.dtype)?;
+                cuda.upload(tensor.cuda().0, self.cpu_bytes())?;
+                Ok(tensor)
+            }
+            (_, Device::Cpu(_)) => self.to_cpu(),
+            (_, Device::Cuda(_)) => self.to_cpu()?.to_device(device),
+        }
+    }
+
+    fn to_cpu(&self) -> Result<Tensor> {
+        match &self.device {
+            Device::Cpu(_) => Ok(self.clone()),
+            Device::Cuda(cuda) => {
+                let mut tensor = Tensor::uninit(&Device::cpu(), &self.shape, self.dtype)?;
+                match Arc::get_mut(&mut tensor.storage) {
+                    Some(Storage::Cpu { data, .. }) => cuda.download(self.cuda().0, data.as_bytes_mut())?,
+                    _ => unreachable!("just made, on the cpu"),
+                }
+                Ok(tensor)
+            }
+            Device::Meta(_) => {
+                Err(Error::DeviceUnavailable { device: "meta".into(), reason: "its tensors hold no data".into() })
+            }
         }
     }
 
@@ -262,7 +344,23 @@ impl Tensor {
             Storage::Cpu { data, .. } => {
                 &bytemuck::cast_slice(data.as_bytes())[self.offset..self.offset + self.numel()]
             }
-            Storage::Meta { .. } => unreachable!("a meta tensor has no data"),
+            Storage::Cuda(_) | Storage::Meta { .. } => unreachable!("the tensor is not in host memory"),
+        }
+    }
+
+    fn cpu_bytes(&self) -> &[u8] {
+        let size = self.dtype.size_bytes();
+        match &*self.storage {
+            Storage::Cpu { data, .. } => &data.as_bytes()[self.offset * size..][..self.numel() * size],
+            Storage::Cuda(_) | Storage::Meta { .. } => unreachable!("the tensor is not in host memory"),
+        }
+    }
+
+    /// Where the first element lies on the card.
+    pub(crate) fn cuda(&self) -> DevicePtr {
+        match &*self.storage {
+            Storage::Cuda(buffer) => DevicePtr(buffer.address() + (self.offset * self.dtype.size_bytes()) as u64),
+            Storage::Cpu { .. } | Storage::Meta { .. } => unreachable!("the tensor is not on a card"),
         }
     }
 
@@ -272,9 +370,14 @@ impl Tensor {
         let range = self.offset..self.offset + self.numel();
         match Arc::get_mut(&mut self.storage).expect("an output is not shared while it is written") {
             Storage::Cpu { data, .. } => &mut bytemuck::cast_slice_mut(data.as_bytes_mut())[range],
-            Storage::Meta { .. } => unreachable!("a meta tensor has no data"),
+            Storage::Cuda(_) | Storage::Meta { .. } => unreachable!("the tensor is not in host memory"),
         }
     }
+}
+
+fn upload_as<T: Element>(cuda: &CudaDevice, to: u64, values: &[f32]) -> Result<()> {
+    let values: Vec<T> = values.iter().map(|&value| T::from_f32(value)).collect();
+    cuda.upload(to, bytemuck::cast_slice(&values))
 }
 
 fn element_count(shape: &[usize], dtype: DType) -> Result<usize> {

@@ -4,9 +4,32 @@
 use std::fmt::Display;
 
 use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source};
-use megafuse::runtime::{DType, Device, Tensor};
+use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
 pub const F32_EPS: f64 = f32::EPSILON as f64;
+
+/// The devices that every op is tested on: the cpu and the emulated card, or those that `MEGAFUSE_TEST_DEVICES` lists
+/// (`cpu`, `emu`, `cuda`), for a machine that has a card. On a card each tensor is an allocation of its own.
+pub fn devices() -> Vec<Device> {
+    let listed = std::env::var("MEGAFUSE_TEST_DEVICES").unwrap_or_else(|_| "cpu,emu".into());
+    listed.split(',').map(device).collect()
+}
+
+/// The cards among [`devices`].
+pub fn cards() -> Vec<Device> {
+    devices().into_iter().filter(|device| matches!(device, Device::Cuda(_))).collect()
+}
+
+fn device(name: &str) -> Device {
+    let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
+    match name {
+        "cpu" => Device::cpu(),
+        "emu" => Device::emulated(options)
+            .unwrap_or_else(|error| panic!("{error}\n(MEGAFUSE_TEST_DEVICES=cpu tests without the emulated card)")),
+        "cuda" => Device::Cuda(CudaDevice::open(options).unwrap_or_else(|error| panic!("{error}"))),
+        other => panic!("MEGAFUSE_TEST_DEVICES has {other:?}, expected cpu, emu and cuda, separated by commas"),
+    }
+}
 
 /// Seeded normal numbers (SplitMix64, Box-Muller).
 pub struct Random(u64);

@@ -1,0 +1,523 @@
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_void};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, CUresult};
+
+use super::driver::{self, check};
+use super::kernels::{BUILT, KERNELS};
+use super::launch::{Arg, Launch};
+use super::memory::{Buffer, Counters, Kind, Pool};
+use super::staging::Staging;
+use crate::error::{Error, Result};
+
+/// A card, one stream of work on it, and the kernels loaded there. Cheap to clone; clones are the same device.
+///
+/// Everything is launched on the one stream, so ops run in the order they are called and wait for nothing.
+#[derive(Clone)]
+pub struct CudaDevice(Arc<Inner>);
+
+/// How to open a card.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CudaOptions {
+    /// Which card, as the driver counts them.
+    pub ordinal: usize,
+    /// Every tensor is an allocation of its own, of exactly its size. For tests that look for accesses beyond it.
+    pub separate_allocations: bool,
+}
+
+/// Bytes on the card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryReport {
+    /// Of live tensors.
+    pub in_use_bytes: u64,
+    /// Largest `in_use_bytes` so far.
+    pub peak_bytes: u64,
+    /// Taken from the driver, for these and the next tensors.
+    pub reserved_bytes: u64,
+    /// What the driver could still give, and what the card has.
+    pub free_bytes: u64,
+    pub total_bytes: u64,
+}
+
+struct Inner {
+    // Dropped in this order: what needs the context before the context.
+    staging: Mutex<Staging>,
+    state: Mutex<State>,
+    functions: Mutex<HashMap<String, Function>>,
+    modules: Vec<(&'static str, CUmodule)>,
+    counters: Arc<Counters>,
+    card: Card,
+    context: Arc<Context>,
+}
+
+// SAFETY: the handles are the driver's, which any thread may use; what changes is behind mutexes.
+unsafe impl Send for Inner {}
+unsafe impl Sync for Inner {}
+
+struct State {
+    /// Where new tensors go.
+    pool: Arc<Pool>,
+    /// While a graph is recorded: its kernels so far.
+    recorded: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug)]
+struct Card {
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: usize,
+    /// Shared memory a block can ask for.
+    shared_bytes: usize,
+}
+
+#[derive(Clone)]
+struct Function {
+    handle: CUfunction,
+    /// Sizes of the parameters; `None` where the driver does not say.
+    parameters: Option<Arc<[usize]>>,
+    /// Dynamic shared memory it may be launched with.
+    shared_bytes: usize,
+}
+
+/// The primary context of a card and our stream.
+#[derive(Debug)]
+pub struct Context {
+    /// `cuda:0`
+    pub name: String,
+    device: sys::CUdevice,
+    handle: sys::CUcontext,
+    pub stream: sys::CUstream,
+}
+
+// SAFETY: as Inner.
+unsafe impl Send for Context {}
+unsafe impl Sync for Context {}
+
+impl Context {
+    fn open(name: &str, ordinal: usize) -> Result<Context> {
+        let (mut device, mut handle, mut stream) = (0, std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the driver is initialised and has that card; the pointers are valid for the calls.
+        unsafe {
+            check(name, "cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as i32))?;
+            check(name, "cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut handle, device))?;
+            let made = check(name, "cuCtxSetCurrent", sys::cuCtxSetCurrent(handle)).and_then(|()| {
+                let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+                check(name, "cuStreamCreate", sys::cuStreamCreate(&mut stream, flags))
+            });
+            if let Err(error) = made {
+                sys::cuDevicePrimaryCtxRelease_v2(device);
+                return Err(error);
+            }
+        }
+        Ok(Context { name: name.into(), device, handle, stream })
+    }
+
+    /// Makes the context that of this thread, as every call of the driver wants it.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: the context is retained.
+        check(&self.name, "cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.handle) })
+    }
+
+    /// Free and total bytes.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the pointers are valid for the call.
+        check(&self.name, "cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok((free as u64, total as u64))
+    }
+
+    fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: the pointer is valid for the call.
+        let result = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
+        check(&self.name, "cuDeviceGetAttribute", result)?;
+        Ok(value)
+    }
+
+    fn card(&self) -> Result<Card> {
+        use CUdevice_attribute as A;
+        let mut text = [0; 256];
+        // SAFETY: the driver writes at most the length, with a terminating 0.
+        let name = unsafe {
+            let result = sys::cuDeviceGetName(text.as_mut_ptr(), text.len() as i32, self.device);
+            check(&self.name, "cuDeviceGetName", result)?;
+            CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned()
+        };
+        Ok(Card {
+            name,
+            capability: (
+                self.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                self.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: self.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize,
+            shared_bytes: self.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0) as usize,
+        })
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: nothing of ours is left in the context; both are given back once.
+        unsafe {
+            if self.bind().is_ok() {
+                sys::cuStreamDestroy_v2(self.stream);
+            }
+            sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: the stream is waited for, so no kernel of the modules runs.
+            unsafe {
+                sys::cuStreamSynchronize(self.context.stream);
+                self.modules.iter().for_each(|&(_, module)| {
+                    sys::cuModuleUnload(module);
+                });
+            }
+        }
+    }
+}
+
+/// The kernels use instructions that older cards lack.
+const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// Dynamic shared memory that every kernel may have unasked.
+const DEFAULT_SHARED_BYTES: usize = 48 << 10;
+
+impl CudaDevice {
+    /// Opens a card and loads the kernels.
+    ///
+    /// # Errors
+    /// [`Error::DeviceUnavailable`], each with what to do: no driver, too old a driver, no (such) card, too old a card, no
+    /// kernels in this program. [`Error::Driver`]: what the driver said.
+    pub fn open(options: CudaOptions) -> Result<CudaDevice> {
+        let name = format!("cuda:{}", options.ordinal);
+        let refuse = |reason: String| Err(Error::DeviceUnavailable { device: name.clone(), reason });
+        let cards = driver::start(&name)?;
+        if options.ordinal >= cards {
+            return refuse(format!(
+                "the driver finds {cards} card{}, counted from 0",
+                if cards == 1 { "" } else { "s" }
+            ));
+        }
+        let context = Arc::new(Context::open(&name, options.ordinal)?);
+        let card = context.card()?;
+        if card.capability < OLDEST_CAPABILITY {
+            let (major, minor) = card.capability;
+            return refuse(format!(
+                "{} has compute capability {major}.{minor}; 8.0 or newer is needed (Ampere); use --device cpu",
+                card.name
+            ));
+        }
+        let counters = Arc::new(Counters::default());
+        let kind = if options.separate_allocations { Kind::Separate } else { Kind::Shared };
+        let pool = Pool::new(context.clone(), counters.clone(), kind);
+        let mut inner = Inner {
+            staging: Mutex::new(Staging::new(context.clone())),
+            state: Mutex::new(State { pool, recorded: None }),
+            functions: Mutex::new(HashMap::new()),
+            modules: Vec::new(),
+            counters,
+            card,
+            context,
+        };
+        for file in KERNELS {
+            let mut module = std::ptr::null_mut();
+            // SAFETY: the image is a whole fatbin, or a text that the driver refuses.
+            match unsafe { sys::cuModuleLoadData(&mut module, file.image.as_ptr().cast()) } {
+                CUresult::CUDA_SUCCESS => inner.modules.push((file.name, module)),
+                _ if !BUILT => {
+                    return refuse(
+                        "this program holds no kernels: it was built without nvcc; run tools/nvcc (or install CUDA 13.0 and \
+                         set CUDA_HOME), build again, or use --device cpu"
+                            .into(),
+                    );
+                }
+                result => check(&name, "cuModuleLoadData", result)?,
+            }
+        }
+        Ok(CudaDevice(Arc::new(inner)))
+    }
+
+    /// How many cards the driver finds.
+    ///
+    /// # Errors
+    /// As [`open`](CudaDevice::open).
+    pub fn count() -> Result<usize> {
+        driver::start("cuda")
+    }
+
+    pub fn same(&self, other: &CudaDevice) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// The card's name, as the driver has it.
+    pub fn card(&self) -> &str {
+        &self.0.card.name
+    }
+
+    /// Major and minor version of the instruction set.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.0.card.capability
+    }
+
+    pub fn multiprocessors(&self) -> usize {
+        self.0.card.multiprocessors
+    }
+
+    /// Shared memory that a block may have, static and dynamic together.
+    pub fn shared_bytes(&self) -> usize {
+        self.0.card.shared_bytes
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.0.context
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// # Errors
+    /// [`Error::Driver`]
+    pub fn memory(&self) -> Result<MemoryReport> {
+        let (free_bytes, total_bytes) = self.0.context.memory()?;
+        let counters = &self.0.counters;
+        Ok(MemoryReport {
+            in_use_bytes: counters.in_use(),
+            peak_bytes: counters.peak(),
+            reserved_bytes: counters.reserved(),
+            free_bytes,
+            total_bytes,
+        })
+    }
+
+    /// Takes `bytes` from the driver at once, for the tensors of the run to come.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        let pool = self.state().pool.clone();
+        pool.reserve(bytes, &|| "the run's tensors, as planned".into())
+    }
+
+    pub(in crate::runtime) fn allocate(&self, bytes: u64, what: &dyn Fn() -> String) -> Result<Buffer> {
+        let pool = self.state().pool.clone();
+        pool.allocate(bytes, what)
+    }
+
+    /// Waits until all work is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]: also those of the work.
+    pub fn synchronize(&self) -> Result<()> {
+        let context = &self.0.context;
+        context.bind()?;
+        // SAFETY: the stream lives as long as the context.
+        check(&context.name, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(context.stream) })
+    }
+
+    /// Sets `bytes` bytes at `to`.
+    pub(in crate::runtime) fn fill(&self, to: u64, value: u8, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.record("memset");
+        let context = &self.0.context;
+        context.bind()?;
+        // SAFETY: the range is a buffer's.
+        let result = unsafe { sys::cuMemsetD8Async(to, value, bytes as usize, context.stream) };
+        check(&context.name, "cuMemsetD8Async", result)
+    }
+
+    pub(in crate::runtime) fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.not_recording("a copy from the host")?;
+        self.0.staging.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).upload(to, bytes)
+    }
+
+    pub(in crate::runtime) fn download(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        self.not_recording("a copy to the host")?;
+        self.0.staging.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).download(from, bytes)
+    }
+
+    fn not_recording(&self, what: &str) -> Result<()> {
+        match self.is_recording() {
+            true => Err(Error::config("graph", format!("{what} cannot be recorded: do it before or after"))),
+            false => Ok(()),
+        }
+    }
+
+    pub(in crate::runtime) fn is_recording(&self) -> bool {
+        self.state().recorded.is_some()
+    }
+
+    fn record(&self, what: &str) {
+        if let Some(recorded) = &mut self.state().recorded {
+            recorded.push(what.into());
+        }
+    }
+
+    pub(super) fn graph_pool(&self) -> Arc<Pool> {
+        let kind = self.state().pool.kind().for_graph();
+        Pool::new(self.0.context.clone(), self.0.counters.clone(), kind)
+    }
+
+    /// New tensors go to `pool` and launches are listed, until the recording ends.
+    pub(super) fn begin_capture(&self, pool: Arc<Pool>) -> Result<Recording<'_>> {
+        self.not_recording("another graph")?;
+        let mut state = self.state();
+        state.recorded = Some(Vec::new());
+        let before = std::mem::replace(&mut state.pool, pool);
+        Ok(Recording { device: self, before: Some(before) })
+    }
+
+    /// Launches a kernel of kernels/`file`.cu.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel's declaration, in order and type (count and sizes are checked), and what the
+    /// kernel reads and writes through them lies within live tensors of this device.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`]: no such kernel, other parameters, a launch beyond the card's limits; [`Error::Driver`].
+    pub unsafe fn launch(&self, file: &'static str, entry: &str, launch: Launch, args: &[Arg]) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
+        let [x, y, z] = launch.grid;
+        if x > i32::MAX as usize || y > 65_535 || z > 65_535 {
+            return refuse(format!("a grid of {x} x {y} x {z} blocks; the limit is 2147483647 x 65535 x 65535"));
+        }
+        let context = &self.0.context;
+        context.bind()?;
+        let function = self.function(file, entry, launch.shared_bytes)?;
+        if let Some(parameters) = &function.parameters
+            && !parameters.iter().copied().eq(args.iter().map(|arg| arg.bytes))
+        {
+            let got: Vec<usize> = args.iter().map(|arg| arg.bytes).collect();
+            return refuse(format!("called with arguments of {got:?} bytes, it has parameters of {parameters:?}"));
+        }
+        let mut values: Vec<*mut c_void> = args.iter().map(|arg| arg.value.cast_mut()).collect();
+        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let result = unsafe {
+            let (block, shared) = (launch.block as u32, launch.shared_bytes as u32);
+            let (x, y, z) = (x as u32, y as u32, z as u32);
+            let none = std::ptr::null_mut();
+            sys::cuLaunchKernel(
+                function.handle,
+                x,
+                y,
+                z,
+                block,
+                1,
+                1,
+                shared,
+                context.stream,
+                values.as_mut_ptr(),
+                none,
+            )
+        };
+        match result {
+            CUresult::CUDA_ERROR_INVALID_VALUE | CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => refuse(format!(
+                "the card refuses a launch of {:?} blocks of {} threads with {} bytes of shared memory: {result:?}",
+                launch.grid, launch.block, launch.shared_bytes
+            )),
+            result => {
+                check(&context.name, "cuLaunchKernel", result)?;
+                self.record(entry);
+                Ok(())
+            }
+        }
+    }
+
+    /// The kernel, allowed to use that much dynamic shared memory.
+    fn function(&self, file: &'static str, entry: &str, shared_bytes: usize) -> Result<Function> {
+        let mut functions = self.0.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut function = match functions.get(entry) {
+            Some(function) => function.clone(),
+            None => self.find(file, entry)?,
+        };
+        if shared_bytes > function.shared_bytes {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded.
+            let result = unsafe { sys::cuFuncSetAttribute(function.handle, attribute, shared_bytes as i32) };
+            if result == CUresult::CUDA_ERROR_INVALID_VALUE {
+                let limit = self.0.card.shared_bytes;
+                let reason = format!("needs {shared_bytes} bytes of shared memory, a block of this card has {limit}");
+                return Err(Error::Kernel { kernel: entry.into(), reason });
+            }
+            check(&self.0.context.name, "cuFuncSetAttribute", result)?;
+            function.shared_bytes = shared_bytes;
+        }
+        functions.insert(entry.into(), function.clone());
+        Ok(function)
+    }
+
+    fn find(&self, file: &'static str, entry: &str) -> Result<Function> {
+        let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
+        let Some(&(_, module)) = self.0.modules.iter().find(|(name, _)| *name == file) else {
+            return refuse(format!("there is no kernels/{file}.cu in this program"));
+        };
+        let name = CString::new(entry).map_err(|_| Error::argument("launch", "entry", entry, "a kernel's name"))?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the module is loaded; the pointers are valid for the call.
+        match unsafe { sys::cuModuleGetFunction(&mut handle, module, name.as_ptr()) } {
+            CUresult::CUDA_ERROR_NOT_FOUND => return refuse(format!("kernels/{file}.cu has no such kernel")),
+            result => check(&self.0.context.name, "cuModuleGetFunction", result)?,
+        }
+        let mut sizes = Vec::new();
+        loop {
+            let (mut offset, mut bytes) = (0, 0);
+            // SAFETY: the function is loaded; past the last parameter the driver answers with an error.
+            match unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut bytes) } {
+                CUresult::CUDA_SUCCESS => sizes.push(bytes),
+                _ => break,
+            }
+        }
+        Ok(Function { handle, parameters: Some(sizes.into()), shared_bytes: DEFAULT_SHARED_BYTES })
+    }
+}
+
+/// While it lives, the device's work is recorded.
+pub(super) struct Recording<'a> {
+    device: &'a CudaDevice,
+    before: Option<Arc<Pool>>,
+}
+
+impl Recording<'_> {
+    /// The names of what was recorded.
+    pub fn end(mut self) -> Vec<String> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Vec<String> {
+        let Some(before) = self.before.take() else { return Vec::new() };
+        let mut state = self.device.state();
+        state.pool = before;
+        state.recorded.take().unwrap_or_default()
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "CudaDevice({}, {})", self.0.context.name, self.0.card.name)
+    }
+}
+
+impl fmt::Display for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0.context.name)
+    }
+}
