@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use megafuse::models::{Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
-use megafuse::ops::profile;
+use megafuse::ops::{StepIndex, profile};
 use megafuse::runtime::{DType, Device, Tensor};
 use megafuse::{Error, Result};
 
@@ -116,7 +116,7 @@ impl Model {
             Model::Vae { vae, latents } => vae.decode(latents),
             Model::Unet { unet, context, latents } => {
                 let conditioning = unet.condition(context, &[981.0])?;
-                unet.forward(latents, 0, &conditioning, &UnetOptions::default())
+                unet.forward(latents, &StepIndex::new(latents.device(), 0)?, &conditioning, &UnetOptions::default())
             }
         }
     }

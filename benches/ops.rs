@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use megafuse::Result;
 use megafuse::ops::{
-    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, Source, StepCoefficients, Upsampler,
+    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, SampleState, Source, StepCoefficients,
+    StepRow, StepTable, Upsampler,
 };
 use megafuse::runtime::{DType, Device, Tensor, Work};
 use rayon::prelude::*;
@@ -421,8 +422,15 @@ fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
             next_from_e: 0.4,
             next_from_x0: 0.9,
             next_from_noise: 0.0,
+            x0_from_next: false,
         };
-        Ok(Box::new(move || Ok(ops::sampler_step(&x, &output, Some(7.0), &coefficients, None)?.next)))
+        let steps = StepTable::new(device, vec![StepRow { input_scale: 1.0, coefficients }])?;
+        let state = RefCell::new(SampleState::new(x)?);
+        Ok(Box::new(move || {
+            let mut state = state.borrow_mut();
+            ops::sampler_step(&mut state, &output, Some(7.0), &steps, None)?;
+            Ok(state.x0().clone())
+        }))
     };
     Case { name: format!("sampler_step guided [{n},{h},{w},{c}]"), prepare: Box::new(prepare) }
 }

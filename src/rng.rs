@@ -78,11 +78,21 @@ impl Rng {
     /// As [`Tensor::uninit`].
     pub fn normal_nhwc(&mut self, device: &Device, [n, h, w, c]: [usize; 4]) -> Result<Tensor> {
         let shape = [n, h, w, c];
-        if let Device::Meta(_) = device {
-            return Tensor::uninit(device, &shape, DType::F32);
-        }
         // The allocation first: a shape beyond memory is an error, not an abort in the draw.
-        drop(Tensor::uninit(device, &shape, DType::F32)?);
+        let mut tensor = Tensor::uninit(device, &shape, DType::F32)?;
+        self.normal_nhwc_into(&mut tensor)?;
+        Ok(tensor)
+    }
+
+    /// [`normal_nhwc`](Rng::normal_nhwc) into a tensor `[n, h, w, c]` that nobody else holds.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape); [`Error::Driver`](crate::Error::Driver).
+    pub fn normal_nhwc_into(&mut self, to: &mut Tensor) -> Result<()> {
+        let [n, h, w, c] = to.dims("normal", "to")?;
+        if let Device::Meta(_) = to.device() {
+            return Ok(());
+        }
         let planar = self.normal(n * h * w * c);
         let mut values = vec![0.0; planar.len()];
         for (image, planes) in values.chunks_exact_mut((h * w * c).max(1)).zip(planar.chunks_exact((h * w * c).max(1)))
@@ -91,7 +101,7 @@ impl Rng {
                 image[channel..].iter_mut().step_by(c).zip(plane).for_each(|(to, &from)| *to = from);
             }
         }
-        Tensor::from_f32(device, &shape, DType::F32, &values)
+        to.write_f32(&values)
     }
 }
 

@@ -9,7 +9,7 @@ use megafuse::methods::{
     self, DiffusionModel, Event, Method, NoiseSource, Observer, Plan, RelayClamp, Size, Stage, Watch,
 };
 use megafuse::models::UnetOptions;
-use megafuse::ops::Upsampler;
+use megafuse::ops::{StepTable, Upsampler};
 use megafuse::schedulers::{Sampler, Scheduler, SchedulerConfig};
 use megafuse::{DType, Device, Error, Result, Tensor};
 
@@ -22,9 +22,9 @@ struct Formula {
 }
 
 /// The one device of all tensors.
-fn device() -> Device {
+fn device() -> &'static Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
-    DEVICE.get_or_init(Device::cpu).clone()
+    DEVICE.get_or_init(Device::cpu)
 }
 
 fn formula() -> Formula {
@@ -37,23 +37,28 @@ fn output(x: f32, step: usize, j: usize, row: usize) -> f32 {
 }
 
 impl DiffusionModel for Formula {
+    fn device(&self) -> &Device {
+        device()
+    }
+
     fn sample_shape(&self, size: Size) -> [usize; 4] {
         [1, size.height, size.width, 3]
     }
 
-    fn denoise(&self, x: &Tensor, step: usize, input_scale: f32, options: &UnetOptions) -> Result<Tensor> {
+    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
+        let (step, input_scale) = (steps.index().get(), steps.current()?.input_scale);
         let [_, h, w, _] = x.dims("denoise", "x")?;
         self.calls.borrow_mut().push((step, Size::new(w, h), input_scale, options.clone()));
         let (values, rows) = (x.to_f32_vec()?, if self.guided { 2 } else { 1 });
         let out: Vec<f32> = (0..rows)
             .flat_map(|row| values.iter().enumerate().map(move |(j, x)| output(input_scale * x, step, j, row)))
             .collect();
-        Tensor::from_f32(&device(), &[rows, h, w, 3], DType::F32, &out)
+        Tensor::from_f32(device(), &[rows, h, w, 3], DType::F32, &out)
     }
 
     fn decode(&self, x0: &Tensor) -> Result<Tensor> {
         let values: Vec<f32> = x0.to_f32_vec()?.iter().map(|v| v * self.contrast).collect();
-        Tensor::from_f32(&device(), x0.shape(), DType::F32, &values)
+        Tensor::from_f32(device(), x0.shape(), DType::F32, &values)
     }
 
     fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
@@ -61,7 +66,7 @@ impl DiffusionModel for Formula {
         if let Some(noise) = noise {
             values.iter_mut().zip(noise.to_f32_vec()?).for_each(|(v, n)| *v += 0.1 * n);
         }
-        Tensor::from_f32(&device(), picture.shape(), DType::F32, &values)
+        Tensor::from_f32(device(), picture.shape(), DType::F32, &values)
     }
 }
 
@@ -80,7 +85,12 @@ impl NoiseSource for Draws {
         let hash = |i: u64| (i + 1000 * draw as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
         let uniform = |i: u64| (hash(i) as f32 / (1u64 << 24) as f32 - 0.5) * 12f32.sqrt();
         let values = self.prepared.get(&draw).cloned().unwrap_or_else(|| (0..count).map(uniform).collect());
-        Tensor::from_f32(&device(), &shape, DType::F32, &values)
+        Tensor::from_f32(device(), &shape, DType::F32, &values)
+    }
+
+    fn normal_into(&mut self, to: &mut Tensor) -> Result<()> {
+        let shape = to.dims("draw", "to")?;
+        to.write_f32(&self.normal(shape)?.to_f32_vec()?)
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use megafuse::models::{Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
+use megafuse::ops::StepIndex;
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Tensor};
 use safetensors::SafeTensors;
@@ -89,10 +90,14 @@ fn rare_options_agree_with_the_published_class() {
         let context = Tensor::from_f32(&device, shape, DType::F32, embeds).expect("a tensor");
         let conditioning = unet.condition(&context, &expected["timestep"].1).expect("conditions");
         let sample = channels_last(&device, DType::F32, &expected["sample"]);
-        let got = unet.forward(&sample, 0, &conditioning, &UnetOptions::default()).expect("runs");
+        let got = unet.forward(&sample, &at(&device, 0), &conditioning, &UnetOptions::default()).expect("runs");
         let (worst, _) = errors(&got, &channels_last(&device, DType::F32, &expected["out"]));
         assert!(worst < F32_TOLERANCE, "{name}: off by {worst:.1e}");
     }
+}
+
+fn at(device: &Device, step: usize) -> StepIndex {
+    StepIndex::new(device, step).expect("a step")
 }
 
 /// One of the small models with an input.
@@ -125,7 +130,7 @@ impl Case {
     }
 
     fn forward(&self, sample: &Tensor, conditioning: &UnetConditioning, step: usize) -> Tensor {
-        self.unet.forward(sample, step, conditioning, &UnetOptions::default()).expect("runs")
+        self.unet.forward(sample, &at(sample.device(), step), conditioning, &UnetOptions::default()).expect("runs")
     }
 }
 
@@ -176,8 +181,11 @@ fn a_sample_depends_on_itself_alone() {
 fn dilation_changes_the_mid_block_alone_and_only_when_asked() {
     let case = Case::load("sd15", "unet-square", DType::F32);
     let conditioning = case.condition(&[case.timestep]);
-    let run =
-        |mid_dilation| case.unet.forward(&case.sample, 0, &conditioning, &UnetOptions { mid_dilation }).expect("runs");
+    let run = |mid_dilation| {
+        case.unet
+            .forward(&case.sample, &at(case.unet.device(), 0), &conditioning, &UnetOptions { mid_dilation })
+            .expect("runs")
+    };
     assert!(errors(&run(1), &case.want).0 < F32_TOLERANCE);
     assert!(errors(&run(2), &case.want).0 > 1e-3, "dilation 2 changes the result");
 }
@@ -189,7 +197,7 @@ fn wrong_arguments_are_errors() {
     let options = UnetOptions::default();
     let tensor = |shape: &[usize], dtype| Tensor::zeros(case.unet.device(), shape, dtype).expect("a tensor");
     let forward = |x: &Tensor, step: usize, options: &UnetOptions| {
-        case.unet.forward(x, step, &conditioning, options).expect_err("wrong").to_string()
+        case.unet.forward(x, &at(case.unet.device(), step), &conditioning, options).expect_err("wrong").to_string()
     };
     let x = tensor(&[1, 8, 8, 4], DType::F32);
     assert_eq!(
@@ -231,7 +239,8 @@ fn a_step_of_sd15_costs_what_it_must() {
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
     let weights_bytes = meta.live_bytes();
-    let out = unet.forward(&zeros(&[2, 64, 64, 4]), 0, &conditioning, &UnetOptions::default()).expect("runs");
+    let out =
+        unet.forward(&zeros(&[2, 64, 64, 4]), &at(&device, 0), &conditioning, &UnetOptions::default()).expect("runs");
     assert_eq!(out.shape(), [2, 64, 64, 4]);
     let report = meta.take_report();
 

@@ -19,8 +19,8 @@ use super::observer::check_finite;
 use super::{DiffusionModel, Event, Method, NoiseSource, RelayClamp, Stage, StepProgress, Watch, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::{self, StepCoefficients, Upsampler};
-use crate::runtime::{DType, Tensor};
+use crate::ops::{self, SampleState, StepCoefficients, StepRow, StepTable, Upsampler};
+use crate::runtime::{DType, Repeated, Tensor};
 use crate::schedulers::{Sampler, Scheduler};
 
 /// A run, fully decided.
@@ -114,6 +114,18 @@ impl Plan {
         }
     }
 
+    /// Of every step of the run, each on its stage's schedule.
+    fn step_rows(&self, schedulers: &[Scheduler]) -> Vec<StepRow> {
+        let stages = self.stages.iter().zip(schedulers);
+        let of_stage = stages.flat_map(|(stage, scheduler)| std::iter::repeat_n(scheduler, stage.steps));
+        let row = |(step, scheduler): (usize, &Scheduler)| {
+            let step = scheduler.step(step);
+            let coefficients = StepCoefficients { x0_from_next: self.reference_compat, ..step.coefficients };
+            StepRow { input_scale: step.input_scale, coefficients }
+        };
+        of_stage.enumerate().map(row).collect()
+    }
+
     fn options(&self, stage: usize) -> UnetOptions {
         let dilated = stage > 0 || self.reference_compat;
         UnetOptions { mid_dilation: if dilated { self.dilation } else { 1 } }
@@ -131,7 +143,8 @@ pub fn generate<'a>(
     watch: Watch<'a>,
 ) -> Result<Tensor> {
     let schedulers = plan.schedulers();
-    let mut run = Run { model, plan, schedulers, noise, watch, draws: 0, done: 0 };
+    let steps = StepTable::new(model.device(), plan.step_rows(&schedulers))?;
+    let mut run = Run { model, plan, schedulers, steps, noise, watch, draws: 0 };
     run.dump_tables()?;
     let latent = run.denoise()?;
     run.watch.dump("latent", &latent)?;
@@ -147,11 +160,11 @@ struct Run<'a> {
     plan: &'a Plan,
     /// One per stage.
     schedulers: Vec<Scheduler>,
+    /// Of all stages; the current one is the number of steps done.
+    steps: StepTable,
     noise: &'a mut dyn NoiseSource,
     watch: Watch<'a>,
     draws: usize,
-    /// Steps done over all stages.
-    done: usize,
 }
 
 impl Run<'_> {
@@ -161,26 +174,70 @@ impl Run<'_> {
         let mut x = self.initial_noise()?;
         for (stage, &Stage { size, steps }) in plan.stages.iter().enumerate() {
             self.watch.begin(Event::StageBegins { stage, stages: plan.stages.len(), size, steps })?;
-            let mut x0 = None;
-            for step in 1..=steps {
-                drop(x0.take()); // only the last is needed
-                let result = self.step(stage, &x)?;
-                (x, x0) = (result.next, Some(result.x0));
-                self.watch.dump(&format!("step{}", self.done), &x)?;
-                let (run_step, run_steps) = (self.done, self.schedulers[0].timesteps().len());
-                let progress = StepProgress { stage, step, stage_steps: steps, run_step, run_steps };
-                self.watch.observer.event(&Event::Step(progress));
-            }
-            let x0 = x0.expect("a checked plan has a step in every stage");
-            check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {}", stage + 1, self.done))?;
-            if stage + 1 < plan.stages.len() {
-                drop(x);
-                x = self.relay(stage + 1, x0)?;
+            let (last, x0) = self.stage(stage, x)?.into_parts();
+            let done = self.done();
+            check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {done}", stage + 1))?;
+            x = if stage + 1 < plan.stages.len() {
+                drop(last);
+                self.relay(stage + 1, x0)?
             } else if plan.method != Method::Plain {
-                x = x0;
-            }
+                x0
+            } else {
+                last
+            };
         }
         Ok(x)
+    }
+
+    /// Steps done over all stages.
+    fn done(&self) -> usize {
+        self.steps.index().get()
+    }
+
+    /// All steps of a stage. On a card they are one recorded step, replayed: everything that changes is read from the
+    /// step table, and the noise is always in the same place.
+    fn stage(&mut self, stage: usize, x: Tensor) -> Result<SampleState> {
+        let Stage { size, steps } = self.plan.stages[stage];
+        let (model, plan, options) = (self.model, self.plan, self.plan.options(stage));
+        let shape = model.sample_shape(size);
+        let mut noise = match self.steps.adds_noise() {
+            true => Some(Tensor::uninit(model.device(), &shape, DType::F32)?),
+            false => None,
+        };
+        let mut state = SampleState::new(x)?;
+        let mut step_on_device = Repeated::new(model.device());
+        for step in 1..=steps {
+            self.watch.check_cancelled()?;
+            if self.schedulers[stage].step(self.done()).draws_noise {
+                self.draw_for_step(shape, noise.as_mut())?;
+            }
+            let table = &mut self.steps;
+            let replayed = step_on_device.run(|| {
+                let output = model.denoise(state.x(), table, &options)?;
+                ops::sampler_step(&mut state, &output, plan.guidance, table, noise.as_ref())?;
+                table.index_mut().advance()
+            })?;
+            if replayed {
+                table.index_mut().replayed();
+            }
+            let (run_step, run_steps) = (self.done(), self.steps.len());
+            self.watch.dump(&format!("step{run_step}"), state.x())?;
+            let progress = StepProgress { stage, step, stage_steps: steps, run_step, run_steps };
+            self.watch.observer.event(&Event::Step(progress));
+        }
+        Ok(state)
+    }
+
+    /// A step's draw: into the place that the step reads, or, where no step of the run reads one, drawn for the order of
+    /// draws alone.
+    fn draw_for_step(&mut self, shape: [usize; 4], to: Option<&mut Tensor>) -> Result<()> {
+        let Some(to) = to else {
+            return self.draw(shape).map(drop);
+        };
+        self.noise.normal_into(to)?;
+        self.watch.dump(&format!("noise{}", self.draws), to)?;
+        self.draws += 1;
+        Ok(())
     }
 
     fn initial_noise(&mut self) -> Result<Tensor> {
@@ -189,31 +246,6 @@ impl Run<'_> {
             1.0 => Ok(noise),
             sigma => ops::scale_cast(&noise, sigma as f32, 0.0, DType::F32, 1),
         }
-    }
-
-    fn step(&mut self, stage: usize, x: &Tensor) -> Result<ops::StepOutput> {
-        self.watch.check_cancelled()?;
-        let step = self.schedulers[stage].step(self.done);
-        let output = self.model.denoise(x, self.done, step.input_scale, &self.plan.options(stage))?;
-        let noise = if step.draws_noise {
-            Some(self.draw(self.model.sample_shape(self.plan.stages[stage].size))?)
-        } else {
-            None
-        };
-        let noise = noise.filter(|_| step.coefficients.next_from_noise != 0.0);
-        let mut result = ops::sampler_step(x, &output, self.plan.guidance, &step.coefficients, noise.as_ref())?;
-        if self.plan.reference_compat {
-            let keep = StepCoefficients {
-                next_from_x: 1.0,
-                next_from_e: 0.0,
-                next_from_x0: 0.0,
-                next_from_noise: 0.0,
-                ..step.coefficients
-            };
-            result.x0 = ops::sampler_step(&result.next, &output, self.plan.guidance, &keep, None)?.x0;
-        }
-        self.done += 1;
-        Ok(result)
     }
 
     /// From the clean sample that leaves stage `to - 1` to the noised one that enters `to`.
@@ -238,7 +270,7 @@ impl Run<'_> {
         drop((upsampled, posterior_noise));
         self.watch.dump(&format!("relay{to}.encoded"), &encoded)?;
 
-        let (signal, sigma) = self.schedulers[to].noise_level(self.done + plan.relay_noise_offset);
+        let (signal, sigma) = self.schedulers[to].noise_level(self.done() + plan.relay_noise_offset);
         let noise = self.draw(shape)?;
         let noised = ops::add_noise(&encoded, &noise, signal as f32, sigma as f32)?;
         self.watch.dump(&format!("relay{to}.noised"), &noised)?;

@@ -2,7 +2,7 @@
 
 use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, ConvNorm, Source};
+use crate::ops::{self, Activation, ConvNorm, Source, StepRows};
 use crate::runtime::Tensor;
 
 /// `weight: [N, K]`, `bias: [N]` or none.
@@ -139,12 +139,17 @@ impl ResnetBlock {
         })
     }
 
-    /// `x: [N, H, W, C_in]`, one source or two; `row: [N, C_out]`, the timestep's; to `[N, H, W, C_out]`. `dilation` is
+    /// `x: [N, H, W, C_in]`, one source or two; `row: [steps * N, C_out]`, the timesteps'; to `[N, H, W, C_out]`. `dilation` is
     /// that of both 3x3 convs, padded so that the size stays.
     ///
     /// # Errors
     /// Those of the ops; [`Error::Shape`] for two sources in a block without `conv_shortcut`, which has one input only.
-    pub fn forward<'a>(&'a self, x: impl Into<Source<'a>>, row: Option<&'a Tensor>, dilation: usize) -> Result<Tensor> {
+    pub fn forward<'a>(
+        &'a self,
+        x: impl Into<Source<'a>>,
+        row: Option<StepRows<'a>>,
+        dilation: usize,
+    ) -> Result<Tensor> {
         let x = x.into();
         let padding = [dilation; 4];
         let conv1 = self.conv1.args(x);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::cpu::gemm::{self, Rows, Store};
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, OutputRows, math};
-use super::{GroupNorm, Source, Tensor, by_dtype, bytes_of};
+use super::{GroupNorm, Source, StepRows, Tensor, by_dtype, bytes_of};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -26,8 +26,8 @@ pub struct Conv2d<'a> {
     pub norm: Option<ConvNorm<'a>>,
     /// The (normalised) input is resized to this height and width by nearest neighbour (the upsampler's conv).
     pub resize_to: Option<[usize; 2]>,
-    /// `[N, O]`: the timestep's row, added to every pixel.
-    pub row: Option<&'a Tensor>,
+    /// `[steps * N, O]`: the timestep's row, added to every pixel.
+    pub row: Option<StepRows<'a>>,
     /// `[N, H_out, W_out, O]`, added before `scale`.
     pub residual: Option<&'a Tensor>,
     /// The sum is multiplied by this: 1, or 1 / output_scale_factor.
@@ -152,7 +152,7 @@ fn check(args: &Conv2d) -> Result<Geometry> {
         norm.of(args.x).check(OP)?;
     }
     if let Some(row) = args.row {
-        row.expect(OP, "row", &[n, outputs], x.dtype(), x.device())?;
+        row.check(OP, n, outputs, x.dtype(), x.device())?;
     }
     if let Some(residual) = args.residual {
         residual.expect(OP, "residual", &[n, output[0], output[1], outputs], x.dtype(), x.device())?;
@@ -189,7 +189,8 @@ fn work(args: &Conv2d, g: &Geometry, y: &Tensor) -> Work {
     Work {
         macs,
         flops: 2 * macs + epilogue * values + norm,
-        bytes: bytes_of(&[x, x2, Some(args.weight), args.bias, gamma, beta, args.row, args.residual, Some(y)]),
+        bytes: bytes_of(&[x, x2, Some(args.weight), args.bias, gamma, beta, args.residual, Some(y)])
+            + args.row.map_or(0, |_| (g.images * g.outputs * y.dtype().size_bytes()) as u64),
         launches: 1 + u64::from(args.norm.is_some()),
     }
 }
@@ -203,7 +204,7 @@ fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
     }
     let epilogue = Epilogue {
         bias: args.bias.map(cpu::to_f32::<T>),
-        row: args.row.map(cpu::to_f32::<T>),
+        row: args.row.map(|row| cpu::to_f32::<T>(&row.current(g.images).expect("checked"))),
         residual: args.residual.map(|r| r.cpu::<T>()),
         scale: args.scale,
         outputs: g.outputs,

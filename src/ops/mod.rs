@@ -15,6 +15,7 @@ mod norm;
 pub mod profile;
 mod resize;
 mod sampler;
+mod step;
 
 pub use attention::{Attention, attention};
 pub use conv::{Conv2d, ConvNorm, conv2d};
@@ -23,7 +24,8 @@ pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{Upsampler, resize, resize_nearest, resize_u8};
-pub use sampler::{StepCoefficients, StepOutput, add_noise, diagonal_gaussian, sampler_step};
+pub use sampler::{add_noise, diagonal_gaussian};
+pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
 
 use crate::error::{Error, Result};
 use crate::runtime::Tensor;

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, DiffusionModel, Event, NoiseSource, Observer, Plan, Size, Watch};
 use crate::models::{ClipTextModel, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
-use crate::ops;
+use crate::ops::{self, StepTable};
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
@@ -185,15 +185,19 @@ struct Conditioned<'a> {
 }
 
 impl DiffusionModel for Conditioned<'_> {
+    fn device(&self) -> &Device {
+        &self.pipeline.device
+    }
+
     fn sample_shape(&self, size: Size) -> [usize; 4] {
         let vae = self.pipeline.vae.config();
         [1, size.height / vae.factor(), size.width / vae.factor(), vae.latent_channels]
     }
 
-    fn denoise(&self, x: &Tensor, step: usize, input_scale: f32, options: &UnetOptions) -> Result<Tensor> {
+    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
         let unet = &self.pipeline.unet;
-        let input = ops::scale_cast(x, input_scale, 0.0, unet.dtype(), self.conditioning.batch())?;
-        unet.forward(&input, step, self.conditioning, options)
+        let input = ops::scale_input(x, steps, unet.dtype(), self.conditioning.batch())?;
+        unet.forward(&input, steps.index(), self.conditioning, options)
     }
 
     fn decode(&self, x0: &Tensor) -> Result<Tensor> {
@@ -228,5 +232,9 @@ struct Noise<'a> {
 impl NoiseSource for Noise<'_> {
     fn normal(&mut self, shape: [usize; 4]) -> Result<Tensor> {
         self.rng.normal_nhwc(self.device, shape)
+    }
+
+    fn normal_into(&mut self, to: &mut Tensor) -> Result<()> {
+        self.rng.normal_nhwc_into(to)
     }
 }

@@ -7,10 +7,12 @@ pub mod cuda;
 mod device;
 mod dtype;
 mod meta;
+mod repeat;
 mod tensor;
 
 pub use cuda::{CudaDevice, CudaOptions};
 pub use device::{CpuDevice, Device};
 pub use dtype::{DType, Element};
 pub use meta::{MetaDevice, OpKind, OpRecord, Report, Work};
+pub use repeat::Repeated;
 pub use tensor::{CpuData, Tensor};

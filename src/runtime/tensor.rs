@@ -284,6 +284,11 @@ impl Tensor {
         Ok(Tensor { offset: self.offset + range.start * row, shape, ..self.clone() })
     }
 
+    /// Does nobody else hold the storage?
+    pub fn is_unshared(&self) -> bool {
+        Arc::strong_count(&self.storage) == 1
+    }
+
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }

@@ -330,6 +330,7 @@ impl Affine {
             next_from_e: self.next_from_e as f32,
             next_from_x0: self.next_from_x0 as f32,
             next_from_noise: self.next_from_noise as f32,
+            x0_from_next: false,
         }
     }
 }

@@ -232,7 +232,8 @@ pub fn conv2d(args: &Conv2d) -> Expected {
         (size + padding - args.dilation * (kernel - 1) - 1) / args.stride + 1
     };
     let (out_h, out_w) = (size(in_h, top + bottom, kh), size(in_w, left + right, kw));
-    let (bias, row, residual) = (args.bias.map(f64s), args.row.map(f64s), args.residual.map(f64s));
+    let (bias, residual) = (args.bias.map(f64s), args.residual.map(f64s));
+    let row = args.row.map(|row| f64s(row.table)[row.step.get() * n * outputs..].to_vec());
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
     for (image, out_y, out_x) in product3(n, out_h, out_w) {
         for o in 0..outputs {

@@ -2,7 +2,7 @@
 
 use crate::common::{Random, assert_close};
 use megafuse::Error;
-use megafuse::ops::{self, Conv2d, ConvNorm, Source};
+use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 #[derive(Clone, Copy, Debug)]
@@ -55,7 +55,9 @@ fn run(case: &Case, dtype: DType) {
     let weight_std = 1.0 / ((kh * kw * c).max(1) as f64).sqrt();
     let weight = random.tensor(&device, &[case.outputs, kh, kw, c], dtype, 0.0, weight_std);
     let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
-    let [bias, row] = [&[case.outputs][..], &[n, case.outputs]].map(|shape| random.randn(&device, shape, dtype));
+    // The second of three steps.
+    let [bias, row] = [&[case.outputs][..], &[3 * n, case.outputs]].map(|shape| random.randn(&device, shape, dtype));
+    let step = StepIndex::new(&device, 1).unwrap();
     let mut args = Conv2d {
         x: if c_b > 0 { Source::Two(&a, &b) } else { Source::One(&a) },
         weight: &weight,
@@ -71,7 +73,7 @@ fn run(case: &Case, dtype: DType) {
             silu: case.silu,
         }),
         resize_to: case.resize_to,
-        row: case.row.then_some(&row),
+        row: case.row.then_some(StepRows { table: &row, step: &step }),
         residual: None,
         scale: case.scale,
     };
@@ -212,11 +214,18 @@ fn meta_records_the_fused_kernel() {
     let (a, b) = (zeros(&[2, 32, 32, 640]), zeros(&[2, 32, 32, 320]));
     let (weight, gamma, bias) = (zeros(&[640, 3, 3, 960]), zeros(&[960]), zeros(&[640]));
     let (row, residual) = (zeros(&[2, 640]), zeros(&[2, 32, 32, 640]));
+    let step = StepIndex::new(&device, 0).unwrap();
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
     let plain = Conv2d::new(Source::Two(&a, &b), &weight);
     let norm = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
-    let fused = Conv2d { bias: Some(&bias), norm: Some(norm), row: Some(&row), residual: Some(&residual), ..plain };
+    let fused = Conv2d {
+        bias: Some(&bias),
+        norm: Some(norm),
+        row: Some(StepRows { table: &row, step: &step }),
+        residual: Some(&residual),
+        ..plain
+    };
     assert_eq!(ops::conv2d(plain).unwrap().shape(), [2, 32, 32, 640]);
     assert_eq!(ops::conv2d(fused).unwrap().shape(), [2, 32, 32, 640]);
     assert_eq!(ops::conv2d(Conv2d { stride: 2, padding: [0, 1, 0, 1], ..plain }).unwrap().shape(), [2, 16, 16, 640]);
@@ -255,7 +264,12 @@ fn arguments_that_do_not_fit_are_named() {
     fails(Conv2d::new(&x, &zeros(&[7, 0, 3, 6], f)), "a kernel of at least 1 x 1");
     fails(Conv2d { weight: &zeros(&[7, 3, 3, 6], DType::F16), ..ok }, "weight is f16, expected f32");
     fails(Conv2d { bias: Some(&six), ..ok }, "bias has shape [6], expected [7]");
-    fails(Conv2d { row: Some(&zeros(&[1, 7], f)), ..ok }, "row has shape [1, 7], expected [2, 7]");
+    let step = StepIndex::new(&device, 1).unwrap();
+    let tables = [[5, 7], [4, 6], [2, 7]].map(|shape| zeros(&shape, f));
+    let [odd, narrow, short] = tables.each_ref().map(|table| Some(StepRows { table, step: &step }));
+    fails(Conv2d { row: odd, ..ok }, "row has shape [5, 7], expected a multiple of 2 rows");
+    fails(Conv2d { row: narrow, ..ok }, "row has shape [4, 6], expected [4, 7]");
+    fails(Conv2d { row: short, ..ok }, "step is 1, expected below 1");
     fails(Conv2d { residual: Some(&x), ..ok }, "residual has shape [2, 4, 5, 6], expected [2, 4, 5, 7]");
     let seven = zeros(&[7], f);
     let norm = ConvNorm { gamma: &six, beta: &six, groups: 3, eps: 1e-5, silu: true };

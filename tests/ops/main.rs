@@ -10,3 +10,4 @@ mod linear;
 mod norm;
 mod resize;
 mod sampler;
+mod step;

@@ -3,7 +3,7 @@ use super::{UnetConditioning, UnetConfig};
 use crate::error::{Error, Result};
 use crate::models::layers::{Conv2d, Downsample, GroupNorm, LayerNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use crate::models::weights::Weights;
-use crate::ops::{self, Activation, Attention, Source};
+use crate::ops::{self, Activation, Attention, Source, StepIndex, StepRows};
 use crate::runtime::Tensor;
 
 /// Layers whose input is the same in every step of a run: they are applied by `condition`, and the blocks know the index
@@ -33,7 +33,7 @@ impl ToKv {
 #[derive(Clone, Copy)]
 pub(super) struct Call<'a> {
     pub(super) conditioning: &'a UnetConditioning,
-    pub(super) step: usize,
+    pub(super) step: &'a StepIndex,
     pub(super) mid_dilation: usize,
 }
 
@@ -51,8 +51,8 @@ pub(super) struct Resnet {
 
 impl Resnet {
     fn forward<'a>(&'a self, x: impl Into<Source<'a>>, call: Call<'a>, dilation: usize) -> Result<Tensor> {
-        let (x, row) = (x.into(), call.conditioning.row(self.row, call.step)?); // row: [N, C_out]
-        self.block.forward(x, Some(&row), dilation)
+        let row = StepRows { table: call.conditioning.rows(self.row), step: call.step };
+        self.block.forward(x, Some(row), dilation)
     }
 }
 

@@ -9,7 +9,7 @@ pub use config::{AttentionConfig, BlockConfig, MidBlockConfig, UnetConfig};
 use super::layers::{Conv2d, GroupNorm, Linear};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation};
+use crate::ops::{self, Activation, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
 
@@ -46,8 +46,8 @@ impl UnetConditioning {
         self.steps
     }
 
-    fn row(&self, resnet: usize, step: usize) -> Result<Tensor> {
-        self.rows[resnet].rows(step * self.batch..(step + 1) * self.batch)
+    fn rows(&self, resnet: usize) -> &Tensor {
+        &self.rows[resnet]
     }
 
     fn kv(&self, attention: usize) -> &Tensor {
@@ -167,15 +167,21 @@ impl Unet {
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, `mid_dilation`;
     /// [`Error::OutOfMemory`].
-    pub fn forward(&self, x: &Tensor, step: usize, text: &UnetConditioning, options: &UnetOptions) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        step: &StepIndex,
+        text: &UnetConditioning,
+        options: &UnetOptions,
+    ) -> Result<Tensor> {
         let [_, h, w, _] = x.dims("unet", "x")?;
         x.expect("unet", "x", &[text.batch, h, w, self.config.in_channels], self.dtype, &self.device)?;
         if h == 0 || w == 0 {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
-        if step >= text.steps {
+        if step.get() >= text.steps {
             let want = format!("below {}, the number of timesteps of the conditioning", text.steps);
-            return Err(Error::argument("unet", "step", step, want));
+            return Err(Error::argument("unet", "step", step.get(), want));
         }
         if options.mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));

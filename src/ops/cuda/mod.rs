@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod elementwise;
+pub mod step;
 
 use crate::error::Error;
 use crate::runtime::DType;

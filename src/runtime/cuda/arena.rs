@@ -79,13 +79,13 @@ mod tests {
         for _ in 0..10_000 {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let random = state >> 33;
-            if random % 3 == 0 && !live.is_empty() {
+            if random.is_multiple_of(3) && !live.is_empty() {
                 let (start, bytes) = live.swap_remove(random as usize / 3 % live.len());
                 offsets.give(start, bytes);
             } else {
                 let bytes = (random / 3 % 9 + 1) * ALIGN;
                 if let Some(start) = offsets.take(bytes) {
-                    assert!(start % ALIGN == 0 && start + bytes <= 64 * ALIGN);
+                    assert!(start.is_multiple_of(ALIGN) && start + bytes <= 64 * ALIGN);
                     assert!(live.iter().all(|&(other, size)| start + bytes <= other || other + size <= start));
                     live.push((start, bytes));
                 }

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attri
 use super::driver::{self, check};
 use super::kernels::{BUILT, KERNELS};
 use super::launch::{Arg, Launch};
-use super::memory::{Buffer, Counters, Kind, Pool};
+use super::memory::{Buffer, Counters, Layout, Pool};
 use super::staging::Staging;
 use crate::error::{Error, Result};
 
@@ -25,6 +25,8 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// Every tensor is an allocation of its own, of exactly its size. For tests that look for accesses beyond it.
     pub separate_allocations: bool,
+    /// Every launch by itself, also where work repeats: no graphs.
+    pub eager: bool,
 }
 
 /// Bytes on the card.
@@ -48,6 +50,7 @@ struct Inner {
     functions: Mutex<HashMap<String, Function>>,
     modules: Vec<(&'static str, CUmodule)>,
     counters: Arc<Counters>,
+    eager: bool,
     card: Card,
     context: Arc<Context>,
 }
@@ -216,14 +219,15 @@ impl CudaDevice {
             ));
         }
         let counters = Arc::new(Counters::default());
-        let kind = if options.separate_allocations { Kind::Separate } else { Kind::Shared };
-        let pool = Pool::new(context.clone(), counters.clone(), kind);
+        let layout = if options.separate_allocations { Layout::Separate } else { Layout::Shared };
+        let pool = Pool::new(context.clone(), counters.clone(), layout);
         let mut inner = Inner {
             staging: Mutex::new(Staging::new(context.clone())),
             state: Mutex::new(State { pool, recorded: None }),
             functions: Mutex::new(HashMap::new()),
             modules: Vec::new(),
             counters,
+            eager: options.eager,
             card,
             context,
         };
@@ -298,6 +302,18 @@ impl CudaDevice {
         })
     }
 
+    /// Is repeated work recorded?
+    pub fn graphs(&self) -> bool {
+        !self.0.eager
+    }
+
+    /// Does `work`; the largest number of bytes that its tensors had at once.
+    pub(in crate::runtime) fn high_water(&self, work: impl FnOnce() -> Result<()>) -> Result<u64> {
+        let before = self.0.counters.begin_high_water();
+        work()?;
+        Ok(self.0.counters.high_water().saturating_sub(before))
+    }
+
     /// Takes `bytes` from the driver at once, for the tensors of the run to come.
     ///
     /// # Errors
@@ -364,8 +380,7 @@ impl CudaDevice {
     }
 
     pub(super) fn graph_pool(&self) -> Arc<Pool> {
-        let kind = self.state().pool.kind().for_graph();
-        Pool::new(self.0.context.clone(), self.0.counters.clone(), kind)
+        self.state().pool.for_graph()
     }
 
     /// New tensors go to `pool` and launches are listed, until the recording ends.

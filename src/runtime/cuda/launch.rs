@@ -42,6 +42,12 @@ impl Launch {
     }
 }
 
+/// The arguments of a kernel in its order: device addresses ([`DevicePtr`]), numbers, `#[repr(C)]` structs by value.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { &[$($crate::runtime::cuda::Arg::of(&$arg)),*] };
+}
+pub(crate) use args;
+
 /// A kernel argument: where its bytes are and how many.
 #[derive(Clone, Copy, Debug)]
 pub struct Arg<'a> {

@@ -14,11 +14,16 @@ use crate::error::{Error, Result};
 /// A region is at least this large, so that a run asks the driver a few times, not once a tensor.
 const REGION_BYTES: u64 = 32 << 20;
 
+/// The same for a graph's memory, which comes from the regions.
+const GRAPH_REGION_BYTES: u64 = 1 << 20;
+
 /// Bytes of all pools of a device.
 #[derive(Debug, Default)]
 pub struct Counters {
     in_use: AtomicU64,
     peak: AtomicU64,
+    /// The peak since somebody began to look.
+    high_water: AtomicU64,
     reserved: AtomicU64,
 }
 
@@ -31,43 +36,38 @@ impl Counters {
         self.peak.load(Ordering::Relaxed)
     }
 
+    /// From now on [`high_water`](Counters::high_water) counts anew; the bytes in use now.
+    pub fn begin_high_water(&self) -> u64 {
+        let in_use = self.in_use();
+        self.high_water.store(in_use, Ordering::Relaxed);
+        in_use
+    }
+
+    pub fn high_water(&self) -> u64 {
+        self.high_water.load(Ordering::Relaxed)
+    }
+
     pub fn reserved(&self) -> u64 {
         self.reserved.load(Ordering::Relaxed)
     }
 }
 
-/// How a pool asks the driver.
+/// How tensors lie in a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum Layout {
     /// Tensors share regions, which are kept for the next run.
     Shared,
     /// Every tensor is an allocation of its own size, so that an access beyond it can be seen. For tests.
     Separate,
-    /// As `Shared`, and nothing goes back to the driver before the graph that uses it is gone.
-    Graph,
-    /// As `Separate`, and kept like `Graph`.
-    SeparateGraph,
-}
-
-impl Kind {
-    fn separate(self) -> bool {
-        matches!(self, Kind::Separate | Kind::SeparateGraph)
-    }
-
-    fn keeps(self) -> bool {
-        matches!(self, Kind::Graph | Kind::SeparateGraph)
-    }
-
-    pub fn for_graph(self) -> Kind {
-        if self.separate() { Kind::SeparateGraph } else { Kind::Graph }
-    }
 }
 
 #[derive(Debug)]
 pub struct Pool {
     context: Arc<Context>,
     counters: Arc<Counters>,
-    kind: Kind,
+    layout: Layout,
+    /// A graph's pool: its regions are buffers of this one, so that they are nobody else's while the graph is there.
+    parent: Option<Arc<Pool>>,
     regions: Mutex<Vec<Region>>,
 }
 
@@ -75,6 +75,8 @@ pub struct Pool {
 struct Region {
     address: u64,
     offsets: Offsets,
+    /// What it is cut from, in a graph's pool.
+    block: Option<Buffer>,
 }
 
 /// A tensor's memory; returns to its pool when dropped.
@@ -91,26 +93,31 @@ impl Buffer {
     pub fn address(&self) -> u64 {
         self.address
     }
-
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
         self.pool.give(self.address, self.taken);
-        self.pool.counters.in_use.fetch_sub(self.bytes, Ordering::Relaxed);
+        if self.pool.parent.is_none() {
+            self.pool.counters.in_use.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
     }
 }
 
 impl Pool {
-    pub fn new(context: Arc<Context>, counters: Arc<Counters>, kind: Kind) -> Arc<Pool> {
-        Arc::new(Pool { context, counters, kind, regions: Mutex::new(Vec::new()) })
+    pub fn new(context: Arc<Context>, counters: Arc<Counters>, layout: Layout) -> Arc<Pool> {
+        Arc::new(Pool { context, counters, layout, parent: None, regions: Mutex::new(Vec::new()) })
     }
 
-    pub fn kind(&self) -> Kind {
-        self.kind
+    /// A pool whose memory is taken from this one and comes back when the pool and its tensors are gone.
+    pub fn for_graph(self: &Arc<Pool>) -> Arc<Pool> {
+        let (context, counters) = (self.context.clone(), self.counters.clone());
+        let (layout, parent) = (self.layout, Some(self.clone()));
+        Arc::new(Pool { context, counters, layout, parent, regions: Mutex::new(Vec::new()) })
+    }
+
+    fn separate(&self) -> bool {
+        self.layout == Layout::Separate
     }
 
     fn regions(&self) -> MutexGuard<'_, Vec<Region>> {
@@ -120,12 +127,12 @@ impl Pool {
     /// # Errors
     /// [`Error::OutOfMemory`] with the card's figures, `what` names the tensor.
     pub fn allocate(self: &Arc<Pool>, bytes: u64, what: &dyn Fn() -> String) -> Result<Buffer> {
-        let taken = match self.kind.separate() {
+        let taken = match self.separate() {
             true => bytes.max(1),
             false => Offsets::rounded(bytes).ok_or_else(|| self.out_of_memory(bytes, what))?,
         };
         let mut regions = self.regions();
-        let found = match self.kind.separate() {
+        let found = match self.separate() {
             true => None,
             false => regions.iter_mut().find_map(|r| r.offsets.take(taken).map(|offset| r.address + offset)),
         };
@@ -140,8 +147,11 @@ impl Pool {
             }
         };
         drop(regions);
-        let in_use = self.counters.in_use.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.counters.peak.fetch_max(in_use, Ordering::Relaxed);
+        if self.parent.is_none() {
+            let in_use = self.counters.in_use.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            self.counters.peak.fetch_max(in_use, Ordering::Relaxed);
+            self.counters.high_water.fetch_max(in_use, Ordering::Relaxed);
+        }
         Ok(Buffer { pool: self.clone(), address, bytes, taken })
     }
 
@@ -152,7 +162,7 @@ impl Pool {
     pub fn reserve(&self, bytes: u64, what: &dyn Fn() -> String) -> Result<()> {
         let mut regions = self.regions();
         let fits = |region: &Region| region.offsets.capacity() - region.offsets.in_use() >= bytes;
-        if self.kind.separate() || bytes == 0 || regions.iter().any(fits) {
+        if self.separate() || bytes == 0 || regions.iter().any(fits) {
             return Ok(());
         }
         let bytes = Offsets::rounded(bytes).ok_or_else(|| self.out_of_memory(bytes, what))?;
@@ -163,7 +173,12 @@ impl Pool {
 
     /// A region of at least `bytes`. Where the driver has no more, empty regions go back and it is asked again.
     fn grow(&self, regions: &mut Vec<Region>, bytes: u64, what: &dyn Fn() -> String) -> Result<Region> {
-        if !self.kind.separate()
+        if let Some(parent) = &self.parent {
+            let bytes = if self.separate() { bytes } else { bytes.max(GRAPH_REGION_BYTES) };
+            let block = parent.allocate(bytes, what)?;
+            return Ok(Region { address: block.address, offsets: Offsets::new(bytes), block: Some(block) });
+        }
+        if !self.separate()
             && bytes < REGION_BYTES
             && let Some(region) = self.ask(REGION_BYTES)?
         {
@@ -172,18 +187,10 @@ impl Pool {
         if let Some(region) = self.ask(bytes)? {
             return Ok(region);
         }
-        if !self.kind.keeps() {
-            regions.retain(|region| {
-                if region.offsets.is_empty() {
-                    self.free(region);
-                }
-                !region.offsets.is_empty()
-            });
-            if let Some(region) = self.ask(bytes)? {
-                return Ok(region);
-            }
-        }
-        Err(self.out_of_memory(bytes, what))
+        let (empty, rest) = std::mem::take(regions).into_iter().partition(|region| region.offsets.is_empty());
+        *regions = rest;
+        self.free(empty);
+        self.ask(bytes)?.ok_or_else(|| self.out_of_memory(bytes, what))
     }
 
     /// `None`: the driver has not that much.
@@ -196,31 +203,40 @@ impl Pool {
             result => check(&self.context.name, "cuMemAlloc", result)?,
         }
         self.counters.reserved.fetch_add(bytes, Ordering::Relaxed);
-        Ok(Some(Region { address, offsets: Offsets::new(bytes) }))
+        Ok(Some(Region { address, offsets: Offsets::new(bytes), block: None }))
     }
 
     fn give(&self, address: u64, bytes: u64) {
         let mut regions = self.regions();
         let holds = |r: &Region| (r.address..r.address + r.offsets.capacity()).contains(&address);
         let index = regions.iter().position(holds).expect("a buffer lies in a region of its pool");
-        if self.kind == Kind::SeparateGraph {
-            return; // nobody else may get it while the graph is there
-        }
-        let region = &mut regions[index];
-        region.offsets.give(address - region.address, bytes);
-        if self.kind == Kind::Separate {
-            let region = regions.swap_remove(index);
-            self.free(&region);
+        match (self.layout, &self.parent) {
+            (Layout::Shared, _) => {
+                let region = &mut regions[index];
+                region.offsets.give(address - region.address, bytes);
+            }
+            (Layout::Separate, Some(_)) => {} // nobody else may get it while the graph is there
+            (Layout::Separate, None) => {
+                let region = regions.swap_remove(index);
+                drop(regions);
+                self.free(vec![region]);
+            }
         }
     }
 
-    /// To the driver, which first waits for the work that uses it.
-    fn free(&self, region: &Region) {
-        self.counters.reserved.fetch_sub(region.offsets.capacity(), Ordering::Relaxed);
-        if self.context.bind().is_ok() {
-            // SAFETY: the region came from cuMemAlloc and no tensor lies in it. An error is one of earlier work, which
-            // the next call reports.
-            let _ = unsafe { sys::cuMemFree_v2(region.address) };
+    /// To where they came from. The driver first waits for the work that uses them.
+    fn free(&self, regions: Vec<Region>) {
+        let bound = self.context.bind().is_ok();
+        for region in regions {
+            if region.block.is_some() {
+                continue; // goes back to the parent by itself
+            }
+            self.counters.reserved.fetch_sub(region.offsets.capacity(), Ordering::Relaxed);
+            if bound {
+                // SAFETY: the region came from cuMemAlloc and no tensor lies in it. An error is one of earlier work,
+                // which the next call reports.
+                let _ = unsafe { sys::cuMemFree_v2(region.address) };
+            }
         }
     }
 
@@ -242,6 +258,6 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         let regions = std::mem::take(&mut *self.regions());
-        regions.iter().for_each(|region| self.free(region));
+        self.free(regions);
     }
 }

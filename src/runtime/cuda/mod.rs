@@ -7,6 +7,7 @@ mod driver;
 mod graph;
 mod kernels;
 mod launch;
+mod mark;
 mod memory;
 mod staging;
 
@@ -14,13 +15,7 @@ pub use device::{CudaDevice, CudaOptions, MemoryReport};
 pub use driver::{driver_version, emulated_library, is_emulated, use_library};
 pub use graph::Graph;
 pub use kernels::{ARCHS as KERNEL_ARCHS, BUILT as KERNELS_BUILT};
+pub(crate) use launch::args;
 pub use launch::{Arg, DevicePtr, Launch};
+pub use mark::Mark;
 pub(super) use memory::Buffer;
-
-/// The arguments of a kernel in its order: device addresses ([`DevicePtr`]), numbers, `#[repr(C)]` structs by value.
-#[macro_export]
-#[doc(hidden)]
-macro_rules! kernel_args {
-    ($($arg:expr),* $(,)?) => { &[$($crate::runtime::cuda::Arg::of(&$arg)),*] };
-}
-pub use crate::kernel_args as args;

@@ -1,0 +1,229 @@
+//! The step table, scale_input and sampler_step against plain f64 loops.
+
+use crate::common::{Expected, Random, assert_close, cards, devices, f64s};
+use megafuse::Error;
+use megafuse::ops::{self, SampleState, StepCoefficients, StepIndex, StepRow, StepTable};
+use megafuse::runtime::{DType, Device, MetaDevice, Tensor};
+
+/// One element; primes; off a block's 256 elements; empty; off a cpu task's 8192.
+const SHAPES: [[usize; 4]; 5] = [[1, 1, 1, 1], [2, 3, 5, 7], [1, 17, 19, 4], [0, 8, 8, 4], [3, 41, 67, 1]];
+
+const COEFFICIENTS: StepCoefficients = StepCoefficients {
+    x0_from_x: 1.25,
+    x0_from_e: -0.75,
+    clip: None,
+    next_from_x: 0.3,
+    next_from_e: 0.4,
+    next_from_x0: 0.9,
+    next_from_noise: 0.0,
+    x0_from_next: false,
+};
+
+fn row(coefficients: StepCoefficients) -> StepRow {
+    StepRow { input_scale: 0.7, coefficients }
+}
+
+fn table(device: &Device, coefficients: &[StepCoefficients]) -> StepTable {
+    StepTable::new(device, coefficients.iter().map(|&c| row(c)).collect()).unwrap()
+}
+
+/// Every kind of step, one after the other on the same state, by one table.
+#[test]
+fn steps_follow_the_table() {
+    let kinds = [
+        COEFFICIENTS,
+        StepCoefficients { clip: Some(1.0), next_from_noise: 0.6, ..COEFFICIENTS },
+        StepCoefficients { x0_from_next: true, x0_from_x: 0.5, ..COEFFICIENTS },
+        StepCoefficients { x0_from_next: true, clip: Some(0.5), next_from_noise: -0.2, ..COEFFICIENTS },
+    ];
+    for device in devices() {
+        for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+            for guidance in [None, Some(7.5), Some(-1.0)] {
+                let mut random = Random::new(1);
+                let mut steps = table(&device, &kinds);
+                let mut state = SampleState::new(random.randn(&device, &shape, DType::F32)).unwrap();
+                for (step, k) in kinds.iter().enumerate() {
+                    let noise = random.randn(&device, &shape, DType::F32);
+                    let rows = if guidance.is_some() { 2 * shape[0] } else { shape[0] };
+                    let output = random.randn(&device, &[rows, shape[1], shape[2], shape[3]], dtype);
+                    let want = expected(k, &f64s(state.x()), &f64s(&output), guidance, &f64s(&noise));
+                    assert_eq!(steps.index().get(), step);
+                    ops::sampler_step(&mut state, &output, guidance, &steps, Some(&noise)).unwrap();
+                    steps.index_mut().advance().unwrap();
+                    let what = format!("{device} {dtype} {shape:?} guidance {guidance:?} step {step}");
+                    for (got, (values, magnitudes), name) in [(state.x(), &want.0, "x"), (state.x0(), &want.1, "x0")] {
+                        let (values, magnitudes) = (values.clone(), magnitudes.clone());
+                        let want = Expected { shape: shape.to_vec(), values, magnitudes };
+                        assert_close(got, &want, 3.0, format!("{name} {what}"));
+                    }
+                }
+                assert!(steps.current().is_err());
+                let on_device = steps.index().tensor().to_f32_vec().unwrap();
+                assert_eq!(on_device, [kinds.len() as f32], "{device}: the index on the device");
+            }
+        }
+    }
+}
+
+type Values = (Vec<f64>, Vec<f64>);
+
+/// The next x and x0, each with the size of its terms.
+fn expected(k: &StepCoefficients, x: &[f64], output: &[f64], guidance: Option<f32>, noise: &[f64]) -> (Values, Values) {
+    let f = f64::from;
+    let (mut next, mut x0) = (Values::default(), Values::default());
+    for i in 0..x.len() {
+        let (e, e_size) = match guidance {
+            None => (output[i], output[i].abs()),
+            Some(w) => {
+                let (u, c) = (output[i], output[x.len() + i]);
+                (u + f(w) * (c - u), u.abs() + f(w.abs()) * (c.abs() + u.abs()))
+            }
+        };
+        let clean = |x: f64, x_size: f64| {
+            let value = f(k.x0_from_x) * x + f(k.x0_from_e) * e;
+            let clipped = k.clip.map_or(value, |clip| value.clamp(-f(clip), f(clip)));
+            (clipped, f(k.x0_from_x).abs() * x_size + f(k.x0_from_e).abs() * e_size)
+        };
+        let (from_x, from_x_size) = clean(x[i], x[i].abs());
+        let noised = f(k.next_from_noise) * noise[i];
+        let value = f(k.next_from_x) * x[i] + f(k.next_from_e) * e + f(k.next_from_x0) * from_x + noised;
+        let size = x[i].abs() + e_size + from_x_size + noised.abs();
+        next.0.push(value);
+        next.1.push(size);
+        let (value, size) = if k.x0_from_next { clean(value, size) } else { (from_x, from_x_size) };
+        x0.0.push(value);
+        x0.1.push(size);
+    }
+    (next, x0)
+}
+
+/// Guidance of 1 and of 0 are the conditional and the unconditional output; NaN is not clipped away; noise of weight 0 is
+/// not read.
+#[test]
+fn guidance_picks_and_clip_keeps_nan() {
+    for device in devices() {
+        let tensor = |values: &[f32]| Tensor::from_f32(&device, &[values.len(), 1, 1, 1], DType::F32, values).unwrap();
+        let output = tensor(&[3.0, f32::NAN, -0.5, 0.25]);
+        let k = StepCoefficients { x0_from_e: 1.0, clip: Some(1.0), ..COEFFICIENTS };
+        let noisy = StepCoefficients { next_from_noise: 1.0, ..k };
+        let steps = table(&device, &[k, noisy]);
+        let noise = tensor(&[f32::NAN, f32::NAN]);
+        let run = |guidance| {
+            let mut state = SampleState::new(tensor(&[0.0, 0.0])).unwrap();
+            ops::sampler_step(&mut state, &output, Some(guidance), &steps, Some(&noise)).unwrap();
+            (state.x0().to_f32_vec().unwrap(), state.x().to_f32_vec().unwrap())
+        };
+        assert_eq!(run(1.0).0[0], -0.5);
+        assert_eq!(run(0.0).0[0], 1.0);
+        assert!(run(1.0).0[1].is_nan() && run(1.0).1[0].is_finite(), "{device}");
+    }
+}
+
+#[test]
+fn scale_input_reads_the_current_row() {
+    for device in devices() {
+        for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+            let x = Random::new(3).randn(&device, &shape, DType::F32);
+            let scales = [0.25, 1.75, -3.0];
+            let rows = scales.map(|input_scale| StepRow { input_scale, coefficients: COEFFICIENTS });
+            let mut steps = StepTable::new(&device, rows.to_vec()).unwrap();
+            for (step, scale) in scales.into_iter().enumerate() {
+                for repeats in [1, 2, 3] {
+                    let got = ops::scale_input(&x, &steps, dtype, repeats).unwrap();
+                    let values: Vec<f64> = f64s(&x).iter().map(|x| f64::from(scale) * x).collect();
+                    let values = values.repeat(repeats);
+                    let magnitudes = values.iter().map(|v| v.abs()).collect();
+                    let [n, h, w, c] = shape;
+                    let want = Expected { shape: vec![repeats * n, h, w, c], values, magnitudes };
+                    assert_close(&got, &want, 1.0, format!("{device} {shape:?} step {step} x {repeats}"));
+                }
+                steps.index_mut().advance().unwrap();
+            }
+        }
+    }
+}
+
+/// A recorded step goes through the table by itself: the index lives on the device.
+#[test]
+fn a_replayed_step_finds_its_row() {
+    for device in cards() {
+        let Device::Cuda(card) = &device else { unreachable!() };
+        let kinds = [1.0, 2.0, 3.0, 4.0].map(|next_from_x| StepCoefficients { next_from_x, ..COEFFICIENTS });
+        let run = |recorded: bool| {
+            let mut random = Random::new(4);
+            let mut steps = table(&device, &kinds);
+            let mut state = SampleState::new(random.randn(&device, &[1, 5, 7, 4], DType::F32)).unwrap();
+            let output = random.randn(&device, &[2, 5, 7, 4], DType::BF16);
+            let mut step = || {
+                ops::sampler_step(&mut state, &output, Some(3.0), &steps, None)?;
+                steps.index_mut().advance()
+            };
+            if recorded {
+                let graph = card.capture(0, &mut step).unwrap();
+                assert_eq!(graph.kernels(), ["sampler_step_bf16", "advance_step"]);
+                (0..kinds.len()).for_each(|_| graph.replay().unwrap());
+            } else {
+                (0..kinds.len()).for_each(|_| step().unwrap());
+            }
+            [state.x(), state.x0()].map(|x| x.to_f32_vec().unwrap())
+        };
+        assert_eq!(run(true), run(false), "{device}: bit for bit");
+    }
+}
+
+#[test]
+fn meta_records_what_the_card_launches() {
+    let meta = MetaDevice::default();
+    let device = Device::Meta(meta.clone());
+    let x = Tensor::uninit(&device, &[2, 3, 5, 4], DType::F32).unwrap();
+    let output = Tensor::uninit(&device, &[4, 3, 5, 4], DType::F16).unwrap();
+    let noise = Tensor::uninit(&device, &[2, 3, 5, 4], DType::F32).unwrap();
+    let mut steps = table(&device, &[StepCoefficients { next_from_noise: 1.0, ..COEFFICIENTS }]);
+    meta.take_report();
+    assert_eq!(ops::scale_input(&x, &steps, DType::F16, 2).unwrap().shape(), [4, 3, 5, 4]);
+    let mut state = SampleState::new(x).unwrap();
+    ops::sampler_step(&mut state, &output, Some(7.0), &steps, Some(&noise)).unwrap();
+    steps.index_mut().advance().unwrap();
+    let records: Vec<(&str, u64)> = meta.take_report().ops.iter().map(|op| (op.op, op.work.bytes)).collect();
+    // 120 elements of f32 are 480 bytes, as are 240 of f16.
+    assert_eq!(records, [("scale_cast", 960), ("sampler_step", 4 * 480 + 480 + 480), ("advance_step", 8)]);
+}
+
+#[test]
+fn errors_name_the_argument() {
+    for device in devices() {
+        let zeros = |shape: &[usize], dtype| Tensor::zeros(&device, shape, dtype).unwrap();
+        let shape = [2, 3, 5, 4];
+        let [plain, noisy] =
+            [0.0, 0.5].map(|next_from_noise| table(&device, &[StepCoefficients { next_from_noise, ..COEFFICIENTS }]));
+        let step = |output: &Tensor, guidance, steps: &StepTable, noise: Option<&Tensor>| {
+            let mut state = SampleState::new(zeros(&shape, DType::F32)).unwrap();
+            ops::sampler_step(&mut state, output, guidance, steps, noise).unwrap_err()
+        };
+        let (x, two) = (zeros(&shape, DType::F32), zeros(&[4, 3, 5, 4], DType::F32));
+        let (half, ids) = (zeros(&shape, DType::F16), zeros(&shape, DType::U32));
+        let elsewhere = Tensor::zeros(&Device::cpu(), &shape, DType::F32).unwrap();
+        assert!(matches!(step(&two, None, &plain, None), Error::Shape { arg: "model_output", .. }));
+        assert!(matches!(step(&x, Some(7.0), &plain, None), Error::Shape { arg: "model_output", .. }));
+        assert!(matches!(step(&ids, None, &plain, None), Error::Dtype { arg: "model_output", .. }));
+        assert!(matches!(step(&elsewhere, None, &plain, None), Error::Device { arg: "model_output", .. }));
+        assert!(matches!(step(&x, None, &plain, Some(&x)), Error::Argument { arg: "noise", .. }));
+        assert!(matches!(step(&x, None, &noisy, None), Error::Argument { arg: "noise", .. }));
+        assert!(matches!(step(&x, None, &noisy, Some(&two)), Error::Shape { arg: "noise", .. }));
+        assert!(matches!(step(&x, None, &noisy, Some(&half)), Error::Dtype { arg: "noise", .. }));
+        assert!(matches!(SampleState::new(half.clone()).unwrap_err(), Error::Dtype { arg: "x", .. }));
+        assert!(matches!(SampleState::new(zeros(&[3], DType::F32)).unwrap_err(), Error::Shape { arg: "x", .. }));
+        assert!(matches!(SampleState::new(x.clone()).unwrap_err(), Error::Argument { arg: "x", .. }), "it is shared");
+        for clip in [-1.0, f32::NAN] {
+            let rows = vec![row(StepCoefficients { clip: Some(clip), ..COEFFICIENTS })];
+            assert!(matches!(StepTable::new(&device, rows).unwrap_err(), Error::Argument { arg: "clip", .. }));
+        }
+        assert!(StepTable::new(&device, Vec::new()).is_err());
+        assert!(ops::scale_input(&x, &plain, DType::F32, 0).is_err());
+        assert!(matches!(StepIndex::new(&device, 1 << 40).unwrap_err(), Error::TooLarge { .. }));
+        let mut done = table(&device, &[COEFFICIENTS]);
+        done.index_mut().advance().unwrap();
+        assert!(matches!(step(&x, None, &done, None), Error::Argument { arg: "step", .. }));
+        assert!(matches!(ops::scale_input(&x, &done, DType::F32, 1).unwrap_err(), Error::Argument { arg: "step", .. }));
+    }
+}
