@@ -1,5 +1,6 @@
 //! The card's side of the ops: which kernel, which grid. The arguments were checked by the op.
 
+pub mod attention;
 pub mod conv;
 pub mod elementwise;
 pub mod linear;
