@@ -19,7 +19,7 @@ mod step;
 
 pub use attention::{Attention, attention};
 pub use conv::{Conv2d, ConvNorm, conv2d};
-pub use elementwise::{Activation, activation, add, clamp, scale_cast};
+pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};

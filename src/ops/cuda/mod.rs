@@ -1,7 +1,9 @@
 //! The card's side of the ops: which kernel, which grid. The arguments were checked by the op.
 
 pub mod elementwise;
+pub mod embedding;
 pub mod norm;
+pub mod sampler;
 pub mod step;
 
 use crate::error::{Error, Result};
