@@ -23,7 +23,7 @@ pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scal
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
-pub use resize::{Upsampler, resize, resize_nearest, resize_u8};
+pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
 

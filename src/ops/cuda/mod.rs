@@ -3,6 +3,7 @@
 pub mod elementwise;
 pub mod embedding;
 pub mod norm;
+pub mod resize;
 pub mod sampler;
 pub mod step;
 
