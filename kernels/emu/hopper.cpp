@@ -1,4 +1,6 @@
 // Hopper's asynchronous parts: mbarrier, TMA in tile mode, wgmma with both operands in shared memory.
+#include <memory>
+
 #include "machine.h"
 
 namespace emu {
@@ -199,7 +201,14 @@ static const char* element(const Machine& m, uint64_t descriptor, uint32_t row, 
 }
 
 static void multiply(Machine& m, const Wgmma& w) {
-    static thread_local float a[64][16], b[16][256], d[64][256];
+    // On the heap: a library that is loaded late finds little room for variables of a thread.
+    struct Tiles {
+        float a[64][16], b[16][256], d[64][256];
+    };
+    static thread_local const std::unique_ptr<Tiles> tiles = std::make_unique<Tiles>();
+    auto& a = tiles->a;
+    auto& b = tiles->b;
+    auto& d = tiles->d;
     const WgmmaCall& call = w.call;
     const auto value = [&](const char* p) {
         uint16_t bits;
