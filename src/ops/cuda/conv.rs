@@ -212,7 +212,10 @@ pub fn conv2d(
         x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
         weight: k % chunk == 0 && aligned(weight),
         output: g.outputs % chunk == 0
-            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()].into_iter().flatten().all(aligned),
+            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()]
+                .into_iter()
+                .flatten()
+                .all(aligned),
     };
     let tile = tiles::pick(&Product {
         dtype,

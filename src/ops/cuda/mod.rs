@@ -3,8 +3,11 @@
 pub mod attention;
 pub mod conv;
 pub mod elementwise;
+pub mod embedding;
 pub mod linear;
 pub mod norm;
+pub mod resize;
+pub mod sampler;
 pub mod step;
 pub mod tiles;
 
