@@ -10,7 +10,7 @@ const VECTOR: usize = 8;
 /// `ids`: all below the table's rows.
 pub fn embedding(device: &CudaDevice, ids: &Tensor, table: &Tensor, positions: &Tensor, y: &mut Tensor) -> Result<()> {
     let [n, l, c] = y.dims("embedding", "y")?;
-    let vector = c.is_multiple_of(VECTOR) && [table, positions, y].into_iter().all(|tensor| aligned(tensor));
+    let vector = c.is_multiple_of(VECTOR) && [table, positions, y].into_iter().all(aligned);
     let (length, channels) = (int("embedding", "L", l)?, int("embedding", "C", c)?);
     let entry = entry("embedding", y.dtype());
     let launch = Launch::grid([n * l, 1, 1]).block(THREADS);

@@ -19,11 +19,6 @@ pub fn entry(name: &str, dtype: DType) -> String {
     format!("{name}_{dtype}")
 }
 
-/// For an op that has no kernel yet.
-pub fn missing(op: &'static str) -> Error {
-    Error::Kernel { kernel: op.into(), reason: "this op has no kernel yet; use --device cpu".into() }
-}
-
 /// A size as the kernels count.
 pub fn int(op: &'static str, what: &'static str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| Error::TooLarge { op, what, got: value as u128, limit: i32::MAX as u128 })
