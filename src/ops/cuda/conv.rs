@@ -210,8 +210,8 @@ pub fn conv2d(
     let table = args.row.map(|row| row.table);
     let wide = Wide {
         x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
-        weight: k % chunk == 0 && aligned(weight),
-        output: g.outputs % chunk == 0
+        weight: k.is_multiple_of(chunk) && aligned(weight),
+        output: g.outputs.is_multiple_of(chunk)
             && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()]
                 .into_iter()
                 .flatten()
