@@ -406,7 +406,7 @@ fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim
 fn resize(shape: [usize; 4], size: [usize; 2], upsampler: Upsampler) -> Case {
     let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
         let x = tensor(device, dtype, &shape)?;
-        Ok(Box::new(move || ops::resize(&x, size, upsampler, Some((-1.0, 1.0)))))
+        Ok(Box::new(move || ops::resize(&x, size, upsampler, Some((-1.0, 1.0)), None)))
     };
     Case { name: format!("resize {upsampler:?} {shape:?} -> {size:?}"), prepare: Box::new(prepare) }
 }

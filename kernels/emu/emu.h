@@ -1,166 +1,303 @@
-// CPU SIMT emulator: declarations seen by kernels when they are built as plain C++20.
+// The emulated card. A kernel built by a host C++20 compiler includes this (through common/device.cuh) and finds every
+// word of device.cuh here as plain C++; the driver look-alike uses the first section to find and launch kernels.
+//
+//   types.h           vector types, f16, bf16, arithmetic               seen by kernels
+//   emu.h             launches; primitives, where CUDA and device.cuh name them
+//   hopper.h          mbarrier, TMA, wgmma
+//   machine.h         one block on one worker thread                     internal
+//   launch.cpp        kernel table, configuration, worker pool, messages
+//   fibers.cpp        context switch, stacks, the scheduler, shared memory
+//   collectives.cpp   block barriers, warp shuffles, ldmatrix, mma, atomics
+//   async.cpp         cp.async
+//   hopper.cpp        mbarrier, TMA in tile mode, wgmma from shared memory
+//   race.cpp          the race detector, in builds with -DEMU_RACE
+//
+// A block is one thread of the host, its threads are fibers: a thread runs until it waits for others. Which warp goes
+// next, which lane of it first and when an asynchronous copy lands is decided by Config, the same way for the same seed
+// and whatever the number of workers. Whatever the card leaves undefined or punishes is an error that ends the launch.
+//
+// Flags. All builds: -std=c++20 -fPIC -ffp-contract=off -fno-strict-aliasing.
+//   plain     -O2
+//   race      -O1 -g -DEMU_RACE on all, -fsanitize=thread on the .cu files only. Never linked with libtsan: race.cpp has
+//             the functions that the instrumentation calls. Blocks run one after the other.
+//   sanitize  -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all on all. A process that
+//             is not instrumented loads it with LD_PRELOAD=$(c++ -print-file-name=libasan.so) and
+//             ASAN_OPTIONS=detect_leaks=0.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <cstdio>
 #include <cstdlib>
-#include <tuple>
+#include <string>
 #include <utility>
-#define __device__
-#define __host__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __grid_constant__
-#define __align__(n) alignas(n)
-// NB: never define __noinline__ (libstdc++ uses __attribute__((__noinline__)))
 
-struct alignas(8) float2 { float x, y; };   struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };  struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) int2 { int x, y; };        struct alignas(16) int4 { int x, y, z, w; };
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x, y, z; constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
-static inline float2 make_float2(float a, float b) { return {a, b}; }
-static inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
-static inline uint2 make_uint2(unsigned a, unsigned b) { return {a, b}; }
-static inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
+#include "types.h"
 
 namespace emu {
-struct Loc { const char* file; int line; constexpr Loc(const char* f = __builtin_FILE(), int l = __builtin_LINE()) : file(f), line(l) {} };
-#define EMU_LOC ::emu::Loc loc = ::emu::Loc()   // must be a constructor call: Loc{__builtin_LINE()} would give this line in GCC
-struct Ctx { uint3 tid, bid; dim3 bdim, gdim; unsigned lane, warp, lin; };
-extern __thread Ctx* cur;   // __thread, not thread_local: no init wrapper call; fibers never migrate between OS threads
 
-// ---- launch ----
-enum Sched { InOrder, Reverse, Random, RunAhead };
-enum Async { Early, Late, Mixed };
-struct Config { Sched sched = InOrder; Async async = Early; uint64_t seed = 1; int threads = 1; int fill = 0xFF; };
-extern Config config;
-struct Stats { uint64_t switches, barriers, warp_ops, mma, wgmma, ldsm, ldsm_wavefronts, tma, races, errors; };
-extern Stats stats;
-using Thunk = void (*)(void* const* params);
-// A kernel's parameter as the driver sees it: where it lies in the packed argument buffer, and whether it is an address.
-struct Param { uint32_t offset, size; bool is_pointer; };
-struct Reg {
-  const char* name; Thunk fn; const Param* params; unsigned param_count, max_threads; Reg* next;
-  Reg(const char* n, Thunk f, const Param* p, unsigned count, unsigned threads); };
-const Reg* find_registered(const char* name);  // null: no such kernel
-int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params); // 0 = ok, else number of errors
-Thunk find(const char* name);
-template <class... A, size_t... I> static void call_unpacked(void (*f)(A...), void* const* p, std::index_sequence<I...>) { f(*(std::remove_reference_t<A>*)p[I]...); }
-template <auto F> struct Unpack;
-template <class... A, void (*F)(A...)> struct Unpack<F> {
-  static void call(void* const* p) { call_unpacked(F, p, std::index_sequence_for<A...>{}); }
-  static constexpr unsigned count = sizeof...(A);
-  struct Params { Param at[count ? count : 1]; };
-  static constexpr Params layout() {  // as a C struct of the parameters would be laid out
-    Params r{}; uint32_t i = 0, top = 0;
-    ((top = (top + alignof(A) - 1) / alignof(A) * alignof(A), r.at[i] = {top, sizeof(A), std::is_pointer_v<A>}, top += sizeof(A), i++), ...);
-    return r; }
-  static constexpr Params params = layout();
+// ---- where a primitive was called ----
+
+struct Loc {
+    const char* file;
+    int line;
+    constexpr Loc(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
 };
+// The last parameter of a primitive. It must be a constructor call: Loc{__builtin_LINE()} would be this line.
+#define EMU_LOC ::emu::Loc loc = ::emu::Loc()
 
-// ---- primitives (emu.cpp; compiled once, optimised, never instrumented) ----
+// ---- configuration ----
+
+enum Sched {
+    InOrder,   // the warp that runs, then the next one
+    Reverse,   // the last warp and lane that can run
+    Random,    // any warp at any point where it waits or completes a warp's operation
+    RunAhead,  // warps have fixed random ranks; the highest that can run does, as far as it can
+};
+enum Async {
+    Early,  // copies land when they are issued
+    Late,   // when they are waited for; until then their destination is poison
+    Mixed,  // each one way or the other
+};
+struct Config {
+    Sched sched = Random;
+    Async async = Mixed;
+    uint64_t seed = 1;
+    int threads = 2;  // host threads that run blocks; results do not depend on it
+    int fill = 0xFF;     // bytes of fresh shared memory: NaN in every float type
+    bool quiet = false;  // messages only in last_error(), not on stderr
+};
+extern Config config;
+// Reads MEGAFUSE_EMU_SCHEDULE=in-order|reverse|random|run-ahead, MEGAFUSE_EMU_ASYNC=early|late|mixed,
+// MEGAFUSE_EMU_SEED=n and MEGAFUSE_EMU_THREADS=n. False: one has no such value; the message is on stderr and in last_error().
+bool configure_from_environment();
+
+// ---- kernels and launches ----
+
+using Thunk = void (*)(void* const* params);
+// A parameter as the driver sees it: where it lies in the packed argument buffer, and whether it is an address.
+struct Param {
+    uint32_t offset, size;
+    bool is_pointer;
+};
+struct Kernel {
+    const char* name;
+    const char* file;  // of the .cu
+    Thunk fn;          // one thread's body
+    unsigned max_threads, min_blocks;  // its launch bounds
+    const Param* params;
+    unsigned param_count;
+    const Kernel* next;
+    Kernel(const char* name, const char* file, Thunk fn, const unsigned (&bounds)[2], const Param* params,
+           unsigned param_count);
+};
+using Reg = Kernel;
+const Kernel* first_kernel();                        // of all, a list in no order
+const Kernel* find_registered(const char* name);     // or null
+const Kernel* find_registered(Thunk fn);             // or null
+Thunk find(const char* name);                        // or null
+
+// Runs the whole grid. 0: done; negative: refused before anything ran; positive: number of errors and races.
+// `params[i]` points to the value of parameter i; `smem` is the dynamic shared memory in bytes. Launches wait for each other.
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params);
+// What went wrong in the latest launch of this host thread, a line each; empty if nothing did.
+const char* last_error();
+
+// The driver's table of allocations: the one that holds `address`, as [begin, end). With it, cp.async and atomics (in the
+// race build every access) outside all allocations are errors.
+using AllocationLookup = bool (*)(uintptr_t address, uintptr_t* begin, uintptr_t* end);
+void set_allocation_lookup(AllocationLookup lookup);
+
+struct Stats {
+    uint64_t switches, barriers, warp_ops, mma, wgmma, ldsm, ldsm_wavefronts, tma, races, errors;
+};
+extern Stats stats;  // sums over all launches
+
+// ---- the running thread ----
+
+struct BlockIndex {
+    uint3 block;
+    dim3 block_dim, grid_dim;
+};
+struct Context {
+    uint3 thread;
+    unsigned lane, warp, index;  // index: linear in the block
+    const BlockIndex* block;
+};
+// Initial-exec: two loads instead of a call. All thread-local data of the library then lies in the static block, where a
+// loaded library gets some hundred bytes: keep large things out of it.
+extern __thread Context* cur __attribute__((tls_model("initial-exec")));
+
+// ---- primitives: compiled once, optimised, never instrumented for races ----
+
+[[noreturn]] void die(const char* what, Loc loc);
 void* dyn_smem(size_t need, Loc loc);
 void* static_smem(const void* key, size_t bytes, size_t align);
-uint32_t smem_addr(const void* p, Loc loc);      // 32-bit shared-window address
-[[noreturn]] void die(const char* what, Loc loc);
-void barrier(int id, int count /*0 = whole block*/, bool wait, Loc loc);
+uint32_t smem_addr(const void* p, Loc loc);                     // in the 32-bit shared window
+void barrier(int id, int count, bool wait, Loc loc);            // count 0: the whole block, id 0
 void syncwarp(uint32_t mask, Loc loc);
 enum Shfl { Idx, Up, Down, Xor };
-uint64_t shfl(uint32_t mask, uint64_t v, Shfl mode, int arg, int width, Loc loc);
-uint32_t ballot(uint32_t mask, bool p, Loc loc);
-void ldmatrix(uint32_t* r, int n, bool trans, const void* row, Loc loc);
-void mma16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16, Loc loc);
-void cp_async(void* s, const void* g, int bytes, int src_bytes, Loc loc);
+uint64_t shfl(uint32_t mask, uint64_t value, Shfl mode, int arg, int width, Loc loc);
+uint32_t ballot(uint32_t mask, bool predicate, Loc loc);
+uint32_t active_mask();
+void ldmatrix(uint32_t* r, int count, bool trans, const void* row, Loc loc);
+void mma16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool is_bf16, Loc loc);
+void cp_async(void* shared, const void* global, int bytes, int source_bytes, Loc loc);
 void cp_async_commit(Loc loc);
 void cp_async_wait(int pending, Loc loc);
-enum AtomicOp { Add, Max, Min, Exch, Or };
-uint32_t atomic32(uint32_t* p, uint32_t (*f)(uint32_t, uint32_t), uint32_t v, Loc loc);
-// Hopper
-void mbar_init(uint64_t* b, uint32_t count, Loc loc);
-void mbar_arrive(uint64_t* b, uint32_t tx, Loc loc);              // arrive(1) + expect_tx(tx)
-bool mbar_try_wait(uint64_t* b, uint32_t parity, bool block, Loc loc);
-struct alignas(64) TensorMap { uint64_t base, dim[5], stride[5]; uint32_t box[5], rank, esize, swizzle; };
-int tensor_map_encode(TensorMap* m, int esize, int rank, void* base, const uint64_t* dim, const uint64_t* stride_bytes /*rank-1*/, const uint32_t* box, int swizzle /*0,1,2,3 = none,32,64,128B*/);
-void tma_load(void* s, const TensorMap* m, uint64_t* bar, const int* coord, int rank, Loc loc);
-void wgmma(float* d, int n, uint64_t da, uint64_t db, bool scale_d, bool bf16, bool tb, Loc loc); // m64 n k16, A and B from smem; tb: B is MN-major
-void wgmma_fence(Loc loc); void wgmma_commit(Loc loc); void wgmma_wait(int pending, Loc loc);
-void fence_proxy_async(Loc loc);
+using Combine32 = uint32_t (*)(uint32_t old, uint32_t operand);
+uint32_t atomic32(uint32_t* p, Combine32 combine, uint32_t operand, Loc loc);
+uint64_t atomic64(uint64_t* p, uint64_t (*combine)(uint64_t, uint64_t), uint64_t operand, Loc loc);
+uint32_t compare_and_swap32(uint32_t* p, uint32_t expected, uint32_t desired, Loc loc);
+
+// ---- registration ----
+
+#define EMU_UNINSTRUMENTED __attribute__((no_sanitize("thread")))
+
+template <auto F>
+struct Entry;
+template <class... A, void (*F)(A...)>
+struct Entry<F> {
+    template <size_t... I>
+    EMU_UNINSTRUMENTED static void call(void* const* params, std::index_sequence<I...>) {
+        F(*static_cast<std::remove_reference_t<A>*>(params[I])...);
+    }
+    EMU_UNINSTRUMENTED static void run(void* const* params) { call(params, std::index_sequence_for<A...>{}); }
+
+    static constexpr unsigned count = sizeof...(A);
+    struct Layout {
+        Param params[count + 1];  // never empty
+        // As a C struct of the parameters would be laid out.
+        constexpr Layout() : params{} {
+            uint32_t i = 0, end = 0;
+            ((end = (end + alignof(A) - 1) / alignof(A) * alignof(A), params[i++] = {end, sizeof(A), std::is_pointer_v<A>},
+              end += sizeof(A)), ...);
+        }
+    };
+    static constexpr Layout layout{};
+};
 }  // namespace emu
-
-#define threadIdx (::emu::cur->tid)
-#define blockIdx (::emu::cur->bid)
-#define blockDim (::emu::cur->bdim)
-#define gridDim (::emu::cur->gdim)
-
-static inline void __syncthreads(EMU_LOC) { emu::barrier(0, 0, true, loc); }
-static inline void __syncwarp(uint32_t mask = ~0u, EMU_LOC) { emu::syncwarp(mask, loc); }
-template <class T> static inline T emu_shfl(uint32_t m, T v, emu::Shfl k, int a, int w, emu::Loc loc) {
-  static_assert(sizeof(T) <= 8); uint64_t u = 0; memcpy(&u, &v, sizeof v); u = emu::shfl(m, u, k, a, w, loc); memcpy(&v, &u, sizeof v); return v; }
-template <class T> static inline T __shfl_sync(uint32_t m, T v, int s, int w = 32, EMU_LOC) { return emu_shfl(m, v, emu::Idx, s, w, loc); }
-template <class T> static inline T __shfl_xor_sync(uint32_t m, T v, int s, int w = 32, EMU_LOC) { return emu_shfl(m, v, emu::Xor, s, w, loc); }
-template <class T> static inline T __shfl_down_sync(uint32_t m, T v, int s, int w = 32, EMU_LOC) { return emu_shfl(m, v, emu::Down, s, w, loc); }
-template <class T> static inline T __shfl_up_sync(uint32_t m, T v, int s, int w = 32, EMU_LOC) { return emu_shfl(m, v, emu::Up, s, w, loc); }
-static inline uint32_t __ballot_sync(uint32_t m, bool p, EMU_LOC) { return emu::ballot(m, p, loc); }
-static inline bool __any_sync(uint32_t m, bool p, EMU_LOC) { return emu::ballot(m, p, loc) != 0; }
-static inline bool __all_sync(uint32_t m, bool p, EMU_LOC) { return emu::ballot(m, p, loc) == m; }
-static inline int atomicAdd(int* p, int v, EMU_LOC) { return (int)emu::atomic32((uint32_t*)p, [](uint32_t a, uint32_t b) { return a + b; }, (uint32_t)v, loc); }
-static inline float atomicAdd(float* p, float v, EMU_LOC) { return __builtin_bit_cast(float, emu::atomic32((uint32_t*)p, [](uint32_t a, uint32_t b) { return __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, a) + __builtin_bit_cast(float, b)); }, __builtin_bit_cast(uint32_t, v), loc)); }
-#define __expf(x) expf(x)   // glibc already declares ::__expf, __logf, __sinf ...: macros, not functions
-static inline float __fdividef(float a, float b) { return a / b; }
-static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-template <class T> static inline T __ldg(const T* p) { return *p; }
-static inline int min(int a, int b) { return a < b ? a : b; }
-static inline int max(int a, int b) { return a > b ? a : b; }
-
-// ---- types and portable layer ----
-struct bf16 { uint16_t x; };  struct f16 { uint16_t x; };
-static inline float to_f32(float x) { return x; }
-static inline float to_f32(bf16 b) { return __builtin_bit_cast(float, (uint32_t)b.x << 16); }
-static inline bf16 to_bf16(float f) { uint32_t u = __builtin_bit_cast(uint32_t, f); if ((u & 0x7fffffff) > 0x7f800000) return {0x7fff}; return {(uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16)}; }
-static inline float to_f32(f16 b) { return (float)__builtin_bit_cast(_Float16, b.x); }
-static inline f16 to_f16(float f) { return {__builtin_bit_cast(uint16_t, (_Float16)f)}; }
-static inline uint32_t pack_bf16(float lo, float hi) { return to_bf16(lo).x | (uint32_t)to_bf16(hi).x << 16; }
-static inline uint32_t pack_f16(float lo, float hi) { return to_f16(lo).x | (uint32_t)to_f16(hi).x << 16; }
-static inline float exp2_approx(float x) { return exp2f(x); }
-static inline float rcp_approx(float x) { return 1.0f / x; }
 
 #define DEVICE static inline
 #define GRID_CONST const
-#define KERNEL(name, maxthreads, minblocks) \
-  static constexpr unsigned name##_max_threads = maxthreads; \
-  static void name
-#define REGISTER_KERNEL(name) \
-  static ::emu::Reg emu_reg_##name{#name, &::emu::Unpack<&name>::call, ::emu::Unpack<&name>::params.at, ::emu::Unpack<&name>::count, name##_max_threads};
-#define SHARED_DYNAMIC(T, name) T& name = *(T*)::emu::dyn_smem(sizeof(T), ::emu::Loc{__FILE__, __LINE__})
-#define SHARED_STATIC(T, name, dims) typedef T name##_arr dims; static char name##_key; name##_arr& name = *(name##_arr*)::emu::static_smem(&name##_key, sizeof(name##_arr), alignof(name##_arr) < 16 ? 16 : alignof(name##_arr))
 #define UNROLL
+#define KERNEL(name, max_threads, min_blocks)                                                      \
+    static constexpr unsigned emu_bounds_##name[2] = {unsigned(max_threads), unsigned(min_blocks)}; \
+    __attribute__((noinline)) static void name
+#define REGISTER_KERNEL(name)                                                                            \
+    static const ::emu::Kernel emu_kernel_##name(#name, __FILE__, ::emu::Entry<&name>::run, emu_bounds_##name, \
+                                                 ::emu::Entry<&name>::layout.params, ::emu::Entry<&name>::count);
 
-static inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMU_LOC) { emu::ldmatrix(r, 4, false, row, loc); }
-static inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, EMU_LOC) { emu::ldmatrix(r, 4, true, row, loc); }
-template <class T> static inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_LOC) { uint32_t b[2] = {b0, b1}; emu::mma16816(d, a, b, d, std::is_same_v<T, bf16>, loc); }
-static inline void cp_async_16(void* s, const void* g, bool pred, EMU_LOC) { emu::cp_async(s, g, 16, pred ? 16 : 0, loc); }
-static inline void cp_async_4(void* s, const void* g, bool pred, EMU_LOC) { emu::cp_async(s, g, 4, pred ? 4 : 0, loc); }
-static inline void cp_async_commit(EMU_LOC) { emu::cp_async_commit(loc); }
-template <int N> static inline void cp_async_wait(EMU_LOC) { emu::cp_async_wait(N, loc); }
-static inline void named_barrier_sync(int id, int n, EMU_LOC) { emu::barrier(id, n, true, loc); }
-static inline void named_barrier_arrive(int id, int n, EMU_LOC) { emu::barrier(id, n, false, loc); }
-// Hopper
-using TensorMap = emu::TensorMap;
+#define SHARED_DYNAMIC(T, name) T& name = *static_cast<T*>(::emu::dyn_smem(sizeof(T), ::emu::Loc(__FILE__, __LINE__)))
+#define SHARED_STATIC(T, name, dims)          \
+    typedef T name##_shared_type dims;        \
+    static char name##_shared_key;            \
+    name##_shared_type& name = *static_cast<name##_shared_type*>(::emu::static_smem( \
+        &name##_shared_key, sizeof(name##_shared_type), alignof(name##_shared_type)))
+
+// ---- CUDA's own words ----
+
+#define threadIdx (::emu::cur->thread)
+#define blockIdx (::emu::cur->block->block)
+#define blockDim (::emu::cur->block->block_dim)
+#define gridDim (::emu::cur->block->grid_dim)
+constexpr int warpSize = 32;
+
+static inline void __syncthreads(EMU_LOC) { emu::barrier(0, 0, true, loc); }
+static inline void __syncwarp(uint32_t mask = ~0u, EMU_LOC) { emu::syncwarp(mask, loc); }
+static inline void __threadfence() {}
+static inline void __threadfence_block() {}
+
+namespace emu {
+template <class T>
+static inline T shuffle(uint32_t mask, T value, Shfl mode, int arg, int width, Loc loc) {
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    bits = shfl(mask, bits, mode, arg, width, loc);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+}  // namespace emu
+template <class T>
+static inline T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, EMU_LOC) {
+    return emu::shuffle(mask, value, emu::Idx, lane, width, loc);
+}
+template <class T>
+static inline T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32, EMU_LOC) {
+    return emu::shuffle(mask, value, emu::Xor, lane_mask, width, loc);
+}
+template <class T>
+static inline T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, EMU_LOC) {
+    return emu::shuffle(mask, value, emu::Down, int(delta), width, loc);
+}
+template <class T>
+static inline T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, EMU_LOC) {
+    return emu::shuffle(mask, value, emu::Up, int(delta), width, loc);
+}
+static inline uint32_t __ballot_sync(uint32_t mask, bool predicate, EMU_LOC) { return emu::ballot(mask, predicate, loc); }
+static inline bool __any_sync(uint32_t mask, bool predicate, EMU_LOC) { return emu::ballot(mask, predicate, loc) != 0; }
+static inline bool __all_sync(uint32_t mask, bool predicate, EMU_LOC) { return emu::ballot(mask, !predicate, loc) == 0; }
+static inline uint32_t __activemask() { return emu::active_mask(); }
+
+static inline int atomicAdd(int* p, int value, EMU_LOC) {
+    const auto add = [](uint32_t a, uint32_t b) { return a + b; };
+    return int(emu::atomic32(reinterpret_cast<uint32_t*>(p), add, uint32_t(value), loc));
+}
+static inline unsigned atomicAdd(unsigned* p, unsigned value, EMU_LOC) {
+    return emu::atomic32(p, [](uint32_t a, uint32_t b) { return a + b; }, value, loc);
+}
+static inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long value, EMU_LOC) {
+    const auto add = [](uint64_t a, uint64_t b) { return a + b; };
+    return emu::atomic64(reinterpret_cast<uint64_t*>(p), add, value, loc);
+}
+static inline float atomicAdd(float* p, float value, EMU_LOC) {
+    const auto add = [](uint32_t a, uint32_t b) {
+        return std::bit_cast<uint32_t>(std::bit_cast<float>(a) + std::bit_cast<float>(b));
+    };
+    const uint32_t old = emu::atomic32(reinterpret_cast<uint32_t*>(p), add, std::bit_cast<uint32_t>(value), loc);
+    return std::bit_cast<float>(old);
+}
+static inline int atomicMax(int* p, int value, EMU_LOC) {
+    const auto larger = [](uint32_t a, uint32_t b) { return int(a) < int(b) ? b : a; };
+    return int(emu::atomic32(reinterpret_cast<uint32_t*>(p), larger, uint32_t(value), loc));
+}
+static inline int atomicMin(int* p, int value, EMU_LOC) {
+    const auto smaller = [](uint32_t a, uint32_t b) { return int(b) < int(a) ? b : a; };
+    return int(emu::atomic32(reinterpret_cast<uint32_t*>(p), smaller, uint32_t(value), loc));
+}
+static inline unsigned atomicOr(unsigned* p, unsigned value, EMU_LOC) {
+    return emu::atomic32(p, [](uint32_t a, uint32_t b) { return a | b; }, value, loc);
+}
+static inline unsigned atomicExch(unsigned* p, unsigned value, EMU_LOC) {
+    return emu::atomic32(p, [](uint32_t, uint32_t b) { return b; }, value, loc);
+}
+static inline unsigned atomicCAS(unsigned* p, unsigned expected, unsigned desired, EMU_LOC) {
+    return emu::compare_and_swap32(p, expected, desired, loc);
+}
+
+// ---- the words of device.cuh ----
+
 static inline uint32_t smem_u32(const void* p, EMU_LOC) { return emu::smem_addr(p, loc); }
-static inline void mbar_init(uint64_t* b, int n, EMU_LOC) { emu::mbar_init(b, n, loc); }
-static inline void mbar_fence_init() {}
-static inline void mbar_arrive(uint64_t* b, EMU_LOC) { emu::mbar_arrive(b, 0, loc); }
-static inline void mbar_arrive_expect_tx(uint64_t* b, uint32_t bytes, EMU_LOC) { emu::mbar_arrive(b, bytes, loc); }
-static inline void mbar_wait(uint64_t* b, uint32_t parity, EMU_LOC) { emu::mbar_try_wait(b, parity, true, loc); }
-static inline void tma_load_2d(void* s, const TensorMap* m, uint64_t* bar, int c0, int c1, EMU_LOC) { int c[2] = {c0, c1}; emu::tma_load(s, m, bar, c, 2, loc); }
-static inline void fence_proxy_async(EMU_LOC) { emu::fence_proxy_async(loc); }
-static inline void wgmma_fence(EMU_LOC) { emu::wgmma_fence(loc); }
-static inline void wgmma_commit(EMU_LOC) { emu::wgmma_commit(loc); }
-template <int N> static inline void wgmma_wait(EMU_LOC) { emu::wgmma_wait(N, loc); }
-template <class T, int TB = 0> static inline void wgmma_m64n64k16(float (&d)[32], uint64_t da, uint64_t db, bool scale_d, EMU_LOC) { emu::wgmma(d, 64, da, db, scale_d, std::is_same_v<T, bf16>, TB, loc); }
-template <class T, int TB = 0> static inline void wgmma_m64n128k16(float (&d)[64], uint64_t da, uint64_t db, bool scale_d, EMU_LOC) { emu::wgmma(d, 128, da, db, scale_d, std::is_same_v<T, bf16>, TB, loc); }
-template <int N> static inline void setmaxnreg_inc() {}
-template <int N> static inline void setmaxnreg_dec() {}
+static inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMU_LOC) { emu::ldmatrix(r, 4, false, row, loc); }
+static inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, EMU_LOC) {
+    emu::ldmatrix(r, 4, true, row, loc);
+}
+template <class T>
+static inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_LOC) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
+    const uint32_t b[2] = {b0, b1};
+    emu::mma16816(d, a, b, d, std::is_same_v<T, bf16>, loc);
+}
+static inline void cp_async_16(void* shared, const void* global, bool pred, EMU_LOC) {
+    emu::cp_async(shared, global, 16, pred ? 16 : 0, loc);
+}
+static inline void cp_async_4(void* shared, const void* global, bool pred, EMU_LOC) {
+    emu::cp_async(shared, global, 4, pred ? 4 : 0, loc);
+}
+static inline void cp_async_commit(EMU_LOC) { emu::cp_async_commit(loc); }
+template <int N>
+static inline void cp_async_wait(EMU_LOC) {
+    emu::cp_async_wait(N, loc);
+}
+static inline void named_barrier_sync(int id, int threads, EMU_LOC) { emu::barrier(id, threads, true, loc); }
+static inline void named_barrier_arrive(int id, int threads, EMU_LOC) { emu::barrier(id, threads, false, loc); }
+
+#include "hopper.h"

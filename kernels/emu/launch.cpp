@@ -1,0 +1,310 @@
+// The kernel table, the configuration, launches over a pool of workers, and what they report.
+#include <atomic>
+#include <condition_variable>
+#include <cstdarg>
+#include <mutex>
+#include <thread>
+
+#include "machine.h"
+
+namespace emu {
+
+Config config;
+Stats stats;
+
+// ---- kernels ----
+
+static const Kernel* kernels;  // constant-initialised: registrations run before main in any order
+
+Kernel::Kernel(const char* name, const char* file, Thunk fn, const unsigned (&bounds)[2], const Param* params,
+               unsigned param_count)
+    : name(name), file(file), fn(fn), max_threads(bounds[0]), min_blocks(bounds[1]), params(params),
+      param_count(param_count), next(kernels) {
+    kernels = this;
+}
+
+const Kernel* first_kernel() { return kernels; }
+
+const Kernel* find_registered(const char* name) {
+    for (const Kernel* k = kernels; k; k = k->next) {
+        if (strcmp(k->name, name) == 0) return k;
+    }
+    return nullptr;
+}
+
+const Kernel* find_registered(Thunk fn) {
+    for (const Kernel* k = kernels; k; k = k->next) {
+        if (k->fn == fn) return k;
+    }
+    return nullptr;
+}
+
+Thunk find(const char* name) {
+    const Kernel* k = find_registered(name);
+    return k ? k->fn : nullptr;
+}
+
+// ---- messages ----
+
+constexpr int kMaxMessages = 8;
+static std::mutex message_mutex;
+static std::string messages;  // of the launch in progress
+static std::atomic<int> message_count, error_count;
+static thread_local std::string latest_error;
+
+const char* last_error() { return latest_error.c_str(); }
+bool stop_requested() { return error_count > 0 || message_count >= kMaxMessages; }
+
+std::string thread_name(const Machine& m, unsigned thread) {
+    const dim3 dim = m.index.block_dim;
+    char text[96];
+    snprintf(text, sizeof text, "thread (%u, %u, %u), warp %u lane %u", thread % dim.x, thread / dim.x % dim.y,
+             thread / (dim.x * dim.y), thread / 32, thread % 32);
+    return text;
+}
+
+static void add_message(const std::string& text) {
+    std::lock_guard lock(message_mutex);
+    if (message_count++ >= kMaxMessages) return;
+    if (!messages.empty()) messages += '\n';
+    messages += text;
+    if (!config.quiet) fprintf(stderr, "[emu] %s\n", text.c_str());
+}
+
+void report(Message kind, const char* format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    std::string text(size_t(vsnprintf(nullptr, 0, format, args)) + 1, '\0');
+    vsnprintf(text.data(), text.size(), format, again);
+    va_end(again);
+    va_end(args);
+    text.pop_back();
+    if (const Machine* m = machine) {
+        const uint3 b = m->index.block;
+        char where[160];
+        snprintf(where, sizeof where, "%s, block (%u, %u, %u): ", m->kernel->name, b.x, b.y, b.z);
+        text.insert(0, where);
+        (kind == Message::Race ? machine->stats.races : machine->stats.errors)++;
+    }
+    text.insert(0, kind == Message::Race ? "RACE: " : "ERROR: ");
+    if (kind == Message::Error) error_count++;
+    add_message(text);
+}
+
+// ---- configuration ----
+
+static bool wrong_value(const char* variable, const char* value, const char* choices) {
+    latest_error = std::string(variable) + "=" + value + ": expected " + choices;
+    fprintf(stderr, "[emu] %s\n", latest_error.c_str());
+    return false;
+}
+
+template <class T, size_t N>
+static bool read_choice(const char* variable, const std::pair<const char*, T> (&choices)[N], T& out) {
+    const char* value = getenv(variable);
+    if (!value) return true;
+    std::string names;
+    for (const auto& [name, choice] : choices) {
+        if (strcmp(value, name) == 0) {
+            out = choice;
+            return true;
+        }
+        names += (names.empty() ? "" : ", ") + std::string(name);
+    }
+    return wrong_value(variable, value, names.c_str());
+}
+
+static bool read_number(const char* variable, uint64_t smallest, uint64_t largest, uint64_t& out) {
+    const char* value = getenv(variable);
+    if (!value) return true;
+    char* end = nullptr;
+    errno = 0;
+    const uint64_t number = strtoull(value, &end, 10);
+    if (*value < '0' || *value > '9' || *end || errno || number < smallest || number > largest) {
+        const std::string range = "a number from " + std::to_string(smallest) + " to " + std::to_string(largest);
+        return wrong_value(variable, value, range.c_str());
+    }
+    out = number;
+    return true;
+}
+
+bool configure_from_environment() {
+    static const std::pair<const char*, Sched> schedules[] = {
+        {"in-order", InOrder}, {"reverse", Reverse}, {"random", Random}, {"run-ahead", RunAhead}};
+    static const std::pair<const char*, Async> completions[] = {{"early", Early}, {"late", Late}, {"mixed", Mixed}};
+    Config read;
+    uint64_t threads = uint64_t(read.threads);
+    const bool good = read_choice("MEGAFUSE_EMU_SCHEDULE", schedules, read.sched) &&
+                      read_choice("MEGAFUSE_EMU_ASYNC", completions, read.async) &&
+                      read_number("MEGAFUSE_EMU_SEED", 0, UINT64_MAX, read.seed) &&
+                      read_number("MEGAFUSE_EMU_THREADS", 1, 256, threads);
+    if (!good) return false;
+    const unsigned cores = std::thread::hardware_concurrency();
+    read.threads = int(cores ? std::min<uint64_t>(threads, cores) : threads);
+    read.quiet = config.quiet;
+    config = read;
+    return true;
+}
+
+// ---- allocations ----
+
+static std::atomic<AllocationLookup> allocation_lookup;
+void set_allocation_lookup(AllocationLookup lookup) { allocation_lookup = lookup; }
+
+void check_global(const void* p, size_t bytes, const char* what, Loc loc) {
+    Machine& m = *machine;
+    const uintptr_t address = uintptr_t(p);
+    if (address >= m.allocation_begin && address + bytes <= m.allocation_end) return;
+    const AllocationLookup lookup = allocation_lookup;
+    if (!lookup) return;
+    uintptr_t begin = 0, end = 0;
+    if (!lookup(address, &begin, &end)) die_with(loc, "%s at %p, which is in no allocation", what, p);
+    if (address + bytes > end) {
+        die_with(loc, "%s of %zu bytes at %p, %zu before the end of an allocation of %zu", what, bytes, p,
+                 size_t(end - address), size_t(end - begin));
+    }
+    m.allocation_begin = begin;
+    m.allocation_end = end;
+}
+
+// ---- launches ----
+
+struct Launch {
+    const Kernel* kernel;
+    void* const* params;
+    dim3 grid, block;
+    unsigned smem;
+    uint64_t blocks;
+    std::atomic<uint64_t> next{0};
+};
+
+static void run_blocks(Machine& m, Launch& launch) {
+    machine = &m;
+    m.kernel = launch.kernel;
+    m.params = launch.params;
+    m.index = {{}, launch.block, launch.grid};
+    m.threads = launch.block.x * launch.block.y * launch.block.z;
+    m.warps = (m.threads + 31) / 32;
+    m.dynamic_shared = launch.smem;
+    m.allocation_begin = m.allocation_end = 0;
+    m.stats = {};
+    for (unsigned i = 0; i < m.threads; i++) {
+        Thread& t = m.thread[i];
+        t.thread = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
+        t.lane = i % 32;
+        t.warp = i / 32;
+        t.index = i;
+        t.block = &m.index;
+    }
+    if constexpr (kRace) race::begin_launch(m);
+    for (uint64_t block; !stop_requested() && (block = launch.next++) < launch.blocks;) run_block(m, block);
+    machine = nullptr;
+}
+
+// The launching thread works too, as worker 0; the others sleep between launches. Never destroyed: the process may end
+// while they sleep.
+struct Pool {
+    std::mutex launching;  // held during a launch
+    std::vector<Machine*> machines;
+    std::mutex mutex;
+    std::condition_variable wake, done;
+    Launch* launch = nullptr;
+    uint64_t generation = 0;
+    size_t invited = 0, working = 0;  // workers of this launch, and those not done with it
+
+    Machine& worker(size_t index) {
+        while (machines.size() <= index) {
+            Machine* m = new Machine();
+            create_machine(*m);
+            const size_t number = machines.size();
+            machines.push_back(m);
+            if (number > 0) std::thread([this, m, number] { serve(*m, number); }).detach();
+        }
+        return *machines[index];
+    }
+
+    void serve(Machine& m, size_t number) {
+        uint64_t seen = 0;
+        std::unique_lock lock(mutex);
+        for (;;) {
+            wake.wait(lock, [&] { return generation != seen; });
+            seen = generation;
+            if (number >= invited || !launch) continue;
+            Launch& mine = *launch;
+            lock.unlock();
+            run_blocks(m, mine);
+            lock.lock();
+            if (--working == 0) done.notify_one();
+        }
+    }
+
+    void run(Launch& work, size_t workers) {
+        Machine& first = worker(0);
+        if (workers > 1) {
+            worker(workers - 1);
+            std::lock_guard lock(mutex);
+            launch = &work;
+            invited = workers;
+            working = workers - 1;
+            generation++;
+            wake.notify_all();
+        }
+        run_blocks(first, work);
+        if (workers > 1) {
+            std::unique_lock lock(mutex);
+            done.wait(lock, [&] { return working == 0; });
+            launch = nullptr;
+        }
+        for (size_t i = 0; i < workers; i++) {
+            const uint64_t* from = reinterpret_cast<const uint64_t*>(&machines[i]->stats);
+            uint64_t* to = reinterpret_cast<uint64_t*>(&stats);
+            for (size_t k = 0; k < sizeof(Stats) / sizeof(uint64_t); k++) to[k] += from[k];
+        }
+    }
+};
+
+static Pool& pool() {
+    static Pool* pool = new Pool;
+    return *pool;
+}
+
+// A worker that slept through a whole launch finds `launch` null or a later one; it is invited by its number only.
+
+static std::string refusal(const Kernel* kernel, dim3 grid, dim3 block, unsigned smem) {
+    if (!kernel) return "not a kernel";
+    char text[256] = "";
+    const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+    if (threads == 0 || uint64_t(grid.x) * grid.y * grid.z == 0) {
+        snprintf(text, sizeof text, "empty grid or block");
+    } else if (threads > kMaxThreads || block.x > 1024 || block.y > 1024 || block.z > 64) {
+        snprintf(text, sizeof text, "block (%u, %u, %u), the card has up to (1024, 1024, 64) and 1024 threads", block.x,
+                 block.y, block.z);
+    } else if (threads > kernel->max_threads) {
+        snprintf(text, sizeof text, "block of %u threads, compiled for at most %u", unsigned(threads), kernel->max_threads);
+    } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+        snprintf(text, sizeof text, "grid (%u, %u, %u), the card has up to (2147483647, 65535, 65535)", grid.x, grid.y, grid.z);
+    } else if (smem > kMaxShared) {
+        snprintf(text, sizeof text, "%u bytes of shared memory, the card has %u", smem, kMaxShared);
+    }
+    return *text ? std::string(kernel->name) + ": " + text : "";
+}
+
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params) {
+    std::lock_guard lock(pool().launching);
+    const Kernel* kernel = find_registered(fn);
+    latest_error = refusal(kernel, grid, block, smem);
+    if (!latest_error.empty()) {
+        if (!config.quiet) fprintf(stderr, "[emu] launch refused: %s\n", latest_error.c_str());
+        return -1;
+    }
+    messages.clear();
+    message_count = error_count = 0;
+    Launch work{kernel, params, grid, block, smem, uint64_t(grid.x) * grid.y * grid.z};
+    // Races between blocks are found in any order of the blocks, so the race build runs them one after the other.
+    const uint64_t workers = kRace ? 1 : std::min<uint64_t>(uint64_t(config.threads), work.blocks);
+    pool().run(work, workers ? size_t(workers) : 1);
+    latest_error = messages;
+    return message_count;
+}
+}  // namespace emu
