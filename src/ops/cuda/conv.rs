@@ -2,7 +2,7 @@
 //! device counts the same launches and the same scratch memory.
 
 use super::norm::{self, Statistics};
-use super::tiles::{self, Product, Wide};
+use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry};
 use crate::error::{Error, Result};
 use crate::ops::conv::{Conv2d, Geometry, OP};
@@ -221,7 +221,7 @@ pub fn conv2d(
         dtype,
         size: [plan.m * plan.splits, g.outputs, k / plan.splits],
         chunks: wide.x && wide.weight && on_load.is_none(),
-        multiprocessors: device.multiprocessors(),
+        card: Card::of(device),
     });
     let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
         .block(tile.threads())
