@@ -22,7 +22,8 @@ struct Variant {
 /// -ffp-contract=off: a product and a sum are rounded apart unless a kernel says fmaf, on every host alike.
 /// -fno-strict-aliasing: kernels read and write through pointers to wider types, as they may under nvcc.
 const FLAGS: [&str; 5] = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Ikernels"];
-const LINK_FLAGS: [&str; 4] = ["-shared", "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl"];
+/// The name under which cudarc first asks for the driver, so that the loader finds this library when it is loaded already.
+const LINK_FLAGS: [&str; 4] = ["-shared", "-Wl,-soname,libcuda.so", "-lpthread", "-ldl"];
 const PLAIN: Variant =
     Variant { name: "plain", flags: &["-O2", "-g0"], kernel_flags: &[], link_flags: &["-Wl,-z,defs"] };
 const FOR_TESTS: [Variant; 2] = [

@@ -43,7 +43,7 @@ CUresult say(CUresult code, const char* format, ...) {
     va_start(arguments, format);
     state().last_error = formatted(format, arguments);
     va_end(arguments);
-    fprintf(stderr, "[emu] %s\n", state().last_error.c_str());
+    if (!config.quiet) fprintf(stderr, "[emu] %s\n", state().last_error.c_str());
     return code;
 }
 
@@ -70,75 +70,92 @@ CUresult may_call(Needs needs) {
 
 // ---- the card ----
 
-// The two cards that the kernels are compiled for; what differs between them is public data-sheet knowledge.
-static const Card kAmpere = {8, 0, 108, 163 * 1024, 164 * 1024, 40 << 20, 1410000, 1215000, 5120, "emulated sm_80 card"};
-static const Card kHopper = {9, 0, 132, 227 * 1024, 228 * 1024, 50 << 20, 1980000, 2619000, 5120, "emulated sm_90 card"};
+// What differs between the cards, from the CUDA programming guide's table of compute capabilities and the data sheets.
+static const Card kCards[] = {
+    {7, 5, 40, 64 << 10, 64 << 10, 1024, 16, 4 << 20, 1590000, 5001000, 256, "emulated sm_75 card"},
+    {8, 0, 108, 163 << 10, 164 << 10, 2048, 32, 40 << 20, 1410000, 1215000, 5120, "emulated sm_80 card"},
+    {8, 6, 84, 99 << 10, 100 << 10, 1536, 16, 6 << 20, 1740000, 7251000, 384, "emulated sm_86 card"},
+    {8, 9, 128, 99 << 10, 100 << 10, 1536, 24, 72 << 20, 2520000, 10501000, 384, "emulated sm_89 card"},
+    {9, 0, 132, 227 << 10, 228 << 10, 2048, 32, 50 << 20, 1980000, 2619000, 5120, "emulated sm_90 card"},
+};
+static const Card* chosen_card = &kCards[1];
 
-const Card& card() {
-    static const Card* chosen = [] {
-        const char* capability = getenv("MEGAFUSE_EMU_CAPABILITY");
-        if (!capability || !*capability || !strcmp(capability, "8.0")) return &kAmpere;
-        if (!strcmp(capability, "9.0")) return &kHopper;
-        fprintf(stderr, "[emu] MEGAFUSE_EMU_CAPABILITY is '%s'; it may be 8.0 or 9.0, and is taken as 8.0\n", capability);
-        return &kAmpere;
-    }();
-    return *chosen;
-}
+const Card& card() { return *chosen_card; }
 
 static const size_t kDefaultMemory = size_t(16) << 30;
 
-static bool parse_number(const char* name, uint64_t& value) {
+// Leaves `value` as it is where the variable is not set.
+static bool read_number(const char* name, uint64_t& value) {
     const char* text = getenv(name);
-    if (!text || !*text) return false;
+    if (!text || !*text) return true;
     char* end;
-    value = strtoull(text, &end, 10);
-    if (*end) {
-        fprintf(stderr, "[emu] %s is '%s'; it has to be a number and is left out\n", name, text);
+    const uint64_t number = strtoull(text, &end, 10);
+    if (*end || *text == '-') {
+        fprintf(stderr, "[emu] %s is '%s'; it has to be a number\n", name, text);
         return false;
     }
+    value = number;
     return true;
+}
+
+// The driver's own operations complete as the kernels' asynchronous copies do.
+static void follow_config() {
+    const Timing timings[] = {Timing::Early, Timing::Late, Timing::Mixed};
+    set_timing(timings[config.async], config.seed);
 }
 
 // Null or "": as it is. False: no such name.
 static bool set_schedule(const char* schedule, const char* async, uint64_t seed) {
     const struct { const char* name; Sched value; } schedules[] = {
-        {"inorder", InOrder}, {"reverse", Reverse}, {"random", Random}, {"runahead", RunAhead}};
-    const struct { const char* name; Async value; Timing timing; } asyncs[] = {
-        {"early", Early, Timing::Early}, {"late", Late, Timing::Late}, {"mixed", Mixed, Timing::Mixed}};
-    static Timing timing = Timing::Early;
-    bool known = true;
-    if (schedule && *schedule) {
-        bool found = false;
-        for (const auto& s : schedules) {
-            if (!strcmp(s.name, schedule)) config.sched = s.value, found = true;
-        }
-        known = known && found;
+        {"in-order", InOrder}, {"reverse", Reverse}, {"random", Random}, {"run-ahead", RunAhead}};
+    const struct { const char* name; Async value; } asyncs[] = {{"early", Early}, {"late", Late}, {"mixed", Mixed}};
+    bool schedule_known = !schedule || !*schedule, async_known = !async || !*async;
+    for (const auto& s : schedules) {
+        if (schedule && !strcmp(s.name, schedule)) config.sched = s.value, schedule_known = true;
     }
-    if (async && *async) {
-        bool found = false;
-        for (const auto& a : asyncs) {
-            if (!strcmp(a.name, async)) config.async = a.value, timing = a.timing, found = true;
-        }
-        known = known && found;
+    for (const auto& a : asyncs) {
+        if (async && !strcmp(a.name, async)) config.async = a.value, async_known = true;
     }
     config.seed = seed;
-    set_timing(timing, seed);
-    return known;
+    follow_config();
+    return schedule_known && async_known;
+}
+
+static bool choose_card() {
+    const char* capability = getenv("MEGAFUSE_EMU_CAPABILITY");
+    if (!capability || !*capability) return true;
+    for (const Card& c : kCards) {
+        if (capability == std::to_string(c.major) + "." + std::to_string(c.minor)) {
+            chosen_card = &c;
+            return true;
+        }
+    }
+    fprintf(stderr, "[emu] MEGAFUSE_EMU_CAPABILITY is '%s'; it is one of 7.5, 8.0, 8.6, 8.9 and 9.0\n", capability);
+    return false;
 }
 
 extern uint64_t failing_creation;  // driver_memory.cpp
+static uint64_t devices = 1, driver_version = 13000;
 
-static void read_environment() {
-    uint64_t value, seed = 1;
-    state().memory_limit = parse_number("MEGAFUSE_EMU_MEMORY", value) ? value : kDefaultMemory;
-    if (parse_number("MEGAFUSE_EMU_FAIL_ALLOC", value)) failing_creation = value;
-    parse_number("MEGAFUSE_EMU_SEED", seed);
-    if (!set_schedule(getenv("MEGAFUSE_EMU_SCHEDULE"), getenv("MEGAFUSE_EMU_ASYNC"), seed)) {
-        fprintf(stderr, "[emu] MEGAFUSE_EMU_SCHEDULE is one of inorder, reverse, random, runahead; "
-                        "MEGAFUSE_EMU_ASYNC of early, late, mixed\n");
+// False, with the reason on stderr: a mistyped setting must not run as another one.
+static bool read_environment() {
+    uint64_t memory = kDefaultMemory;
+    if (!configure_from_environment() || !choose_card() || !read_number("MEGAFUSE_EMU_MEMORY", memory) ||
+        !read_number("MEGAFUSE_EMU_FAIL_ALLOC", failing_creation) || !read_number("MEGAFUSE_EMU_DEVICES", devices)) {
+        return false;
     }
-    const unsigned cores = std::thread::hardware_concurrency();
-    config.threads = parse_number("MEGAFUSE_EMU_THREADS", value) && value >= 1 ? int(value) : int(cores ? cores : 1);
+    state().memory_limit = memory;
+    follow_config();
+    return true;
+}
+
+// For the emulator's own checks of accesses to global memory.
+static bool look_up(uintptr_t address, uintptr_t* begin, uintptr_t* end) {
+    const AllocationRef allocation = find_allocation(address);
+    if (!allocation) return false;
+    *begin = allocation->base;
+    *end = allocation->base + allocation->size;
+    return true;
 }
 
 // Damage that no call was left to report must not end in success.
@@ -173,18 +190,19 @@ using namespace emu::driver;
 EMU_EXPORT CUresult cuInit(unsigned flags) {
     return api(Needs::Nothing, [&]() -> CUresult {
         if (flags) return refuse(CUDA_ERROR_INVALID_VALUE, "cuInit takes no flags");
-        if (!state().initialised) {
-            read_environment();
-            atexit(check_at_exit);
-            state().initialised = true;
-        }
+        if (state().initialised) return CUDA_SUCCESS;
+        if (!read_environment()) return refuse(CUDA_ERROR_INVALID_VALUE, "a MEGAFUSE_EMU_ variable has no such value");
+        if (devices == 0) return refuse(CUDA_ERROR_NO_DEVICE, "MEGAFUSE_EMU_DEVICES=0");
+        emu::set_allocation_lookup(look_up);
+        atexit(check_at_exit);
+        state().initialised = true;
         return CUDA_SUCCESS;
     });
 }
 
 EMU_EXPORT CUresult cuDriverGetVersion(int* version) {
-    if (!version) return CUDA_ERROR_INVALID_VALUE;
-    *version = 13000;
+    if (!version || !read_number("MEGAFUSE_EMU_DRIVER_VERSION", driver_version)) return CUDA_ERROR_INVALID_VALUE;
+    *version = int(driver_version);
     return CUDA_SUCCESS;
 }
 
@@ -318,7 +336,7 @@ EMU_EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribut
             case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: *value = c.memory_khz; break;
             case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: *value = c.bus_bits; break;
             case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = c.l2_bytes; break;
-            case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = 2048; break;
+            case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = c.threads_per_multiprocessor; break;
             case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: *value = 3; break;
             case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: *value = 1; break;
             case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = c.major; break;
@@ -334,7 +352,7 @@ EMU_EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribut
             case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: *value = 0; break;
             case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = c.shared_opt_in; break;
             case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED: *value = 1; break;
-            case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: *value = 32; break;
+            case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: *value = c.blocks_per_multiprocessor; break;
             case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: *value = 1024; break;
             case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
             case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: *value = 0; break;
@@ -559,7 +577,7 @@ EMU_EXPORT CUresult cuDestroyExternalMemory(CUexternalMemory) {
 
 // ---- for tests, found with dlsym ----
 
-// Schedules of a block's warps: inorder, reverse, random, runahead. Completion of asynchronous work: early, late, mixed.
+// Schedules of a block's warps: in-order, reverse, random, run-ahead. Completion of asynchronous work: early, late, mixed.
 // Null leaves one as it is. Returns 0, or 1 when a name is unknown (the other settings are made).
 EMU_EXPORT int emu_set_schedule(const char* schedule, const char* async, uint64_t seed) {
     std::lock_guard<std::mutex> lock(state().mutex);

@@ -11,13 +11,21 @@
 //
 // Time. A call that is asynchronous on a card only appends an Operation here. Operations run on the thread that waits for
 // them, one at a time, in an order that the streams and events allow and that is otherwise drawn from a seed:
-//   MEGAFUSE_EMU_ASYNC=early   each at once (the default)
+//   MEGAFUSE_EMU_ASYNC=early   each at once
 //   MEGAFUSE_EMU_ASYNC=late    only when a call waits, and then only what that call waits for
-//   MEGAFUSE_EMU_ASYNC=mixed   some earlier, some later, drawn from MEGAFUSE_EMU_SEED
+//   MEGAFUSE_EMU_ASYNC=mixed   some earlier, some later, drawn from MEGAFUSE_EMU_SEED (the default)
 // So a missing wait, or a pinned buffer written or freed too early, gives a wrong result on some setting, every time.
+// While operations run the driver is locked, so a callback of cuLaunchHostFunc must not wait for a thread that calls it.
 //
 // Faults. An illegal address, a failed launch or a damaged guard zone is said on stderr and stays: every later call
 // returns it until the context is reset or released, as on a card.
+//
+// The environment, read by cuInit, beside what emu.h lists:
+//   MEGAFUSE_EMU_CAPABILITY=8.0      the card: 7.5, 8.0, 8.6, 8.9 or 9.0, with its limits
+//   MEGAFUSE_EMU_MEMORY=bytes        its memory, 16 GiB if not set
+//   MEGAFUSE_EMU_FAIL_ALLOC=n        the n-th memory, stream, event, graph or module fails with out of memory, once
+//   MEGAFUSE_EMU_DEVICES=0           no card: cuInit is CUDA_ERROR_NO_DEVICE
+//   MEGAFUSE_EMU_DRIVER_VERSION=n    what cuDriverGetVersion says, 13000 if not set
 //
 // A symbol that the product calls and this library lacks panics in cudarc at the first call. To find them:
 //     nm -D --defined-only libcuda.so.1 | grep -o ' cu.*'         what there is
@@ -210,7 +218,10 @@ void leave_capture(CUstream_st* stream);
 // ---- the driver's own state (driver.cpp) ----
 
 struct Card {
-    int major, minor, multiprocessors, shared_opt_in, shared_per_multiprocessor, l2_bytes, clock_khz, memory_khz, bus_bits;
+    int major, minor, multiprocessors;
+    int shared_opt_in, shared_per_multiprocessor;  // bytes
+    int threads_per_multiprocessor, blocks_per_multiprocessor;
+    int l2_bytes, clock_khz, memory_khz, bus_bits;
     const char* name;
 };
 const Card& card();

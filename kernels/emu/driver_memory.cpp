@@ -73,21 +73,44 @@ bool covers(const Allocation& allocation, uintptr_t address, size_t bytes) {
 
 // ---- guard zones ----
 
-// Differs from byte to byte, so that neither a shifted copy nor a fill looks intact.
-static unsigned char guard_byte(uintptr_t address) { return (unsigned char)(address * 0x9D + 0x5B + (address >> 8)); }
+// Differs from byte to byte, so that neither a shifted copy nor a fill looks intact; repeats with kAlignment.
+static const unsigned char* guard_pattern() {
+    static const auto* pattern = [] {
+        auto* bytes = new unsigned char[kAlignment];
+        for (size_t i = 0; i < kAlignment; i++) bytes[i] = (unsigned char)(i * 0x9D + 0x5B);
+        return bytes;
+    }();
+    return pattern;
+}
 
 static size_t tail_guard(size_t size) { return kGuard + (kAlignment - size % kAlignment) % kAlignment; }
 
+// Calls part(address, pattern, bytes) for each piece of a zone that lies within one repetition.
+template <class Part>
+static void guard_pieces(uintptr_t from, size_t bytes, Part part) {
+    while (bytes > 0) {
+        const size_t offset = from % kAlignment, piece = std::min(bytes, kAlignment - offset);
+        part(from, guard_pattern() + offset, piece);
+        from += piece;
+        bytes -= piece;
+    }
+}
+
 static void fill_guard(uintptr_t from, size_t bytes) {
-    for (uintptr_t p = from; p < from + bytes; p++) *reinterpret_cast<unsigned char*>(p) = guard_byte(p);
+    guard_pieces(from, bytes, [](uintptr_t at, const unsigned char* pattern, size_t n) {
+        memcpy(reinterpret_cast<void*>(at), pattern, n);
+    });
 }
 
 // The first byte that differs, or 0.
 static uintptr_t damage(uintptr_t from, size_t bytes) {
-    for (uintptr_t p = from; p < from + bytes; p++) {
-        if (*reinterpret_cast<unsigned char*>(p) != guard_byte(p)) return p;
-    }
-    return 0;
+    uintptr_t first = 0;
+    guard_pieces(from, bytes, [&](uintptr_t at, const unsigned char* pattern, size_t n) {
+        const auto* zone = reinterpret_cast<const unsigned char*>(at);
+        if (first || memcmp(zone, pattern, n) == 0) return;
+        first = at + size_t(std::mismatch(zone, zone + n, pattern).first - zone);
+    });
+    return first;
 }
 
 static const char* kind_name(MemoryKind kind) {
@@ -105,7 +128,7 @@ CUresult check_guards_of(const AllocationRef& allocation, const std::string& aft
     } else {
         snprintf(where, sizeof where, "%zu bytes past its end", size_t(behind - end));
     }
-    // Said once: the zone is made whole again.
+    // Said once.
     fill_guard(allocation->base - kGuard, kGuard);
     fill_guard(end, tail_guard(allocation->size));
     return fault(CUDA_ERROR_ILLEGAL_ADDRESS, "write out of bounds: %s allocation %llu of %zu bytes at %#zx, %s; %s",
@@ -180,7 +203,7 @@ static AllocationRef create(MemoryKind kind, size_t size, unsigned flags, bool s
 }
 
 // Ends an allocation: its addresses stay recognisable for a while, its content is gone at once.
-static CUresult destroy(const AllocationRef& allocation) {
+static CUresult destroy(AllocationRef allocation) {  // by value: the map's own reference goes
     const CUresult result = check_guards_of(allocation, "seen when it was freed, after " + last_launch());
     live().erase(allocation->base);
     allocation->freed = true;

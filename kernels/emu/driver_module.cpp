@@ -66,7 +66,7 @@ static Resources resources_of(const char* kernel) {
 
 struct CUfunc_st {
     CUmod_st* module;
-    const emu::Reg* kernel;
+    const emu::Kernel* kernel;
     emu::driver::Resources resources;
     int max_dynamic_shared;  // what cuFuncSetAttribute allowed, or 48 KiB less the static part
 
@@ -118,7 +118,7 @@ static bool known(CUfunction function) { return functions().count(function) != 0
 // The arguments are copied when the call is made, so the caller may reuse its own.
 struct LaunchWork : Work {
     CUfunction function;  // may be unloaded before this runs; only handed out again, never followed
-    const Reg* kernel;
+    const Kernel* kernel;
     dim3 grid, block;
     unsigned shared;
     std::vector<unsigned char> arguments;
@@ -167,8 +167,9 @@ CUresult LaunchWork::run() {
     params.push_back(nullptr);
     const int errors = emu::launch(kernel->fn, grid, block, shared, params.data());
     if (errors) {
-        return fault(CUDA_ERROR_LAUNCH_FAILED, "%s: failed, grid %ux%ux%u, block %ux%ux%u, %u bytes of shared memory", text,
-                     grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+        return fault(CUDA_ERROR_LAUNCH_FAILED,
+                     "%s: failed, grid %ux%ux%u, block %ux%ux%u, %u bytes of dynamic shared memory: %s", text, grid.x, grid.y,
+                     grid.z, block.x, block.y, block.z, shared, emu::last_error());
     }
     for (const AllocationRef& allocation : used) {
         if (const CUresult e = check_guards_of(allocation, std::string("seen after ") + text)) return e;
@@ -288,11 +289,11 @@ static CUresult launch(CUfunction function, dim3 grid, dim3 block, unsigned shar
 static int blocks_per_multiprocessor(const CUfunc_st& f, int threads, size_t dynamic_shared) {
     if (threads <= 0 || threads > 1024) return 0;
     const uint64_t warps = (uint64_t(threads) + 31) / 32;
-    const uint64_t by_threads = 64 / warps;
+    const uint64_t by_threads = uint64_t(card().threads_per_multiprocessor / 32) / warps;
     const uint64_t by_registers = 65536 / std::max<uint64_t>(1, registers_of_block(f.resources.registers, uint64_t(threads)));
     const uint64_t shared = dynamic_shared + uint64_t(f.resources.static_shared) + 1024;  // 1 KiB is the system's
     const uint64_t by_shared = uint64_t(card().shared_per_multiprocessor) / shared;
-    return int(std::min<uint64_t>({32, by_threads, by_registers, by_shared}));
+    return int(std::min<uint64_t>({uint64_t(card().blocks_per_multiprocessor), by_threads, by_registers, by_shared}));
 }
 
 }  // namespace emu::driver
@@ -338,7 +339,7 @@ EMU_EXPORT CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module, con
         if (it == modules().end()) return refuse(CUDA_ERROR_INVALID_HANDLE, "cuModuleGetFunction: no such module");
         auto& function = it->second->functions[name];
         if (!function) {
-            const emu::Reg* kernel = emu::find_registered(name);
+            const emu::Kernel* kernel = emu::find_registered(name);
             if (!kernel) {
                 it->second->functions.erase(name);
                 return refuse(CUDA_ERROR_NOT_FOUND, "no kernel is called %s", name);

@@ -19,6 +19,7 @@ mod step;
 
 pub use attention::{Attention, attention};
 pub use conv::{Conv2d, ConvNorm, conv2d};
+pub use cuda::tiles::{Variant, tile_names, with_variant};
 pub use elementwise::{Activation, activation, add, clamp, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};

@@ -70,7 +70,9 @@ fn memory_is_counted_reused_and_given_back() {
     assert_eq!((memory.in_use_bytes, memory.reserved_bytes), (0, reserved), "nothing more was asked of the driver");
     assert!(memory.peak_bytes > 70_000_000);
     drop((device, cuda));
-    assert_eq!(shared_regions().memory().unwrap().free_bytes, free, "a closed device gives everything back");
+    // Other tests have a few small tensors meanwhile.
+    let after = shared_regions().memory().unwrap().free_bytes;
+    assert!(free.abs_diff(after) < 50 << 20, "a closed device gives its 100 MiB back: {free} bytes free, then {after}");
 }
 
 #[test]
