@@ -31,7 +31,7 @@ static int architecture(const std::string& text) {
     return digit == std::string::npos ? -1 : atoi(text.c_str() + digit);
 }
 
-// By kernel: the line of the newest architecture that this card runs.
+// By kernel: the line of the newest machine code that this card runs, which is of its own major version.
 static const std::unordered_map<std::string, Resources>& resource_table() {
     static const auto* table = [] {
         auto* all = new std::unordered_map<std::string, Resources>;
@@ -46,7 +46,7 @@ static const std::unordered_map<std::string, Resources>& resource_table() {
             const int fields = sscanf(line, "%63[^\t]\t%511[^\t]\t%d\t%d\t%d\t%d\t%d", arch, kernel, &registers, &shared,
                                       &spill_stores, &spill_loads, &stack);
             const int target = architecture(arch);
-            if (fields < 7 || target < 0 || target > capability || target / 10 > card().major) continue;
+            if (fields < 7 || target < 0 || target > capability || target / 10 != card().major) continue;
             if (chosen.count(kernel) && chosen[kernel] > target) continue;
             chosen[kernel] = target;
             (*all)[kernel] = {true, registers, shared, stack};
