@@ -1,5 +1,5 @@
-// What the emulated card's driver promises, one scenario a run: driver_test NAME, or driver_test --list. Built and run by
-// tests/emulated_driver.rs, which also sets the environment that some scenarios are about. Linked with libcuda.so.1.
+// What the emulated card's driver promises, one scenario a run: driver_test NAME, or driver_test --list. Built and run
+// by tests/emulated_driver.rs, which also sets the environment that some scenarios are about. Linked with libcuda.so.1.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -72,8 +72,8 @@ CUresult cuFuncGetAttribute(int*, CUfunction_attribute, CUfunction);
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int);
 CUresult cuFuncGetName(const char**, CUfunction);
 CUresult cuFuncGetParamInfo(CUfunction, size_t, size_t*, size_t*);
-CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**,
-                        void**);
+CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
+                        void**, void**);
 CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**);
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int*, CUfunction, int, size_t);
 CUresult cuOccupancyMaxPotentialBlockSize(int*, int*, CUfunction, CUoccupancyB2DSize, size_t, int);
@@ -158,12 +158,12 @@ REGISTER_KERNEL(test_heavy)
 
 static int failures = 0;
 
-#define CHECK(condition)                                                       \
-    do {                                                                       \
-        if (!(condition)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-            failures++;                                                        \
-        }                                                                      \
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            failures++; \
+        } \
     } while (0)
 
 static void expect(CUresult got, int want, const char* call, int line) {
@@ -316,7 +316,10 @@ static void attributes() {
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) == (hopper ? 132 : small ? 84 : 108));
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK) == 48 << 10);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) == (hopper ? 227 : small ? 99 : 163) << 10);
-    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) == (hopper ? 228 : small ? 100 : 164) << 10);
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) == (hopper  ? 228
+                                                                                  : small ? 100
+                                                                                          : 164)
+                                                                                     << 10);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_WARP_SIZE) == 32);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK) == 1024);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X) == 0x7fffffff);
@@ -856,10 +859,13 @@ static void host_functions() {
     OK(launch_fill(a, 1, 1, stream));
     static CUdeviceptr place;
     place = a;
-    OK(cuLaunchHostFunc(stream, [](void*) {
-        called.push_back(peek(place));
-        EXPECT(cuCtxSynchronize(), CUDA_ERROR_NOT_PERMITTED);
-    }, nullptr));
+    OK(cuLaunchHostFunc(
+        stream,
+        [](void*) {
+            called.push_back(peek(place));
+            EXPECT(cuCtxSynchronize(), CUDA_ERROR_NOT_PERMITTED);
+        },
+        nullptr));
     OK(launch_fill(a, 2, 1, stream));
     CHECK(called.empty());
     OK(cuStreamSynchronize(stream));
@@ -1053,15 +1059,18 @@ static void launch_limits() {
     void* params[] = {&y, &y, &count};
     const CUfunction twice = kernel("test_twice"), fill = kernel("test_fill");
     auto launch = [&](CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                      unsigned shared = 0) { return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, nullptr, params, nullptr); };
+                      unsigned shared = 0) {
+        return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, nullptr, params, nullptr);
+    };
     OK(launch(twice, 1, 1, 1, 1024, 1, 1));
     OK(launch(twice, 1, 1, 1, 1, 1024, 1));
     OK(launch(twice, 1, 1, 1, 1, 1, 64));
     OK(launch(twice, 1, 2, 2, 4, 4, 4));
-    const unsigned bad[][6] = {{0, 1, 1, 1, 1, 1},       {1, 0, 1, 1, 1, 1},     {1, 1, 0, 1, 1, 1},     {1, 1, 1, 0, 1, 1},
-                               {1, 1, 1, 1, 0, 1},       {1, 1, 1, 1, 1, 0},     {1, 65536, 1, 1, 1, 1}, {1, 1, 65536, 1, 1, 1},
-                               {0x80000000u, 1, 1, 1, 1, 1}, {1, 1, 1, 1025, 1, 1}, {1, 1, 1, 1, 1025, 1}, {1, 1, 1, 1, 1, 65},
-                               {1, 1, 1, 32, 33, 1},     {1, 1, 1, 1024, 1024, 64}, {1, 1, 1, 65536, 65536, 1}};
+    const unsigned bad[][6] = {{0, 1, 1, 1, 1, 1},     {1, 0, 1, 1, 1, 1},        {1, 1, 0, 1, 1, 1},
+                               {1, 1, 1, 0, 1, 1},     {1, 1, 1, 1, 0, 1},        {1, 1, 1, 1, 1, 0},
+                               {1, 65536, 1, 1, 1, 1}, {1, 1, 65536, 1, 1, 1},    {0x80000000u, 1, 1, 1, 1, 1},
+                               {1, 1, 1, 1025, 1, 1},  {1, 1, 1, 1, 1025, 1},     {1, 1, 1, 1, 1, 65},
+                               {1, 1, 1, 32, 33, 1},   {1, 1, 1, 1024, 1024, 64}, {1, 1, 1, 65536, 65536, 1}};
     for (const auto& b : bad) EXPECT(launch(twice, b[0], b[1], b[2], b[3], b[4], b[5]), CUDA_ERROR_INVALID_VALUE);
     OK(launch_fill(y, 1, 1, nullptr));
     EXPECT(launch(fill, 1, 1, 1, 257, 1, 1), CUDA_ERROR_INVALID_VALUE);  // its launch bound
@@ -1076,7 +1085,8 @@ static void launch_limits() {
     };
     OK(launch_shared(48 << 10));
     EXPECT(launch_shared((48 << 10) + 1), CUDA_ERROR_INVALID_VALUE);
-    EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit + 1), CUDA_ERROR_INVALID_VALUE);
+    EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit + 1),
+           CUDA_ERROR_INVALID_VALUE);
     EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, -1), CUDA_ERROR_INVALID_VALUE);
     EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_NUM_REGS, 1), CUDA_ERROR_INVALID_VALUE);
     OK(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit));
@@ -1487,7 +1497,8 @@ static void capture_and_threads() {
         OK(cuStreamBeginCapture_v2(stream, mode));
         std::thread([&] {
             OK(cuCtxSetCurrent(context));
-            EXPECT(cuStreamEndCapture(stream, &graph), mode == relaxed ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+            EXPECT(cuStreamEndCapture(stream, &graph),
+                   mode == relaxed ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
         }).join();
         if (mode != relaxed) OK(cuStreamEndCapture(stream, &graph));
     }
