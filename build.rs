@@ -65,8 +65,13 @@ fn kernels(for_tests: bool) -> Result<(), String> {
     let results = jobs::run(card.jobs().iter().chain(emulated.jobs()))?;
     let (card_results, emulated_results) = results.split_at(card.jobs().len());
 
-    let resources = card.finish(&out, card_results)?;
-    emulated.finish(&out, emulated_results, &resources)
+    // Both speak up, so that one build shows all mistakes.
+    let resources = card.finish(&out, card_results);
+    let emulated = emulated.finish(&out, emulated_results, resources.as_deref().unwrap_or_default());
+    match (resources, emulated) {
+        (Err(card), Err(emulated)) => Err(format!("{card}\n\n{emulated}")),
+        (card, emulated) => card.and(emulated),
+    }
 }
 
 /// An environment variable that is set and not empty.

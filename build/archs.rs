@@ -52,15 +52,10 @@ fn check(capability: &str) -> Result<(), String> {
 }
 
 impl Archs {
-    /// nvcc's options. PTX of a capability that has machine code too shares its first half of the compilation.
-    pub fn gencode(&self) -> Vec<String> {
-        let sass = self.sass.iter().map(|arch| {
-            let ptx = if self.ptx.contains(arch) { format!(",compute_{arch}") } else { String::new() };
-            format!("arch=compute_{arch},code=[sm_{arch}{ptx}]")
-        });
-        let ptx = self.ptx.iter().filter(|arch| !self.sass.contains(arch));
-        let ptx = ptx.map(|arch| format!("arch=compute_{arch},code=compute_{arch}"));
-        sass.chain(ptx).flat_map(|option| ["-gencode".to_owned(), option]).collect()
+    /// Every capability once, whether machine code, PTX or both are made for it.
+    pub fn all(&self) -> Vec<&str> {
+        let only_ptx = self.ptx.iter().filter(|arch| !self.sass.contains(arch));
+        self.sass.iter().chain(only_ptx).map(String::as_str).collect()
     }
 }
 

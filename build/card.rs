@@ -1,4 +1,7 @@
 //! kernels/*.cu with nvcc: a compressed fat binary a file, and what each kernel takes of a multiprocessor.
+//!
+//! Every file is compiled for every architecture by itself, first to PTX, then to machine code. One call of nvcc for all
+//! would do the same one after the other, and all of it again when an architecture is added.
 
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -6,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::archs::{self, Archs};
-use super::jobs::{self, Job, Log, run_tool, stem};
+use super::jobs::{self, Job, Log, Step, run_tool, stem};
 use super::resources;
 use super::toolchain::{self, Nvcc};
 use super::watched;
@@ -34,28 +37,36 @@ pub fn plan(out: &Path, sources: &[PathBuf]) -> Result<Card, String> {
 
 fn plan_jobs(nvcc: &Nvcc, archs: &Archs, out: &Path, sources: &[PathBuf]) -> Result<Vec<Job>, String> {
     check_archs(nvcc, archs)?;
-    let mut arguments: Vec<OsString> = ["-std=c++20", "-O3", "-Ikernels", "-fatbin"].map(OsString::from).to_vec();
-    // Registers and spills; smaller binaries; only device code is made, so the host compiler's age does not matter.
-    arguments.extend(["-Xptxas", "-v", "-Xfatbin", "-compress-all", "-allow-unsupported-compiler"].map(OsString::from));
-    arguments.extend(archs.gencode().into_iter().map(OsString::from));
-    // nvcc preprocesses with the host's compiler, g++ unless told.
-    let host = toolchain::host_compiler();
-    let host_version = match &host {
-        Ok(host) => {
-            arguments.extend(["-ccbin", host.bare()].map(OsString::from));
-            host.version.as_str()
-        }
-        Err(_) => "",
-    };
-    let identity = format!("{} {host_version}", nvcc.version);
-    let job = |source: &PathBuf| Job {
-        identity: identity.clone(),
-        program: nvcc.program.clone(),
-        arguments: arguments.clone(),
-        source: source.clone(),
-        output: out.join("card").join(stem(source)).with_extension("fatbin"),
-    };
-    Ok(sources.iter().map(job).collect())
+    // nvcc preprocesses with the host's compiler, g++ unless told. It makes device code only, so the age of the host's
+    // compiler does not matter.
+    let mut options: Vec<OsString> = ["-O3", "-allow-unsupported-compiler"].map(OsString::from).to_vec();
+    let mut identity = nvcc.version.clone();
+    if let Ok(host) = toolchain::host_compiler() {
+        options.extend(["-ccbin", host.bare()].map(OsString::from));
+        identity = format!("{identity} {}", host.version);
+    }
+    let mut jobs = Vec::new();
+    for (source, arch) in sources.iter().flat_map(|source| archs.all().into_iter().map(move |arch| (source, arch))) {
+        let arguments = |extra: &[&str]| options.iter().cloned().chain(extra.iter().map(OsString::from)).collect();
+        let machine_code = archs.sass.iter().any(|sass| sass == arch);
+        jobs.push(Job {
+            identity: identity.clone(),
+            program: nvcc.program.clone(),
+            arguments: arguments(&["-std=c++20", "-Ikernels", "-ptx", &format!("-arch=compute_{arch}")]),
+            source: source.clone(),
+            output: image(out, source, arch, "ptx"),
+            second: machine_code.then(|| Step {
+                arguments: arguments(&["-cubin", &format!("-arch=sm_{arch}"), "-Xptxas", "-v"]),
+                output: image(out, source, arch, "cubin"),
+            }),
+        });
+    }
+    Ok(jobs)
+}
+
+/// OUT_DIR/card/90a/norm.cubin
+fn image(out: &Path, source: &Path, arch: &str, kind: &str) -> PathBuf {
+    out.join("card").join(arch).join(stem(source)).with_extension(kind)
 }
 
 /// An architecture that this nvcc does not know is named, with those that it does.
@@ -63,8 +74,8 @@ fn check_archs(nvcc: &Nvcc, archs: &Archs) -> Result<(), String> {
     let known = run_tool(Command::new(&nvcc.program).arg("--list-gpu-code"))?;
     let known: Vec<&str> = known.lines().filter_map(|line| line.trim().strip_prefix("sm_")).collect();
     // The list has no variants (90a); those of a known capability are left to nvcc itself.
-    let is_known = |arch: &&String| known.contains(&arch.trim_end_matches(['a', 'f']));
-    match archs.sass.iter().chain(&archs.ptx).find(|arch| !is_known(arch)) {
+    let is_known = |arch: &&str| known.contains(&arch.trim_end_matches(['a', 'f']));
+    match archs.all().into_iter().find(|arch| !is_known(arch)) {
         None => Ok(()),
         Some(arch) => Err(format!(
             "MEGAFUSE_CUDA_ARCHS={archs}: {} is version {} and cannot compile for {arch}; it knows {}",
@@ -84,21 +95,44 @@ impl Card {
     pub fn finish(&self, out: &Path, logs: &[Log]) -> Result<String, String> {
         let mut found = Vec::new();
         let mut failed = Vec::new();
-        for (source, log) in self.sources.iter().zip(logs) {
+        for (job, log) in self.jobs.iter().zip(logs) {
+            let source = job.source.display();
             match log {
-                Ok(text) => found.extend(resources::parse(text).map_err(|e| format!("{}: {e}", source.display()))?),
-                Err(text) => failed.push(format!("{} does not compile for the card:\n{text}", source.display())),
+                Ok(text) => found.extend(resources::parse(text).map_err(|error| format!("{source}: {error}"))?),
+                Err(text) => failed.push(format!("{source} does not compile for the card:\n{text}")),
             }
         }
         if !failed.is_empty() {
             return Err(failed.join("\n\n"));
         }
+        toolchain::pass_on_warnings(logs);
+        if let Ok(nvcc) = &self.nvcc {
+            self.sources.iter().try_for_each(|source| self.bind(nvcc, out, source))?;
+        }
         let table = resources::table(found);
         jobs::write(&out.join("resources.tsv"), table.as_bytes())?;
         jobs::write(&out.join("kernels.rs"), self.rust().as_bytes())?;
+        let program = self.nvcc.as_ref().map_or("".into(), |nvcc| nvcc.program.display().to_string());
+        jobs::write(&out.join("nvcc"), program.as_bytes())?;
         println!("cargo::rustc-env=MEGAFUSE_CUDA_ARCHS={}", self.archs);
         println!("cargo::rustc-env=MEGAFUSE_NVCC={}", self.nvcc.as_ref().map_or("", |nvcc| &nvcc.version));
         Ok(table)
+    }
+
+    /// One fat binary of a file's images.
+    fn bind(&self, nvcc: &Nvcc, out: &Path, source: &Path) -> Result<(), String> {
+        let mut fat = OsString::from("--create=");
+        fat.push(out.join("card").join(stem(source)).with_extension("fatbin"));
+        let mut command = Command::new(nvcc.beside("fatbinary"));
+        command.arg(fat).args(["-64", "-compress-all"]);
+        for (kind, extension, archs) in [("elf", "cubin", &self.archs.sass), ("ptx", "ptx", &self.archs.ptx)] {
+            for arch in archs {
+                let mut spec = OsString::from(format!("--image3=kind={kind},sm={arch},file="));
+                spec.push(image(out, source, arch, extension));
+                command.arg(spec);
+            }
+        }
+        run_tool(&mut command).map(drop)
     }
 
     fn rust(&self) -> String {

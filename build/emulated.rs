@@ -2,7 +2,7 @@
 //! driver's libcuda.so.1. In a build for tests there are three: `plain`, `race`, which reports unordered accesses to shared
 //! memory, and `sanitize`, under the address and undefined behaviour sanitizers.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -68,6 +68,7 @@ pub fn plan(out: &Path, kernels: &[PathBuf], for_tests: bool) -> Result<Emulated
                 arguments: arguments.clone(),
                 source: source.clone(),
                 output: folder.join(kind).join(stem(source)).with_extension("o"),
+                second: None,
             }));
         }
         emulated.variants.push((variant, emulated.jobs.len() - before));
@@ -102,7 +103,7 @@ impl Emulated {
                 // A compiler that cannot do the language at all is like none; otherwise the mistake is ours.
                 Err(message) => match probe(compiler, out) {
                     Ok(_) => return Err(message),
-                    Err(_) => Err(format!("{} cannot compile C++20; install g++ 10 or newer", compiler.version)),
+                    Err(_) => Err(format!("{} cannot compile C++20; install g++ 12 or newer", compiler.version)),
                 },
             },
             Err(reason) => Err(reason.clone()),
@@ -130,10 +131,13 @@ impl Emulated {
         if !failed.is_empty() {
             return Err(failed.join("\n\n"));
         }
+        toolchain::pass_on_warnings(logs);
+        let mut commands = String::new();
         let mut jobs = &self.jobs[..];
         for (variant, count) in &self.variants {
             let (own, rest) = jobs.split_at(*count);
             jobs = rest;
+            self.describe(variant, own, &mut commands);
             let folder = folder.join(variant.name);
             fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
             // Under another name first: a running test may have the old library loaded.
@@ -145,7 +149,26 @@ impl Emulated {
             fs::rename(&fresh, &library).map_err(|error| format!("cannot write {}: {error}", library.display()))?;
             jobs::write(&folder.join("resources.tsv"), resources.as_bytes())?;
         }
-        Ok(())
+        jobs::write(&folder.join("commands.tsv"), commands.as_bytes())
+    }
+
+    /// For tools/mutate, which builds a library with one kernel file changed: how each object and the library are made,
+    /// as `compile variant source object program arguments...` and `link variant program arguments...`.
+    fn describe(&self, variant: &Variant, jobs: &[Job], commands: &mut String) {
+        let mut line = |start: &[&OsStr], arguments: &[OsString]| {
+            let fields = start.iter().copied().chain(arguments.iter().map(OsString::as_os_str));
+            let fields: Vec<_> = fields.map(|field| field.to_string_lossy()).collect();
+            *commands += &(fields.join("\t") + "\n");
+        };
+        let name = OsStr::new(variant.name);
+        for Job { source, output, program, arguments, .. } in jobs {
+            let start = [OsStr::new("compile"), name, source.as_os_str(), output.as_os_str(), program.as_os_str()];
+            line(&start, arguments);
+        }
+        if let Some(job) = jobs.first() {
+            let flags = LINK_FLAGS.iter().chain(variant.link_flags).map(OsString::from);
+            line(&[OsStr::new("link"), name, job.program.as_os_str()], &flags.collect::<Vec<_>>());
+        }
     }
 }
 

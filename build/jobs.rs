@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use super::depfile;
 
-/// One run of a compiler. The options for output and dependencies are added to `arguments`.
+/// One compilation of one file, in one or two steps. The options for output and dependencies are added to the arguments.
 pub struct Job {
     /// What the compiler calls itself; a new version compiles everything again.
     pub identity: String,
@@ -20,6 +20,13 @@ pub struct Job {
     pub arguments: Vec<OsString>,
     pub source: PathBuf,
     /// Beside it lie `.d` (what the compiler read), `.log` (what it printed) and `.key` (the hash of all of it).
+    pub output: PathBuf,
+    /// Makes another file from `output`.
+    pub second: Option<Step>,
+}
+
+pub struct Step {
+    pub arguments: Vec<OsString>,
     pub output: PathBuf,
 }
 
@@ -63,8 +70,9 @@ impl Job {
     }
 
     fn is_stale(&self, hashes: &Hashes) -> bool {
+        let outputs = [Some(&self.output), self.second.as_ref().map(|step| &step.output), Some(&self.beside("log"))];
         let key = fs::read_to_string(self.beside("key")).ok();
-        !self.output.is_file() || !self.beside("log").is_file() || key.is_none() || key != self.key(hashes)
+        !outputs.into_iter().flatten().all(|path| path.is_file()) || key.is_none() || key != self.key(hashes)
     }
 
     /// The hash of the command and of every file that the last compilation read; `None` if there was none, or if a file
@@ -72,7 +80,8 @@ impl Job {
     fn key(&self, hashes: &Hashes) -> Option<String> {
         let read_files = depfile::parse(&fs::read_to_string(self.beside("d")).ok()?).ok()?;
         let mut hasher = DefaultHasher::new();
-        (&self.identity, &self.program, &self.arguments).hash(&mut hasher);
+        let second = self.second.as_ref().map(|step| &step.arguments);
+        (&self.identity, &self.program, &self.arguments, second).hash(&mut hasher);
         for file in &read_files {
             (file, hashes.of(Path::new(file))?).hash(&mut hasher);
         }
@@ -88,7 +97,13 @@ impl Job {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).arg("-MD").arg("-MF").arg(self.beside("d"));
         command.arg("-o").arg(&self.output).arg(&self.source);
-        write(&self.beside("log"), run_tool(&mut command)?.as_bytes())?;
+        let mut log = run_tool(&mut command)?;
+        if let Some(step) = &self.second {
+            let mut command = Command::new(&self.program);
+            command.args(&step.arguments).arg("-o").arg(&step.output).arg(&self.output);
+            log += &run_tool(&mut command)?;
+        }
+        write(&self.beside("log"), log.as_bytes())?;
 
         let hashes = Hashes::default();
         let key = self.key(&hashes).ok_or_else(|| {

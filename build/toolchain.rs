@@ -1,10 +1,11 @@
 //! Where the compilers are.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::jobs::run_tool;
+use super::jobs::{Log, run_tool};
 use super::{variable, watched};
 
 /// The host's C++ compiler: `CXX`, which may carry arguments or a launcher (`ccache g++`), else what the PATH has.
@@ -16,6 +17,9 @@ pub struct HostCompiler {
 }
 
 pub fn host_compiler() -> Result<HostCompiler, String> {
+    if is_lint() {
+        return Err(LINT.into());
+    }
     let candidates = match watched("CXX") {
         Some(command) => vec![command],
         None => ["c++", "g++", "clang++"].map(String::from).to_vec(),
@@ -24,11 +28,12 @@ pub fn host_compiler() -> Result<HostCompiler, String> {
         let mut words = command.split_whitespace().map(String::from);
         let Some(program) = words.next().and_then(|program| find(&program)) else { continue };
         let arguments: Vec<String> = words.collect();
-        let version = run_tool(Command::new(&program).args(&arguments).arg("--version"))?;
+        let version = run_tool(Command::new(&program).args(&arguments).arg("--version"))
+            .map_err(|_| format!("{command} --version fails; set CXX to a C++ compiler"))?;
         let version = version.lines().next().unwrap_or_default().trim().to_owned();
         return Ok(HostCompiler { program, arguments, version });
     }
-    Err(format!("no C++ compiler found (looked for {}); install g++ 10 or newer", candidates.join(", ")))
+    Err(format!("no C++ compiler found (looked for {}); install g++ 12 or newer", candidates.join(", ")))
 }
 
 impl HostCompiler {
@@ -41,10 +46,22 @@ impl HostCompiler {
     }
 }
 
+const LINT: &str = "not for clippy";
+
 pub struct Nvcc {
     pub program: PathBuf,
     /// `13.0.88`
     pub version: String,
+}
+
+impl Nvcc {
+    /// Another program of the toolkit: in nvcc's folder, also where `program` is a link; else in the PATH.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        let real = self.program.canonicalize().unwrap_or_else(|_| self.program.clone());
+        let beside =
+            [&self.program, &real].map(|nvcc| nvcc.with_file_name(name)).into_iter().find(|path| path.is_file());
+        beside.unwrap_or_else(|| name.into())
+    }
 }
 
 /// Older ones know neither C++20 nor sm_90a.
@@ -52,9 +69,19 @@ const OLDEST_NVCC: [u32; 2] = [12, 0];
 /// The oldest that knows every card of a release.
 const COMPLETE_NVCC: [u32; 2] = [12, 8];
 
+/// Under clippy, which compiles the crate beside the normal build and needs no kernels to do so, there are no compilers:
+/// kernels would be built twice.
+pub fn is_lint() -> bool {
+    let wrapper = variable("RUSTC_WORKSPACE_WRAPPER");
+    wrapper.is_some_and(|wrapper| Path::new(&wrapper).file_stem().is_some_and(|name| name == "clippy-driver"))
+}
+
 /// `NVCC` (`none`: build without), `CUDA_HOME`, `CUDA_PATH`, the PATH, /usr/local/cuda, the environment of tools/nvcc.
 /// `Err` says why there is none.
 pub fn nvcc() -> Result<Nvcc, String> {
+    if is_lint() {
+        return Err(LINT.into());
+    }
     let wanted = watched("NVCC");
     let mut candidates = Vec::new();
     match wanted.as_deref() {
@@ -95,7 +122,8 @@ pub fn nvcc() -> Result<Nvcc, String> {
 }
 
 fn nvcc_version(program: &Path) -> Result<([u32; 2], String), String> {
-    let text = run_tool(Command::new(program).arg("--version"))?;
+    let text = run_tool(Command::new(program).arg("--version"))
+        .map_err(|_| format!("{} --version fails", program.display()))?;
     parse_nvcc_version(&text).ok_or_else(|| format!("{} --version printed {text:?}", program.display()))
 }
 
@@ -129,7 +157,18 @@ fn find(program: &str) -> Option<PathBuf> {
     env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file())
 }
 
+/// What compilers warned of, each line once, though a source is compiled several times.
+pub fn pass_on_warnings(logs: &[Log]) {
+    let lines = logs.iter().flatten().flat_map(|log| log.lines());
+    for line in lines.filter(|line| line.contains("warning")).collect::<BTreeSet<_>>() {
+        warn(line);
+    }
+}
+
 pub fn warn(message: &str) {
+    if is_lint() {
+        return;
+    }
     for line in message.lines() {
         println!("cargo::warning={line}");
     }

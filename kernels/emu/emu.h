@@ -9,6 +9,7 @@
 //   fibers.cpp        context switch, stacks, the scheduler, shared memory
 //   collectives.cpp   block barriers, warp shuffles, ldmatrix, mma, atomics
 //   async.cpp         cp.async
+//   fault.cpp         illegal addresses
 //   hopper.cpp        mbarrier, TMA in tile mode, wgmma from shared memory
 //   race.cpp          the race detector, in builds with -DEMU_RACE
 //
@@ -121,7 +122,8 @@ struct Context {
     unsigned lane, warp, index;  // index: linear in the block
     const BlockIndex* block;
 };
-// Initial-exec: two loads instead of a call, and small enough for the static block of a loaded library.
+// Initial-exec: two loads instead of a call. All thread-local data of the library then lies in the static block, where a
+// loaded library gets some hundred bytes: keep large things out of it.
 extern __thread Context* cur __attribute__((tls_model("initial-exec")));
 
 // ---- primitives: compiled once, optimised, never instrumented for races ----

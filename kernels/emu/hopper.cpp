@@ -1,6 +1,4 @@
 // Hopper's asynchronous parts: mbarrier, TMA in tile mode, wgmma with both operands in shared memory.
-#include <memory>
-
 #include "machine.h"
 
 namespace emu {
@@ -133,6 +131,7 @@ static uintptr_t swizzled(uintptr_t address, uint32_t swizzle) {
 void land_tma(Machine& m, size_t index) {
     const TmaCopy copy = m.tma[index];
     m.tma.erase(m.tma.begin() + ptrdiff_t(index));
+    m.stays = m.tma.empty() && (m.sched == InOrder || m.sched == Random);
     const TensorMap& map = copy.map;
     const uint32_t row_bytes = map.box[0] * map.element_bytes, rows = copy.bytes / row_bytes;
     m.stats.tma++;
@@ -184,6 +183,7 @@ void tma_load(void* shared, const TensorMap* map, uint64_t* bar, const int* coor
         race::tma_write(shared, copy.bytes, copy.agent, copy.clock, loc);
     }
     m.tma.push_back(copy);
+    m.stays = false;
     if (m.async == Early) land_tma(m, m.tma.size() - 1);
 }
 
@@ -201,14 +201,7 @@ static const char* element(const Machine& m, uint64_t descriptor, uint32_t row, 
 }
 
 static void multiply(Machine& m, const Wgmma& w) {
-    // On the heap: a library that is loaded late finds little room for variables of a thread.
-    struct Tiles {
-        float a[64][16], b[16][256], d[64][256];
-    };
-    static thread_local const std::unique_ptr<Tiles> tiles = std::make_unique<Tiles>();
-    auto& a = tiles->a;
-    auto& b = tiles->b;
-    auto& d = tiles->d;
+    auto& [a, b, d] = m.wgmma_operands;
     const WgmmaCall& call = w.call;
     const auto value = [&](const char* p) {
         uint16_t bits;

@@ -37,9 +37,9 @@ struct Event {
 };
 struct SharedCell {
     uint32_t block;  // the serial number of the block that it speaks of
-    Event write, read[4];
+    Event write, atomic, read[4];  // the last plain write, and the last atomic since
     uint8_t reads;
-    bool has_write, written, atomic;
+    bool has_write, has_atomic, written;
 };
 
 struct GlobalEvent {
@@ -47,9 +47,9 @@ struct GlobalEvent {
     uint16_t thread, where;
 };
 struct GlobalCell {
-    GlobalEvent write, read[2];
+    GlobalEvent write, atomic, read[2];
     uint8_t reads;
-    bool has_write, atomic;
+    bool has_write, has_atomic;
 };
 struct GlobalPage {
     uint64_t launch;
@@ -316,11 +316,15 @@ static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
                        agent_name(a.agent).c_str(), place_text(a.where).c_str());
             }
         }
+        const char* kind = a.kind == Access::Read ? "read after write" : "write after write";
+        const auto unordered = [&](const Event& e) { return e.agent != a.agent && !knows(s, a.viewer, e.agent, e.clock); };
         const Event& w = cell.write;
-        if (cell.has_write && w.agent != a.agent && !(cell.atomic && a.kind == Access::Atomic)) {
-            if (!knows(s, a.viewer, w.agent, w.clock)) {
-                report_shared(a.kind == Access::Read ? "read after write" : "write after write", g * kGranule, a.agent,
-                              a.where, w);
+        if (cell.has_atomic && a.kind != Access::Atomic && unordered(cell.atomic)) {
+            report_shared(kind, g * kGranule, a.agent, a.where, cell.atomic);
+        }
+        if (cell.has_write) {
+            if (unordered(w)) {
+                report_shared(kind, g * kGranule, a.agent, a.where, w);
             } else if (a.async_proxy && w.agent < s.threads && s.fenced[w.agent] < w.clock) {
                 report_shared("asynchronous read without fence.proxy.async", g * kGranule, a.agent, a.where, w);
             }
@@ -330,15 +334,16 @@ static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
             continue;
         }
         for (unsigned i = 0; i < cell.reads; i++) {
-            if (cell.read[i].agent != a.agent && !knows(s, a.viewer, cell.read[i].agent, cell.read[i].clock)) {
+            if (unordered(cell.read[i])) {
                 report_shared("write after read", g * kGranule, a.agent, a.where, cell.read[i]);
                 break;
             }
         }
         cell.reads = 0;
-        cell.write = {a.clock, uint16_t(a.agent), a.where};
-        cell.has_write = cell.written = true;
-        cell.atomic = a.kind == Access::Atomic;
+        cell.written = true;
+        cell.has_atomic = a.kind == Access::Atomic;
+        if (!cell.has_atomic) cell.has_write = true;
+        (cell.has_atomic ? cell.atomic : cell.write) = {a.clock, uint16_t(a.agent), a.where};
     }
 }
 
@@ -402,9 +407,11 @@ static void access_global(uintptr_t address, size_t bytes, Access kind, uint16_t
     const uintptr_t last = (address + bytes - 1) / kGranule;
     for (uintptr_t g = address / kGranule; g <= last; g++) {
         GlobalCell& cell = page_of(s, g * kGranule).cell[g % (kPage / kGranule)];
-        if (cell.has_write && !(cell.atomic && kind == Access::Atomic) && !ordered(cell.write)) {
-            report_global(kind == Access::Read ? "read after write" : "write after write", g * kGranule, where, cell.write);
+        const char* what = kind == Access::Read ? "read after write" : "write after write";
+        if (cell.has_atomic && kind != Access::Atomic && !ordered(cell.atomic)) {
+            report_global(what, g * kGranule, where, cell.atomic);
         }
+        if (cell.has_write && !ordered(cell.write)) report_global(what, g * kGranule, where, cell.write);
         if (kind == Access::Read) {
             // Slot 0: the latest; slot 1: one not ordered before it, of another block if there is one.
             if (cell.reads && !ordered(cell.read[0]) && (cell.reads < 2 || cell.read[1].block == block)) {
@@ -422,9 +429,9 @@ static void access_global(uintptr_t address, size_t bytes, Access kind, uint16_t
             }
         }
         cell.reads = 0;
-        cell.write = event;
-        cell.has_write = true;
-        cell.atomic = kind == Access::Atomic;
+        cell.has_atomic = kind == Access::Atomic;
+        if (!cell.has_atomic) cell.has_write = true;
+        (cell.has_atomic ? cell.atomic : cell.write) = event;
     }
 }
 

@@ -13,7 +13,8 @@ pub fn run() -> Result<()> {
     row("version", env!("CARGO_PKG_VERSION"));
     row("profile", if cfg!(poison) { "for tests (slower); build with --release" } else { "release" });
     row("target", format!("{} {}", std::env::consts::ARCH, std::env::consts::OS));
-    row("backends", "cpu, meta (the planner)");
+    row("kernels", kernels());
+    row("emulated card", env!("MEGAFUSE_EMU_NOTE"));
 
     print_line("machine");
     row("threads", format!("{} (RAYON_NUM_THREADS changes it)", rayon::current_num_threads()));
@@ -38,6 +39,14 @@ pub fn run() -> Result<()> {
     row("others", "--model DIR, a Stable Diffusion 1.x or 2.x directory as published in the layout of diffusers:");
     row("", "tokenizer/, text_encoder/, unet/, vae/, scheduler/, the weights as safetensors, f32 or f16");
     embedded.map(drop)
+}
+
+/// What the card's kernels were compiled for.
+fn kernels() -> String {
+    match env!("MEGAFUSE_NVCC") {
+        "" => "none: built without nvcc; run tools/nvcc and build again".into(),
+        nvcc => format!("for {} (nvcc {nvcc})", env!("MEGAFUSE_CUDA_ARCHS")),
+    }
 }
 
 fn row(name: &str, value: impl std::fmt::Display) {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::cpu::gemm::{K_BLOCK, TILE_STRIDE};
 use super::cpu::kernels::Kernel;
 use super::cpu::math::{self, exp_nonpositive, simd};
-use super::{Tensor, by_dtype, float};
+use super::{Tensor, by_dtype, cuda, float};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -24,7 +24,7 @@ pub enum Attention<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
-/// which argument; [`Error::Argument`](crate::Error::Argument): queries but no keys.
+/// which argument; [`Error::Argument`](crate::Error::Argument): queries but no keys; on a card, a head wider than 512.
 pub fn attention(args: Attention) -> Result<Tensor> {
     const OP: &str = "attention";
     let (q, causal, dims) = match args {
@@ -58,6 +58,10 @@ pub fn attention(args: Attention) -> Result<Tensor> {
     if y.numel() == 0 {
         return Ok(y);
     }
+    if let Device::Cuda(device) = y.device().clone() {
+        cuda::attention::attention(&device, args, causal, &dims, &mut y)?;
+        return Ok(y);
+    }
     by_dtype!(y.dtype(), T => {
         // Rows of all heads, so the distance of two tokens' rows of one head.
         let width = heads * head_dim;
@@ -77,12 +81,12 @@ pub fn attention(args: Attention) -> Result<Tensor> {
 }
 
 #[derive(Clone, Copy)]
-struct Dims {
-    n: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    head_dim: usize,
+pub(super) struct Dims {
+    pub n: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub heads: usize,
+    pub head_dim: usize,
 }
 
 impl Dims {

@@ -5,6 +5,8 @@ use rayon::prelude::*;
 use super::cpu::gemm::{self, Rows, Store};
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, OutputRows, math};
+use super::cuda;
+use super::cuda::conv::{Plan, Scratch};
 use super::{GroupNorm, Source, StepRows, Tensor, by_dtype, bytes_of};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
@@ -77,28 +79,29 @@ impl<'a> Conv2d<'a> {
     }
 }
 
-const OP: &str = "conv2d";
+pub(super) const OP: &str = "conv2d";
 
 /// Sizes of one call, checked.
 #[derive(Clone, Copy, Debug)]
-struct Geometry {
-    images: usize,
+pub(super) struct Geometry {
+    pub(super) images: usize,
     /// Of the stored input.
-    stored: [usize; 2],
+    pub(super) stored: [usize; 2],
     /// Of the input as the convolution sees it: after `resize_to`.
-    input: [usize; 2],
-    output: [usize; 2],
+    pub(super) input: [usize; 2],
+    pub(super) output: [usize; 2],
     /// Of both sources.
-    channels: usize,
-    outputs: usize,
-    kernel: [usize; 2],
+    pub(super) channels: usize,
+    pub(super) outputs: usize,
+    pub(super) kernel: [usize; 2],
 }
 
 /// 2-d cross-correlation, fused: `scale * (conv(resize(silu(norm(x)))) + bias + row + residual)`.
 ///
 /// `H_out = (H + top + bottom - dilation * (kh - 1) - 1) / stride + 1`, the same for W (after `resize_to`).
 ///
-/// On the cpu an image's result depends on that image only, bit for bit, whatever the number of threads.
+/// An image's result depends on that image only, bit for bit: not on the batch, nor on the number of threads. On a card a
+/// normalised input is rounded to its dtype before it is multiplied.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
@@ -112,9 +115,17 @@ pub fn conv2d(args: Conv2d) -> Result<Tensor> {
     let _timed = super::profile::scope(OP, &shape);
     let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
     match x.device() {
-        Device::Meta(meta) => meta.record(OP, OpKind::Conv, &shape, work(&args, &g, &y)),
+        Device::Meta(meta) => {
+            let plan = Plan::new(&args, &g);
+            let _scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
+            meta.record(OP, OpKind::Conv, &shape, work(&args, &g, &plan, &y));
+        }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(&args, &g, &mut y)),
-        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
+        Device::Cuda(device) => {
+            let plan = Plan::new(&args, &g);
+            let scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
+            cuda::conv::conv2d(device, &args, &g, &plan, scratch, &mut y)?;
+        }
     }
     Ok(y)
 }
@@ -176,8 +187,8 @@ fn output_size(args: &Conv2d, size: usize, kernel: usize, what: &str, padding: [
     Ok(output as usize)
 }
 
-/// Cost of the fused kernel; on-load normalisation adds the launch that gathers its statistics.
-fn work(args: &Conv2d, g: &Geometry, y: &Tensor) -> Work {
+/// Cost of the fused op, and the launches that a card splits it into.
+fn work(args: &Conv2d, g: &Geometry, plan: &Plan, y: &Tensor) -> Work {
     let values = y.numel() as u64;
     let macs = values * (g.kernel[0] * g.kernel[1] * g.channels) as u64;
     let epilogue = [args.bias.is_some(), args.row.is_some(), args.residual.is_some(), args.scale != 1.0];
@@ -191,7 +202,7 @@ fn work(args: &Conv2d, g: &Geometry, y: &Tensor) -> Work {
         flops: 2 * macs + epilogue * values + norm,
         bytes: bytes_of(&[x, x2, Some(args.weight), args.bias, gamma, beta, args.residual, Some(y)])
             + args.row.map_or(0, |_| (g.images * g.outputs * y.dtype().size_bytes()) as u64),
-        launches: 1 + u64::from(args.norm.is_some()),
+        launches: plan.launches(),
     }
 }
 

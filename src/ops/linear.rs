@@ -28,8 +28,8 @@ impl<'a> Linear<'a> {
 
 /// `activation(x W^T + bias) + residual`: `[..., K]` to `[..., N]`, dtype of `x`.
 ///
-/// On the cpu a row of the result depends on its own row of `x` only, bit for bit, whatever the other rows and the
-/// number of threads.
+/// A row of the result depends on its own row of `x` only, bit for bit: not on the other rows, nor on the number of
+/// threads.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
@@ -70,11 +70,11 @@ pub fn linear(args: Linear) -> Result<Tensor> {
                 OP,
                 OpKind::Linear,
                 &output_shape,
-                Work { macs, flops: 2 * macs + m as u64 * a_row, bytes, launches: 1 },
+                Work { macs, flops: 2 * macs + m as u64 * a_row, bytes, launches: u64::from(y.numel() > 0) },
             );
         }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => linear_cpu::<T>(&args, [m, n, k], &mut y)),
-        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
+        Device::Cuda(device) => super::cuda::linear::linear(device, &args, [m, n, k], &mut y)?,
     }
     Ok(y)
 }

@@ -2,6 +2,7 @@ use rayon::prelude::*;
 
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, math};
+use super::cuda;
 use super::{Source, Tensor, by_dtype, bytes_of};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
@@ -58,7 +59,7 @@ fn check_eps(op: &'static str, eps: f32) -> Result<()> {
 /// Group norm, optionally followed by SiLU: `[N, H, W, C]`, dtype of the input. Statistics in f32, two passes. Wu & He
 /// 2018, arXiv:1803.08494, sec. 3.
 ///
-/// On the cpu an image's result depends on that image only, bit for bit, whatever the number of threads.
+/// An image's result depends on that image only, bit for bit: not on the batch, nor on the number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) (also: `groups` does not divide C), [`Error::Dtype`](crate::Error::Dtype),
@@ -70,14 +71,21 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
     let x = args.x.first();
     let _timed = super::profile::scope(OP, &dims);
     let mut y = Tensor::uninit(x.device(), &dims, x.dtype())?;
+    let launches = cuda::norm::group_norm_launches(dims, args.groups);
+    let statistics = match x.device() {
+        Device::Cuda(_) | Device::Meta(_) if launches > 1 => {
+            Some(cuda::norm::Statistics::uninit(x.device(), dims, args.groups)?)
+        }
+        _ => None,
+    };
     match x.device() {
         Device::Meta(meta) => {
             let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)]);
             let flops = args.flops_per_element() * y.numel() as u64;
-            meta.record(OP, OpKind::Norm, &dims, Work { macs: 0, flops, bytes, launches: 1 });
+            meta.record(OP, OpKind::Norm, &dims, Work { macs: 0, flops, bytes, launches });
         }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => group_norm_cpu::<T>(&args, dims, &mut y)),
-        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
+        Device::Cuda(device) => cuda::norm::group_norm(device, &args, dims, statistics, &mut y)?,
     }
     Ok(y)
 }
@@ -136,7 +144,7 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
             meta.record(OP, OpKind::Norm, x.shape(), work);
         }
         Device::Cpu(_) => by_dtype!(x.dtype(), T => layer_norm_cpu::<T>(&args, c, &mut y)),
-        Device::Cuda(_) => return Err(super::cuda::missing(OP)),
+        Device::Cuda(device) => cuda::norm::layer_norm(device, &args, c, &mut y)?,
     }
     Ok(y)
 }

@@ -1,13 +1,14 @@
 //! attention against plain f64 loops.
 
-use crate::common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, F32_EPS, Random, assert_close, cards, devices, f64s};
 use megafuse::Error;
 use megafuse::ops::{self, Attention};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
-/// N, tokens, heads, head_dim. One; primes; off and on the tile of 14 rows, the panel of 32 columns, the blocks of 224
-/// queries and 256 keys, and the kernel's depth of 256; nothing at all; the models' head widths.
-const SELF: [[usize; 4]; 18] = [
+/// N, tokens, heads, head_dim. One; primes; off and on the cpu's tile of 14 rows, panel of 32 columns, blocks of 224
+/// queries and 256 keys and depth of 256; off and on the card's tiles of 32 and 64 queries and keys and every width that
+/// has a kernel of its own; nothing at all; the models' head widths.
+const SELF: [[usize; 4]; 26] = [
     [1, 1, 1, 1],
     [2, 3, 2, 5],
     [1, 14, 3, 16],
@@ -23,55 +24,75 @@ const SELF: [[usize; 4]; 18] = [
     [1, 50, 1, 257],
     [1, 300, 1, 512],
     [1, 1025, 1, 24],
+    [1, 64, 1, 48],
+    [1, 63, 2, 72],
+    [1, 65, 1, 80],
+    [2, 129, 1, 81],
+    [1, 128, 1, 128],
+    [1, 33, 2, 144],
+    [1, 32, 2, 192],
+    [2, 95, 1, 161],
     [0, 5, 2, 8],
     [2, 0, 2, 8],
     [2, 5, 0, 8],
 ];
 
-/// N, queries, keys, heads, head_dim.
-const CROSS: [[usize; 5]; 8] = [
+/// N, queries, keys, heads, head_dim. Those of 64 heads and more have so many blocks that the card takes its long tiles.
+const CROSS: [[usize; 5]; 13] = [
     [1, 1, 1, 1, 1],
     [1, 1, 513, 2, 3],
     [2, 13, 7, 3, 11],
     [2, 256, 77, 2, 40],
     [1, 61, 154, 2, 80],
     [1, 300, 257, 1, 64],
+    [2, 40, 77, 1, 512],
+    [1, 129, 65, 64, 40],
+    [1, 17, 33, 128, 64],
+    [1, 2, 77, 128, 80],
+    [1, 70, 63, 2, 61],
     [0, 3, 5, 2, 8],
     [2, 0, 5, 2, 8],
 ];
 
+/// What a device rounds the weights to before their product with the values.
+fn weights(device: &Device, dtype: DType) -> DType {
+    if matches!(device, Device::Cuda(_)) { dtype } else { DType::F32 }
+}
+
 #[test]
 fn self_attention_matches_f64() {
-    let device = Device::cpu();
-    for (dtype, [n, l, heads, d]) in DType::FLOATS.into_iter().flat_map(|dtype| SELF.map(|s| (dtype, s))) {
-        let qkv = Random::new(5).randn(&device, &[n, l, 3, heads, d], dtype);
-        for causal in [false, true] {
-            let got = ops::attention(Attention::Packed { qkv: &qkv, causal }).unwrap();
-            assert_eq!(got.dtype(), dtype);
-            let x = f64s(&qkv);
-            let want = reference([n, l, l, heads, d], causal, |part, b, i, h| {
-                row(&x, d, ((b * l + i) * 3 + part) * heads + h)
-            });
-            assert_close(&got, &want, 8.0, format!("self {n} {l} {heads} {d} causal {causal}"));
+    for device in devices() {
+        for (dtype, [n, l, heads, d]) in DType::FLOATS.into_iter().flat_map(|dtype| SELF.map(|s| (dtype, s))) {
+            let qkv = Random::new(5).randn(&device, &[n, l, 3, heads, d], dtype);
+            for causal in [false, true] {
+                let got = ops::attention(Attention::Packed { qkv: &qkv, causal }).unwrap();
+                assert_eq!(got.dtype(), dtype);
+                let x = f64s(&qkv);
+                let want = reference([n, l, l, heads, d], causal, weights(&device, dtype), |part, b, i, h| {
+                    row(&x, d, ((b * l + i) * 3 + part) * heads + h)
+                });
+                assert_close(&got, &want, 8.0, format!("{device} self {n} {l} {heads} {d} causal {causal}"));
+            }
         }
     }
 }
 
 #[test]
 fn cross_attention_matches_f64() {
-    let device = Device::cpu();
-    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| CROSS.map(|s| (dtype, s))) {
-        let [n, queries, keys, heads, d] = shape;
-        let mut random = Random::new(6);
-        let q = random.randn(&device, &[n, queries, heads, d], dtype);
-        let kv = random.randn(&device, &[n, keys, 2, heads, d], dtype);
-        let got = ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap();
-        let (q, kv) = (f64s(&q), f64s(&kv));
-        let want = reference(shape, false, |part, b, i, h| match part {
-            0 => row(&q, d, (b * queries + i) * heads + h),
-            _ => row(&kv, d, ((b * keys + i) * 2 + part - 1) * heads + h),
-        });
-        assert_close(&got, &want, 8.0, format!("cross {shape:?}"));
+    for device in devices() {
+        for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| CROSS.map(|s| (dtype, s))) {
+            let [n, queries, keys, heads, d] = shape;
+            let mut random = Random::new(6);
+            let q = random.randn(&device, &[n, queries, heads, d], dtype);
+            let kv = random.randn(&device, &[n, keys, 2, heads, d], dtype);
+            let got = ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap();
+            let (q, kv) = (f64s(&q), f64s(&kv));
+            let want = reference(shape, false, weights(&device, dtype), |part, b, i, h| match part {
+                0 => row(&q, d, (b * queries + i) * heads + h),
+                _ => row(&kv, d, ((b * keys + i) * 2 + part - 1) * heads + h),
+            });
+            assert_close(&got, &want, 8.0, format!("{device} cross {shape:?}"));
+        }
     }
 }
 
@@ -80,12 +101,17 @@ fn row(x: &[f64], d: usize, index: usize) -> &[f64] {
 }
 
 /// The textbook: `part(0 | 1 | 2, batch, token, head)` is a row of q, k or v. Pairs that causality masks never enter.
+/// `weights`: what the device rounds them to, relative to their maximum so far.
 fn reference<'a>(
     [n, queries, keys, heads, d]: [usize; 5],
     causal: bool,
+    weights: DType,
     part: impl Fn(usize, usize, usize, usize) -> &'a [f64],
 ) -> Expected {
     let scale = 1.0 / (d as f64).sqrt();
+    let relative = if weights == DType::F32 { 0.0 } else { weights.ulp() / 2.0 };
+    // f16 rounds what is below its normal numbers to multiples of 2^-24.
+    let absolute = if weights == DType::F16 { 2f64.powi(-25) } else { 0.0 };
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
     for (b, i, h) in crate::common::product3(n, queries, heads) {
         let q = part(0, b, i, h);
@@ -99,9 +125,10 @@ fn reference<'a>(
         let (mut sum, mut magnitude) = (vec![0.0; d], vec![0.0; d]);
         for (j, score) in scores.iter().enumerate() {
             let weight = (score - max).exp() / total;
+            let rounding = (weight * relative + absolute / total) / (8.0 * F32_EPS);
             for (c, v) in part(2, b, j, h).iter().enumerate() {
                 sum[c] += weight * v;
-                magnitude[c] += weight * v.abs() * (1.0 + largest_terms);
+                magnitude[c] += (weight * (1.0 + largest_terms) + rounding) * v.abs();
             }
         }
         values.extend(sum);
@@ -110,52 +137,82 @@ fn reference<'a>(
     Expected { shape: vec![n, queries, heads, d], values, magnitudes }
 }
 
+/// Tensors that begin at any element, and so at addresses that no vector load may touch.
+#[test]
+fn unaligned_tensors() {
+    for device in devices() {
+        for (dtype, [l, heads, d]) in
+            DType::FLOATS.into_iter().flat_map(|t| [[70, 2, 40], [33, 1, 512]].map(|s| (t, s)))
+        {
+            let count = l * 3 * heads * d;
+            let qkv = Random::new(7).randn(&device, &[count + 1], dtype).rows(1..count + 1).unwrap();
+            let qkv = qkv.reshape(&[1, l, 3, heads, d]).unwrap();
+            for causal in [false, true] {
+                let got = ops::attention(Attention::Packed { qkv: &qkv, causal }).unwrap();
+                let x = f64s(&qkv);
+                let want = reference([1, l, l, heads, d], causal, weights(&device, dtype), |part, _, i, h| {
+                    row(&x, d, (i * 3 + part) * heads + h)
+                });
+                assert_close(&got, &want, 8.0, format!("{device} {l} {heads} {d} causal {causal}"));
+            }
+        }
+    }
+}
+
 /// Scores of several hundred, rising and falling along the keys: the running maximum changes in every block.
 #[test]
 fn large_scores_neither_overflow_nor_vanish() {
-    let device = Device::cpu();
-    for sign in [1.0, -1.0] {
-        let (l, d) = (700, 4);
-        let x: Vec<f32> = (0..l)
-            .flat_map(|i| {
-                let k = sign * (i as f32 - 350.0);
-                [1.0, 0.5, -0.5, 0.25, k, 0.0, 0.0, 1.0, i as f32, -1.0, 0.0, 2.0]
-            })
-            .collect();
-        let qkv = Tensor::from_f32(&device, &[1, l, 3, 1, d], DType::F32, &x).unwrap();
-        let got = ops::attention(Attention::Packed { qkv: &qkv, causal: false }).unwrap();
-        let x = f64s(&qkv);
-        let want = reference([1, l, l, 1, d], false, |part, _, i, _| row(&x, d, i * 3 + part));
-        assert_close(&got, &want, 8.0, format!("sign {sign}"));
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for (sign, l, d) in [(1.0, 700, 4), (-1.0, 700, 4), (1.0, 130, 170)] {
+            let x: Vec<f32> = (0..l)
+                .flat_map(|i| {
+                    let k = sign * (i as f32 - 350.0);
+                    let rows = [[1.0, 0.5, -0.5, 0.25], [k, 0.0, 0.0, 1.0], [i as f32, -1.0, 0.0, 2.0]];
+                    rows.into_iter().flat_map(move |row| row.into_iter().chain(vec![0.0; d - 4]))
+                })
+                .collect();
+            let qkv = Tensor::from_f32(&device, &[1, l, 3, 1, d], dtype, &x).unwrap();
+            let got = ops::attention(Attention::Packed { qkv: &qkv, causal: false }).unwrap();
+            let x = f64s(&qkv);
+            let want =
+                reference([1, l, l, 1, d], false, weights(&device, dtype), |part, _, i, _| row(&x, d, i * 3 + part));
+            assert_close(&got, &want, 8.0, format!("{device} sign {sign} d {d}"));
+        }
     }
 }
 
 /// NaN or infinity reaches the rows that see it and no others: causal rows before it stay as they were, bit for bit.
 #[test]
 fn a_masked_nan_touches_no_row() {
-    let device = Device::cpu();
-    let (l, heads, d) = (300, 2, 8);
-    let clean = Random::new(9).randn(&device, &[1, l, 3, heads, d], DType::F32);
-    let run = |values: &[f32]| {
-        let qkv = Tensor::from_f32(&device, &[1, l, 3, heads, d], DType::F32, values).unwrap();
-        ops::attention(Attention::Packed { qkv: &qkv, causal: true }).unwrap().to_f32_vec().unwrap()
-    };
-    let values = clean.to_f32_vec().unwrap();
-    let want = run(&values);
-    for (part, token, bad) in [(1, 0, f32::NAN), (2, 20, f32::NAN), (1, 150, f32::INFINITY), (2, 299, f32::INFINITY)] {
-        let mut values = values.clone();
-        values[((token * 3 + part) * heads + 1) * d + 3] = bad;
-        let got = run(&values);
-        for (i, h) in (0..l).flat_map(|i| [(i, 0), (i, 1)]) {
-            let at = (i * heads + h) * d..(i * heads + h + 1) * d;
-            if h == 0 || i < token {
-                assert_eq!(got[at.clone()], want[at], "part {part} token {token}: row {i} head {h}");
-            } else if bad.is_nan() {
-                // A bad key spoils the row, a bad value its column.
-                let spoilt = got[at.clone()].iter().filter(|v| v.is_nan()).count();
-                assert_eq!(spoilt, if part == 1 { d } else { 1 }, "part {part} token {token}: row {i}");
-            } else {
-                assert!(got[at].iter().any(|v| !v.is_finite()) || part == 1, "part {part} token {token}: row {i}");
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for [l, d] in [[300, 8], [70, 200]] {
+            let heads = 2;
+            let clean = Random::new(9).randn(&device, &[1, l, 3, heads, d], dtype);
+            let run = |values: &[f32]| {
+                let qkv = Tensor::from_f32(&device, &[1, l, 3, heads, d], dtype, values).unwrap();
+                ops::attention(Attention::Packed { qkv: &qkv, causal: true }).unwrap().to_f32_vec().unwrap()
+            };
+            let values = clean.to_f32_vec().unwrap();
+            let want = run(&values);
+            for (part, token, bad) in
+                [(1, 0, f32::NAN), (2, 20, f32::NAN), (1, l / 2, f32::INFINITY), (2, l - 1, f32::INFINITY)]
+            {
+                let mut values = values.clone();
+                values[((token * 3 + part) * heads + 1) * d + 3] = bad;
+                let got = run(&values);
+                let what = format!("{device} {dtype} d {d} part {part} token {token}");
+                for (i, h) in (0..l).flat_map(|i| [(i, 0), (i, 1)]) {
+                    let at = (i * heads + h) * d..(i * heads + h + 1) * d;
+                    if h == 0 || i < token {
+                        assert_eq!(got[at.clone()], want[at], "{what}: row {i} head {h}");
+                    } else if bad.is_nan() {
+                        // A bad key spoils the row, a bad value its column.
+                        let spoilt = got[at.clone()].iter().filter(|v| v.is_nan()).count();
+                        assert_eq!(spoilt, if part == 1 { d } else { 1 }, "{what}: row {i}");
+                    } else {
+                        assert!(got[at].iter().any(|v| !v.is_finite()) || part == 1, "{what}: row {i}");
+                    }
+                }
             }
         }
     }
@@ -164,22 +221,47 @@ fn a_masked_nan_touches_no_row() {
 /// An infinite score of one key: torch's softmax gives NaN for +inf, weight 0 for -inf, NaN when all are -inf.
 #[test]
 fn infinite_scores() {
-    let device = Device::cpu();
-    let l = 600;
-    let run = |score: &dyn Fn(usize) -> f32| {
-        let kv: Vec<f32> = (0..l).flat_map(|j| [score(j), 1.0 + (j % 3) as f32]).collect();
-        let kv = Tensor::from_f32(&device, &[1, l, 2, 1, 1], DType::F32, &kv).unwrap();
-        let q = Tensor::from_f32(&device, &[1, 1, 1, 1], DType::F32, &[1.0]).unwrap();
-        ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap().to_f32_vec().unwrap()[0]
-    };
-    assert!(run(&|j| if j == 300 { f32::INFINITY } else { 0.0 }).is_nan());
-    assert!(run(&|_| f32::NEG_INFINITY).is_nan());
-    // The whole first block invisible: the second must not inherit garbage from it. Only keys = 0 mod 3 (value 1).
-    assert_eq!(run(&|j| if j < 256 || j % 3 != 0 { f32::NEG_INFINITY } else { 0.0 }), 1.0);
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for d in [1, 170] {
+            let l = 600;
+            let run = |score: &dyn Fn(usize) -> f32| {
+                let kv: Vec<f32> =
+                    (0..l).flat_map(|j| [vec![score(j); d], vec![1.0 + (j % 3) as f32; d]].concat()).collect();
+                let kv = Tensor::from_f32(&device, &[1, l, 2, 1, d], dtype, &kv).unwrap();
+                let q = Tensor::from_f32(&device, &[1, 1, 1, d], dtype, &vec![1.0; d]).unwrap();
+                ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap().to_f32_vec().unwrap()[0]
+            };
+            assert!(run(&|j| if j == 300 { f32::INFINITY } else { 0.0 }).is_nan());
+            assert!(run(&|_| f32::NEG_INFINITY).is_nan());
+            // The whole first block invisible: the second must not inherit garbage from it. Only keys = 0 mod 3 (value 1).
+            assert_eq!(run(&|j| if j < 256 || j % 3 != 0 { f32::NEG_INFINITY } else { 0.0 }), 1.0);
+        }
+    }
+}
+
+/// The others may even be all NaN: what lies behind an image's keys and values is not read as theirs.
+#[test]
+fn an_image_does_not_depend_on_the_others() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for (causal, [l, heads, d]) in
+            [false, true].into_iter().flat_map(|c| [[69, 2, 24], [33, 1, 176]].map(|s| (c, s)))
+        {
+            let count = l * 3 * heads * d;
+            let mut x = Random::new(3).randn(&device, &[3, l, 3, heads, d], dtype).to_f32_vec().unwrap();
+            x[..count].fill(f32::NAN);
+            x[2 * count..].fill(f32::NAN);
+            let qkv = Tensor::from_f32(&device, &[3, l, 3, heads, d], dtype, &x).unwrap();
+            let run = |x: &Tensor| ops::attention(Attention::Packed { qkv: x, causal }).unwrap().to_f32_vec().unwrap();
+            let (all, one) = (run(&qkv), run(&qkv.rows(1..2).unwrap()));
+            let what = format!("{device} {dtype} {l} {heads} {d} causal {causal}");
+            assert!(one.iter().all(|x| x.is_finite()), "{what}");
+            assert_eq!(one, all[one.len()..2 * one.len()], "{what}");
+        }
+    }
 }
 
 #[test]
-fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
+fn an_image_does_not_depend_on_the_threads() {
     let device = Device::cpu();
     for causal in [false, true] {
         let qkv = Random::new(3).randn(&device, &[3, 311, 3, 2, 24], DType::F32);
@@ -191,6 +273,16 @@ fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
         assert_eq!(run(5, &qkv), want);
         let one = run(2, &qkv.rows(1..2).unwrap());
         assert_eq!(one, want[one.len()..2 * one.len()]);
+    }
+}
+
+/// The kernels' widest head; the cpu takes any.
+#[test]
+fn a_head_too_wide_for_the_card() {
+    for (device, dtype) in cards().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        let qkv = Tensor::zeros(&device, &[1, 2, 3, 1, 513], dtype).unwrap();
+        let error = ops::attention(Attention::Packed { qkv: &qkv, causal: false }).unwrap_err();
+        assert!(matches!(error, Error::Argument { arg: "head_dim", .. }), "{error}");
     }
 }
 

@@ -1,8 +1,8 @@
 //! conv2d against plain f64 loops: every kernel, stride, dilation and padding, every fused option alone and together.
 
-use crate::common::{Random, assert_close};
+use crate::common::{F32_EPS, Random, assert_close, cards, devices};
 use megafuse::Error;
-use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows};
+use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows, Variant};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 #[derive(Clone, Copy, Debug)]
@@ -43,64 +43,111 @@ const PLAIN: Case = Case {
     scale: 1.0,
 };
 
-fn run(case: &Case, dtype: DType) {
-    let device = Device::cpu();
-    let mut random = Random::new(17);
-    let [n, h, w] = case.input;
-    let [c_a, c_b] = case.channels;
-    let c = c_a + c_b;
-    let [kh, kw] = case.kernel;
-    let a = random.randn(&device, &[n, h, w, c_a], dtype);
-    let b = random.tensor(&device, &[n, h, w, c_b], dtype, 0.5, 1.0);
-    let weight_std = 1.0 / ((kh * kw * c).max(1) as f64).sqrt();
-    let weight = random.tensor(&device, &[case.outputs, kh, kw, c], dtype, 0.0, weight_std);
-    let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
-    // The second of three steps.
-    let [bias, row] = [&[case.outputs][..], &[3 * n, case.outputs]].map(|shape| random.randn(&device, shape, dtype));
-    let step = StepIndex::new(&device, 1).unwrap();
-    let mut args = Conv2d {
-        x: if c_b > 0 { Source::Two(&a, &b) } else { Source::One(&a) },
-        weight: &weight,
-        bias: case.bias.then_some(&bias),
-        stride: case.stride,
-        dilation: case.dilation,
-        padding: case.padding,
-        norm: (case.groups > 0).then_some(ConvNorm {
-            gamma: &gamma,
-            beta: &beta,
-            groups: case.groups,
-            eps: 1e-5,
-            silu: case.silu,
-        }),
-        resize_to: case.resize_to,
-        row: case.row.then_some(StepRows { table: &row, step: &step }),
-        residual: None,
-        scale: case.scale,
-    };
-    let residual = random.randn(&device, ops::conv2d(args).unwrap().shape(), dtype);
-    if case.residual {
-        args.residual = Some(&residual);
+/// The tensors of a case.
+struct Inputs {
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    row: Tensor,
+    step: StepIndex,
+    residual: Tensor,
+}
+
+impl Inputs {
+    fn new(device: &Device, case: &Case, dtype: DType) -> Inputs {
+        let mut random = Random::new(17);
+        let [n, h, w] = case.input;
+        let [c_a, c_b] = case.channels;
+        let c = c_a + c_b;
+        let [kh, kw] = case.kernel;
+        let weight_std = 1.0 / ((kh * kw * c).max(1) as f64).sqrt();
+        let mut inputs = Inputs {
+            a: random.randn(device, &[n, h, w, c_a], dtype),
+            b: random.tensor(device, &[n, h, w, c_b], dtype, 0.5, 1.0),
+            weight: random.tensor(device, &[case.outputs, kh, kw, c], dtype, 0.0, weight_std),
+            gamma: random.tensor(device, &[c], dtype, 1.0, 0.5),
+            beta: random.tensor(device, &[c], dtype, 0.0, 0.5),
+            bias: random.randn(device, &[case.outputs], dtype),
+            // The second of three steps.
+            row: random.randn(device, &[3 * n, case.outputs], dtype),
+            step: StepIndex::new(device, 1).unwrap(),
+            residual: Tensor::zeros(device, &[0], dtype).unwrap(),
+        };
+        let plain = Case { residual: false, ..*case };
+        let shape = ops::conv2d(inputs.args(&plain)).unwrap().shape().to_vec();
+        inputs.residual = random.randn(device, &shape, dtype);
+        inputs
     }
-    // 8: a chain of products, and the norm's rounding of each factor.
-    assert_close(&ops::conv2d(args).unwrap(), &crate::common::conv2d(&args), 8.0, format!("{case:?}"));
+
+    fn args(&self, case: &Case) -> Conv2d<'_> {
+        Conv2d {
+            x: if case.channels[1] > 0 { Source::Two(&self.a, &self.b) } else { Source::One(&self.a) },
+            weight: &self.weight,
+            bias: case.bias.then_some(&self.bias),
+            stride: case.stride,
+            dilation: case.dilation,
+            padding: case.padding,
+            norm: (case.groups > 0).then_some(ConvNorm {
+                gamma: &self.gamma,
+                beta: &self.beta,
+                groups: case.groups,
+                eps: 1e-5,
+                silu: case.silu,
+            }),
+            resize_to: case.resize_to,
+            row: case.row.then_some(StepRows { table: &self.row, step: &self.step }),
+            residual: case.residual.then_some(&self.residual),
+            scale: case.scale,
+        }
+    }
+}
+
+/// Allowed arithmetic error in units of [`F32_EPS`] times the magnitude: 8 for a chain of products and the norm's rounding
+/// of each factor; on a card a normalised factor is also rounded to the dtype, half an ulp of every term.
+fn allowed(device: &Device, case: &Case, dtype: DType) -> f64 {
+    let rounded = matches!(device, Device::Cuda(_)) && case.groups > 0 && dtype != DType::F32;
+    8.0 + if rounded { dtype.ulp() / 2.0 / F32_EPS } else { 0.0 }
+}
+
+fn run(device: &Device, case: &Case, dtype: DType) {
+    let inputs = Inputs::new(device, case, dtype);
+    let args = inputs.args(case);
+    let want = crate::common::conv2d(&args);
+    assert_close(&ops::conv2d(args).unwrap(), &want, allowed(device, case, dtype), format!("{device} {case:?}"));
 }
 
 fn run_all(cases: &[Case]) {
-    for case in cases {
-        DType::FLOATS.iter().for_each(|&dtype| run(case, dtype));
+    for device in devices() {
+        for case in cases {
+            DType::FLOATS.iter().for_each(|&dtype| run(&device, case, dtype));
+        }
     }
 }
 
 #[test]
 fn kernels_strides_dilations_and_paddings() {
-    for kernel in [[1, 1], [3, 3], [1, 3], [2, 2], [4, 1]] {
-        for (stride, dilation) in [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2), (5, 1)] {
-            for padding in [[0; 4], [1; 4], [0, 1, 0, 1], [2, 0, 3, 1], [7, 7, 9, 9]] {
-                let case = Case { input: [1, 10, 9], kernel, stride, dilation, padding, ..PLAIN };
-                let reach = |kernel: usize| dilation * (kernel - 1) + 1;
-                if 10 + padding[0] + padding[1] >= reach(kernel[0]) && 9 + padding[2] + padding[3] >= reach(kernel[1]) {
-                    run(&case, DType::F32);
-                    run(&Case { channels: [2, 3], ..case }, DType::BF16);
+    for device in devices() {
+        // A card's general way and the way of whole 16-byte chunks.
+        let channels = match device {
+            Device::Cpu(_) => [(DType::F32, [3, 0]), (DType::BF16, [2, 3])],
+            _ => [(DType::F32, [4, 4]), (DType::BF16, [2, 3])],
+        };
+        let wide = matches!(device, Device::Cuda(_)).then_some((DType::F16, [8, 16]));
+        for kernel in [[1, 1], [3, 3], [1, 3], [2, 2], [4, 1]] {
+            for (stride, dilation) in [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2), (5, 1)] {
+                for padding in [[0; 4], [1; 4], [0, 1, 0, 1], [2, 0, 3, 1], [7, 7, 9, 9]] {
+                    let case = Case { input: [1, 10, 9], kernel, stride, dilation, padding, ..PLAIN };
+                    let reach = |kernel: usize| dilation * (kernel - 1) + 1;
+                    if 10 + padding[0] + padding[1] < reach(kernel[0]) || 9 + padding[2] + padding[3] < reach(kernel[1])
+                    {
+                        continue;
+                    }
+                    for (dtype, channels) in channels.into_iter().chain(wide) {
+                        run(&device, &Case { channels, ..case }, dtype);
+                    }
                 }
             }
         }
@@ -124,27 +171,33 @@ fn shapes() {
         Case { input: [1, 16, 17], channels: [128, 0], outputs: 3, ..PLAIN },
         Case { input: [1, 16, 17], channels: [64, 0], outputs: 4, ..PLAIN },
         Case { input: [2, 4, 4], channels: [640, 320], outputs: 32, kernel: [1, 1], padding: [0; 4], ..PLAIN },
+        // Slices of k that end inside a tap and inside a source.
+        Case { input: [2, 6, 5], channels: [24, 40], outputs: 72, ..PLAIN },
         // The UNet's and the VAE's downsamplers.
         Case { input: [2, 9, 8], channels: [32, 0], outputs: 32, stride: 2, ..PLAIN },
         Case { input: [2, 9, 8], channels: [32, 0], outputs: 32, stride: 2, padding: [0, 1, 0, 1], ..PLAIN },
     ]);
 }
 
+/// All fused options at once, a card's general way.
+const TOGETHER: Case = Case {
+    input: [2, 6, 5],
+    channels: [7, 5],
+    outputs: 20,
+    resize_to: Some([11, 9]),
+    groups: 4,
+    silu: true,
+    bias: true,
+    row: true,
+    residual: true,
+    scale: 0.7,
+    ..PLAIN
+};
+
 #[test]
 fn every_fused_option_alone_and_together() {
     let base = Case { input: [2, 6, 5], channels: [12, 0], outputs: 20, ..PLAIN };
-    let together = Case {
-        channels: [7, 5],
-        resize_to: Some([11, 9]),
-        groups: 4,
-        silu: true,
-        bias: true,
-        row: true,
-        residual: true,
-        scale: 0.7,
-        ..base
-    };
-    run_all(&[
+    let cases = [
         base,
         Case { channels: [7, 5], ..base },
         Case { groups: 4, ..base },
@@ -160,10 +213,133 @@ fn every_fused_option_alone_and_together() {
         Case { row: true, ..base },
         Case { residual: true, ..base },
         Case { scale: 0.5, ..base },
-        together,
-        Case { kernel: [1, 1], padding: [0; 4], ..together },
-        Case { stride: 2, dilation: 2, padding: [2, 1, 0, 3], ..together },
-    ]);
+        TOGETHER,
+        Case { kernel: [1, 1], padding: [0; 4], ..TOGETHER },
+        Case { stride: 2, dilation: 2, padding: [2, 1, 0, 3], ..TOGETHER },
+        Case { channels: [8, 24], outputs: 24, ..TOGETHER },
+    ];
+    run_all(&cases);
+    // The other choice of where the input is normalised than the table's.
+    for case in cases.iter().filter(|case| case.groups > 0) {
+        for norm_on_load in [true, false] {
+            let variant = Variant { norm_on_load: Some(norm_on_load), ..Variant::default() };
+            for (card, dtype) in cards().iter().flat_map(|card| DType::FLOATS.map(|dtype| (card, dtype))) {
+                ops::with_variant(variant, || run(card, case, dtype));
+            }
+        }
+    }
+}
+
+/// Every tile of the card, with sums in one part and in several, at shapes that end inside its edges; without a split all
+/// tiles make the same bits, with one too.
+#[test]
+fn every_tile_matches_f64_and_the_others_bit_for_bit() {
+    let cases = [
+        Case { groups: 0, channels: [24, 40], outputs: 136, ..TOGETHER },
+        Case { input: [2, 9, 8], channels: [32, 0], outputs: 66, bias: true, ..PLAIN },
+        Case { input: [3, 4, 4], channels: [64, 0], outputs: 33, row: true, stride: 2, ..PLAIN },
+        Case { input: [1, 15, 17], channels: [8, 0], outputs: 264, kernel: [1, 1], padding: [0; 4], ..PLAIN },
+    ];
+    for (device, dtype) in cards().into_iter().flat_map(|card| DType::FLOATS.map(|dtype| (card.clone(), dtype))) {
+        for case in &cases {
+            let inputs = Inputs::new(&device, case, dtype);
+            let args = inputs.args(case);
+            let want = crate::common::conv2d(&args);
+            // 5 does not divide the slices, 50 leaves parts without any.
+            for splits in [1, 2, 5, 50] {
+                let mut first: Option<Vec<f32>> = None;
+                for tile in ops::tile_names() {
+                    let variant = Variant { tile: Some(tile), splits: Some(splits), ..Variant::default() };
+                    let got = ops::with_variant(variant, || ops::conv2d(args)).unwrap();
+                    let what = format!("{device} {tile} splits {splits} {case:?}");
+                    assert_close(&got, &want, allowed(&device, case, dtype), &what);
+                    let got = got.to_f32_vec().unwrap();
+                    assert!(*first.get_or_insert_with(|| got.clone()) == got, "{what} {dtype}: other bits");
+                }
+            }
+        }
+    }
+}
+
+/// A copy of a tensor that begins one element into its memory.
+fn unaligned(x: &Tensor) -> Tensor {
+    let padded = [&[f32::NAN][..], &x.to_f32_vec().unwrap()].concat();
+    let all = Tensor::from_f32(x.device(), &[padded.len()], x.dtype(), &padded).unwrap();
+    all.rows(1..padded.len()).unwrap().reshape(x.shape()).unwrap()
+}
+
+#[test]
+fn tensors_may_begin_at_any_element() {
+    let case = Case { channels: [16, 8], outputs: 24, ..TOGETHER };
+    for (device, dtype, splits) in
+        devices().into_iter().flat_map(|d| [(DType::BF16, 1), (DType::F32, 3)].map(|(dtype, s)| (d.clone(), dtype, s)))
+    {
+        let variant = Variant { splits: Some(splits), ..Variant::default() };
+        let inputs = Inputs::new(&device, &case, dtype);
+        let args = inputs.args(&case);
+        let run = |args: Conv2d| ops::with_variant(variant, || ops::conv2d(args)).unwrap().to_f32_vec().unwrap();
+        let want = run(args);
+        let norm = args.norm.unwrap();
+        let tensors =
+            [&inputs.a, &inputs.b, &inputs.weight, &inputs.bias, &inputs.row, &inputs.residual, &inputs.gamma];
+        let [a, b, weight, bias, row, residual, gamma] = &tensors.map(unaligned);
+        let row = StepRows { table: row, step: &inputs.step };
+        for (what, args) in [
+            ("x", Conv2d { x: Source::Two(a, &inputs.b), ..args }),
+            ("x2", Conv2d { x: Source::Two(&inputs.a, b), ..args }),
+            ("weight", Conv2d { weight, ..args }),
+            ("bias", Conv2d { bias: Some(bias), ..args }),
+            ("row", Conv2d { row: Some(row), ..args }),
+            ("residual", Conv2d { residual: Some(residual), ..args }),
+            ("gamma", Conv2d { norm: Some(ConvNorm { gamma, ..norm }), ..args }),
+        ] {
+            // The statistics of x may be gathered in another order.
+            if what.starts_with('x') {
+                let want = crate::common::conv2d(&args);
+                let got = ops::with_variant(variant, || ops::conv2d(args)).unwrap();
+                assert_close(&got, &want, allowed(&device, &case, dtype), format!("{device} {what} unaligned"));
+            } else {
+                assert!(run(args) == want, "{device} {dtype}: {what} unaligned");
+            }
+        }
+    }
+}
+
+/// A pixel's NaN reaches the outputs whose kernel covers it, and no others; also where a slice of k ends inside a tap, on
+/// the card's every tile.
+#[test]
+fn nan_and_infinity_reach_the_outputs_that_cover_them_and_no_others() {
+    let (h, w, outputs) = (9, 8, 20);
+    let spoiled = [(0, 0, f32::NAN), (4, 3, f32::INFINITY), (8, 7, f32::NAN)];
+    // 37: the way without 16-byte chunks.
+    let cases = DType::FLOATS.into_iter().flat_map(|dtype| [(dtype, 40), (dtype, 37)]);
+    for (device, (dtype, c)) in devices().into_iter().flat_map(|d| cases.clone().map(move |case| (d.clone(), case))) {
+        let mut x = vec![1.0; h * w * c];
+        for (y, x_, value) in spoiled {
+            x[(y * w + x_) * c..(y * w + x_ + 1) * c].fill(value);
+        }
+        let x = Tensor::from_f32(&device, &[1, h, w, c], dtype, &x).unwrap();
+        let weight = Tensor::from_f32(&device, &[outputs, 3, 3, c], dtype, &vec![1.0; outputs * 9 * c]).unwrap();
+        for (tile, dilation) in ops::tile_names().zip([1, 2, 1, 2, 1, 2]).take(if c == 40 { 6 } else { 2 }) {
+            let variant = Variant { tile: Some(tile), ..Variant::default() };
+            let args = Conv2d { dilation, padding: [dilation; 4], ..Conv2d::new(&x, &weight) };
+            let y = ops::with_variant(variant, || ops::conv2d(args)).unwrap().to_f32_vec().unwrap();
+            for (i, y) in y.into_iter().enumerate() {
+                let (out_y, out_x) = (i / outputs / w, i / outputs % w);
+                let covers = |(y, x, _): &(usize, usize, f32)| {
+                    let near = |a: usize, b: usize| a.abs_diff(b) == dilation || a == b;
+                    near(out_y, *y) && near(out_x, *x)
+                };
+                let sum: f32 = spoiled.iter().filter(|pixel| covers(pixel)).map(|pixel| pixel.2).sum();
+                let ok = match () {
+                    _ if sum.is_nan() => y.is_nan(),
+                    _ if sum == f32::INFINITY => y == sum,
+                    _ => y.is_finite(),
+                };
+                assert!(ok, "{device} {dtype} {c} {tile} dilation {dilation}: pixel {out_y} {out_x} is {y}");
+            }
+        }
+    }
 }
 
 /// Normalised inputs beyond 128 MiB go through in bands of rows: the seams must not show.
@@ -189,21 +365,57 @@ fn bands_of_a_large_image_join() {
 
 #[test]
 fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
-    let device = Device::cpu();
-    let mut random = Random::new(3);
-    let x = random.randn(&device, &[3, 33, 37, 40], DType::F32);
-    let weight = random.tensor(&device, &[96, 3, 3, 40], DType::F32, 0.0, 0.05);
-    let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[40], DType::F32, mean, 0.5));
-    let norm = Some(ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true });
-    let run = |x: &Tensor| ops::conv2d(Conv2d { norm, ..Conv2d::new(x, &weight) }).unwrap().to_f32_vec().unwrap();
-    let all = run(&x);
-    for image in 0..3 {
-        let one = run(&x.rows(image..image + 1).unwrap());
-        assert_eq!(one, all[image * one.len()..(image + 1) * one.len()], "image {image}");
+    // The second: sums in several parts on a card.
+    for (device, [h, w, c]) in devices().into_iter().flat_map(|d| [[33, 37, 40], [3, 3, 256]].map(|s| (d.clone(), s))) {
+        let [h, w] = if c == 40 && matches!(device, Device::Cuda(_)) { [13, 11] } else { [h, w] };
+        let mut random = Random::new(3);
+        let x = random.randn(&device, &[3, h, w, c], DType::F32);
+        let weight = random.tensor(&device, &[96, 3, 3, c], DType::F32, 0.0, 0.05);
+        let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], DType::F32, mean, 0.5));
+        let norm = Some(ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true });
+        let run = |x: &Tensor| ops::conv2d(Conv2d { norm, ..Conv2d::new(x, &weight) }).unwrap().to_f32_vec().unwrap();
+        let all = run(&x);
+        for image in 0..3 {
+            let one = run(&x.rows(image..image + 1).unwrap());
+            assert!(one == all[image * one.len()..(image + 1) * one.len()], "{device} image {image}");
+        }
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert!(pool.install(|| run(&x)) == all, "{device} {threads} threads");
+        }
     }
-    for threads in [1, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        assert_eq!(pool.install(|| run(&x)), all, "{threads} threads");
+}
+
+/// The meta device counts the launches that a card makes.
+#[test]
+fn a_card_launches_what_meta_counts() {
+    let split = Case { input: [1, 3, 3], channels: [256, 0], outputs: 24, ..PLAIN };
+    let one_tap = Case { kernel: [1, 1], padding: [0; 4], groups: 4, channels: [16, 0], ..PLAIN };
+    let large = Case { input: [1, 33, 32], channels: [8, 0], groups: 2, outputs: 4, ..PLAIN };
+    let cases = [
+        PLAIN,
+        TOGETHER,
+        one_tap,
+        split,
+        Case { groups: 8, silu: true, ..split },
+        large,
+        Case { kernel: [1, 1], padding: [0; 4], ..large },
+        Case { input: [0, 4, 4], groups: 3, ..PLAIN },
+        Case { input: [2, 4, 4], groups: 3, outputs: 0, ..PLAIN },
+        Case { input: [2, 0, 4], kernel: [2, 1], groups: 3, ..PLAIN },
+    ];
+    for (card, case) in cards().into_iter().flat_map(|card| cases.map(|case| (card.clone(), case))) {
+        let meta = Device::meta();
+        let Device::Meta(recorder) = &meta else { unreachable!() };
+        let inputs = Inputs::new(&meta, &case, DType::F16);
+        recorder.take_report();
+        ops::conv2d(inputs.args(&case)).unwrap();
+        let counted = recorder.take_report().ops[0].work.launches;
+
+        let Device::Cuda(cuda) = &card else { unreachable!() };
+        let inputs = Inputs::new(&card, &case, DType::F16);
+        let graph = cuda.capture(0, || ops::conv2d(inputs.args(&case)).map(drop)).unwrap();
+        assert_eq!(graph.kernels().len() as u64, counted, "{card} {case:?}: {:?}", graph.kernels());
     }
 }
 

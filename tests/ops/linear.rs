@@ -1,13 +1,13 @@
 //! linear against plain f64 loops.
 
-use crate::common::{Random, assert_close};
+use crate::common::{Random, assert_close, cards, devices};
 use megafuse::Error;
-use megafuse::ops::{self, Activation, Linear};
+use megafuse::ops::{self, Activation, Linear, Variant};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
-/// Leading dimensions, K, rows of the weight: one element; primes; one off a tile (14 rows, 32 columns, 256 k); empty
-/// batch, no columns, nothing to sum; models' widths.
-const SHAPES: [(&[usize], usize, usize); 14] = [
+/// Leading dimensions, K, rows of the weight: one element; primes; one off a tile (cpu: 14 rows, 32 columns, 256 k; card:
+/// 64 or 128 rows and columns, 32 k); empty batch, no columns, nothing to sum; models' widths.
+const SHAPES: [(&[usize], usize, usize); 16] = [
     (&[1], 1, 2),
     (&[], 5, 2),
     (&[2, 3], 7, 10),
@@ -15,6 +15,8 @@ const SHAPES: [(&[usize], usize, usize); 14] = [
     (&[15], 33, 30),
     (&[14], 256, 32),
     (&[29], 257, 66),
+    (&[65], 40, 130),
+    (&[127], 24, 48),
     (&[2], 1021, 16),
     (&[0, 77], 64, 64),
     (&[3], 4, 0),
@@ -44,26 +46,93 @@ impl Inputs {
             residual: random.randn(device, &[leading, &[n]].concat(), dtype),
         }
     }
+
+    fn args(&self, activation: Activation, bias: bool, residual: bool) -> Linear<'_> {
+        Linear {
+            bias: bias.then_some(&self.bias),
+            activation,
+            residual: residual.then_some(&self.residual),
+            ..Linear::new(&self.x, &self.weight)
+        }
+    }
 }
+
+/// 8: a chain of products (see the cpu's engine; a card's is one chain), and the activation's own few ulp.
+const F32_EPS_ALLOWED: f64 = 8.0;
 
 #[test]
 fn linear_matches_f64() {
-    let device = Device::cpu();
-    for (dtype, &(leading, k, rows)) in DType::FLOATS.into_iter().flat_map(|d| SHAPES.iter().map(move |s| (d, s))) {
-        for activation in ACTIVATIONS {
-            let n = if activation == Activation::Geglu { rows / 2 } else { rows };
-            let inputs = Inputs::new(&device, dtype, leading, k, rows, n);
-            let alone = [(false, false), (true, true), (true, false), (false, true)];
-            for &(bias, residual) in if activation == Activation::None { &alone[..] } else { &alone[..2] } {
-                let args = Linear {
-                    bias: bias.then_some(&inputs.bias),
-                    activation,
-                    residual: residual.then_some(&inputs.residual),
-                    ..Linear::new(&inputs.x, &inputs.weight)
-                };
-                let what = format!("{leading:?} {k} {rows} {activation:?} bias {bias} residual {residual}");
-                // 8: a chain of products (see the engine), and the activation's own few ulp.
-                assert_close(&ops::linear(args).unwrap(), &crate::common::linear(&args), 8.0, what);
+    for device in devices() {
+        for (dtype, &(leading, k, rows)) in DType::FLOATS.into_iter().flat_map(|d| SHAPES.iter().map(move |s| (d, s))) {
+            for activation in ACTIVATIONS {
+                let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+                let inputs = Inputs::new(&device, dtype, leading, k, rows, n);
+                let alone = [(false, false), (true, true), (true, false), (false, true)];
+                for &(bias, residual) in if activation == Activation::None { &alone[..] } else { &alone[..2] } {
+                    let args = inputs.args(activation, bias, residual);
+                    let what =
+                        format!("{device} {leading:?} {k} {rows} {activation:?} bias {bias} residual {residual}");
+                    assert_close(&ops::linear(args).unwrap(), &crate::common::linear(&args), F32_EPS_ALLOWED, what);
+                }
+            }
+        }
+    }
+}
+
+/// Every tile of the card at shapes that end inside, at and one off its edges; and all of them make the same bits.
+#[test]
+fn every_tile_matches_f64_and_the_others_bit_for_bit() {
+    for (device, dtype) in cards().into_iter().flat_map(|card| DType::FLOATS.map(|dtype| (card.clone(), dtype))) {
+        // M, K, rows of the weight. Wide and odd rows; one slice, fewer than the ring has slots, and many.
+        for (m, k, rows) in [(1, 8, 2), (129, 40, 264), (64, 256, 128), (130, 104, 66), (70, 168, 34)] {
+            for activation in [Activation::Gelu, Activation::Geglu] {
+                let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+                let inputs = Inputs::new(&device, dtype, &[m], k, rows, n);
+                let args = inputs.args(activation, true, true);
+                let want = crate::common::linear(&args);
+                let mut first: Option<Vec<f32>> = None;
+                for tile in ops::tile_names() {
+                    let variant = Variant { tile: Some(tile), ..Variant::default() };
+                    let got = ops::with_variant(variant, || ops::linear(args)).unwrap();
+                    let what = format!("{device} {tile} {m} {k} {rows} {activation:?}");
+                    assert_close(&got, &want, F32_EPS_ALLOWED, &what);
+                    let got = got.to_f32_vec().unwrap();
+                    assert!(*first.get_or_insert_with(|| got.clone()) == got, "{what} {dtype}: other bits");
+                }
+            }
+        }
+    }
+}
+
+/// A copy of a tensor that begins 4 elements into its memory: no 16-byte boundary.
+fn unaligned(x: &Tensor) -> Tensor {
+    let values = x.to_f32_vec().unwrap();
+    let padded = [&[f32::NAN; 4][..], &values].concat();
+    let shape = [padded.len() / 4, 4];
+    let all = Tensor::from_f32(x.device(), &shape, x.dtype(), &padded).unwrap();
+    all.rows(1..shape[0]).unwrap().reshape(x.shape()).unwrap()
+}
+
+#[test]
+fn tensors_may_begin_at_any_element() {
+    for (device, dtype) in devices().into_iter().flat_map(|d| [DType::BF16, DType::F16].map(|dtype| (d.clone(), dtype)))
+    {
+        for activation in [Activation::Silu, Activation::Geglu] {
+            let n = if activation == Activation::Geglu { 16 } else { 32 };
+            let aligned = Inputs::new(&device, dtype, &[20], 40, 32, n);
+            let args = aligned.args(activation, true, true);
+            let want = ops::linear(args).unwrap().to_f32_vec().unwrap();
+            let moved = [&aligned.x, &aligned.weight, &aligned.bias, &aligned.residual].map(unaligned);
+            let [x, weight, bias, residual] = &moved;
+            for (what, args) in [
+                ("x", Linear { x, ..args }),
+                ("weight", Linear { weight, ..args }),
+                ("bias", Linear { bias: Some(bias), ..args }),
+                ("residual", Linear { residual: Some(residual), ..args }),
+                ("all", Linear { x, weight, bias: Some(bias), residual: Some(residual), activation }),
+            ] {
+                let got = ops::linear(args).unwrap().to_f32_vec().unwrap();
+                assert!(got == want, "{device} {dtype} {activation:?}: {what} unaligned");
             }
         }
     }
@@ -72,28 +141,61 @@ fn linear_matches_f64() {
 /// An image depends on its own seed only: a row's sums are the same in any batch and on any number of threads.
 #[test]
 fn a_row_does_not_depend_on_the_others_or_on_the_threads() {
-    let device = Device::cpu();
-    let inputs = Inputs::new(&device, DType::F32, &[1100], 700, 96, 96);
-    let run = |x: &Tensor| ops::linear(Linear { bias: Some(&inputs.bias), ..Linear::new(x, &inputs.weight) }).unwrap();
-    let all = run(&inputs.x).to_f32_vec().unwrap();
-    for rows in [0..1, 5..19, 1000..1100] {
-        let some = run(&inputs.x.rows(rows.clone()).unwrap()).to_f32_vec().unwrap();
-        assert_eq!(some, all[rows.start * 96..rows.end * 96], "rows {rows:?}");
-    }
-    for threads in [1, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        assert_eq!(pool.install(|| run(&inputs.x)).to_f32_vec().unwrap(), all, "{threads} threads");
+    for (device, dtype) in devices().into_iter().flat_map(|d| [DType::F32, DType::BF16].map(|dtype| (d.clone(), dtype)))
+    {
+        let m = if matches!(device, Device::Cpu(_)) { 1100 } else { 300 };
+        let inputs = Inputs::new(&device, dtype, &[m], 700, 96, 96);
+        let run =
+            |x: &Tensor| ops::linear(Linear { bias: Some(&inputs.bias), ..Linear::new(x, &inputs.weight) }).unwrap();
+        let all = run(&inputs.x).to_f32_vec().unwrap();
+        // bf16: rows of 1400 bytes, so that the middle one begins beside a 16-byte boundary.
+        for rows in [0..1, 5..19, m - 100..m] {
+            let some = run(&inputs.x.rows(rows.clone()).unwrap()).to_f32_vec().unwrap();
+            assert!(some == all[rows.start * 96..rows.end * 96], "{device} {dtype} rows {rows:?}");
+        }
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert!(pool.install(|| run(&inputs.x)).to_f32_vec().unwrap() == all, "{device} {threads} threads");
+        }
     }
 }
 
 #[test]
 fn nan_and_infinity_reach_the_result() {
-    let device = Device::cpu();
-    let x = Tensor::from_f32(&device, &[2, 2], DType::F32, &[f32::NAN, 1.0, f32::INFINITY, 1.0]).unwrap();
-    let weight = Tensor::from_f32(&device, &[1, 2], DType::F32, &[1.0, 1.0]).unwrap();
-    for activation in [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
-        let y = ops::linear(Linear { activation, ..Linear::new(&x, &weight) }).unwrap().to_f32_vec().unwrap();
-        assert!(y[0].is_nan() && y[1] == f32::INFINITY, "{activation:?}: {y:?}");
+    for (device, dtype) in devices().into_iter().flat_map(|d| DType::FLOATS.map(|dtype| (d.clone(), dtype))) {
+        let x = Tensor::from_f32(&device, &[2, 2], dtype, &[f32::NAN, 1.0, f32::INFINITY, 1.0]).unwrap();
+        let weight = Tensor::from_f32(&device, &[1, 2], dtype, &[1.0, 1.0]).unwrap();
+        for activation in [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+            let y = ops::linear(Linear { activation, ..Linear::new(&x, &weight) }).unwrap().to_f32_vec().unwrap();
+            assert!(y[0].is_nan() && y[1] == f32::INFINITY, "{device} {dtype} {activation:?}: {y:?}");
+        }
+    }
+}
+
+/// A row's NaN stays in that row, a weight's in its column, also where a tile ends inside K.
+#[test]
+fn nan_does_not_spread() {
+    let (m, k, n) = (67, 40, 70);
+    for (device, dtype) in devices().into_iter().flat_map(|d| DType::FLOATS.map(|dtype| (d.clone(), dtype))) {
+        let mut x = vec![1.0; m * k];
+        let mut weight = vec![1.0; n * k];
+        for row in (1..m).step_by(2) {
+            x[row * k..(row + 1) * k].fill(f32::NAN);
+        }
+        for column in (1..n).step_by(2) {
+            weight[column * k..(column + 1) * k].fill(f32::NAN);
+        }
+        let x = Tensor::from_f32(&device, &[m, k], dtype, &x).unwrap();
+        let weight = Tensor::from_f32(&device, &[n, k], dtype, &weight).unwrap();
+        for tile in ops::tile_names() {
+            let variant = Variant { tile: Some(tile), ..Variant::default() };
+            let y = ops::with_variant(variant, || ops::linear(Linear::new(&x, &weight))).unwrap().to_f32_vec().unwrap();
+            for (i, y) in y.into_iter().enumerate() {
+                let spoiled = (i / n) % 2 == 1 || (i % n) % 2 == 1;
+                let ok = if spoiled { y.is_nan() } else { y == k as f32 };
+                assert!(ok, "{device} {dtype} {tile}: row {} column {} is {y}", i / n, i % n);
+            }
+        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! group_norm and layer_norm against plain f64 loops.
 
-use crate::common::{Random, assert_close};
+use crate::common::{Random, assert_close, cards, devices};
 use megafuse::Error;
 use megafuse::ops::{self, GroupNorm, LayerNorm, Source};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 /// N, H, W, channels of the first and of the second source (0: one source), groups: one element; primes; groups that
 /// span both sources; more pixels than one partial sum takes; empty; the models' own widths.
-const SHAPES: [[usize; 6]; 11] = [
+const SHAPES: [[usize; 6]; 17] = [
     [1, 1, 1, 1, 0, 1],
     [2, 7, 5, 6, 0, 3],
     [1, 31, 33, 33, 0, 11],
@@ -18,13 +18,31 @@ const SHAPES: [[usize; 6]; 11] = [
     [0, 4, 4, 8, 8, 4],
     [2, 9, 16, 320, 0, 32],
     [1, 5, 7, 640, 320, 32],
+    // More than 1024 pixels: split on a card; columns that are no multiple of a tile, alone and as vectors.
     [2, 67, 31, 48, 16, 32],
+    [1, 25, 41, 35, 0, 5],
+    [1, 41, 25, 256, 8, 33],
+    [2, 32, 33, 4, 20, 2],
+    // Vectors that would straddle the number of groups; a group too wide for one block.
+    [1, 4, 5, 16, 8, 12],
+    [1, 3, 2, 600, 0, 2],
+    [1, 2, 2, 1024, 1280, 4],
 ];
+
+/// Every device and dtype.
+fn cases<S: Copy>(shapes: &[S]) -> impl Iterator<Item = (Device, DType, S)> {
+    let of_device = move |device: Device| {
+        DType::FLOATS.into_iter().flat_map(move |dtype| {
+            let device = device.clone();
+            shapes.iter().map(move |&shape| (device.clone(), dtype, shape))
+        })
+    };
+    devices().into_iter().flat_map(of_device)
+}
 
 #[test]
 fn group_norm_matches_f64() {
-    let device = Device::cpu();
-    for (dtype, [n, h, w, c_a, c_b, groups]) in DType::FLOATS.into_iter().flat_map(|d| SHAPES.map(|s| (d, s))) {
+    for (device, dtype, [n, h, w, c_a, c_b, groups]) in cases(&SHAPES) {
         for (mean, silu) in [(0.0, false), (0.0, true), (1000.0, false), (-3.0, true)] {
             let mut random = Random::new(11);
             let a = random.tensor(&device, &[n, h, w, c_a], dtype, mean, 2.0);
@@ -32,9 +50,99 @@ fn group_norm_matches_f64() {
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c_a + c_b], dtype, mean, 0.5));
             let x = if c_b > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
             let args = GroupNorm { x, gamma: &gamma, beta: &beta, groups, eps: 1e-5, silu };
-            let what = format!("{n} {h} {w} {c_a}+{c_b} groups {groups} mean {mean} silu {silu}");
+            let what = format!("{device} {n} {h} {w} {c_a}+{c_b} groups {groups} mean {mean} silu {silu}");
             // 4: the mean in f32, the difference, the scale, SiLU.
             assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, what);
+        }
+    }
+}
+
+/// A thousandfold outlier where a thread takes its first sample: the sums around it lose nothing of what is asked.
+#[test]
+fn group_norm_of_an_outlier_in_the_first_place() {
+    for (device, pixels) in devices().into_iter().flat_map(|device| [(device.clone(), 900), (device, 2000)]) {
+        let mut values: Vec<f32> = {
+            let mut random = Random::new(12);
+            (0..pixels * 16).map(|_| random.normal() as f32).collect()
+        };
+        values[..16].fill(1000.0);
+        values[16 * (pixels - 1)..].fill(-3000.0);
+        let x = Tensor::from_f32(&device, &[1, pixels, 1, 16], DType::F32, &values).unwrap();
+        let [gamma, beta] = [1.0, 0.0].map(|value| Tensor::from_f32(&device, &[16], DType::F32, &[value; 16]).unwrap());
+        let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: false };
+        let mut want = crate::common::group_norm(&args);
+        // The sums run over differences from the outlier: F32_EPS of a deviation, which is 1 in the result.
+        want.magnitudes.iter_mut().for_each(|magnitude| *magnitude += 1.0);
+        assert_close(&ops::group_norm(args).unwrap(), &want, 4.0, &device);
+    }
+}
+
+/// One NaN or infinity leaves nothing finite in its group, and touches no other.
+#[test]
+fn a_value_that_is_not_finite_spoils_its_group() {
+    for (device, pixels) in devices().into_iter().flat_map(|device| [(device.clone(), 63), (device, 1100)]) {
+        for bad in [f32::NAN, f32::INFINITY] {
+            for at in [0, pixels - 1] {
+                let mut values: Vec<f32> = (0..2 * pixels * 16).map(|i| (i * 37 % 101) as f32).collect();
+                values[at * 16 + 6] = bad;
+                let x = Tensor::from_f32(&device, &[2, 1, pixels, 16], DType::F32, &values).unwrap();
+                let gamma = Tensor::from_f32(&device, &[16], DType::F32, &[1.0; 16]).unwrap();
+                let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &gamma, groups: 4, eps: 1e-5, silu: true };
+                for (i, y) in ops::group_norm(args).unwrap().to_f32_vec().unwrap().into_iter().enumerate() {
+                    let in_group = i < pixels * 16 && i % 16 / 4 == 1;
+                    assert_eq!(y.is_finite(), !in_group, "{device} {bad} at pixel {at}: element {i} is {y}");
+                }
+            }
+        }
+    }
+}
+
+/// Tensors that begin at any element of their storage.
+#[test]
+fn tensors_need_no_alignment() {
+    for (device, dtype, [n, h, w, c]) in cases(&[[2, 5, 7, 16], [1, 33, 32, 24]]) {
+        let mut random = Random::new(14);
+        let [a, b] = [0, 1].map(|_| shifted(&random.randn(&device, &[n, h, w, c], dtype)));
+        let [gamma, beta] = [1.0, 0.0].map(|mean| shifted(&random.tensor(&device, &[2 * c], dtype, mean, 0.5)));
+        let args = GroupNorm { x: Source::Two(&a, &b), gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: true };
+        assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, &device);
+        let tokens = a.reshape(&[n * h * w / 2, 2 * c]).unwrap();
+        let args = LayerNorm { x: &tokens, gamma: &gamma, beta: &beta, eps: 1e-5 };
+        assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 4.0, &device);
+    }
+}
+
+/// The same values, beginning at the second element of an allocation.
+fn shifted(x: &Tensor) -> Tensor {
+    let mut values = vec![0.0];
+    values.extend(x.to_f32_vec().unwrap());
+    let flat = Tensor::from_f32(x.device(), &[values.len()], x.dtype(), &values).unwrap();
+    flat.rows(1..values.len()).unwrap().reshape(x.shape()).unwrap()
+}
+
+/// What the meta device counts is what a card launches.
+#[test]
+fn launches_are_those_the_meta_device_counts() {
+    for device in cards() {
+        for (shape, groups) in [([2, 32, 32, 24], 4), ([2, 33, 32, 24], 4), ([1, 3, 5, 600], 2), ([0, 3, 5, 8], 2)] {
+            let run = |device: &Device| {
+                let x = Tensor::zeros(device, &shape, DType::BF16).unwrap();
+                let gamma = Tensor::zeros(device, &[shape[3]], DType::BF16).unwrap();
+                move || {
+                    let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu: true };
+                    ops::group_norm(args)
+                }
+            };
+            let meta = Device::meta();
+            run(&meta)().unwrap();
+            let Device::Meta(recorder) = &meta else { unreachable!() };
+            let counted = recorder.take_report().total().launches;
+            let on_card = run(&device);
+            let Device::Cuda(cuda) = &device else { unreachable!() };
+            let graph = cuda.capture(1 << 20, || on_card().map(drop)).unwrap();
+            if shape[0] > 0 {
+                assert_eq!(graph.kernels().len() as u64, counted, "{shape:?}: {:?}", graph.kernels());
+            }
         }
     }
 }
@@ -42,58 +150,61 @@ fn group_norm_matches_f64() {
 /// A group of equal values: variance 0, only eps below the root.
 #[test]
 fn group_norm_of_a_constant_is_beta() {
-    let device = Device::cpu();
-    let x = Tensor::from_f32(&device, &[1, 3, 3, 4], DType::F32, &[1234.5; 36]).unwrap();
-    let gamma = Tensor::from_f32(&device, &[4], DType::F32, &[1.0, 2.0, 3.0, 4.0]).unwrap();
-    let beta = Tensor::from_f32(&device, &[4], DType::F32, &[0.5, -0.5, 0.25, 0.0]).unwrap();
-    let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &beta, groups: 2, eps: 1e-6, silu: false };
-    let y = ops::group_norm(args).unwrap().to_f32_vec().unwrap();
-    for pixel in y.chunks_exact(4) {
-        assert_eq!(pixel, [0.5, -0.5, 0.25, 0.0]);
+    for (device, pixels) in devices().into_iter().flat_map(|device| [(device.clone(), 9), (device, 1500)]) {
+        let x = Tensor::from_f32(&device, &[1, pixels, 1, 4], DType::F32, &vec![1234.5; 4 * pixels]).unwrap();
+        let gamma = Tensor::from_f32(&device, &[4], DType::F32, &[1.0, 2.0, 3.0, 4.0]).unwrap();
+        let beta = Tensor::from_f32(&device, &[4], DType::F32, &[0.5, -0.5, 0.25, 0.0]).unwrap();
+        let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &beta, groups: 2, eps: 1e-6, silu: false };
+        let y = ops::group_norm(args).unwrap().to_f32_vec().unwrap();
+        for pixel in y.chunks_exact(4) {
+            assert_eq!(pixel, [0.5, -0.5, 0.25, 0.0], "{device}");
+        }
     }
 }
 
 #[test]
 fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
-    let device = Device::cpu();
-    let mut random = Random::new(3);
-    let x = random.randn(&device, &[3, 40, 50, 24], DType::F32);
-    let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[24], DType::F32, mean, 0.5));
-    let run = |x: &Tensor| {
-        let args = GroupNorm { x: x.into(), gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true };
-        ops::group_norm(args).unwrap().to_f32_vec().unwrap()
-    };
-    let all = run(&x);
-    for image in 0..3 {
-        let one = run(&x.rows(image..image + 1).unwrap());
-        assert_eq!(one, all[image * one.len()..(image + 1) * one.len()], "image {image}");
-    }
-    for threads in [1, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        assert_eq!(pool.install(|| run(&x)), all, "{threads} threads");
+    let in_pool = |threads: usize| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    for (device, [h, w]) in devices().into_iter().flat_map(|device| [(device.clone(), [40, 50]), (device, [9, 11])]) {
+        let mut random = Random::new(3);
+        let x = random.randn(&device, &[3, h, w, 24], DType::F32);
+        let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[24], DType::F32, mean, 0.5));
+        let run = |x: &Tensor| {
+            let args = GroupNorm { x: x.into(), gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true };
+            ops::group_norm(args).unwrap().to_f32_vec().unwrap()
+        };
+        let all = run(&x);
+        for image in 0..3 {
+            let one = run(&x.rows(image..image + 1).unwrap());
+            assert_eq!(one, all[image * one.len()..(image + 1) * one.len()], "{device}: image {image}");
+        }
+        for threads in [1, 3] {
+            assert_eq!(in_pool(threads).install(|| run(&x)), all, "{device}: {threads} threads");
+        }
     }
 }
 
 #[test]
 fn layer_norm_matches_f64() {
-    let device = Device::cpu();
-    let shapes: [&[usize]; 9] =
-        [&[1], &[5, 1], &[2, 3, 7], &[3, 17], &[2, 31], &[2, 33], &[0, 8], &[2, 77, 768], &[1, 60, 320]];
-    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|d| shapes.map(|s| (d, s))) {
+    let shapes: [&[usize]; 10] =
+        [&[1], &[5, 1], &[2, 3, 7], &[3, 17], &[2, 31], &[2, 33], &[0, 8], &[2, 77, 768], &[1, 60, 320], &[9, 264]];
+    for (device, dtype, shape) in cases(&shapes) {
         for mean in [0.0, 1000.0] {
             let mut random = Random::new(13);
             let x = random.tensor(&device, shape, dtype, mean, 2.0);
             let c = shape[shape.len() - 1];
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
             let args = LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 };
-            let what = format!("{shape:?} mean {mean}");
+            let what = format!("{device} {shape:?} mean {mean}");
             assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 4.0, what);
         }
     }
-    let empty = Tensor::zeros(&device, &[3, 0], DType::F32).unwrap();
-    let none = Tensor::zeros(&device, &[0], DType::F32).unwrap();
-    let y = ops::layer_norm(LayerNorm { x: &empty, gamma: &none, beta: &none, eps: 1e-5 }).unwrap();
-    assert_eq!(y.shape(), [3, 0]);
+    for device in devices() {
+        let empty = Tensor::zeros(&device, &[3, 0], DType::F32).unwrap();
+        let none = Tensor::zeros(&device, &[0], DType::F32).unwrap();
+        let y = ops::layer_norm(LayerNorm { x: &empty, gamma: &none, beta: &none, eps: 1e-5 }).unwrap();
+        assert_eq!(y.shape(), [3, 0]);
+    }
 }
 
 #[test]

@@ -1,17 +1,30 @@
 //! The card's side of the ops: which kernel, which grid. The arguments were checked by the op.
 
+pub mod attention;
+pub mod conv;
 pub mod elementwise;
+pub mod embedding;
+pub mod linear;
+pub mod norm;
+pub mod resize;
+pub mod sampler;
 pub mod step;
+pub mod tiles;
 
-use crate::error::Error;
-use crate::runtime::DType;
+use crate::error::{Error, Result};
+use crate::runtime::{DType, Tensor};
 
 /// The entry of a kernel for a dtype: `add_bf16`.
 pub fn entry(name: &str, dtype: DType) -> String {
     format!("{name}_{dtype}")
 }
 
-/// For an op that has no kernel yet.
-pub fn missing(op: &'static str) -> Error {
-    Error::Kernel { kernel: op.into(), reason: "this op has no kernel yet; use --device cpu".into() }
+/// A size as the kernels count.
+pub fn int(op: &'static str, what: &'static str, value: usize) -> Result<i32> {
+    i32::try_from(value).map_err(|_| Error::TooLarge { op, what, got: value as u128, limit: i32::MAX as u128 })
+}
+
+/// May a kernel read and write it 16 bytes at a time, from the first element on?
+pub fn aligned(tensor: &Tensor) -> bool {
+    tensor.cuda().0.is_multiple_of(16)
 }

@@ -1,0 +1,336 @@
+// norm.cu: group norm (with SiLU, over one or two sources) and layer norm.
+//
+// Group norm of x [N, H*W, C], channels-last, G groups of D = C/G channels; Wu & He 2018, arXiv:1803.08494:
+//   mean, var over the H*W*D elements of a group;  y = (x - mean) / sqrt(var + eps) * gamma[c] + beta[c], then SiLU
+// x may be two tensors a [N, H*W, Ca], b [N, H*W, Cb] side by side on the channels, C = Ca + Cb; a group may span both.
+// T = f32 | f16 | bf16; statistics in f32, as float2 {mean, 1 / sqrt(var + eps)} [N, G].
+//
+// Two ways. Up to 32x32 pixels a launch costs more than the data: group_norm_small does all in one, a block per few
+// groups, x read twice (the second time from L1 or L2). Larger images: group_norm_statistics reads x once, split over the
+// pixels, and leaves mean and squares per split and channel; group_norm_merge joins these per group; group_norm_apply
+// reads x again and writes y. An image is split by its own size alone, so its result does not depend on the batch.
+//
+// Variance without cancellation, also at |mean| = 1000 std: a thread sums the differences from its first sample. The
+// square of that sample's own deviation is part of the result, so n samples lose at most n eps of it even where the
+// sample is an outlier. Parts are joined around their joint mean (Chan, Golub & LeVeque 1979), never as E[x^2] - E[x]^2.
+//
+// `vector`: all channel counts are multiples of kVector and all pointers aligned to 16 bytes.
+#include "common/math.cuh"
+#include "common/norm.cuh"
+#include "common/reduce.cuh"
+#include "common/vector.cuh"
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMergeThreads = 128;
+// Pixels a thread of group_norm_apply takes, over which the loads of its channels' parameters are spread.
+constexpr int kApplyPixels = 8;
+
+// Two sources side by side; b is null and channels_b 0 where there is one.
+template <class T>
+struct Sources {
+    const T* a;
+    const T* b;
+    int channels_a, channels_b;
+
+    __device__ int channels() const { return channels_a + channels_b; }
+    // Element [pixel, channel]; a vector of channels never lies in both sources.
+    __device__ const T* at(int64_t pixel, int channel) const {
+        return channel < channels_a ? a + pixel * channels_a + channel : b + pixel * channels_b + (channel - channels_a);
+    }
+    // Elements from one pixel to the next.
+    __device__ int64_t stride(int channel) const { return channel < channels_a ? channels_a : channels_b; }
+};
+
+// Mean and sum of squared deviations of V channels over `count` >= 1 samples at p, p + stride, ...
+template <int V, class T>
+DEVICE void moments(float (&mean)[V], float (&squares)[V], const T* p, int64_t stride, int count) {
+    float shift[V], sum[V] = {};
+    load<V>(shift, p);
+    UNROLL
+    for (int j = 0; j < V; j++) squares[j] = 0.f;
+    for (int i = 1; i < count; i++) {
+        float x[V];
+        load<V>(x, p + i * stride);
+        UNROLL
+        for (int j = 0; j < V; j++) {
+            const float d = x[j] - shift[j];
+            sum[j] += d;
+            squares[j] = fmaf(d, d, squares[j]);
+        }
+    }
+    const float scale = 1.f / count;
+    UNROLL
+    for (int j = 0; j < V; j++) {
+        mean[j] = fmaf(sum[j], scale, shift[j]);
+        const float left = squares[j] - sum[j] * sum[j] * scale;
+        squares[j] = left < 0.f ? 0.f : left;  // NaN stays
+    }
+}
+
+// Samples of `count` that row `row` of `rows` takes when they are dealt in turn.
+DEVICE int dealt(int count, int row, int rows) { return (count - row + rows - 1) / rows; }
+
+// group_norm_statistics: partial [N, splits, C] = {mean, squared deviations} of each channel over a split's pixels.
+// Reads x once, coalesced over channels. Launch: grid (ceil(C / (tile V)), splits, N) with V = kVector or 1, block
+// tile * (kThreads / tile): `tile` <= 32 columns of V channels side by side, pixels dealt to the rows of threads.
+template <int V, class T>
+DEVICE void group_norm_statistics(float2* partial, const Sources<T>& x, int pixels, int split_pixels, int tile) {
+    SHARED_STATIC(float, means, [kThreads * V]);
+    SHARED_STATIC(float, deviations, [kThreads * V]);
+    const int row = threadIdx.x / tile, rows = blockDim.x / tile;
+    const int tile_channel = blockIdx.x * tile * V, width = tile * V;
+    const int column = threadIdx.x % tile * V, channel = tile_channel + column;
+    const int first = blockIdx.y * split_pixels, count = min(split_pixels, pixels - first);
+    if (GUARD(channel < x.channels()) && row < count) {
+        float mean[V], squares[V];
+        const T* p = x.at(int64_t(blockIdx.z) * pixels + first + row, channel);
+        moments<V>(mean, squares, p, x.stride(channel) * rows, dealt(count, row, rows));
+        UNROLL
+        for (int j = 0; j < V; j++) {
+            means[row * width + column + j] = mean[j];
+            deviations[row * width + column + j] = squares[j];
+        }
+    }
+    __syncthreads();
+    const int c = threadIdx.x;  // one channel a thread: rows >= V
+    if (GUARD(c < min(width, x.channels() - tile_channel))) {
+        const int last = min(rows, count);
+        float sum = 0.f;
+        for (int r = 1; r < last; r++) sum += dealt(count, r, rows) * (means[r * width + c] - means[c]);
+        const float mean = means[c] + sum / count;
+        float squares = 0.f;
+        for (int r = 0; r < last; r++) {
+            const float d = means[r * width + c] - mean;
+            squares += deviations[r * width + c] + dealt(count, r, rows) * d * d;
+        }
+        const int64_t split = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+        partial[split * x.channels() + tile_channel + c] = make_float2(mean, squares);
+    }
+}
+
+// {mean, 1 / sqrt(var + eps)} of `squares` squared deviations of `count` elements.
+DEVICE float2 finished(float mean, float squares, float count, float eps) {
+    return make_float2(mean, 1.f / sqrtf(squares / count + eps));
+}
+
+// group_norm_merge: statistics [N, G] of partial [N, splits, C]. Launch: grid (G, N), block kMergeThreads.
+DEVICE void group_norm_merge(float2* statistics, const float2* partial, int channels, int pixels, int split_pixels,
+                             int splits, float eps) {
+    SHARED_STATIC(float, sums, [kMergeThreads / 32]);
+    SHARED_STATIC(float, square_sums, [kMergeThreads / 32]);
+    const int group_channels = channels / gridDim.x, parts = splits * group_channels;
+    const float2* first = partial + int64_t(blockIdx.y) * splits * channels + blockIdx.x * group_channels;
+    const float reference = first->x, total = float(pixels) * group_channels;
+    float sum = 0.f;
+    for (int i = threadIdx.x; i < parts; i += kMergeThreads) {
+        const int split = i / group_channels, count = min(split_pixels, pixels - split * split_pixels);
+        sum += count * (first[int64_t(split) * channels + i % group_channels].x - reference);
+    }
+    const float mean = reference + block_sum(sum, sums) / total;
+    float squares = 0.f;
+    for (int i = threadIdx.x; i < parts; i += kMergeThreads) {
+        const int split = i / group_channels, count = min(split_pixels, pixels - split * split_pixels);
+        const float2 part = first[int64_t(split) * channels + i % group_channels];
+        squares += part.y + count * (part.x - mean) * (part.x - mean);
+    }
+    squares = block_sum(squares, square_sums);
+    if (threadIdx.x == 0) statistics[blockIdx.y * gridDim.x + blockIdx.x] = finished(mean, squares, total, eps);
+}
+
+// What normalises V channels of one image.
+template <int V>
+struct Affine {
+    float2 statistics[V];
+    float gamma[V], beta[V];
+
+    template <class T>
+    __device__ void apply(T* y, const T* x, int silu_too) const {
+        float values[V];
+        load<V>(values, x);
+        UNROLL
+        for (int j = 0; j < V; j++) {
+            const float z = normalise(values[j], statistics[j], gamma[j], beta[j]);
+            values[j] = silu_too ? silu(z) : z;
+        }
+        store<V>(y, values);
+    }
+};
+
+// `statistics`: of the group that `channel` is in, and of those behind it.
+template <int V, class T>
+DEVICE Affine<V> affine(const float2* statistics, const T* gamma, const T* beta, int channel, int group_channels) {
+    Affine<V> affine;
+    load<V>(affine.gamma, gamma + channel);
+    load<V>(affine.beta, beta + channel);
+    int in_group = channel % group_channels;
+    UNROLL
+    for (int j = 0; j < V; j++) {
+        affine.statistics[j] = *statistics;
+        if (++in_group == group_channels && j + 1 < V) in_group = 0, statistics++;
+    }
+    return affine;
+}
+
+// group_norm_apply: y [N, H*W, C] = norm (and SiLU) of x, statistics [N, G], gamma, beta [C]. Memory bound: x and y once.
+// Launch: grid (ceil(H*W / (rows kApplyPixels)), ceil(C / (tile V)), N), block tile * rows, rows = kThreads / tile.
+template <int V, class T>
+DEVICE void group_norm_apply(T* y, const Sources<T>& x, const float2* statistics, const T* gamma, const T* beta,
+                             int pixels, int groups, int silu, int tile) {
+    const int row = threadIdx.x / tile, rows = blockDim.x / tile;
+    const int channel = (blockIdx.y * tile + threadIdx.x % tile) * V, group_channels = x.channels() / groups;
+    if (!GUARD(channel < x.channels())) return;
+    statistics += blockIdx.z * groups + channel / group_channels;
+    const Affine<V> normalised = affine<V>(statistics, gamma, beta, channel, group_channels);
+    UNROLL
+    for (int i = 0; i < kApplyPixels; i++) {
+        const int pixel = (blockIdx.x * kApplyPixels + i) * rows + row;
+        const int64_t at = int64_t(blockIdx.z) * pixels + pixel;
+        if (GUARD(pixel < pixels)) normalised.apply(y + at * x.channels() + channel, x.at(at, channel), silu);
+    }
+}
+
+// group_norm_small: statistics [N, G] and y, either of them null where it is not wanted.
+// Launch: grid (G / window, N), block kThreads; a block takes `window` groups, whose channels a vector does not straddle
+// and which are at most kThreads columns of V channels.
+template <int V, class T>
+DEVICE void group_norm_small(T* y, float2* statistics, const Sources<T>& x, const T* gamma, const T* beta, int pixels,
+                             int groups, int window, float eps, int silu) {
+    SHARED_STATIC(float, means, [kThreads * V]);
+    SHARED_STATIC(float, deviations, [kThreads * V]);
+    SHARED_STATIC(float2, finals, [kVector]);
+    const int group_channels = x.channels() / groups, width = window * group_channels, columns = width / V;
+    const int rows = kThreads / columns, row = threadIdx.x / columns, column = threadIdx.x % columns * V;
+    const int channel = blockIdx.x * width + column, last = min(rows, pixels);
+    const int64_t first_pixel = int64_t(blockIdx.y) * pixels;
+    if (row < last) {
+        float mean[V], squares[V];
+        const T* p = x.at(first_pixel + row, channel);
+        moments<V>(mean, squares, p, x.stride(channel) * rows, dealt(pixels, row, rows));
+        UNROLL
+        for (int j = 0; j < V; j++) {
+            means[row * width + column + j] = mean[j];
+            deviations[row * width + column + j] = squares[j];
+        }
+    }
+    __syncthreads();
+    for (int group = threadIdx.x / 32; group < window; group += kWarps) {
+        const int parts = last * group_channels, base = group * group_channels;
+        const float reference = means[base], total = float(pixels) * group_channels;
+        float sum = 0.f;
+        for (int i = threadIdx.x % 32; i < parts; i += 32) {
+            const int r = i / group_channels;
+            sum += dealt(pixels, r, rows) * (means[r * width + base + i % group_channels] - reference);
+        }
+        const float mean = reference + warp_sum(sum) / total;
+        float squares = 0.f;
+        for (int i = threadIdx.x % 32; i < parts; i += 32) {
+            const int r = i / group_channels, at = r * width + base + i % group_channels;
+            const float d = means[at] - mean;
+            squares += deviations[at] + dealt(pixels, r, rows) * d * d;
+        }
+        const float2 final = finished(mean, warp_sum(squares), total, eps);
+        if (threadIdx.x % 32 == 0) {
+            finals[group] = final;
+            if (statistics) statistics[blockIdx.y * groups + blockIdx.x * window + group] = final;
+        }
+    }
+    __syncthreads();
+    if (y && row < last) {
+        const Affine<V> normalised = affine<V>(finals + column / group_channels, gamma, beta, channel, group_channels);
+        for (int pixel = row; pixel < pixels; pixel += rows) {
+            const int64_t at = first_pixel + pixel;
+            normalised.apply(y + at * x.channels() + channel, x.at(at, channel), silu);
+        }
+    }
+}
+
+// layer_norm: y = (x - mean) / sqrt(var + eps) * gamma + beta over the last dimension; Ba et al. 2016, arXiv:1607.06450.
+//   y, x [rows, C]   gamma, beta [C]
+// A warp a row; the row is read three times (mean, variance, result), from DRAM once: 8 rows of a block fit into L1.
+// Launch: grid ceil(rows / kWarps), block kThreads.
+template <int V, class T>
+DEVICE void layer_norm(T* y, const T* x, const T* gamma, const T* beta, int64_t rows, int channels, float eps) {
+    const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+    if (!GUARD(row < rows)) return;
+    x += row * channels;
+    y += row * channels;
+    const int first = threadIdx.x % 32 * V, step = 32 * V;
+    const float shift = to_f32(x[0]);
+    float values[V], sum = 0.f, squares = 0.f;
+    for (int c = first; c < channels; c += step) {
+        load<V>(values, x + c);
+        UNROLL
+        for (int j = 0; j < V; j++) sum += values[j] - shift;
+    }
+    const float mean = shift + warp_sum(sum) / channels;
+    for (int c = first; c < channels; c += step) {
+        load<V>(values, x + c);
+        UNROLL
+        for (int j = 0; j < V; j++) squares = fmaf(values[j] - mean, values[j] - mean, squares);
+    }
+    const float2 statistics = finished(mean, warp_sum(squares), channels, eps);
+    for (int c = first; c < channels; c += step) {
+        float scale[V], shifts[V];
+        load<V>(values, x + c);
+        load<V>(scale, gamma + c);
+        load<V>(shifts, beta + c);
+        UNROLL
+        for (int j = 0; j < V; j++) values[j] = normalise(values[j], statistics, scale[j], shifts[j]);
+        store<V>(y + c, values);
+    }
+}
+
+KERNEL(group_norm_merge_f32, kMergeThreads, 1)(float2* statistics, const float2* partial, int channels, int pixels,
+                                               int split_pixels, int splits, float eps) {
+    group_norm_merge(statistics, partial, channels, pixels, split_pixels, splits, eps);
+}
+REGISTER_KERNEL(group_norm_merge_f32)
+
+#define ENTRIES(T, suffix)                                                                                           \
+    KERNEL(group_norm_statistics_##suffix, kThreads, 1)(float2* partial, const T* a, const T* b, int channels_a,     \
+                                                        int channels_b, int pixels, int split_pixels, int tile,      \
+                                                        int vector) {                                                \
+        const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
+        if (vector) {                                                                                                \
+            group_norm_statistics<kVector>(partial, x, pixels, split_pixels, tile);                                  \
+        } else {                                                                                                     \
+            group_norm_statistics<1>(partial, x, pixels, split_pixels, tile);                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    REGISTER_KERNEL(group_norm_statistics_##suffix)                                                                  \
+    KERNEL(group_norm_apply_##suffix, kThreads, 1)(T* y, const T* a, const T* b, const float2* statistics,           \
+                                                   const T* gamma, const T* beta, int channels_a, int channels_b,    \
+                                                   int pixels, int groups, int silu, int tile, int vector) {         \
+        const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
+        if (vector) {                                                                                                \
+            group_norm_apply<kVector>(y, x, statistics, gamma, beta, pixels, groups, silu, tile);                    \
+        } else {                                                                                                     \
+            group_norm_apply<1>(y, x, statistics, gamma, beta, pixels, groups, silu, tile);                          \
+        }                                                                                                            \
+    }                                                                                                                \
+    REGISTER_KERNEL(group_norm_apply_##suffix)                                                                       \
+    KERNEL(group_norm_small_##suffix, kThreads, 1)(T* y, float2* statistics, const T* a, const T* b, const T* gamma, \
+                                                   const T* beta, int channels_a, int channels_b, int pixels,        \
+                                                   int groups, int window, float eps, int silu, int vector) {        \
+        const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
+        if (vector) {                                                                                                \
+            group_norm_small<kVector>(y, statistics, x, gamma, beta, pixels, groups, window, eps, silu);             \
+        } else {                                                                                                     \
+            group_norm_small<1>(y, statistics, x, gamma, beta, pixels, groups, window, eps, silu);                   \
+        }                                                                                                            \
+    }                                                                                                                \
+    REGISTER_KERNEL(group_norm_small_##suffix)                                                                       \
+    KERNEL(layer_norm_##suffix, kThreads, 1)(T* y, const T* x, const T* gamma, const T* beta, int64_t rows,          \
+                                             int channels, float eps, int vector) {                                  \
+        if (vector) {                                                                                                \
+            layer_norm<kVector>(y, x, gamma, beta, rows, channels, eps);                                             \
+        } else {                                                                                                     \
+            layer_norm<1>(y, x, gamma, beta, rows, channels, eps);                                                   \
+        }                                                                                                            \
+    }                                                                                                                \
+    REGISTER_KERNEL(layer_norm_##suffix)
+
+ENTRIES(float, f32)
+ENTRIES(f16, f16)
+ENTRIES(bf16, bf16)

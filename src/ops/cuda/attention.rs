@@ -1,0 +1,200 @@
+use super::entry;
+use crate::error::{Error, Result};
+use crate::ops::attention::{Attention, Dims};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::{DType, Tensor};
+
+/// The widest head that has a kernel.
+const MAX_HEAD_DIM: usize = 512;
+
+/// `AttentionSize` of attention.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Size {
+    queries: i32,
+    keys: i32,
+    head_dim: i32,
+    q_stride: i32,
+    kv_stride: i32,
+    scale: f32,
+    causal: i32,
+}
+
+/// One instantiation of a kernel of attention.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tile {
+    /// Part of the entry's name.
+    name: &'static str,
+    /// Heads up to this wide.
+    head_dim: usize,
+    /// Queries a block.
+    rows: usize,
+    threads: usize,
+    shared_bytes: usize,
+}
+
+impl Tile {
+    /// f16 and bf16, 4 warps: the queries and two stages of `keys` keys and values.
+    const fn narrow(name: &'static str, head_dim: usize, rows: usize, keys: usize) -> Tile {
+        Tile { name, head_dim, rows, threads: 128, shared_bytes: 2 * head_dim * (rows + 4 * keys) }
+    }
+
+    /// f32, chunks of `v_columns` columns of v or of 32 of q and k, and the weights.
+    const fn f32(name: &'static str, head_dim: usize, v_columns: usize) -> Tile {
+        let (qk, v) = (2 * 64 * 33, 64 * v_columns);
+        let shared_bytes = 4 * (if qk > v { qk } else { v } + 64 * 65);
+        Tile { name, head_dim, rows: 64, threads: 256, shared_bytes }
+    }
+}
+
+/// f16 and bf16, not causal, heads and addresses of whole 16 bytes. The widths are those of the models that matter: 32
+/// (pocket), 48 (SD 1.5's 40; a quarter less work than 64), 64 (SD 2.1, SDXL), 80 and 160 (SD 1.5's deeper levels), 128
+/// (SD 3's kin). 32 keys a tile at 160, so that two stages leave a second block its shared memory.
+const NARROW: [Tile; 6] = [
+    Tile::narrow("d32", 32, 64, 64),
+    Tile::narrow("d48", 48, 64, 64),
+    Tile::narrow("d64", 64, 64, 64),
+    Tile::narrow("d80", 80, 64, 64),
+    Tile::narrow("d128", 128, 64, 64),
+    Tile::narrow("d160", 160, 64, 32),
+];
+
+/// As [`NARROW`], 32 queries a warp instead of 16: half the shared memory traffic, which bounds the others, but half the
+/// blocks and more registers.
+const LONG: [Tile; 3] = [
+    Tile::narrow("d48_long", 48, 128, 64),
+    Tile::narrow("d64_long", 64, 128, 64),
+    Tile::narrow("d80_long", 80, 128, 64),
+];
+
+/// f16 and bf16 of any width and alignment, causal or not: CLIP, and models for tests. Both cost registers, so the others
+/// do without.
+const ANY: [Tile; 5] = [
+    Tile::narrow("d16_any", 16, 64, 64),
+    Tile::narrow("d32_any", 32, 64, 64),
+    Tile::narrow("d64_any", 64, 64, 64),
+    Tile::narrow("d160_any", 160, 64, 32),
+    WIDE,
+];
+
+/// Blocks that the long tiles need: about one for every multiprocessor of the largest cards. Counted in one image, whose
+/// bits must not depend on the batch.
+const LONG_BLOCKS: usize = 128;
+
+/// One tile of 32 keys and values at 64 columns a warp, the eight terms of 32 * 32 scores, the weights, a factor a row.
+const WIDE: Tile = Tile {
+    name: "d512",
+    head_dim: 512,
+    rows: 32,
+    threads: 256,
+    shared_bytes: 2 * 2 * 32 * 512 + 8 * 4 * 32 * 32 + 2 * 32 * 32 + 4 * 32,
+};
+
+const F32: [Tile; 5] = [
+    Tile::f32("d32", 32, 32),
+    Tile::f32("d64", 64, 64),
+    Tile::f32("d128", 128, 64),
+    Tile::f32("d192", 192, 64),
+    Tile::f32("d512", 512, 64),
+];
+
+impl Tile {
+    /// The tile for a head, or the one that `MEGAFUSE_ATTENTION_TILE` names (`d64_long`) where it will do: for research.
+    /// `plain`: not causal, and heads and addresses are whole 16 bytes.
+    fn choose(dims: &Dims, plain: bool, dtype: DType) -> Option<Tile> {
+        let fits = |tile: &&Tile| dims.head_dim <= tile.head_dim;
+        if dtype == DType::F32 {
+            return F32.iter().find(fits).copied();
+        }
+        let (narrow, long) = if plain { (NARROW.as_slice(), LONG.as_slice()) } else { Default::default() };
+        if let Ok(name) = std::env::var("MEGAFUSE_ATTENTION_TILE")
+            && let Some(tile) = [narrow, long, &ANY].concat().iter().filter(fits).find(|tile| tile.name == name)
+        {
+            return Some(*tile);
+        }
+        // The first of the narrowest.
+        let tile = narrow.iter().chain(&ANY).filter(fits).min_by_key(|tile| tile.head_dim)?;
+        let long = long.iter().find(|long| long.head_dim == tile.head_dim);
+        let long = long.filter(|long| dims.heads * dims.queries.div_ceil(long.rows) >= LONG_BLOCKS);
+        Some(*long.unwrap_or(tile))
+    }
+}
+
+pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims, y: &mut Tensor) -> Result<()> {
+    const OP: &str = "attention";
+    let &Dims { n, queries, keys, heads, head_dim } = dims;
+    let dtype = y.dtype();
+    let width = heads * head_dim;
+    let part = |tensor: &Tensor, part: usize| DevicePtr(tensor.cuda().0 + (part * width * dtype.size_bytes()) as u64);
+    let (q, k, v, q_parts, kv_parts) = match args {
+        Attention::Packed { qkv, .. } => (part(qkv, 0), part(qkv, 1), part(qkv, 2), 3, 3),
+        Attention::Cross { q, kv } => (part(q, 0), part(kv, 0), part(kv, 1), 1, 2),
+    };
+    let plain = !causal
+        && head_dim * dtype.size_bytes() % 16 == 0
+        && [y.cuda(), q, k, v].iter().all(|address| address.0 % 16 == 0);
+    let Some(tile) = Tile::choose(dims, plain, dtype) else {
+        return Err(Error::argument(OP, "head_dim", head_dim, format!("at most {MAX_HEAD_DIM}")));
+    };
+    // Rows of a tile are addressed from its first in 32 bits.
+    let limit = i32::MAX as usize;
+    for (what, got, limit) in
+        [("128 * L", 128 * queries.max(keys), limit), ("128 * 3 * heads * head_dim", 128 * 3 * width, limit)]
+    {
+        if got > limit {
+            return Err(Error::TooLarge { op: OP, what, got: got as u128, limit: limit as u128 });
+        }
+    }
+    let size = Size {
+        queries: queries as i32,
+        keys: keys as i32,
+        head_dim: head_dim as i32,
+        q_stride: (q_parts * width) as i32,
+        kv_stride: (kv_parts * width) as i32,
+        scale: (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32,
+        causal: i32::from(causal),
+    };
+    let launch = Launch::grid([queries.div_ceil(tile.rows), heads, n]).block(tile.threads).shared(tile.shared_bytes);
+    let entry = entry(&format!("attention_{}", tile.name), dtype);
+    // SAFETY: arguments as the entry has them; the op checked that the tensors have the shapes that `size` describes, the
+    // kernel guards what is outside them, and only y is written. What a kernel asks of addresses, `plain` has checked.
+    unsafe { device.launch("attention", &entry, launch, args![y.cuda(), q, k, v, size]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(queries: usize, heads: usize, head_dim: usize, plain: bool, dtype: DType) -> Option<&'static str> {
+        let dims = Dims { n: 1, queries, keys: queries, heads, head_dim };
+        Tile::choose(&dims, plain, dtype).map(|tile| tile.name)
+    }
+
+    #[test]
+    fn tiles_by_shape() {
+        assert_eq!(choose(4096, 8, 40, true, DType::BF16), Some("d48_long"));
+        assert_eq!(choose(1024, 8, 80, true, DType::BF16), Some("d80"));
+        assert_eq!(choose(256, 8, 160, true, DType::F16), Some("d160"));
+        assert_eq!(choose(1 << 20, 8, 24, true, DType::F16), Some("d32"));
+        assert_eq!(choose(1 << 20, 8, 8, true, DType::F16), Some("d16_any"));
+        assert_eq!(choose(4096, 1, 512, true, DType::F16), Some("d512"));
+        assert_eq!(choose(77, 12, 64, false, DType::F16), Some("d64_any"));
+        assert_eq!(choose(1 << 20, 12, 64, false, DType::F16), Some("d64_any"));
+        assert_eq!(choose(1, 1, 161, false, DType::F16), Some("d512"));
+        assert_eq!(choose(4096, 1, 161, false, DType::F32), Some("d192"));
+        for plain in [false, true] {
+            assert_eq!(choose(1, 1, 513, plain, DType::F32), None);
+            assert_eq!(choose(1, 1, 513, plain, DType::BF16), None);
+        }
+    }
+
+    /// Two blocks of the models' tiles on a multiprocessor of sm_80 (164 KiB), and every tile on those of sm_86, sm_89
+    /// and sm_120 (99 KiB).
+    #[test]
+    fn shared_memory_fits_every_card() {
+        for tile in NARROW.into_iter().chain(LONG).chain(ANY).chain(F32) {
+            assert!(tile.shared_bytes <= 99 * 1024, "{tile:?}");
+            assert!(tile == WIDE || 2 * (tile.shared_bytes + 1024) <= 164 * 1024, "{tile:?}");
+        }
+    }
+}

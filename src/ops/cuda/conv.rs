@@ -1,0 +1,291 @@
+//! Launches of kernels/conv2d.cu. How a convolution is split into launches follows from its shape, so that the meta
+//! device counts the same launches and the same scratch memory.
+
+use super::norm::{self, Statistics};
+use super::tiles::{self, Card, Product, Wide};
+use super::{aligned, entry};
+use crate::error::{Error, Result};
+use crate::ops::conv::{Conv2d, Geometry, OP};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::{DType, Device, Tensor};
+
+/// `kJoinThreads` of conv2d.cu.
+const JOIN_THREADS: usize = 256;
+
+/// Where the input is normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Norm {
+    /// Nowhere.
+    None,
+    /// By the convolution, with statistics that are gathered before.
+    OnLoad,
+    /// By the group norm's own kernels, into a scratch tensor.
+    Pass,
+}
+
+/// The launches that a convolution is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    norm: Norm,
+    /// Groups of the norm.
+    groups: usize,
+    /// Of the input, as stored.
+    dims: [usize; 4],
+    splits: usize,
+    /// Output pixels, over all images, and channels.
+    m: usize,
+    outputs: usize,
+}
+
+impl Plan {
+    pub fn new(args: &Conv2d, g: &Geometry) -> Plan {
+        let dims = [g.images, g.stored[0], g.stored[1], g.channels];
+        let pixels = g.output[0] * g.output[1];
+        let taps = g.kernel[0] * g.kernel[1];
+        let norm = match args.norm {
+            // Without values there is only padding.
+            Some(norm) if dims.iter().all(|&size| size > 0) => {
+                if tiles::norm_on_load(taps, norm.silu) {
+                    Norm::OnLoad
+                } else {
+                    Norm::Pass
+                }
+            }
+            _ => Norm::None,
+        };
+        let splits = tiles::splits(pixels, g.outputs, taps * g.channels);
+        let groups = args.norm.map_or(1, |norm| norm.groups);
+        Plan { norm, groups, dims, splits, m: g.images * pixels, outputs: g.outputs }
+    }
+
+    pub fn launches(&self) -> u64 {
+        if self.m * self.outputs == 0 {
+            return 0;
+        }
+        let norm = match self.norm {
+            Norm::None => 0,
+            Norm::OnLoad => Statistics::launches(self.dims, self.groups),
+            Norm::Pass => norm::group_norm_launches(self.dims, self.groups),
+        };
+        norm + 1 + u64::from(self.splits > 1)
+    }
+}
+
+/// Memory of one call beside its arguments and its result.
+pub struct Scratch {
+    statistics: Option<Statistics>,
+    /// The normalised input.
+    normalised: Option<Tensor>,
+    /// `[splits, M, O]`, f32
+    partial: Option<Tensor>,
+}
+
+impl Scratch {
+    /// # Errors
+    /// As [`Tensor::uninit`].
+    pub fn uninit(device: &Device, plan: &Plan, dtype: DType) -> Result<Scratch> {
+        let mut scratch = Scratch { statistics: None, normalised: None, partial: None };
+        if plan.m * plan.outputs == 0 {
+            return Ok(scratch);
+        }
+        let statistics_apart = match plan.norm {
+            Norm::None => false,
+            Norm::OnLoad => true,
+            Norm::Pass => norm::group_norm_launches(plan.dims, plan.groups) > 1,
+        };
+        if statistics_apart {
+            scratch.statistics = Some(Statistics::uninit(device, plan.dims, plan.groups)?);
+        }
+        if plan.norm == Norm::Pass {
+            scratch.normalised = Some(Tensor::uninit(device, &plan.dims, dtype)?);
+        }
+        if plan.splits > 1 {
+            let shape = [plan.splits, plan.m, plan.outputs];
+            scratch.partial = Some(Tensor::uninit(device, &shape, DType::F32)?);
+        }
+        Ok(scratch)
+    }
+}
+
+/// `ConvGeometry` of conv2d.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct KernelGeometry {
+    m: i32,
+    outputs: i32,
+    channels: [i32; 2],
+    stored: [i32; 2],
+    input: [i32; 2],
+    output_width: i32,
+    pixels: i32,
+    kernel: [i32; 2],
+    stride: i32,
+    dilation: i32,
+    top: i32,
+    left: i32,
+}
+
+impl KernelGeometry {
+    /// `channels`: of the two sources.
+    fn new(args: &Conv2d, g: &Geometry, channels: [usize; 2]) -> Result<KernelGeometry> {
+        let count = |what, value| tiles::count(OP, what, value);
+        let [top, bottom, left, right] = args.padding;
+        for (size, padding) in [(g.input[0], [top, bottom]), (g.input[1], [left, right])] {
+            // The kernel's mark for a row outside lies below every coordinate of the padded input.
+            const LIMIT: usize = 1 << 29;
+            let padded = size + padding[0] + padding[1];
+            if padded > LIMIT {
+                return Err(Error::TooLarge {
+                    op: OP,
+                    what: "padded input",
+                    got: padded as u128,
+                    limit: LIMIT as u128,
+                });
+            }
+        }
+        for (stored, input) in g.stored.into_iter().zip(g.input) {
+            let (got, limit) = (stored as u128 * input as u128, u128::from(u32::MAX));
+            if stored != input && got > limit {
+                return Err(Error::TooLarge { op: OP, what: "stored size * size of resize_to", got, limit });
+            }
+        }
+        count("kh * kw * C", g.kernel[0] * g.kernel[1] * g.channels)?;
+        let pixels = g.output[0] * g.output[1];
+        Ok(KernelGeometry {
+            m: count("N * H_out * W_out", g.images * pixels)?,
+            outputs: count("O", g.outputs)?,
+            channels: [count("C", channels[0])?, count("C", channels[1])?],
+            stored: [count("H", g.stored[0])?, count("W", g.stored[1])?],
+            input: [g.input[0] as i32, g.input[1] as i32],
+            output_width: count("W_out", g.output[1])?,
+            pixels: count("H_out * W_out", pixels)?,
+            kernel: [count("kh", g.kernel[0])?, count("kw", g.kernel[1])?],
+            stride: count("stride", args.stride)?,
+            dilation: count("dilation", args.dilation)?,
+            top: top as i32,
+            left: left as i32,
+        })
+    }
+}
+
+pub fn conv2d(
+    device: &CudaDevice,
+    args: &Conv2d,
+    g: &Geometry,
+    plan: &Plan,
+    mut scratch: Scratch,
+    y: &mut Tensor,
+) -> Result<()> {
+    if y.numel() == 0 {
+        return Ok(());
+    }
+    let (dtype, weight) = (y.dtype(), args.weight);
+    let mut on_load = None;
+    if let Some(conv_norm) = args.norm {
+        let args = conv_norm.of(args.x);
+        match plan.norm {
+            Norm::None => {}
+            Norm::OnLoad => {
+                if let Some(statistics) = &mut scratch.statistics {
+                    statistics.compute(device, &args, plan.dims)?;
+                    on_load = Some((&statistics.values, conv_norm));
+                }
+            }
+            Norm::Pass => {
+                if let Some(normalised) = &mut scratch.normalised {
+                    norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?;
+                }
+            }
+        }
+    }
+    let (a, b) = match &scratch.normalised {
+        Some(normalised) => (normalised, None),
+        None => (args.x.first(), args.x.second()),
+    };
+    let channels = [a.shape()[3], b.map_or(0, |b| b.shape()[3])];
+    let geometry = KernelGeometry::new(args, g, channels)?;
+    let k = g.kernel[0] * g.kernel[1] * g.channels;
+
+    let chunk = tiles::chunk(dtype);
+    let table = args.row.map(|row| row.table);
+    let wide = Wide {
+        x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
+        weight: k.is_multiple_of(chunk) && aligned(weight),
+        output: g.outputs.is_multiple_of(chunk)
+            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()]
+                .into_iter()
+                .flatten()
+                .all(aligned),
+    };
+    let tile = tiles::pick(&Product {
+        dtype,
+        size: [plan.m * plan.splits, g.outputs, k / plan.splits],
+        chunks: wide.x && wide.weight && on_load.is_none(),
+        card: Card::of(device),
+    });
+    let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
+        .block(tile.threads())
+        .shared(tile.shared_bytes());
+    let conv_entry = entry(&format!("conv2d_{}", tile.name), dtype);
+    let pointer = DevicePtr::or_null;
+    let partial = pointer(scratch.partial.as_ref());
+    let norm = on_load.map(|(_, norm)| norm);
+    let group_channels = norm.map_or(1, |norm| g.channels / norm.groups);
+    let step = pointer(args.row.map(|row| row.step.tensor()));
+    let step_stride = (g.images * g.outputs) as i64;
+    // SAFETY: arguments as the entry has them; the op checked that they fit together, `wide` says what is aligned; the
+    // partial sums have room for every split.
+    unsafe {
+        device.launch(
+            "conv2d",
+            &conv_entry,
+            launch,
+            args![
+                y.cuda(),
+                partial,
+                a.cuda(),
+                pointer(b),
+                pointer(on_load.map(|(statistics, _)| statistics)),
+                pointer(norm.map(|norm| norm.gamma)),
+                pointer(norm.map(|norm| norm.beta)),
+                group_channels as i32,
+                i32::from(norm.is_some_and(|norm| norm.silu)),
+                weight.cuda(),
+                pointer(args.bias),
+                pointer(table),
+                step,
+                step_stride,
+                pointer(args.residual),
+                args.scale,
+                geometry,
+                wide.bits()
+            ],
+        )?;
+    }
+    if plan.splits == 1 {
+        return Ok(());
+    }
+    let items = plan.m * g.outputs.div_ceil(chunk);
+    let launch = Launch::grid([items.div_ceil(JOIN_THREADS), 1, 1]).block(JOIN_THREADS);
+    // SAFETY: as above; the partial sums are those of the launch before.
+    unsafe {
+        device.launch(
+            "conv2d",
+            &entry("conv2d_join", dtype),
+            launch,
+            args![
+                y.cuda(),
+                partial,
+                pointer(args.bias),
+                pointer(table),
+                step,
+                step_stride,
+                pointer(args.residual),
+                args.scale,
+                geometry,
+                plan.splits as i32,
+                wide.bits()
+            ],
+        )
+    }
+}

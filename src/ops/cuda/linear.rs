@@ -1,0 +1,57 @@
+use super::tiles::{self, Card, Product, Wide};
+use super::{aligned, entry};
+use crate::error::Result;
+use crate::ops::{Activation, Linear};
+use crate::runtime::Tensor;
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+
+const OP: &str = "linear";
+
+/// `LinearActivation` of linear.cu.
+fn activation_number(activation: Activation) -> i32 {
+    match activation {
+        Activation::None => 0,
+        Activation::Silu => 1,
+        Activation::Gelu => 2,
+        Activation::QuickGelu => 3,
+        Activation::Geglu => 4,
+    }
+}
+
+/// `[m, n, k]`: rows and columns of y, terms of a sum.
+pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
+    let (x, weight, dtype) = (args.x, args.weight, args.x.dtype());
+    let columns = weight.shape()[0];
+    let (m_, columns_, k_) =
+        (tiles::count(OP, "rows of x", m)?, tiles::count(OP, "rows of weight", columns)?, tiles::count(OP, "K", k)?);
+    let chunk = tiles::chunk(dtype);
+    let wide = Wide {
+        x: k % chunk == 0 && aligned(x),
+        weight: k % chunk == 0 && aligned(weight),
+        output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
+    };
+    let chunks = wide.x && wide.weight;
+    let tile = tiles::pick(&Product { dtype, size: [m, columns, k], chunks, card: Card::of(device) });
+    let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
+    let entry = entry(&format!("linear_{}", tile.name), dtype);
+    // SAFETY: arguments as the entry has them; shapes were checked against [m, n, k], `wide` against the addresses.
+    unsafe {
+        device.launch(
+            "linear",
+            &entry,
+            launch,
+            args![
+                y.cuda(),
+                x.cuda(),
+                weight.cuda(),
+                DevicePtr::or_null(args.bias),
+                DevicePtr::or_null(args.residual),
+                m_,
+                columns_,
+                k_,
+                activation_number(args.activation),
+                wide.bits()
+            ],
+        )
+    }
+}

@@ -1,0 +1,270 @@
+//! Launches of kernels/norm.cu. How many there are follows from the shape, so that the meta device counts the same.
+
+use super::{aligned, entry, int};
+use crate::error::Result;
+use crate::ops::{GroupNorm, LayerNorm};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::{DType, Device, Tensor};
+
+/// Threads a block: `kThreads` of norm.cu, and `kMergeThreads`.
+const THREADS: usize = 256;
+const MERGE_THREADS: usize = 128;
+/// Elements a thread moves at once: `kVector`.
+const VECTOR: usize = 8;
+/// `kApplyPixels`
+const APPLY_PIXELS: usize = 8;
+/// Up to here one launch beats three: 32x32.
+const SMALL_PIXELS: usize = 1024;
+/// An image is split into at most so many parts, each of at least so many pixels.
+const SPLITS: usize = 512;
+const SPLIT_PIXELS: usize = 64;
+
+/// Does one launch do it all, statistics and result?
+fn small([_, h, w, c]: [usize; 4], groups: usize) -> bool {
+    h * w <= SMALL_PIXELS && c / groups <= THREADS
+}
+
+fn split_pixels(pixels: usize) -> usize {
+    pixels.div_ceil(SPLITS).max(SPLIT_PIXELS)
+}
+
+/// Launches of a group norm. `dims`: `[N, H, W, C]`.
+pub fn group_norm_launches(dims: [usize; 4], groups: usize) -> u64 {
+    if small(dims, groups) { 1 } else { Statistics::launches(dims, groups) + 1 }
+}
+
+/// Mean and 1 / sqrt(var + eps) of every group, for a kernel that normalises while it loads (kernels/common/norm.cuh).
+pub struct Statistics {
+    /// `[N, groups, 2]`, f32
+    pub values: Tensor,
+    /// `[N, splits, C, 2]`, f32
+    partial: Option<Tensor>,
+}
+
+impl Statistics {
+    /// Room for those of an input `[N, H, W, C]`, on any device.
+    ///
+    /// # Errors
+    /// As [`Tensor::uninit`].
+    pub fn uninit(device: &Device, dims: [usize; 4], groups: usize) -> Result<Statistics> {
+        let [n, h, w, c] = dims;
+        let values = Tensor::uninit(device, &[n, groups, 2], DType::F32)?;
+        let splits = (h * w).div_ceil(split_pixels(h * w));
+        let partial = match small(dims, groups) {
+            true => None,
+            false => Some(Tensor::uninit(device, &[n, splits, c, 2], DType::F32)?),
+        };
+        Ok(Statistics { values, partial })
+    }
+
+    /// Launches of [`compute`](Statistics::compute).
+    pub fn launches(dims: [usize; 4], groups: usize) -> u64 {
+        if small(dims, groups) { 1 } else { 2 }
+    }
+
+    /// # Errors
+    /// As [`CudaDevice::launch`].
+    pub fn compute(&mut self, device: &CudaDevice, args: &GroupNorm, dims: [usize; 4]) -> Result<()> {
+        let [n, h, w, c] = dims;
+        if n * h * w * c == 0 {
+            return Ok(());
+        }
+        let Some(partial) = &self.partial else {
+            return group_norm_small(device, args, dims, None, Some(&self.values));
+        };
+        let (a, b) = (args.x.first(), args.x.second());
+        let [channels_a, channels_b] = channels("group_norm", args)?;
+        let pixels = int("group_norm", "H*W", h * w)?;
+        let split = split_pixels(h * w);
+        let splits = (h * w).div_ceil(split);
+        let vector = vectors(args) && aligned(a) && b.is_none_or(aligned);
+        let (tiles, tile, rows) = tiling(c, vector);
+        let launch = Launch::grid([tiles, splits, n]).block(tile * rows);
+        let entry = entry("group_norm_statistics", a.dtype());
+        // SAFETY: arguments as the entry has them; the partial has a pair for every image, split and channel.
+        unsafe {
+            device.launch(
+                "norm",
+                &entry,
+                launch,
+                args![
+                    partial.cuda(),
+                    a.cuda(),
+                    DevicePtr::or_null(b),
+                    channels_a,
+                    channels_b,
+                    pixels,
+                    split as i32,
+                    tile as i32,
+                    i32::from(vector)
+                ],
+            )?
+        };
+
+        let launch = Launch::grid([args.groups, n, 1]).block(MERGE_THREADS);
+        // SAFETY: arguments as the entry has them; a pair for every image and group.
+        unsafe {
+            device.launch(
+                "norm",
+                "group_norm_merge_f32",
+                launch,
+                args![
+                    self.values.cuda(),
+                    partial.cuda(),
+                    channels_a + channels_b,
+                    pixels,
+                    split as i32,
+                    splits as i32,
+                    args.eps
+                ],
+            )
+        }
+    }
+}
+
+/// `y = group_norm(x)`. `statistics`: room for them, `None` where [`group_norm_launches`] is 1.
+pub fn group_norm(
+    device: &CudaDevice,
+    args: &GroupNorm,
+    dims: [usize; 4],
+    statistics: Option<Statistics>,
+    y: &mut Tensor,
+) -> Result<()> {
+    if y.numel() == 0 {
+        return Ok(());
+    }
+    let Some(mut statistics) = statistics else {
+        return group_norm_small(device, args, dims, Some(y), None);
+    };
+    statistics.compute(device, args, dims)?;
+    let [n, h, w, c] = dims;
+    let (a, b) = (args.x.first(), args.x.second());
+    let [channels_a, channels_b] = channels("group_norm", args)?;
+    let vector = vectors(args) && all_aligned(args, Some(y));
+    let (tiles, tile, rows) = tiling(c, vector);
+    let launch = Launch::grid([(h * w).div_ceil(rows * APPLY_PIXELS), tiles, n]).block(tile * rows);
+    let entry = entry("group_norm_apply", y.dtype());
+    // SAFETY: arguments as the entry has them; the op checked that they fit together.
+    unsafe {
+        device.launch(
+            "norm",
+            &entry,
+            launch,
+            args![
+                y.cuda(),
+                a.cuda(),
+                DevicePtr::or_null(b),
+                statistics.values.cuda(),
+                args.gamma.cuda(),
+                args.beta.cuda(),
+                channels_a,
+                channels_b,
+                int("group_norm", "H*W", h * w)?,
+                args.groups as i32,
+                i32::from(args.silu),
+                tile as i32,
+                i32::from(vector)
+            ],
+        )
+    }
+}
+
+/// Statistics or result or both, in one launch.
+fn group_norm_small(
+    device: &CudaDevice,
+    args: &GroupNorm,
+    [n, h, w, c]: [usize; 4],
+    y: Option<&Tensor>,
+    statistics: Option<&Tensor>,
+) -> Result<()> {
+    let (a, b) = (args.x.first(), args.x.second());
+    let [channels_a, channels_b] = channels("group_norm", args)?;
+    // As few groups a block as whole vectors take.
+    let group_channels = c / args.groups;
+    let window = VECTOR / gcd(VECTOR, group_channels);
+    let vector = vectors(args) && all_aligned(args, y) && args.groups.is_multiple_of(window);
+    let window = if vector { window } else { 1 };
+    let launch = Launch::grid([args.groups / window, n, 1]).block(THREADS);
+    let entry = entry("group_norm_small", a.dtype());
+    // SAFETY: arguments as the entry has them; the op checked that they fit together.
+    unsafe {
+        device.launch(
+            "norm",
+            &entry,
+            launch,
+            args![
+                DevicePtr::or_null(y),
+                DevicePtr::or_null(statistics),
+                a.cuda(),
+                DevicePtr::or_null(b),
+                args.gamma.cuda(),
+                args.beta.cuda(),
+                channels_a,
+                channels_b,
+                int("group_norm", "H*W", h * w)?,
+                args.groups as i32,
+                window as i32,
+                args.eps,
+                i32::from(args.silu),
+                i32::from(vector)
+            ],
+        )
+    }
+}
+
+pub fn layer_norm(device: &CudaDevice, args: &LayerNorm, c: usize, y: &mut Tensor) -> Result<()> {
+    if y.numel() == 0 {
+        return Ok(());
+    }
+    let LayerNorm { x, gamma, beta, eps } = *args;
+    let vector = c.is_multiple_of(VECTOR) && [x, gamma, beta, y].iter().all(|tensor| aligned(tensor));
+    let rows = y.numel() / c;
+    let launch = Launch::grid([rows.div_ceil(THREADS / 32), 1, 1]).block(THREADS);
+    let entry = entry("layer_norm", y.dtype());
+    // SAFETY: arguments as the entry has them; x and y have `rows` rows of C elements, gamma and beta have C.
+    unsafe {
+        device.launch(
+            "norm",
+            &entry,
+            launch,
+            args![
+                y.cuda(),
+                x.cuda(),
+                gamma.cuda(),
+                beta.cuda(),
+                rows as i64,
+                int("layer_norm", "C", c)?,
+                eps,
+                i32::from(vector)
+            ],
+        )
+    }
+}
+
+/// Of both sources; the sum fits too.
+fn channels(op: &'static str, args: &GroupNorm) -> Result<[i32; 2]> {
+    let [a, b] = [Some(args.x.first()), args.x.second()].map(|x| x.map_or(0, |x| x.shape()[3]));
+    int(op, "C", a + b)?;
+    Ok([a as i32, b as i32])
+}
+
+/// No vector of channels lies in both sources.
+fn vectors(args: &GroupNorm) -> bool {
+    [Some(args.x.first()), args.x.second()].into_iter().flatten().all(|x| x.shape()[3].is_multiple_of(VECTOR))
+}
+
+fn all_aligned(args: &GroupNorm, y: Option<&Tensor>) -> bool {
+    let tensors = [Some(args.x.first()), args.x.second(), Some(args.gamma), Some(args.beta), y];
+    tensors.into_iter().flatten().all(aligned)
+}
+
+/// Tiles side by side, columns of a tile, rows of threads: at most a warp of columns, tiles as even as can be.
+fn tiling(channels: usize, vector: bool) -> (usize, usize, usize) {
+    let columns = channels / if vector { VECTOR } else { 1 };
+    let tile = columns.div_ceil(columns.div_ceil(32));
+    (columns.div_ceil(tile), tile, THREADS / tile)
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}

@@ -1,0 +1,243 @@
+//! What build.rs does before anything is compiled: reading lists, versions and what compilers print; deciding what is
+//! out of date.
+
+#[allow(dead_code)]
+#[path = "../build/archs.rs"]
+mod archs;
+#[path = "../build/depfile.rs"]
+mod depfile;
+#[allow(dead_code)]
+#[path = "../build/jobs.rs"]
+mod jobs;
+#[path = "../build/resources.rs"]
+mod resources;
+#[allow(dead_code)]
+#[path = "../build/toolchain.rs"]
+mod toolchain;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jobs::Job;
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn watched(name: &str) -> Option<String> {
+    variable(name)
+}
+
+#[test]
+fn archs_are_read_and_written() {
+    for (text, want) in [
+        ("80,90a", "80,90a,ptx80"),
+        (" 80 , 90a,ptx90", "80,90a,ptx90"),
+        ("ptx86", "ptx86"),
+        ("80,86,89,90a,100a,120a", "80,86,89,90a,100a,120a,ptx80"),
+    ] {
+        let archs = archs::parse(text).unwrap();
+        assert_eq!(archs.to_string(), want);
+        assert_eq!(archs::parse(want).unwrap(), archs);
+    }
+    let both = archs::parse("80,90a,ptx80,ptx86").unwrap();
+    assert_eq!(both.all(), ["80", "90a", "86"], "80 needs one compilation for both");
+}
+
+#[test]
+fn bad_archs_are_named() {
+    for (text, reason) in [
+        ("", "\"\" is not a compute capability"),
+        ("80,", "\"\" is not"),
+        ("sm_80", "\"sm_80\" is not"),
+        ("90aa", "\"90aa\" is not"),
+        ("9a0", "\"9a0\" is not"),
+        ("a", "\"a\" is not"),
+        ("ptx", "\"ptx\" is not"),
+        ("80;90", "\"80;90\" is not"),
+        ("-90", "\"-90\" is not"),
+        ("99999999999", "\"99999999999\" is not"),
+        ("75", "\"75\" is older than 80"),
+        ("80,ptx70", "\"ptx70\" is older than 80"),
+        ("80,90a,80", "\"80\" is named twice"),
+    ] {
+        let error = archs::parse(text).unwrap_err();
+        assert!(error.contains(reason) && error.contains("MEGAFUSE_CUDA_ARCHS"), "{text:?}: {error}");
+    }
+}
+
+#[test]
+fn depfiles_as_compilers_write_them() {
+    let gcc = "out/x.o: kernels/x.cu \\\n kernels/common/device.cuh /usr/include/stdint.h\n";
+    assert_eq!(depfile::parse(gcc).unwrap(), ["kernels/x.cu", "kernels/common/device.cuh", "/usr/include/stdint.h"]);
+    let nvcc = "\nout/x.fatbin : kernels/x.cu \\\r\n    a\\ b.h c\\#.h d$$.h\n\nsecond: rule\n";
+    assert_eq!(depfile::parse(nvcc).unwrap(), ["kernels/x.cu", "a b.h", "c#.h", "d$.h"]);
+    let windows = "C:\\out\\x.o: C:\\in\\x.cu\n";
+    assert_eq!(depfile::parse(windows).unwrap(), ["C:\\in\\x.cu"]);
+    assert_eq!(depfile::parse("x.o: \n").unwrap(), Vec::<String>::new());
+    for bad in ["", "\n\n", "no target"] {
+        depfile::parse(bad).unwrap_err();
+    }
+}
+
+const PTXAS: &str = "\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'linear_bf16' for 'sm_90a'
+ptxas info    : Function properties for helper
+    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for linear_bf16
+    16 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 127 registers, used 1 barriers, 16 bytes cumulative stack size, 1152 bytes smem, 384 bytes cmem[0]
+ptxas info    : Compile time = 15.563 ms
+ptxas info    : Compiling entry function 'add_f32' for 'sm_80'
+ptxas info    : Function properties for add_f32
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers
+";
+
+#[test]
+fn resources_of_every_kernel() {
+    let found = resources::parse(PTXAS).unwrap();
+    assert_eq!(resources::table(found), "80\tadd_f32\t12\t0\t0\t0\t0\n90a\tlinear_bf16\t127\t1152\t4\t12\t16\n");
+    assert_eq!(resources::parse("ptxas info    : 0 bytes gmem\n").unwrap(), []);
+}
+
+#[test]
+fn resources_that_cannot_be_read() {
+    for (from, to) in [
+        ("Used 127 registers", "Used many registers"),
+        ("    16 bytes stack frame", "    no bytes stack frame"),
+        (", 12 bytes spill loads", ""),
+        ("' for 'sm_90a'", ""),
+        ("ptxas info    : Used 127", "nothing used 127"),
+        ("ptxas info    : Used 12 registers\n", ""),
+        ("ptxas info    : Compiling entry function 'add_f32' for 'sm_80'\n", ""),
+    ] {
+        let text = PTXAS.replace(from, to);
+        assert_ne!(text, PTXAS, "{from}");
+        let error = resources::parse(&text).unwrap_err();
+        assert!(error.starts_with("ptxas -v"), "{from}: {error}");
+    }
+}
+
+#[test]
+fn nvcc_versions() {
+    let text = "Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler.36424714_0\n";
+    assert_eq!(toolchain::parse_nvcc_version(text), Some(([13, 0], "13.0.88".into())));
+    for bad in ["", "release", "release 13", "release 13.0, V", "release 13.0, V13", "release 13.0, Vx.y"] {
+        assert_eq!(toolchain::parse_nvcc_version(bad), None, "{bad}");
+    }
+}
+
+/// A folder with a source, a header and the compilation of them.
+struct Scratch {
+    folder: tempfile::TempDir,
+    job: Job,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        let compiler = toolchain::host_compiler().expect("the tests need a C++ compiler, as tools/test says");
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("a b.cpp"), "#include \"value.h\"\nint value() { return VALUE; }\n").unwrap();
+        fs::write(at("value.h"), "#define VALUE 1\n").unwrap();
+        let job = Job {
+            identity: compiler.version,
+            program: compiler.program,
+            arguments: ["-c", "-x", "c++"].map(Into::into).to_vec(),
+            source: at("a b.cpp"),
+            output: at("out/value.o"),
+            second: None,
+        };
+        let scratch = Scratch { folder, job };
+        scratch.age();
+        scratch
+    }
+
+    /// As if the files had been saved a while ago: those saved during a compilation are compiled again.
+    fn age(&self) {
+        for name in ["a b.cpp", "value.h"] {
+            let past = std::time::SystemTime::now() - std::time::Duration::from_secs(10);
+            fs::File::options().append(true).open(self.at(name)).unwrap().set_modified(past).unwrap();
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Whether it compiled, or the compiler's text.
+    fn run(&self) -> Result<bool, String> {
+        let time = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
+        let before = time(&self.job.output);
+        let log = jobs::run([&self.job].into_iter()).unwrap().remove(0);
+        log.map(|_| time(&self.job.output) != before)
+    }
+}
+
+#[test]
+fn only_what_changed_is_compiled() {
+    let mut scratch = Scratch::new();
+    assert!(scratch.run().unwrap(), "the first time");
+    assert!(!scratch.run().unwrap(), "nothing changed");
+
+    fs::write(scratch.at("value.h"), "#define VALUE 2\n").unwrap();
+    scratch.age();
+    assert!(scratch.run().unwrap(), "a header changed");
+    assert!(!scratch.run().unwrap(), "nothing changed");
+
+    scratch.age();
+    assert!(!scratch.run().unwrap(), "only the time changed");
+
+    scratch.job.arguments.push("-O1".into());
+    assert!(scratch.run().unwrap(), "an option changed");
+    scratch.job.identity.push('!');
+    assert!(scratch.run().unwrap(), "another compiler");
+
+    fs::remove_file(&scratch.job.output).unwrap();
+    assert!(scratch.run().unwrap(), "the output is gone");
+}
+
+#[test]
+fn the_second_step_is_part_of_the_compilation() {
+    let mut scratch = Scratch::new();
+    assert!(scratch.run().unwrap());
+    scratch.job.arguments[0] = "-S".into();
+    scratch.job.output = scratch.at("out/value.s");
+    let arguments = ["-c", "-x", "assembler"].map(Into::into).to_vec();
+    let output = scratch.at("out/second.o");
+    scratch.job.second = Some(jobs::Step { arguments, output: output.clone() });
+    assert!(scratch.run().unwrap());
+    assert!(output.is_file());
+    assert!(!scratch.run().unwrap(), "nothing changed");
+    fs::remove_file(&output).unwrap();
+    assert!(scratch.run().unwrap(), "the second output is gone");
+    scratch.job.second.as_mut().unwrap().arguments.push("-no-such-option".into());
+    scratch.run().unwrap_err();
+}
+
+#[test]
+fn a_failed_compilation_is_tried_again() {
+    let scratch = Scratch::new();
+    assert!(scratch.run().unwrap());
+    fs::write(scratch.at("value.h"), "#define VALUE wrong\n").unwrap();
+    scratch.age();
+    for _ in 0..2 {
+        let text = scratch.run().unwrap_err();
+        assert!(text.contains("value.h:1"), "{text}");
+    }
+    fs::write(scratch.at("value.h"), "#define VALUE 1\n").unwrap();
+    scratch.age();
+    assert!(scratch.run().unwrap(), "mended, though the old output was of the same text");
+    fs::remove_file(scratch.at("value.h")).unwrap();
+    scratch.run().unwrap_err();
+}
+
+#[test]
+fn a_missing_compiler_is_named() {
+    let mut scratch = Scratch::new();
+    scratch.job.program = "/nowhere/c++".into();
+    let text = scratch.run().unwrap_err();
+    assert!(text.contains("cannot run /nowhere/c++"), "{text}");
+}
