@@ -7,6 +7,7 @@
 //! records for the same call. Inputs are random; outputs are allocated by each call, as in a model; the time is the
 //! median. Nothing is flushed between calls: an input that fits the last-level cache may be read from it.
 
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -406,7 +407,7 @@ fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim
 fn resize(shape: [usize; 4], size: [usize; 2], upsampler: Upsampler) -> Case {
     let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
         let x = tensor(device, dtype, &shape)?;
-        Ok(Box::new(move || ops::resize(&x, size, upsampler, Some((-1.0, 1.0)))))
+        Ok(Box::new(move || ops::resize(&x, size, upsampler, Some((-1.0, 1.0)), None)))
     };
     Case { name: format!("resize {upsampler:?} {shape:?} -> {size:?}"), prepare: Box::new(prepare) }
 }

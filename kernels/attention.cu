@@ -29,14 +29,15 @@ struct Head {
 };
 
 // Head blockIdx.y of image blockIdx.z, its columns from `first_column` on.
-template <class T>
+// kAny: of any width and alignment; else both are whole chunks.
+template <bool kAny, class T>
 DEVICE Head<T> this_head(T* y, const T* q, const T* k, const T* v, const AttentionSize& size, int first_column) {
     const int y_stride = gridDim.y * size.head_dim, column = blockIdx.y * size.head_dim + first_column;
     const int width = size.head_dim - first_column;
     const int64_t query = int64_t(blockIdx.z) * size.queries, key = int64_t(blockIdx.z) * size.keys;
     const uint64_t addresses = uint64_t(y) | uint64_t(q) | uint64_t(k) | uint64_t(v);
     // Whole chunks in a head make whole chunks of the strides.
-    const bool aligned = addresses % 16 == 0 && size.head_dim % kChunk == 0;
+    const bool aligned = !kAny || (addresses % 16 == 0 && size.head_dim % kChunk == 0);
     return {
         {q + query * size.q_stride + column, size.q_stride, size.queries, width, aligned},
         {k + key * size.kv_stride + column, size.kv_stride, size.keys, width, aligned},
@@ -102,16 +103,17 @@ DEVICE void add_diagonal(float (&sums)[kHeadDim / 8][4], const float (&p0)[4], c
     }
 }
 
-template <class T, int kHeadDim, int kTiles, int kKeys>
+template <class T, int kHeadDim, int kTiles, int kKeys, bool kAny>
 DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionSize& size) {
     constexpr int kThreads = kWarps * 32, kRows = kWarps * kTiles * 16, kChunks = kHeadDim / kChunk;
-    constexpr bool kCausal = kTiles == 1;
+    // Chunks of 16 columns of q that stay in registers: all, or one at a time where there are none to spare.
+    constexpr int kKept = kTiles == 1 ? kHeadDim / 16 : 1;
     using Shared = AttentionShared<T, kHeadDim, kTiles, kKeys>;
     SHARED_DYNAMIC(Shared, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const Head<T> head = this_head(y, q, k, v, size, 0);
+    const Head<T> head = this_head<kAny>(y, q, k, v, size, 0);
     const int first_query = blockIdx.x * kRows, warp_row = warp * kTiles * 16;
-    const bool causal = kCausal && size.causal;
+    const bool causal = kAny && size.causal;
     const int keys = causal ? min(size.keys, first_query + kRows) : size.keys;
     const int tiles = (keys + kKeys - 1) / kKeys;
 
@@ -121,13 +123,15 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    uint32_t queries[kTiles][kHeadDim / 16][4];
-    UNROLL
-    for (int m = 0; m < kTiles; m++) {
+    uint32_t queries[kTiles][kKept][4];
+    const auto load_queries = [&](uint32_t(&to)[4], int m, int d) {
+        ldmatrix_x4(to, chunk_at<kChunks>(shared.q, warp_row + m * 16 + lane % 16, d * 2 + lane / 16));
+    };
+    if (kKept > 1) {
         UNROLL
-        for (int d = 0; d < kHeadDim / 16; d++) {
-            const int row = warp_row + m * 16 + lane % 16;
-            ldmatrix_x4(queries[m][d], chunk_at<kChunks>(shared.q, row, d * 2 + lane / 16));
+        for (int m = 0; m < kTiles; m++) {
+            UNROLL
+            for (int d = 0; d < kKept; d++) load_queries(queries[m][d], m, d);
         }
     }
 
@@ -138,15 +142,13 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
 
     for (int tile = 0;; tile++) {
         const int stage = tile % 2, first_key = tile * kKeys;
-        if (tile + 1 < tiles) {
-            load_rows<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], head.k, first_key + kKeys, thread);
-            load_rows<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], head.v, first_key + kKeys, thread);
-            cp_async_commit();
-        }
-
         float scores[kTiles][kKeys / 8][4] = {};
         UNROLL
         for (int d = 0; d < kHeadDim / 16; d++) {
+            if (kKept == 1) {
+                UNROLL
+                for (int m = 0; m < kTiles; m++) load_queries(queries[m][0], m, d);
+            }
             UNROLL
             for (int j = 0; j < kKeys / 16; j++) {
                 uint32_t keys_[4];
@@ -154,12 +156,18 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
                 ldmatrix_x4(keys_, chunk_at<kChunks>(shared.k[stage], row, d * 2 + lane / 8 % 2));
                 UNROLL
                 for (int m = 0; m < kTiles; m++) {
-                    mma_m16n8k16<T>(scores[m][j * 2], queries[m][d], keys_[0], keys_[1]);
-                    mma_m16n8k16<T>(scores[m][j * 2 + 1], queries[m][d], keys_[2], keys_[3]);
+                    mma_m16n8k16<T>(scores[m][j * 2], queries[m][d % kKept], keys_[0], keys_[1]);
+                    mma_m16n8k16<T>(scores[m][j * 2 + 1], queries[m][d % kKept], keys_[2], keys_[3]);
                 }
             }
         }
 
+        // Not before the product, whose fragments need the registers.
+        if (tile + 1 < tiles) {
+            load_rows<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], head.k, first_key + kKeys, thread);
+            load_rows<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], head.v, first_key + kKeys, thread);
+            cp_async_commit();
+        }
         const int first_row = first_query + warp_row;
         if (first_key + kKeys > size.keys || (causal && first_key + kKeys > first_row)) {
             UNROLL
@@ -291,7 +299,7 @@ template <class T>
 DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const AttentionSize& size) {
     SHARED_DYNAMIC(WideShared<T>, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const Head<T> head = this_head(y, q, k, v, size, warp * kSlice);
+    const Head<T> head = this_head<true>(y, q, k, v, size, warp * kSlice);
     const int first_query = blockIdx.x * kWideRows;
     const int keys = size.causal ? min(size.keys, first_query + kWideRows) : size.keys;
     T *const my_k = shared.k[warp], *const my_v = shared.v[warp];
@@ -488,7 +496,7 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
     constexpr int kVColumns = kColumns < 64 ? kColumns : 64;
     SHARED_DYNAMIC(F32Shared<kVColumns>, shared);
     const int thread = threadIdx.x, column = thread % 16, first_row = thread / 16 * 4;
-    const Head<float> head = this_head(y, q, k, v, size, 0);
+    const Head<float> head = this_head<true>(y, q, k, v, size, 0);
     const int first_query = blockIdx.x * kF32Rows, head_dim = size.head_dim;
     const int keys = size.causal ? min(size.keys, first_query + kF32Rows) : size.keys;
     float sums[4][kColumns / 16] = {}, total[4] = {}, largest[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
@@ -501,9 +509,9 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
             for (int i = thread; i < kF32Rows * kDepth; i += kF32Threads) {
                 const int row = i / kDepth, c = i % kDepth;
                 const bool inside = GUARD(c < depth);
-                const float* from = head.q.data + (first_query + row) * head.q.stride + d + c;
+                const float* from = head.q.data + int64_t(first_query + row) * head.q.stride + d + c;
                 shared.q[row][c] = inside && GUARD(first_query + row < size.queries) ? *from : 0.f;
-                from = head.k.data + (first_key + row) * head.k.stride + d + c;
+                from = head.k.data + int64_t(first_key + row) * head.k.stride + d + c;
                 shared.k[row][c] = inside && GUARD(first_key + row < size.keys) ? *from : 0.f;
             }
             __syncthreads();
@@ -551,7 +559,7 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
             for (int i = thread; i < kF32Keys * kVColumns; i += kF32Threads) {
                 const int row = i / kVColumns, c = i % kVColumns;
                 const bool inside = GUARD(first_key + row < size.keys) && GUARD(d + c < head_dim);
-                const float* from = head.v.data + (first_key + row) * head.v.stride + d + c;
+                const float* from = head.v.data + int64_t(first_key + row) * head.v.stride + d + c;
                 shared.v[row][c] = inside ? *from : 0.f;
             }
             __syncthreads();
@@ -579,29 +587,32 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
         for (int j = 0; j < kColumns / 16; j++) {
             const int c = column + j * 16;
             if (GUARD(row < size.queries) && GUARD(c < head_dim)) {
-                head.y.data[row * head.y.stride + c] = sums[r][j] / sum;
+                head.y.data[int64_t(row) * head.y.stride + c] = sums[r][j] / sum;
             }
         }
     }
 }
 
-#define TIER(T, suffix, head_dim, tiles, keys, blocks)                                                               \
+#define TIER(T, suffix, head_dim, tiles, keys, any, blocks)                                                          \
     KERNEL(attention_##suffix, kWarps * 32, blocks)(T * y, const T* q, const T* k, const T* v, AttentionSize size) { \
-        attention<T, head_dim, tiles, keys>(y, q, k, v, size);                                                       \
+        attention<T, head_dim, tiles, keys, any>(y, q, k, v, size);                                                  \
     }                                                                                                                \
     REGISTER_KERNEL(attention_##suffix)
 
 #define TIERS(T, suffix)                                                                                           \
-    TIER(T, d16_##suffix, 16, 1, 64, 2)                                                                            \
-    TIER(T, d32_##suffix, 32, 1, 64, 2)                                                                            \
-    TIER(T, d48_##suffix, 48, 1, 64, 2)                                                                            \
-    TIER(T, d64_##suffix, 64, 1, 64, 2)                                                                            \
-    TIER(T, d80_##suffix, 80, 1, 64, 2)                                                                            \
-    TIER(T, d128_##suffix, 128, 1, 64, 2)                                                                          \
-    TIER(T, d160_##suffix, 160, 1, 32, 2)                                                                          \
-    TIER(T, d48_long_##suffix, 48, 2, 64, 2)                                                                       \
-    TIER(T, d64_long_##suffix, 64, 2, 64, 2)                                                                       \
-    TIER(T, d80_long_##suffix, 80, 2, 64, 2)                                                                       \
+    TIER(T, d16_any_##suffix, 16, 1, 64, true, 4)                                                                  \
+    TIER(T, d32_any_##suffix, 32, 1, 64, true, 3)                                                                  \
+    TIER(T, d64_any_##suffix, 64, 1, 64, true, 2)                                                                  \
+    TIER(T, d160_any_##suffix, 160, 1, 32, true, 2)                                                                \
+    TIER(T, d32_##suffix, 32, 1, 64, false, 4)                                                                     \
+    TIER(T, d48_##suffix, 48, 1, 64, false, 3)                                                                     \
+    TIER(T, d64_##suffix, 64, 1, 64, false, 3)                                                                     \
+    TIER(T, d80_##suffix, 80, 1, 64, false, 2)                                                                     \
+    TIER(T, d128_##suffix, 128, 1, 64, false, 2)                                                                   \
+    TIER(T, d160_##suffix, 160, 1, 32, false, 2)                                                                   \
+    TIER(T, d48_long_##suffix, 48, 2, 64, false, 2)                                                                \
+    TIER(T, d64_long_##suffix, 64, 2, 64, false, 2)                                                                \
+    TIER(T, d80_long_##suffix, 80, 2, 64, false, 2)                                                                \
     KERNEL(attention_d512_##suffix, kWideThreads, 1)                                                               \
     (T * y, const T* q, const T* k, const T* v, AttentionSize size) { attention_wide<T>(y, q, k, v, size); }       \
     REGISTER_KERNEL(attention_d512_##suffix)

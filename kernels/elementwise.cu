@@ -1,19 +1,131 @@
-// elementwise.cu: the few pointwise ops that no other kernel absorbs.
-#include "common/device.cuh"
+// elementwise.cu: the few pointwise ops that no other kernel absorbs.   T, U = f32 | f16 | bf16
+//
+// Memory bound: every operand once. Launch of all: grid ceil(count / (kThreads kVector)), block kThreads; a thread takes
+// kVector elements, 16 bytes at a time where the addresses allow it. Any alignment.
+#include "common/math.cuh"
+#include "common/reduce.cuh"
+#include "common/vector.cuh"
 
 constexpr int kThreads = 256;
 
-// add: y = a + b in f32, rounded once.   y, a, b [count]   T = f32 | f16 | bf16
-// Memory bound: 3 * count * sizeof(T) bytes. Launch: grid ceil(count / kThreads), block kThreads. Any alignment.
-template <class T>
-DEVICE void add(T* y, const T* a, const T* b, int64_t count) {
-    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (GUARD(i < count)) y[i] = from_f32<T>(to_f32(a[i]) + to_f32(b[i]));
+// y[i] = f(x[i]) in f32.
+template <class T, class F>
+DEVICE void map(T* y, const T* x, int64_t count, F f) {
+    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+    if (aligned16(x) && aligned16(y) && first + kVector <= count) {
+        float values[kVector];
+        load<kVector>(values, x + first);
+        UNROLL
+        for (int j = 0; j < kVector; j++) values[j] = f(values[j]);
+        store<kVector>(y + first, values);
+        return;
+    }
+    for (int64_t i = first; i < first + kVector; i++) {
+        if (GUARD(i < count)) y[i] = from_f32<T>(f(to_f32(x[i])));
+    }
 }
 
-#define ENTRIES(T, suffix)                                                                                  \
-    KERNEL(add_##suffix, kThreads, 1)(T* y, const T* a, const T* b, int64_t count) { add<T>(y, a, b, count); } \
-    REGISTER_KERNEL(add_##suffix)
+// activation: y = f(x), kind 0: x, 1: SiLU, 2: GELU (by erf), 3: quick GELU.   y, x [count]
+template <class T>
+DEVICE void activation(T* y, const T* x, int kind, int64_t count) {
+    map(y, x, count, [kind](float v) {
+        switch (kind) {
+            case 1: return silu(v);
+            case 2: return gelu(v);
+            case 3: return quick_gelu(v);
+            default: return v;
+        }
+    });
+}
+
+// add: y = a + b in f32, rounded once.   y, a, b [count]
+template <class T>
+DEVICE void add(T* y, const T* a, const T* b, int64_t count) {
+    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+    if (aligned16(a) && aligned16(b) && aligned16(y) && first + kVector <= count) {
+        float sums[kVector], values[kVector];
+        load<kVector>(sums, a + first);
+        load<kVector>(values, b + first);
+        UNROLL
+        for (int j = 0; j < kVector; j++) sums[j] += values[j];
+        store<kVector>(y + first, sums);
+        return;
+    }
+    for (int64_t i = first; i < first + kVector; i++) {
+        if (GUARD(i < count)) y[i] = from_f32<T>(to_f32(a[i]) + to_f32(b[i]));
+    }
+}
+
+// scale_cast: y[r] = scale x + shift in U, r < repeats.   y [repeats, count], x [count]
+template <class U, class T>
+DEVICE void scale_cast(U* y, const T* x, float scale, float shift, int64_t count, int repeats) {
+    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+    // With several copies, each must begin at an aligned address.
+    const bool vectors = aligned16(x) && aligned16(y) && (repeats == 1 || count % kVector == 0);
+    if (vectors && first + kVector <= count) {
+        float values[kVector];
+        load<kVector>(values, x + first);
+        UNROLL
+        for (int j = 0; j < kVector; j++) values[j] = fmaf(scale, values[j], shift);
+        for (int r = 0; r < repeats; r++) store<kVector>(y + r * count + first, values);
+        return;
+    }
+    for (int64_t i = first; i < first + kVector; i++) {
+        if (!GUARD(i < count)) break;
+        const U value = from_f32<U>(fmaf(scale, to_f32(x[i]), shift));
+        for (int r = 0; r < repeats; r++) y[r * count + i] = value;
+    }
+}
+
+// count_non_finite: counter [1] += the number of NaN and infinities in x [count].
+template <class T>
+DEVICE void count_non_finite(int* counter, const T* x, int64_t count) {
+    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+    int found = 0;
+    if (aligned16(x) && first + kVector <= count) {
+        float values[kVector];
+        load<kVector>(values, x + first);
+        UNROLL
+        for (int j = 0; j < kVector; j++) found += !is_finite(values[j]);
+    } else {
+        for (int64_t i = first; i < first + kVector; i++) {
+            if (GUARD(i < count)) found += !is_finite(to_f32(x[i]));
+        }
+    }
+    found = warp_sum(found);
+    if (threadIdx.x % 32 == 0 && found > 0) atomicAdd(counter, found);
+}
+
+#define ENTRIES(T, suffix)                                                                                            \
+    KERNEL(activation_##suffix, kThreads, 1)(T* y, const T* x, int kind, int64_t count) {                             \
+        activation(y, x, kind, count);                                                                                \
+    }                                                                                                                 \
+    REGISTER_KERNEL(activation_##suffix)                                                                              \
+    KERNEL(add_##suffix, kThreads, 1)(T* y, const T* a, const T* b, int64_t count) { add(y, a, b, count); }           \
+    REGISTER_KERNEL(add_##suffix)                                                                                     \
+    KERNEL(clamp_##suffix, kThreads, 1)(T* y, const T* x, float low, float high, int64_t count) {                     \
+        map(y, x, count, [=](float v) { return clamp(v, low, high); });                                               \
+    }                                                                                                                 \
+    REGISTER_KERNEL(clamp_##suffix)                                                                                   \
+    KERNEL(scale_cast_##suffix##_f32, kThreads, 1)(float* y, const T* x, float scale, float shift, int64_t count,     \
+                                                   int repeats) {                                                     \
+        scale_cast(y, x, scale, shift, count, repeats);                                                               \
+    }                                                                                                                 \
+    REGISTER_KERNEL(scale_cast_##suffix##_f32)                                                                        \
+    KERNEL(scale_cast_##suffix##_f16, kThreads, 1)(f16* y, const T* x, float scale, float shift, int64_t count,       \
+                                                   int repeats) {                                                     \
+        scale_cast(y, x, scale, shift, count, repeats);                                                               \
+    }                                                                                                                 \
+    REGISTER_KERNEL(scale_cast_##suffix##_f16)                                                                        \
+    KERNEL(scale_cast_##suffix##_bf16, kThreads, 1)(bf16* y, const T* x, float scale, float shift, int64_t count,     \
+                                                    int repeats) {                                                    \
+        scale_cast(y, x, scale, shift, count, repeats);                                                               \
+    }                                                                                                                 \
+    REGISTER_KERNEL(scale_cast_##suffix##_bf16)                                                                       \
+    KERNEL(count_non_finite_##suffix, kThreads, 1)(int* counter, const T* x, int64_t count) {                         \
+        count_non_finite(counter, x, count);                                                                          \
+    }                                                                                                                 \
+    REGISTER_KERNEL(count_non_finite_##suffix)
 
 ENTRIES(float, f32)
 ENTRIES(f16, f16)

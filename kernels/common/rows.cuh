@@ -27,8 +27,7 @@ DEVICE T* chunk_at(T* tile, int row, int chunk) {
 template <class T>
 struct Rows {
     T* data;
-    int64_t stride;
-    int count, width;
+    int stride, count, width;
     bool aligned;
 };
 
@@ -36,7 +35,7 @@ struct Rows {
 // threads, of which this is number `thread`. The caller commits, waits and synchronises.
 template <int kRows, int kChunks, int kThreads, class T>
 DEVICE void load_rows(T* tile, const Rows<const T>& rows, int first, int thread) {
-    const T* data = rows.data + first * rows.stride;
+    const T* data = rows.data + int64_t(first) * rows.stride;
     const int left = rows.count - first;
     if (rows.aligned) {
         static_assert(kRows * kChunks % kThreads == 0);
@@ -59,7 +58,7 @@ DEVICE void load_rows(T* tile, const Rows<const T>& rows, int first, int thread)
 // Stores a tile to rows first .. first + kRows, as far as they are inside.
 template <int kRows, int kChunks, int kThreads, class T>
 DEVICE void store_rows(const Rows<T>& rows, int first, T* tile, int thread) {
-    T* data = rows.data + first * rows.stride;
+    T* data = rows.data + int64_t(first) * rows.stride;
     const int left = rows.count - first;
     if (rows.aligned) {
         UNROLL

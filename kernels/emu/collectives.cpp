@@ -4,6 +4,8 @@
 // the operation out and makes the others ready, and each takes its result when it runs again.
 #include "machine.h"
 
+#define EMU_INLINE inline __attribute__((always_inline))
+
 namespace emu {
 
 void reset_collectives(Machine& m) {
@@ -77,14 +79,8 @@ void barrier(int id, int count, bool wait, Loc loc) {
 // ---- warp operations ----
 
 static const char* name_of(Collective kind) {
-    switch (kind) {
-        case Collective::Sync: return "__syncwarp";
-        case Collective::Shuffle: return "__shfl_sync";
-        case Collective::Ballot: return "__ballot_sync";
-        case Collective::LdMatrix: return "ldmatrix";
-        case Collective::LdMatrixTrans: return "ldmatrix.trans";
-        default: return "mma";
-    }
+    static const char* const names[] = {"__syncwarp", "__shfl_sync", "__ballot_sync", "ldmatrix", "ldmatrix.trans", "mma", "mma"};
+    return names[unsigned(kind)];
 }
 
 // .aligned: every lane of the warp executes the same instruction.
@@ -168,8 +164,6 @@ typedef float Row __attribute__((vector_size(32)));      // 8 columns
 typedef uint32_t Pairs __attribute__((vector_size(32)));  // 8 pairs of 16-bit elements
 typedef int32_t Mask __attribute__((vector_size(32)));
 
-#define EMU_INLINE inline __attribute__((always_inline))
-
 static EMU_INLINE void f16_to_f32(const Pairs& half, float* out) {  // as to_f32(f16)
     const Pairs magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
     const Row scaled = Row(magnitude << 13) * 0x1p112f;
@@ -241,6 +235,7 @@ static void execute_sync(unsigned warp_index, const Rendezvous& r) {
 // Carries out an operation that all its lanes have reached, and makes them ready but for `running`.
 static void complete(Machine& m, unsigned warp_index, Rendezvous& r, uint32_t running) {
     Warp& warp = m.warp[warp_index];
+    m.stats.warp_ops++;
     switch (r.kind) {
         case Collective::Sync: execute_sync(warp_index, r); break;
         case Collective::Shuffle: execute_shuffle(warp, r); break;
@@ -270,49 +265,46 @@ __attribute__((cold)) static void check_overlap(const Warp& warp, uint32_t mask,
     }
 }
 
-// The running lane's operands are in the warp's buffers; returns when the operation was carried out.
-static void meet(uint32_t mask, Collective kind, int detail, Loc loc) {
-    Machine& m = *machine;
-    Thread& me = self();
-    Warp& warp = m.warp[me.warp];
-    const uint32_t bit = 1u << me.lane;
-    m.stats.warp_ops++;
-
-    Rendezvous* r = nullptr;
+// The first lane to arrive: opens a slot.
+static Rendezvous& open(Warp& warp, uint32_t mask, Collective kind, int detail, Loc loc) {
     for (uint32_t busy = warp.busy; busy; busy &= busy - 1) {
         Rendezvous& other = warp.slot[std::countr_zero(busy)];
-        if (other.mask == mask) {
-            r = &other;
-            break;
-        }
+        if (other.mask == mask) return other;
     }
-    if (!r) {
-        if (!(mask & bit)) die_with(loc, "%s: the mask %08x lacks the calling lane", name_of(kind), mask);
-        if (is_aligned(kind) && warp.alive != kFullWarp) {
-            die_with(loc, "%s needs all lanes of the warp, %08x are there", name_of(kind), warp.alive);
-        }
-        if (warp.busy) check_overlap(warp, mask, kind, loc);
-        const unsigned slot = unsigned(std::countr_one(warp.busy));
-        if (slot == Warp::kSlots) die_with(loc, "the emulator follows %u parts of a diverged warp", Warp::kSlots);
-        warp.busy |= 1u << slot;
-        r = &warp.slot[slot];
-        *r = {mask, 0, kind, detail, loc};
-    } else {
-        if (!(mask & bit)) die_with(loc, "%s: the mask %08x lacks the calling lane", name_of(kind), mask);
-        if (r->kind != kind || r->detail != detail ||
-            (is_aligned(kind) && (r->where.line != loc.line || r->where.file != loc.file))) {
-            die_with(loc, "lanes of a warp in different operations: %s here, %s at %s:%d", name_of(kind), name_of(r->kind),
-                     r->where.file, r->where.line);
-        }
+    if (is_aligned(kind) && warp.alive != kFullWarp) {
+        die_with(loc, "%s needs all lanes of the warp, %08x are there", name_of(kind), warp.alive);
     }
-    r->arrived |= bit;
-    if (r->arrived == (mask & warp.alive)) {
-        me.where = loc;
-        complete(m, me.warp, *r, bit);
-        if (m.sched == Random) yield_at_random(m);
-    } else {
-        wait_for_others(name_of(kind), loc);
+    if (warp.busy) check_overlap(warp, mask, kind, loc);
+    const unsigned slot = unsigned(std::countr_one(warp.busy));
+    if (slot == Warp::kSlots) die_with(loc, "the emulator follows %u parts of a diverged warp", Warp::kSlots);
+    warp.busy |= 1u << slot;
+    warp.slot[slot] = {mask, 0, kind, detail, loc};
+    return warp.slot[slot];
+}
+
+[[noreturn]] __attribute__((cold)) static void die_of_mismatch(const Rendezvous& r, uint32_t mask, uint32_t bit,
+                                                               Collective kind, Loc loc) {
+    if (!(mask & bit)) die_with(loc, "%s: the mask %08x lacks the calling lane", name_of(kind), mask);
+    die_with(loc, "lanes of a warp in different operations: %s here, %s at %s:%d", name_of(kind), name_of(r.kind),
+             r.where.file, r.where.line);
+}
+
+// The running lane's operands are in the warp's buffers; returns when the operation was carried out.
+static EMU_INLINE void meet(Thread& me, uint32_t mask, Collective kind, int detail, Loc loc) {
+    Warp& warp = *me.own_warp;
+    const uint32_t bit = 1u << me.lane;
+    Rendezvous& first = warp.slot[0];
+    Rendezvous& r = (warp.busy & 1) && first.mask == mask ? first : open(warp, mask, kind, detail, loc);
+    const bool same_place = !is_aligned(kind) || (r.where.line == loc.line && r.where.file == loc.file);
+    if (!(mask & bit) || r.kind != kind || r.detail != detail || !same_place) [[unlikely]] {
+        die_of_mismatch(r, mask, bit, kind, loc);
     }
+    r.arrived |= bit;
+    if (r.arrived != (mask & warp.alive)) return wait_for_others(name_of(kind), loc);
+    Machine& m = *machine;
+    me.where = loc;
+    complete(m, me.warp, r, bit);
+    if (m.sched == Random) yield_at_random(m);
 }
 
 void lane_left(Machine& m, Thread& thread) {
@@ -327,22 +319,22 @@ void lane_left(Machine& m, Thread& thread) {
     }
 }
 
-void syncwarp(uint32_t mask, Loc loc) { meet(mask, Collective::Sync, 0, loc); }
+void syncwarp(uint32_t mask, Loc loc) { meet(self(), mask, Collective::Sync, 0, loc); }
 
 uint64_t shfl(uint32_t mask, uint64_t value, Shfl mode, int arg, int width, Loc loc) {
     Thread& me = self();
     if (width < 1 || width > 32 || (width & (width - 1))) die_with(loc, "a shuffle's width is a power of two up to 32, not %d", width);
-    ShuffleLane& mine = machine->warp[me.warp].shuffle[me.lane];
+    ShuffleLane& mine = me.own_warp->shuffle[me.lane];
     mine = {value, 0, mode, mode == Idx ? arg : arg & 31, width};
-    meet(mask, Collective::Shuffle, 0, loc);
+    meet(me, mask, Collective::Shuffle, 0, loc);
     return mine.result;
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, Loc loc) {
     Thread& me = self();
-    ShuffleLane& mine = machine->warp[me.warp].shuffle[me.lane];
+    ShuffleLane& mine = me.own_warp->shuffle[me.lane];
     mine.value = predicate;
-    meet(mask, Collective::Ballot, 0, loc);
+    meet(me, mask, Collective::Ballot, 0, loc);
     return uint32_t(mine.result);
 }
 
@@ -354,34 +346,36 @@ void ldmatrix(uint32_t* r, int count, bool trans, const void* row, Loc loc) {
     Thread& me = self();
     if (!m.in_shared(row, 16)) die_with(loc, "ldmatrix: row %p is not in the block's shared memory", row);
     if (uintptr_t(row) % 16) die_with(loc, "ldmatrix: row at shared memory + %u is not aligned to 16", smem_addr(row, loc));
-    Warp& warp = m.warp[me.warp];
-    warp.row[me.lane] = row;
-    meet(kFullWarp, trans ? Collective::LdMatrixTrans : Collective::LdMatrix, count, loc);
-    for (int i = 0; i < count; i++) r[i] = warp.fragment[i][me.lane];
+    me.own_warp->row[me.lane] = row;
+    meet(me, kFullWarp, trans ? Collective::LdMatrixTrans : Collective::LdMatrix, count, loc);
+    const Thread& again = self();
+    for (int i = 0; i < count; i++) r[i] = again.own_warp->fragment[i][again.lane];
 }
 
-// Lane 4 g + t holds rows g and g + 8 of a, columns g of b, and columns 2 t, 2 t + 1 of each eight.
+// Lane 4 g + t holds rows g and g + 8 of a, columns g of b, and columns 2 t, 2 t + 1 of each eight of d. Found anew after
+// waiting: what a lane keeps meanwhile is memory that 31 others push out of the cache.
+static EMU_INLINE float* fragment_of_d(Thread& me) { return &me.own_warp->mma.c[me.lane / 4][me.lane % 4 * 2]; }
+
 void mma16816(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool is_bf16, Loc loc) {
-    Thread& me = self();
-    MmaTile& tile = machine->warp[me.warp].mma;
-    const unsigned g = me.lane / 4, t = me.lane % 4;
-    tile.a[g][t] = a[0];
-    tile.a[g + 8][t] = a[1];
-    tile.a[g][t + 4] = a[2];
-    tile.a[g + 8][t + 4] = a[3];
-    tile.b[t][g] = b[0];
-    tile.b[t + 4][g] = b[1];
-    float* top = &tile.c[g][t * 2];
-    float* bottom = &tile.c[g + 8][t * 2];
-    top[0] = c[0];
-    top[1] = c[1];
-    bottom[0] = c[2];
-    bottom[1] = c[3];
-    meet(kFullWarp, is_bf16 ? Collective::MmaBf16 : Collective::MmaF16, 0, loc);
-    d[0] = top[0];
-    d[1] = top[1];
-    d[2] = bottom[0];
-    d[3] = bottom[1];
+    {
+        Thread& me = self();
+        MmaTile& tile = me.own_warp->mma;
+        const unsigned g = me.lane / 4, t = me.lane % 4;
+        uint32_t* a_top = &tile.a[g][t];
+        a_top[0] = a[0];
+        a_top[8 * 8] = a[1];
+        a_top[4] = a[2];
+        a_top[8 * 8 + 4] = a[3];
+        tile.b[t][g] = b[0];
+        tile.b[t + 4][g] = b[1];
+        float* top = fragment_of_d(me);
+        memcpy(top, c, 8);
+        memcpy(top + 8 * 8, c + 2, 8);
+        meet(me, kFullWarp, is_bf16 ? Collective::MmaBf16 : Collective::MmaF16, 0, loc);
+    }
+    const float* top = fragment_of_d(self());
+    memcpy(d, top, 8);
+    memcpy(d + 2, top + 8 * 8, 8);
 }
 
 // ---- atomics: relaxed, they order nothing else ----

@@ -9,6 +9,7 @@
 //   fibers.cpp        context switch, stacks, the scheduler, shared memory
 //   collectives.cpp   block barriers, warp shuffles, ldmatrix, mma, atomics
 //   async.cpp         cp.async
+//   fault.cpp         illegal addresses
 //   hopper.cpp        mbarrier, TMA in tile mode, wgmma from shared memory
 //   race.cpp          the race detector, in builds with -DEMU_RACE
 //

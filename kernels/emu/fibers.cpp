@@ -95,15 +95,16 @@ static void* first_frame(char* top, void (*entry)()) {
 #endif
 
 // AddressSanitizer is told of every switch: where the next stack lies, and on arrival what it had saved for this one.
-static void go_to(Stack& from, Stack& to) {
+static inline void go_to(Stack& from, void** save, Stack& to, void* sp) {
     machine->stats.switches++;
 #ifdef EMU_ASAN
     __sanitizer_start_switch_fiber(&from.fake_stack, to.low, kStackBytes);
 #endif
-    emu_switch(&from.sp, to.sp);
+    emu_switch(save, sp);
 #ifdef EMU_ASAN
     __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
+    (void)from, (void)to;
 }
 
 static void go_to_main(Stack& from) {
@@ -146,7 +147,6 @@ static void prepare_stack(Machine& m, Stack& stack, size_t index) {
     // Tops at different offsets in a page: equal ones meet in the same sets of the L1 cache, 39 ns a switch for 13.
     stack.sp = first_frame(stack.low + kStackBytes - 64 - index % 61 * 192, fiber_main);
     stack.fake_stack = nullptr;
-    stack.parked = true;
     m.free_stacks.push_back(&stack);
 }
 
@@ -161,7 +161,6 @@ static Stack& take_stack(Machine& m) {
     }
     Stack& stack = *m.free_stacks.back();
     m.free_stacks.pop_back();
-    stack.parked = false;
     return stack;
 }
 
@@ -233,7 +232,7 @@ Thread* schedule(Machine& m) {
 // ---- errors inside a block ----
 
 // Leaves the block as it is; run_block makes new frames for the stacks that were in use.
-[[noreturn]] static void abandon_block() {
+void abandon_block() {
     machine->failed = true;
     Stack nowhere;
     go_to_main(nowhere);
@@ -283,19 +282,29 @@ void die(const char* what, Loc loc) { die_with(loc, "%s", what); }
 
 // ---- waiting ----
 
-static void resume(Stack& from, Thread& next) {
+static inline void resume(Thread& me, Thread& next) {
     cur = &next;
-    if (!next.stack) next.stack = &take_stack(*machine);
-    if (next.stack != &from) go_to(from, *next.stack);
+    if (!next.stack) [[unlikely]] {
+        next.stack = &take_stack(*machine);
+        next.sp = next.stack->sp;
+    }
+    if (&next != &me) go_to(*me.stack, &me.sp, *next.stack, next.sp);
 }
 
 void wait_for_others(const char* what, Loc loc) {
+    Machine& m = *machine;
     Thread& me = self();
     me.waiting_in = what;
     me.where = loc;
-    Thread* next = schedule(*machine);
-    if (!next) deadlock(*machine);
-    resume(*me.stack, *next);
+    // The common case of schedule(): another lane of the warp.
+    const uint32_t lanes = m.ready[m.current_warp], from_offset = lanes >> m.lane_offset << m.lane_offset;
+    if (m.stays && from_offset & (from_offset - 1)) [[likely]] {  // at least two, so the warp remains ready
+        m.ready[m.current_warp] = lanes & ~(from_offset & -from_offset);
+        return resume(me, m.thread[m.current_warp * 32 + unsigned(std::countr_zero(from_offset))]);
+    }
+    Thread* next = schedule(m);
+    if (!next) deadlock(m);
+    resume(me, *next);
 }
 
 void yield_at_random(Machine& m) {
@@ -331,11 +340,10 @@ __attribute__((noinline)) static void next_thread() {
         return;
     }
     if (!next && m.alive) deadlock(m);
-    mine.parked = true;
     m.free_stacks.push_back(&mine);
     if (!next) return go_to_main(mine);
     cur = next;
-    go_to(mine, *next->stack);
+    go_to(mine, &mine.sp, *next->stack, next->sp);
 }
 
 static void fiber_main() {
@@ -368,6 +376,7 @@ void run_block(Machine& m, uint64_t block_number) {
     m.random_state = mixed(config.seed * 0x9E3779B97F4A7C15ull + block_number + 1) | 1;
     m.current_warp = 0;
     m.lane_offset = 0;
+    m.stays = m.sched == InOrder || m.sched == Random;
     if (m.sched == Random || m.sched == RunAhead) {
         m.current_warp = m.random() % m.warps;
         m.lane_offset = m.random() & 31;

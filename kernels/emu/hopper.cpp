@@ -131,6 +131,7 @@ static uintptr_t swizzled(uintptr_t address, uint32_t swizzle) {
 void land_tma(Machine& m, size_t index) {
     const TmaCopy copy = m.tma[index];
     m.tma.erase(m.tma.begin() + ptrdiff_t(index));
+    m.stays = m.tma.empty() && (m.sched == InOrder || m.sched == Random);
     const TensorMap& map = copy.map;
     const uint32_t row_bytes = map.box[0] * map.element_bytes, rows = copy.bytes / row_bytes;
     m.stats.tma++;
@@ -182,6 +183,7 @@ void tma_load(void* shared, const TensorMap* map, uint64_t* bar, const int* coor
         race::tma_write(shared, copy.bytes, copy.agent, copy.clock, loc);
     }
     m.tma.push_back(copy);
+    m.stays = false;
     if (m.async == Early) land_tma(m, m.tma.size() - 1);
 }
 

@@ -180,6 +180,7 @@ struct Launch {
 };
 
 static void run_blocks(Machine& m, Launch& launch) {
+    catch_faults();
     machine = &m;
     m.kernel = launch.kernel;
     m.params = launch.params;
@@ -195,6 +196,7 @@ static void run_blocks(Machine& m, Launch& launch) {
         t.lane = i % 32;
         t.warp = i / 32;
         t.index = i;
+        t.own_warp = &m.warp[i / 32];
         t.block = &m.index;
     }
     if constexpr (kRace) race::begin_launch(m);

@@ -70,9 +70,8 @@ void fence_proxy_async();
 
 struct Stack {
     char* low = nullptr;  // kStackBytes above a page that faults
-    void* sp = nullptr;   // where it was left
+    void* sp = nullptr;   // where it was parked, free, between two threads
     void* fake_stack = nullptr;
-    bool parked = false;  // free, between two threads
 };
 
 struct AsyncCopy {
@@ -81,8 +80,12 @@ struct AsyncCopy {
     uint32_t bytes, source_bytes;
 };
 
+struct Warp;
+
 struct Thread : Context {
     Stack* stack;  // null until it starts
+    void* sp;      // where it waits on it
+    Warp* own_warp;
     const char* waiting_in;
     Loc where;
     // cp.async: copies not yet made, and of each outstanding group the end of its copies.
@@ -206,8 +209,9 @@ struct Machine {
 
     // Threads that can run: a bit a lane, and a bit a warp with any.
     uint32_t ready[kMaxWarps], ready_warps = 0;
-    unsigned current_warp = 0, lane_offset = 0;
+    unsigned current_warp = 0, lane_offset = 0;  // lanes from the offset on go first
     uint8_t rank[kMaxWarps];
+    bool stays = false;  // a warp goes on as long as it can, and nothing lands between its steps
     uint64_t random_state = 1;
     Sched sched = InOrder;
     Async async = Early;
@@ -223,6 +227,7 @@ struct Machine {
     std::vector<TmaCopy> tma;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
 
+    uintptr_t fault_address = 0;
     uintptr_t allocation_begin = 0, allocation_end = 0;  // the one found last
     race::State* race = nullptr;
     Stats stats{};
@@ -261,7 +266,11 @@ void run_block(Machine& m, uint64_t block_number);
 Thread* schedule(Machine& m);
 void wait_for_others(const char* what, Loc loc);  // returns when somebody made this thread ready again
 void yield_at_random(Machine& m);                 // in random order: sometimes lets another warp go first
+[[noreturn]] void abandon_block();                // after an error was reported: the launch ends
 [[noreturn]] void die_with(Loc loc, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// fault.cpp
+void catch_faults();  // on this thread of the host from now on
 
 // collectives.cpp
 void reset_collectives(Machine& m);

@@ -15,7 +15,7 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
     let (width, height, pixels) = read_image(&args.input)?;
     // In the relay's own range, [-1, 1] in f32, clamped after the filter.
     let x = Tensor::from_f32(&Device::cpu(), &[1, height, width, 3], DType::F32, &from_bytes(&pixels))?;
-    let y = resize(&x, [args.size.height, args.size.width], args.upsampler, Some((-1.0, 1.0)))?;
+    let y = resize(&x, [args.size.height, args.size.width], args.upsampler, Some((-1.0, 1.0)), None)?;
     let pixels = to_bytes(&y.to_f32_vec()?)?;
     output::replace(&args.output, &encode_png(&pixels, args.size.width, args.size.height, PngText::default())?)?;
     output::print_line(args.output.display());

@@ -285,7 +285,7 @@ impl Run<'_> {
             picture = ops::clamp(&picture, -1.0, 1.0)?;
         }
         let clamp = (self.plan.relay_clamp == RelayClamp::Both).then_some((-1.0, 1.0));
-        ops::resize(&picture, size, self.plan.upsampler, clamp)
+        ops::resize(&picture, size, self.plan.upsampler, clamp, None)
     }
 
     fn draw(&mut self, shape: [usize; 4]) -> Result<Tensor> {

@@ -42,6 +42,10 @@ pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
     if recorded(OP, &y, &[x], 4) {
         return Ok(y);
     }
+    if let Device::Cuda(device) = x.device() {
+        cuda::elementwise::activation(device, x, activation, &mut y)?;
+        return Ok(y);
+    }
     by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| math::activate(activation, values)));
     Ok(y)
 }
@@ -86,6 +90,10 @@ pub fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     if recorded(OP, &y, &[x], 2) {
         return Ok(y);
     }
+    if let Device::Cuda(device) = x.device() {
+        cuda::elementwise::clamp(device, x, low, high, &mut y)?;
+        return Ok(y);
+    }
     by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| {
         values.iter_mut().for_each(|value| *value = value.clamp(low, high));
     }));
@@ -121,6 +129,10 @@ pub fn scale_cast(x: &Tensor, scale: f32, shift: f32, dtype: DType, repeats: usi
     if recorded(OP, &y, &[x], 2) {
         return Ok(y);
     }
+    if let Device::Cuda(device) = x.device() {
+        cuda::elementwise::scale_cast(device, x, scale, shift, repeats, &mut y)?;
+        return Ok(y);
+    }
     let count = x.numel();
     if count == 0 {
         return Ok(y);
@@ -131,6 +143,32 @@ pub fn scale_cast(x: &Tensor, scale: f32, shift: f32, dtype: DType, repeats: usi
         }
     }));
     Ok(y)
+}
+
+/// How many elements are NaN or infinite; 0 on the meta device. On a card one counter comes back to the host, which waits
+/// for it.
+///
+/// # Errors
+/// [`Error::Dtype`](crate::Error::Dtype); [`Error::Driver`](crate::Error::Driver), also that of earlier work.
+pub fn count_non_finite(x: &Tensor) -> Result<usize> {
+    const OP: &str = "count_non_finite";
+    float(OP, "x", x)?;
+    match x.device() {
+        Device::Meta(meta) => {
+            let work = Work { macs: 0, flops: x.numel() as u64, bytes: x.bytes(), launches: 1 };
+            meta.record(OP, OpKind::Elementwise, &[1], work);
+            Ok(0)
+        }
+        Device::Cuda(device) => {
+            let mut counter = Tensor::zeros(x.device(), &[1], DType::U32)?;
+            cuda::elementwise::count_non_finite(device, x, &mut counter)?;
+            Ok(counter.to_device(&Device::cpu())?.cpu::<u32>()[0] as usize)
+        }
+        Device::Cpu(_) => Ok(by_dtype!(x.dtype(), T => {
+            let count = |chunk: &[T]| chunk.iter().filter(|value| !value.to_f32().is_finite()).count();
+            x.cpu::<T>().par_chunks(CHUNK).map(count).sum()
+        })),
+    }
 }
 
 /// `low <= high`, neither of them NaN.

@@ -1,10 +1,12 @@
 use rayon::prelude::*;
 
-use super::{Tensor, by_dtype, float};
+use super::{Tensor, by_dtype, cuda, float};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
 /// Token plus position embedding: `ids: [N, L]` u32, `table: [V, C]`, `positions: [P, C]` with `P >= L` to `[N, L, C]`.
+///
+/// The ids are checked on the host, so on a card they are copied back and waited for: a few hundred bytes, once a prompt.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
@@ -28,10 +30,15 @@ pub fn embedding(ids: &Tensor, table: &Tensor, positions: &Tensor) -> Result<Ten
         meta.record(OP, OpKind::Elementwise, y.shape(), work);
         return Ok(y);
     }
-    if let Some(&id) = ids.cpu::<u32>().iter().find(|&&id| id as usize >= v) {
+    let host_ids = ids.to_device(&Device::cpu())?;
+    if let Some(&id) = host_ids.cpu::<u32>().iter().find(|&&id| id as usize >= v) {
         return Err(Error::argument(OP, "ids", id, format!("token ids below the table's {v} rows")));
     }
     if y.numel() == 0 {
+        return Ok(y);
+    }
+    if let Device::Cuda(device) = y.device() {
+        cuda::embedding::embedding(&device.clone(), ids, table, positions, &mut y)?;
         return Ok(y);
     }
     by_dtype!(y.dtype(), T => {

@@ -20,11 +20,11 @@ mod step;
 pub use attention::{Attention, attention};
 pub use conv::{Conv2d, ConvNorm, conv2d};
 pub use cuda::tiles::{Variant, tile_names, with_variant};
-pub use elementwise::{Activation, activation, add, clamp, scale_cast};
+pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
-pub use resize::{Upsampler, resize, resize_nearest, resize_u8};
+pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
 

@@ -1,9 +1,9 @@
 use rayon::prelude::*;
 
 use super::elementwise::{map, ordered};
-use super::{Tensor, by_dtype, float};
+use super::{Tensor, by_dtype, bytes_of, cuda, float};
 use crate::error::{Error, Result};
-use crate::runtime::{Device, OpKind, Work};
+use crate::runtime::{DType, Device, OpKind, Work};
 
 /// The relay's upsampler Phi (MegaFusion, arXiv:2408.11001, table 4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -21,71 +21,130 @@ pub enum Upsampler {
     BicubicEdge,
 }
 
+/// The noise of a relay in pixel space, where nothing is encoded between the resize and the next stage:
+/// `signal * resized + sigma * noise`.
+#[derive(Clone, Copy, Debug)]
+pub struct RelayNoise<'a> {
+    /// f32, of the result's shape.
+    pub noise: &'a Tensor,
+    pub signal: f32,
+    pub sigma: f32,
+}
+
 /// `x: [N, H, W, C]` to `[N, size[0], size[1], C]`; rows and columns are filtered in f32 (columns' pass first, as PIL
-/// does: horizontal, then vertical) and `clamp` is applied at the end.
+/// does: horizontal, then vertical), `clamp` is applied at the end and `noise` added to that.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument): an empty size, a `clamp` that is not low, high;
-/// [`Error::Shape`](crate::Error::Shape): not 4-d or empty; [`Error::Dtype`](crate::Error::Dtype).
-pub fn resize(x: &Tensor, size: [usize; 2], upsampler: Upsampler, clamp: Option<(f32, f32)>) -> Result<Tensor> {
+/// [`Error::Shape`](crate::Error::Shape): not 4-d or empty, or the noise; [`Error::Dtype`](crate::Error::Dtype);
+/// [`Error::Device`](crate::Error::Device): the noise.
+pub fn resize(
+    x: &Tensor,
+    size: [usize; 2],
+    upsampler: Upsampler,
+    clamp: Option<(f32, f32)>,
+    noise: Option<RelayNoise>,
+) -> Result<Tensor> {
+    const OP: &str = "resize";
     let (low, high) = clamp.unwrap_or((f32::NEG_INFINITY, f32::INFINITY));
-    ordered("resize", "clamp", low, high)?;
-    by_image("resize", x, size, upsampler, |mut image, [rows, columns]| {
-        image = image.horizontal(columns, |sum| sum as f32).vertical(rows, |sum| sum as f32).sharpened(upsampler);
-        image.values.iter_mut().for_each(|value| *value = value.clamp(low, high));
-        image
-    })
+    ordered(OP, "clamp", low, high)?;
+    let [n, _, _, c] = checked(OP, x, size)?;
+    let shape = [n, size[0], size[1], c];
+    if let Some(relay) = &noise {
+        relay.noise.expect(OP, "noise", &shape, DType::F32, x.device())?;
+    }
+    let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
+    let Some(passes) = on_device(OP, x, &y, upsampler, false, noise.map(|relay| relay.noise))? else {
+        let per_image = size[0] * size[1] * c;
+        by_image(x, upsampler, &mut y, |mut image, [rows, columns], i| {
+            image = image.horizontal(columns, |sum| sum as f32).vertical(rows, |sum| sum as f32).sharpened(upsampler);
+            image.values.iter_mut().for_each(|value| *value = value.clamp(low, high));
+            if let Some(RelayNoise { noise, signal, sigma }) = noise {
+                let noise = &noise.cpu::<f32>()[i * per_image..][..per_image];
+                image.values.iter_mut().zip(noise).for_each(|(value, noise)| *value = signal * *value + sigma * noise);
+            }
+            image
+        });
+        return Ok(y);
+    };
+    if let Device::Cuda(device) = x.device() {
+        passes.resize(device, x, cuda::resize::Finish { low, high, noise }, &mut y)?;
+    }
+    Ok(y)
 }
 
 /// [`resize`] as it happens to 8-bit RGB, for parity with code whose images pass through it: values in [-1, 1] are
 /// quantised to `round(255 clamp(x/2 + 0.5, 0, 1))`, filtered horizontally, rounded and clamped to 8 bits, filtered
 /// vertically, rounded and clamped again, and mapped back to [-1, 1]. PIL's fixed-point weights (22 bits) make
-/// `Bilinear`, `Bicubic` and `BicubicEdge` equal to PIL level for level; PIL has no `BicubicTorch` and no such Gaussian:
-/// these are the float filters on 8-bit levels, rounded once. NaN becomes level 0.
+/// `Bilinear`, `Bicubic` and `BicubicEdge` equal to PIL level for level, on every device; PIL has no `BicubicTorch` and no
+/// such Gaussian: these are the float filters on 8-bit levels, rounded once. NaN becomes level 0.
 ///
 /// # Errors
 /// As [`resize`].
 pub fn resize_u8(x: &Tensor, size: [usize; 2], upsampler: Upsampler) -> Result<Tensor> {
-    by_image("resize_u8", x, size, upsampler, |mut image, [rows, columns]| {
-        // `as u8` takes NaN to 0.
-        let quantise = |v: f32| f32::from(((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
-        image.values.iter_mut().for_each(|value| *value = quantise(*value));
-        image = if upsampler == Upsampler::BicubicTorch {
-            image.horizontal(columns, |sum| sum as f32).vertical(rows, level)
-        } else {
-            let (rows, columns) = (rows.fixed_point(), columns.fixed_point());
-            image.horizontal(&columns, fixed_point_level).vertical(&rows, fixed_point_level)
-        };
-        image = image.sharpened(upsampler);
-        image.values.iter_mut().for_each(|value| *value = 2.0 * (level(f64::from(*value)) / 255.0) - 1.0);
-        image
-    })
+    const OP: &str = "resize_u8";
+    let [n, _, _, c] = checked(OP, x, size)?;
+    let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
+    let Some(passes) = on_device(OP, x, &y, upsampler, true, None)? else {
+        by_image(x, upsampler, &mut y, |mut image, [rows, columns], _| {
+            // `as u8` takes NaN to 0.
+            let quantise = |v: f32| f32::from(((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
+            image.values.iter_mut().for_each(|value| *value = quantise(*value));
+            image = if upsampler == Upsampler::BicubicTorch {
+                image.horizontal(columns, |sum| sum as f32).vertical(rows, level)
+            } else {
+                let (rows, columns) = (rows.fixed_point(), columns.fixed_point());
+                image.horizontal(&columns, fixed_point_level).vertical(&rows, fixed_point_level)
+            };
+            image = image.sharpened(upsampler);
+            image.values.iter_mut().for_each(|value| *value = 2.0 * (level(f64::from(*value)) / 255.0) - 1.0);
+            image
+        });
+        return Ok(y);
+    };
+    if let Device::Cuda(device) = x.device() {
+        passes.resize_u8(device, x, &mut y)?;
+    }
+    Ok(y)
 }
 
-/// Checks, the meta device, and the loop over the batch of [`resize`] and [`resize_u8`].
-fn by_image(
+/// The card's passes with their tables and intermediate images; recorded and allocated on the meta device, `None` on the
+/// cpu.
+fn on_device(
     op: &'static str,
     x: &Tensor,
-    size: [usize; 2],
+    y: &Tensor,
     upsampler: Upsampler,
-    f: impl Fn(Image, [&Filter; 2]) -> Image,
-) -> Result<Tensor> {
-    let [n, h, w, c] = checked(op, x, size)?;
-    let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
-    let filters = [Filter::new(upsampler, h, size[0]), Filter::new(upsampler, w, size[1])];
-    let [rows, columns] = &filters;
-    let taps = h * columns.taps.len() + size[1] * rows.taps.len() + size[0] * size[1] * upsampler.sharpening_taps();
-    if recorded(op, x, &y, 2 * (n * c * taps) as u64) {
-        return Ok(y);
+    eight_bit: bool,
+    noise: Option<&Tensor>,
+) -> Result<Option<cuda::resize::Passes>> {
+    if let Device::Cpu(_) = x.device() {
+        return Ok(None);
     }
-    let (from, to) = (h * w * c, size[0] * size[1] * c);
+    let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims(op, "x")?, y.dims(op, "y")?);
+    let filters = [Filter::new(upsampler, h, to_h), Filter::new(upsampler, w, to_w)];
+    let taps = h * filters[1].taps.len() + to_w * filters[0].taps.len() + to_h * to_w * upsampler.sharpening_taps();
+    let passes = cuda::resize::Passes::new(x, y, upsampler, &filters, eight_bit)?;
+    if let Device::Meta(meta) = x.device() {
+        let flops = (2 * n * c * taps) as u64 + if noise.is_some() { 3 * y.numel() as u64 } else { 0 };
+        let bytes = x.bytes() + y.bytes() + bytes_of(&[noise]);
+        meta.record(op, OpKind::Resize, y.shape(), Work { macs: 0, flops, bytes, launches: passes.launches() });
+    }
+    Ok(Some(passes))
+}
+
+/// On the cpu: `f` of every image of the batch, with the filters of rows and columns and the image's number.
+fn by_image(x: &Tensor, upsampler: Upsampler, y: &mut Tensor, f: impl Fn(Image, [&Filter; 2], usize) -> Image) {
+    let (&[n, h, w, c], &[_, to_h, to_w, _]) = (x.shape(), y.shape()) else { unreachable!("both were checked") };
+    let filters = [Filter::new(upsampler, h, to_h), Filter::new(upsampler, w, to_w)];
+    let [rows, columns] = &filters;
+    let (from, to) = (h * w * c, to_h * to_w * c);
     for i in 0..n {
         let mut image = Image { values: vec![0.0; from], h, w, c };
         by_dtype!(x.dtype(), T => map::<T, f32>(&x.cpu()[i * from..][..from], &mut image.values, |_| {}));
-        let resized = f(image, [rows, columns]);
+        let resized = f(image, [rows, columns], i);
         by_dtype!(x.dtype(), T => map::<f32, T>(&resized.values, &mut y.cpu_mut()[i * to..][..to], |_| {}));
     }
-    Ok(y)
 }
 
 /// Nearest neighbour, source index `floor(i * in / out)`: `[N, H, W, C]` to `[N, size[0], size[1], C]`.
@@ -96,7 +155,16 @@ pub fn resize_nearest(x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     const OP: &str = "resize_nearest";
     let [n, h, w, c] = checked(OP, x, size)?;
     let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
-    if recorded(OP, x, &y, 0) || y.numel() == 0 {
+    if let Device::Meta(meta) = y.device() {
+        let work = Work { macs: 0, flops: 0, bytes: x.bytes() + y.bytes(), launches: 1 };
+        meta.record(OP, OpKind::Resize, y.shape(), work);
+        return Ok(y);
+    }
+    if y.numel() == 0 {
+        return Ok(y);
+    }
+    if let Device::Cuda(device) = x.device() {
+        cuda::resize::nearest(device, x, &mut y)?;
         return Ok(y);
     }
     let [rows, columns] = [nearest(h, size[0]), nearest(w, size[1])];
@@ -129,14 +197,6 @@ fn checked(op: &'static str, x: &Tensor, size: [usize; 2]) -> Result<[usize; 4]>
     Ok([n, h, w, c])
 }
 
-/// On the meta device: records the op.
-fn recorded(op: &'static str, x: &Tensor, y: &Tensor, flops: u64) -> bool {
-    let Device::Meta(meta) = y.device() else { return false };
-    let work = Work { macs: 0, flops, bytes: x.bytes() + y.bytes(), launches: 1 };
-    meta.record(op, OpKind::Resize, y.shape(), work);
-    true
-}
-
 impl Upsampler {
     /// Multiplications a pixel and channel that follow the resize.
     fn sharpening_taps(self) -> usize {
@@ -149,7 +209,7 @@ impl Upsampler {
 }
 
 /// One dimension's pass: output i is the sum of the inputs that `taps[ends[i - 1]..ends[i]]` name, times their weights.
-struct Filter {
+pub(super) struct Filter {
     ends: Vec<usize>,
     /// Index of the input, weight. The border's rule is already applied to the indices.
     taps: Vec<(usize, f64)>,
@@ -194,7 +254,7 @@ impl Filter {
     }
 
     /// Five taps of a Gaussian of standard deviation 1.1 pixels, the image mirrored about its border pixels.
-    fn gaussian(len: usize) -> Filter {
+    pub(super) fn gaussian(len: usize) -> Filter {
         let weight = |offset: isize| (-0.5 * (offset as f64 / 1.1).powi(2)).exp();
         let sum: f64 = (-2..=2).map(weight).sum();
         let period = (2 * len as isize - 2).max(1);
@@ -220,8 +280,28 @@ impl Filter {
         Filter { ends: self.ends.clone(), taps: self.taps.iter().map(|&(j, weight)| (j, rounded(weight))).collect() }
     }
 
-    fn out(&self) -> usize {
+    pub(super) fn out(&self) -> usize {
         self.ends.len()
+    }
+
+    pub(super) fn tap_count(&self) -> usize {
+        self.taps.len()
+    }
+
+    /// The table that kernels/resize.cu reads: ends, from 0; indices; weights, in f32.
+    pub(super) fn words(&self) -> Vec<u32> {
+        self.with_weights(|weight| (weight as f32).to_bits())
+    }
+
+    /// The same with the weights in units of 2^-22, as integers.
+    pub(super) fn fixed_point_words(&self) -> Vec<u32> {
+        self.fixed_point().with_weights(|weight| weight as i32 as u32)
+    }
+
+    fn with_weights(&self, bits: impl Fn(f64) -> u32) -> Vec<u32> {
+        let ends = [0].into_iter().chain(self.ends.iter().map(|&end| end as u32));
+        let indices = self.taps.iter().map(|&(index, _)| index as u32);
+        ends.chain(indices).chain(self.taps.iter().map(|&(_, weight)| bits(weight))).collect()
     }
 
     fn taps_of(&self, i: usize) -> &[(usize, f64)] {

@@ -1,7 +1,7 @@
 use rayon::prelude::*;
 
 use super::elementwise::CHUNK;
-use super::{Tensor, by_dtype, bytes_of, float};
+use super::{Tensor, by_dtype, bytes_of, cuda, float};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
@@ -18,6 +18,10 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, signal: f32, sigma: f32) -> Result
     if let Device::Meta(meta) = y.device() {
         let (flops, bytes) = (3 * y.numel() as u64, 3 * y.bytes());
         meta.record(OP, OpKind::Elementwise, y.shape(), Work { macs: 0, flops, bytes, launches: 1 });
+        return Ok(y);
+    }
+    if let Device::Cuda(device) = x0.device() {
+        cuda::sampler::add_noise(device, x0, noise, signal, sigma, &mut y)?;
         return Ok(y);
     }
     let (x0, noise) = (x0.cpu::<f32>(), noise.cpu::<f32>());
@@ -56,6 +60,10 @@ pub fn diagonal_gaussian(moments: &Tensor, noise: Option<&Tensor>) -> Result<Ten
         return Ok(y);
     }
     if y.numel() == 0 {
+        return Ok(y);
+    }
+    if let Device::Cuda(device) = moments.device() {
+        cuda::sampler::diagonal_gaussian(device, moments, noise, &mut y)?;
         return Ok(y);
     }
     let noise = noise.map(|noise| noise.cpu::<f32>());

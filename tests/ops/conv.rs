@@ -309,16 +309,18 @@ fn tensors_may_begin_at_any_element() {
 /// the card's every tile.
 #[test]
 fn nan_and_infinity_reach_the_outputs_that_cover_them_and_no_others() {
-    let (h, w, c, outputs) = (9, 8, 40, 20);
+    let (h, w, outputs) = (9, 8, 20);
     let spoiled = [(0, 0, f32::NAN), (4, 3, f32::INFINITY), (8, 7, f32::NAN)];
-    for (device, dtype) in devices().into_iter().flat_map(|d| DType::FLOATS.map(|dtype| (d.clone(), dtype))) {
+    // 37: the way without 16-byte chunks.
+    let cases = DType::FLOATS.into_iter().flat_map(|dtype| [(dtype, 40), (dtype, 37)]);
+    for (device, (dtype, c)) in devices().into_iter().flat_map(|d| cases.clone().map(move |case| (d.clone(), case))) {
         let mut x = vec![1.0; h * w * c];
         for (y, x_, value) in spoiled {
             x[(y * w + x_) * c..(y * w + x_ + 1) * c].fill(value);
         }
         let x = Tensor::from_f32(&device, &[1, h, w, c], dtype, &x).unwrap();
         let weight = Tensor::from_f32(&device, &[outputs, 3, 3, c], dtype, &vec![1.0; outputs * 9 * c]).unwrap();
-        for (tile, dilation) in ops::tile_names().zip([1, 2, 1, 2, 1, 2]) {
+        for (tile, dilation) in ops::tile_names().zip([1, 2, 1, 2, 1, 2]).take(if c == 40 { 6 } else { 2 }) {
             let variant = Variant { tile: Some(tile), ..Variant::default() };
             let args = Conv2d { dilation, padding: [dilation; 4], ..Conv2d::new(&x, &weight) };
             let y = ops::with_variant(variant, || ops::conv2d(args)).unwrap().to_f32_vec().unwrap();
@@ -334,7 +336,7 @@ fn nan_and_infinity_reach_the_outputs_that_cover_them_and_no_others() {
                     _ if sum == f32::INFINITY => y == sum,
                     _ => y.is_finite(),
                 };
-                assert!(ok, "{device} {dtype} {tile} dilation {dilation}: pixel {out_y} {out_x} is {y}");
+                assert!(ok, "{device} {dtype} {c} {tile} dilation {dilation}: pixel {out_y} {out_x} is {y}");
             }
         }
     }

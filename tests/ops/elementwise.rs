@@ -1,12 +1,31 @@
 //! activation, add, clamp, scale_cast, embedding and timestep_embedding against plain f64 loops.
 
-use crate::common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, Random, assert_close, devices, f64s};
 use megafuse::Error;
 use megafuse::ops::{self, Activation, TimestepEmbedding};
 use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};
 
 /// One element; primes; off and on a task's 8192 elements; empty.
 const SHAPES: [&[usize]; 6] = [&[1], &[2, 3, 5, 7], &[8192], &[3, 2731], &[0, 4], &[2, 64, 64, 4]];
+
+/// Every device, dtype and shape.
+fn cases() -> impl Iterator<Item = (Device, DType, &'static [usize])> {
+    let of_device = |device: Device| {
+        DType::FLOATS.into_iter().flat_map(move |dtype| {
+            let device = device.clone();
+            SHAPES.into_iter().map(move |shape| (device.clone(), dtype, shape))
+        })
+    };
+    devices().into_iter().flat_map(of_device)
+}
+
+/// The same values, beginning at the second element of an allocation.
+fn shifted(x: &Tensor) -> Tensor {
+    let mut values = vec![0.0];
+    values.extend(x.to_f32_vec().unwrap());
+    let flat = Tensor::from_f32(x.device(), &[values.len()], x.dtype(), &values).unwrap();
+    flat.rows(1..values.len()).unwrap().reshape(x.shape()).unwrap()
+}
 
 fn expected(x: &Tensor, f: impl Fn(usize) -> f64, magnitude: impl Fn(usize) -> f64) -> Expected {
     let count = x.numel();
@@ -16,9 +35,8 @@ fn expected(x: &Tensor, f: impl Fn(usize) -> f64, magnitude: impl Fn(usize) -> f
 
 #[test]
 fn activations_match_f64() {
-    let device = Device::cpu();
     let quick_gelu = |x: f64| x / (1.0 + (-1.702 * x).exp());
-    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+    for (device, dtype, shape) in cases() {
         let x = Random::new(1).tensor(&device, shape, dtype, 0.0, 3.0);
         let v = f64s(&x);
         for (activation, f) in [
@@ -33,49 +51,58 @@ fn activations_match_f64() {
             // is left of the reference's 1 + erf where that cancels: f64's resolution.
             let roundings = |v: f64| f(v).abs() * (4.0 + 2.0 * v.abs() + v * v) + v.abs() * 1e-8;
             let want = expected(&x, |i| f(v[i]), |i| roundings(v[i]));
-            assert_close(&got, &want, 2.0, format!("{activation:?} {shape:?}"));
+            assert_close(&got, &want, 2.0, format!("{device} {activation:?} {shape:?}"));
         }
     }
-    let x = [f32::NEG_INFINITY, -1e30, f32::NAN, 1e30, f32::INFINITY];
-    let x = Tensor::from_f32(&device, &[5], DType::F32, &x).unwrap();
-    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
-        let y = ops::activation(&x, activation).unwrap().to_f32_vec().unwrap();
-        assert!(y[2].is_nan() && y[4] == f32::INFINITY && y[3] == 1e30 && y[1] == 0.0, "{activation:?} {y:?}");
+    for device in devices() {
+        let x = [f32::NEG_INFINITY, -1e30, f32::NAN, 1e30, f32::INFINITY, 0.0, 0.0, 0.0, f32::NAN];
+        let x = Tensor::from_f32(&device, &[9], DType::F32, &x).unwrap();
+        for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+            let y = ops::activation(&x, activation).unwrap().to_f32_vec().unwrap();
+            let passes = y[2].is_nan() && y[8].is_nan() && y[4] == f32::INFINITY && y[3] == 1e30 && y[1] == 0.0;
+            assert!(passes, "{device} {activation:?} {y:?}");
+        }
     }
 }
 
 #[test]
 fn add_matches_f64() {
-    let device = Device::cpu();
-    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+    for (device, dtype, shape) in cases() {
         let mut random = Random::new(2);
         let [a, b] = [0, 1].map(|_| random.randn(&device, shape, dtype));
         let [x, y] = [f64s(&a), f64s(&b)];
         let want = expected(&a, |i| x[i] + y[i], |i| (x[i] + y[i]).abs());
-        assert_close(&ops::add(&a, &b).unwrap(), &want, 0.5, format!("{shape:?}"));
+        for (a, b) in [(&a, &b), (&shifted(&a), &b), (&a, &shifted(&b))] {
+            assert_close(&ops::add(a, b).unwrap(), &want, 0.5, format!("{device} {shape:?}"));
+        }
     }
 }
 
 #[test]
 fn clamp_is_exact_and_keeps_nan() {
-    let device = Device::cpu();
-    for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+    for (device, dtype, shape) in cases() {
         let x = Random::new(3).randn(&device, shape, dtype);
         let v = f64s(&x);
         let want = expected(&x, |i| v[i].clamp(-0.5, 0.75), |_| 0.0);
-        assert_close(&ops::clamp(&x, -0.5, 0.75).unwrap(), &want, 0.0, format!("{shape:?}"));
+        for x in [&x, &shifted(&x)] {
+            assert_close(&ops::clamp(x, -0.5, 0.75).unwrap(), &want, 0.0, format!("{device} {shape:?}"));
+        }
     }
-    let x = Tensor::from_f32(&device, &[3], DType::F16, &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]).unwrap();
-    let y = ops::clamp(&x, -1.0, 1.0).unwrap().to_f32_vec().unwrap();
-    assert!(y[0].is_nan() && y[1..] == [1.0, -1.0], "{y:?}");
+    for device in devices() {
+        let values = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].repeat(3);
+        let x = Tensor::from_f32(&device, &[9], DType::F16, &values).unwrap();
+        let y = ops::clamp(&x, -1.0, 1.0).unwrap().to_f32_vec().unwrap();
+        assert!(y.chunks_exact(3).all(|y| y[0].is_nan() && y[1..] == [1.0, -1.0]), "{device} {y:?}");
+    }
 }
 
 #[test]
 fn scale_cast_repeats_the_batch() {
-    let device = Device::cpu();
-    for (from, to) in DType::FLOATS.into_iter().flat_map(|from| DType::FLOATS.map(|to| (from, to))) {
-        for (shape, repeats) in SHAPES.into_iter().zip([2, 3, 1, 2, 2, 2]) {
+    for (device, from, shape) in cases() {
+        let repeats = if shape.len() == 1 { 1 } else { shape.len() };
+        for (to, shift) in DType::FLOATS.into_iter().flat_map(|to| [(to, false), (to, true)]) {
             let x = Random::new(4).randn(&device, shape, from);
+            let x = if shift { shifted(&x) } else { x };
             let v = f64s(&x);
             let got = ops::scale_cast(&x, 0.18215, -0.5, to, repeats).unwrap();
             assert_eq!(got.dtype(), to);
@@ -84,40 +111,71 @@ fn scale_cast_repeats_the_batch() {
             let magnitudes = (0..repeats * count).map(|i| scale * v[i % count].abs() + 0.5).collect();
             let mut shape = shape.to_vec();
             shape[0] *= repeats;
-            assert_close(&got, &Expected { shape, values, magnitudes }, 1.0, format!("{from} {to} {repeats}"));
+            assert_close(&got, &Expected { shape, values, magnitudes }, 1.0, format!("{device} {from} {to} {repeats}"));
         }
     }
 }
 
 #[test]
+fn values_that_are_not_finite_are_counted() {
+    for (device, dtype, shape) in cases() {
+        let mut values = Random::new(7).randn(&Device::cpu(), shape, DType::F32).to_f32_vec().unwrap();
+        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN];
+        let mut count = 0;
+        let ends = (0..values.len()).filter(|i| i % 97 == 0 || i + 2 > shape.iter().product::<usize>());
+        for (i, bad) in ends.collect::<Vec<_>>().into_iter().zip(bad.into_iter().cycle()) {
+            (values[i], count) = (bad, count + 1);
+        }
+        let x = Tensor::from_f32(&device, shape, dtype, &values).unwrap();
+        assert_eq!(ops::count_non_finite(&x).unwrap(), count, "{device} {dtype} {shape:?}");
+        assert_eq!(ops::count_non_finite(&shifted(&x)).unwrap(), count, "{device} {dtype} {shape:?}");
+    }
+    for device in devices() {
+        let largest = Tensor::from_f32(&device, &[2], DType::F32, &[f32::MAX, f32::MIN]).unwrap();
+        assert_eq!(ops::count_non_finite(&largest).unwrap(), 0);
+    }
+}
+
+#[test]
 fn embedding_adds_token_and_position() {
-    let device = Device::cpu();
-    for dtype in DType::FLOATS {
-        for [n, l, v, p, c] in
-            [[1, 1, 1, 1, 1], [2, 7, 11, 7, 5], [3, 77, 49, 77, 64], [1, 5, 3, 9, 8], [0, 4, 3, 4, 2]]
-        {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for ([n, l, v, p, c], shift) in [
+            ([1, 1, 1, 1, 1], false),
+            ([2, 7, 11, 7, 5], false),
+            ([3, 77, 49, 77, 64], false),
+            ([1, 3, 5, 3, 1032], false),
+            ([1, 3, 5, 3, 261], false),
+            ([1, 5, 3, 9, 8], true),
+            ([0, 4, 3, 4, 2], false),
+        ] {
             let mut random = Random::new(5);
             let [table, positions] = [v, p].map(|rows| random.randn(&device, &[rows, c], dtype));
+            let table = if shift { shifted(&table) } else { table };
             let ids: Vec<u32> = (0..n * l).map(|i| (i * i + 3 * i) as u32 % v as u32).collect();
-            let got = ops::embedding(&Tensor::from_u32(&device, &[n, l], &ids).unwrap(), &table, &positions).unwrap();
+            let ids = Tensor::from_u32(&device, &[n, l], &ids).unwrap();
+            let got = ops::embedding(&ids, &table, &positions).unwrap();
             assert_eq!((got.shape(), got.dtype()), ([n, l, c].as_slice(), dtype));
-            let (table, positions) = (f64s(&table), f64s(&positions));
+            let (ids, table, positions) = (f64s(&ids), f64s(&table), f64s(&positions));
             let value = |i: usize| table[ids[i / c] as usize * c + i % c] + positions[i / c % l * c + i % c];
-            assert_close(&got, &expected(&got, value, |i| value(i).abs()), 0.5, format!("{n} {l} {v} {p} {c}"));
+            let want = expected(&got, value, |i| value(i).abs());
+            assert_close(&got, &want, 0.5, format!("{device} {n} {l} {v} {p} {c}"));
         }
     }
 }
 
 #[test]
 fn timestep_embedding_matches_f64() {
-    let device = Device::cpu();
+    devices().iter().for_each(timestep_embedding_on);
+}
+
+fn timestep_embedding_on(device: &Device) {
     let timesteps = [0.0, 1.0, 21.0, 181.0, 250.25, 501.0, 981.0, 999.0];
     for (dtype, dim, flip_sin_to_cos, freq_shift) in DType::FLOATS.into_iter().flat_map(|dtype| {
         [(2, true, 0.0), (3, false, 0.0), (5, true, 0.0), (32, false, 1.0), (128, true, 1.0), (320, true, 0.0)]
             .map(|(dim, flip, shift)| (dtype, dim, flip, shift))
     }) {
         let e = TimestepEmbedding { dim, flip_sin_to_cos, freq_shift };
-        let got = ops::timestep_embedding(&timesteps, e, &device, dtype).unwrap();
+        let got = ops::timestep_embedding(&timesteps, e, device, dtype).unwrap();
         let half = dim / 2;
         let phase = |i: usize| {
             let j = (i % dim % half) as f64;
@@ -142,7 +200,7 @@ fn timestep_embedding_matches_f64() {
         ops::timestep_embedding(
             &[],
             TimestepEmbedding { dim: 4, flip_sin_to_cos: true, freq_shift: 0.0 },
-            &device,
+            device,
             DType::F32
         )
         .unwrap()
@@ -191,6 +249,9 @@ fn meta_records_what_cpu_would_do() {
         ("timestep_embedding", ops::timestep_embedding(&[1.0; 5], e, &device, DType::BF16), vec![5, 8], 20 + 80),
     ];
     let report = meta.take_report();
+    assert_eq!(ops::count_non_finite(&x).unwrap(), 0);
+    let counted = meta.take_report().ops.remove(0);
+    assert_eq!((counted.op, counted.work.bytes, counted.work.launches), ("count_non_finite", 240, 1));
     assert_eq!(report.ops.len(), calls.len());
     let mut records = report.ops.iter();
     for (op, y, shape, bytes) in calls {
@@ -236,9 +297,13 @@ fn errors_name_the_argument() {
     assert!(matches!(embed(&ids, &table, &zeros(&[5, 3], DType::F32)), Error::Shape { arg: "positions", .. }));
     assert!(matches!(embed(&ids, &table, &zeros(&[2, 4], DType::F32)), Error::Shape { arg: "positions", .. }));
     assert!(matches!(embed(&ids, &table, &zeros(&[5, 4], DType::F16)), Error::Dtype { arg: "positions", .. }));
-    let beyond = Tensor::from_u32(&device, &[1, 2], &[0, 5]).unwrap();
-    let error = embed(&beyond, &table, &table);
-    assert!(matches!(error, Error::Argument { arg: "ids", .. }) && error.to_string().contains("is 5,"), "{error}");
+    for device in devices() {
+        let beyond = Tensor::from_u32(&device, &[1, 2], &[0, 5]).unwrap();
+        let table = Tensor::zeros(&device, &[5, 4], DType::F32).unwrap();
+        let error = embed(&beyond, &table, &table);
+        assert!(matches!(error, Error::Argument { arg: "ids", .. }) && error.to_string().contains("is 5,"), "{error}");
+    }
+    assert!(matches!(ops::count_non_finite(&ids).unwrap_err(), Error::Dtype { arg: "x", .. }));
 
     let sinusoid = |dim, freq_shift, dtype| {
         let e = TimestepEmbedding { dim, flip_sin_to_cos: true, freq_shift };

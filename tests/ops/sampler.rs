@@ -1,6 +1,6 @@
 //! add_noise and diagonal_gaussian against plain f64 loops.
 
-use crate::common::{Expected, Random, assert_close, f64s};
+use crate::common::{Expected, Random, assert_close, devices, f64s};
 use megafuse::Error;
 use megafuse::ops;
 use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};
@@ -10,10 +10,13 @@ const SHAPES: [[usize; 4]; 5] = [[1, 1, 1, 1], [2, 3, 5, 7], [3, 41, 67, 1], [0,
 
 #[test]
 fn add_noise_matches_f64() {
-    let device = Device::cpu();
+    devices().iter().for_each(add_noise_on);
+}
+
+fn add_noise_on(device: &Device) {
     for shape in [&[][..], &[7], &[2, 3, 5, 7], &[0, 3], &[1, 91, 97, 4]] {
         let mut random = Random::new(2);
-        let [x0, noise] = [0, 1].map(|_| random.randn(&device, shape, DType::F32));
+        let [x0, noise] = [0, 1].map(|_| random.randn(device, shape, DType::F32));
         let got = ops::add_noise(&x0, &noise, 0.8, 0.6).unwrap();
         let (a, b) = (f64s(&x0), f64s(&noise));
         let [signal, sigma] = [0.8f32, 0.6].map(f64::from);
@@ -22,14 +25,24 @@ fn add_noise_matches_f64() {
             values: a.iter().zip(&b).map(|(a, b)| signal * a + sigma * b).collect(),
             magnitudes: a.iter().zip(&b).map(|(a, b)| signal * a.abs() + sigma * b.abs()).collect(),
         };
-        assert_close(&got, &want, 1.0, format!("{shape:?}"));
+        assert_close(&got, &want, 1.0, format!("{device} {shape:?}"));
     }
+}
+
+/// Every device, dtype and shape.
+fn cases() -> impl Iterator<Item = (Device, DType, [usize; 4])> {
+    let of_device = |device: Device| {
+        DType::FLOATS.into_iter().flat_map(move |dtype| {
+            let device = device.clone();
+            SHAPES.into_iter().map(move |shape| (device.clone(), dtype, shape))
+        })
+    };
+    devices().into_iter().flat_map(of_device)
 }
 
 #[test]
 fn diagonal_gaussian_matches_f64() {
-    let device = Device::cpu();
-    for (dtype, [n, h, w, c]) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+    for (device, dtype, [n, h, w, c]) in cases() {
         let mut random = Random::new(3);
         // Log variances far beyond both ends of [-30, 20] in some.
         let moments = random.tensor(&device, &[n, h, w, 2 * c], dtype, 0.0, 20.0);
@@ -48,7 +61,7 @@ fn diagonal_gaussian_matches_f64() {
                 magnitudes: (0..z.len()).map(|i| terms(i).0.abs() + 2.0 * terms(i).1.abs()).collect(),
             };
             assert_eq!(got.dtype(), DType::F32);
-            assert_close(&got, &want, 2.0, format!("{dtype} {n} {h} {w} {c} sampled {sampled}"));
+            assert_close(&got, &want, 2.0, format!("{device} {dtype} {n} {h} {w} {c} sampled {sampled}"));
         }
     }
 }

@@ -56,9 +56,9 @@ fn small_pictures() {
         let x = to_device(want.get(&format!("{name}.in")));
         for filter in case["upsamplers"].as_array().unwrap().iter().map(|f| f.as_str().unwrap()) {
             let key = format!("{name}.{filter}");
-            let got = to_host(&ops::resize(&x, to, upsampler(filter), None).unwrap());
+            let got = to_host(&ops::resize(&x, to, upsampler(filter), None, None).unwrap());
             results.push(compare(&key, &got, want.get(&key), tolerance(filter)));
-            let clamped = to_host(&ops::resize(&x, to, upsampler(filter), Some((-0.5, 0.25))).unwrap());
+            let clamped = to_host(&ops::resize(&x, to, upsampler(filter), Some((-0.5, 0.25)), None).unwrap());
             let mut bounded = want.get(&key).clone();
             bounded.values.iter_mut().for_each(|x| *x = x.clamp(-0.5, 0.25));
             results.push(compare(&format!("{key}, clamped"), &clamped, &bounded, 2.0 * tolerance(filter)));
@@ -109,7 +109,7 @@ fn large_pictures() {
         };
         for filter in ["bilinear", "bicubic", "bicubic-torch"] {
             let key = format!("{name}.{filter}");
-            let got = rows(ops::resize(&floats, to, upsampler(filter), None).unwrap());
+            let got = rows(ops::resize(&floats, to, upsampler(filter), None, None).unwrap());
             results.push(compare(&key, &got, want.get(&key), tolerance(filter)));
         }
         for filter in ["bilinear", "bicubic"] {

@@ -498,10 +498,22 @@ KERNEL(recurses_deeply, 32, 1)(float* x, int depth) {
 }
 REGISTER_KERNEL(recurses_deeply)
 
-TEST(stack_overflow_ends_the_process) {
+TEST(faults_end_the_launch) {
     Buffer<float> x(2);
     x[0] = 1.f;
     CLEAN("recurses_deeply", dim3(1), dim3(32), 0, x.data, 10);
     CHECK(x[1] == 11.f);
-    expect_death("", [&] { run("recurses_deeply", dim3(1), dim3(32), 0, x.data, 100000); });
+    float* const nowhere = reinterpret_cast<float*>(uintptr_t(4096));
+    if (kSanitizeBuild) {
+        expect_death("stack-overflow", [&] { run("recurses_deeply", dim3(1), dim3(32), 0, x.data, 100000); });
+        expect_death("SEGV", [&] { run("writes_global_at", dim3(1), dim3(32), 0, nowhere, 0); });
+        return;
+    }
+    for (int i = 0; i < 3; i++) {
+        REPORTS(run("recurses_deeply", dim3(4), dim3(32), 0, x.data, 100000), "stack overflow", "recurses_deeply, block");
+        REPORTS(run("writes_global_at", dim3(4), dim3(32), 0, nowhere, 2), "access to address 0x1008, where there is no memory");
+        CLEAN("recurses_deeply", dim3(1), dim3(32), 0, x.data, 10);
+    }
+    // Not in a kernel: the process ends as ever.
+    expect_death("", [&] { *const_cast<volatile float*>(nowhere) = 1.f; });
 }

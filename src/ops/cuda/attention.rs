@@ -47,11 +47,10 @@ impl Tile {
     }
 }
 
-/// f16 and bf16. The widths are those of the models that matter: 16 and 32 (small test models and pocket), 48 (SD 1.5's
-/// 40; a third less work than 64), 64 (CLIP, SD 2.1, SDXL), 80 and 160 (SD 1.5's deeper levels), 128 (SD 3's kin). 32
-/// keys a tile at 160, so that two stages leave a second block its shared memory.
-const NARROW: [Tile; 7] = [
-    Tile::narrow("d16", 16, 64, 64),
+/// f16 and bf16, not causal, heads and addresses of whole 16 bytes. The widths are those of the models that matter: 32
+/// (pocket), 48 (SD 1.5's 40; a quarter less work than 64), 64 (SD 2.1, SDXL), 80 and 160 (SD 1.5's deeper levels), 128
+/// (SD 3's kin). 32 keys a tile at 160, so that two stages leave a second block its shared memory.
+const NARROW: [Tile; 6] = [
     Tile::narrow("d32", 32, 64, 64),
     Tile::narrow("d48", 48, 64, 64),
     Tile::narrow("d64", 64, 64, 64),
@@ -60,16 +59,26 @@ const NARROW: [Tile; 7] = [
     Tile::narrow("d160", 160, 64, 32),
 ];
 
-/// 32 queries a warp instead of 16: half the shared memory traffic, which bounds the others, but half the blocks, twice
-/// the registers, and no causal form.
+/// As [`NARROW`], 32 queries a warp instead of 16: half the shared memory traffic, which bounds the others, but half the
+/// blocks and more registers.
 const LONG: [Tile; 3] = [
     Tile::narrow("d48_long", 48, 128, 64),
     Tile::narrow("d64_long", 64, 128, 64),
     Tile::narrow("d80_long", 80, 128, 64),
 ];
 
-/// Blocks an image that the long tiles need: one for every multiprocessor of the largest card. Of one image, since an
-/// image's bits must not depend on the batch; all tiles add in the same order, so they differ by rounding at most.
+/// f16 and bf16 of any width and alignment, causal or not: CLIP, and models for tests. Both cost registers, so the others
+/// do without.
+const ANY: [Tile; 5] = [
+    Tile::narrow("d16_any", 16, 64, 64),
+    Tile::narrow("d32_any", 32, 64, 64),
+    Tile::narrow("d64_any", 64, 64, 64),
+    Tile::narrow("d160_any", 160, 64, 32),
+    WIDE,
+];
+
+/// Blocks that the long tiles need: about one for every multiprocessor of the largest cards. Counted in one image, whose
+/// bits must not depend on the batch.
 const LONG_BLOCKS: usize = 128;
 
 /// One tile of 32 keys and values at 64 columns a warp, the eight terms of 32 * 32 scores, the weights, a factor a row.
@@ -90,24 +99,24 @@ const F32: [Tile; 5] = [
 ];
 
 impl Tile {
-    /// The tile for a head, or the one that `MEGAFUSE_ATTENTION_TILE` names (`d64_long`), if it fits: for research.
-    fn choose(dims: &Dims, causal: bool, dtype: DType) -> Option<Tile> {
+    /// The tile for a head, or the one that `MEGAFUSE_ATTENTION_TILE` names (`d64_long`) where it will do: for research.
+    /// `plain`: not causal, and heads and addresses are whole 16 bytes.
+    fn choose(dims: &Dims, plain: bool, dtype: DType) -> Option<Tile> {
         let fits = |tile: &&Tile| dims.head_dim <= tile.head_dim;
         if dtype == DType::F32 {
             return F32.iter().find(fits).copied();
         }
-        let long = || LONG.iter().find(fits).filter(|_| !causal);
-        if let Ok(name) = std::env::var("MEGAFUSE_ATTENTION_TILE") {
-            let named = NARROW.iter().chain(LONG.iter().filter(|_| !causal)).chain([&WIDE]).filter(fits);
-            if let Some(tile) = named.into_iter().find(|tile| tile.name == name) {
-                return Some(*tile);
-            }
+        let (narrow, long) = if plain { (NARROW.as_slice(), LONG.as_slice()) } else { Default::default() };
+        if let Ok(name) = std::env::var("MEGAFUSE_ATTENTION_TILE")
+            && let Some(tile) = [narrow, long, &ANY].concat().iter().filter(fits).find(|tile| tile.name == name)
+        {
+            return Some(*tile);
         }
-        let narrow = NARROW.iter().chain([&WIDE]).find(fits)?;
-        let long = long().filter(|long| {
-            narrow.head_dim == long.head_dim && dims.heads * dims.queries.div_ceil(long.rows) >= LONG_BLOCKS
-        });
-        Some(*long.unwrap_or(narrow))
+        // The first of the narrowest.
+        let tile = narrow.iter().chain(&ANY).filter(fits).min_by_key(|tile| tile.head_dim)?;
+        let long = long.iter().find(|long| long.head_dim == tile.head_dim);
+        let long = long.filter(|long| dims.heads * dims.queries.div_ceil(long.rows) >= LONG_BLOCKS);
+        Some(*long.unwrap_or(tile))
     }
 }
 
@@ -115,14 +124,17 @@ pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims
     const OP: &str = "attention";
     let &Dims { n, queries, keys, heads, head_dim } = dims;
     let dtype = y.dtype();
-    let Some(tile) = Tile::choose(dims, causal, dtype) else {
-        return Err(Error::argument(OP, "head_dim", head_dim, format!("at most {MAX_HEAD_DIM}")));
-    };
     let width = heads * head_dim;
     let part = |tensor: &Tensor, part: usize| DevicePtr(tensor.cuda().0 + (part * width * dtype.size_bytes()) as u64);
     let (q, k, v, q_parts, kv_parts) = match args {
         Attention::Packed { qkv, .. } => (part(qkv, 0), part(qkv, 1), part(qkv, 2), 3, 3),
         Attention::Cross { q, kv } => (part(q, 0), part(kv, 0), part(kv, 1), 1, 2),
+    };
+    let plain = !causal
+        && head_dim * dtype.size_bytes() % 16 == 0
+        && [y.cuda(), q, k, v].iter().all(|address| address.0 % 16 == 0);
+    let Some(tile) = Tile::choose(dims, plain, dtype) else {
+        return Err(Error::argument(OP, "head_dim", head_dim, format!("at most {MAX_HEAD_DIM}")));
     };
     // Rows of a tile are addressed from its first in 32 bits.
     let limit = i32::MAX as usize;
@@ -145,7 +157,7 @@ pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims
     let launch = Launch::grid([queries.div_ceil(tile.rows), heads, n]).block(tile.threads).shared(tile.shared_bytes);
     let entry = entry(&format!("attention_{}", tile.name), dtype);
     // SAFETY: arguments as the entry has them; the op checked that the tensors have the shapes that `size` describes, the
-    // kernel guards what is outside them, and only y is written.
+    // kernel guards what is outside them, and only y is written. What a kernel asks of addresses, `plain` has checked.
     unsafe { device.launch("attention", &entry, launch, args![y.cuda(), q, k, v, size]) }
 }
 
@@ -153,31 +165,34 @@ pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims
 mod tests {
     use super::*;
 
-    fn choose(queries: usize, heads: usize, head_dim: usize, causal: bool, dtype: DType) -> Option<&'static str> {
+    fn choose(queries: usize, heads: usize, head_dim: usize, plain: bool, dtype: DType) -> Option<&'static str> {
         let dims = Dims { n: 1, queries, keys: queries, heads, head_dim };
-        Tile::choose(&dims, causal, dtype).map(|tile| tile.name)
+        Tile::choose(&dims, plain, dtype).map(|tile| tile.name)
     }
 
     #[test]
     fn tiles_by_shape() {
-        assert_eq!(choose(4096, 8, 40, false, DType::BF16), Some("d48_long"));
-        assert_eq!(choose(1024, 8, 80, false, DType::BF16), Some("d80"));
-        assert_eq!(choose(256, 8, 160, false, DType::F16), Some("d160"));
-        assert_eq!(choose(77, 12, 64, true, DType::F16), Some("d64"));
-        assert_eq!(choose(1 << 20, 12, 64, true, DType::F16), Some("d64"));
-        assert_eq!(choose(1 << 20, 8, 50, false, DType::F16), Some("d64_long"));
-        assert_eq!(choose(1 << 20, 8, 24, false, DType::F16), Some("d32"));
-        assert_eq!(choose(4096, 1, 512, false, DType::F16), Some("d512"));
+        assert_eq!(choose(4096, 8, 40, true, DType::BF16), Some("d48_long"));
+        assert_eq!(choose(1024, 8, 80, true, DType::BF16), Some("d80"));
+        assert_eq!(choose(256, 8, 160, true, DType::F16), Some("d160"));
+        assert_eq!(choose(1 << 20, 8, 24, true, DType::F16), Some("d32"));
+        assert_eq!(choose(1 << 20, 8, 8, true, DType::F16), Some("d16_any"));
+        assert_eq!(choose(4096, 1, 512, true, DType::F16), Some("d512"));
+        assert_eq!(choose(77, 12, 64, false, DType::F16), Some("d64_any"));
+        assert_eq!(choose(1 << 20, 12, 64, false, DType::F16), Some("d64_any"));
+        assert_eq!(choose(1, 1, 161, false, DType::F16), Some("d512"));
         assert_eq!(choose(4096, 1, 161, false, DType::F32), Some("d192"));
-        assert_eq!(choose(1, 1, 513, false, DType::F32), None);
-        assert_eq!(choose(1, 1, 513, false, DType::BF16), None);
+        for plain in [false, true] {
+            assert_eq!(choose(1, 1, 513, plain, DType::F32), None);
+            assert_eq!(choose(1, 1, 513, plain, DType::BF16), None);
+        }
     }
 
     /// Two blocks of the models' tiles on a multiprocessor of sm_80 (164 KiB), and every tile on those of sm_86, sm_89
     /// and sm_120 (99 KiB).
     #[test]
     fn shared_memory_fits_every_card() {
-        for tile in NARROW.into_iter().chain(LONG).chain([WIDE]).chain(F32) {
+        for tile in NARROW.into_iter().chain(LONG).chain(ANY).chain(F32) {
             assert!(tile.shared_bytes <= 99 * 1024, "{tile:?}");
             assert!(tile == WIDE || 2 * (tile.shared_bytes + 1024) <= 164 * 1024, "{tile:?}");
         }

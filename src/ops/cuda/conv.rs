@@ -2,7 +2,7 @@
 //! device counts the same launches and the same scratch memory.
 
 use super::norm::{self, Statistics};
-use super::tiles::{self, Product, Wide};
+use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry};
 use crate::error::{Error, Result};
 use crate::ops::conv::{Conv2d, Geometry, OP};
@@ -210,15 +210,18 @@ pub fn conv2d(
     let table = args.row.map(|row| row.table);
     let wide = Wide {
         x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
-        weight: k % chunk == 0 && aligned(weight),
-        output: g.outputs % chunk == 0
-            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()].into_iter().flatten().all(aligned),
+        weight: k.is_multiple_of(chunk) && aligned(weight),
+        output: g.outputs.is_multiple_of(chunk)
+            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()]
+                .into_iter()
+                .flatten()
+                .all(aligned),
     };
     let tile = tiles::pick(&Product {
         dtype,
         size: [plan.m * plan.splits, g.outputs, k / plan.splits],
         chunks: wide.x && wide.weight && on_load.is_none(),
-        multiprocessors: device.multiprocessors(),
+        card: Card::of(device),
     });
     let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
         .block(tile.threads())

@@ -1,15 +1,67 @@
-use super::entry;
+use super::{entry, int};
 use crate::error::Result;
+use crate::ops::Activation;
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, Launch, args};
 
-/// Threads a block: `kThreads` of elementwise.cu.
+/// Threads a block and elements a thread: `kThreads`, `kVector` of elementwise.cu.
 const THREADS: usize = 256;
+const VECTOR: usize = 8;
+
+fn over(count: usize) -> Launch {
+    Launch::grid([count.div_ceil(THREADS * VECTOR), 1, 1]).block(THREADS)
+}
+
+pub fn activation(device: &CudaDevice, x: &Tensor, activation: Activation, y: &mut Tensor) -> Result<()> {
+    let kind: i32 = match activation {
+        Activation::None => 0,
+        Activation::Silu => 1,
+        Activation::Gelu => 2,
+        Activation::QuickGelu => 3,
+        Activation::Geglu => unreachable!("the op refuses it"),
+    };
+    let (entry, count) = (entry("activation", x.dtype()), x.numel());
+    // SAFETY: arguments as the entry has them; both tensors have `count` elements.
+    unsafe { device.launch("elementwise", &entry, over(count), args![y.cuda(), x.cuda(), kind, count as i64]) }
+}
 
 pub fn add(device: &CudaDevice, a: &Tensor, b: &Tensor, y: &mut Tensor) -> Result<()> {
-    let count = y.numel();
-    let launch = Launch::grid([count.div_ceil(THREADS), 1, 1]).block(THREADS);
-    let entry = entry("add", y.dtype());
+    let (entry, count) = (entry("add", y.dtype()), y.numel());
     // SAFETY: arguments as the entry has them; all three tensors have `count` elements.
-    unsafe { device.launch("elementwise", &entry, launch, args![y.cuda(), a.cuda(), b.cuda(), count as i64]) }
+    unsafe { device.launch("elementwise", &entry, over(count), args![y.cuda(), a.cuda(), b.cuda(), count as i64]) }
+}
+
+pub fn clamp(device: &CudaDevice, x: &Tensor, low: f32, high: f32, y: &mut Tensor) -> Result<()> {
+    let (entry, count) = (entry("clamp", x.dtype()), x.numel());
+    // SAFETY: arguments as the entry has them; both tensors have `count` elements.
+    unsafe { device.launch("elementwise", &entry, over(count), args![y.cuda(), x.cuda(), low, high, count as i64]) }
+}
+
+pub fn scale_cast(
+    device: &CudaDevice,
+    x: &Tensor,
+    scale: f32,
+    shift: f32,
+    repeats: usize,
+    y: &mut Tensor,
+) -> Result<()> {
+    let entry = entry(&format!("scale_cast_{}", x.dtype()), y.dtype());
+    let (count, repeats) = (x.numel(), int("scale_cast", "repeats", repeats)?);
+    // SAFETY: arguments as the entry has them; x has `count` elements, y `repeats` times as many.
+    unsafe {
+        device.launch(
+            "elementwise",
+            &entry,
+            over(count),
+            args![y.cuda(), x.cuda(), scale, shift, count as i64, repeats],
+        )
+    }
+}
+
+/// Adds to `counter`, one u32.
+pub fn count_non_finite(device: &CudaDevice, x: &Tensor, counter: &mut Tensor) -> Result<()> {
+    int("count_non_finite", "elements", x.numel())?;
+    let (entry, count) = (entry("count_non_finite", x.dtype()), x.numel());
+    // SAFETY: arguments as the entry has them; x has `count` elements.
+    unsafe { device.launch("elementwise", &entry, over(count), args![counter.cuda(), x.cuda(), count as i64]) }
 }

@@ -1,4 +1,4 @@
-use super::tiles::{self, Product, Wide};
+use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry};
 use crate::error::Result;
 use crate::ops::{Activation, Linear};
@@ -31,8 +31,7 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
         output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
     };
     let chunks = wide.x && wide.weight;
-    let tile =
-        tiles::pick(&Product { dtype, size: [m, columns, k], chunks, multiprocessors: device.multiprocessors() });
+    let tile = tiles::pick(&Product { dtype, size: [m, columns, k], chunks, card: Card::of(device) });
     let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
     let entry = entry(&format!("linear_{}", tile.name), dtype);
     // SAFETY: arguments as the entry has them; shapes were checked against [m, n, k], `wide` against the addresses.

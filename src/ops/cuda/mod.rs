@@ -3,8 +3,11 @@
 pub mod attention;
 pub mod conv;
 pub mod elementwise;
+pub mod embedding;
 pub mod linear;
 pub mod norm;
+pub mod resize;
+pub mod sampler;
 pub mod step;
 pub mod tiles;
 
@@ -14,11 +17,6 @@ use crate::runtime::{DType, Tensor};
 /// The entry of a kernel for a dtype: `add_bf16`.
 pub fn entry(name: &str, dtype: DType) -> String {
     format!("{name}_{dtype}")
-}
-
-/// For an op that has no kernel yet.
-pub fn missing(op: &'static str) -> Error {
-    Error::Kernel { kernel: op.into(), reason: "this op has no kernel yet; use --device cpu".into() }
 }
 
 /// A size as the kernels count.

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 use crate::runtime::DType;
+use crate::runtime::cuda::CudaDevice;
 
 /// Bytes of k in a row of a slice: `kRowChunks` of 16.
 const SLICE_BYTES: usize = 64;
@@ -36,13 +37,13 @@ const fn tile(name: &'static str, [m, n]: [usize; 2], warps: [usize; 2], stages:
     Tile { name, m, n, warps, stages, blocks, general: false }
 }
 
-/// f16 and bf16. The largest reads the least shared memory a product (64x64 a warp), and wants a large result; the
-/// smaller ones fill more multiprocessors with a small result, or waste less of a narrow one.
+/// f16 and bf16. The larger a warp's part, the less shared memory a product reads: 64x64 in the first two, which want a
+/// large result; the smaller ones fill more multiprocessors with a small result, or waste less of a narrow one.
 static TILES_16_BIT: [Tile; 6] = [
     tile("128x256", [128, 256], [2, 4], 4, 1),
-    tile("128x128", [128, 128], [2, 4], 4, 2),
-    tile("128x64", [128, 64], [4, 2], 4, 2),
-    tile("64x128", [64, 128], [2, 4], 4, 2),
+    tile("128x128", [128, 128], [2, 2], 4, 2),
+    tile("128x64", [128, 64], [2, 2], 4, 3),
+    tile("64x128", [64, 128], [2, 2], 4, 3),
     tile("64x64", [64, 64], [2, 2], 4, 4),
     Tile { general: true, ..tile("general", [64, 64], [2, 2], 2, 3) },
 ];
@@ -71,29 +72,55 @@ impl Tile {
         m.div_ceil(self.m) * n.div_ceil(self.n)
     }
 
-    /// Clocks of a multiprocessor for one slice of one block: the slower of the arithmetic units and shared memory.
-    fn slice_clocks(&self, dtype: DType) -> usize {
+    /// Clocks of a multiprocessor for one slice of one block: the slowest of the arithmetic units, shared memory and L2.
+    fn slice_clocks(&self, dtype: DType, card: Card) -> usize {
         let k = SLICE_BYTES / dtype.size_bytes();
-        // mma.sync does 1024 multiply-accumulates a clock, the FMA units 128 (64 on an A100).
-        let arithmetic = self.m * self.n * k / if dtype == DType::F32 { 128 } else { 1024 };
+        let arithmetic = self.m * self.n * k / card.products_a_clock(dtype);
         // Written once; every warp reads its rows of A and of B. 128 bytes a clock.
         let [warp_m, warp_n] = [self.m / self.warps[0], self.n / self.warps[1]];
         let read = self.warps[0] * self.warps[1] * (warp_m + warp_n) * SLICE_BYTES;
         let shared = ((self.m + self.n) * SLICE_BYTES + read) / 128;
-        arithmetic.max(shared)
+        // cp.async passes the first-level cache by; L2 gives a multiprocessor about 32 bytes a clock when all of them ask.
+        let l2 = (self.m + self.n) * SLICE_BYTES / 32;
+        arithmetic.max(shared).max(l2)
     }
 
-    /// Estimated clocks for the whole product on a card of so many multiprocessors.
-    fn clocks(&self, dtype: DType, [m, n, k]: [usize; 3], multiprocessors: usize) -> usize {
-        // A block alone waits for its barrier, its loads and its fragments in every slice; others hide that.
-        const LATENCY: usize = 150;
+    /// Estimated clocks for the whole product.
+    fn clocks(&self, dtype: DType, [m, n, k]: [usize; 3], card: Card) -> usize {
+        // A block alone waits for its barrier and its fragments in every slice; others hide that.
+        const LATENCY: usize = 100;
         // Start of the pipeline and the store of the tile, in slices.
         const ENDS: usize = 4;
-        let slice = self.slice_clocks(dtype);
+        let slice = self.slice_clocks(dtype, card);
         let slices = (k * dtype.size_bytes()).div_ceil(SLICE_BYTES) + ENDS;
-        let blocks = self.blocks(m, n).div_ceil(multiprocessors);
+        let blocks = self.blocks(m, n).div_ceil(card.multiprocessors);
         let waves = blocks.div_ceil(self.blocks);
         slices * (blocks * slice).max(waves * (slice + LATENCY))
+    }
+}
+
+/// What the choice of a tile needs to know of a card.
+#[derive(Clone, Copy, Debug)]
+pub struct Card {
+    pub multiprocessors: usize,
+    /// Compute capability 9.0 or later.
+    pub hopper: bool,
+}
+
+impl Card {
+    pub fn of(device: &CudaDevice) -> Card {
+        Card { multiprocessors: device.multiprocessors(), hopper: device.compute_capability().0 >= 9 }
+    }
+
+    /// Multiply-accumulates of a multiprocessor: of mma.sync (on Hopper two thirds of what wgmma would do), of the FMA
+    /// units.
+    fn products_a_clock(self, dtype: DType) -> usize {
+        match (dtype, self.hopper) {
+            (DType::F32, false) => 64,
+            (DType::F32, true) => 128,
+            (_, false) => 1024,
+            (_, true) => 1365,
+        }
     }
 }
 
@@ -105,7 +132,7 @@ pub struct Product {
     pub size: [usize; 3],
     /// All operands are whole 16-byte chunks, aligned, and unchanged on load.
     pub chunks: bool,
-    pub multiprocessors: usize,
+    pub card: Card,
 }
 
 /// The tile with the fewest estimated clocks; `MEGAFUSE_TILE` or [`with_variant`] overrides where that one is possible.
@@ -123,18 +150,19 @@ pub fn pick(product: &Product) -> &'static Tile {
     {
         return tile;
     }
-    let clocks = |tile: &&Tile| tile.clocks(product.dtype, product.size, product.multiprocessors);
+    let clocks = |tile: &&Tile| tile.clocks(product.dtype, product.size, product.card);
     tiles.iter().filter(|tile| !tile.general).min_by_key(clocks).unwrap_or_else(general)
 }
 
 /// Parts of a convolution's sums that different blocks make, joined by a second launch; 1: no split.
 ///
-/// The 8x8 and 4x4 images of a UNet have few tiles and long sums (64 pixels, 1280 outputs: 20 tiles of 64x64, and
-/// K = 11520), and would leave most of a card idle. From one image's size alone, so that an image's bits do not depend on
-/// the batch, and for 128 multiprocessors whatever the card, so that they do not depend on that either. A part keeps at
-/// least 512 terms: below that the parts' way through memory costs more than it brings.
+/// The 16x16 and smaller images of a UNet have few tiles and long sums (8x8 pixels, 1280 outputs: 20 tiles of 64x64, and
+/// K = 11520), and would leave most of a card idle. From one image's size alone, so that an image's bits do not depend
+/// on the batch, and the same on every card: 256 blocks an image, for the two images of a guided step about the 528
+/// blocks of 64x64 that an H100 holds at once. A part keeps at least 512 terms: below that the parts' way through memory
+/// costs more than it brings.
 pub fn splits(pixels: usize, outputs: usize, k: usize) -> usize {
-    const BLOCKS: usize = 128;
+    const BLOCKS: usize = 256;
     const TERMS: usize = 512;
     if let Some(splits) = Variant::current().splits {
         return splits.max(1);
@@ -240,16 +268,19 @@ pub fn count(op: &'static str, what: &'static str, value: usize) -> Result<i32> 
 mod tests {
     use super::*;
 
+    const CARD: Card = Card { multiprocessors: 132, hopper: true };
+
     fn picked(dtype: DType, size: [usize; 3]) -> &'static str {
-        pick(&Product { dtype, size, chunks: true, multiprocessors: 132 }).name
+        pick(&Product { dtype, size, chunks: true, card: CARD }).name
     }
 
     #[test]
     fn large_results_take_large_tiles_and_small_ones_many_small_tiles() {
-        assert_eq!(picked(DType::BF16, [32768, 2560, 320]), "128x256");
+        assert_eq!(picked(DType::BF16, [262_144, 256, 2304]), "128x256");
+        assert_eq!(picked(DType::BF16, [4096, 1280, 640]), "128x128");
         assert_eq!(picked(DType::BF16, [154, 1280, 768]), "64x64");
         assert_eq!(picked(DType::F32, [154, 320, 768]), "64x64");
-        let unaligned = Product { dtype: DType::F16, size: [8192, 320, 36], chunks: false, multiprocessors: 132 };
+        let unaligned = Product { dtype: DType::F16, size: [8192, 320, 36], chunks: false, card: CARD };
         assert_eq!(pick(&unaligned).name, "general");
     }
 
@@ -260,13 +291,15 @@ mod tests {
         with_variant(variant, || {
             assert_eq!((picked(DType::F16, size), splits(4096, 320, 2880), norm_on_load(9, true)), ("64x128", 3, true));
         });
-        assert_eq!((picked(DType::F16, size), splits(4096, 320, 2880), norm_on_load(9, true)), ("128x256", 1, false));
+        assert_ne!(picked(DType::F16, size), "64x128");
+        assert_eq!((splits(4096, 320, 2880), norm_on_load(9, true)), (1, false));
     }
 
     #[test]
     fn only_small_images_with_long_sums_are_split() {
-        assert_eq!(splits(64, 1280, 11520), 6);
-        assert_eq!(splits(16, 1280, 23040), 6);
+        assert_eq!(splits(64, 1280, 11520), 12);
+        assert_eq!(splits(256, 1280, 11520), 3);
+        assert_eq!(splits(16, 1280, 2560), 5);
         assert_eq!(splits(1024, 640, 5760), 1);
         assert_eq!(splits(64, 64, 36), 1);
     }

@@ -1,0 +1,164 @@
+// resize.cu: separable resizing of channels-last images, in f32 between the passes.
+//
+//   resize_horizontal   y [rows, to, C] f32 = x [rows, from, C] in T, filtered along the width
+//   resize_vertical     y [N, to, width] in T = x [N, from, width] f32, filtered along the height
+//   resize_edge         y = (11 x - sum of the 3x3 neighbourhood) / 2, border pixels as they are: 1/2 of the kernel of
+//                       -1 around 10
+// The last pass of a resize finishes: y = signal clamp(value, low, high) + sigma noise (noise null: the clamped value).
+// The same for 8-bit images, on levels 0..255 held in f32: resize_levels quantises, resize_fixed_* filter in integers with
+// weights in units of 2^-22 as PIL does, resize_picture goes back to [-1, 1].
+//
+// A filter is a table of 32-bit words, made on the host in f64: ends [to + 1] (the taps of output i are those from ends[i]
+// to ends[i + 1]), then the input index of every tap, then its weight (f32, or an integer for resize_fixed_*).
+//
+// Memory bound: x and y once; the taps of one input are read from L1 or L2.
+// Launch, unless said otherwise: grid (rows of y over the whole batch, ceil(elements of a row / kThreads)), block kThreads.
+#include "common/math.cuh"
+
+constexpr int kThreads = 256;
+// Of resize_fixed_*: 1 in units of the weights.
+constexpr int kFixedShift = 22;
+
+template <class W>
+struct Taps {
+    const unsigned* index;
+    const W* weight;
+    int count;
+};
+
+// The taps of output i.
+template <class W>
+DEVICE Taps<W> taps_of(const unsigned* filter, int taps, int outputs, int i) {
+    const unsigned first = filter[i];
+    const unsigned* indices = filter + outputs + 1;
+    return {indices + first, reinterpret_cast<const W*>(indices + taps) + first, int(filter[i + 1] - first)};
+}
+
+// The weighted sum over inputs at `x`, `stride` apart. Starts with the first product: a copy stays a copy, -0 included.
+template <class T>
+DEVICE float filtered(const Taps<float>& taps, const T* x, int64_t stride) {
+    float sum = taps.weight[0] * to_f32(x[taps.index[0] * stride]);
+    for (int k = 1; k < taps.count; k++) sum = fmaf(taps.weight[k], to_f32(x[taps.index[k] * stride]), sum);
+    return sum;
+}
+
+// Levels: rounded half up and clamped to 8 bits. The sum fits: 255 times absolute weights below 2 in units of 2^-22.
+DEVICE float filtered(const Taps<int>& taps, const float* x, int64_t stride) {
+    int sum = 1 << (kFixedShift - 1);
+    for (int k = 0; k < taps.count; k++) sum += taps.weight[k] * int(x[taps.index[k] * stride]);
+    return float(min(max(sum >> kFixedShift, 0), 255));
+}
+
+// What the last pass does to a value.
+struct Finish {
+    float low, high;
+    const float* noise;
+    float signal, sigma;
+
+    __device__ float operator()(float value, int64_t i) const {
+        value = clamp(value, low, high);
+        return noise ? fmaf(signal, value, sigma * noise[i]) : value;
+    }
+};
+
+template <class W, class T>
+DEVICE void horizontal(float* y, const T* x, const unsigned* filter, int taps, int from, int to, int channels) {
+    const int i = blockIdx.y * kThreads + threadIdx.x;
+    if (!GUARD(i < to * channels)) return;
+    x += int64_t(blockIdx.x) * from * channels + i % channels;
+    y[int64_t(blockIdx.x) * to * channels + i] = filtered(taps_of<W>(filter, taps, to, i / channels), x, channels);
+}
+
+template <class W, class T>
+DEVICE void vertical(T* y, const float* x, const unsigned* filter, int taps, int from, int to, int width,
+                     const Finish& finish) {
+    const int i = blockIdx.y * kThreads + threadIdx.x;
+    if (!GUARD(i < width)) return;
+    x += int64_t(blockIdx.x / to) * from * width + i;
+    const int64_t at = int64_t(blockIdx.x) * width + i;
+    y[at] = from_f32<T>(finish(filtered(taps_of<W>(filter, taps, to, blockIdx.x % to), x, width), at));
+}
+
+template <class T>
+DEVICE void edge(T* y, const float* x, int height, int width, int channels, const Finish& finish) {
+    const int i = blockIdx.y * kThreads + threadIdx.x, row = blockIdx.x % height, column = i / channels;
+    if (!GUARD(i < width * channels)) return;
+    const int64_t stride = int64_t(width) * channels, at = blockIdx.x * stride + i;
+    float value = x[at];
+    if (GUARD(row > 0) && GUARD(row + 1 < height) && GUARD(column > 0) && GUARD(column + 1 < width)) {
+        float sum = 0.f;
+        UNROLL
+        for (int j = -1; j <= 1; j++) {
+            const float* p = x + at + j * channels;
+            sum += p[-stride] + p[0] + p[stride];
+        }
+        value = (11.f * value - sum) / 2.f;
+    }
+    y[at] = from_f32<T>(finish(value, at));
+}
+
+// y [count] f32 = round(255 clamp(x/2 + 0.5, 0, 1)), ties to even; NaN is 0. Launch: grid ceil(count / kThreads).
+template <class T>
+DEVICE void levels(float* y, const T* x, int64_t count) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (GUARD(i < count)) y[i] = rintf(255.f * fminf(fmaxf(0.5f * to_f32(x[i]) + 0.5f, 0.f), 1.f));
+}
+
+// y [count] in T = 2 level(x) / 255 - 1, level rounding half up and clamping to 8 bits. Launch as levels.
+template <class T>
+DEVICE void picture(T* y, const float* x, int64_t count) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (GUARD(i < count)) y[i] = from_f32<T>(2.f * (clamp(floorf(x[i] + 0.5f), 0.f, 255.f) / 255.f) - 1.f);
+}
+
+// resize_nearest: y [N, to_h, to_w, C] = x [N, h, w, C] at floor(i * in / out).
+template <class T>
+DEVICE void nearest(T* y, const T* x, int h, int w, int to_h, int to_w, int channels) {
+    const int i = blockIdx.y * kThreads + threadIdx.x;
+    if (!GUARD(i < to_w * channels)) return;
+    const int64_t row = blockIdx.x / to_h * int64_t(h) + int64_t(blockIdx.x % to_h) * h / to_h;
+    const int64_t column = int64_t(i / channels) * w / to_w;
+    y[int64_t(blockIdx.x) * to_w * channels + i] = x[(row * w + column) * channels + i % channels];
+}
+
+KERNEL(resize_fixed_horizontal_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps, int from,
+                                                 int to, int channels) {
+    horizontal<int>(y, x, filter, taps, from, to, channels);
+}
+REGISTER_KERNEL(resize_fixed_horizontal_f32)
+
+KERNEL(resize_fixed_vertical_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps, int from,
+                                               int to, int width) {
+    vertical<int>(y, x, filter, taps, from, to, width, Finish{0.f, 255.f, nullptr, 0.f, 0.f});
+}
+REGISTER_KERNEL(resize_fixed_vertical_f32)
+
+#define ENTRIES(T, suffix)                                                                                             \
+    KERNEL(resize_horizontal_##suffix, kThreads, 1)(float* y, const T* x, const unsigned* filter, int taps, int from,  \
+                                                    int to, int channels) {                                            \
+        horizontal<float>(y, x, filter, taps, from, to, channels);                                                     \
+    }                                                                                                                  \
+    REGISTER_KERNEL(resize_horizontal_##suffix)                                                                        \
+    KERNEL(resize_vertical_##suffix, kThreads, 1)(T* y, const float* x, const unsigned* filter, int taps, int from,    \
+                                                  int to, int width, float low, float high, const float* noise,        \
+                                                  float signal, float sigma) {                                         \
+        vertical<float>(y, x, filter, taps, from, to, width, Finish{low, high, noise, signal, sigma});                 \
+    }                                                                                                                  \
+    REGISTER_KERNEL(resize_vertical_##suffix)                                                                          \
+    KERNEL(resize_edge_##suffix, kThreads, 1)(T* y, const float* x, int height, int width, int channels, float low,    \
+                                              float high, const float* noise, float signal, float sigma) {             \
+        edge(y, x, height, width, channels, Finish{low, high, noise, signal, sigma});                                  \
+    }                                                                                                                  \
+    REGISTER_KERNEL(resize_edge_##suffix)                                                                              \
+    KERNEL(resize_levels_##suffix, kThreads, 1)(float* y, const T* x, int64_t count) { levels(y, x, count); }          \
+    REGISTER_KERNEL(resize_levels_##suffix)                                                                            \
+    KERNEL(resize_picture_##suffix, kThreads, 1)(T* y, const float* x, int64_t count) { picture(y, x, count); }        \
+    REGISTER_KERNEL(resize_picture_##suffix)                                                                           \
+    KERNEL(resize_nearest_##suffix, kThreads, 1)(T* y, const T* x, int h, int w, int to_h, int to_w, int channels) {   \
+        nearest(y, x, h, w, to_h, to_w, channels);                                                                     \
+    }                                                                                                                  \
+    REGISTER_KERNEL(resize_nearest_##suffix)
+
+ENTRIES(float, f32)
+ENTRIES(f16, f16)
+ENTRIES(bf16, bf16)

@@ -1,0 +1,250 @@
+//! Launches of kernels/resize.cu.
+
+use super::{entry, int};
+use crate::error::Result;
+use crate::ops::resize::Filter;
+use crate::ops::{RelayNoise, Upsampler};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::{DType, Device, Tensor};
+
+/// Threads a block: `kThreads` of resize.cu.
+const THREADS: usize = 256;
+
+/// What the last pass does to a value: clamps it, then adds noise.
+#[derive(Clone, Copy)]
+pub struct Finish<'a> {
+    pub low: f32,
+    pub high: f32,
+    pub noise: Option<RelayNoise<'a>>,
+}
+
+/// Leaves a value as it is.
+const NOTHING: Finish = Finish { low: f32::NEG_INFINITY, high: f32::INFINITY, noise: None };
+
+/// A filter on the device.
+struct Table {
+    words: Tensor,
+    taps: usize,
+}
+
+impl Table {
+    fn new(device: &Device, filter: &Filter, fixed_point: bool) -> Result<Table> {
+        let words = if fixed_point { filter.fixed_point_words() } else { filter.words() };
+        Ok(Table { words: Tensor::from_u32(device, &[words.len()], &words)?, taps: filter.tap_count() })
+    }
+}
+
+/// One resize: its tables, and its images between the passes, f32.
+pub struct Passes {
+    upsampler: Upsampler,
+    eight_bit: bool,
+    rows: Table,
+    columns: Table,
+    /// Of rows and columns.
+    gaussian: Option<[Table; 2]>,
+    /// The 8-bit input: `[N, H, W, C]`
+    levels: Option<Tensor>,
+    /// After the first pass: `[N, H, to_w, C]`
+    narrow: Tensor,
+    /// Where more passes follow the second: two images of the result's size.
+    wide: Option<Tensor>,
+    sharpened: Option<Tensor>,
+}
+
+impl Passes {
+    /// Uploads the tables and allocates, on any device. `filters`: of rows and columns.
+    ///
+    /// # Errors
+    /// As [`Tensor::uninit`].
+    pub fn new(x: &Tensor, y: &Tensor, upsampler: Upsampler, filters: &[Filter; 2], eight_bit: bool) -> Result<Passes> {
+        let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
+        let device = x.device();
+        let fixed_point = eight_bit && upsampler != Upsampler::BicubicTorch;
+        let sharpens = matches!(upsampler, Upsampler::BicubicGaussian | Upsampler::BicubicEdge);
+        let image = |h: usize, w: usize| Tensor::uninit(device, &[n, h, w, c], DType::F32);
+        let [rows, columns] = filters;
+        Ok(Passes {
+            upsampler,
+            eight_bit,
+            rows: Table::new(device, rows, fixed_point)?,
+            columns: Table::new(device, columns, fixed_point)?,
+            gaussian: match upsampler {
+                Upsampler::BicubicGaussian => Some([
+                    Table::new(device, &Filter::gaussian(to_h), false)?,
+                    Table::new(device, &Filter::gaussian(to_w), false)?,
+                ]),
+                _ => None,
+            },
+            levels: if eight_bit { Some(image(h, w)?) } else { None },
+            narrow: image(h, to_w)?,
+            wide: if eight_bit || sharpens { Some(image(to_h, to_w)?) } else { None },
+            sharpened: match upsampler {
+                Upsampler::BicubicGaussian => Some(image(to_h, to_w)?),
+                Upsampler::BicubicEdge if eight_bit => Some(image(to_h, to_w)?),
+                _ => None,
+            },
+        })
+    }
+
+    pub fn launches(&self) -> u64 {
+        let sharpening = match self.upsampler {
+            Upsampler::Bilinear | Upsampler::Bicubic | Upsampler::BicubicTorch => 0,
+            Upsampler::BicubicGaussian => 2,
+            Upsampler::BicubicEdge => 1,
+        };
+        if self.eight_bit { 4 + sharpening } else { 2 + sharpening }
+    }
+
+    pub fn resize(&self, device: &CudaDevice, x: &Tensor, finish: Finish, y: &mut Tensor) -> Result<()> {
+        if y.numel() == 0 {
+            return Ok(());
+        }
+        horizontal(device, "resize_horizontal", x, &self.columns, &self.narrow)?;
+        match (self.upsampler, &self.wide, &self.sharpened, &self.gaussian) {
+            (Upsampler::BicubicGaussian, Some(wide), Some(sharpened), Some([rows, columns])) => {
+                vertical(device, &self.narrow, &self.rows, NOTHING, wide)?;
+                horizontal(device, "resize_horizontal", wide, columns, sharpened)?;
+                vertical(device, sharpened, rows, finish, y)
+            }
+            (Upsampler::BicubicEdge, Some(wide), ..) => {
+                vertical(device, &self.narrow, &self.rows, NOTHING, wide)?;
+                edge(device, wide, finish, y)
+            }
+            _ => vertical(device, &self.narrow, &self.rows, finish, y),
+        }
+    }
+
+    pub fn resize_u8(&self, device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
+        let (Some(levels), Some(wide)) = (&self.levels, &self.wide) else { unreachable!("allocated for 8 bits") };
+        if y.numel() == 0 {
+            return Ok(());
+        }
+        pointwise(device, &entry("resize_levels", x.dtype()), x, levels)?;
+        if self.upsampler == Upsampler::BicubicTorch {
+            horizontal(device, "resize_horizontal", levels, &self.columns, &self.narrow)?;
+            vertical(device, &self.narrow, &self.rows, NOTHING, wide)?;
+        } else {
+            horizontal(device, "resize_fixed_horizontal", levels, &self.columns, &self.narrow)?;
+            fixed_vertical(device, &self.narrow, &self.rows, wide)?;
+        }
+        let result = match (&self.sharpened, &self.gaussian) {
+            (Some(sharpened), Some([rows, columns])) => {
+                horizontal(device, "resize_horizontal", wide, columns, sharpened)?;
+                vertical(device, sharpened, rows, NOTHING, wide)?;
+                wide
+            }
+            (Some(sharpened), None) => {
+                edge(device, wide, NOTHING, sharpened)?;
+                sharpened
+            }
+            (None, _) => wide,
+        };
+        pointwise(device, &entry("resize_picture", y.dtype()), result, y)
+    }
+}
+
+/// A block for every 256 elements of every row of y.
+fn over_rows(y: &Tensor) -> Result<Launch> {
+    let [n, h, w, c] = y.dims("resize", "y")?;
+    int("resize", "width * channels", w * c)?;
+    Ok(Launch::grid([n * h, (w * c).div_ceil(THREADS), 1]).block(THREADS))
+}
+
+fn horizontal(device: &CudaDevice, name: &str, x: &Tensor, table: &Table, y: &Tensor) -> Result<()> {
+    let ([_, _, from, c], [_, _, to, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
+    let (taps, from) = (int("resize", "taps", table.taps)?, int("resize", "W", from)?);
+    let (entry, launch) = (entry(name, x.dtype()), over_rows(y)?);
+    // SAFETY: arguments as the entry has them; the table names columns of x for every column of y.
+    unsafe {
+        device.launch(
+            "resize",
+            &entry,
+            launch,
+            args![y.cuda(), x.cuda(), table.words.cuda(), taps, from, to as i32, c as i32],
+        )
+    }
+}
+
+fn vertical(device: &CudaDevice, x: &Tensor, table: &Table, finish: Finish, y: &Tensor) -> Result<()> {
+    let ([_, from, ..], [_, to, w, c]) = (x.dims::<4>("resize", "x")?, y.dims::<4>("resize", "y")?);
+    let (taps, from, to) = (int("resize", "taps", table.taps)?, int("resize", "H", from)?, int("resize", "H", to)?);
+    let (entry, launch) = (entry("resize_vertical", y.dtype()), over_rows(y)?);
+    let (noise, signal, sigma) = finish.noise();
+    // SAFETY: arguments as the entry has them; the table names rows of x for every row of y; the noise has y's shape.
+    unsafe {
+        device.launch(
+            "resize",
+            &entry,
+            launch,
+            args![
+                y.cuda(),
+                x.cuda(),
+                table.words.cuda(),
+                taps,
+                from,
+                to,
+                (w * c) as i32,
+                finish.low,
+                finish.high,
+                noise,
+                signal,
+                sigma
+            ],
+        )
+    }
+}
+
+fn fixed_vertical(device: &CudaDevice, x: &Tensor, table: &Table, y: &Tensor) -> Result<()> {
+    let ([_, from, ..], [_, to, w, c]) = (x.dims::<4>("resize", "x")?, y.dims::<4>("resize", "y")?);
+    let (taps, from, to) = (int("resize", "taps", table.taps)?, int("resize", "H", from)?, int("resize", "H", to)?);
+    let (entry, launch) = ("resize_fixed_vertical_f32", over_rows(y)?);
+    // SAFETY: arguments as the entry has them; the table names rows of x for every row of y.
+    unsafe {
+        device.launch(
+            "resize",
+            entry,
+            launch,
+            args![y.cuda(), x.cuda(), table.words.cuda(), taps, from, to, (w * c) as i32],
+        )
+    }
+}
+
+fn edge(device: &CudaDevice, x: &Tensor, finish: Finish, y: &Tensor) -> Result<()> {
+    let [_, h, w, c] = y.dims("resize", "y")?;
+    let (entry, launch, h) = (entry("resize_edge", y.dtype()), over_rows(y)?, int("resize", "H", h)?);
+    let (noise, signal, sigma) = finish.noise();
+    // SAFETY: arguments as the entry has them; x and the noise have y's shape.
+    unsafe {
+        device.launch(
+            "resize",
+            &entry,
+            launch,
+            args![y.cuda(), x.cuda(), h, w as i32, c as i32, finish.low, finish.high, noise, signal, sigma],
+        )
+    }
+}
+
+fn pointwise(device: &CudaDevice, entry: &str, x: &Tensor, y: &Tensor) -> Result<()> {
+    let count = y.numel();
+    let launch = Launch::grid([count.div_ceil(THREADS), 1, 1]).block(THREADS);
+    // SAFETY: arguments as the entry has them; both tensors have `count` elements.
+    unsafe { device.launch("resize", entry, launch, args![y.cuda(), x.cuda(), count as i64]) }
+}
+
+pub fn nearest(device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
+    let ([_, h, w, c], [_, to_h, to_w, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
+    let [h, w] = [h, w].map(|size| int("resize_nearest", "size", size));
+    let (entry, launch) = (entry("resize_nearest", y.dtype()), over_rows(y)?);
+    let (h, w, to_h) = (h?, w?, int("resize_nearest", "H", to_h)?);
+    // SAFETY: arguments as the entry has them; y has x's images and channels.
+    unsafe { device.launch("resize", &entry, launch, args![y.cuda(), x.cuda(), h, w, to_h, to_w as i32, c as i32]) }
+}
+
+impl Finish<'_> {
+    fn noise(&self) -> (DevicePtr, f32, f32) {
+        match self.noise {
+            Some(RelayNoise { noise, signal, sigma }) => (noise.cuda(), signal, sigma),
+            None => (DevicePtr::NULL, 1.0, 0.0),
+        }
+    }
+}
