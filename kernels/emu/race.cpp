@@ -12,6 +12,9 @@
 // never ordered, so only atomics may meet. Reads kept per place are few (four, of different warps where possible; two in
 // global memory), so a race with a place's many readers is found by one of them, not by all.
 #ifdef EMU_RACE
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O2")  // the race build is -O1, and half of its time is spent here
+#endif
 #include <dlfcn.h>
 #include <link.h>
 
@@ -38,7 +41,7 @@ struct Event {
 struct SharedCell {
     uint32_t block;  // the serial number of the block that it speaks of
     Event write, atomic, read[4];  // the last plain write, and the last atomic since
-    uint8_t reads;
+    uint8_t reads, latest;
     bool has_write, has_atomic, written;
 };
 
@@ -239,7 +242,7 @@ void acquire(Knowledge* sum, unsigned thread) {
     s.known[thread] = both;
 }
 
-static bool knows(const State& s, unsigned thread, unsigned agent, uint32_t clock) {
+static inline __attribute__((always_inline)) bool knows(const State& s, unsigned thread, unsigned agent, uint32_t clock) {
     if (agent == thread || s.known[thread]->known[agent] >= clock) return true;
     if (agent == s.threads + thread) return s.copies[thread] >= clock;
     return agent == 2 * s.threads + thread / 128 && s.multiplies[thread] >= clock;
@@ -280,10 +283,12 @@ static void keep_read(const State& s, SharedCell& cell, const SharedAccess& a) {
     for (unsigned i = 0; i < cell.reads; i++) {
         if (cell.read[i].agent == a.agent || knows(s, a.viewer, cell.read[i].agent, cell.read[i].clock)) {
             cell.read[i] = event;
+            cell.latest = uint8_t(i);
             return;
         }
     }
     if (cell.reads < 4) {
+        cell.latest = cell.reads;
         cell.read[cell.reads++] = event;
         return;
     }
@@ -292,11 +297,13 @@ static void keep_read(const State& s, SharedCell& cell, const SharedAccess& a) {
         for (unsigned j = 0; j < i; j++) {
             if (cell.read[i].agent / 32 == cell.read[j].agent / 32) {
                 cell.read[i] = event;
+                cell.latest = uint8_t(i);
                 return;
             }
         }
     }
-    cell.read[a.agent & 3] = event;
+    cell.latest = a.agent & 3;
+    cell.read[cell.latest] = event;
 }
 
 static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
@@ -315,6 +322,11 @@ static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
                 report(Message::Race, "uninitialised shared memory + %zu is read by %s at %s", g * kGranule,
                        agent_name(a.agent).c_str(), place_text(a.where).c_str());
             }
+        }
+        // Read before by the same agent, with no event of it and no write since: nothing new.
+        if (a.kind == Access::Read && cell.reads) {
+            const Event& latest = cell.read[cell.latest];
+            if (latest.agent == a.agent && latest.clock == a.clock) continue;
         }
         const char* kind = a.kind == Access::Read ? "read after write" : "write after write";
         const auto unordered = [&](const Event& e) { return e.agent != a.agent && !knows(s, a.viewer, e.agent, e.clock); };
