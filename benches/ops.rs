@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use megafuse::Result;
 use megafuse::ops::{
-    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, SampleState, Source, StepCoefficients,
-    StepRow, StepTable, Upsampler,
+    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RmsNorm, SampleState, Source,
+    StepCoefficients, StepRow, StepTable, Upsampler,
 };
 use megafuse::runtime::{DType, Device, Tensor, Work};
 use rayon::prelude::*;
@@ -296,6 +296,10 @@ fn cases() -> Vec<Case> {
     for (rows, c) in [(8192, 320), (2048, 640), (512, 1280)] {
         cases.push(layer_norm(rows, c));
     }
+    // T5-XXL, 256 tokens; the queries of SD3 at 1024x1024, 24 heads, image and text. A guided step.
+    for (rows, c) in [(512, 4096), (2 * (4096 + 154) * 24, 64)] {
+        cases.push(rms_norm(rows, c));
+    }
     for (n, l, heads, head_dim) in
         [(2, 4096, 8, 40), (2, 1024, 8, 80), (2, 256, 8, 160), (2, 64, 8, 160), (1, 4096, 1, 512), (1, 16384, 1, 512)]
     {
@@ -384,6 +388,14 @@ fn layer_norm(rows: usize, c: usize) -> Case {
         Ok(Box::new(move || ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
     };
     Case { name: format!("layer_norm [{rows},{c}]"), prepare: Box::new(prepare) }
+}
+
+fn rms_norm(rows: usize, c: usize) -> Case {
+    let prepare = move |device: &Device, dtype: DType| -> Result<Call> {
+        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+        Ok(Box::new(move || ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })))
+    };
+    Case { name: format!("rms_norm [{rows},{c}]"), prepare: Box::new(prepare) }
 }
 
 fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {

@@ -14,6 +14,7 @@ mod linear;
 mod norm;
 pub mod profile;
 mod resize;
+mod rms_norm;
 mod sampler;
 mod step;
 
@@ -25,6 +26,7 @@ pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
+pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
 

@@ -9,5 +9,6 @@ mod elementwise;
 mod linear;
 mod norm;
 mod resize;
+mod rms_norm;
 mod sampler;
 mod step;

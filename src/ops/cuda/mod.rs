@@ -7,6 +7,7 @@ pub mod embedding;
 pub mod linear;
 pub mod norm;
 pub mod resize;
+pub mod rms_norm;
 pub mod sampler;
 pub mod step;
 pub mod tiles;
