@@ -7,6 +7,7 @@
 //! records for the same call. Inputs are random; outputs are allocated by each call, as in a model; the time is the
 //! median. Nothing is flushed between calls: an input that fits the last-level cache may be read from it.
 
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,225 @@
+//! Whole runs of the oracle's small models on the card: as the published libraries have them in f32, near the cpu in f16
+//! and bf16, and the same bit for bit whether a stage's steps are replayed from a graph or launched one by one.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use megafuse::methods::Method;
+use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
+use megafuse::ops::{self, SampleState, StepCoefficients, StepRow, StepTable};
+use megafuse::pipeline::{ModelSource, Observer, Pipeline, Request};
+use megafuse::runtime::{CudaDevice, CudaOptions, MetaDevice};
+use megafuse::schedulers::Sampler;
+use megafuse::{DType, Device, Result, Tensor};
+use safetensors::SafeTensors;
+
+use crate::common::cards;
+
+fn data(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
+}
+
+/// Every intermediate tensor of a run.
+#[derive(Default)]
+struct Dump(BTreeMap<String, Vec<f32>>);
+
+impl Observer for Dump {
+    fn wants_tensors(&self, _: usize) -> bool {
+        true
+    }
+    fn tensor(&mut self, _: usize, name: &str, _: &[usize], values: Vec<f32>) -> Result<()> {
+        self.0.insert(name.into(), values);
+        Ok(())
+    }
+}
+
+fn run(model: &str, device: &Device, dtype: DType, request: &Request) -> Dump {
+    let source = ModelSource::Directory(data(model));
+    let pipeline = Pipeline::load(source, device.clone(), dtype).unwrap();
+    let mut dump = Dump::default();
+    pipeline.generate(request, &mut dump).unwrap();
+    dump
+}
+
+/// The requests of four stored runs (tests/data/runs/runs.json); between them: both methods, noise in every step, a sampler
+/// that scales its input, guidance and none, self- and cross-attention of all the models' head sizes.
+fn stored() -> [(&'static str, &'static str, Request); 4] {
+    let plain = Request { prompt: "a photo of a cat".into(), method: Method::Plain, ..Request::default() };
+    let plus = Request { method: Method::MegaFusionPlus, ..plain.clone() };
+    let stages = |stages: [&str; 2]| stages.map(|stage| stage.parse().unwrap()).to_vec();
+    let fox = "The quick brown fox, oil on canvas".to_string();
+    [
+        (
+            "mega-plus",
+            "sd15",
+            Request { stages: stages(["16x16:3", "24x24:2"]), seed: 9, guidance: 2.5, ..plus.clone() },
+        ),
+        (
+            "plain-euler-ancestral",
+            "sd15",
+            Request {
+                size: Some("16x16".parse().unwrap()),
+                steps: Some(4),
+                seed: 11,
+                scheduler: Some(Sampler::EulerAncestral),
+                ..plain
+            },
+        ),
+        (
+            "mega-plus-four-levels-euler",
+            "four-levels",
+            Request {
+                stages: stages(["24x24:2", "32x40:1"]),
+                seed: 4,
+                guidance: 1.0,
+                scheduler: Some(Sampler::Euler),
+                ..plus.clone()
+            },
+        ),
+        (
+            "mega-plus-sd21",
+            "sd21",
+            Request {
+                prompt: fox,
+                stages: stages(["16x16:2", "24x20:2"]),
+                seed: 21,
+                guidance: 1.5,
+                scheduler: Some(Sampler::Ddim),
+                ..plus
+            },
+        ),
+    ]
+}
+
+/// Largest error over max(|want|, rms of want).
+fn error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let rms = rms(want.iter().map(|&v| f64::from(v)));
+    let one = |(&got, &want): (&f32, &f32)| (f64::from(got) - f64::from(want)).abs() / f64::from(want).abs().max(rms);
+    got.iter().zip(want).map(one).fold(0.0, |a, b| if b <= a { a } else { b })
+}
+
+fn rms(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1) as f64;
+    (values.map(|v| v * v).sum::<f64>() / count).sqrt()
+}
+
+#[test]
+fn f32_runs_are_those_of_the_published_libraries() {
+    for device in cards() {
+        for (name, model, request) in stored() {
+            let got = run(model, &device, DType::F32, &request);
+            let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
+            let want = SafeTensors::deserialize(&bytes).unwrap();
+            for (tensor, view) in want.tensors() {
+                let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+                let off = error(&got.0[&tensor], &values.collect::<Vec<_>>());
+                // As on the cpu: torch's own f32 is up to 4e-5 from f64 in these runs.
+                assert!(off <= 1e-4, "{device} {name}: {tensor} is off by {off:.1e}");
+            }
+        }
+    }
+}
+
+/// At most twice the error that the cpu commits in the same dtype, against f32.
+#[test]
+fn low_precision_runs_err_no_more_than_the_cpu_does() {
+    for device in cards() {
+        for (name, model, request) in stored() {
+            let exact = run(model, &Device::cpu(), DType::F32, &request);
+            for dtype in [DType::F16, DType::BF16] {
+                let [card, cpu] = [&device, &Device::cpu()].map(|device| run(model, device, dtype, &request));
+                for tensor in ["latent", "image"] {
+                    let want = &exact.0[tensor];
+                    let off = |got: &Dump| {
+                        let differences = got.0[tensor].iter().zip(want).map(|(a, b)| f64::from(a - b));
+                        rms(differences) / rms(want.iter().map(|&v| f64::from(v)))
+                    };
+                    let (card, cpu) = (off(&card), off(&cpu));
+                    assert!(
+                        card <= 2.0 * cpu,
+                        "{device} {name} {dtype}: {tensor} is off by {card:.1e}, the cpu by {cpu:.1e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn replayed_steps_are_launched_steps_bit_for_bit() {
+    cards(); // the driver is chosen
+    for (name, model, request) in stored() {
+        for dtype in DType::FLOATS {
+            let [launched, replayed] = [true, false].map(|eager| {
+                let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
+                run(model, &Device::Cuda(device), dtype, &request)
+            });
+            assert_eq!(launched.0, replayed.0, "{name} {dtype}");
+        }
+    }
+}
+
+type Step<'a> = dyn FnMut() -> Result<()> + 'a;
+
+/// A guided step: what the graph holds is what the planner counts, and nothing only moves data.
+#[test]
+fn a_recorded_step_is_what_the_planner_counts() {
+    for device in cards() {
+        let meta = MetaDevice::default();
+        let config =
+            UnetConfig::from_json("config.json", &std::fs::read_to_string(data("sd15/unet/config.json")).unwrap());
+        let config = config.unwrap();
+        let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
+            let store = match device {
+                Device::Meta(_) => WeightStore::meta(device, DType::BF16),
+                _ => WeightStore::open(&data("sd15/unet"), "diffusion_pytorch_model", device, DType::BF16).unwrap(),
+            };
+            let unet = Unet::load(store, &config).unwrap();
+            let text = Tensor::zeros(device, &[2, 77, config.cross_attention_dim], DType::BF16).unwrap();
+            let conditioning = unet.condition(&text, &[981.0, 1.0]).unwrap();
+            let coefficients = StepCoefficients {
+                x0_from_x: 1.0,
+                x0_from_e: -0.5,
+                clip: None,
+                next_from_x: 0.0,
+                next_from_e: 0.5,
+                next_from_x0: 0.5,
+                next_from_noise: 0.0,
+                x0_from_next: false,
+            };
+            let mut steps = StepTable::new(device, vec![StepRow { input_scale: 1.0, coefficients }; 2]).unwrap();
+            let mut state =
+                SampleState::new(Tensor::zeros(device, &[1, 16, 16, config.in_channels], DType::F32).unwrap()).unwrap();
+            work(&mut || {
+                let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
+                let output = unet.forward(&input, steps.index(), &conditioning, &UnetOptions::default())?;
+                ops::sampler_step(&mut state, &output, Some(7.0), &steps, None)?;
+                steps.index_mut().advance()
+            });
+        };
+        let Device::Cuda(card) = &device else { unreachable!() };
+        let mut kernels = Vec::new();
+        step(&device, &mut |work| kernels = card.capture(0, work).unwrap().kernels().to_vec());
+        let mut planned = 0;
+        step(&Device::Meta(meta.clone()), &mut |work| {
+            meta.take_report();
+            work().unwrap();
+            planned = meta.take_report().total().launches;
+        });
+        assert_eq!(kernels.len() as u64, planned, "{device}: {kernels:?}");
+        let families = [
+            "scale_input_",
+            "conv2d_",
+            "linear_",
+            "attention_",
+            "group_norm_",
+            "layer_norm_",
+            "sampler_step_",
+            "advance_step",
+        ];
+        let foreign: Vec<&String> =
+            kernels.iter().filter(|kernel| !families.iter().any(|family| kernel.starts_with(family))).collect();
+        assert!(foreign.is_empty(), "{device}: {foreign:?}");
+    }
+}
