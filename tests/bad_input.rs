@@ -421,12 +421,7 @@ fn files() -> Vec<Case> {
             |_| {},
             &["model_index.json/out.png"],
         ),
-        input(
-            "a device that is not there",
-            "generate cat --model MODEL --device emu",
-            |_| {},
-            &["emu", "--device cpu"],
-        ),
+        input("a device that is not there", "generate cat --model MODEL --device cuda:4096", |_| {}, &["cuda:4096"]),
         input(
             "weights beyond f16",
             "generate cat --model MODEL --method plain --size 32x32 --steps 1 --dtype f16 --out DIR/out.png",

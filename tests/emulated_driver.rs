@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-/// What the driver reads beside itself: a kernel of the test with many registers.
-const RESOURCES: &str = "80\ttest_heavy\t255\t16384\t8\t8\t24\n80\ttest_twice\t16\t0\t0\t0\t0\n";
+/// What the driver reads beside itself: a kernel of the test with many registers on the card that is emulated, and few on
+/// others, whose machine code that card does not run.
+const RESOURCES: &str = "75\ttest_heavy\t10\t0\t0\t0\t0\n75\ttest_twice\t99\t0\t0\t0\t0\n80\ttest_heavy\t255\t16384\t8\t8\t24\n\
+                         86\ttest_heavy\t10\t0\t0\t0\t0\n90a\ttest_heavy\t10\t0\t0\t0\t0\n";
 const SANITIZERS: &str = "-fsanitize=address,undefined";
 
 /// Scenarios and the variables that they are about, `NAME=value` after MEGAFUSE_EMU_. The others run without any.

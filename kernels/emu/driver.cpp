@@ -106,9 +106,14 @@ static void follow_config() {
 
 // Null or "": as it is. False: no such name.
 static bool set_schedule(const char* schedule, const char* async, uint64_t seed) {
-    const struct { const char* name; Sched value; } schedules[] = {
-        {"in-order", InOrder}, {"reverse", Reverse}, {"random", Random}, {"run-ahead", RunAhead}};
-    const struct { const char* name; Async value; } asyncs[] = {{"early", Early}, {"late", Late}, {"mixed", Mixed}};
+    const struct {
+        const char* name;
+        Sched value;
+    } schedules[] = {{"in-order", InOrder}, {"reverse", Reverse}, {"random", Random}, {"run-ahead", RunAhead}};
+    const struct {
+        const char* name;
+        Async value;
+    } asyncs[] = {{"early", Early}, {"late", Late}, {"mixed", Mixed}};
     bool schedule_known = !schedule || !*schedule, async_known = !async || !*async;
     for (const auto& s : schedules) {
         if (schedule && !strcmp(s.name, schedule)) config.sched = s.value, schedule_known = true;
@@ -235,7 +240,8 @@ EMU_EXPORT CUresult cuGetProcAddress_v2(const char* symbol, void** function, int
                                         CUdriverProcAddressQueryResult* status) {
     if (!symbol || !function) return CUDA_ERROR_INVALID_VALUE;
     Dl_info self;
-    void* library = dladdr(reinterpret_cast<void*>(&cuInit), &self) ? dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+    void* library =
+        dladdr(reinterpret_cast<void*>(&cuInit), &self) ? dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
     *function = nullptr;
     for (const char* version : {"_v4", "_v3", "_v2", ""}) {
         *function = dlsym(library ? library : RTLD_DEFAULT, (std::string(symbol) + version).c_str());
@@ -243,7 +249,8 @@ EMU_EXPORT CUresult cuGetProcAddress_v2(const char* symbol, void** function, int
     }
     if (library) dlclose(library);
     if (status) {
-        *status = CUdriverProcAddressQueryResult(*function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND);
+        *status = CUdriverProcAddressQueryResult(*function ? CU_GET_PROC_ADDRESS_SUCCESS
+                                                           : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND);
     }
     return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
@@ -551,15 +558,18 @@ EMU_EXPORT CUresult cuProfilerStop() {
 // ---- areas that the product has no use for: a clear refusal instead of cudarc's panic at a missing symbol ----
 
 EMU_EXPORT CUresult cuCtxCreate_v3(CUcontext*, CUexecAffinityParam*, int, unsigned, CUdevice) {
-    return api(Needs::Initialised, [] { return say(CUDA_ERROR_NOT_SUPPORTED, "only the primary context is emulated"); });
+    return api(Needs::Initialised,
+               [] { return say(CUDA_ERROR_NOT_SUPPORTED, "only the primary context is emulated"); });
 }
 
 EMU_EXPORT CUresult cuCtxCreate_v4(CUcontext*, CUctxCreateParams*, unsigned, CUdevice) {
-    return api(Needs::Initialised, [] { return say(CUDA_ERROR_NOT_SUPPORTED, "only the primary context is emulated"); });
+    return api(Needs::Initialised,
+               [] { return say(CUDA_ERROR_NOT_SUPPORTED, "only the primary context is emulated"); });
 }
 
 EMU_EXPORT CUresult cuCtxDestroy_v2(CUcontext) {
-    return api(Needs::Initialised, [] { return refuse(CUDA_ERROR_INVALID_CONTEXT, "only the primary context is emulated"); });
+    return api(Needs::Initialised,
+               [] { return refuse(CUDA_ERROR_INVALID_CONTEXT, "only the primary context is emulated"); });
 }
 
 EMU_EXPORT CUresult cuImportExternalMemory(CUexternalMemory*, const CUDA_EXTERNAL_MEMORY_HANDLE_DESC*) {
@@ -577,8 +587,8 @@ EMU_EXPORT CUresult cuDestroyExternalMemory(CUexternalMemory) {
 
 // ---- for tests, found with dlsym ----
 
-// Schedules of a block's warps: in-order, reverse, random, run-ahead. Completion of asynchronous work: early, late, mixed.
-// Null leaves one as it is. Returns 0, or 1 when a name is unknown (the other settings are made).
+// Schedules of a block's warps: in-order, reverse, random, run-ahead. Completion of asynchronous work: early, late,
+// mixed. Null leaves one as it is. Returns 0, or 1 when a name is unknown (the other settings are made).
 EMU_EXPORT int emu_set_schedule(const char* schedule, const char* async, uint64_t seed) {
     std::lock_guard<std::mutex> lock(state().mutex);
     return set_schedule(schedule, async, seed) ? 0 : 1;

@@ -9,13 +9,13 @@
 //   driver_module.cpp    modules, functions, launches and their limits
 //   driver_graph.cpp     stream capture, graphs
 //
-// Time. A call that is asynchronous on a card only appends an Operation here. Operations run on the thread that waits for
-// them, one at a time, in an order that the streams and events allow and that is otherwise drawn from a seed:
+// Time. A call that is asynchronous on a card only appends an Operation here. Operations run on the thread that waits
+// for them, one at a time, in an order that the streams and events allow and that is otherwise drawn from a seed:
 //   MEGAFUSE_EMU_ASYNC=early   each at once
 //   MEGAFUSE_EMU_ASYNC=late    only when a call waits, and then only what that call waits for
 //   MEGAFUSE_EMU_ASYNC=mixed   some earlier, some later, drawn from MEGAFUSE_EMU_SEED (the default)
 // So a missing wait, or a pinned buffer written or freed too early, gives a wrong result on some setting, every time.
-// While operations run the driver is locked, so a callback of cuLaunchHostFunc must not wait for a thread that calls it.
+// While operations run the driver is locked: a callback of cuLaunchHostFunc must not wait for a thread that calls it.
 //
 // Faults. An illegal address, a failed launch or a damaged guard zone is said on stderr and stays: every later call
 // returns it until the context is reset or released, as on a card.
@@ -28,7 +28,7 @@
 //   MEGAFUSE_EMU_DRIVER_VERSION=n    what cuDriverGetVersion says, 13000 if not set
 //
 // A symbol that the product calls and this library lacks panics in cudarc at the first call. To find them:
-//     nm -D --defined-only libcuda.so.1 | grep -o ' cu.*'         what there is
+//     nm -D --defined-only libcuda.so.1 | grep -o ' cu.*'                  what there is
 //     grep -rhoE 'sys::cu[A-Z]\w+' cudarc/src/driver src/ | sort -u     what is called
 #pragma once
 
@@ -64,11 +64,11 @@ struct Work {
 using WorkRef = std::shared_ptr<Work>;
 
 struct Operation {
-    WorkRef work;                               // null: a mark that only orders others
+    WorkRef work;  // null: a mark that only orders others
     std::vector<std::weak_ptr<Operation>> dependents;
     std::vector<std::shared_ptr<Operation>> waits_for;  // emptied when it has run
-    size_t missing = 0;                         // how many of waits_for have not run
-    uint64_t wanted = 0;                        // the number of the wait that needs this operation
+    size_t missing = 0;                                 // how many of waits_for have not run
+    uint64_t wanted = 0;                                // the number of the wait that needs this operation
     bool done = false;
 };
 using OperationRef = std::shared_ptr<Operation>;
@@ -103,10 +103,10 @@ struct Allocation {
     MemoryKind kind;
     uintptr_t base;
     size_t size;
-    void* raw;           // what malloc gave: the guard zone before `base`; null for Registered and once given back
-    uint64_t serial;     // the how-manieth
+    void* raw;        // what malloc gave: the guard zone before `base`; null for Registered and once given back
+    uint64_t serial;  // the how-manieth
     unsigned flags;
-    bool stream_ordered; // from cuMemAllocAsync
+    bool stream_ordered;  // from cuMemAllocAsync
     bool freed;
 };
 using AllocationRef = std::shared_ptr<Allocation>;
@@ -160,8 +160,8 @@ struct CUstream_st {
     int priority;
     uint64_t id;
     emu::driver::OperationRef last;
-    emu::driver::CaptureRef capture;                 // while capturing
-    std::vector<CUgraphNode_st*> capture_tail;       // what the next captured node waits for
+    emu::driver::CaptureRef capture;            // while capturing
+    std::vector<CUgraphNode_st*> capture_tail;  // what the next captured node waits for
 };
 
 struct CUevent_st {
@@ -170,8 +170,8 @@ struct CUevent_st {
         emu::driver::OperationRef operation;
         double milliseconds = 0;
     };
-    std::shared_ptr<Record> record;                  // null: never recorded
-    emu::driver::CaptureRef capture;                 // recorded last in this capture
+    std::shared_ptr<Record> record;   // null: never recorded
+    emu::driver::CaptureRef capture;  // recorded last in this capture
     std::vector<CUgraphNode_st*> capture_tail;
 };
 
@@ -179,7 +179,7 @@ struct CUgraphNode_st {
     CUgraph_st* graph;
     emu::driver::WorkRef work;
     std::vector<CUgraphNode_st*> waits_for;
-    std::vector<void*> parameter_pointers;           // what cuGraphKernelNodeGetParams hands out
+    std::vector<void*> parameter_pointers;  // what cuGraphKernelNodeGetParams hands out
 };
 
 struct CUgraph_st {
@@ -229,11 +229,11 @@ const Card& card();
 struct State {
     std::mutex mutex;
     bool initialised = false;
-    int retained = 0;                  // of the primary context
+    int retained = 0;  // of the primary context
     bool context_alive = false;
     unsigned context_flags = 0;
-    CUresult fault = CUDA_SUCCESS;     // the sticky error
-    std::string last_error;            // the last text of say()
+    CUresult fault = CUDA_SUCCESS;  // the sticky error
+    std::string last_error;         // the last text of say()
     uint64_t launches = 0;
     size_t memory_limit = 0;
 };

@@ -1,7 +1,7 @@
-// Stream capture and graphs. While a stream captures, its calls record nodes instead of queueing operations; a stream joins
-// by waiting for an event that was recorded in the capture, and has to be joined back the same way. A node keeps the work
-// it would have done, a kernel's arguments included. A replay appends one operation for each node, ordered by the graph's
-// edges only, so that independent nodes run in a drawn order.
+// Stream capture and graphs. While a stream captures, its calls record nodes instead of queueing operations; a stream
+// joins by waiting for an event that was recorded in the capture, and has to be joined back the same way. A node keeps
+// the work it would have done, a kernel's arguments included. A replay appends one operation for each node, ordered by
+// the graph's edges only, so that independent nodes run in a drawn order.
 #include "driver.h"
 
 #include <cstring>
@@ -73,8 +73,8 @@ CUresult refuse_during_capture() {
         const bool own = capture->thread == std::this_thread::get_id();
         const bool own_forbids = own && capture->mode != CU_STREAM_CAPTURE_MODE_RELAXED &&
                                  interaction_mode != CU_STREAM_CAPTURE_MODE_RELAXED;
-        const bool other_forbids = !own && capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL &&
-                                   interaction_mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
+        const bool other_forbids =
+            !own && capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL && interaction_mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
         if (!own_forbids && !other_forbids) continue;
         capture->invalidated = true;
         result = refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "not allowed while capture %llu is going on",
@@ -116,7 +116,8 @@ CUresult capture_wait(CUstream_st* stream, CUevent_st* event) {
     if (!event->capture) {
         if (!event->record) return CUDA_SUCCESS;
         stream->capture->invalidated = true;
-        return refuse(CUDA_ERROR_STREAM_CAPTURE_ISOLATION, "a capturing stream waits for an event from outside the capture");
+        return refuse(CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
+                      "a capturing stream waits for an event from outside the capture");
     }
     if (event->capture->ended) {
         if (stream->capture) stream->capture->invalidated = true;
@@ -164,7 +165,8 @@ static bool joined(const Capture& capture) {
     for (const auto& node : capture.graph->nodes) waited_for.insert(node->waits_for.begin(), node->waits_for.end());
     const auto& tail = capture.origin->capture_tail;
     for (const auto& node : capture.graph->nodes) {
-        if (!waited_for.count(node.get()) && std::find(tail.begin(), tail.end(), node.get()) == tail.end()) return false;
+        if (!waited_for.count(node.get()) && std::find(tail.begin(), tail.end(), node.get()) == tail.end())
+            return false;
     }
     return true;
 }
@@ -222,8 +224,8 @@ static std::vector<CUgraphExec_st::Node> executable_nodes(const CUgraph_st& grap
 static CUresult instantiate(CUgraphExec* handle, CUgraph graph_handle, unsigned long long flags) {
     CUgraph_st* graph = find_graph(graph_handle);
     if (!handle || !graph) return unknown_graph("cuGraphInstantiate");
-    const unsigned long long known = CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH | CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD |
-                                     CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
+    const unsigned long long known = CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH |
+                                     CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD | CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
     if (flags & ~known) return refuse(CUDA_ERROR_INVALID_VALUE, "cuGraphInstantiate with flags %#llx", flags);
     if (!creation_allowed()) return CUDA_ERROR_OUT_OF_MEMORY;
     auto executable = std::make_unique<CUgraphExec_st>();
@@ -333,16 +335,16 @@ EMU_EXPORT CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* 
         if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "cuStreamIsCapturing: no such stream");
         if (!status) return CUDA_ERROR_INVALID_VALUE;
         if (const CUresult e = refuse_legacy_during_capture(stream)) return e;
-        *status = CUstreamCaptureStatus(!stream->capture              ? CU_STREAM_CAPTURE_STATUS_NONE
+        *status = CUstreamCaptureStatus(!stream->capture               ? CU_STREAM_CAPTURE_STATUS_NONE
                                         : stream->capture->invalidated ? CU_STREAM_CAPTURE_STATUS_INVALIDATED
                                                                        : CU_STREAM_CAPTURE_STATUS_ACTIVE);
         return CUDA_SUCCESS;
     });
 }
 
-EMU_EXPORT CUresult cuStreamGetCaptureInfo_v3(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id, CUgraph* graph,
-                                              const CUgraphNode** dependencies, const CUgraphEdgeData** edges,
-                                              size_t* count) {
+EMU_EXPORT CUresult cuStreamGetCaptureInfo_v3(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id,
+                                              CUgraph* graph, const CUgraphNode** dependencies,
+                                              const CUgraphEdgeData** edges, size_t* count) {
     if (const CUresult e = cuStreamIsCapturing(handle, status)) return e;
     return api(Needs::Context, [&]() -> CUresult {
         CUstream_st* stream = find_stream(handle);
@@ -356,8 +358,8 @@ EMU_EXPORT CUresult cuStreamGetCaptureInfo_v3(CUstream handle, CUstreamCaptureSt
     });
 }
 
-EMU_EXPORT CUresult cuStreamGetCaptureInfo_v2(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id, CUgraph* graph,
-                                              const CUgraphNode** dependencies, size_t* count) {
+EMU_EXPORT CUresult cuStreamGetCaptureInfo_v2(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id,
+                                              CUgraph* graph, const CUgraphNode** dependencies, size_t* count) {
     return cuStreamGetCaptureInfo_v3(handle, status, id, graph, dependencies, nullptr, count);
 }
 
@@ -481,7 +483,8 @@ EMU_EXPORT CUresult cuGraphLaunch(CUgraphExec executable, CUstream stream) {
 
 EMU_EXPORT CUresult cuGraphUpload(CUgraphExec executable, CUstream stream) {
     return api(Needs::Context, [&]() -> CUresult {
-        if (!find_executable(executable)) return refuse(CUDA_ERROR_INVALID_VALUE, "cuGraphUpload: no such executable graph");
+        if (!find_executable(executable))
+            return refuse(CUDA_ERROR_INVALID_VALUE, "cuGraphUpload: no such executable graph");
         return find_stream(stream) ? CUDA_SUCCESS : refuse(CUDA_ERROR_INVALID_HANDLE, "cuGraphUpload: no such stream");
     });
 }

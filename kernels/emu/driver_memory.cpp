@@ -1,7 +1,7 @@
-// Allocations of the emulated card. A device address is a host address, so kernels reach it directly; what a card's memory
-// protection would see is seen by other means:
+// Allocations of the emulated card. A device address is a host address, so kernels reach it directly; what a card's
+// memory protection would see is seen by other means:
 //   guard zones   before and after each allocation lie bytes that are compared at each free, synchronisation and exit;
-//                 in an address-sanitizer build its own red zones are there instead, and reads out of range are seen too
+//                 in an address-sanitizer build its red zones are there instead, and reads out of range are seen too
 //   fresh memory  is 0xFF, a NaN in every float type, and so is freed memory
 //   quarantine    a freed allocation keeps its addresses for a while, so that a late use is recognised
 #include "driver.h"
@@ -10,7 +10,11 @@
 #include <cstring>
 #include <deque>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__)  // g++; clang++ has a feature test
+#define EMU_ADDRESS_SANITIZER 1
+#elif !defined(__has_feature)
+#define EMU_ADDRESS_SANITIZER 0
+#elif __has_feature(address_sanitizer)
 #define EMU_ADDRESS_SANITIZER 1
 #else
 #define EMU_ADDRESS_SANITIZER 0
@@ -120,7 +124,8 @@ static const char* kind_name(MemoryKind kind) {
 CUresult check_guards_of(const AllocationRef& allocation, const std::string& after) {
     if (kGuard == 0 || !allocation->raw) return CUDA_SUCCESS;
     const uintptr_t end = allocation->base + allocation->size;
-    const uintptr_t before = damage(allocation->base - kGuard, kGuard), behind = damage(end, tail_guard(allocation->size));
+    const uintptr_t before = damage(allocation->base - kGuard, kGuard),
+                    behind = damage(end, tail_guard(allocation->size));
     if (!before && !behind) return CUDA_SUCCESS;
     char where[64];
     if (before) {
@@ -174,7 +179,8 @@ static AllocationRef create(MemoryKind kind, size_t size, unsigned flags, bool s
     why = CUDA_ERROR_OUT_OF_MEMORY;
     if (!creation_allowed()) return nullptr;
     if (kind == MemoryKind::Device && size > state().memory_limit - std::min(live_bytes, state().memory_limit)) {
-        refuse(CUDA_ERROR_OUT_OF_MEMORY, "%zu bytes asked for, %zu of %zu in use", size, live_bytes, state().memory_limit);
+        refuse(CUDA_ERROR_OUT_OF_MEMORY, "%zu bytes asked for, %zu of %zu in use", size, live_bytes,
+               state().memory_limit);
         return nullptr;
     }
     void* raw = nullptr;
@@ -226,7 +232,7 @@ void release_all_memory() {
     quarantine().clear();
 }
 
-// Memory that waits for its stream-ordered free is asked back before an allocation is refused, as the driver's pool does.
+// Before an allocation is refused, pending stream-ordered frees are waited for, as the driver's pool does.
 static AllocationRef create_on_device(size_t size, bool stream_ordered, CUresult& why) {
     const size_t unused = state().memory_limit - std::min(live_bytes, state().memory_limit);
     if (size > unused && size <= state().memory_limit) wait_for_everything();
@@ -336,7 +342,8 @@ EMU_EXPORT CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
         }
         const auto it = live().find(uintptr_t(address));
         if (it == live().end() || it->second->kind != MemoryKind::Device) {
-            return say(CUDA_ERROR_INVALID_VALUE, "cuMemFreeAsync: %#llx is not the start of a device allocation", address);
+            return say(CUDA_ERROR_INVALID_VALUE, "cuMemFreeAsync: %#llx is not the start of a device allocation",
+                       address);
         }
         return submit(stream, std::make_shared<FreeWork>(it->second));
     });
@@ -496,11 +503,13 @@ EMU_EXPORT CUresult cuDeviceSetMemPool(CUdevice device, CUmemoryPool pool) {
 }
 
 EMU_EXPORT CUresult cuMemPoolCreate(CUmemoryPool*, const CUmemPoolProps*) {
-    return api(Needs::Context, [] { return say(CUDA_ERROR_NOT_SUPPORTED, "only the default memory pool is emulated"); });
+    return api(Needs::Context,
+               [] { return say(CUDA_ERROR_NOT_SUPPORTED, "only the default memory pool is emulated"); });
 }
 
 EMU_EXPORT CUresult cuMemPoolDestroy(CUmemoryPool) {
-    return api(Needs::Context, [] { return refuse(CUDA_ERROR_INVALID_VALUE, "only the default memory pool is emulated"); });
+    return api(Needs::Context,
+               [] { return refuse(CUDA_ERROR_INVALID_VALUE, "only the default memory pool is emulated"); });
 }
 
 EMU_EXPORT CUresult cuMemPoolTrimTo(CUmemoryPool pool, size_t) {
@@ -511,7 +520,9 @@ EMU_EXPORT CUresult cuMemPoolGetAttribute(CUmemoryPool pool, CUmemPool_attribute
     return api(Needs::Context, [&]() -> CUresult {
         if (pool != default_pool() || !value) return CUDA_ERROR_INVALID_VALUE;
         switch (int(attribute)) {
-            case 1: case 2: case 3: *static_cast<int*>(value) = 1; break;  // reuse policies
+            case 1:  // the three reuse policies
+            case 2:
+            case 3: *static_cast<int*>(value) = 1; break;
             case CU_MEMPOOL_ATTR_RELEASE_THRESHOLD: *static_cast<uint64_t*>(value) = release_threshold; break;
             case CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT:
             case CU_MEMPOOL_ATTR_USED_MEM_CURRENT: *static_cast<uint64_t*>(value) = live_bytes; break;

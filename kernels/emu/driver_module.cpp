@@ -1,6 +1,7 @@
 // Modules, functions and launches. A module's image is not looked at: the kernels are the ones this library was built
 // from. What the image would say of a kernel's resources comes from resources.tsv beside the library, where the build
-// made one:   arch <tab> kernel <tab> registers <tab> static shared bytes <tab> spill stores <tab> spill loads <tab> stack
+// made one, a line a kernel and architecture with a tab between the fields:
+//   arch kernel registers static_shared_bytes spill_store_bytes spill_load_bytes stack_bytes
 #include "driver.h"
 
 #include <cstdio>
@@ -31,7 +32,7 @@ static int architecture(const std::string& text) {
     return digit == std::string::npos ? -1 : atoi(text.c_str() + digit);
 }
 
-// By kernel: the line of the newest architecture that this card runs.
+// By kernel: the line of the newest machine code that this card runs, which is of its own major version.
 static const std::unordered_map<std::string, Resources>& resource_table() {
     static const auto* table = [] {
         auto* all = new std::unordered_map<std::string, Resources>;
@@ -43,10 +44,10 @@ static const std::unordered_map<std::string, Resources>& resource_table() {
         while (fgets(line, sizeof line, file)) {
             char arch[64], kernel[512];
             int registers, shared, spill_stores, spill_loads, stack;
-            const int fields = sscanf(line, "%63[^\t]\t%511[^\t]\t%d\t%d\t%d\t%d\t%d", arch, kernel, &registers, &shared,
-                                      &spill_stores, &spill_loads, &stack);
+            const int fields = sscanf(line, "%63[^\t]\t%511[^\t]\t%d\t%d\t%d\t%d\t%d", arch, kernel, &registers,
+                                      &shared, &spill_stores, &spill_loads, &stack);
             const int target = architecture(arch);
-            if (fields < 7 || target < 0 || target > capability || target / 10 > card().major) continue;
+            if (fields < 7 || target < 0 || target > capability || target / 10 != card().major) continue;
             if (chosen.count(kernel) && chosen[kernel] > target) continue;
             chosen[kernel] = target;
             (*all)[kernel] = {true, registers, shared, stack};
@@ -110,7 +111,9 @@ static CUresult load_module(CUmodule* handle, const void* image) {
     return CUDA_SUCCESS;
 }
 
-static CUresult unknown_function(const char* call) { return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: no such function", call); }
+static CUresult unknown_function(const char* call) {
+    return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: no such function", call);
+}
 static bool known(CUfunction function) { return functions().count(function) != 0; }
 
 // ---- a launch ----
@@ -168,8 +171,8 @@ CUresult LaunchWork::run() {
     const int errors = emu::launch(kernel->fn, grid, block, shared, params.data());
     if (errors) {
         return fault(CUDA_ERROR_LAUNCH_FAILED,
-                     "%s: failed, grid %ux%ux%u, block %ux%ux%u, %u bytes of dynamic shared memory: %s", text, grid.x, grid.y,
-                     grid.z, block.x, block.y, block.z, shared, emu::last_error());
+                     "%s: failed, grid %ux%ux%u, block %ux%ux%u, %u bytes of dynamic shared memory: %s", text, grid.x,
+                     grid.y, grid.z, block.x, block.y, block.z, shared, emu::last_error());
     }
     for (const AllocationRef& allocation : used) {
         if (const CUresult e = check_guards_of(allocation, std::string("seen after ") + text)) return e;
@@ -187,17 +190,17 @@ static uint64_t registers_of_block(int registers, uint64_t threads) {
 static CUresult check_launch(const CUfunc_st& f, dim3 grid, dim3 block, unsigned shared) {
     const char* name = f.kernel->name;
     if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z) {
-        return say(CUDA_ERROR_INVALID_VALUE, "%s: an empty grid %ux%ux%u or block %ux%ux%u", name, grid.x, grid.y, grid.z,
-                   block.x, block.y, block.z);
+        return say(CUDA_ERROR_INVALID_VALUE, "%s: an empty grid %ux%ux%u or block %ux%ux%u", name, grid.x, grid.y,
+                   grid.z, block.x, block.y, block.z);
     }
     if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-        return say(CUDA_ERROR_INVALID_VALUE, "%s: a grid of %ux%ux%u; 2147483647x65535x65535 at most", name, grid.x, grid.y,
-                   grid.z);
+        return say(CUDA_ERROR_INVALID_VALUE, "%s: a grid of %ux%ux%u; 2147483647x65535x65535 at most", name, grid.x,
+                   grid.y, grid.z);
     }
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) {
-        return say(CUDA_ERROR_INVALID_VALUE, "%s: a block of %ux%ux%u; 1024x1024x64 and 1024 threads at most", name, block.x,
-                   block.y, block.z);
+        return say(CUDA_ERROR_INVALID_VALUE, "%s: a block of %ux%ux%u; 1024x1024x64 and 1024 threads at most", name,
+                   block.x, block.y, block.z);
     }
     if (threads > f.kernel->max_threads) {
         return say(CUDA_ERROR_INVALID_VALUE, "%s: a block of %llu threads; its launch bound is %u", name,
@@ -205,13 +208,13 @@ static CUresult check_launch(const CUfunc_st& f, dim3 grid, dim3 block, unsigned
     }
     if (int64_t(shared) > f.max_dynamic_shared) {
         return say(CUDA_ERROR_INVALID_VALUE,
-                   "%s: %u bytes of dynamic shared memory; %d allowed (cuFuncSetAttribute raises it up to %d)", name, shared,
-                   f.max_dynamic_shared, card().shared_opt_in - f.resources.static_shared);
+                   "%s: %u bytes of dynamic shared memory; %d allowed (cuFuncSetAttribute raises it up to %d)", name,
+                   shared, f.max_dynamic_shared, card().shared_opt_in - f.resources.static_shared);
     }
     const uint64_t registers = registers_of_block(f.resources.registers, threads);
     if (f.resources.known && registers > 65536) {
-        return say(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "%s: %d registers for each of %llu threads make %llu of 65536", name,
-                   f.resources.registers, (unsigned long long)threads, (unsigned long long)registers);
+        return say(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "%s: %d registers for each of %llu threads make %llu of 65536",
+                   name, f.resources.registers, (unsigned long long)threads, (unsigned long long)registers);
     }
     return CUDA_SUCCESS;
 }
@@ -235,7 +238,8 @@ static CUresult copy_arguments(const CUfunc_st& f, void** params, void** extra, 
         if (extra[0] == CU_LAUNCH_PARAM_BUFFER_SIZE) bytes = *static_cast<size_t*>(extra[1]);
     }
     if (!buffer || bytes < arguments.size()) {
-        return say(CUDA_ERROR_INVALID_VALUE, "%s: %zu bytes of arguments for %zu", f.kernel->name, bytes, arguments.size());
+        return say(CUDA_ERROR_INVALID_VALUE, "%s: %zu bytes of arguments for %zu", f.kernel->name, bytes,
+                   arguments.size());
     }
     memcpy(arguments.data(), buffer, arguments.size());
     return CUDA_SUCCESS;
@@ -258,8 +262,9 @@ static CUresult prepare(CUfunction function, dim3 grid, dim3 block, unsigned sha
 
 CUresult prepare_launch(const CUDA_KERNEL_NODE_PARAMS& p, WorkRef& work) {
     std::shared_ptr<LaunchWork> launch;
-    const CUresult e = prepare(p.func, dim3(p.gridDimX, p.gridDimY, p.gridDimZ),
-                               dim3(p.blockDimX, p.blockDimY, p.blockDimZ), p.sharedMemBytes, p.kernelParams, p.extra, launch);
+    const CUresult e =
+        prepare(p.func, dim3(p.gridDimX, p.gridDimY, p.gridDimZ), dim3(p.blockDimX, p.blockDimY, p.blockDimZ),
+                p.sharedMemBytes, p.kernelParams, p.extra, launch);
     work = launch;
     return e;
 }
@@ -290,7 +295,8 @@ static int blocks_per_multiprocessor(const CUfunc_st& f, int threads, size_t dyn
     if (threads <= 0 || threads > 1024) return 0;
     const uint64_t warps = (uint64_t(threads) + 31) / 32;
     const uint64_t by_threads = uint64_t(card().threads_per_multiprocessor / 32) / warps;
-    const uint64_t by_registers = 65536 / std::max<uint64_t>(1, registers_of_block(f.resources.registers, uint64_t(threads)));
+    const uint64_t by_registers =
+        65536 / std::max<uint64_t>(1, registers_of_block(f.resources.registers, uint64_t(threads)));
     const uint64_t shared = dynamic_shared + uint64_t(f.resources.static_shared) + 1024;  // 1 KiB is the system's
     const uint64_t by_shared = uint64_t(card().shared_per_multiprocessor) / shared;
     return int(std::min<uint64_t>({uint64_t(card().blocks_per_multiprocessor), by_threads, by_registers, by_shared}));
@@ -310,7 +316,9 @@ EMU_EXPORT CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsi
     return cuModuleLoadData(module, image);
 }
 
-EMU_EXPORT CUresult cuModuleLoadFatBinary(CUmodule* module, const void* image) { return cuModuleLoadData(module, image); }
+EMU_EXPORT CUresult cuModuleLoadFatBinary(CUmodule* module, const void* image) {
+    return cuModuleLoadData(module, image);
+}
 
 EMU_EXPORT CUresult cuModuleLoad(CUmodule* module, const char* path) {
     return api(Needs::Context, [&]() -> CUresult {
@@ -357,7 +365,8 @@ EMU_EXPORT CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module, con
 }
 
 EMU_EXPORT CUresult cuModuleGetGlobal_v2(CUdeviceptr*, size_t*, CUmodule, const char* name) {
-    return api(Needs::Context, [&] { return refuse(CUDA_ERROR_NOT_FOUND, "no kernel file has a global '%s'", name ? name : ""); });
+    return api(Needs::Context,
+               [&] { return refuse(CUDA_ERROR_NOT_FOUND, "no kernel file has a global '%s'", name ? name : ""); });
 }
 
 // ---- functions ----
@@ -368,7 +377,9 @@ EMU_EXPORT CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribut
         if (!value) return CUDA_ERROR_INVALID_VALUE;
         const int capability = card().major * 10 + card().minor;
         switch (int(attribute)) {
-            case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = int(std::min(1024u, function->kernel->max_threads)); break;
+            case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+                *value = int(std::min(1024u, function->kernel->max_threads));
+                break;
             case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = function->resources.static_shared; break;
             case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES: *value = 0; break;
             case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = function->resources.local_bytes; break;
@@ -405,7 +416,8 @@ EMU_EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute
 }
 
 EMU_EXPORT CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache) {
-    return api(Needs::Context, [&] { return known(function) ? CUDA_SUCCESS : unknown_function("cuFuncSetCacheConfig"); });
+    return api(Needs::Context,
+               [&] { return known(function) ? CUDA_SUCCESS : unknown_function("cuFuncSetCacheConfig"); });
 }
 
 EMU_EXPORT CUresult cuFuncGetName(const char** name, CUfunction function) {
@@ -443,11 +455,12 @@ EMU_EXPORT CUresult cuFuncLoad(CUfunction function) {
 
 // ---- launches ----
 
-EMU_EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                                   unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** params,
-                                   void** extra) {
+EMU_EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                                   CUstream stream, void** params, void** extra) {
     return api(Needs::Context, [&] {
-        return launch(function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, stream, params, extra);
+        return launch(function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, stream, params,
+                      extra);
     });
 }
 
@@ -456,16 +469,18 @@ EMU_EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction fu
         if (!config) return CUDA_ERROR_INVALID_VALUE;
         for (unsigned i = 0; i < config->numAttrs; i++) {
             const CUlaunchAttribute& attribute = config->attrs[i];
-            const bool cluster = int(attribute.id) == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION &&
-                                 attribute.value.clusterDim.x * attribute.value.clusterDim.y * attribute.value.clusterDim.z > 1;
-            const bool cooperative = int(attribute.id) == CU_LAUNCH_ATTRIBUTE_COOPERATIVE && attribute.value.cooperative;
+            const bool cluster =
+                int(attribute.id) == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION &&
+                attribute.value.clusterDim.x * attribute.value.clusterDim.y * attribute.value.clusterDim.z > 1;
+            const bool cooperative =
+                int(attribute.id) == CU_LAUNCH_ATTRIBUTE_COOPERATIVE && attribute.value.cooperative;
             if (cluster || cooperative) {
                 return say(CUDA_ERROR_NOT_SUPPORTED, "clusters and cooperative launches are not emulated");
             }
         }
         return launch(function, dim3(config->gridDimX, config->gridDimY, config->gridDimZ),
-                      dim3(config->blockDimX, config->blockDimY, config->blockDimZ), config->sharedMemBytes, config->hStream,
-                      params, extra);
+                      dim3(config->blockDimX, config->blockDimY, config->blockDimZ), config->sharedMemBytes,
+                      config->hStream, params, extra);
     });
 }
 
@@ -525,7 +540,8 @@ EMU_EXPORT CUresult cuOccupancyMaxPotentialBlockSizeWithFlags(int* grid, int* bl
 }
 
 EMU_EXPORT CUresult cuOccupancyMaxPotentialBlockSize(int* grid, int* block, CUfunction function,
-                                                     CUoccupancyB2DSize shared_of_block, size_t dynamic_shared, int limit) {
+                                                     CUoccupancyB2DSize shared_of_block, size_t dynamic_shared,
+                                                     int limit) {
     return cuOccupancyMaxPotentialBlockSizeWithFlags(grid, block, function, shared_of_block, dynamic_shared, limit, 0);
 }
 
@@ -542,18 +558,21 @@ EMU_EXPORT CUresult cuOccupancyMaxPotentialClusterSize(int*, CUfunction, const C
 EMU_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                            const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
                                            const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
-                                           CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+                                           CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                           CUtensorMapFloatOOBfill) {
     return api(Needs::Context, [&]() -> CUresult {
         static const int kElementBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // by data type
         if (!map || !dims || !box || !element_strides || rank < 1 || rank > 5 || int(type) < 0 || int(type) > 12) {
             return refuse(CUDA_ERROR_INVALID_VALUE, "cuTensorMapEncodeTiled");
         }
         for (uint32_t i = 0; i < rank; i++) {
-            if (element_strides[i] != 1) return say(CUDA_ERROR_NOT_SUPPORTED, "element strides other than 1 are not emulated");
+            if (element_strides[i] != 1)
+                return say(CUDA_ERROR_NOT_SUPPORTED, "element strides other than 1 are not emulated");
         }
         if (int(interleave) != 0) return say(CUDA_ERROR_NOT_SUPPORTED, "interleaved tensor maps are not emulated");
-        const int failed = emu::tensor_map_encode(reinterpret_cast<emu::TensorMap*>(map), kElementBytes[int(type)], int(rank),
-                                                  address, dims, strides, box, int(swizzle));
-        return failed ? refuse(CUDA_ERROR_INVALID_VALUE, "cuTensorMapEncodeTiled: a rule of tensor maps is broken") : CUDA_SUCCESS;
+        const int failed = emu::tensor_map_encode(reinterpret_cast<emu::TensorMap*>(map), kElementBytes[int(type)],
+                                                  int(rank), address, dims, strides, box, int(swizzle));
+        return failed ? refuse(CUDA_ERROR_INVALID_VALUE, "cuTensorMapEncodeTiled: a rule of tensor maps is broken")
+                      : CUDA_SUCCESS;
     });
 }

@@ -1,5 +1,5 @@
-// Streams and events. A stream is no queue of its own: it only remembers its last operation, which its next one waits for.
-// The legacy default stream (handle 0) orders with every blocking stream, in both directions.
+// Streams and events. A stream is no queue of its own: it only remembers its last operation, which its next one waits
+// for. The legacy default stream (handle 0) orders with every blocking stream, in both directions.
 #include "driver.h"
 
 #include <chrono>
@@ -137,7 +137,9 @@ static CUresult create_stream(CUstream* handle, unsigned flags, int priority) {
     return CUDA_SUCCESS;
 }
 
-static CUresult unknown_stream(const char* call) { return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: no such stream", call); }
+static CUresult unknown_stream(const char* call) {
+    return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: no such stream", call);
+}
 static CUresult unknown_event(const char* call) { return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: no such event", call); }
 
 static CUresult record_event(CUevent event_handle, CUstream stream_handle) {
@@ -146,7 +148,8 @@ static CUresult record_event(CUevent event_handle, CUstream stream_handle) {
     CUstream_st* stream = find_stream(stream_handle);
     if (!stream) return unknown_stream("cuEventRecord");
     if (stream->capture) {
-        if (stream->capture->invalidated) return refuse(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "the capture is invalid");
+        if (stream->capture->invalidated)
+            return refuse(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "the capture is invalid");
         event->capture = stream->capture;
         event->capture_tail = stream->capture_tail;
         return CUDA_SUCCESS;
@@ -331,7 +334,8 @@ EMU_EXPORT CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent start_han
         CUevent_st *start = find_event(start_handle), *end = find_event(end_handle);
         if (!start || !end) return unknown_event("cuEventElapsedTime");
         if (!milliseconds) return CUDA_ERROR_INVALID_VALUE;
-        if (start->capture || end->capture) return refuse(CUDA_ERROR_CAPTURED_EVENT, "an event was recorded in a capture");
+        if (start->capture || end->capture)
+            return refuse(CUDA_ERROR_CAPTURED_EVENT, "an event was recorded in a capture");
         if ((start->flags | end->flags) & CU_EVENT_DISABLE_TIMING) {
             return refuse(CUDA_ERROR_INVALID_HANDLE, "cuEventElapsedTime: an event was made without timing");
         }

@@ -3,7 +3,7 @@
 //
 //   types.h           vector types, f16, bf16, arithmetic               seen by kernels
 //   emu.h             launches; primitives, where CUDA and device.cuh name them
-//   hopper.h          mbarrier, TMA, wgmma
+//   hopper.h          mbarrier, TMA, wgmma                             seen by kernels with common/hopper.cuh
 //   machine.h         one block on one worker thread                     internal
 //   launch.cpp        kernel table, configuration, worker pool, messages
 //   fibers.cpp        context switch, stacks, the scheduler, shared memory
@@ -106,6 +106,12 @@ const char* last_error();
 using AllocationLookup = bool (*)(uintptr_t address, uintptr_t* begin, uintptr_t* end);
 void set_allocation_lookup(AllocationLookup lookup);
 
+// What cuTensorMapEncodeTiled does (hopper.h). `stride_bytes`: of dims 1 and up; `swizzle`: 0, 1, 2, 3 for none, 32, 64, 128
+// bytes. 0, or 1 for what the driver refuses.
+struct TensorMap;
+int tensor_map_encode(TensorMap* map, int element_bytes, int rank, void* base, const uint64_t* dim,
+                      const uint64_t* stride_bytes, const uint32_t* box, int swizzle);
+
 struct Stats {
     uint64_t switches, barriers, warp_ops, mma, wgmma, ldsm, ldsm_wavefronts, tma, races, errors;
 };
@@ -177,7 +183,6 @@ struct Entry<F> {
 }  // namespace emu
 
 #define DEVICE static inline
-#define GRID_CONST const
 #define UNROLL
 #define KERNEL(name, max_threads, min_blocks)                                                      \
     static constexpr unsigned emu_bounds_##name[2] = {unsigned(max_threads), unsigned(min_blocks)}; \
@@ -300,5 +305,3 @@ static inline void cp_async_wait(EMU_LOC) {
 }
 static inline void named_barrier_sync(int id, int threads, EMU_LOC) { emu::barrier(id, threads, true, loc); }
 static inline void named_barrier_arrive(int id, int threads, EMU_LOC) { emu::barrier(id, threads, false, loc); }
-
-#include "hopper.h"

@@ -1,6 +1,9 @@
 // Hopper's words (sm_90a): mbarrier, TMA in tile mode, wgmma with both operands in shared memory.
 // Not modelled: wgmma operands from registers, TMA stores, im2col, clusters and multicast, element strides.
 #pragma once
+#include "emu.h"
+
+#define GRID_CONST const
 
 namespace emu {
 // What cuTensorMapEncodeTiled writes into its 128 opaque bytes.
@@ -8,10 +11,6 @@ struct alignas(64) TensorMap {
     uint64_t base, dim[5], stride[5];  // strides in bytes
     uint32_t box[5], rank, element_bytes, swizzle;
 };
-// `stride_bytes`: of dims 1 and up; `swizzle`: 0, 1, 2, 3 for none, 32, 64, 128 bytes. 0, or 1 for what the driver refuses.
-int tensor_map_encode(TensorMap* map, int element_bytes, int rank, void* base, const uint64_t* dim,
-                      const uint64_t* stride_bytes, const uint32_t* box, int swizzle);
-
 void mbar_init(uint64_t* bar, uint32_t count, Loc loc);
 void mbar_arrive(uint64_t* bar, uint32_t transaction_bytes, Loc loc);  // arrives once, expects so many bytes more
 void mbar_wait(uint64_t* bar, uint32_t parity, Loc loc);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "emu.h"
+#include "hopper.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1

@@ -49,29 +49,45 @@ fn stored() -> [(&'static str, &'static str, Request); 4] {
     let stages = |stages: [&str; 2]| stages.map(|stage| stage.parse().unwrap()).to_vec();
     let fox = "The quick brown fox, oil on canvas".to_string();
     [
-        ("mega-plus", "sd15", Request { stages: stages(["16x16:3", "24x24:2"]), seed: 9, guidance: 2.5, ..plus.clone() }),
-        ("plain-euler-ancestral", "sd15", Request {
-            size: Some("16x16".parse().unwrap()),
-            steps: Some(4),
-            seed: 11,
-            scheduler: Some(Sampler::EulerAncestral),
-            ..plain
-        }),
-        ("mega-plus-four-levels-euler", "four-levels", Request {
-            stages: stages(["24x24:2", "32x40:1"]),
-            seed: 4,
-            guidance: 1.0,
-            scheduler: Some(Sampler::Euler),
-            ..plus.clone()
-        }),
-        ("mega-plus-sd21", "sd21", Request {
-            prompt: fox,
-            stages: stages(["16x16:2", "24x20:2"]),
-            seed: 21,
-            guidance: 1.5,
-            scheduler: Some(Sampler::Ddim),
-            ..plus
-        }),
+        (
+            "mega-plus",
+            "sd15",
+            Request { stages: stages(["16x16:3", "24x24:2"]), seed: 9, guidance: 2.5, ..plus.clone() },
+        ),
+        (
+            "plain-euler-ancestral",
+            "sd15",
+            Request {
+                size: Some("16x16".parse().unwrap()),
+                steps: Some(4),
+                seed: 11,
+                scheduler: Some(Sampler::EulerAncestral),
+                ..plain
+            },
+        ),
+        (
+            "mega-plus-four-levels-euler",
+            "four-levels",
+            Request {
+                stages: stages(["24x24:2", "32x40:1"]),
+                seed: 4,
+                guidance: 1.0,
+                scheduler: Some(Sampler::Euler),
+                ..plus.clone()
+            },
+        ),
+        (
+            "mega-plus-sd21",
+            "sd21",
+            Request {
+                prompt: fox,
+                stages: stages(["16x16:2", "24x20:2"]),
+                seed: 21,
+                guidance: 1.5,
+                scheduler: Some(Sampler::Ddim),
+                ..plus
+            },
+        ),
     ]
 }
 
@@ -120,7 +136,10 @@ fn low_precision_runs_err_no_more_than_the_cpu_does() {
                         rms(differences) / rms(want.iter().map(|&v| f64::from(v)))
                     };
                     let (card, cpu) = (off(&card), off(&cpu));
-                    assert!(card <= 2.0 * cpu, "{device} {name} {dtype}: {tensor} is off by {card:.1e}, the cpu by {cpu:.1e}");
+                    assert!(
+                        card <= 2.0 * cpu,
+                        "{device} {name} {dtype}: {tensor} is off by {card:.1e}, the cpu by {cpu:.1e}"
+                    );
                 }
             }
         }
@@ -141,14 +160,17 @@ fn replayed_steps_are_launched_steps_bit_for_bit() {
     }
 }
 
+type Step<'a> = dyn FnMut() -> Result<()> + 'a;
+
 /// A guided step: what the graph holds is what the planner counts, and nothing only moves data.
 #[test]
 fn a_recorded_step_is_what_the_planner_counts() {
     for device in cards() {
         let meta = MetaDevice::default();
-        let config = UnetConfig::from_json("config.json", &std::fs::read_to_string(data("sd15/unet/config.json")).unwrap());
+        let config =
+            UnetConfig::from_json("config.json", &std::fs::read_to_string(data("sd15/unet/config.json")).unwrap());
         let config = config.unwrap();
-        let step = |device: &Device, work: &mut dyn FnMut(&mut dyn FnMut() -> Result<()>)| {
+        let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
             let store = match device {
                 Device::Meta(_) => WeightStore::meta(device, DType::BF16),
                 _ => WeightStore::open(&data("sd15/unet"), "diffusion_pytorch_model", device, DType::BF16).unwrap(),
@@ -187,7 +209,14 @@ fn a_recorded_step_is_what_the_planner_counts() {
         });
         assert_eq!(kernels.len() as u64, planned, "{device}: {kernels:?}");
         let families = [
-            "scale_input_", "conv2d_", "linear_", "attention_", "group_norm_", "layer_norm_", "sampler_step_", "advance_step",
+            "scale_input_",
+            "conv2d_",
+            "linear_",
+            "attention_",
+            "group_norm_",
+            "layer_norm_",
+            "sampler_step_",
+            "advance_step",
         ];
         let foreign: Vec<&String> =
             kernels.iter().filter(|kernel| !families.iter().any(|family| kernel.starts_with(family))).collect();

@@ -4,6 +4,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "common/hopper.cuh"
+
 // ---- found by every build in every mode ----
 
 enum Mistake {

@@ -1,5 +1,5 @@
-// What the emulated card's driver promises, one scenario a run: driver_test NAME, or driver_test --list. Built and run by
-// tests/emulated_driver.rs, which also sets the environment that some scenarios are about. Linked with libcuda.so.1.
+// What the emulated card's driver promises, one scenario a run: driver_test NAME, or driver_test --list. Built and run
+// by tests/emulated_driver.rs, which also sets the environment that some scenarios are about. Linked with libcuda.so.1.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -72,8 +72,8 @@ CUresult cuFuncGetAttribute(int*, CUfunction_attribute, CUfunction);
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int);
 CUresult cuFuncGetName(const char**, CUfunction);
 CUresult cuFuncGetParamInfo(CUfunction, size_t, size_t*, size_t*);
-CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**,
-                        void**);
+CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
+                        void**, void**);
 CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**);
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int*, CUfunction, int, size_t);
 CUresult cuOccupancyMaxPotentialBlockSize(int*, int*, CUfunction, CUoccupancyB2DSize, size_t, int);
@@ -158,12 +158,12 @@ REGISTER_KERNEL(test_heavy)
 
 static int failures = 0;
 
-#define CHECK(condition)                                                       \
-    do {                                                                       \
-        if (!(condition)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-            failures++;                                                        \
-        }                                                                      \
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            failures++; \
+        } \
     } while (0)
 
 static void expect(CUresult got, int want, const char* call, int line) {
@@ -316,7 +316,10 @@ static void attributes() {
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) == (hopper ? 132 : small ? 84 : 108));
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK) == 48 << 10);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) == (hopper ? 227 : small ? 99 : 163) << 10);
-    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) == (hopper ? 228 : small ? 100 : 164) << 10);
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) == (hopper  ? 228
+                                                                                  : small ? 100
+                                                                                          : 164)
+                                                                                     << 10);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_WARP_SIZE) == 32);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK) == 1024);
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X) == 0x7fffffff);
@@ -675,7 +678,14 @@ static void pinned_buffer_freed_too_early() {
     OK(cuMemcpyHtoDAsync_v2(a, host, 4, stream));
     OK(cuMemFreeHost(host));
     EXPECT(cuStreamSynchronize(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
-    CHECK(last_error_says("pinned host memory was freed"));
+    CHECK(last_error_says("a copy from of 4 bytes") && last_error_says("pinned host memory was freed"));
+    OK(cuDevicePrimaryCtxReset_v2(0));
+    a = allocate(4);
+    OK(cuMemAllocHost_v2(&host, 4));
+    OK(cuMemcpyDtoHAsync_v2(host, a, 4, nullptr));
+    OK(cuMemFreeHost(host));
+    EXPECT(cuStreamSynchronize(nullptr), CUDA_ERROR_ILLEGAL_ADDRESS);
+    CHECK(last_error_says("a copy to of 4 bytes"));
 }
 
 // ---- streams ----
@@ -751,6 +761,19 @@ static void legacy_stream() {
     }
     CHECK((with_blocking == std::set<int>{3}));
     CHECK((with_free == std::set<int>{1, 2}));
+    for (const CUstream stream : {blocking, CU_STREAM_PER_THREAD}) {
+        for (uint64_t seed = 1; seed <= 20; seed++) {
+            emu_set_schedule(nullptr, "late", seed);
+            OK(launch_fill(a, 1, 1, stream));
+            OK(launch_fill(a, 2, 1, nullptr));
+            OK(cuCtxSynchronize());
+            CHECK(peek(a) == 2);
+            OK(launch_fill(a, 3, 1, nullptr));
+            OK(launch_fill(a, 4, 1, stream));
+            OK(cuCtxSynchronize());
+            CHECK(peek(a) == 4);
+        }
+    }
     // A blocking stream that is gone still comes before.
     for (uint64_t seed = 1; seed <= 10; seed++) {
         emu_set_schedule(nullptr, "late", seed);
@@ -836,10 +859,13 @@ static void host_functions() {
     OK(launch_fill(a, 1, 1, stream));
     static CUdeviceptr place;
     place = a;
-    OK(cuLaunchHostFunc(stream, [](void*) {
-        called.push_back(peek(place));
-        EXPECT(cuCtxSynchronize(), CUDA_ERROR_NOT_PERMITTED);
-    }, nullptr));
+    OK(cuLaunchHostFunc(
+        stream,
+        [](void*) {
+            called.push_back(peek(place));
+            EXPECT(cuCtxSynchronize(), CUDA_ERROR_NOT_PERMITTED);
+        },
+        nullptr));
     OK(launch_fill(a, 2, 1, stream));
     CHECK(called.empty());
     OK(cuStreamSynchronize(stream));
@@ -1003,14 +1029,18 @@ static void freed_address_inside_a_struct() {
 
 static void failed_kernel() {
     open_card();
+    emu_set_schedule(nullptr, "late", 1);
     CUdeviceptr a = allocate(4);
     void* params[] = {&a};
     const CUstream stream = new_stream();
     const CUfunction fill = kernel("test_fill");
     OK(cuLaunchKernel(kernel("test_deadlock"), 1, 1, 1, 32, 1, 1, 0, stream, params, nullptr));
+    int value = 1, count = 1;
+    void* fill_params[] = {&a, &value, &count};
+    OK(cuLaunchKernel(fill, 1, 1, 1, 1, 1, 1, 0, stream, fill_params, nullptr));  // will not run after a fault
     EXPECT(cuStreamSynchronize(stream), CUDA_ERROR_LAUNCH_FAILED);
     EXPECT(cuMemFree_v2(a), CUDA_ERROR_LAUNCH_FAILED);
-    EXPECT(cuLaunchKernel(fill, 1, 1, 1, 1, 1, 1, 0, stream, params, nullptr), CUDA_ERROR_LAUNCH_FAILED);
+    EXPECT(cuLaunchKernel(fill, 1, 1, 1, 1, 1, 1, 0, stream, fill_params, nullptr), CUDA_ERROR_LAUNCH_FAILED);
     CHECK(peek(a) == -1);
     // Released and retained, the context is a new one.
     OK(cuDevicePrimaryCtxRelease_v2(0));
@@ -1029,15 +1059,18 @@ static void launch_limits() {
     void* params[] = {&y, &y, &count};
     const CUfunction twice = kernel("test_twice"), fill = kernel("test_fill");
     auto launch = [&](CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                      unsigned shared = 0) { return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, nullptr, params, nullptr); };
+                      unsigned shared = 0) {
+        return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, nullptr, params, nullptr);
+    };
     OK(launch(twice, 1, 1, 1, 1024, 1, 1));
     OK(launch(twice, 1, 1, 1, 1, 1024, 1));
     OK(launch(twice, 1, 1, 1, 1, 1, 64));
     OK(launch(twice, 1, 2, 2, 4, 4, 4));
-    const unsigned bad[][6] = {{0, 1, 1, 1, 1, 1},       {1, 0, 1, 1, 1, 1},     {1, 1, 0, 1, 1, 1},     {1, 1, 1, 0, 1, 1},
-                               {1, 1, 1, 1, 0, 1},       {1, 1, 1, 1, 1, 0},     {1, 65536, 1, 1, 1, 1}, {1, 1, 65536, 1, 1, 1},
-                               {0x80000000u, 1, 1, 1, 1, 1}, {1, 1, 1, 1025, 1, 1}, {1, 1, 1, 1, 1025, 1}, {1, 1, 1, 1, 1, 65},
-                               {1, 1, 1, 32, 33, 1},     {1, 1, 1, 1024, 1024, 64}, {1, 1, 1, 65536, 65536, 1}};
+    const unsigned bad[][6] = {{0, 1, 1, 1, 1, 1},     {1, 0, 1, 1, 1, 1},        {1, 1, 0, 1, 1, 1},
+                               {1, 1, 1, 0, 1, 1},     {1, 1, 1, 1, 0, 1},        {1, 1, 1, 1, 1, 0},
+                               {1, 65536, 1, 1, 1, 1}, {1, 1, 65536, 1, 1, 1},    {0x80000000u, 1, 1, 1, 1, 1},
+                               {1, 1, 1, 1025, 1, 1},  {1, 1, 1, 1, 1025, 1},     {1, 1, 1, 1, 1, 65},
+                               {1, 1, 1, 32, 33, 1},   {1, 1, 1, 1024, 1024, 64}, {1, 1, 1, 65536, 65536, 1}};
     for (const auto& b : bad) EXPECT(launch(twice, b[0], b[1], b[2], b[3], b[4], b[5]), CUDA_ERROR_INVALID_VALUE);
     OK(launch_fill(y, 1, 1, nullptr));
     EXPECT(launch(fill, 1, 1, 1, 257, 1, 1), CUDA_ERROR_INVALID_VALUE);  // its launch bound
@@ -1052,7 +1085,8 @@ static void launch_limits() {
     };
     OK(launch_shared(48 << 10));
     EXPECT(launch_shared((48 << 10) + 1), CUDA_ERROR_INVALID_VALUE);
-    EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit + 1), CUDA_ERROR_INVALID_VALUE);
+    EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit + 1),
+           CUDA_ERROR_INVALID_VALUE);
     EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, -1), CUDA_ERROR_INVALID_VALUE);
     EXPECT(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_NUM_REGS, 1), CUDA_ERROR_INVALID_VALUE);
     OK(cuFuncSetAttribute(shared, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit));
@@ -1205,6 +1239,11 @@ static void graph_contents() {
     CHECK(peek(b) == 8);
     params.blockDimX = 257;
     EXPECT(cuGraphExecKernelNodeSetParams_v2(executable, nodes[0], &params), CUDA_ERROR_INVALID_VALUE);
+    params.blockDimX = 256;
+    OK(cuGraphDestroy(graph));
+    EXPECT(cuGraphExecKernelNodeSetParams_v2(executable, nodes[0], &params), CUDA_ERROR_INVALID_VALUE);
+    CUgraphNodeType type;
+    EXPECT(cuGraphNodeGetType(nodes[0], &type), CUDA_ERROR_INVALID_VALUE);
 
     // The same graph with other values updates the executable; another shape of graph does not.
     CUgraph other;
@@ -1265,12 +1304,39 @@ static void fork_and_join() {
     // Launched into another capture, it becomes part of that graph.
     CUgraph outer;
     OK(cuStreamBeginCapture_v2(main, CU_STREAM_CAPTURE_MODE_GLOBAL));
+    OK(launch_fill(a, 50, 1, main));
     OK(cuGraphLaunch(executable, main));
     OK(launch_twice(a, b, 1, main));
     OK(cuStreamEndCapture(main, &outer));
-    OK(cuGraphLaunch(instantiated(outer), main));
-    OK(cuStreamSynchronize(main));
-    CHECK(peek(a) == 2 * peek(b));
+    const CUgraphExec nested = instantiated(outer);
+    for (uint64_t seed = 1; seed <= 20; seed++) {
+        emu_set_schedule(nullptr, "early", seed);
+        OK(cuGraphLaunch(nested, main));
+        OK(cuStreamSynchronize(main));
+        CHECK(peek(a) == 2 * peek(b) && peek(b) <= 6);
+    }
+}
+
+// Replays of one executable graph do not overlap, on whatever streams.
+static void replays_on_two_streams() {
+    open_card();
+    const CUstream one = new_stream(), two = new_stream();
+    CUdeviceptr a = allocate(4), b = allocate(4);
+    CUgraph graph;
+    OK(cuStreamBeginCapture_v2(one, CU_STREAM_CAPTURE_MODE_GLOBAL));
+    OK(launch_twice(b, a, 1, one));
+    OK(cuMemcpyDtoDAsync_v2(a, b, 4, one));
+    OK(cuStreamEndCapture(one, &graph));
+    const CUgraphExec executable = instantiated(graph);
+    for (uint64_t seed = 1; seed <= 20; seed++) {
+        emu_set_schedule(nullptr, "late", seed);
+        OK(cuMemsetD32Async(a, 3, 1, one));
+        OK(cuCtxSynchronize());
+        OK(cuGraphLaunch(executable, one));
+        OK(cuGraphLaunch(executable, two));
+        OK(cuCtxSynchronize());
+        CHECK(peek(a) == 12);
+    }
 }
 
 static CUstreamCaptureStatus status_of(CUstream stream) {
@@ -1335,6 +1401,14 @@ static void capture_rules() {
     OK(cuGraphLaunch(instantiated(graph), stream));
     OK(cuStreamSynchronize(stream));
     CHECK(peek(b) == 3);
+    // The same for a thread that says it knows what it does.
+    CUstreamCaptureMode mine = CU_STREAM_CAPTURE_MODE_RELAXED;
+    begin();
+    OK(cuThreadExchangeStreamCaptureMode(&mine));
+    OK(cuMemAlloc_v2(&b, 4));
+    OK(cuThreadExchangeStreamCaptureMode(&mine));
+    CHECK(int(mine) == CU_STREAM_CAPTURE_MODE_RELAXED);
+    OK(cuStreamEndCapture(stream, &graph));
     begin();
     EXPECT(cuMemAllocAsync(&b, 4, stream), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     ended_by();
@@ -1383,8 +1457,13 @@ static void capture_rules() {
     const CUstream gone = new_stream();
     OK(cuStreamBeginCapture_v2(gone, CU_STREAM_CAPTURE_MODE_GLOBAL));
     OK(launch_fill(a, 1, 1, gone));
+    OK(cuEventRecord(event, gone));
+    OK(cuStreamWaitEvent(other, event, 0));
     OK(cuStreamDestroy_v2(gone));
+    CHECK(int(status_of(other)) == CU_STREAM_CAPTURE_STATUS_NONE);
+    OK(launch_fill(a, 7, 1, other));
     OK(cuCtxSynchronize());
+    CHECK(peek(a) == 7);
     OK(cuMemFree_v2(a));
 }
 
@@ -1418,7 +1497,8 @@ static void capture_and_threads() {
         OK(cuStreamBeginCapture_v2(stream, mode));
         std::thread([&] {
             OK(cuCtxSetCurrent(context));
-            EXPECT(cuStreamEndCapture(stream, &graph), mode == relaxed ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+            EXPECT(cuStreamEndCapture(stream, &graph),
+                   mode == relaxed ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
         }).join();
         if (mode != relaxed) OK(cuStreamEndCapture(stream, &graph));
     }
@@ -1529,6 +1609,7 @@ static const struct {
     SCENARIO(replay),
     SCENARIO(graph_contents),
     SCENARIO(fork_and_join),
+    SCENARIO(replays_on_two_streams),
     SCENARIO(capture_rules),
     SCENARIO(capture_and_threads),
     SCENARIO(threads),

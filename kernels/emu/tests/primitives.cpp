@@ -1,6 +1,8 @@
 // Every primitive against a plain computation, in every mode; and that correct kernels are reported clean.
 #include "harness.h"
 
+#include "common/hopper.cuh"
+
 // ---- indices, registration, configuration ----
 
 KERNEL(write_indices, 64, 2)(uint32_t* out) {
