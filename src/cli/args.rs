@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
-use megafuse::{DType, Error, Result};
+use megafuse::{DType, Device, Error, Result};
 
 use super::values::{self, DeviceChoice, Stages};
 
@@ -209,10 +209,11 @@ pub struct RunArgs {
           default_value = "torch-cpu", help_heading = "Machine")]
     pub rng: RngKind,
 
-    /// Element type of weights and activations; statistics and sums are f32 always
-    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32",
-          help_heading = "Machine")]
-    pub dtype: DType,
+    /// Element type of weights and activations [default: f32, bf16 on a card]
+    ///
+    /// Statistics and sums are f32 always.
+    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
+    pub dtype: Option<DType>,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
@@ -221,6 +222,12 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
+    /// `--dtype`, or what suits the device.
+    pub fn dtype_on(&self, device: &Device) -> DType {
+        let usual = if matches!(device, Device::Cuda(_)) { DType::BF16 } else { DType::F32 };
+        self.dtype.unwrap_or(usual)
+    }
+
     pub fn source(&self) -> ModelSource {
         values::source(self.model.as_deref())
     }

@@ -4,6 +4,7 @@
 mod common;
 
 mod attention;
+mod conformance;
 mod conv;
 mod elementwise;
 mod linear;
