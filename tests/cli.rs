@@ -449,7 +449,8 @@ fn a_bench_of_the_cpu_has_peaks_and_shares() {
         place.ok(&args).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     let [peak, line] = &lines[..] else { panic!("{lines:?}") };
     assert!(peak["peak_tflops"].as_f64() > Some(0.0) && peak["peak_gbytes_per_s"].as_f64() > Some(0.0), "{peak}");
-    assert_eq!((&line["op"], &line["rows"], &line["c"]), (&"layer_norm".into(), &512.into(), &1280.into()));
+    assert_eq!((&line["op"], &line["dtype"]), (&"layer_norm".into(), &"f32".into()));
+    assert_eq!((&line["shape"]["rows"], &line["shape"]["c"]), (&512.into(), &1280.into()));
     for figure in ["median_us", "tflops", "gbytes_per_s", "share_of_peak", "floor_us"] {
         assert!(line[figure].as_f64() > Some(0.0), "{figure} in {line}");
     }

@@ -9,7 +9,7 @@ use megafuse::runtime::cuda::{self, Mark};
 use megafuse::runtime::{CudaDevice, Work};
 use megafuse::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::args::{BenchArgs, Shapes};
 use super::check::{describe, driver, no_case};
@@ -69,7 +69,7 @@ fn run_emulated(args: &BenchArgs, device: &Device, card: &CudaDevice) -> Result<
         clock.median(&(case.prepare)(device, args.dtype)?)?;
         if args.json {
             let fields = json!({ "dtype": args.dtype.name(), "card": card.card(), "emulated": true, "ran": true });
-            print_line(merged(case, &fields));
+            print_line(merged(case, fields));
         } else {
             print_line(format!("{:58} ran", case.name));
         }
@@ -112,7 +112,7 @@ fn run_timed(args: &BenchArgs, device: &Device) -> Result<()> {
                 "median_us": seconds * 1e6, "tflops": flops / 1e12, "gbytes_per_s": bytes / 1e9,
                 "share_of_peak": share, "floor_us": floor * 1e6,
             });
-            print_line(merged(case, &fields));
+            print_line(merged(case, fields));
         } else {
             print_line(format!(
                 "{:58} {:8.1} us {:9.3} {:8.1} {:8.1} us {:5.0}%",
@@ -138,16 +138,13 @@ fn work(case: &Case, dtype: DType) -> Result<Work> {
     Ok(recorder.take_report().total())
 }
 
-/// op and name, then the shape, then `fields`.
-fn merged(case: &Case, fields: &Value) -> Value {
-    let mut line = Map::new();
-    line.insert("op".into(), case.op.into());
-    line.insert("name".into(), case.name.clone().into());
-    for part in [&case.fields, fields] {
-        let part = part.as_object().into_iter().flatten();
-        line.extend(part.map(|(key, value)| (key.clone(), value.clone())));
+/// op, name and shape, then `fields`.
+fn merged(case: &Case, fields: Value) -> Value {
+    let mut line = json!({ "op": case.op, "name": case.name, "shape": case.shape });
+    if let (Value::Object(line), Value::Object(fields)) = (&mut line, fields) {
+        line.extend(fields);
     }
-    line.into()
+    line
 }
 
 /// How a call is timed.

@@ -21,8 +21,9 @@ pub struct Case {
     pub op: &'static str,
     /// The op and its shapes, for people.
     pub name: String,
-    /// Shapes and options as a JSON object, for scripts: enough to build the same call elsewhere.
-    pub fields: Value,
+    /// Sizes and options as a JSON object, for scripts: enough to build the same call elsewhere. `c`, `h` and `w` are what
+    /// a convolution sees: both sources side by side, after a resize.
+    pub shape: Value,
     /// Makes the inputs, random, and returns the call.
     pub prepare: Prepare,
 }
@@ -30,10 +31,10 @@ pub struct Case {
 fn case(
     op: &'static str,
     name: String,
-    fields: Value,
+    shape: Value,
     prepare: impl Fn(&Device, DType) -> Result<Call> + 'static,
 ) -> Case {
-    Case { op, name: format!("{op} {name}"), fields, prepare: Box::new(prepare) }
+    Case { op, name: format!("{op} {name}"), shape, prepare: Box::new(prepare) }
 }
 
 /// Uniform in [-1, 1), SplitMix64. Never zeros: power, and so clocks, follow the data.
@@ -243,10 +244,11 @@ fn conv(c: Conv) -> Case {
     let skip = if c.skip > 0 { format!("+{}", c.skip) } else { String::new() };
     let norm = if c.norm { " norm silu" } else { "" };
     let name = format!("{} [{n},{h},{w},{channels}{skip}] {k}x{k} -> {o}{norm}", c.name, k = c.kernel, o = c.outputs);
+    let [seen_h, seen_w] = c.resize_to.unwrap_or([h, w]);
     let fields = json!({
-        "n": n, "h": h, "w": w, "c": channels, "c2": c.skip, "o": c.outputs, "kh": c.kernel, "kw": c.kernel,
-        "stride": c.stride, "dilation": 1, "padding": c.kernel / 2, "bias": true, "resize_to": c.resize_to,
-        "norm_groups": if c.norm { Some(32) } else { None }, "silu": c.norm,
+        "n": n, "h": seen_h, "w": seen_w, "c": channels + c.skip, "o": c.outputs, "kernel": c.kernel,
+        "stride": c.stride, "dilation": 1, "bias": true, "second_source": c.skip,
+        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm.then_some(32), "silu": c.norm,
     });
     case("conv2d", name, fields, move |device, dtype| {
         let t = |shape: &[usize]| tensor(device, dtype, shape);
@@ -276,7 +278,8 @@ fn linear(m: usize, k: usize, rows: usize, activation: Activation) -> Case {
 
 fn group_norm(shape: [usize; 4], skip: usize) -> Case {
     let [n, h, w, channels] = shape;
-    let fields = json!({ "n": n, "h": h, "w": w, "c": channels, "c2": skip, "groups": 32, "silu": true });
+    let fields =
+        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": 32, "silu": true });
     case("group_norm", format!("silu [{n},{h},{w},{channels}+{skip}]"), fields, move |device, dtype| {
         let t = |shape: &[usize]| tensor(device, dtype, shape);
         let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[channels + skip])?);
@@ -294,9 +297,13 @@ fn layer_norm(rows: usize, c: usize) -> Case {
     })
 }
 
+fn attention_fields(n: usize, [queries, keys]: [usize; 2], heads: usize, head_dim: usize, causal: bool) -> Value {
+    json!({ "n": n, "queries": queries, "keys": keys, "heads": heads, "head_dim": head_dim, "causal": causal })
+}
+
 fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
     let suffix = if causal { " causal" } else { "" };
-    let fields = json!({ "batch": n, "heads": heads, "q": l, "k": l, "d": head_dim, "causal": causal, "packed": true });
+    let fields = attention_fields(n, [l, l], heads, head_dim, causal);
     case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |device, dtype| {
         let qkv = tensor(device, dtype, &[n, l, 3, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Packed { qkv: &qkv, causal })))
@@ -304,8 +311,7 @@ fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: boo
 }
 
 fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Case {
-    let fields =
-        json!({ "batch": n, "heads": heads, "q": queries, "k": keys, "d": head_dim, "causal": false, "packed": false });
+    let fields = attention_fields(n, [queries, keys], heads, head_dim, false);
     case("attention", format!("[{n},{queries},{heads},{head_dim}] x {keys} keys"), fields, move |device, dtype| {
         let q = tensor(device, dtype, &[n, queries, heads, head_dim])?;
         let kv = tensor(device, dtype, &[n, keys, 2, heads, head_dim])?;
@@ -317,7 +323,7 @@ fn activation(shape: [usize; 2]) -> Case {
     case(
         "activation",
         format!("silu {shape:?}"),
-        json!({ "shape": shape, "activation": "silu" }),
+        json!({ "dims": shape, "activation": "silu" }),
         move |device, dtype| {
             let x = tensor(device, dtype, &shape)?;
             Ok(Box::new(move || super::activation(&x, Activation::Silu)))
@@ -326,14 +332,14 @@ fn activation(shape: [usize; 2]) -> Case {
 }
 
 fn add(shape: [usize; 4]) -> Case {
-    case("add", format!("{shape:?}"), json!({ "shape": shape }), move |device, dtype| {
+    case("add", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
         let (a, b) = (tensor(device, dtype, &shape)?, tensor(device, dtype, &shape)?);
         Ok(Box::new(move || super::add(&a, &b)))
     })
 }
 
 fn embedding(n: usize, l: usize, rows: usize, c: usize) -> Case {
-    let fields = json!({ "batch": n, "l": l, "rows": rows, "c": c });
+    let fields = json!({ "n": n, "l": l, "rows": rows, "c": c });
     case("embedding", format!("[{n},{l}] of [{rows},{c}]"), fields, move |device, dtype| {
         let ids: Vec<u32> = (0..n * l).map(|i| (i * 7919 % rows) as u32).collect();
         let ids = Tensor::from_u32(device, &[n, l], &ids)?;
@@ -410,28 +416,28 @@ fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
 }
 
 fn scale_input(shape: [usize; 4]) -> Case {
-    case("scale_input", format!("twice {shape:?}"), json!({ "shape": shape, "repeats": 2 }), move |device, dtype| {
+    case("scale_input", format!("twice {shape:?}"), json!({ "dims": shape, "repeats": 2 }), move |device, dtype| {
         let (x, steps) = (tensor(device, DType::F32, &shape)?, step_table(device)?);
         Ok(Box::new(move || super::scale_input(&x, &steps, dtype, 2)))
     })
 }
 
 fn scale_cast(shape: [usize; 4]) -> Case {
-    case("scale_cast", format!("f32 {shape:?}"), json!({ "shape": shape, "repeats": 1 }), move |device, dtype| {
+    case("scale_cast", format!("f32 {shape:?}"), json!({ "dims": shape, "repeats": 1 }), move |device, dtype| {
         let x = tensor(device, DType::F32, &shape)?;
         Ok(Box::new(move || super::scale_cast(&x, 5.5, 0.0, dtype, 1)))
     })
 }
 
 fn add_noise(shape: [usize; 4]) -> Case {
-    case("add_noise", format!("f32 {shape:?}"), json!({ "shape": shape }), move |device, _| {
+    case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |device, _| {
         let (x, noise) = (tensor(device, DType::F32, &shape)?, tensor(device, DType::F32, &shape)?);
         Ok(Box::new(move || super::add_noise(&x, &noise, 0.8, 0.6)))
     })
 }
 
 fn diagonal_gaussian(shape: [usize; 4]) -> Case {
-    case("diagonal_gaussian", format!("{shape:?}"), json!({ "shape": shape, "noise": true }), move |device, dtype| {
+    case("diagonal_gaussian", format!("{shape:?}"), json!({ "dims": shape, "noise": true }), move |device, dtype| {
         let [n, h, w, c] = shape;
         let (moments, noise) = (tensor(device, dtype, &shape)?, tensor(device, DType::F32, &[n, h, w, c / 2])?);
         Ok(Box::new(move || super::diagonal_gaussian(&moments, Some(&noise))))
@@ -439,7 +445,7 @@ fn diagonal_gaussian(shape: [usize; 4]) -> Case {
 }
 
 fn clamp(shape: [usize; 4]) -> Case {
-    case("clamp", format!("{shape:?}"), json!({ "shape": shape }), move |device, dtype| {
+    case("clamp", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
         let x = tensor(device, dtype, &shape)?;
         Ok(Box::new(move || super::clamp(&x, -0.5, 0.5)))
     })
@@ -447,7 +453,7 @@ fn clamp(shape: [usize; 4]) -> Case {
 
 /// On a card with the wait for the counter.
 fn count_non_finite(shape: [usize; 4]) -> Case {
-    case("count_non_finite", format!("{shape:?}"), json!({ "shape": shape }), move |device, dtype| {
+    case("count_non_finite", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
         let x = tensor(device, dtype, &shape)?;
         Ok(Box::new(move || {
             super::count_non_finite(&x)?;
