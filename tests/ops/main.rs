@@ -9,6 +9,7 @@ mod conv;
 mod elementwise;
 mod linear;
 mod norm;
+mod peaks;
 mod resize;
 mod sampler;
 mod step;
