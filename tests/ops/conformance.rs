@@ -56,7 +56,7 @@ fn tensor(device: &Device, bits: &[u32]) -> Tensor {
 }
 
 /// Sixteen numbers a line, in hexadecimal.
-fn lines(numbers: &Vec<u32>) -> String {
+fn lines(numbers: &[u32]) -> String {
     let line = |line: &[u32]| line.iter().map(|n| format!("{n:x}")).collect::<Vec<_>>().join(" ");
     numbers.chunks(16).map(|numbers| line(numbers) + "\n").collect()
 }
@@ -158,7 +158,8 @@ fn expected_shuffle() -> Vec<u32> {
         if inside.unwrap_or(j <= max_lane) { j } else { lane }
     };
     use Mode::*;
-    let all: [(Mode, fn(u32) -> u32, u32); 13] = [
+    type Source = fn(u32) -> u32;
+    let all: [(Mode, Source, u32); 13] = [
         (Idx, |lane| (lane * 7 + 3) % 32, 32),
         (Idx, |lane| lane + 5, 8),
         (Idx, |_| 37, 32),
