@@ -35,7 +35,7 @@ fn dump(
     let args: Vec<Arg> = pointers.iter().map(Arg::of).chain(scalar.as_ref().map(Arg::of)).collect();
     // SAFETY: the arguments are the entry's, as its comment has them, and the tensors as large as it says.
     unsafe { card(device).launch("conformance", entry, launch, &args).unwrap() };
-    let numbers = out.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect();
+    let numbers: Vec<u32> = out.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect();
     if let Some(folder) = std::env::var_os("MEGAFUSE_CONFORMANCE_DUMP") {
         let text = lines(&numbers);
         std::fs::write(Path::new(&folder).join(format!("{entry}.txt")), text).unwrap();
