@@ -1,8 +1,7 @@
 //! `megafuse doctor`: what this program and machine can do, what would be used, what is missing and how to get it.
 
-use std::path::Path;
-
 use megafuse::pipeline::{ModelFiles, ModelSource};
+use megafuse::runtime::{CudaDevice, CudaOptions, cuda};
 use megafuse::{DType, Device, Result};
 
 use super::memory::{available_bytes, bytes_text, total_bytes};
@@ -24,11 +23,17 @@ pub fn run() -> Result<()> {
 
     print_line("devices");
     row("cpu", "ready");
-    let driver = Path::new("/proc/driver/nvidia/version").exists();
-    let found = if driver { "an NVIDIA driver is installed, but " } else { "no NVIDIA driver found, and " };
-    row("cuda", format!("{found}this version has no CUDA kernels yet"));
-    row("emu", "this version has no emulated card yet");
-    row("auto", format!("takes {}", Device::cpu()));
+    let card = Device::cuda(0);
+    match &card {
+        Ok(Device::Cuda(card)) => cards(card)?,
+        Ok(other) => row("cuda", other),
+        Err(error) => row("cuda", error),
+    }
+    match cuda::emulated_library() {
+        Ok(_) => row("emu", "ready: the same kernels on this machine's processor, for trying out and for tests; slow"),
+        Err(error) => row("emu", error),
+    }
+    row("auto", format!("takes {}", card.unwrap_or_else(|_| Device::cpu())));
 
     print_line("models");
     let embedded = check_embedded();
@@ -39,6 +44,31 @@ pub fn run() -> Result<()> {
     row("others", "--model DIR, a Stable Diffusion 1.x or 2.x directory as published in the layout of diffusers:");
     row("", "tokenizer/, text_encoder/, unet/, vae/, scheduler/, the weights as safetensors, f32 or f16");
     embedded.map(drop)
+}
+
+fn cards(first: &CudaDevice) -> Result<()> {
+    let version = cuda::driver_version().unwrap_or_default();
+    let driver = format!("driver for CUDA {}.{}", version / 1000, version % 1000 / 10);
+    for ordinal in 0..CudaDevice::count()? {
+        let card = match ordinal {
+            0 => Ok(first.clone()),
+            _ => CudaDevice::open(CudaOptions { ordinal, ..CudaOptions::default() }),
+        };
+        let name = format!("cuda:{ordinal}");
+        match card {
+            Ok(card) => {
+                let (memory, (major, minor)) = (card.memory()?, card.compute_capability());
+                let (free, total) = (bytes_text(memory.free_bytes), bytes_text(memory.total_bytes));
+                let card = card.card();
+                row(
+                    &name,
+                    format!("ready: {card}, compute capability {major}.{minor}, {free} of {total} free, {driver}"),
+                );
+            }
+            Err(error) => row(&name, error),
+        }
+    }
+    Ok(())
 }
 
 /// What the card's kernels were compiled for.

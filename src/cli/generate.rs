@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
 use megafuse::pipeline::{self, ModelSource, Pipeline, PlanReport, Request, Size};
-use megafuse::{DType, Error, Result};
+use megafuse::{DType, Device, Error, Result};
 
 use super::args::GenerateArgs;
 use super::memory::{available_bytes, bytes_text};
@@ -18,18 +18,31 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let device = args.run.device.open()?;
     let targets = targets(args, &request)?;
     let source = args.run.source();
-    let dtype = args.run.dtype;
+    let dtype = args.run.dtype_on(&device);
 
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = pipeline::plan(&source, dtype, &request)?;
-    check_memory(&source, dtype, &request, &plan, available_bytes())?;
+    let available = match &device {
+        Device::Cuda(card) => Some(card.memory()?.free_bytes),
+        _ => available_bytes(),
+    };
+    check_memory(&source, dtype, &request, &plan, available)?;
 
     let begin = Instant::now();
     let name = values::source_name(&source);
     let pipeline = Pipeline::load(source, device.clone(), dtype)?;
-    let threads = rayon::current_num_threads();
     let loading = seconds_text(begin.elapsed().as_secs_f64());
-    eprintln!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
+    match &device {
+        Device::Cuda(card) => {
+            // What the plan counts beside the weights, in one piece: nothing is asked of the driver while steps run.
+            card.reserve(plan.peak_bytes - plan.weight_bytes().min(plan.peak_bytes))?;
+            eprintln!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card());
+        }
+        _ => {
+            let threads = rayon::current_num_threads();
+            eprintln!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
+        }
+    }
 
     for (index, (picture, dump)) in targets.iter().enumerate() {
         if targets.len() > 1 {

@@ -11,9 +11,9 @@ use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
     let request = args.run.request()?;
-    args.run.device.open()?;
+    let dtype = args.run.dtype_on(&args.run.device.open()?);
     let source = args.run.source();
-    let report = pipeline::plan(&source, args.run.dtype, &request)?;
+    let report = pipeline::plan(&source, dtype, &request)?;
     if args.json {
         print_line(format!("{:#}", report.to_json()));
         return Ok(());

@@ -1,5 +1,6 @@
 use super::Size;
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::runtime::{DType, Device, Tensor};
 
 /// Where a run stands after a step.
@@ -119,6 +120,6 @@ pub(super) fn check_finite(x: &Tensor, what: impl FnOnce() -> String) -> Result<
     if matches!(x.device(), Device::Meta(_)) || x.dtype() == DType::U32 {
         return Ok(());
     }
-    let count = x.to_f32_vec()?.iter().filter(|value| !value.is_finite()).count();
+    let count = ops::count_non_finite(x)?;
     if count == 0 { Ok(()) } else { Err(Error::NonFinite { what: what(), count, total: x.numel() }) }
 }

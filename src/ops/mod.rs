@@ -5,6 +5,8 @@
 //! dtype unless said otherwise; accumulation and statistics are f32. Every op accepts empty batches.
 
 mod attention;
+#[doc(hidden)]
+pub mod cases;
 mod conv;
 mod cpu;
 mod cuda;
@@ -12,6 +14,8 @@ mod elementwise;
 mod embedding;
 mod linear;
 mod norm;
+#[doc(hidden)]
+pub mod peaks;
 pub mod profile;
 mod resize;
 mod rms_norm;

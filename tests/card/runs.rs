@@ -160,6 +160,8 @@ fn replayed_steps_are_launched_steps_bit_for_bit() {
     }
 }
 
+type Step<'a> = dyn FnMut() -> Result<()> + 'a;
+
 /// A guided step: what the graph holds is what the planner counts, and nothing only moves data.
 #[test]
 fn a_recorded_step_is_what_the_planner_counts() {
@@ -168,7 +170,7 @@ fn a_recorded_step_is_what_the_planner_counts() {
         let config =
             UnetConfig::from_json("config.json", &std::fs::read_to_string(data("sd15/unet/config.json")).unwrap());
         let config = config.unwrap();
-        let step = |device: &Device, work: &mut dyn FnMut(&mut dyn FnMut() -> Result<()>)| {
+        let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
             let store = match device {
                 Device::Meta(_) => WeightStore::meta(device, DType::BF16),
                 _ => WeightStore::open(&data("sd15/unet"), "diffusion_pytorch_model", device, DType::BF16).unwrap(),

@@ -131,7 +131,7 @@ pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims
         Attention::Cross { q, kv } => (part(q, 0), part(kv, 0), part(kv, 1), 1, 2),
     };
     let plain = !causal
-        && head_dim * dtype.size_bytes() % 16 == 0
+        && (head_dim * dtype.size_bytes()).is_multiple_of(16)
         && [y.cuda(), q, k, v].iter().all(|address| address.0 % 16 == 0);
     let Some(tile) = Tile::choose(dims, plain, dtype) else {
         return Err(Error::argument(OP, "head_dim", head_dim, format!("at most {MAX_HEAD_DIM}")));

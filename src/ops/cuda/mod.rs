@@ -6,6 +6,7 @@ pub mod elementwise;
 pub mod embedding;
 pub mod linear;
 pub mod norm;
+pub mod peaks;
 pub mod resize;
 pub mod rms_norm;
 pub mod sampler;
