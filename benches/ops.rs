@@ -80,7 +80,11 @@ fn run(args: &Args) -> Result<()> {
 
 fn cases() -> Vec<Case> {
     let large_vae = cases::vae_decode(128).into_iter().filter(|case| case.op == "attention");
-    [cases::sd15(64), cases::vae_decode(64), cases::relay(64)].into_iter().flatten().chain(large_vae).collect()
+    [cases::sd15(64), cases::vae_decode(64), cases::relay(64), cases::rms_norms()]
+        .into_iter()
+        .flatten()
+        .chain(large_vae)
+        .collect()
 }
 
 struct Peaks {

@@ -24,7 +24,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-SECONDS = 90.0  # for all shapes together
+SECONDS = 70.0  # for all shapes together
 RUNS = 30
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -6,8 +6,8 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, SampleState, Source, StepCoefficients,
-    StepRow, StepTable, TimestepEmbedding, Upsampler,
+    Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RmsNorm, SampleState, Source,
+    StepCoefficients, StepRow, StepTable, TimestepEmbedding, Upsampler,
 };
 use crate::error::Result;
 use crate::runtime::{DType, Device, Tensor};
@@ -178,6 +178,11 @@ pub fn relay(l: usize) -> Vec<Case> {
     cases
 }
 
+/// T5-XXL at 256 tokens, and the queries of SD3 at 1024x1024 (24 heads, picture and text), in a guided step.
+pub fn rms_norms() -> Vec<Case> {
+    vec![rms_norm(512, 4096), rms_norm(2 * (4096 + 154) * 24, 64)]
+}
+
 /// Every op once, so small that an emulated card does them all in seconds.
 pub fn small() -> Vec<Case> {
     let mut cases = vec![
@@ -188,6 +193,7 @@ pub fn small() -> Vec<Case> {
         linear(64, 64, 128, Activation::Geglu),
         group_norm([1, 8, 8, 64], 0),
         layer_norm(16, 64),
+        rms_norm(16, 64),
         self_attention(1, 64, 2, 40, false),
         self_attention(1, 77, 1, 64, true),
         cross_attention(1, 64, 77, 2, 40),
@@ -294,6 +300,13 @@ fn layer_norm(rows: usize, c: usize) -> Case {
     case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
         let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
         Ok(Box::new(move || super::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
+    })
+}
+
+fn rms_norm(rows: usize, c: usize) -> Case {
+    case("rms_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
+        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+        Ok(Box::new(move || super::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })))
     })
 }
 

@@ -18,6 +18,7 @@ mod norm;
 pub mod peaks;
 pub mod profile;
 mod resize;
+mod rms_norm;
 mod sampler;
 mod step;
 
@@ -29,6 +30,7 @@ pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
+pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
 

@@ -31,6 +31,24 @@ fn device(name: &str) -> Device {
     }
 }
 
+/// Every device, float dtype and shape.
+pub fn cases<S: Copy>(shapes: &[S]) -> impl Iterator<Item = (Device, DType, S)> {
+    let of_device = move |device: Device| {
+        DType::FLOATS.into_iter().flat_map(move |dtype| {
+            let device = device.clone();
+            shapes.iter().map(move |&shape| (device.clone(), dtype, shape))
+        })
+    };
+    devices().into_iter().flat_map(of_device)
+}
+
+/// A copy of a tensor that begins one element into its memory.
+pub fn unaligned(x: &Tensor) -> Tensor {
+    let padded = [&[f32::NAN][..], &x.to_f32_vec().unwrap()].concat();
+    let all = Tensor::from_f32(x.device(), &[padded.len()], x.dtype(), &padded).unwrap();
+    all.rows(1..padded.len()).unwrap().reshape(x.shape()).unwrap()
+}
+
 /// Seeded normal numbers (SplitMix64, Box-Muller).
 pub struct Random(u64);
 

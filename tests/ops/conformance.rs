@@ -35,7 +35,7 @@ fn dump(
     let args: Vec<Arg> = pointers.iter().map(Arg::of).chain(scalar.as_ref().map(Arg::of)).collect();
     // SAFETY: the arguments are the entry's, as its comment has them, and the tensors as large as it says.
     unsafe { card(device).launch("conformance", entry, launch, &args).unwrap() };
-    let numbers = out.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect();
+    let numbers: Vec<u32> = out.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect();
     if let Some(folder) = std::env::var_os("MEGAFUSE_CONFORMANCE_DUMP") {
         let text = lines(&numbers);
         std::fs::write(Path::new(&folder).join(format!("{entry}.txt")), text).unwrap();
@@ -56,7 +56,7 @@ fn tensor(device: &Device, bits: &[u32]) -> Tensor {
 }
 
 /// Sixteen numbers a line, in hexadecimal.
-fn lines(numbers: &Vec<u32>) -> String {
+fn lines(numbers: &[u32]) -> String {
     let line = |line: &[u32]| line.iter().map(|n| format!("{n:x}")).collect::<Vec<_>>().join(" ");
     numbers.chunks(16).map(|numbers| line(numbers) + "\n").collect()
 }
@@ -158,7 +158,8 @@ fn expected_shuffle() -> Vec<u32> {
         if inside.unwrap_or(j <= max_lane) { j } else { lane }
     };
     use Mode::*;
-    let all: [(Mode, fn(u32) -> u32, u32); 13] = [
+    type Source = fn(u32) -> u32;
+    let all: [(Mode, Source, u32); 13] = [
         (Idx, |lane| (lane * 7 + 3) % 32, 32),
         (Idx, |lane| lane + 5, 8),
         (Idx, |_| 37, 32),

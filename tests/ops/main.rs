@@ -11,5 +11,6 @@ mod linear;
 mod norm;
 mod peaks;
 mod resize;
+mod rms_norm;
 mod sampler;
 mod step;

@@ -8,6 +8,7 @@ pub mod linear;
 pub mod norm;
 pub mod peaks;
 pub mod resize;
+pub mod rms_norm;
 pub mod sampler;
 pub mod step;
 pub mod tiles;
