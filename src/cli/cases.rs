@@ -3,8 +3,8 @@
 
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
-    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RelayNoise, SampleState, Source,
-    StepIndex, StepRows, Upsampler, Variant,
+    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RelayNoise, RmsNorm, SampleState,
+    Source, StepIndex, StepRows, Upsampler, Variant,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -274,6 +274,10 @@ fn norms(cases: &mut Vec<Case>) {
             let x = inputs.shifted(&[rows, c], 0.5, 1.0)?;
             let (gamma, beta) = (inputs.shifted(&[c], 1.0, 0.5)?, inputs.uniform(&[c], 1.0)?);
             Ok(vec![ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 })?])
+        }));
+        cases.push(case("rms_norm", format!("[{rows},{c}]"), TERMS, move |inputs| {
+            let (x, gamma) = (inputs.shifted(&[rows, c], 0.5, 1.0)?, inputs.shifted(&[c], 1.0, 0.5)?);
+            Ok(vec![ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })?])
         }));
     }
 }
