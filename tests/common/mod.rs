@@ -3,6 +3,7 @@
 
 use std::fmt::Display;
 
+use megafuse::Error;
 use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source};
 use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
@@ -24,8 +25,13 @@ fn device(name: &str) -> Device {
     let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
     match name {
         "cpu" => Device::cpu(),
-        "emu" => Device::emulated(options)
-            .unwrap_or_else(|error| panic!("{error}\n(MEGAFUSE_TEST_DEVICES=cpu tests without the emulated card)")),
+        "emu" => Device::emulated(options).unwrap_or_else(|error| match error {
+            Error::DeviceUnavailable { .. } => {
+                panic!("{error}\n(MEGAFUSE_TEST_DEVICES=cpu tests without the emulated card)")
+            }
+            // Tests that run at once share the card, and its faults.
+            _ => panic!("{error}\n(a fault of another test? the first [emu] line says which kernel; --test-threads=1)"),
+        }),
         "cuda" => Device::Cuda(CudaDevice::open(options).unwrap_or_else(|error| panic!("{error}"))),
         other => panic!("MEGAFUSE_TEST_DEVICES has {other:?}, expected cpu, emu and cuda, separated by commas"),
     }
