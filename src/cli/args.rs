@@ -433,8 +433,9 @@ Examples:
   megafuse check --filter attention --dtype bf16
   megafuse check --device emu
 
-Each result of the card is compared, element by element, with what the cpu computes in f32 from the same inputs. Allowed
-are the rounding to the element type and a few f32 ulps of the terms. Exit status 1 when an op is wrong.";
+Each result of the card is compared, element by element, with what the cpu computes in f32 from
+the same inputs. Allowed are the rounding to the element type and a few f32 ulps of the terms. Exit
+status 1 when an op is wrong.";
 
 #[derive(Args)]
 #[command(after_long_help = BENCH_EXAMPLES)]
@@ -489,10 +490,11 @@ Examples:
   megafuse bench --dtype f16 --shapes vae-1024 --json > bench.jsonl
   megafuse bench --device cpu --dtype f32 --filter linear
 
-The peaks are measured first, on the same device: bare multiply-adds on registers (for f16 and bf16 on a card: mma.sync on
-the tensor cores) and a copy of memory. floor: the larger of flops and bytes over these; share: floor over time. On a card
-the second-level cache is emptied before each repetition. The emulated card runs a few small cases once: its times say
-nothing about a card, and are not printed.";
+The peaks are measured first, on the same device: bare multiply-adds on registers (for f16 and bf16
+on a card: mma.sync on the tensor cores) and a copy of memory. floor: the larger of flops and bytes
+over these; share: floor over time. On a card the second-level cache is emptied before each
+repetition; on the cpu nothing is, so what fits its caches may have a share above 100%. The
+emulated card runs a few small cases once: its times say nothing about a card and are not printed.";
 
 /// One of these names, listed in the help, parsed by the library.
 fn named<T, const N: usize>(names: [&'static str; N]) -> impl TypedValueParser<Value = T>

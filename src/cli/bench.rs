@@ -278,3 +278,25 @@ fn peak_copy(device: &Device, count: usize) -> Result<Call> {
     let x = tensor(device, DType::F32, &[count])?;
     Ok(Box::new(move || peaks::copy(&x)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::ValueEnum;
+
+    use super::*;
+
+    #[test]
+    fn every_case_is_counted_and_has_a_name_of_its_own() {
+        for &shapes in Shapes::value_variants() {
+            let mut names = BTreeSet::new();
+            for case in shapes.cases() {
+                let work = work(&case, DType::BF16).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+                assert!(work.bytes > 0, "{}", case.name);
+                assert!(case.shape.is_object(), "{}", case.name);
+                assert!(names.insert(case.name.clone()), "{} twice", case.name);
+            }
+        }
+    }
+}

@@ -118,7 +118,9 @@ pub fn cpu_sums(rounds: usize) -> f32 {
             let (scale, shift) = (_mm512_set1_ps(0.999), _mm512_set1_ps(0.001));
             let mut sums = [shift; CPU_SUMS];
             for _ in 0..rounds {
-                sums = sums.map(|sum| _mm512_fmadd_ps(sum, scale, shift));
+                for sum in &mut sums {
+                    *sum = _mm512_fmadd_ps(*sum, scale, shift);
+                }
             }
             sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
         }
@@ -128,7 +130,9 @@ pub fn cpu_sums(rounds: usize) -> f32 {
             let (scale, shift) = (_mm256_set1_ps(0.999), _mm256_set1_ps(0.001));
             let mut sums = [shift; CPU_SUMS];
             for _ in 0..rounds {
-                sums = sums.map(|sum| _mm256_fmadd_ps(sum, scale, shift));
+                for sum in &mut sums {
+                    *sum = _mm256_fmadd_ps(*sum, scale, shift);
+                }
             }
             sums.into_iter().map(|sum| _mm256_cvtss_f32(sum)).sum()
         }
@@ -142,7 +146,9 @@ pub fn cpu_sums(rounds: usize) -> f32 {
     }
     let mut sums = [[0.001f32; 4]; CPU_SUMS];
     for _ in 0..rounds {
-        sums = sums.map(|sum| sum.map(|value| value * 0.999 + 0.001));
+        for value in sums.as_flattened_mut() {
+            *value = *value * 0.999 + 0.001;
+        }
     }
     sums.into_iter().flatten().sum()
 }
