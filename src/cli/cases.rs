@@ -275,10 +275,6 @@ fn norms(cases: &mut Vec<Case>) {
             let (gamma, beta) = (inputs.shifted(&[c], 1.0, 0.5)?, inputs.uniform(&[c], 1.0)?);
             Ok(vec![ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 })?])
         }));
-        cases.push(case("rms_norm", format!("[{rows},{c}]"), TERMS, move |inputs| {
-            let (x, gamma) = (inputs.shifted(&[rows, c], 0.5, 1.0)?, inputs.shifted(&[c], 1.0, 0.5)?);
-            Ok(vec![ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })?])
-        }));
     }
     // A warp a row, a block a row; by vectors and by elements.
     for (rows, c) in [(37, 64), (9, 67), (5, 4096), (3, 1100)] {
