@@ -6,13 +6,19 @@ use std::process::{Command, Output};
 
 /// A driver's library with these answers, in `folder`.
 fn driver(folder: &Path, version: i32, init: i32, count: i32) -> PathBuf {
+    driver_with(folder, version, init, count, "")
+}
+
+/// The same, and whatever else it is asked for.
+fn driver_with(folder: &Path, version: i32, init: i32, count: i32, more: &str) -> PathBuf {
     let source = folder.join("driver.c");
     let code = format!(
         "int cuDriverGetVersion(int *version) {{ *version = {version}; return 0; }}\n\
          int cuInit(unsigned flags) {{ return {init}; }}\n\
          int cuDeviceGetCount(int *count) {{ *count = {count}; return 0; }}\n\
          int cuGetErrorName(int error, const char **name) {{ *name = \"CUDA_ERROR_SYSTEM_NOT_READY\"; return 0; }}\n\
-         int cuGetErrorString(int error, const char **text) {{ *text = \"system not yet initialized\"; return 0; }}\n"
+         int cuGetErrorString(int error, const char **text) {{ *text = \"system not yet initialized\"; return 0; }}\n\
+         {more}\n"
     );
     std::fs::write(&source, code).unwrap();
     let library = folder.join("libcuda.so.1");
@@ -80,6 +86,31 @@ fn a_driver_that_does_not_start() {
     let folder = tempfile::tempdir().unwrap();
     let library = driver(folder.path(), 13_000, 802, 1);
     refused("emu", Some(&library), &["cuInit", "CUDA_ERROR_SYSTEM_NOT_READY", "system not yet initialized"]);
+}
+
+/// A card whose driver takes no kernel: a program built without nvcc says that it has none, any other what the driver said.
+#[test]
+fn a_driver_that_loads_no_kernels() {
+    let capability = "if (attribute == 75) *value = 9; else *value = 100000;";
+    let more = format!(
+        "typedef void *handle;\n\
+         int cuDeviceGet(int *device, int ordinal) {{ *device = 0; return 0; }}\n\
+         int cuDevicePrimaryCtxRetain(handle *context, int device) {{ *context = context; return 0; }}\n\
+         int cuDevicePrimaryCtxRelease_v2(int device) {{ return 0; }}\n\
+         int cuCtxSetCurrent(handle context) {{ return 0; }}\n\
+         int cuStreamCreate(handle *stream, unsigned flags) {{ *stream = stream; return 0; }}\n\
+         int cuStreamSynchronize(handle stream) {{ return 0; }}\n\
+         int cuStreamDestroy_v2(handle stream) {{ return 0; }}\n\
+         int cuDeviceGetName(char *name, int length, int device) {{ name[0] = 'x'; name[1] = 0; return 0; }}\n\
+         int cuDeviceGetAttribute(int *value, int attribute, int device) {{ {capability} return 0; }}\n\
+         int cuModuleLoadData(handle *module, const void *image) {{ return 200; }}\n"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let library = driver_with(folder.path(), 13_000, 0, 1, &more);
+    match megafuse::runtime::cuda::KERNELS_BUILT {
+        true => refused("emu", Some(&library), &["cuda:0: cuModuleLoadData"]),
+        false => refused("emu", Some(&library), &["holds no kernels", "tools/nvcc", "--device cpu"]),
+    }
 }
 
 #[test]
