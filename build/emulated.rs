@@ -147,11 +147,14 @@ impl Emulated {
             command.args(LINK_FLAGS).args(variant.link_flags);
             run_tool(&mut command)?;
             fs::rename(&fresh, &library).map_err(|error| format!("cannot write {}: {error}", library.display()))?;
-            // Under the name that a program linked with it looks for.
-            let alias = folder.join("libcuda.so");
-            if !alias.exists() {
-                let made = std::os::unix::fs::symlink("libcuda.so.1", &alias);
-                made.map_err(|error| format!("cannot make {}: {error}", alias.display()))?;
+            // Under the name that a program linked with it looks for. The build script itself may be built elsewhere.
+            #[cfg(unix)]
+            {
+                let alias = folder.join("libcuda.so");
+                if !alias.exists() {
+                    let made = std::os::unix::fs::symlink("libcuda.so.1", &alias);
+                    made.map_err(|error| format!("cannot make {}: {error}", alias.display()))?;
+                }
             }
             jobs::write(&folder.join("resources.tsv"), resources.as_bytes())?;
         }

@@ -13,6 +13,9 @@
 
 namespace emu {
 
+// In the place of an address where the processor gives none: a vector access off its alignment.
+constexpr uintptr_t kNoAddress = ~uintptr_t(0);
+
 static struct sigaction previous_segv, previous_bus;
 static thread_local bool has_signal_stack;
 
@@ -22,6 +25,9 @@ static thread_local bool has_signal_stack;
     if (address >= low - kPage && address < low) {
         report(Message::Error, "%s: stack overflow, %zu KiB of local memory a thread",
                thread_name(m, cur->index).c_str(), kStackBytes / 1024);
+    } else if (address == kNoAddress) {
+        report(Message::Error, "%s: access to memory that is not aligned as its type wants, or to no possible address",
+               thread_name(m, cur->index).c_str());
     } else {
         report(Message::Error, "%s: access to address %#zx, where there is no memory", thread_name(m, cur->index).c_str(),
                size_t(address));
@@ -41,7 +47,8 @@ static void pass_on(int signal, siginfo_t* info, void* context) {
 
 static void on_fault(int signal, siginfo_t* info, void* context) {
     if (!machine || !cur) return pass_on(signal, info, context);
-    machine->fault_address = uintptr_t(info->si_addr);
+    const bool no_address = info->si_code == SI_KERNEL || (signal == SIGBUS && info->si_code == BUS_ADRALN);
+    machine->fault_address = no_address ? kNoAddress : uintptr_t(info->si_addr);
     const uintptr_t top = (uintptr_t(self().stack->low) + kStackBytes - 64) & ~uintptr_t(15);
     auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext;
 #if defined(__x86_64__)

@@ -1,6 +1,9 @@
 //! The command line program: flags become a request of the library, its events progress, its results files.
 
 mod args;
+mod bench;
+mod cases;
+mod check;
 mod doctor;
 mod generate;
 mod memory;
@@ -53,6 +56,8 @@ fn run(cli: Cli) -> Result<()> {
             output::end_at_once_on_interrupt()?;
             resize::run(&args)
         }
+        Command::Check(args) => check::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor => doctor::run(),
     }
 }

@@ -95,6 +95,14 @@ pub fn eta(text: &str) -> Result<f64, String> {
     }
 }
 
+/// Time for a measurement.
+pub fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected seconds from 0 (as few repetitions as possible) to 3600".into()),
+    }
+}
+
 /// How many pictures.
 pub fn count(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
@@ -207,6 +215,10 @@ mod tests {
         assert_eq!(eta("0.5"), Ok(0.5));
         for text in ["NaN", "-0.1", "1.1", "x"] {
             assert!(eta(text).is_err(), "{text}");
+        }
+        assert_eq!(seconds("0.5"), Ok(0.5));
+        for text in ["NaN", "-1", "inf", "soon"] {
+            assert!(seconds(text).is_err(), "{text}");
         }
         assert_eq!((count("3"), dilation("2")), (Ok(3), Ok(2)));
         for text in ["0", "-1", "", "1e3", "99999999999999999999"] {

@@ -5,6 +5,8 @@
 //! dtype unless said otherwise; accumulation and statistics are f32. Every op accepts empty batches.
 
 mod attention;
+#[doc(hidden)]
+pub mod cases;
 mod conv;
 mod cpu;
 mod cuda;
@@ -12,8 +14,11 @@ mod elementwise;
 mod embedding;
 mod linear;
 mod norm;
+#[doc(hidden)]
+pub mod peaks;
 pub mod profile;
 mod resize;
+mod rms_norm;
 mod sampler;
 mod step;
 
@@ -25,6 +30,7 @@ pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
+pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
 

@@ -49,7 +49,7 @@ impl GroupNorm<'_> {
     }
 }
 
-fn check_eps(op: &'static str, eps: f32) -> Result<()> {
+pub(super) fn check_eps(op: &'static str, eps: f32) -> Result<()> {
     if eps.is_finite() && eps >= 0.0 {
         return Ok(());
     }

@@ -34,10 +34,12 @@ impl StepIndex {
         &self.device
     }
 
+    /// The index on a card stays where it is, so recorded work reads the new step.
+    ///
     /// # Errors
     /// [`Error::TooLarge`]; [`Error::Driver`].
     pub fn set(&mut self, step: usize) -> Result<()> {
-        self.device = Tensor::from_u32(self.device.device(), &[1], &[as_u32(step)?])?;
+        self.device.write_u32(&[as_u32(step)?])?;
         self.host = step;
         Ok(())
     }
@@ -52,7 +54,7 @@ impl StepIndex {
                 let work = Work { macs: 0, flops: 0, bytes: 8, launches: 1 };
                 meta.record("advance_step", OpKind::Elementwise, &[1], work);
             }
-            Device::Cpu(_) => self.device = Tensor::from_u32(self.device.device(), &[1], &[as_u32(self.host + 1)?])?,
+            Device::Cpu(_) => self.device.write_u32(&[as_u32(self.host + 1)?])?,
             Device::Cuda(card) => cuda::step::advance(&card, &mut self.device)?,
         }
         self.host += 1;

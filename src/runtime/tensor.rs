@@ -171,20 +171,28 @@ impl Tensor {
     /// Token ids and other counts, dtype `U32`. Errors as [`from_f32`](Tensor::from_f32).
     pub fn from_u32(device: &Device, shape: &[usize], values: &[u32]) -> Result<Tensor> {
         let mut tensor = Tensor::filled(device, shape, DType::U32, 0.0)?;
-        if values.len() != tensor.numel() {
-            return Err(Error::argument(
-                "Tensor::from_u32",
-                "values",
-                values.len(),
-                format!("the product of {shape:?}"),
-            ));
+        tensor.write_u32(values)?;
+        Ok(tensor)
+    }
+
+    /// As [`write_f32`](Tensor::write_f32), for a tensor of dtype `U32`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the count differs; [`Error::Dtype`]; [`Error::Driver`].
+    pub fn write_u32(&mut self, values: &[u32]) -> Result<()> {
+        const OP: &str = "Tensor::from_u32";
+        if values.len() != self.numel() {
+            return Err(Error::argument(OP, "values", values.len(), format!("the product of {:?}", self.shape)));
         }
-        match device {
-            Device::Cpu(_) => tensor.cpu_mut::<u32>().copy_from_slice(values),
-            Device::Cuda(cuda) => cuda.upload(tensor.cuda().0, bytemuck::cast_slice(values))?,
+        if self.dtype != DType::U32 {
+            return Err(Error::Dtype { op: OP, arg: "self", got: self.dtype, want: "u32".into() });
+        }
+        match &self.device {
+            Device::Cpu(_) => self.cpu_mut::<u32>().copy_from_slice(values),
+            Device::Cuda(cuda) => cuda.upload(self.cuda().0, bytemuck::cast_slice(values))?,
             Device::Meta(_) => {}
         }
-        Ok(tensor)
+        Ok(())
     }
 
     /// The elements as f32 on the host, row-major.

@@ -3,6 +3,7 @@
 
 use std::fmt::Display;
 
+use megafuse::Error;
 use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source};
 use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
@@ -24,11 +25,34 @@ fn device(name: &str) -> Device {
     let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
     match name {
         "cpu" => Device::cpu(),
-        "emu" => Device::emulated(options)
-            .unwrap_or_else(|error| panic!("{error}\n(MEGAFUSE_TEST_DEVICES=cpu tests without the emulated card)")),
+        "emu" => Device::emulated(options).unwrap_or_else(|error| match error {
+            Error::DeviceUnavailable { .. } => {
+                panic!("{error}\n(MEGAFUSE_TEST_DEVICES=cpu tests without the emulated card)")
+            }
+            // Tests that run at once share the card, and its faults.
+            _ => panic!("{error}\n(a fault of another test? the first [emu] line says which kernel; --test-threads=1)"),
+        }),
         "cuda" => Device::Cuda(CudaDevice::open(options).unwrap_or_else(|error| panic!("{error}"))),
         other => panic!("MEGAFUSE_TEST_DEVICES has {other:?}, expected cpu, emu and cuda, separated by commas"),
     }
+}
+
+/// Every device, float dtype and shape.
+pub fn cases<S: Copy>(shapes: &[S]) -> impl Iterator<Item = (Device, DType, S)> {
+    let of_device = move |device: Device| {
+        DType::FLOATS.into_iter().flat_map(move |dtype| {
+            let device = device.clone();
+            shapes.iter().map(move |&shape| (device.clone(), dtype, shape))
+        })
+    };
+    devices().into_iter().flat_map(of_device)
+}
+
+/// A copy of a tensor that begins one element into its memory.
+pub fn unaligned(x: &Tensor) -> Tensor {
+    let padded = [&[f32::NAN][..], &x.to_f32_vec().unwrap()].concat();
+    let all = Tensor::from_f32(x.device(), &[padded.len()], x.dtype(), &padded).unwrap();
+    all.rows(1..padded.len()).unwrap().reshape(x.shape()).unwrap()
 }
 
 /// Seeded normal numbers (SplitMix64, Box-Muller).

@@ -1,6 +1,6 @@
 //! conv2d against plain f64 loops: every kernel, stride, dilation and padding, every fused option alone and together.
 
-use crate::common::{F32_EPS, Random, assert_close, cards, devices};
+use crate::common::{F32_EPS, Random, assert_close, cards, devices, unaligned};
 use megafuse::Error;
 use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows, Variant};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -259,13 +259,6 @@ fn every_tile_matches_f64_and_the_others_bit_for_bit() {
             }
         }
     }
-}
-
-/// A copy of a tensor that begins one element into its memory.
-fn unaligned(x: &Tensor) -> Tensor {
-    let padded = [&[f32::NAN][..], &x.to_f32_vec().unwrap()].concat();
-    let all = Tensor::from_f32(x.device(), &[padded.len()], x.dtype(), &padded).unwrap();
-    all.rows(1..padded.len()).unwrap().reshape(x.shape()).unwrap()
 }
 
 #[test]

@@ -1,31 +1,12 @@
 //! activation, add, clamp, scale_cast, embedding and timestep_embedding against plain f64 loops.
 
-use crate::common::{Expected, Random, assert_close, devices, f64s};
+use crate::common::{Expected, Random, assert_close, cases, devices, f64s, unaligned};
 use megafuse::Error;
 use megafuse::ops::{self, Activation, TimestepEmbedding};
 use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};
 
 /// One element; primes; off and on a task's 8192 elements; empty.
 const SHAPES: [&[usize]; 6] = [&[1], &[2, 3, 5, 7], &[8192], &[3, 2731], &[0, 4], &[2, 64, 64, 4]];
-
-/// Every device, dtype and shape.
-fn cases() -> impl Iterator<Item = (Device, DType, &'static [usize])> {
-    let of_device = |device: Device| {
-        DType::FLOATS.into_iter().flat_map(move |dtype| {
-            let device = device.clone();
-            SHAPES.into_iter().map(move |shape| (device.clone(), dtype, shape))
-        })
-    };
-    devices().into_iter().flat_map(of_device)
-}
-
-/// The same values, beginning at the second element of an allocation.
-fn shifted(x: &Tensor) -> Tensor {
-    let mut values = vec![0.0];
-    values.extend(x.to_f32_vec().unwrap());
-    let flat = Tensor::from_f32(x.device(), &[values.len()], x.dtype(), &values).unwrap();
-    flat.rows(1..values.len()).unwrap().reshape(x.shape()).unwrap()
-}
 
 fn expected(x: &Tensor, f: impl Fn(usize) -> f64, magnitude: impl Fn(usize) -> f64) -> Expected {
     let count = x.numel();
@@ -36,7 +17,7 @@ fn expected(x: &Tensor, f: impl Fn(usize) -> f64, magnitude: impl Fn(usize) -> f
 #[test]
 fn activations_match_f64() {
     let quick_gelu = |x: f64| x / (1.0 + (-1.702 * x).exp());
-    for (device, dtype, shape) in cases() {
+    for (device, dtype, shape) in cases(&SHAPES) {
         let x = Random::new(1).tensor(&device, shape, dtype, 0.0, 3.0);
         let v = f64s(&x);
         for (activation, f) in [
@@ -67,12 +48,12 @@ fn activations_match_f64() {
 
 #[test]
 fn add_matches_f64() {
-    for (device, dtype, shape) in cases() {
+    for (device, dtype, shape) in cases(&SHAPES) {
         let mut random = Random::new(2);
         let [a, b] = [0, 1].map(|_| random.randn(&device, shape, dtype));
         let [x, y] = [f64s(&a), f64s(&b)];
         let want = expected(&a, |i| x[i] + y[i], |i| (x[i] + y[i]).abs());
-        for (a, b) in [(&a, &b), (&shifted(&a), &b), (&a, &shifted(&b))] {
+        for (a, b) in [(&a, &b), (&unaligned(&a), &b), (&a, &unaligned(&b))] {
             assert_close(&ops::add(a, b).unwrap(), &want, 0.5, format!("{device} {shape:?}"));
         }
     }
@@ -80,11 +61,11 @@ fn add_matches_f64() {
 
 #[test]
 fn clamp_is_exact_and_keeps_nan() {
-    for (device, dtype, shape) in cases() {
+    for (device, dtype, shape) in cases(&SHAPES) {
         let x = Random::new(3).randn(&device, shape, dtype);
         let v = f64s(&x);
         let want = expected(&x, |i| v[i].clamp(-0.5, 0.75), |_| 0.0);
-        for x in [&x, &shifted(&x)] {
+        for x in [&x, &unaligned(&x)] {
             assert_close(&ops::clamp(x, -0.5, 0.75).unwrap(), &want, 0.0, format!("{device} {shape:?}"));
         }
     }
@@ -98,11 +79,11 @@ fn clamp_is_exact_and_keeps_nan() {
 
 #[test]
 fn scale_cast_repeats_the_batch() {
-    for (device, from, shape) in cases() {
+    for (device, from, shape) in cases(&SHAPES) {
         let repeats = if shape.len() == 1 { 1 } else { shape.len() };
         for (to, shift) in DType::FLOATS.into_iter().flat_map(|to| [(to, false), (to, true)]) {
             let x = Random::new(4).randn(&device, shape, from);
-            let x = if shift { shifted(&x) } else { x };
+            let x = if shift { unaligned(&x) } else { x };
             let v = f64s(&x);
             let got = ops::scale_cast(&x, 0.18215, -0.5, to, repeats).unwrap();
             assert_eq!(got.dtype(), to);
@@ -118,7 +99,7 @@ fn scale_cast_repeats_the_batch() {
 
 #[test]
 fn values_that_are_not_finite_are_counted() {
-    for (device, dtype, shape) in cases() {
+    for (device, dtype, shape) in cases(&SHAPES) {
         let mut values = Random::new(7).randn(&Device::cpu(), shape, DType::F32).to_f32_vec().unwrap();
         let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN];
         let mut count = 0;
@@ -128,7 +109,7 @@ fn values_that_are_not_finite_are_counted() {
         }
         let x = Tensor::from_f32(&device, shape, dtype, &values).unwrap();
         assert_eq!(ops::count_non_finite(&x).unwrap(), count, "{device} {dtype} {shape:?}");
-        assert_eq!(ops::count_non_finite(&shifted(&x)).unwrap(), count, "{device} {dtype} {shape:?}");
+        assert_eq!(ops::count_non_finite(&unaligned(&x)).unwrap(), count, "{device} {dtype} {shape:?}");
     }
     for device in devices() {
         let largest = Tensor::from_f32(&device, &[2], DType::F32, &[f32::MAX, f32::MIN]).unwrap();
@@ -150,7 +131,7 @@ fn embedding_adds_token_and_position() {
         ] {
             let mut random = Random::new(5);
             let [table, positions] = [v, p].map(|rows| random.randn(&device, &[rows, c], dtype));
-            let table = if shift { shifted(&table) } else { table };
+            let table = if shift { unaligned(&table) } else { table };
             let ids: Vec<u32> = (0..n * l).map(|i| (i * i + 3 * i) as u32 % v as u32).collect();
             let ids = Tensor::from_u32(&device, &[n, l], &ids).unwrap();
             let got = ops::embedding(&ids, &table, &positions).unwrap();

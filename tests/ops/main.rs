@@ -4,10 +4,13 @@
 mod common;
 
 mod attention;
+mod conformance;
 mod conv;
 mod elementwise;
 mod linear;
 mod norm;
+mod peaks;
 mod resize;
+mod rms_norm;
 mod sampler;
 mod step;

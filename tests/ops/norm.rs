@@ -1,6 +1,6 @@
 //! group_norm and layer_norm against plain f64 loops.
 
-use crate::common::{Random, assert_close, cards, devices};
+use crate::common::{Random, assert_close, cards, cases, devices, unaligned};
 use megafuse::Error;
 use megafuse::ops::{self, GroupNorm, LayerNorm, Source};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -28,17 +28,6 @@ const SHAPES: [[usize; 6]; 17] = [
     [1, 3, 2, 600, 0, 2],
     [1, 2, 2, 1024, 1280, 4],
 ];
-
-/// Every device and dtype.
-fn cases<S: Copy>(shapes: &[S]) -> impl Iterator<Item = (Device, DType, S)> {
-    let of_device = move |device: Device| {
-        DType::FLOATS.into_iter().flat_map(move |dtype| {
-            let device = device.clone();
-            shapes.iter().map(move |&shape| (device.clone(), dtype, shape))
-        })
-    };
-    devices().into_iter().flat_map(of_device)
-}
 
 #[test]
 fn group_norm_matches_f64() {
@@ -102,22 +91,14 @@ fn a_value_that_is_not_finite_spoils_its_group() {
 fn tensors_need_no_alignment() {
     for (device, dtype, [n, h, w, c]) in cases(&[[2, 5, 7, 16], [1, 33, 32, 24]]) {
         let mut random = Random::new(14);
-        let [a, b] = [0, 1].map(|_| shifted(&random.randn(&device, &[n, h, w, c], dtype)));
-        let [gamma, beta] = [1.0, 0.0].map(|mean| shifted(&random.tensor(&device, &[2 * c], dtype, mean, 0.5)));
+        let [a, b] = [0, 1].map(|_| unaligned(&random.randn(&device, &[n, h, w, c], dtype)));
+        let [gamma, beta] = [1.0, 0.0].map(|mean| unaligned(&random.tensor(&device, &[2 * c], dtype, mean, 0.5)));
         let args = GroupNorm { x: Source::Two(&a, &b), gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: true };
         assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, &device);
         let tokens = a.reshape(&[n * h * w / 2, 2 * c]).unwrap();
         let args = LayerNorm { x: &tokens, gamma: &gamma, beta: &beta, eps: 1e-5 };
         assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 4.0, &device);
     }
-}
-
-/// The same values, beginning at the second element of an allocation.
-fn shifted(x: &Tensor) -> Tensor {
-    let mut values = vec![0.0];
-    values.extend(x.to_f32_vec().unwrap());
-    let flat = Tensor::from_f32(x.device(), &[values.len()], x.dtype(), &values).unwrap();
-    flat.rows(1..values.len()).unwrap().reshape(x.shape()).unwrap()
 }
 
 /// What the meta device counts is what a card launches.

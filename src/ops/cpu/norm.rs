@@ -197,6 +197,17 @@ simd! {
     }
 }
 
+simd! {
+    /// Normalises one row in place: `x / sqrt(mean(x^2) + eps) * gamma`.
+    pub fn rms_norm_row(values: &mut [f32], gamma: &[f32], eps: f32) {
+        let squares = lane_sum(values.iter().map(|value| value * value));
+        let scale = 1.0 / (squares / values.len() as f32 + eps).sqrt();
+        for (value, gamma) in values.iter_mut().zip(gamma) {
+            *value = *value * scale * gamma;
+        }
+    }
+}
+
 /// A sum in 16 interleaved chains, which the compiler may vectorise; the order is the same on every machine.
 #[inline(always)]
 fn lane_sum(mut values: impl ExactSizeIterator<Item = f32>) -> f32 {

@@ -1,0 +1,476 @@
+//! The ops at the shapes of the models, prepared on any device: what `megafuse bench` and benches/ops.rs time.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use super::{
+    Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RmsNorm, SampleState, Source,
+    StepCoefficients, StepRow, StepTable, TimestepEmbedding, Upsampler,
+};
+use crate::error::Result;
+use crate::runtime::{DType, Device, Tensor};
+
+/// One call of the op; what it returns is one of its results.
+pub type Call = Box<dyn Fn() -> Result<Tensor>>;
+pub type Prepare = Box<dyn Fn(&Device, DType) -> Result<Call>>;
+
+/// A call that can be prepared on any device.
+pub struct Case {
+    pub op: &'static str,
+    /// The op and its shapes, for people.
+    pub name: String,
+    /// Sizes and options as a JSON object, for scripts: enough to build the same call elsewhere. `c`, `h` and `w` are what
+    /// a convolution sees: both sources side by side, after a resize.
+    pub shape: Value,
+    /// Makes the inputs, random, and returns the call.
+    pub prepare: Prepare,
+}
+
+fn case(
+    op: &'static str,
+    name: String,
+    shape: Value,
+    prepare: impl Fn(&Device, DType) -> Result<Call> + 'static,
+) -> Case {
+    Case { op, name: format!("{op} {name}"), shape, prepare: Box::new(prepare) }
+}
+
+/// Uniform in [-1, 1), SplitMix64. Never zeros: power, and so clocks, follow the data.
+pub fn random(count: usize, seed: u64) -> Vec<f32> {
+    let value = |i: usize| {
+        let z = (i as u64 + (seed << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..count).into_par_iter().map(value).collect()
+}
+
+/// [`random`] values on the device; none on the meta device.
+pub fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+    match device {
+        Device::Meta(_) => Tensor::uninit(device, shape, dtype),
+        _ => Tensor::from_f32(device, shape, dtype, &random(shape.iter().product(), shape.len() as u64)),
+    }
+}
+
+/// The UNet of Stable Diffusion 1.5 in a guided step (batch 2), latents of `l` x `l`: 64 for 512x512 pixels.
+pub fn sd15(l: usize) -> Vec<Case> {
+    let [half, quarter, eighth] = [l / 2, l / 4, l / 8];
+    let mut cases = vec![
+        conv(Conv { name: "conv_in".into(), shape: [2, l, l, 4], outputs: 320, ..Conv::default() }),
+        res(2, l, 320, 0, 320),
+        res(2, l, 640, 320, 320),
+        conv(Conv { name: format!("down {l}"), shape: [2, l, l, 320], outputs: 320, stride: 2, ..Conv::default() }),
+        res(2, half, 640, 0, 640),
+        up(2, half, 640),
+        res(2, quarter, 1280, 0, 1280),
+        res(2, eighth, 1280, 0, 1280),
+        res(2, eighth, 1280, 1280, 1280),
+        conv(Conv {
+            name: format!("shortcut {l}"),
+            shape: [2, l, l, 640],
+            skip: 320,
+            outputs: 320,
+            kernel: 1,
+            ..Conv::default()
+        }),
+        conv(Conv { name: "conv_out".into(), shape: [2, l, l, 320], outputs: 4, norm: true, ..Conv::default() }),
+    ];
+    let [m, m2, m4] = [2 * l * l, 2 * half * half, 2 * quarter * quarter];
+    for (m, k, n) in [
+        (m, 320, 960),
+        (m, 320, 320),
+        (m, 1280, 320),
+        (m2, 640, 640),
+        (m2, 2560, 640),
+        (m4, 1280, 1280),
+        (m4, 5120, 1280),
+        (154, 768, 640),
+        (154, 768, 2560),
+        (2, 1280, 1280),
+    ] {
+        cases.push(linear(m, k, n, Activation::None));
+    }
+    for (m, k, n) in [(m, 320, 2560), (m2, 640, 5120), (m4, 1280, 10240)] {
+        cases.push(linear(m, k, n, Activation::Geglu));
+    }
+    cases.push(linear(154, 768, 3072, Activation::QuickGelu));
+    cases.extend([group_norm([2, l, l, 320], 0), group_norm([2, l, l, 640], 320)]);
+    cases.extend([(m, 320), (m2, 640), (m4, 1280)].map(|(rows, c)| layer_norm(rows, c)));
+    for (l, head_dim) in [(l, 40), (half, 80), (quarter, 160), (eighth, 160)] {
+        cases.push(self_attention(2, l * l, 8, head_dim, false));
+    }
+    cases.push(self_attention(2, 77, 12, 64, true));
+    for (l, head_dim) in [(l, 40), (half, 80), (quarter, 160), (eighth, 160)] {
+        cases.push(cross_attention(2, l * l, 77, 8, head_dim));
+    }
+    cases.extend([activation([2, 1280]), add([2, l, l, 320]), embedding(2, 77, 49408, 768)]);
+    cases
+}
+
+/// The UNet of SDXL in a guided step, as its configuration has it: 320, 640 and 1280 channels, head_dim 64, 77 tokens of
+/// 2048. `l`: 128 for 1024x1024 pixels.
+pub fn sdxl(l: usize) -> Vec<Case> {
+    let (half, quarter) = (l / 2, l / 4);
+    let mut cases = vec![res(2, l, 320, 0, 320), res(2, half, 640, 0, 640), res(2, quarter, 1280, 0, 1280)];
+    cases.extend([res(2, quarter, 1280, 1280, 1280), up(2, quarter, 1280)]);
+    for (l, c) in [(half, 640), (quarter, 1280)] {
+        let m = 2 * l * l;
+        for (k, n) in [(c, 3 * c), (c, c), (4 * c, c)] {
+            cases.push(linear(m, k, n, Activation::None));
+        }
+        cases.push(linear(m, c, 8 * c, Activation::Geglu));
+        cases.push(linear(154, 2048, 2 * c, Activation::None));
+        cases.push(layer_norm(m, c));
+        cases.push(self_attention(2, l * l, c / 64, 64, false));
+        cases.push(cross_attention(2, l * l, 77, c / 64, 64));
+    }
+    cases
+}
+
+/// The VAE's decoder, one picture, latents of `l` x `l`.
+pub fn vae_decode(l: usize) -> Vec<Case> {
+    let (quadruple, picture) = (4 * l, 8 * l);
+    let vae = |name: &str, size: usize, channels: usize, outputs: usize| {
+        let (name, shape) = (format!("vae {name}"), [1, size, size, channels]);
+        conv(Conv { name, shape, outputs, norm: true, ..Conv::default() })
+    };
+    vec![
+        vae(&l.to_string(), l, 512, 512),
+        vae(&(2 * l).to_string(), 2 * l, 512, 512),
+        vae(&quadruple.to_string(), quadruple, 256, 256),
+        vae(&picture.to_string(), picture, 128, 128),
+        up(1, quadruple, 256),
+        vae("conv_out", picture, 128, 3),
+        group_norm([1, picture, picture, 128], 0),
+        self_attention(1, l * l, 1, 512, false),
+        linear(l * l, 512, 1536, Activation::None),
+    ]
+}
+
+/// A relay from latents of `l` x `l` to twice that, and what a step does around its models.
+pub fn relay(l: usize) -> Vec<Case> {
+    let (picture, target) = (8 * l, 16 * l);
+    let all = [
+        Upsampler::Bilinear,
+        Upsampler::Bicubic,
+        Upsampler::BicubicTorch,
+        Upsampler::BicubicGaussian,
+        Upsampler::BicubicEdge,
+    ];
+    let mut cases: Vec<Case> =
+        all.into_iter().map(|upsampler| resize([1, picture, picture, 3], [target; 2], upsampler)).collect();
+    cases.extend([
+        resize_u8([1, picture, picture, 3], [target; 2]),
+        resize_nearest([1, l, l, 4], [2 * l; 2]),
+        sampler_step([1, 2 * l, 2 * l, 4]),
+        scale_input([1, 2 * l, 2 * l, 4]),
+        add_noise([1, 2 * l, 2 * l, 4]),
+        diagonal_gaussian([1, 2 * l, 2 * l, 8]),
+        clamp([1, target, target, 3]),
+        scale_cast([1, 2 * l, 2 * l, 4]),
+        count_non_finite([1, target, target, 3]),
+        timestep_embedding(50),
+    ]);
+    cases
+}
+
+/// T5-XXL at 256 tokens, and the queries of SD3 at 1024x1024 (24 heads, picture and text), in a guided step.
+pub fn rms_norms() -> Vec<Case> {
+    vec![rms_norm(512, 4096), rms_norm(2 * (4096 + 154) * 24, 64)]
+}
+
+/// Every op once, so small that an emulated card does them all in seconds.
+pub fn small() -> Vec<Case> {
+    let mut cases = vec![
+        res(1, 8, 64, 0, 64),
+        res(1, 8, 32, 32, 64),
+        up(1, 4, 32),
+        linear(64, 64, 64, Activation::None),
+        linear(64, 64, 128, Activation::Geglu),
+        group_norm([1, 8, 8, 64], 0),
+        layer_norm(16, 64),
+        rms_norm(16, 64),
+        self_attention(1, 64, 2, 40, false),
+        self_attention(1, 77, 1, 64, true),
+        cross_attention(1, 64, 77, 2, 40),
+        activation([2, 64]),
+        add([1, 8, 8, 64]),
+        embedding(1, 7, 50, 64),
+    ];
+    cases.extend(relay(2));
+    cases
+}
+
+/// 3x3, stride 1, nothing fused but the bias.
+struct Conv {
+    name: String,
+    /// `[N, H, W, C]` of the first source.
+    shape: [usize; 4],
+    /// Channels of the second source, 0 for none.
+    skip: usize,
+    outputs: usize,
+    kernel: usize,
+    stride: usize,
+    /// Group norm of 32 groups and SiLU.
+    norm: bool,
+    resize_to: Option<[usize; 2]>,
+}
+
+impl Default for Conv {
+    fn default() -> Conv {
+        Conv {
+            name: String::new(),
+            shape: [1; 4],
+            skip: 0,
+            outputs: 1,
+            kernel: 3,
+            stride: 1,
+            norm: false,
+            resize_to: None,
+        }
+    }
+}
+
+fn res(n: usize, l: usize, channels: usize, skip: usize, outputs: usize) -> Case {
+    let name = format!("res {l}{}", if skip > 0 { " skip" } else { "" });
+    conv(Conv { name, shape: [n, l, l, channels], skip, outputs, norm: true, ..Conv::default() })
+}
+
+fn up(n: usize, l: usize, channels: usize) -> Case {
+    let (shape, resize_to) = ([n, l, l, channels], Some([2 * l; 2]));
+    conv(Conv { name: format!("up {l}"), shape, outputs: channels, resize_to, ..Conv::default() })
+}
+
+fn conv(c: Conv) -> Case {
+    let [n, h, w, channels] = c.shape;
+    let skip = if c.skip > 0 { format!("+{}", c.skip) } else { String::new() };
+    let norm = if c.norm { " norm silu" } else { "" };
+    let name = format!("{} [{n},{h},{w},{channels}{skip}] {k}x{k} -> {o}{norm}", c.name, k = c.kernel, o = c.outputs);
+    let [seen_h, seen_w] = c.resize_to.unwrap_or([h, w]);
+    let fields = json!({
+        "n": n, "h": seen_h, "w": seen_w, "c": channels + c.skip, "o": c.outputs, "kernel": c.kernel,
+        "stride": c.stride, "dilation": 1, "bias": true, "second_source": c.skip,
+        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm.then_some(32), "silu": c.norm,
+    });
+    case("conv2d", name, fields, move |device, dtype| {
+        let t = |shape: &[usize]| tensor(device, dtype, shape);
+        let (a, b) = (t(&c.shape)?, t(&[n, h, w, c.skip])?);
+        let weight = t(&[c.outputs, c.kernel, c.kernel, channels + c.skip])?;
+        let (bias, gamma) = (t(&[c.outputs])?, t(&[channels + c.skip])?);
+        let (two, stride, norm, resize_to) = (c.skip > 0, c.stride, c.norm, c.resize_to);
+        Ok(Box::new(move || {
+            let x = if two { Source::Two(&a, &b) } else { Source::One(&a) };
+            let affine = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
+            let norm = norm.then_some(affine);
+            super::conv2d(Conv2d { bias: Some(&bias), norm, stride, resize_to, ..Conv2d::new(x, &weight) })
+        }))
+    })
+}
+
+fn linear(m: usize, k: usize, rows: usize, activation: Activation) -> Case {
+    let activation_name = format!("{activation:?}").to_lowercase();
+    let suffix = if activation == Activation::None { String::new() } else { format!(" {activation_name}") };
+    let fields = json!({ "m": m, "n": rows, "k": k, "bias": true, "activation": activation_name });
+    case("linear", format!("[{m},{k}] -> {rows}{suffix}"), fields, move |device, dtype| {
+        let t = |shape: &[usize]| tensor(device, dtype, shape);
+        let (x, weight, bias) = (t(&[m, k])?, t(&[rows, k])?, t(&[rows])?);
+        Ok(Box::new(move || super::linear(Linear { bias: Some(&bias), activation, ..Linear::new(&x, &weight) })))
+    })
+}
+
+fn group_norm(shape: [usize; 4], skip: usize) -> Case {
+    let [n, h, w, channels] = shape;
+    let fields =
+        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": 32, "silu": true });
+    case("group_norm", format!("silu [{n},{h},{w},{channels}+{skip}]"), fields, move |device, dtype| {
+        let t = |shape: &[usize]| tensor(device, dtype, shape);
+        let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[channels + skip])?);
+        Ok(Box::new(move || {
+            let x = if skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
+            super::group_norm(GroupNorm { x, gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true })
+        }))
+    })
+}
+
+fn layer_norm(rows: usize, c: usize) -> Case {
+    case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
+        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+        Ok(Box::new(move || super::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
+    })
+}
+
+fn rms_norm(rows: usize, c: usize) -> Case {
+    case("rms_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
+        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+        Ok(Box::new(move || super::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })))
+    })
+}
+
+fn attention_fields(n: usize, [queries, keys]: [usize; 2], heads: usize, head_dim: usize, causal: bool) -> Value {
+    json!({ "n": n, "queries": queries, "keys": keys, "heads": heads, "head_dim": head_dim, "causal": causal })
+}
+
+fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
+    let suffix = if causal { " causal" } else { "" };
+    let fields = attention_fields(n, [l, l], heads, head_dim, causal);
+    case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |device, dtype| {
+        let qkv = tensor(device, dtype, &[n, l, 3, heads, head_dim])?;
+        Ok(Box::new(move || super::attention(Attention::Packed { qkv: &qkv, causal })))
+    })
+}
+
+fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Case {
+    let fields = attention_fields(n, [queries, keys], heads, head_dim, false);
+    case("attention", format!("[{n},{queries},{heads},{head_dim}] x {keys} keys"), fields, move |device, dtype| {
+        let q = tensor(device, dtype, &[n, queries, heads, head_dim])?;
+        let kv = tensor(device, dtype, &[n, keys, 2, heads, head_dim])?;
+        Ok(Box::new(move || super::attention(Attention::Cross { q: &q, kv: &kv })))
+    })
+}
+
+fn activation(shape: [usize; 2]) -> Case {
+    case(
+        "activation",
+        format!("silu {shape:?}"),
+        json!({ "dims": shape, "activation": "silu" }),
+        move |device, dtype| {
+            let x = tensor(device, dtype, &shape)?;
+            Ok(Box::new(move || super::activation(&x, Activation::Silu)))
+        },
+    )
+}
+
+fn add(shape: [usize; 4]) -> Case {
+    case("add", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
+        let (a, b) = (tensor(device, dtype, &shape)?, tensor(device, dtype, &shape)?);
+        Ok(Box::new(move || super::add(&a, &b)))
+    })
+}
+
+fn embedding(n: usize, l: usize, rows: usize, c: usize) -> Case {
+    let fields = json!({ "n": n, "l": l, "rows": rows, "c": c });
+    case("embedding", format!("[{n},{l}] of [{rows},{c}]"), fields, move |device, dtype| {
+        let ids: Vec<u32> = (0..n * l).map(|i| (i * 7919 % rows) as u32).collect();
+        let ids = Tensor::from_u32(device, &[n, l], &ids)?;
+        let (table, positions) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[l, c])?);
+        Ok(Box::new(move || super::embedding(&ids, &table, &positions)))
+    })
+}
+
+/// Made on the host: no kernel, but part of every run.
+fn timestep_embedding(steps: usize) -> Case {
+    case("timestep_embedding", format!("[{steps},320]"), json!({ "steps": steps, "dim": 320 }), move |device, dtype| {
+        let timesteps: Vec<f32> = (0..steps).map(|step| (981 * (steps - step) / steps) as f32).collect();
+        let embedding = TimestepEmbedding { dim: 320, flip_sin_to_cos: true, freq_shift: 0.0 };
+        let device = device.clone();
+        Ok(Box::new(move || super::timestep_embedding(&timesteps, embedding, &device, dtype)))
+    })
+}
+
+fn resize_fields([n, h, w, c]: [usize; 4], [to_h, to_w]: [usize; 2], filter: &str) -> Value {
+    json!({ "n": n, "h": h, "w": w, "c": c, "to_h": to_h, "to_w": to_w, "upsampler": filter })
+}
+
+fn resize(shape: [usize; 4], size: [usize; 2], upsampler: Upsampler) -> Case {
+    let fields = resize_fields(shape, size, &format!("{upsampler:?}"));
+    case("resize", format!("{upsampler:?} {shape:?} -> {size:?}"), fields, move |device, dtype| {
+        let x = tensor(device, dtype, &shape)?;
+        Ok(Box::new(move || super::resize(&x, size, upsampler, Some((-1.0, 1.0)), None)))
+    })
+}
+
+fn resize_u8(shape: [usize; 4], size: [usize; 2]) -> Case {
+    let fields = resize_fields(shape, size, "Bicubic");
+    case("resize_u8", format!("Bicubic {shape:?} -> {size:?}"), fields, move |device, dtype| {
+        let x = tensor(device, dtype, &shape)?;
+        Ok(Box::new(move || super::resize_u8(&x, size, Upsampler::Bicubic)))
+    })
+}
+
+fn resize_nearest(shape: [usize; 4], size: [usize; 2]) -> Case {
+    let fields = resize_fields(shape, size, "nearest");
+    case("resize_nearest", format!("{shape:?} -> {size:?}"), fields, move |device, dtype| {
+        let x = tensor(device, dtype, &shape)?;
+        Ok(Box::new(move || super::resize_nearest(&x, size)))
+    })
+}
+
+/// One step of a table.
+pub fn step_table(device: &Device) -> Result<StepTable> {
+    let coefficients = StepCoefficients {
+        x0_from_x: 1.1,
+        x0_from_e: -0.5,
+        clip: None,
+        next_from_x: 0.0,
+        next_from_e: 0.4,
+        next_from_x0: 0.9,
+        next_from_noise: 0.0,
+        x0_from_next: false,
+    };
+    StepTable::new(device, vec![StepRow { input_scale: 0.7, coefficients }])
+}
+
+fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
+    let fields = json!({ "n": n, "h": h, "w": w, "c": c, "guidance": 7.0 });
+    case("sampler_step", format!("guided [{n},{h},{w},{c}]"), fields, move |device, dtype| {
+        let (x, output) = (tensor(device, DType::F32, &[n, h, w, c])?, tensor(device, dtype, &[2 * n, h, w, c])?);
+        let steps = step_table(device)?;
+        let state = RefCell::new(SampleState::new(x)?);
+        Ok(Box::new(move || {
+            let mut state = state.borrow_mut();
+            super::sampler_step(&mut state, &output, Some(7.0), &steps, None)?;
+            Ok(state.x0().clone())
+        }))
+    })
+}
+
+fn scale_input(shape: [usize; 4]) -> Case {
+    case("scale_input", format!("twice {shape:?}"), json!({ "dims": shape, "repeats": 2 }), move |device, dtype| {
+        let (x, steps) = (tensor(device, DType::F32, &shape)?, step_table(device)?);
+        Ok(Box::new(move || super::scale_input(&x, &steps, dtype, 2)))
+    })
+}
+
+fn scale_cast(shape: [usize; 4]) -> Case {
+    case("scale_cast", format!("f32 {shape:?}"), json!({ "dims": shape, "repeats": 1 }), move |device, dtype| {
+        let x = tensor(device, DType::F32, &shape)?;
+        Ok(Box::new(move || super::scale_cast(&x, 5.5, 0.0, dtype, 1)))
+    })
+}
+
+fn add_noise(shape: [usize; 4]) -> Case {
+    case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |device, _| {
+        let (x, noise) = (tensor(device, DType::F32, &shape)?, tensor(device, DType::F32, &shape)?);
+        Ok(Box::new(move || super::add_noise(&x, &noise, 0.8, 0.6)))
+    })
+}
+
+fn diagonal_gaussian(shape: [usize; 4]) -> Case {
+    case("diagonal_gaussian", format!("{shape:?}"), json!({ "dims": shape, "noise": true }), move |device, dtype| {
+        let [n, h, w, c] = shape;
+        let (moments, noise) = (tensor(device, dtype, &shape)?, tensor(device, DType::F32, &[n, h, w, c / 2])?);
+        Ok(Box::new(move || super::diagonal_gaussian(&moments, Some(&noise))))
+    })
+}
+
+fn clamp(shape: [usize; 4]) -> Case {
+    case("clamp", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
+        let x = tensor(device, dtype, &shape)?;
+        Ok(Box::new(move || super::clamp(&x, -0.5, 0.5)))
+    })
+}
+
+/// On a card with the wait for the counter.
+fn count_non_finite(shape: [usize; 4]) -> Case {
+    case("count_non_finite", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
+        let x = tensor(device, dtype, &shape)?;
+        Ok(Box::new(move || {
+            super::count_non_finite(&x)?;
+            Ok(x.clone())
+        }))
+    })
+}
