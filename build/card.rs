@@ -156,9 +156,7 @@ impl Card {
             let _ = writeln!(text, "    KernelFile {{ name: {name:?}, image: {image} }},");
         }
         let built = self.nvcc.is_ok();
-        let _ = writeln!(text, "];\n\n/// The compute capabilities that they are compiled for.");
-        let _ = writeln!(text, "pub const ARCHS: &str = {:?};", self.archs.to_string());
-        let _ = writeln!(text, "/// Whether there was an nvcc.\npub const BUILT: bool = {built};");
+        let _ = writeln!(text, "];\n\n/// Whether there was an nvcc.\npub const BUILT: bool = {built};");
         text
     }
 }

@@ -9,7 +9,7 @@ use crate::error::Result;
 /// Where a tensor lives and where ops on it run. Cheap to clone; clones are the same device.
 #[derive(Clone, Debug)]
 pub enum Device {
-    /// Host memory; ops in Rust on the gemm crate and rayon.
+    /// Host memory; ops in Rust, threads from rayon.
     Cpu(CpuDevice),
     /// An NVIDIA card (or its emulation); ops in the kernels of kernels/.
     Cuda(CudaDevice),

@@ -1,3 +1,5 @@
+use std::sync::OnceLock;
+
 use super::entry;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Dims};
@@ -107,7 +109,8 @@ impl Tile {
             return F32.iter().find(fits).copied();
         }
         let (narrow, long) = if plain { (NARROW.as_slice(), LONG.as_slice()) } else { Default::default() };
-        if let Ok(name) = std::env::var("MEGAFUSE_ATTENTION_TILE")
+        static NAMED: OnceLock<Option<String>> = OnceLock::new();
+        if let Some(name) = NAMED.get_or_init(|| std::env::var("MEGAFUSE_ATTENTION_TILE").ok())
             && let Some(tile) = [narrow, long, &ANY].concat().iter().filter(fits).find(|tile| tile.name == name)
         {
             return Some(*tile);

@@ -176,8 +176,9 @@ pub fn splits(pixels: usize, outputs: usize, k: usize) -> usize {
 /// On load every element is normalised once a tap and once a column of tiles. SiLU takes two of a multiprocessor's 16
 /// special functions a clock: a 64x32 slice 256 clocks, where its product takes 96 (predicted). The pass instead costs a
 /// write and a read of the input, mostly in L2, and a launch: about 12% of a 3x3 convolution of 320 channels
-/// (predicted). So on load for one tap without SiLU (a transformer's proj_in), where the pass would be half of the whole
-/// and the arithmetic is an FMA; else the pass. `MEGAFUSE_CONV_NORM=load` or `pass` overrides.
+/// (predicted). So on load for one tap without SiLU, where the pass would be half of the whole and the arithmetic is an
+/// FMA; else the pass. No layer of today's models has such a convolution (a transformer's proj_in is a linear behind a
+/// group norm). `MEGAFUSE_CONV_NORM=load` or `pass` overrides.
 pub fn norm_on_load(taps: usize, silu: bool) -> bool {
     Variant::current().norm_on_load.unwrap_or(taps == 1 && !silu)
 }

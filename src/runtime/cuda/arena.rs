@@ -53,6 +53,11 @@ impl Offsets {
         self.in_use -= bytes;
     }
 
+    /// The most that [`take`](Offsets::take) can give in one piece.
+    pub fn longest_free(&self) -> u64 {
+        self.free.values().copied().max().unwrap_or(0)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.in_use == 0
     }
@@ -62,7 +67,8 @@ impl Offsets {
     }
 
     /// Bytes taken.
-    pub fn in_use(&self) -> u64 {
+    #[cfg(test)]
+    fn in_use(&self) -> u64 {
         self.in_use
     }
 }
@@ -105,6 +111,7 @@ mod tests {
         offsets.give(starts[1], 2 * ALIGN);
         offsets.give(starts[3], 2 * ALIGN);
         assert_eq!(offsets.take(ALIGN), Some(starts[3]), "the smaller hole");
+        assert_eq!(offsets.longest_free(), 4 * ALIGN, "of the five that are free");
         assert_eq!(offsets.take(5 * ALIGN), None);
         assert_eq!(Offsets::rounded(0), Some(ALIGN));
         assert_eq!(Offsets::rounded(u64::MAX), None);

@@ -455,6 +455,7 @@ impl CudaDevice {
     fn function(&self, file: &'static str, entry: &str, shared_bytes: usize) -> Result<Function> {
         let mut functions = self.0.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut function = match functions.get(entry) {
+            Some(function) if shared_bytes <= function.shared_bytes => return Ok(function.clone()),
             Some(function) => function.clone(),
             None => self.find(file, entry)?,
         };

@@ -1,3 +1,3 @@
-//! What build.rs compiled: `KERNELS`, one `KernelFile` a file of kernels/; `ARCHS`; `BUILT`, false where there was no nvcc.
+//! What build.rs compiled: `KERNELS`, one `KernelFile` a file of kernels/; `BUILT`, false where there was no nvcc.
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));

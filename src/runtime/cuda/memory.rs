@@ -161,7 +161,7 @@ impl Pool {
     /// [`Error::OutOfMemory`]
     pub fn reserve(&self, bytes: u64, what: &dyn Fn() -> String) -> Result<()> {
         let mut regions = self.regions();
-        let fits = |region: &Region| region.offsets.capacity() - region.offsets.in_use() >= bytes;
+        let fits = |region: &Region| region.offsets.longest_free() >= bytes;
         if self.separate() || bytes == 0 || regions.iter().any(fits) {
             return Ok(());
         }

@@ -14,7 +14,7 @@ mod staging;
 pub use device::{CudaDevice, CudaOptions, MemoryReport};
 pub use driver::{driver_version, emulated_library, is_emulated, use_library};
 pub use graph::Graph;
-pub use kernels::{ARCHS as KERNEL_ARCHS, BUILT as KERNELS_BUILT};
+pub use kernels::BUILT as KERNELS_BUILT;
 pub(crate) use launch::args;
 pub use launch::{Arg, DevicePtr, Launch};
 pub use mark::Mark;
