@@ -33,11 +33,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let pipeline = Pipeline::load(source, device.clone(), dtype)?;
     let loading = seconds_text(begin.elapsed().as_secs_f64());
     match &device {
-        Device::Cuda(card) => {
-            // What the plan counts beside the weights, in one piece: nothing is asked of the driver while steps run.
-            card.reserve(plan.peak_bytes - plan.weight_bytes().min(plan.peak_bytes))?;
-            eprintln!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card());
-        }
+        Device::Cuda(card) => eprintln!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
         _ => {
             let threads = rayon::current_num_threads();
             eprintln!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");

@@ -88,29 +88,51 @@ fn cost(by_kind: &[(OpKind, Work)], total: Work) -> Value {
 /// # Errors
 /// As [`Pipeline::load`] and [`Pipeline::generate`], except for those of weight files and the tokenizer.
 pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<PlanReport> {
-    let meta = MetaDevice::default();
-    let device = Device::Meta(meta.clone());
-    let weights = weights(source, dtype)?;
-    let pipeline = Pipeline::load(source.clone(), device, dtype)?;
-    let stages = pipeline.resolve(request)?.stages;
-    meta.take_report(); // loading does no work, but sets the peak to the weights
-    let mut recorder = Recorder { meta, stages: stages.clone(), current: None, phases: Vec::new() };
-    pipeline.generate(&Request { count: 1, ..request.clone() }, &mut recorder)?;
+    Planner::new(source, dtype)?.plan(request)
+}
 
-    let phases = recorder.phases;
-    let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
-    let sum = |pick: &dyn Fn(&PhaseReport) -> Work| {
-        phases.iter().fold(Work::default(), |sum, phase| sum.plus(pick(phase), phase.repeats as u64))
-    };
-    let total = sum(&|phase| phase.once);
-    let by_kind = OpKind::ALL
-        .into_iter()
-        .map(|kind| {
-            (kind, sum(&|phase| phase.by_kind.iter().find(|(k, _)| *k == kind).map_or(Work::default(), |(_, w)| *w)))
-        })
-        .filter(|(_, work)| work.launches > 0)
-        .collect();
-    Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes })
+/// A model on the meta device, which tells what its requests cost.
+pub(super) struct Planner {
+    meta: MetaDevice,
+    pipeline: Pipeline,
+    weights: Vec<WeightReport>,
+}
+
+impl Planner {
+    /// # Errors
+    /// As [`Pipeline::load`], except for those of weight files and the tokenizer.
+    pub fn new(source: &ModelSource, dtype: DType) -> Result<Planner> {
+        let meta = MetaDevice::default();
+        let pipeline = Pipeline::load(source.clone(), Device::Meta(meta.clone()), dtype)?;
+        Ok(Planner { meta, pipeline, weights: weights(source, dtype)? })
+    }
+
+    /// # Errors
+    /// As [`Pipeline::generate`].
+    pub fn plan(&self, request: &Request) -> Result<PlanReport> {
+        let stages = self.pipeline.resolve(request)?.stages;
+        let meta = self.meta.clone();
+        meta.take_report(); // loading does no work, but sets the peak to the weights
+        let mut recorder = Recorder { meta, stages: stages.clone(), current: None, phases: Vec::new() };
+        self.pipeline.generate(&Request { count: 1, ..request.clone() }, &mut recorder)?;
+
+        let phases = recorder.phases;
+        let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
+        let sum = |pick: &dyn Fn(&PhaseReport) -> Work| {
+            phases.iter().fold(Work::default(), |sum, phase| sum.plus(pick(phase), phase.repeats as u64))
+        };
+        let total = sum(&|phase| phase.once);
+        let by_kind = OpKind::ALL
+            .into_iter()
+            .map(|kind| {
+                let of = |phase: &PhaseReport| phase.by_kind.iter().find(|(k, _)| *k == kind).map(|(_, work)| *work);
+                (kind, sum(&|phase| of(phase).unwrap_or_default()))
+            })
+            .filter(|(_, work)| work.launches > 0)
+            .collect();
+        let weights = self.weights.clone();
+        Ok(PlanReport { dtype: self.pipeline.dtype(), stages, phases, weights, by_kind, total, peak_bytes })
+    }
 }
 
 /// What the modules ask of a manifest.

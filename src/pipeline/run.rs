@@ -1,4 +1,5 @@
 use super::parameters::Parameters;
+use super::plan::Planner;
 use super::{ModelFiles, ModelSource, Request};
 use crate::error::{Error, Result};
 use crate::image;
@@ -34,6 +35,8 @@ pub struct Pipeline {
     unet: Unet,
     vae: Vae,
     scheduler: SchedulerConfig,
+    /// On a card: says how much memory a request wants.
+    planner: Option<Box<Planner>>,
 }
 
 impl Pipeline {
@@ -60,8 +63,12 @@ impl Pipeline {
         let text_encoder = files.text_encoder(&device, dtype)?;
         let unet = files.unet(&device, dtype)?;
         let vae = files.vae(&device, dtype)?;
+        let planner = match device {
+            Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
+            _ => None,
+        };
         let name = files.name();
-        Ok(Pipeline { name, device, dtype, tokenizer, tokens, text_encoder, unet, vae, scheduler })
+        Ok(Pipeline { name, device, dtype, tokenizer, tokens, text_encoder, unet, vae, scheduler, planner })
     }
 
     pub fn name(&self) -> &str {
@@ -97,6 +104,7 @@ impl Pipeline {
     /// stage; [`Error::OutOfMemory`].
     pub fn generate(&self, request: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
         let plan = self.resolve(request)?;
+        self.reserve(request)?;
         observer.event(&Event::EncodeText);
         if observer.cancelled() {
             return Err(Error::Interrupted);
@@ -121,6 +129,14 @@ impl Pipeline {
             observer.event(&Event::PictureEnds { index });
         }
         Ok(pictures)
+    }
+
+    /// On a card, what the planner counts beside the weights, in one piece: nothing is asked of the driver while steps run,
+    /// and what does not fit fails before the first of them.
+    fn reserve(&self, request: &Request) -> Result<()> {
+        let (Device::Cuda(card), Some(planner)) = (&self.device, &self.planner) else { return Ok(()) };
+        let plan = planner.plan(request)?;
+        card.reserve(plan.peak_bytes.saturating_sub(plan.weight_bytes()))
     }
 
     /// `[rows, tokens, hidden]`: the negative prompt's row first, when there is guidance.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use megafuse::methods::Method;
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, SampleState, StepCoefficients, StepRow, StepTable};
-use megafuse::pipeline::{ModelSource, Observer, Pipeline, Request};
+use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request};
 use megafuse::runtime::{CudaDevice, CudaOptions, MetaDevice};
 use megafuse::schedulers::Sampler;
 use megafuse::{DType, Device, Result, Tensor};
@@ -158,6 +158,34 @@ fn replayed_steps_are_launched_steps_bit_for_bit() {
             assert_eq!(launched.0, replayed.0, "{name} {dtype}");
         }
     }
+}
+
+/// What the driver had given at the run's first event, and at each later one.
+struct Reserved<'a>(&'a CudaDevice, Vec<u64>);
+
+impl Observer for Reserved<'_> {
+    fn event(&mut self, _: &Event) {
+        self.1.push(self.0.memory().unwrap().reserved_bytes);
+    }
+}
+
+/// Launched, recorded and replayed steps, a relay and the decoder: all in what was reserved as planned.
+#[test]
+fn a_run_asks_the_driver_for_memory_once() {
+    cards(); // the driver is chosen
+    let card = CudaDevice::open(CudaOptions::default()).unwrap();
+    let source = ModelSource::Directory(data("four-levels"));
+    let pipeline = Pipeline::load(source, Device::Cuda(card.clone()), DType::F32).unwrap();
+    let memory = card.memory().unwrap();
+    let (loaded, free) = (memory.reserved_bytes, memory.reserved_bytes - memory.in_use_bytes);
+    let _filled = Tensor::uninit(&Device::Cuda(card.clone()), &[(free as usize - (1 << 20)) / 4], DType::U32).unwrap();
+    let stages = ["128x128:3", "384x384:1"].map(|stage| stage.parse().unwrap()).to_vec();
+    let request = Request { method: Method::MegaFusionPlus, stages, guidance: 1.0, ..Request::default() };
+    let mut reserved = Reserved(&card, Vec::new());
+    pipeline.generate(&request, &mut reserved).unwrap();
+    let Reserved(_, reserved) = reserved;
+    assert!(reserved[0] > loaded, "a run that fits into what is there shows nothing");
+    assert!(reserved.iter().all(|&bytes| bytes == reserved[0]), "{loaded} bytes loaded, then {reserved:?}");
 }
 
 type Step<'a> = dyn FnMut() -> Result<()> + 'a;
