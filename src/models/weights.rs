@@ -15,6 +15,7 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype as FileDtype, SafeTensors};
 
+use super::Digest;
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, Tensor};
 
@@ -158,6 +159,11 @@ impl WeightStore {
     /// Keys and checkpoint shapes asked for so far, in order.
     pub fn manifest(&self) -> Vec<(String, Vec<usize>)> {
         self.taken().in_order.clone()
+    }
+
+    /// Takes the files' bytes into `digest`, in the order of their names.
+    pub fn digest(&self, digest: &mut Digest) {
+        self.files.iter().for_each(|file| digest.add(file.as_bytes()));
     }
 
     pub fn root(&self) -> Weights<'_> {

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use super::embedded;
 use crate::error::{Error, Result};
-use crate::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
+use crate::models::{ClipTextConfig, ClipTextModel, Digest, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
 use crate::text::{ClipTokenizer, TokenizerFiles};
@@ -31,6 +31,22 @@ enum Place {
 /// What a directory must have, for messages.
 const LAYOUT: &str =
     "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
+/// What decides a picture beside the weights; not every model has all of them.
+const CONFIGURATIONS: [&str; 10] = [
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "vae/config.json",
+];
+/// Parts with weights, and how their files begin.
+const WEIGHTS: [(&str, &str); 3] =
+    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")];
 /// What stands for the directory of the embedded model.
 const EMBEDDED_NAME: &str = "pocket";
 
@@ -77,6 +93,23 @@ impl ModelFiles {
                 path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
             }
         }
+    }
+
+    /// Tells this model from others, also from those of its name: 16 hexadecimal digits over the configurations, the
+    /// tokenizer and the weights.
+    ///
+    /// # Errors
+    /// As [`WeightStore::open`]; [`Error::Io`].
+    pub fn digest(&self) -> Result<String> {
+        let mut digest = Digest::default();
+        for name in CONFIGURATIONS {
+            digest.add(name.as_bytes());
+            digest.add(&self.read(name)?.unwrap_or_default());
+        }
+        for (part, stem) in WEIGHTS {
+            self.weights(part, stem, &Device::cpu(), DType::F32)?.digest(&mut digest);
+        }
+        Ok(format!("{:016x}", digest.value()))
     }
 
     pub fn tokenizer(&self) -> Result<ClipTokenizer> {
