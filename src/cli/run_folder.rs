@@ -150,8 +150,10 @@ impl RunFolder {
     /// # Errors
     /// As [`inspect`](RunFolder::inspect), when another run came first; those of [`output::replace`].
     pub fn begin(&self) -> Result<Writing> {
-        if !self.path.is_dir() {
-            fs::create_dir(&self.path).map_err(|error| Error::io(&self.path, error))?;
+        match fs::create_dir(&self.path) {
+            // Another part of the run may have been faster.
+            Err(error) if !self.path.is_dir() => return Err(Error::io(&self.path, error)),
+            _ => {}
         }
         let writing = Writing::begin(&self.path);
         if !self.is_described()? {
@@ -163,6 +165,8 @@ impl RunFolder {
 
 /// `guidance 3, now 5` for every key whose value differs.
 fn differences(found: &Value, wanted: &Value) -> Vec<String> {
+    // Through text, as what was found: reading a number may change its last bit.
+    let wanted: Value = serde_json::from_str(&wanted.to_string()).unwrap_or_default();
     let empty = serde_json::Map::new();
     let (found, wanted) = (found.as_object().unwrap_or(&empty), wanted.as_object().unwrap_or(&empty));
     let new = found.keys().filter(|key| !wanted.contains_key(*key));
@@ -197,8 +201,9 @@ impl Writing {
             output::remove_parts(path);
             drop(folder.unlock());
         }
-        // Readers of a lock share it: so many runs can say that they are there.
-        let locked = folder.try_lock_shared().is_ok();
+        // Readers of a lock share it: so many runs can say that they are there. This waits for one that removes files, so
+        // that it does not take ours for a dead run's.
+        let locked = alone.is_some() && folder.lock_shared().is_ok();
         Writing { _folder: locked.then_some(folder), shared: alone == Some(false) }
     }
 }
