@@ -93,9 +93,11 @@ fn pictures(files: &Files) -> Vec<&str> {
 fn parameters(files: &Files, name: &str) -> Value {
     let bytes = files.get(name).unwrap_or_else(|| panic!("{name} among {:?}", files.keys()));
     let reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().expect("a PNG");
-    let chunks = &reader.info().uncompressed_latin1_text;
-    let chunk = chunks.iter().find(|chunk| chunk.keyword == "megafuse").expect("our chunk");
-    serde_json::from_str(&chunk.text).expect("JSON")
+    let info = reader.info();
+    let latin1 = info.uncompressed_latin1_text.iter().map(|chunk| (&chunk.keyword, chunk.text.clone()));
+    let utf8 = info.utf8_text.iter().map(|chunk| (&chunk.keyword, chunk.get_text().expect("UTF-8")));
+    let (_, text) = latin1.chain(utf8).find(|(keyword, _)| *keyword == "megafuse").expect("our chunk");
+    serde_json::from_str(&text).expect("JSON")
 }
 
 /// Milliseconds without a pattern, other ones in every run of the tests.
@@ -126,23 +128,24 @@ fn signal(child: &Child, name: &str) {
 #[cfg(unix)]
 #[test]
 fn what_is_killed_and_resumed_is_what_an_undisturbed_run_makes() {
-    const COUNT: usize = 40;
+    const COUNT: usize = 60;
     let place = Place::new(&lines(COUNT));
-    let begin = Instant::now();
     let whole = place.ok("whole", &[]);
-    let usual = begin.elapsed();
     assert_eq!(pictures(&whole).len(), COUNT);
     assert_eq!(whole.len(), COUNT + 1, "{:?}", whole.keys());
 
     let mut moments = Moments::new();
     let mut ends_in_the_middle = 0;
-    for round in 0i32.. {
+    for round in 0.. {
         assert!(round < 400, "it does not come to an end: {} pictures", place.files("killed").len());
         let name = if round % 2 == 1 { "INT" } else { "KILL" };
         let mut command = place.command("killed", &["--resume"]);
-        let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
-        // Later and later, so that it ends where the start alone takes long.
-        std::thread::sleep(moments.below(usual.mul_f64(0.2 + 0.02 * f64::from(round))));
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+        // After a few pictures, in the middle of the next; or before there is one.
+        let few = moments.below(Duration::from_millis(8)).as_millis() as usize;
+        let names = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().expect("piped")));
+        let named = names.take(few).count();
+        std::thread::sleep(moments.below(Duration::from_millis(if named == 0 { 80 } else { 10 })));
         signal(&child, name);
         let output = child.wait_with_output().expect("it ends");
         let files = place.files("killed");
@@ -165,7 +168,7 @@ fn what_is_killed_and_resumed_is_what_an_undisturbed_run_makes() {
         command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starts")
     };
     let mut children: Vec<Child> = ["1/3", "2/3", "3/3"].map(part).into_iter().collect();
-    std::thread::sleep(moments.below(usual / 2));
+    std::thread::sleep(moments.below(Duration::from_millis(400)));
     children.iter().for_each(|child| signal(child, "KILL"));
     children.iter_mut().for_each(|child| drop(child.wait()));
     children = ["1/3", "2/3", "3/3"].map(part).into_iter().collect();
@@ -227,18 +230,22 @@ fn a_picture_depends_on_its_line_and_the_flags_alone() {
 #[test]
 fn lines_without_ids_are_numbered_and_may_have_their_own_sizes() {
     let place = Place::new(&[
-        "{\"prompt\": \"a\"}".into(),
+        "{\"prompt\": \"a caf\u{e9}, \u{732b}\\u0000\\n\"}".into(),
         String::new(),
         "{\"prompt\": \"a\", \"size\": \"32x16\", \"steps\": 2, \"method\": \"plain\"}".into(),
         "{\"prompt\": \"a\", \"stages\": \"16x16:1,32x32:1\", \"method\": \"megafusion\"}".into(),
     ]);
-    let files = place.ok("out", &["--size", "24x24", "--steps", "3", "--method", "plain", "--seed", "100"]);
+    let flags = ["--size", "24x24", "--steps", "3", "--method", "plain", "--seed", "100"];
+    let files = place.ok("out", &flags);
     assert_eq!(pictures(&files), ["000001.png", "000003.png", "000004.png"]);
     let of = |name, key: &str| parameters(&files, name)[key].clone();
     assert_eq!((of("000001.png", "size"), of("000001.png", "seed")), ("24x24".into(), 100.into()));
     assert_eq!((of("000003.png", "size"), of("000003.png", "seed")), ("32x16".into(), 102.into()));
     assert_eq!(of("000003.png", "steps"), 2);
     assert_eq!((of("000004.png", "size"), of("000004.png", "steps")), ("32x32".into(), 2.into()));
+    // All of them are known again, whatever letters are in the prompt.
+    let again = place.run("out", &[&flags[..], &["--resume"]].concat());
+    assert!(text(&again.stderr).contains("3 of 3 pictures are there already"), "{}", text(&again.stderr));
 }
 
 #[test]

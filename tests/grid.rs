@@ -229,6 +229,7 @@ fn grids_that_cannot_be_made_are_refused_first() {
         (&["generate", "a", "--method", "plain", "--size", "16x16", "--strip", "s.png"], 2, "--strip s.png"),
         (&["generate", "a", "--strip", "s.png", "--out", "s.png"], 2, "same file as --out"),
         (&["generate", "a", "--strip", "s.png", "--dump", "s.png"], 2, "same file as --dump"),
+        (&["generate", "a", "--strip", "s.jpg"], 2, "--strip s.jpg"),
         (&["generate", "a", "--strip", "no/such/s.png"], 1, "does not exist"),
     ] {
         let message = place.fails(status, args);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
 use megafuse::pipeline::{ModelFiles, Pipeline, Request, RngKind, Stage};
+use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
 
@@ -78,9 +79,12 @@ fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) ->
 fn description(session: &Session, flags: &Request) -> Result<Value> {
     let files = ModelFiles::open(session.source())?;
     let stages: Vec<String> = flags.stages.iter().map(Stage::to_string).collect();
-    // Cards of one machine make the same pictures; the cpu others, to rounding.
+    // Cards of one kind make the same pictures; other devices make others, to rounding.
     let device = match &session.device {
-        Device::Cuda(_) => session.device.to_string().split(':').next().unwrap_or_default().to_string(),
+        Device::Cuda(card) => {
+            let (major, minor) = card.compute_capability();
+            format!("{} sm_{major}{minor}", if cuda::is_emulated() { "emu" } else { "cuda" })
+        }
         other => other.to_string(),
     };
     let rng = match flags.rng {

@@ -74,7 +74,8 @@ fn one_picture(pipeline: &Pipeline, request: &Request, files: &Files, plan: &Pla
 
 /// Where each picture and what belongs to it go; all places are checked now.
 fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
-    output::check_png(args.out.as_deref())?;
+    output::check_png("--out", args.out.as_deref())?;
+    output::check_png("--strip", args.strip.as_deref())?;
     let same = |flag, path: &Option<PathBuf>, others: &[(&str, &Option<PathBuf>)]| {
         let other = path.is_some().then(|| others.iter().find(|(_, other)| *other == path)).flatten();
         match (path, other) {

@@ -67,7 +67,7 @@ struct Cell {
 }
 
 pub fn run(args: &GridArgs) -> Result<()> {
-    output::check_png(args.out.as_deref())?;
+    output::check_png("--out", args.out.as_deref())?;
     let methods: Vec<Method> = args.methods.iter().map(|method| method.method).collect();
     args.run.check_effect(&methods)?;
     let grid = Grid::new(args)?;

@@ -198,12 +198,12 @@ fn numbered_file(path: &Path, index: usize, count: usize) -> PathBuf {
 }
 
 /// # Errors
-/// [`Error::Request`]: the name `--out` ends like no PNG's.
-pub fn check_png(out: Option<&Path>) -> Result<()> {
-    match out {
-        Some(out) if !out.is_dir() && out.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png")) => {
+/// [`Error::Request`]: the name after `flag` ends like no PNG's.
+pub fn check_png(flag: &'static str, path: Option<&Path>) -> Result<()> {
+    match path {
+        Some(path) if !path.is_dir() && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png")) => {
             let reason = "pictures are written as PNG; give a name that ends in .png";
-            Err(Error::Request { flag: "--out", value: out.display().to_string(), reason: reason.into() })
+            Err(Error::Request { flag, value: path.display().to_string(), reason: reason.into() })
         }
         _ => Ok(()),
     }
