@@ -282,6 +282,19 @@ fn a_doctor_names_what_is_there() {
 }
 
 #[test]
+fn an_instruction_set_is_chosen_by_a_variable() {
+    let place = Place::new();
+    let doctor =
+        |level: &str| place.command(&["doctor"]).env("MEGAFUSE_CPU", level).output().expect("the program starts");
+    let report = text(&doctor("baseline").stdout);
+    assert!(report.contains("with baseline kernels"), "{report}");
+    let output = doctor("avx3");
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("MEGAFUSE_CPU=avx3") && message.contains("it has baseline"), "{message}");
+}
+
+#[test]
 fn resize_agrees_with_the_filters_by_hand() {
     let place = Place::new();
     // One row, grey 100 then 200: with bicubic a = -1/2 twice as wide, borders re-normalised, by hand in f64.

@@ -51,6 +51,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    megafuse::ops::cpu_level()?; // a wrong variable is said before it is passed over
     match cli.command {
         Command::Generate(args) => {
             output::end_at_once_on_interrupt()?;
