@@ -1,6 +1,5 @@
 //! `megafuse generate --manifest`: a picture for every line of a file.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -16,7 +15,7 @@ use super::output;
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{PicturesProgress, seconds_text};
 use super::run_folder::{Found, RunFolder};
-use super::session::Session;
+use super::session::{Costs, Session};
 
 pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     if args.picture.count != 1 {
@@ -26,7 +25,7 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let flags = args.picture.request(&args.run, "")?;
     let lines = manifest::read(manifest)?;
     let session = Session::open(&args.run)?;
-    check(&session, manifest, &lines, &flags)?;
+    let mut costs = check(&session, manifest, &lines, &flags)?;
     let out = args.out.as_deref().ok_or_else(|| conflict("--manifest", manifest.display(), "needs --out, a folder"))?;
     let folder = RunFolder::inspect(out, description(&session, &flags)?, args.resume)?;
     folder.check_names(&lines)?;
@@ -41,6 +40,8 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
         return Ok(());
     }
     output::advise_on_interrupt("; the same command with --resume makes the missing ones");
+    let cost = |line| Ok((line, costs.of(&session, &Line::request(line, &flags))?));
+    let todo: Vec<(&Line, u64)> = todo.into_iter().map(cost).collect::<Result<_>>()?;
     let pipeline = session.load()?;
     let writing = folder.begin()?;
     if writing.shared && shard.is_whole() {
@@ -49,22 +50,11 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     Batch { pipeline, folder, flags, manifest, shard }.make(&todo, present)
 }
 
-/// Every line's request against the model, before weights are read. The costs are worked out once for all lines of the
-/// same sizes and steps.
-fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) -> Result<()> {
-    let mut checked: HashSet<(Vec<Stage>, bool)> = HashSet::new();
-    let mut asked = HashSet::new();
+/// Every line's request against the model, before weights are read: what each picture costs.
+fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) -> Result<Costs> {
+    let mut costs = Costs::default();
     for line in lines {
-        let request = line.request(flags);
-        let guided = request.guidance > 1.0;
-        if !asked.insert((request.method, request.size, request.stages.clone(), request.steps, guided)) {
-            continue;
-        }
-        let plan = session.planner.pipeline().resolve(&request).and_then(|plan| {
-            let new = checked.insert((plan.stages, guided));
-            if new { session.check(&request).map(drop) } else { Ok(()) }
-        });
-        plan.map_err(|error| match error {
+        costs.of(session, &line.request(flags)).map_err(|error| match error {
             // What the line does not say, the flags do: their error is theirs.
             Error::Request { .. } if line.has_geometry() => {
                 Error::file(&manifest::place(manifest, line.number), error.to_string())
@@ -72,7 +62,7 @@ fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) ->
             other => other,
         })?;
     }
-    Ok(())
+    Ok(costs)
 }
 
 /// Everything but the lines that decides the pictures.
@@ -133,7 +123,8 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    fn make(&self, todo: &[&Line], present: usize) -> Result<()> {
+    /// `todo`: lines and what their pictures cost; `present`: how many are there already.
+    fn make(&self, todo: &[(&Line, u64)], present: usize) -> Result<()> {
         let failed = self.folder.path().join(self.shard.file_name("failed", "jsonl"));
         // Of an earlier run; its lines are tried again.
         match std::fs::remove_file(&failed) {
@@ -141,8 +132,8 @@ impl Batch<'_> {
             _ => {}
         }
         let (begin, mut failures) = (Instant::now(), Vec::new());
-        let mut progress = PicturesProgress::new(todo.len());
-        for line in todo {
+        let mut progress = PicturesProgress::new(todo.len(), todo.iter().map(|(_, cost)| cost).sum());
+        for &(line, cost) in todo {
             progress.picture(manifest::place(self.manifest, line.number).display().to_string());
             match self.one(line, &mut progress) {
                 Ok(()) => {}
@@ -160,7 +151,7 @@ impl Batch<'_> {
                     return Err(error);
                 }
             }
-            progress.picture_done();
+            progress.picture_done(cost);
         }
         progress.finish();
         let (made, seconds) = (todo.len() - failures.len(), begin.elapsed().as_secs_f64());

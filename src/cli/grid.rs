@@ -14,7 +14,7 @@ use super::manifest::{self, Line};
 use super::output::{self, Target};
 use super::picture_args::{GridArgs, by_method, conflict};
 use super::progress::PicturesProgress;
-use super::session::Session;
+use super::session::{Costs, Session};
 use super::sheet::{Sheet, common_cell, scaled};
 use super::values;
 
@@ -64,6 +64,8 @@ struct Cell {
     request: Request,
     parameters: Value,
     size: Size,
+    /// In MACs.
+    cost: u64,
 }
 
 pub fn run(args: &GridArgs) -> Result<()> {
@@ -99,15 +101,15 @@ pub fn run(args: &GridArgs) -> Result<()> {
 }
 
 fn pictures(pipeline: &Pipeline, cells: &[Cell], cell: [usize; 2]) -> Result<Vec<Canvas>> {
-    let mut progress = PicturesProgress::new(cells.len());
+    let mut progress = PicturesProgress::new(cells.len(), cells.iter().map(|cell| cell.cost).sum());
     let mut pictures = Vec::new();
-    for Cell { request, .. } in cells {
+    for Cell { request, cost, .. } in cells {
         progress.picture(format!("{:?}", request.prompt));
         let mut made = pipeline.generate(request, &mut progress)?;
         let picture = made.pop().ok_or_else(|| Error::config("grid", "the run ended without a picture"))?;
         let picture = Canvas { width: picture.width, height: picture.height, rgb: picture.rgb };
         pictures.push(scaled(picture, cell)?);
-        progress.picture_done();
+        progress.picture_done(*cost);
     }
     Ok(pictures)
 }
@@ -194,18 +196,16 @@ impl Grid {
     /// By rows.
     fn cells(&self, args: &GridArgs, session: &Session) -> Result<Vec<Cell>> {
         let axes = [&self.rows[..], &self.columns].concat();
-        let mut checked = HashSet::new();
-        let one = |place: Place| {
+        let mut costs = Costs::default();
+        let mut one = |place: Place| {
             let request = self.request(place, args, session)?;
             let plan = session.planner.pipeline().resolve(&request)?;
-            if checked.insert((plan.stages.clone(), plan.guidance.is_some())) {
-                session.check(&request)?;
-            }
+            let cost = costs.of(session, &request)?;
             let parameters = session.planner.pipeline().parameters(&request)?.json;
             let size = plan.stages[plan.stages.len() - 1].size;
-            Ok(Cell { request, parameters, size })
+            Ok(Cell { request, parameters, size, cost })
         };
-        self.places(&axes).into_iter().map(one).collect()
+        self.places(&axes).into_iter().map(&mut one).collect()
     }
 
     fn request(&self, place: Place, args: &GridArgs, session: &Session) -> Result<Request> {

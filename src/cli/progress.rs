@@ -138,6 +138,9 @@ pub struct PicturesProgress {
     last_line: Instant,
     count: usize,
     done: usize,
+    /// What all pictures cost together, and those that are done: the remaining time is worked out from these.
+    cost: u64,
+    cost_done: u64,
     /// What the picture in the making is called.
     name: String,
     warnings: usize,
@@ -147,7 +150,8 @@ pub struct PicturesProgress {
 const MOST_WARNINGS: usize = 5;
 
 impl PicturesProgress {
-    pub fn new(count: usize) -> PicturesProgress {
+    /// `cost`: of all pictures together, in any unit.
+    pub fn new(count: usize, cost: u64) -> PicturesProgress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(count as u64), ProgressDrawTarget::stderr());
             let style = "{bar:20} {pos}/{len}  {prefix}  {elapsed}  {msg}";
@@ -159,7 +163,8 @@ impl PicturesProgress {
             eprintln!("{count} pictures");
         }
         let now = Instant::now();
-        PicturesProgress { bar, begin: now, last_line: now, count, done: 0, name: String::new(), warnings: 0 }
+        let (done, cost_done, name, warnings) = (0, 0, String::new(), 0);
+        PicturesProgress { bar, begin: now, last_line: now, count, done, cost, cost_done, name, warnings }
     }
 
     /// A picture begins.
@@ -167,9 +172,12 @@ impl PicturesProgress {
         self.name = name;
     }
 
-    pub fn picture_done(&mut self) {
+    /// It is done, or has failed; `cost`: its own.
+    pub fn picture_done(&mut self, cost: u64) {
         self.done += 1;
-        let left = self.begin.elapsed().as_secs_f64() * (self.count - self.done) as f64 / self.done as f64;
+        self.cost_done += cost;
+        let share = self.cost_done as f64 / self.cost.max(1) as f64;
+        let left = self.begin.elapsed().as_secs_f64() * (1.0 / share.max(1e-9) - 1.0).max(0.0);
         if let Some(bar) = &self.bar {
             bar.set_position(self.done as u64);
             bar.set_prefix(format!("{}, ETA {}", self.rate_text(), seconds_text(left)));

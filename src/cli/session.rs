@@ -1,8 +1,9 @@
 //! What every command that makes pictures does first: device, model, and whether the run fits into memory.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
-use megafuse::pipeline::{ModelSource, Pipeline, PlanReport, Planner, Request, Size};
+use megafuse::pipeline::{Method, ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
 use megafuse::{DType, Device, Error, Result};
 
 use super::memory::{available_bytes, bytes_text};
@@ -64,6 +65,47 @@ impl Session {
 
     pub fn source(&self) -> &ModelSource {
         &self.source
+    }
+}
+
+/// What many requests cost, worked out once for those of the same stages.
+#[derive(Default)]
+pub struct Costs {
+    asked: HashMap<Asked, u64>,
+    /// By stages, and whether there is guidance.
+    planned: HashMap<(Vec<Stage>, bool), u64>,
+}
+
+/// What of a request decides its cost, beside the flags that all have in common.
+#[derive(PartialEq, Eq, Hash)]
+struct Asked {
+    method: Method,
+    size: Option<Size>,
+    stages: Vec<Stage>,
+    steps: Option<usize>,
+    guided: bool,
+}
+
+impl Costs {
+    /// MACs of one picture, checked as by [`Session::check`].
+    ///
+    /// # Errors
+    /// As [`Session::check`].
+    pub fn of(&mut self, session: &Session, request: &Request) -> Result<u64> {
+        let guided = request.guidance > 1.0;
+        let Request { method, size, steps, .. } = *request;
+        let asked = Asked { method, size, stages: request.stages.clone(), steps, guided };
+        if let Some(&cost) = self.asked.get(&asked) {
+            return Ok(cost);
+        }
+        let planned = (session.planner.pipeline().resolve(request)?.stages, guided);
+        let cost = match self.planned.get(&planned) {
+            Some(&cost) => cost,
+            None => session.check(request)?.total.macs,
+        };
+        self.planned.insert(planned, cost);
+        self.asked.insert(asked, cost);
+        Ok(cost)
     }
 }
 
