@@ -2,14 +2,12 @@
 
 pub mod clip;
 mod config;
-mod digest;
 pub mod layers;
 pub mod unet;
 pub mod vae;
 pub mod weights;
 
 pub use clip::{ClipTextConfig, ClipTextModel, TextEmbeddings};
-pub use digest::Digest;
 pub use unet::{Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Vae, VaeConfig};
 pub use weights::{WeightStore, Weights};

@@ -15,7 +15,6 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype as FileDtype, SafeTensors};
 
-use super::Digest;
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, Tensor};
 
@@ -161,9 +160,9 @@ impl WeightStore {
         self.taken().in_order.clone()
     }
 
-    /// Takes the files' bytes into `digest`, in the order of their names.
-    pub fn digest(&self, digest: &mut Digest) {
-        self.files.iter().for_each(|file| digest.add(file.as_bytes()));
+    /// The files' bytes, in the order of their names.
+    pub fn file_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.files.iter().map(|file| file.as_bytes())
     }
 
     pub fn root(&self) -> Weights<'_> {

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use super::embedded;
 use crate::error::{Error, Result};
-use crate::models::{ClipTextConfig, ClipTextModel, Digest, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
+use crate::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
 use crate::text::{ClipTokenizer, TokenizerFiles};
@@ -95,21 +95,24 @@ impl ModelFiles {
         }
     }
 
-    /// Tells this model from others, also from those of its name: 16 hexadecimal digits over the configurations, the
-    /// tokenizer and the weights.
+    /// Tells this model from others, also from those of its name: the first 16 hexadecimal digits of BLAKE3 over the
+    /// configurations, the tokenizer and the weights.
     ///
     /// # Errors
     /// As [`WeightStore::open`]; [`Error::Io`].
     pub fn digest(&self) -> Result<String> {
-        let mut digest = Digest::default();
+        let mut hasher = blake3::Hasher::new();
+        let mut add = |bytes: &[u8]| {
+            hasher.update_rayon(bytes).update(&(bytes.len() as u64).to_le_bytes());
+        };
         for name in CONFIGURATIONS {
-            digest.add(name.as_bytes());
-            digest.add(&self.read(name)?.unwrap_or_default());
+            add(name.as_bytes());
+            add(&self.read(name)?.unwrap_or_default());
         }
         for (part, stem) in WEIGHTS {
-            self.weights(part, stem, &Device::cpu(), DType::F32)?.digest(&mut digest);
+            self.weights(part, stem, &Device::cpu(), DType::F32)?.file_bytes().for_each(&mut add);
         }
-        Ok(format!("{:016x}", digest.value()))
+        Ok(hasher.finalize().to_hex()[..16].to_string())
     }
 
     pub fn tokenizer(&self) -> Result<ClipTokenizer> {
