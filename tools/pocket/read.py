@@ -38,7 +38,7 @@ WHITE_SATURATION = 0.30
 HUES = {"red": 0.0, "yellow": 50.0, "green": 128.0, "blue": 226.0, "purple": 283.0}  # degrees, of scenes.COLOURS
 BLURS = (0.0, 0.008, 0.016)  # of the shorter side: the outlines are compared sharp and a little blurred
 SMALL_BELOW = 0.104  # radius in shorter sides: between 0.085 and 0.125
-NECK = 0.03  # of the shorter side: bodies joined by less than twice this are two objects
+NECK = 0.0625  # of the shorter side: bodies joined by less than twice this are two objects
 OTHER_COLOUR = 0.25  # share of a body's pixels from which a second colour is a second object
 
 

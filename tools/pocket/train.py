@@ -190,26 +190,21 @@ def new_scheduler():
     )
 
 
-def warm_weights(directory, module, name):
-    """Loads an exported part into a module of the same shape; word embeddings are matched by word."""
-    (path,) = (directory / name).glob("*.safetensors")
-    weights = {k: v.float() for k, v in load_file(path).items()}
-    if name == "text_encoder":
-        weights = {k.removeprefix("text_model."): v for k, v in weights.items()}
-    module.load_state_dict(weights)
+def exported_weights(directory, part):
+    """The weights of one part of an exported model, in f32."""
+    (path,) = (directory / part).glob("*.safetensors")
+    return {k.removeprefix("text_model."): v.float() for k, v in load_file(path).items()}
 
 
 def warm_text_encoder(directory, module, tokenizer):
-    """As warm_weights, for a text encoder with another vocabulary: words new to it keep their fresh embeddings."""
+    """Loads an exported text encoder that may know other words: those new to it keep their fresh embeddings."""
+    weights = exported_weights(directory, "text_encoder")
     key = "embeddings.token_embedding.weight"
-    (path,) = (directory / "text_encoder").glob("*.safetensors")
-    weights = {k.removeprefix("text_model."): v.float() for k, v in load_file(path).items()}
-    old, known = weights.pop(key), json.loads((directory / "tokenizer" / "vocab.json").read_text())
-    fresh = module.get_input_embeddings().weight.data.clone()
+    old, known = weights[key], json.loads((directory / "tokenizer" / "vocab.json").read_text())
+    weights[key] = module.get_input_embeddings().weight.data.clone()
     for word, row in tokenizer.get_vocab().items():
         if word in known:
-            fresh[row] = old[known[word]]
-    weights[key] = fresh
+            weights[key][row] = old[known[word]]
     prefix = "text_model." if any(k.startswith("text_model.") for k in module.state_dict()) else ""
     module.load_state_dict({prefix + k: v for k, v in weights.items()})
 
@@ -290,6 +285,11 @@ def write_atomically(path, write):
     os.replace(part, path)
 
 
+def save_array(path, array):
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
 def to_tensor(pictures):
     """[n, h, w, 3] in 0..1 or in bytes -> float [n, 3, h, w] in -1..1."""
     pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -327,7 +327,7 @@ def vae_pictures(args):
     path = args.work / "pictures.npy"
     if not path.exists():
         drawn = np.stack(in_parallel(vae_picture, range(args.pictures), args.workers))
-        write_atomically(path, lambda part: np.save(part.open("wb"), drawn))
+        write_atomically(path, lambda part: save_array(part, drawn))
     return np.load(path)
 
 
@@ -356,7 +356,7 @@ def stage_vae(args):
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -6.0
     if args.warm:
-        warm_weights(args.warm, vae, "vae")
+        vae.load_state_dict(exported_weights(args.warm, "vae"))
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -470,7 +470,7 @@ def stage_unet(args):
     tokenizer = write_tokenizer(args.work / "tokenizer")
     modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
     if args.warm:
-        warm_weights(args.warm, modules["unet"], "unet")
+        modules["unet"].load_state_dict(exported_weights(args.warm, "unet"))
         warm_text_encoder(args.warm, modules["text_encoder"], tokenizer)
     run = Run(args.work / "unet.ckpt", modules, args.rate or 4e-4, args.minutes, args.device, 0.999)
     unet, text_encoder = (m.train() for m in modules.values())
@@ -560,19 +560,19 @@ def stage_all(args):
     stage_export(args)
 
 
-def captions_to_score(split, count):
-    """The first of heldout.txt; or complete captions trained on, to choose a guidance by."""
-    if split == "heldout":
-        return read.held_out_captions()[:count]
+def captions_to_score(args):
+    """The first of --captions; or, with --split training, complete captions trained on, to choose a guidance by."""
+    if args.split == "heldout":
+        return read.held_out_captions(args.captions)[: args.count]
     rng = np.random.default_rng(5)
-    return [scenes.random_wording(rng, scenes.random_kind(rng)) for _ in range(count)]
+    return [scenes.random_wording(rng, scenes.random_kind(rng)) for _ in range(args.count)]
 
 
 def stage_eval(args):
     """Pictures of captions through diffusers, and what read.py finds in them."""
     pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    captions = captions_to_score(args.split, args.count)
+    captions = captions_to_score(args)
     args.pictures.mkdir(parents=True, exist_ok=True)
     for i in range(0, len(captions), 25):
         part = captions[i : i + 25]
@@ -632,6 +632,7 @@ def main():
     score.add_argument("--model", type=Path, required=True, help="exported directory")
     score.add_argument("--pictures", type=Path, required=True, help="directory for the pictures")
     score.add_argument("--split", choices=("heldout", "training"), default="heldout", help="which captions")
+    score.add_argument("--captions", type=Path, default=read.HELD_OUT, help="file of captions, one a line")
     score.add_argument("--count", type=int, default=500, help="how many captions")
     score.add_argument("--steps", type=int, default=50, help="DDIM steps")
     score.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
