@@ -279,6 +279,13 @@ class Run:
         return self.modules[name].eval()
 
 
+def averaged_weights(path, name, device):
+    """The averaged weights of one module in a checkpoint."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run the {path.stem} stage with this --work first")
+    return torch.load(path, map_location=device, weights_only=False)["averages"][name]
+
+
 def write_atomically(path, write):
     part = path.with_name(path.name + ".part")
     write(part)
@@ -363,10 +370,13 @@ def stage_vae(args):
     path = args.work / ("decoder.ckpt" if args.decoder_only else "vae.ckpt")
     run = Run(path, {"vae": vae}, args.rate or 4e-4, args.minutes, args.device, 0.995)
     if args.decoder_only and run.step == 0:
-        saved = torch.load(args.work / "vae.ckpt", map_location=args.device, weights_only=False)["averages"]["vae"]
+        saved = averaged_weights(args.work / "vae.ckpt", "vae", args.device)
         vae.load_state_dict(saved)
         run.averages["vae"] = {k: v.clone() for k, v in saved.items()}
     if run.progress() >= 1:
+        return
+    if not args.decoder_only and (args.work / "latents.safetensors").exists():
+        print("the autoencoder stays: latents.safetensors was encoded with it; delete that to train it on", flush=True)
         return
     vae.train()
     pictures = vae_pictures(args)
@@ -420,7 +430,7 @@ def load_vae(work, device):
     path = work / "decoder.ckpt"
     path = path if path.exists() else work / "vae.ckpt"
     vae = new_vae()
-    vae.load_state_dict(torch.load(path, map_location=device, weights_only=False)["averages"]["vae"])
+    vae.load_state_dict(averaged_weights(path, "vae", device))
     return vae.to(device=device, memory_format=torch.channels_last).eval()
 
 
