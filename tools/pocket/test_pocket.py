@@ -166,7 +166,7 @@ class Training(unittest.TestCase):
             size = sum(file.stat().st_size for file in Path(out).rglob("*.safetensors"))
             self.assertLess(size, 24e6)
             warm = f"{place}/warm"
-            self.run_train("unet", "--work", work, "--minutes", "0.16", "--batch", "4", "--device", "cpu")
+            self.run_train("unet", "--work", work, "--minutes", "0.16", "--batch", "4", "--device", "cpu", "--bf16")
             self.run_train("vae", "--work", warm, "--minutes", "0.02", "--warm", out, "--pictures", "8")
             told = self.run_train(
                 "eval", "--model", out, "--pictures", pictures, "--count", "2", "--steps", "2", "--device", "cpu"
