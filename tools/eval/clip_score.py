@@ -11,8 +11,12 @@ import pictures
 from common import EvalError, sha256_file
 
 PUBLISHED = "openai/clip-vit-base-patch32 on the Hugging Face hub, the model of the published MegaFusion code"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-NEEDED = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+NEEDED = (  # of each line, one
+    ("config.json",),
+    ("model.safetensors", "pytorch_model.bin"),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("tokenizer.json", "vocab.json"),
+)
 
 
 class Clip:
@@ -22,10 +26,8 @@ class Clip:
         directory = Path(directory)
         if not directory.is_dir():
             raise EvalError(f"--clip {directory}: no such folder; get {PUBLISHED} and give its folder")
-        missing = [name for name in NEEDED if not (directory / name).is_file()]
-        weights = [directory / name for name in WEIGHTS if (directory / name).is_file()]
-        if not weights:
-            missing.append(WEIGHTS[0])
+        found = [[directory / name for name in names if (directory / name).is_file()] for names in NEEDED]
+        missing = [names[0] for names, there in zip(NEEDED, found) if not there]
         if missing:
             raise EvalError(f"--clip {directory} lacks {', '.join(missing)}; get all of {PUBLISHED}")
         import torch
@@ -39,7 +41,7 @@ class Clip:
         except Exception as error:  # whatever transformers, safetensors or json raise
             reason = " ".join(str(error).split())[:200]
             raise EvalError(f"--clip {directory} does not load as a CLIP model ({reason}); get {PUBLISHED}") from error
-        self.sha256 = sha256_file(weights[0])
+        self.sha256 = sha256_file(found[1][0])
         self.device, self.batch = torch.device(device), batch
         self.model.to(self.device)
         self.text_length = self.model.config.text_config.max_position_embeddings

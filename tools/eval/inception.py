@@ -112,7 +112,7 @@ class FeatureSet:
     def load(path, key):
         """The set in an .npz written by save; EvalError when it is damaged or was made in another way than `key`."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
                 if "meta" not in file:
                     raise EvalError(f"{path} was not written by tools/eval/score; give the folder of pictures instead")
                 meta = json.loads(str(file["meta"]))

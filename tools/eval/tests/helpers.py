@@ -76,6 +76,7 @@ def random_inception(path, seed=0):
 def random_clip(folder, seed=0):
     """Saves a small random CLIPModel with the tokenizer of the pocket model, as transformers does."""
     import torch
+    import transformers
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models" / "pocket" / "tokenizer")
@@ -90,6 +91,7 @@ def random_clip(folder, seed=0):
     }  # fmt: skip
     torch.manual_seed(seed)
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.utils.logging.disable_progress_bar()
     CLIPModel(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
