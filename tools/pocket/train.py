@@ -2,20 +2,27 @@
 
 The stages, in order (each resumes from its checkpoint in --work, so a stopped run is continued by the same command):
 
-    python train.py vae    --work run --minutes 15
-    python train.py unet   --work run --minutes 75
-    python train.py vae    --work run --minutes 30 --decoder-only
+    python train.py vae    --work run --minutes 20
+    python train.py unet   --work run --minutes 600
+    python train.py vae    --work run --minutes 60 --decoder-only
     python train.py export --work run --out ../../models/pocket
     python train.py eval   --model ../../models/pocket --pictures out
 
+or, all but the last in one command, which shares out the minutes:
+
+    python train.py all    --work run --minutes 60 --out ../../models/pocket
+
 The model is the same shape as Stable Diffusion 1.x (CLIP text encoder, cross-attention UNet that predicts the noise,
 KL autoencoder), only smaller: 64x64 pictures, latents 4x16x16. The text encoder is trained together with the UNet. The
-third stage keeps the encoder, and with it the latents the UNet has learned; it may run beside the second.
+third stage keeps the encoder, and with it the latents the UNet has learned; it may run beside the second. --warm DIR
+starts the first two stages from an exported model instead of from random weights. On a GPU (--device cuda) the UNet
+runs in bf16, everything else in TF32; take a larger --batch there, and --workers to render the pictures.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -51,7 +58,7 @@ def byte_symbols():
 
 
 def caption_words():
-    text = " ".join(k.caption() for k in scenes.ALL_KINDS) + " a"
+    text = " ".join(scenes.KIND_OF) + " a and"
     return sorted(set(text.replace(",", " , ").split()))
 
 
@@ -183,6 +190,25 @@ def new_scheduler():
     )
 
 
+def exported_weights(directory, part):
+    """The weights of one part of an exported model, in f32."""
+    (path,) = (directory / part).glob("*.safetensors")
+    return {k.removeprefix("text_model."): v.float() for k, v in load_file(path).items()}
+
+
+def warm_text_encoder(directory, module, tokenizer):
+    """Loads an exported text encoder that may know other words: those new to it keep their fresh embeddings."""
+    weights = exported_weights(directory, "text_encoder")
+    key = "embeddings.token_embedding.weight"
+    old, known = weights[key], json.loads((directory / "tokenizer" / "vocab.json").read_text())
+    weights[key] = module.get_input_embeddings().weight.data.clone()
+    for word, row in tokenizer.get_vocab().items():
+        if word in known:
+            weights[key][row] = old[known[word]]
+    prefix = "text_model." if any(k.startswith("text_model.") for k in module.state_dict()) else ""
+    module.load_state_dict({prefix + k: v for k, v in weights.items()})
+
+
 # ---- training, shared ------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +221,9 @@ class Run:
         for m in modules.values():
             m.to(device=device, memory_format=torch.channels_last)
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device != "cpu"
+        )
         self.rng = np.random.default_rng(0)
         self.averages = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in modules.items()}
         if path.exists():
@@ -206,7 +234,7 @@ class Run:
             self.averages, self.step, self.seconds_done = saved["averages"], saved["step"], saved["seconds_done"]
             self.rng.bit_generator.state = saved["numpy_rng"]
             torch.set_rng_state(saved["torch_rng"].cpu())
-            print(f"resumed {path.name} at step {self.step}, {self.seconds_done / 60:.1f} min")
+            print(f"resumed {path.name} at step {self.step}, {self.seconds_done / 60:.1f} min", flush=True)
         self.last_tick = time.monotonic()
 
     def progress(self):
@@ -214,9 +242,9 @@ class Run:
         return min(self.seconds_done / self.seconds_planned, 1.0)
 
     def update(self, loss):
-        """One optimizer step; rate: 200 steps of warm-up, then a cosine over the planned time."""
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress()))
-        rate = self.rate * min(1.0, (self.step + 1) / 200) * cosine
+        """One optimizer step; rate: 200 steps of warm-up, constant for half the planned time, then half a cosine."""
+        fall = max(0.0, 2.0 * self.progress() - 1.0)
+        rate = self.rate * min(1.0, (self.step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fall)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,9 +255,8 @@ class Run:
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for n, m in self.modules.items():
-                for k, v in m.state_dict().items():
-                    if v.dtype.is_floating_point:
-                        self.averages[n][k].lerp_(v, 1 - decay)
+                now = {k: v for k, v in m.state_dict().items() if v.dtype.is_floating_point}
+                torch._foreach_lerp_([self.averages[n][k] for k in now], list(now.values()), 1 - decay)
         now = time.monotonic()
         self.seconds_done += now - self.last_tick
         self.last_tick = now
@@ -258,28 +285,50 @@ def write_atomically(path, write):
     os.replace(part, path)
 
 
+def save_array(path, array):
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
 def to_tensor(pictures):
-    """[n, h, w, 3] in 0..1 -> [n, 3, h, w] in -1..1, channels last."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
+    """[n, h, w, 3] in 0..1 or in bytes -> float [n, 3, h, w] in -1..1."""
+    pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return (pictures.float() / 255.0 if pictures.dtype == torch.uint8 else pictures) * 2 - 1
 
 
-def random_kind(rng):
-    return scenes.TRAINING_KINDS[rng.integers(len(scenes.TRAINING_KINDS))]
+def in_parallel(function, items, workers):
+    """[function(item) for item in items], by so many processes."""
+    if workers == 1:
+        return [function(item) for item in items]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return pool.map(function, items, chunksize=64)
 
 
 # ---- stage vae -------------------------------------------------------------------------------------------------------
 
 
-def vae_picture(rng):
-    """A 64x64 picture: a scene or a crowd, whole or a window of it at two or four times the size."""
+def vae_picture(seed):
+    """A 64x64 picture in bytes: a scene or a crowd, whole or a window of it at two or four times the size."""
+    rng = np.random.default_rng([4, seed])
     scale = (1, 1, 2, 4)[rng.integers(4)]
     size = NATIVE * scale
     crowd = rng.random() < 0.5
-    scene = scenes.draw_scene(rng, random_kind(rng))
-    x, y = rng.uniform(0, 1, 2) if crowd else scene.centres[rng.integers(len(scene.centres))]
+    scene = scenes.random_scene(rng, scenes.random_kind(rng))
+    things = scene.things(size, size)
+    x, y = rng.uniform(0, 1, 2) if crowd else things[rng.integers(len(things))].centre
     left, top = (int(np.clip((c + rng.uniform(-0.12, 0.12)) * size - NATIVE / 2, 0, size - NATIVE)) for c in (x, y))
     window = (left, top, NATIVE, NATIVE)
-    return scenes.render_crowd(rng, size, window) if crowd else scenes.render(scene, size, window)
+    picture = scenes.render_crowd(rng, size, window) if crowd else scenes.render(scene, size, window=window)
+    return (picture * 255.0 + 0.5).astype(np.uint8)
+
+
+def vae_pictures(args):
+    """The autoencoder's training pictures, bytes [n, 64, 64, 3], drawn once and kept in --work."""
+    path = args.work / "pictures.npy"
+    if not path.exists():
+        drawn = np.stack(in_parallel(vae_picture, range(args.pictures), args.workers))
+        write_atomically(path, lambda part: save_array(part, drawn))
+    return np.load(path)
 
 
 def picture_loss(out, target):
@@ -306,6 +355,8 @@ def stage_vae(args):
     with torch.no_grad():  # little posterior noise from the start: it falls slowly, and blurs the pictures until then
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -6.0
+    if args.warm:
+        vae.load_state_dict(exported_weights(args.warm, "vae"))
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -315,9 +366,14 @@ def stage_vae(args):
         saved = torch.load(args.work / "vae.ckpt", map_location=args.device, weights_only=False)["averages"]["vae"]
         vae.load_state_dict(saved)
         run.averages["vae"] = {k: v.clone() for k, v in saved.items()}
+    if run.progress() >= 1:
+        return
     vae.train()
+    pictures = vae_pictures(args)
+    run.last_tick = time.monotonic()
     while run.progress() < 1:
-        target = to_tensor([vae_picture(run.rng) for _ in range(args.batch or 8)]).to(args.device)
+        target = to_tensor(pictures[run.rng.integers(len(pictures), size=args.batch or 8)]).to(args.device)
+        target = target.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(target).latent_dist
         out = vae.decode(posterior.sample()).sample
         loss = picture_loss(out, target)
@@ -345,10 +401,8 @@ def standardised(weights, vae):
     Both are folded into the 1x1 convolutions around the latents. Without it the channels' deviations were 3.7, 1.7, 1.6
     and 0.65: the noise would hide the last channel long before the first.
     """
-    rng = np.random.default_rng(2)
-    drawn = [scenes.draw_scene(rng, random_kind(rng)) for _ in range(512)]
     device = vae.quant_conv.weight.device
-    parts = [to_tensor([scenes.render(s, NATIVE) for s in drawn[i : i + 64]]).to(device) for i in range(0, 512, 64)]
+    parts = [to_tensor([training_picture(i)[0] for i in range(k, k + 64)]).to(device) for k in range(0, 512, 64)]
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
     weights = {k: v.clone() for k, v in weights.items()}
@@ -370,19 +424,31 @@ def load_vae(work, device):
     return vae.to(device=device, memory_format=torch.channels_last).eval()
 
 
+TRAINING_KINDS = scenes.TRAINING_GROUPS + scenes.TRAINING_PAIRS
+ROW_OF = {kind: row for row, kind in enumerate(TRAINING_KINDS)}
+
+
+def training_picture(seed):
+    """(a training scene in bytes, the row of its kind in TRAINING_KINDS)."""
+    rng = np.random.default_rng([1, seed])
+    kind = scenes.random_kind(rng)
+    return (scenes.render(scenes.random_scene(rng, kind), NATIVE) * 255.0 + 0.5).astype(np.uint8), ROW_OF[kind]
+
+
 @torch.no_grad()
 def encode_scenes(args):
-    """Latents and kinds of --scenes training scenes, encoded once and kept in --work."""
+    """(latents, rows in TRAINING_KINDS, scaling factor) of --scenes training scenes, encoded once, kept in --work."""
     path = args.work / "latents.safetensors"
     if not path.exists():
-        vae, rng = load_vae(args.work, args.device), np.random.default_rng(1)
-        kinds = [int(rng.integers(len(scenes.TRAINING_KINDS))) for _ in range(args.scenes)]
-        latents = []
-        for i in range(0, len(kinds), 64):
-            drawn = [scenes.draw_scene(rng, scenes.TRAINING_KINDS[k]) for k in kinds[i : i + 64]]
-            pictures = to_tensor([scenes.render(s, NATIVE) for s in drawn]).to(args.device)
-            latents.append(vae.encode(pictures).latent_dist.mean.contiguous().cpu())
-        tensors = {"latents": torch.cat(latents), "kinds": torch.tensor(kinds)}
+        vae, latents, rows = load_vae(args.work, args.device), [], []
+        for i in range(0, args.scenes, 4096):
+            drawn = in_parallel(training_picture, range(i, min(i + 4096, args.scenes)), args.workers)
+            rows += [row for _, row in drawn]
+            for k in range(0, len(drawn), 64):
+                pictures = to_tensor([picture for picture, _ in drawn[k : k + 64]]).to(args.device)
+                latents.append(vae.encode(pictures).latent_dist.mean.contiguous().cpu())
+            print(f"encoded {len(rows)} of {args.scenes} scenes", flush=True)
+        tensors = {"latents": torch.cat(latents), "kinds": torch.tensor(rows)}
         write_atomically(path, lambda part: save_file(tensors, part))
     saved = load_file(path)
     return saved["latents"], saved["kinds"], 1.0 / float(saved["latents"].std())
@@ -398,29 +464,38 @@ def stage_unet(args):
     2023, arXiv:2303.09556). The lower one is for the caption: number and position are settled at an SNR near 0.01,
     where the noise is easily told from the picture and a wrong picture costs next to nothing in the noise.
     """
-    latents, kinds, scale = encode_scenes(args)
+    latents, rows_of_kinds, scale = encode_scenes(args)
     print(f"{len(latents)} scenes, scaling factor {scale:.4f}", flush=True)
+    latents = (latents * scale).to(args.device)
     tokenizer = write_tokenizer(args.work / "tokenizer")
     modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
-    run = Run(args.work / "unet.ckpt", modules, args.rate or 4e-4, args.minutes, args.device, 0.995)
+    if args.warm:
+        modules["unet"].load_state_dict(exported_weights(args.warm, "unet"))
+        warm_text_encoder(args.warm, modules["text_encoder"], tokenizer)
+    run = Run(args.work / "unet.ckpt", modules, args.rate or 4e-4, args.minutes, args.device, 0.999)
     unet, text_encoder = (m.train() for m in modules.values())
+    if args.compile:
+        unet = torch.compile(unet)
     abar = new_scheduler().alphas_cumprod.to(args.device)
-    batch, total = args.batch or 32, 0.0
+    batch, total, tokens = args.batch or 32, 0.0, {}
     while run.progress() < 1:
         rows = run.rng.integers(len(latents), size=batch)
-        captions = [scenes.draw_caption(run.rng, scenes.TRAINING_KINDS[kinds[r]]) for r in rows]
-        clean = (latents[rows] * scale).to(args.device, memory_format=torch.channels_last)
+        captions = [scenes.random_caption(run.rng, TRAINING_KINDS[k]) for k in rows_of_kinds[rows].tolist()]
+        for new in set(captions) - tokens.keys():
+            tokens[new] = tokenize(tokenizer, new)[0]
+        clean = latents[torch.from_numpy(rows).to(args.device)].contiguous(memory_format=torch.channels_last)
         noise = torch.randn_like(clean)
         t = (1000 * torch.rand(batch).sqrt()).long().clamp(max=999).to(args.device)  # noisier pictures more often
         a = abar[t][:, None, None, None]
-        context = text_encoder(tokenize(tokenizer, captions).to(args.device)).last_hidden_state
-        out = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, context).sample
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
+            context = text_encoder(torch.stack([tokens[c] for c in captions]).to(args.device)).last_hidden_state
+            out = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, context).sample
         snr = abar[t] / (1 - abar[t])
-        loss = ((out - noise).square().mean(dim=(1, 2, 3)) * snr.clamp(0.1, 5) / snr).mean()
+        loss = ((out.float() - noise).square().mean(dim=(1, 2, 3)) * snr.clamp(0.1, 5) / snr).mean()
         run.update(loss)
-        total += loss.item()
+        total += loss.detach()
         if run.step % 100 == 0:
-            print(f"step {run.step} {run.seconds_done / 60:.1f} min loss {total / 100:.4f}", flush=True)
+            print(f"step {run.step} {run.seconds_done / 60:.1f} min loss {float(total) / 100:.4f}", flush=True)
             total = 0.0
         if run.step % 200 == 0:
             run.save()
@@ -473,15 +548,31 @@ def stage_export(args):
     write_json(args.out / "model_index.json", index)
 
 
-def held_out_captions():
-    return (HERE / "heldout.txt").read_text().split("\n")[:-1]
+def stage_all(args):
+    """Autoencoder, UNet with text encoder, decoder, export: 20, 70 and 10 % of the minutes."""
+    minutes = args.minutes
+    args.decoder_only, args.minutes, args.batch = False, 0.2 * minutes, args.vae_batch
+    stage_vae(args)
+    args.minutes, args.batch = 0.7 * minutes, args.unet_batch
+    stage_unet(args)
+    args.decoder_only, args.minutes, args.batch = True, 0.1 * minutes, args.vae_batch
+    stage_vae(args)
+    stage_export(args)
+
+
+def captions_to_score(args):
+    """The first of --captions; or, with --split training, complete captions trained on, to choose a guidance by."""
+    if args.split == "heldout":
+        return read.held_out_captions(args.captions)[: args.count]
+    rng = np.random.default_rng(5)
+    return [scenes.random_wording(rng, scenes.random_kind(rng)) for _ in range(args.count)]
 
 
 def stage_eval(args):
-    """Pictures of the held-out captions through diffusers, and what read.py finds in them."""
+    """Pictures of captions through diffusers, and what read.py finds in them."""
     pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    captions = held_out_captions()[: args.count]
+    captions = captions_to_score(args)
     args.pictures.mkdir(parents=True, exist_ok=True)
     for i in range(0, len(captions), 25):
         part = captions[i : i + 25]
@@ -489,6 +580,7 @@ def stage_eval(args):
         pictures = pipe(part, num_inference_steps=args.steps, guidance_scale=args.guidance, generator=seeds).images
         for k, picture in enumerate(pictures):
             picture.save(args.pictures / f"{i + k:03d}.png")
+    (args.pictures / "captions.txt").write_text("\n".join(captions) + "\n")
     print(f"{args.steps} DDIM steps, guidance {args.guidance}, seeds {args.seed}..{args.seed + len(captions) - 1}")
     read.score_directory(args.pictures, captions)
     for size in (NATIVE, 4 * NATIVE):
@@ -499,8 +591,9 @@ def stage_eval(args):
 def vae_psnr(vae, size, count):
     """Of renderings of held-out kinds, encoded to the posterior's mean and decoded."""
     rng, values = np.random.default_rng(3), []
-    for i in range(count):
-        picture = to_tensor([scenes.render(scenes.draw_scene(rng, scenes.HELD_OUT_KINDS[i]), size)]).to(vae.device)
+    for caption in read.held_out_captions()[:count]:
+        scene = scenes.random_scene(rng, scenes.KIND_OF[caption])
+        picture = to_tensor([scenes.render(scene, size)]).to(vae.device)
         values.append(psnr(vae.decode(vae.encode(picture).latent_dist.mean).sample, picture))
     return float(np.mean(values))
 
@@ -513,32 +606,51 @@ def main():
     vae.add_argument("--decoder-only", action="store_true", help="train on with the encoder frozen")
     unet = commands.add_parser("unet", help="train the UNet and the text encoder")
     export = commands.add_parser("export", help="write the diffusers directory")
-    export.add_argument("--out", type=Path, required=True, help="directory to write")
+    everything = commands.add_parser("all", help="vae, unet, vae --decoder-only and export, one after another")
+    for command in (export, everything):
+        command.add_argument("--out", type=Path, required=True, help="directory to write")
     for command in (vae, unet):
+        command.add_argument("--batch", type=int, help="samples in a step (default 8; of the UNet 32)")
+    everything.add_argument("--vae-batch", type=int, default=8, help="samples in a step of the autoencoder")
+    everything.add_argument("--unet-batch", type=int, default=32, help="samples in a step of the UNet")
+    for command in (vae, unet, everything):
         command.add_argument("--minutes", type=float, required=True, help="planned training time, over all resumptions")
-        command.add_argument("--rate", type=float, help="peak learning rate")
-        command.add_argument("--batch", type=int, help="samples in a step")
-    for command in (vae, unet, export):
+        command.add_argument("--rate", type=float, help="peak learning rate (default 4e-4)")
+        command.add_argument("--warm", type=Path, metavar="DIR", help="start from this exported model")
+    for command in (vae, everything):
+        command.add_argument("--pictures", type=int, default=16000, help="pictures to draw for the autoencoder")
+    for command in (unet, everything):
+        command.add_argument("--bf16", action="store_true", help="multiply in bf16 (default: on a GPU)")
+        command.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    for command in (vae, unet, export, everything):
         command.add_argument("--work", type=Path, required=True, help="directory of checkpoints and encoded scenes")
-        command.add_argument("--scenes", type=int, default=20000, help="scenes to encode for the UNet")
+        command.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    for command in (unet, export, everything):
+        command.add_argument("--scenes", type=int, default=30000, help="scenes to encode for the UNet")
 
     score = commands.add_parser("eval", help="generate the held-out captions and score the pictures")
     score.add_argument("--model", type=Path, required=True, help="exported directory")
     score.add_argument("--pictures", type=Path, required=True, help="directory for the pictures")
-    score.add_argument("--count", type=int, default=200, help="captions to take from heldout.txt")
+    score.add_argument("--split", choices=("heldout", "training"), default="heldout", help="which captions")
+    score.add_argument("--captions", type=Path, default=read.HELD_OUT, help="file of captions, one a line")
+    score.add_argument("--count", type=int, default=500, help="how many captions")
     score.add_argument("--steps", type=int, default=50, help="DDIM steps")
     score.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
     score.add_argument("--seed", type=int, default=0, help="seed of the first picture; the others count up")
 
-    for command in (vae, unet, export, score):
+    for command in (vae, unet, export, everything, score):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        args.bf16 = True
     if args.stage != "eval":
         torch.manual_seed(0)
         args.work.mkdir(parents=True, exist_ok=True)
-    {"vae": stage_vae, "unet": stage_unet, "export": stage_export, "eval": stage_eval}[args.stage](args)
+    stages = {"vae": stage_vae, "unet": stage_unet, "export": stage_export, "all": stage_all, "eval": stage_eval}
+    stages[args.stage](args)
 
 
 if __name__ == "__main__":
