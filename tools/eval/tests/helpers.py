@@ -1,6 +1,7 @@
 """What the tests share: the modules' path, temporary folders, small random networks and pictures."""
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -98,11 +99,19 @@ def random_clip(folder, seed=0):
     return folder
 
 
+@functools.cache
+def loaded(make, *arguments):
+    """make(*arguments), once: a network takes seconds to load."""
+    return make(*arguments)
+
+
 def run_score(*arguments):
     """Results (dict) of the command with these arguments."""
+    import inception
     import score
 
+    once = functools.partial(loaded, inception.Inception)
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with mock.patch.object(inception, "Inception", once), contextlib.redirect_stdout(out):
         score.main([*map(str, arguments), "--json", "-", "--quiet"])
     return json.loads(out.getvalue())
