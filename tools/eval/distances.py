@@ -91,8 +91,8 @@ def resamples(count, times, seed):
 
 
 def interval(values, level=0.95):
-    """(low, high): the percentile interval."""
-    low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
+    """(low, high): the percentile interval; resamples without a value (one caption only, no pair in it) are left out."""
+    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 
@@ -122,31 +122,46 @@ def _centred(estimate, values, level):
     A resample has fewer different pictures than the sample, so its distance is larger by a bias that says nothing of
     the uncertainty. What is left is the spread.
     """
-    low, high = interval(np.asarray(values) - np.mean(values) + estimate, level)
+    low, high = interval(np.asarray(values) - np.nanmean(values) + estimate, level)
     return estimate, low, high
 
 
-def bootstrap_frechet(x, y, times=200, seed=0, level=0.95, paired=False):
-    """(distance, low, high); pictures of x are resampled. y is a fixed reference, or with paired the same captions'."""
+def _captions(x, y, each, paired):
+    """Number of captions that rows of x, `each` a caption, belong to; with paired those of y too."""
+    if len(x) % each or (paired and len(y) != len(x)):
+        raise EvalError(f"{len(x)} and {len(y)} feature vectors, {each} a caption: every caption needs as many")
+    return len(x) // each
+
+
+def bootstrap_frechet(x, y, times=200, seed=0, level=0.95, paired=False, each=1):
+    """(distance, low, high); captions are resampled, rows c * each ... c * each + each - 1 of x are caption c's.
+
+    y is a fixed reference, or with paired has the same captions, which are then resampled together.
+    """
     x, y = _features("x", x, 2), _features("y", y, 2)
     fixed = gaussian(y)
     values = []
-    for drawn in resamples(len(x), times, seed):
+    for captions in resamples(_captions(x, y, each, paired), times, seed):
+        drawn = (captions[:, None] * each + np.arange(each)).ravel()
         values.append(frechet_of_gaussians(*gaussian(x[drawn]), *(gaussian(y[drawn]) if paired else fixed)))
     return _centred(frechet_distance(x, y), values, level)
 
 
 def weighted_kernel_distance(kxx, kyy, kxy, w, v):
-    """Kernel distance where picture i of x is there w[i] times and j of y v[j] times; no picture pairs with itself."""
+    """Kernel distance where picture i of x is there w[i] times and j of y v[j] times; no picture pairs with itself.
+
+    NaN where only one picture of a set is there.
+    """
 
     def own(kernel, weights):
         inner = weights @ kernel @ weights - np.square(weights) @ np.diagonal(kernel)
-        return inner / (weights.sum() ** 2 - np.square(weights).sum())
+        pairs = weights.sum() ** 2 - np.square(weights).sum()
+        return inner / pairs if pairs > 0 else np.nan
 
     return own(kxx, w) + own(kyy, v) - 2.0 * w @ kxy @ v / (w.sum() * v.sum())
 
 
-def bootstrap_kernel(x, y, times=200, seed=0, level=0.95, paired=False):
+def bootstrap_kernel(x, y, times=200, seed=0, level=0.95, paired=False, each=1):
     """(distance, low, high) of the kernel distance over all pairs, resampled as in bootstrap_frechet.
 
     A picture drawn twice is a pair with itself, which the unbiased estimate leaves out: such pairs get no weight.
@@ -155,7 +170,8 @@ def bootstrap_kernel(x, y, times=200, seed=0, level=0.95, paired=False):
     kernels = [polynomial_kernel(x, x), polynomial_kernel(y, y), polynomial_kernel(x, y)]
     ones = np.ones(len(y))
     values = []
-    for drawn in resamples(len(x), times, seed):
-        weights = np.bincount(drawn, minlength=len(x)).astype(np.float64)
+    count = _captions(x, y, each, paired)
+    for captions in resamples(count, times, seed):
+        weights = np.repeat(np.bincount(captions, minlength=count).astype(np.float64), each)
         values.append(weighted_kernel_distance(*kernels, weights, weights if paired else ones))
     return _centred(kernel_distance(x, y), values, level)

@@ -138,6 +138,21 @@ class Bootstrap(TempCase):
         ones = distances.weighted_kernel_distance(*kernels, np.ones(5), np.ones(4))
         self.assertAlmostEqual(ones, distances.kernel_distance(x, y), delta=1e-12)
 
+    def test_two_captions_are_enough(self):
+        """Half of the resamples are one picture twice and have no pair."""
+        x, y = features(2, 3, 1), features(5, 3, 2)
+        self.assertTrue(np.isfinite(distances.bootstrap_kernel(x, y)).all())
+
+    def test_rows_of_a_caption_stay_together(self):
+        """Two equal rows a caption: the intervals of single rows, up to the (N - 1) of the covariance and of the pairs."""
+        x, y = features(300, 3, 1, 1.0, 0.5), features(50, 3, 2)
+        for function in (distances.bootstrap_frechet, distances.bootstrap_kernel):
+            one = np.diff(function(x, y, times=50)[1:])
+            two = np.diff(function(np.repeat(x, 2, axis=0), y, times=50, each=2)[1:])
+            self.assertAlmostEqual(float(two[0] / one[0]), 1, delta=0.05)
+            with self.refused("300 and 50 feature vectors", "7 a caption"):
+                function(x, y, each=7)
+
     def test_intervals_hold_the_estimate_and_shrink_with_more_pictures(self):
         widths = []
         for n in (40, 640):
