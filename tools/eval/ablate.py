@@ -31,8 +31,8 @@ Stopped at any point, the same command goes on: pictures and measurements that a
 flags, captions and seeds are the same. docs/evaluation.md says what is measured.
 
 examples:
-  cargo build --release && tools/eval/ablate --quick         a few tables on 16 captions, five minutes
-  tools/eval/ablate                                          everything, on 80
+  cargo build --release && tools/eval/ablate --quick         a few tables on 12 captions, five minutes
+  tools/eval/ablate                                          everything, on 70 captions, under two hours
   tools/eval/ablate --tables gamma delta --captions 200
   tools/eval/ablate --list                                   tables, rows and their flags; makes nothing
 """
@@ -40,13 +40,16 @@ examples:
 
 def parse(arguments):
     parser = argparse.ArgumentParser(
-        prog="tools/eval/ablate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/eval/ablate",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     known = [table.key for table in rows.TABLES]
-    add("--quick", action="store_true", help="fewer tables, 16 captions: five minutes on 2 cores")
+    add("--quick", action="store_true", help="fewer tables, 12 captions: five minutes on 2 cores")
     add("--tables", nargs="+", choices=known, metavar="TABLE", help=f"only these: {', '.join(known)}")
-    add("--captions", type=int, metavar="N", help="how many of the captions (default: 80; 16 with --quick)")
+    add("--captions", type=int, metavar="N", help="how many of the captions (default: 70; 12 with --quick)")
     add("--captions-file", default=ROOT / "tools" / "pocket" / "heldout.txt", type=Path, metavar="FILE")
     add("--model", type=Path, metavar="DIR", help="model directory (default: the one inside the program)")
     add("--program", type=Path, default=ROOT / "target" / "release" / "megafuse", metavar="FILE")
@@ -56,7 +59,7 @@ def parse(arguments):
     add("--out", type=Path, default=ROOT / "docs" / "ablations", metavar="DIR", help="tables and plots")
     add("--list", action="store_true", help="print the rows' flags and end")
     args = parser.parse_args(arguments)
-    args.captions = args.captions or (16 if args.quick else 80)
+    args.captions = args.captions or (12 if args.quick else 70)
     if args.captions < 2:
         raise EvalError(f"--captions {args.captions}: a distance needs 2 or more")
     return args
@@ -201,9 +204,7 @@ def values_of(run, row, version):
 def entries_of(run, table, gflops, native, state):
     """The table's results, a dict a row: the true renderings of every size first, then the rows."""
     sizes = list(dict.fromkeys(row.size for row in table.rows))
-    truth_rows = [
-        rows.Row(TRUTH if len(sizes) == 1 else f"{TRUTH}, {w}x{h}", (w, h), None) for w, h in sizes
-    ]
+    truth_rows = [rows.Row(TRUTH if len(sizes) == 1 else f"{TRUTH}, {w}x{h}", (w, h), None) for w, h in sizes]
     found = {}
     for row in (*truth_rows, *table.rows):
         if row.flags is None or gflops[row] is not None:
@@ -271,13 +272,13 @@ class State:
 def notes(run, table, left_out):
     """What stands under a table."""
     out = [
-        f"{len(run.captions)} captions of tools/pocket/heldout.txt, the same seeds in every row; 95 % intervals by bootstrap "
-        f"over captions. {run.identity['program']}, shared flags `{shlex.join(run.flags)}`. docs/evaluation.md defines the "
-        "columns. The row of true renderings shows the reader's own error and what a distance is between two finite sets of "
-        "ground truth. Seconds are of the machine the table was made on.",
+        f"{len(run.captions)} captions of tools/pocket/heldout.txt, the same seeds in every row; 95 % intervals by "
+        f"bootstrap over captions. {run.identity['program']}, shared flags `{shlex.join(run.flags)}`. "
+        "docs/evaluation.md defines the columns. The row of true renderings shows the reader's own error and what a "
+        "distance is between two finite sets of ground truth. Seconds are of the machine the table was made on.",
     ]
     if len(table.rows) > 1:
-        out.append(f"\"Against the baseline\" is the paired difference to {table.baseline!r}, in percentage points.")
+        out.append(f'"Against the baseline" is the paired difference to {table.baseline!r}, in percentage points.')
     for reason in dict.fromkeys(reason for _, reason in left_out):
         names = ", ".join(name for name, why in left_out if why == reason)
         out.append(f"Left out, because the program refuses their flags ({reason}): {names}.")

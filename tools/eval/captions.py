@@ -45,7 +45,7 @@ def _texts(path, where, value):
 
 
 def _read_lines(path, fields):
-    """{id: [texts]} of a JSON-lines file; an id may come once. The text is the first field of `fields` that is there."""
+    """{id: [texts]} of a JSON-lines file; an id may come once. The text is the first of `fields` that is there."""
     found = {}
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         if not line.strip():
@@ -53,7 +53,7 @@ def _read_lines(path, fields):
         where = f"line {number}"
         entry = _json(path, line, f"{path}, {where}")
         if not isinstance(entry, dict) or "id" not in entry:
-            raise EvalError(f"{path}, {where}: no \"id\"; a line is {{\"id\": ..., \"{fields[0]}\": ...}}")
+            raise EvalError(f'{path}, {where}: no "id"; a line is {{"id": ..., "{fields[0]}": ...}}')
         text = next((entry[f] for f in fields if f in entry), None)
         if text is None:
             raise EvalError(f"{path}, {where}: none of {', '.join(fields)}; a line names its caption")
@@ -77,7 +77,7 @@ def read_references(path):
     whole = _json(path, _read_text(path), str(path))
     table = whole.get("captions") if isinstance(whole, dict) else None
     if not isinstance(table, dict) or not table:
-        raise EvalError(f"{path} has no table \"captions\" of id to texts; a manifest ends in .jsonl")
+        raise EvalError(f'{path} has no table "captions" of id to texts; a manifest ends in .jsonl')
     return {str(key): _texts(path, f"captions of {key}", value) for key, value in table.items()}
 
 
@@ -107,7 +107,9 @@ def pair(references, candidates):
 
 def _need_java(what):
     if shutil.which("java") is None:
-        raise EvalError(f"{what} needs Java, and there is no java on the PATH; install one (Debian: default-jre-headless)")
+        raise EvalError(
+            f"{what} needs Java, and there is no java on the PATH; install one (Debian: default-jre-headless)"
+        )
 
 
 def _plain(text):
@@ -192,8 +194,9 @@ def open_wordnet(path):
 def meteor(references, candidates, how="nltk-stems", wordnet=None):
     """(mean, per picture) of METEOR, Banerjee and Lavie 2005. Tokenized input.
 
-    nltk, nltk-stems: the 2005 formula (alpha 0.9, beta 3, gamma 0.5), exact and stemmed matches, with nltk synonyms too.
-    java: METEOR 1.5 (Denkowski and Lavie 2014), the COCO server's: other weights, paraphrases; its mean is of the corpus.
+    nltk, nltk-stems: the 2005 formula (alpha 0.9, beta 3, gamma 0.5), exact and stemmed matches; nltk synonyms too.
+    java: METEOR 1.5 (Denkowski and Lavie 2014), the COCO server's: other weights, paraphrases; its mean is that of the
+    whole corpus.
     """
     if how == "java":
         _need_java("--meteor java")

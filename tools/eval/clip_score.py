@@ -37,7 +37,9 @@ class Clip:
         transformers.logging.disable_progress_bar()
         try:
             self.model = transformers.CLIPModel.from_pretrained(directory, local_files_only=True).float().eval()
-            self.processor = transformers.CLIPProcessor.from_pretrained(directory, local_files_only=True, use_fast=False)
+            self.processor = transformers.CLIPProcessor.from_pretrained(
+                directory, local_files_only=True, use_fast=False
+            )
         except Exception as error:  # whatever transformers, safetensors or json raise
             reason = " ".join(str(error).split())[:200]
             raise EvalError(f"--clip {directory} does not load as a CLIP model ({reason}); get {PUBLISHED}") from error

@@ -19,7 +19,9 @@ def _features(name, x, least):
     if len(x) < least:
         raise EvalError(f"{name} holds {len(x)} feature vectors, at least {least} are needed; add pictures")
     if not np.isfinite(x).all():
-        raise EvalError(f"{name} holds features that are not finite, the first in row {np.argwhere(~np.isfinite(x))[0][0]}")
+        raise EvalError(
+            f"{name} holds features that are not finite, the first in row {np.argwhere(~np.isfinite(x))[0][0]}"
+        )
     return x
 
 
@@ -73,7 +75,7 @@ def kernel_distance(x, y, block=2048):
 
 
 def kernel_distance_of_subsets(x, y, subsets=100, size=1000, seed=0):
-    """(mean, standard deviation) of the kernel distance of `subsets` random subsets of `size`, drawn without repetition."""
+    """(mean, standard deviation) of the kernel distance over random subsets, each drawn without repetition."""
     x, y = _features("x", x, 2), _features("y", y, 2)
     if not 2 <= size <= min(len(x), len(y)):
         raise EvalError(f"kernel distance: subsets of {size} of {len(x)} and {len(y)} pictures; give a size between")
@@ -86,12 +88,12 @@ def kernel_distance_of_subsets(x, y, subsets=100, size=1000, seed=0):
 
 
 def resamples(count, times, seed):
-    """[times, count] indices drawn with repetition. Two rows of a table with one seed get the same draws: paired."""
+    """[times, count] indices drawn with repetition; the same for all rows with one seed, which pairs them."""
     return np.random.default_rng(seed).integers(count, size=(times, count))
 
 
 def interval(values, level=0.95):
-    """(low, high): the percentile interval; resamples without a value (one caption only, no pair in it) are left out."""
+    """(low, high): the percentile interval; NaN (a resample of one caption has no pair) is left out."""
     low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 

@@ -16,8 +16,9 @@ is shifted a little, sensitive to how much detail there is and at which scale. E
 standard deviation of its features over ground-truth scenes (CENTRE, GAIN): no group outweighs the others, and the
 kernel of the kernel distance works where it is sensitive.
 
-Two forms, as the paper has them: the whole picture resized to 64x64 (content, arrangement, colour; blind to detail finer
-than the model's own size, as FID at 299x299 is blind at 1024), and 64x64 crops at full size (detail, texture, blur, noise).
+Two forms, as the paper has them: the whole picture resized to 64x64 (content, arrangement, colour; blind to detail
+finer than the model's own size, as FID at 299x299 is blind at 1024), and 64x64 crops at full size (detail, texture,
+blur, noise).
 """
 
 import functools
@@ -116,11 +117,13 @@ def bank(batch):
 
 
 def resized(picture, side=SIDE):
-    """f32 [h, w, 3] to [side, side, 3]: PIL's bicubic with antialias in float, clamped to 0..1, as clean-fid resizes."""
+    """f32 [h, w, 3] to [side, side, 3]: PIL's bicubic with antialias in float, clamped to 0..1, as clean-fid."""
     picture = np.asarray(picture, np.float32)
     if picture.shape[:2] == (side, side):
         return picture
-    planes = [Image.fromarray(np.ascontiguousarray(picture[..., c])).resize((side, side), Image.BICUBIC) for c in range(3)]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(picture[..., c])).resize((side, side), Image.BICUBIC) for c in range(3)
+    ]
     return np.clip(np.stack([np.asarray(p) for p in planes], axis=-1), 0.0, 1.0)
 
 

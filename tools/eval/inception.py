@@ -1,6 +1,6 @@
 """InceptionV3 features of folders of pictures, with the weights of the TensorFlow graph that FID is defined on.
 
-The network is torch-fidelity's; what a picture goes through before it differs between the libraries, and figures with it:
+The network is torch-fidelity's; what a picture goes through before it differs between libraries, and figures with it:
 
     torch       bilinear to 299x299, no antialias; 2 x/255 - 1          pytorch-fid; the published MegaFusion code's FID
     clean       bicubic of PIL with antialias, in float; (x - 128)/128  clean-fid and nicefid; that code's KID
@@ -59,10 +59,14 @@ class Inception:
         self.layer, self.device, self.batch = str(layer), torch.device(device), batch
         try:
             torch.load(weights, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
-            network = FeatureExtractorInceptionV3("inception", [self.layer], feature_extractor_weights_path=str(weights))
+            network = FeatureExtractorInceptionV3(
+                "inception", [self.layer], feature_extractor_weights_path=str(weights)
+            )
         except Exception as error:  # pickle, zip and state dict errors have no common class
             reason = " ".join(str(error).split())[:200]
-            raise EvalError(f"--inception {weights} does not hold this network's weights ({reason}); get {INCEPTION_FILE}") from error
+            raise EvalError(
+                f"--inception {weights} does not hold this network's weights ({reason}); get {INCEPTION_FILE}"
+            ) from error
         trunk = []
         for name, module in network.named_children():  # one after the other, but for the resize before and fc after
             trunk.append(module)
@@ -120,12 +124,16 @@ class FeatureSet:
         except EvalError:
             raise
         except Exception as error:  # zip, numpy and json errors have no common class
-            raise EvalError(f"{path} is not a readable .npz ({error}); delete it, or give the folder instead") from error
+            raise EvalError(
+                f"{path} is not a readable .npz ({error}); delete it, or give the folder instead"
+            ) from error
         if meta.get("format") != CACHE_FORMAT:
             raise EvalError(f"{path} has format {meta.get('format')}, this program writes {CACHE_FORMAT}; delete it")
         for name, value in key.items():
             if meta["key"].get(name) != value:
-                raise EvalError(f"{path} was made with {name} {meta['key'].get(name)!r}, asked for {value!r}; make it again")
+                raise EvalError(
+                    f"{path} was made with {name} {meta['key'].get(name)!r}, asked for {value!r}; make it again"
+                )
         return FeatureSet(
             arrays["features"], arrays.get("logits"), meta["key"], meta["pictures"], meta["folder"], meta["digest"]
         )

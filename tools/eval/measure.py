@@ -24,7 +24,14 @@ import scenes  # noqa: E402
 
 CROPS = pictures.Crops(side=features.SIDE, count=4, seed=0)
 TRUTHS = 3  # true renderings of every caption: the first is measured as a row itself, the others are the reference
-SINGLE = ("objects", "duplicates", "missing", "position_error", "sharpness", "texture")  # of a picture; the rest are of sets
+SINGLE = (
+    "objects",
+    "duplicates",
+    "missing",
+    "position_error",
+    "sharpness",
+    "texture",
+)  # of a picture; the rest are of sets
 
 
 def kind_of(caption):
@@ -41,7 +48,10 @@ def true_rendering(caption, index, number, size):
 
 
 def measure_picture(job):
-    """{name: value} of one picture, its features and its crops'. job: (path or None for the truth, caption, index, size)."""
+    """{name: value} of one picture, its features and its crops'. job: (path, caption, index, size).
+
+    A path of None is the caption's first true rendering.
+    """
     path, caption, index, size = job
     truths = [true_rendering(caption, index, k, size) for k in range(TRUTHS)]
     if path is None:
@@ -49,7 +59,9 @@ def measure_picture(job):
     else:
         picture = pictures.load(path).astype(np.float32) / 255
         if picture.shape[:2] != (size[1], size[0]):
-            raise EvalError(f"{path} is {picture.shape[1]}x{picture.shape[0]}, the row asks for {size[0]}x{size[1]}; delete it")
+            raise EvalError(
+                f"{path} is {picture.shape[1]}x{picture.shape[0]}, the row asks for {size[0]}x{size[1]}; delete it"
+            )
     verdict = read.judge(read.read(picture), kind_of(caption))
     sharp, texture = sharpness.relative(picture, truths[1:])
     error = verdict.position_error
@@ -84,7 +96,7 @@ def measure(folder, ids, captions, size, workers=None):
 
 
 def summary(values, native=None):
-    """{metric: [value, low, high]} of measure()'s values; native: those of the native-size pictures, for the b forms."""
+    """{metric: [value, low, high]} of measure()'s values; native: the native-size pictures' values, for the b forms."""
     out = {name: distances.bootstrap_mean(values[name]) for name in SINGLE}
     each = CROPS.count
     out["fd_r"] = distances.bootstrap_frechet(values["whole"], values["true_whole"])

@@ -25,13 +25,6 @@ class Folder:
     def ids(self):
         return tuple(Path(name).stem for name in self.files)
 
-    def file_of(self, picture_id):
-        """Path of the picture with this id, or an EvalError."""
-        try:
-            return self.path / self.files[self.ids().index(picture_id)]
-        except ValueError:
-            raise EvalError(f"{self.path} has no picture {picture_id!r} (such as {picture_id}.png); make it") from None
-
     def digest(self):
         """Hex digest of names and contents: any changed, added or missing picture changes it."""
         digest = hashlib.sha256()
@@ -79,7 +72,9 @@ def check_equal_sizes(folder):
             with Image.open(folder.path / name) as image:
                 size = image.size
         except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise EvalError(f"{folder.path / name} is not a readable picture ({error}); make it again or remove it") from error
+            raise EvalError(
+                f"{folder.path / name} is not a readable picture ({error}); make it again or remove it"
+            ) from error
         first = first or size
         if size != first:
             raise EvalError(

@@ -1,8 +1,8 @@
 """Tables as Markdown and plots as SVG from the ablation's results, JSON lines of
 
-    {"table": key, "row": name, "x": number or null, "metrics": {metric: [value, low, high]}, ...}
+{"table": key, "row": name, "x": number or null, "metrics": {metric: [value, low, high]}, ...}
 
-    tools/eval/setup tools/eval/report.py RESULTS.jsonl OUT_FOLDER       every table in the file
+tools/eval/setup tools/eval/report.py RESULTS.jsonl OUT_FOLDER       every table in the file
 """
 
 import argparse
@@ -73,7 +73,7 @@ def cell(metric, value):
 
 
 def markdown(entries):
-    """Two tables, a row an entry: what is in the pictures and their cost, and distances. A column needs a value in it."""
+    """Two tables, a row an entry: what is in the pictures and their cost; distances. A column needs a value in it."""
     cost = [(k, h, d) for k, h, d in (("gflop", "GFLOP", 0), ("seconds", "s", 2)) if any(e.get(k) for e in entries)]
     tables = []
     for names, extra in ((CONTENT, cost), (DISTANCES, [])):

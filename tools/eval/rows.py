@@ -21,7 +21,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`baseline`: the row whose captions the others are compared with one by one. `axis`: of Row.x, where it has one."""
+    """`baseline`: the row whose captions the others are compared with one by one. `axis`: what Row.x is."""
 
     key: str
     title: str
@@ -114,8 +114,8 @@ def gamma():
     for value in (2, 6, 8):
         rows.append(Row(str(value), sized(128), relayed(stages, "--gamma", str(value), reschedule=True), x=value))
     rows.sort(key=lambda row: row.x)
-    return Table("gamma", "gamma of the noise re-scheduling (figure 8), T&R + R 64x64 to 128x128", tuple(rows), "1 (none)",
-        axis="gamma")  # fmt: skip
+    title = "gamma of the noise re-scheduling (figure 8), T&R + R 64x64 to 128x128"
+    return Table("gamma", title, tuple(rows), "1 (none)", axis="gamma")
 
 
 def delta():
@@ -153,9 +153,18 @@ def relay_noise():
         row("++: two steps less (as the code has for SDXL)", "--relay-noise-offset=2", **PLUS),
         row("++: the published code's quirks", "--reference-compat", **PLUS),
     )
-    return Table("relay-noise", "Noise level after a relay, at 128x128", rows, "T&R: the next step's (ours)", quick=True)
+    return Table(
+        "relay-noise", "Noise level after a relay, at 128x128", rows, "T&R: the next step's (ours)", quick=True
+    )
 
 
 TABLES = (
-    methods(2), methods(3), methods(4), upsamplers(), truncation(), gamma(), delta(), guidance(), aspects(), relay_noise(),
-)  # fmt: skip
+    *(methods(scale) for scale in PAPER),
+    upsamplers(),
+    truncation(),
+    gamma(),
+    delta(),
+    guidance(),
+    aspects(),
+    relay_noise(),
+)

@@ -34,14 +34,21 @@ network, ever.
 
 def parse(arguments):
     parser = argparse.ArgumentParser(
-        prog="tools/eval/score", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/eval/score",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--generated", metavar="DIR", help="pictures to judge, one a caption, named by their ids")
     add("--real", metavar="DIR|NPZ", help="real pictures")
     add("--base", metavar="DIR|NPZ", help="pictures of the same model at its own size")
-    add("--captions", metavar="FILE", help="prompts or references: a manifest .jsonl, or .json with a table \"captions\"")
-    add("--candidates", metavar="DIR|FILE", help="captions made from the pictures: ID.txt files, or .jsonl of id, caption")
+    add("--captions", metavar="FILE", help='prompts or references: a manifest .jsonl, or .json with a table "captions"')
+    add(
+        "--candidates",
+        metavar="DIR|FILE",
+        help="captions made from the pictures: ID.txt files, or .jsonl of id, caption",
+    )
     add("--inception", metavar="FILE", help="InceptionV3 weights, pt_inception-2015-12-05-6726825d.pth")
     add("--clip", metavar="DIR", help="CLIP model directory, such as clip-vit-base-patch32")
     add("--wordnet", metavar="DIR", help="WordNet for METEOR of nltk (nltk_data, or wordnet.zip)")
@@ -56,12 +63,13 @@ def parse(arguments):
     add("--kid-subset-size", type=int, default=1000, metavar="N", help="pictures in each (default: 1000)")
     add("--is-splits", type=int, default=10, metavar="N", help="splits of IS (default: 10)")
     add("--tokenizer", default="plain", choices=("plain", "ptb", "whitespace"),
-        help="of captions: plain (here, no Java), ptb (the COCO server's, Java), whitespace (default: plain)")  # fmt: skip
+        help="of captions: plain (no Java), ptb (the COCO server's, Java), whitespace (default: plain)")  # fmt: skip
     add("--meteor", default="nltk-stems", choices=("nltk", "nltk-stems", "java"),
         help="nltk: with WordNet's synonyms; nltk-stems: without; java: METEOR 1.5 (default: nltk-stems)")  # fmt: skip
     add("--references", default="all", choices=("all", "first"), help="reference captions used (default: all)")
     add("--published-code", action="store_true", help="also what the published code calls CIDEr, METEOR and ROUGE")
     add("--any-size", action="store_true", help="pictures of --generated or --base may differ in size")
+    add("--allow-missing", action="store_true", help="judge what is there of --captions' pictures or candidates")
     add("--allow-few", action="store_true", help="FID with fewer pictures than features (a singular covariance)")
     group = parser.add_argument_group("machine and output")
     add = group.add_argument
@@ -106,6 +114,19 @@ def check_inputs(args):
         raise EvalError("--save-features needs --resize torch, clean or tensorflow: a file holds features of one kind")
 
 
+def check_complete(args, references, there, what, where, notes):
+    """Captions without a picture or candidate: an EvalError, or with --allow-missing a note."""
+    there = set(there)
+    missing = [key for key in references if key not in there]
+    if missing and not args.allow_missing:
+        raise EvalError(
+            f"{len(missing)} of the {len(references)} captions have no {what} in {where}, the first is {missing[0]!r}; "
+            "make them, or give --allow-missing"
+        )
+    if missing:
+        notes.append(f"{len(missing)} of {len(references)} captions have no {what} and are left out")
+
+
 def reporter(args, what):
     """Progress on standard error, at most a line a second."""
     import time
@@ -135,6 +156,37 @@ def open_source(args, name):
     return folder
 
 
+def enough_for_fid(name, count, width, allow_few):
+    if count < 2 or (count <= width and not allow_few):
+        raise EvalError(
+            f"{name} has {count} pictures or crops: FID needs more than {width}, the features of --layer, for a "
+            "covariance of full rank; make more, or give --allow-few and compare equal counts only"
+        )
+
+
+def enough_for_kid(name, count, size):
+    if count < size:
+        raise EvalError(
+            f"{name} has {count} pictures or crops, KID draws subsets of {size}: make more, or give a smaller "
+            "--kid-subset-size"
+        )
+
+
+def check_counts(args, sources):
+    """What fid() and kid() and inception_score() would refuse, before an hour of InceptionV3."""
+    for source in sources.values():
+        if isinstance(source, pictures.Folder) and (args.real or args.base):
+            for count in (len(source), len(source) * args.crops if args.crop_size else len(source)):
+                enough_for_fid(source.path, count, int(args.layer), args.allow_few)
+                enough_for_kid(source.path, count, args.kid_subset_size)
+    if args.layer == "2048" and len(sources["generated"]) < args.is_splits:
+        few_for_is(sources["generated"].path, len(sources["generated"]), args.is_splits)
+
+
+def few_for_is(name, count, splits):
+    raise EvalError(f"{name} has {count} pictures, fewer than --is-splits {splits}; make more, or give fewer splits")
+
+
 def fid(a, b, allow_few):
     """FID of two FeatureSets by torch-fidelity, on f64 features."""
     import torch
@@ -142,11 +194,7 @@ def fid(a, b, allow_few):
 
     width = a.features.shape[1]
     for x in (a, b):
-        if len(x.features) < 2 or (len(x.features) <= width and not allow_few):
-            raise EvalError(
-                f"{x.folder} has {len(x.features)} pictures or crops: FID needs more than {width}, the features of "
-                "--layer, for a covariance of full rank; make more, or give --allow-few and compare equal counts only"
-            )
+        enough_for_fid(x.folder, len(x.features), width, allow_few)
     stats = [fid_features_to_statistics(torch.from_numpy(x.features.astype("float64"))) for x in (a, b)]
     return fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]
 
@@ -159,11 +207,7 @@ def kid(a, b, subsets, size):
     import distances
 
     for x in (a, b):
-        if len(x.features) < size:
-            raise EvalError(
-                f"{x.folder} has {len(x.features)} pictures or crops, KID draws subsets of {size}: make more, "
-                "or give a smaller --kid-subset-size"
-            )
+        enough_for_kid(x.folder, len(x.features), size)
     both = [torch.from_numpy(x.features.astype("float64")) for x in (a, b)]
     found = kid_features_to_metric(*both, kid_subsets=subsets, kid_subset_size=size, rng_seed=2020, verbose=False)
     return {
@@ -179,7 +223,7 @@ def inception_score(found, splits):
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if found.pictures < splits:
-        raise EvalError(f"{found.folder} has {found.pictures} pictures, fewer than --is-splits {splits}; give fewer")
+        few_for_is(found.folder, found.pictures, splits)
     out = isc_features_to_metric(torch.from_numpy(found.logits), splits=splits, shuffle=True, rng_seed=2020)
     return {"mean": out[KEY_METRIC_ISC_MEAN], "std": out[KEY_METRIC_ISC_STD]}
 
@@ -189,8 +233,11 @@ def score_pictures(args, sources, results, notes):
     from inception import Inception, features_of
 
     network = Inception(args.inception, args.layer, args.device, args.batch)
+    check_counts(args, sources)
     if not network.published:
-        notes.append(f"the InceptionV3 weights are not the published file (sha256 {network.sha256[:8]}...): {INCEPTION_FILE}")
+        notes.append(
+            f"the InceptionV3 weights are not the published file (sha256 {network.sha256[:8]}...): {INCEPTION_FILE}"
+        )
     fid_resize, kid_resize = ("torch", "clean") if args.resize == "published" else (args.resize, args.resize)
     results["definitions"]["inception"] = network.key() | {
         "fid_resize": fid_resize, "kid_resize": kid_resize, "kid_subsets": args.kid_subsets,
@@ -231,8 +278,7 @@ def score_captions(args, references, results, notes):
     """CIDEr, METEOR and ROUGE-L, into `results`."""
     candidates = captions.read_candidates(args.candidates)
     ids = captions.pair(references, candidates)
-    if len(ids) < len(references):
-        notes.append(f"{len(references) - len(ids)} of {len(references)} references have no candidate and are left out")
+    check_complete(args, references, candidates, "candidate caption", args.candidates, notes)
     texts = {key: references[key][:1] if args.references == "first" else references[key] for key in ids}
     gold = captions.tokenize(texts, args.tokenizer)
     said = {k: v[0] for k, v in captions.tokenize({key: [candidates[key]] for key in ids}, args.tokenizer).items()}
@@ -269,8 +315,12 @@ def as_text(results):
 
 def main(arguments=None):
     args = parse(arguments)
+    results = {"metrics": {}, "counts": {}, "definitions": {}, "notes": []}
+    notes = results["notes"]
     sources = {name: open_source(args, name) for name in ("generated", "real", "base") if getattr(args, name)}
     references = captions.read_references(args.captions) if args.captions else None
+    if references is not None and "generated" in sources:
+        check_complete(args, references, sources["generated"].ids(), "picture", sources["generated"].path, notes)
     import torch  # seconds; after the errors that need none
 
     if args.threads:
@@ -281,8 +331,7 @@ def main(arguments=None):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise EvalError(f"--device {args.device}: torch cannot use it ({reason}); cpu always works") from error
-    results = {"metrics": {}, "counts": {}, "definitions": {"threads": torch.get_num_threads()}, "notes": []}
-    notes = results["notes"]
+    results["definitions"]["threads"] = torch.get_num_threads()
     for name, source in sources.items():
         results["counts"][name] = len(source) if isinstance(source, pictures.Folder) else str(source)
     if args.inception:
@@ -295,7 +344,9 @@ def main(arguments=None):
         results["metrics"]["clip_t"] = float(values.mean())
         results["definitions"]["clip"] = {"weights_sha256": clip.sha256}
         if cut:
-            notes.append(f"{cut} of {len(values)} captions are longer than CLIP's {clip.text_length} tokens and were cut")
+            notes.append(
+                f"{cut} of {len(values)} captions are longer than CLIP's {clip.text_length} tokens and were cut"
+            )
     if args.candidates:
         score_captions(args, references, results, notes)
     text = json.dumps(results, indent=2, sort_keys=True) + "\n"

@@ -4,9 +4,9 @@
     sharpness               10 log10 ((mean of h^2 + q) / (the same of ground truth))
     texture                 the same with the median over 8x8 blocks of the blocks' means of h^2 in place of the mean
 
-0 dB: as much fine detail as the true rendering at that size has; -3 dB: half; -10 dB: a tenth. Outlines dominate the mean;
-blocks with an outline are few, so the median is that of the ground's texture. q = (1/255)^2 / 12, what rounding to 8 bits
-leaves in a flat picture, keeps flat pictures finite. Noise counts as detail: read beside the crop distances.
+0 dB: as much fine detail as the true rendering at that size has; -3 dB: half; -10 dB: a tenth. Outlines dominate the
+mean; blocks with an outline are few, so the median is that of the ground's texture. q = (1/255)^2 / 12, what rounding
+to 8 bits leaves in a flat picture, keeps flat pictures finite. Noise counts as detail: read beside the crop distances.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def energies(picture):
 
 
 def relative(picture, truths):
-    """(sharpness, texture) in dB of a picture beside the mean energies of true renderings of its caption at its size."""
+    """(sharpness, texture) in dB of a picture beside the mean energies of true renderings at its size."""
     mine = np.array(energies(picture))
     true = np.mean([energies(t) for t in truths], axis=0)
     sharpness, texture = 10 * np.log10((mine + ROUNDING) / (true + ROUNDING))

@@ -1,6 +1,6 @@
 """Ground-truth scenes and known damage to them, for test_features and as a report.
 
-    tools/eval/setup tools/eval/tests/corruptions.py      distances of growing damage, as a Markdown table
+tools/eval/setup tools/eval/tests/corruptions.py      distances of growing damage, as a Markdown table
 """
 
 import dataclasses
@@ -42,7 +42,9 @@ def render(drawn, size, extra=0, purple=0.0, seed=0):
             copies.append(dataclasses.replace(things[pick % len(things)], centre=tuple(place)))
         chances = rng.random(len(things))
         things = [dataclasses.replace(t, colour="purple") if p < purple else t for t, p in zip(things, chances)]
-        out.append(scenes.render_things(things + copies[:extra], scene.kind.ground, scene.light, scene.texture, size, size))
+        out.append(
+            scenes.render_things(things + copies[:extra], scene.kind.ground, scene.light, scene.texture, size, size)
+        )
     return out
 
 

@@ -16,6 +16,7 @@ from helpers import ROOT, TempCase
 from PIL import Image
 
 import ablate
+import distances
 import measure
 import report
 import rows
@@ -63,9 +64,14 @@ class Runner(TempCase):
         )
         table = rows.Table("small", "A small table", two, "a")
         again = rows.Table("again", "The same run again", two[1:2], "b", axis="things")
-        patch = mock.patch.object(rows, "TABLES", (table, again))
-        patch.start()
-        self.addCleanup(patch.stop)
+        drawn = distances.resamples
+        for where, name, value in (
+            (rows, "TABLES", (table, again)),
+            (distances, "resamples", lambda count, times, seed: drawn(count, 10, seed)),  # quicker
+        ):
+            patch = mock.patch.object(where, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
 
     def run_ablate(self, *more):
         base = ["--program", self.program, "--work", self.dir / "work", "--out", self.dir / "out", "--captions", 3]
@@ -113,6 +119,9 @@ class Runner(TempCase):
         self.run_ablate()
         self.assertEqual(first, {name: (folder / name).stat().st_mtime_ns for name in first})
         self.assertIn("--resume", self.calls()[1])
+        lines = [json.loads(line) for line in folder.with_suffix(".jsonl").read_text().splitlines()]
+        self.assertEqual([(line["id"], line["seed"]) for line in lines], [("0000", 0), ("0001", 1), ("0002", 2)])
+        self.assertEqual([measure.kind_of(line["prompt"]) for line in lines], self.kinds())
         self.assertTrue((self.dir / "out" / "small.md").exists())
 
     def test_a_damaged_measurement_is_made_again(self):
@@ -185,7 +194,7 @@ class Report(TempCase):
     ENTRIES = [
         {"table": "t", "row": "true", "metrics": {"objects": [1.0, 1.0, 1.0], "fd_r": [4.26, 3.0, 5.0]}},
         {"table": "t", "row": "x", "x": 4, "gflop": 71.6, "seconds": 0.987,
-         "metrics": {"objects": [0.715, 0.62, 0.8], "objects_difference": [0.05, -0.0004, 0.1], "fd_r": [9.0, 8.0, 11.0]}},
+         "metrics": {"objects": [0.715, 0.62, 0.8], "objects_difference": [0.05, -4e-4, 0.1], "fd_r": [9.0, 8.0, 11]}},
         {"table": "t", "row": "y", "x": 2, "metrics": {"objects": [float("nan")] * 3, "fd_r": [1.0, 0.5, 2.0]}},
     ]  # fmt: skip
 

@@ -16,7 +16,11 @@ REFERENCES = {
     "b": ["two large blue cubes at the top", "two cubes"],
     "c": ["a small white cone in the centre of a sand ground"],
 }
-CANDIDATES = {"a": "a red ball on a black ground", "b": "three large blue cubes", "c": "a small white cone in the centre"}
+CANDIDATES = {
+    "a": "a red ball on a black ground",
+    "b": "three large blue cubes",
+    "c": "a small white cone in the centre",
+}
 
 
 def cider_d(references, candidates):
@@ -60,7 +64,9 @@ class Metrics(TempCase):
 
     def test_cider_of_the_references_themselves_is_ten(self):
         references = {"a": ["red balls roll far away"], "b": ["blue cubes stand very still"]}
-        self.assertAlmostEqual(captions.cider(references, {k: v[0] for k, v in references.items()})[0], 10.0, delta=1e-9)
+        self.assertAlmostEqual(
+            captions.cider(references, {k: v[0] for k, v in references.items()})[0], 10.0, delta=1e-9
+        )
 
     def test_rouge_l_by_hand(self):
         # longest common subsequence "a red ball on a ground": 6 of 7 words both ways; "ball" alone in the second
@@ -89,6 +95,8 @@ class Metrics(TempCase):
         self.assertAlmostEqual(got["cider"], (3 + 2 + 1 + 0) / 10, delta=1e-12)
         self.assertAlmostEqual(got["rouge"], sentence_bleu(["a b c d e"], "a b c x"), delta=1e-12)
         self.assertNotIn("meteor", got)
+        got = captions.published_code({"a": ["on and on"]}, {"a": "on on on"})
+        self.assertAlmostEqual(got["cider"], 2 / 6, delta=1e-12)  # a word twice there counts twice
 
     @unittest.skipIf(shutil.which("java") is None, "no java")
     def test_java_programs(self):
@@ -111,7 +119,9 @@ class Files(TempCase):
         return path
 
     def test_both_forms_of_references(self):
-        lines = self.write("p.jsonl", '{"id": "7", "prompt": "a ball", "seed": 1}\n\n{"id": 8, "captions": ["x", "y"]}\n')
+        lines = self.write(
+            "p.jsonl", '{"id": "7", "prompt": "a ball", "seed": 1}\n\n{"id": 8, "captions": ["x", "y"]}\n'
+        )
         self.assertEqual(captions.read_references(lines), {"7": ["a ball"], "8": ["x", "y"]})
         table = self.write("coco.json", json.dumps({"captions": {"385150": ["one", "two"]}}))
         self.assertEqual(captions.read_references(table), {"385150": ["one", "two"]})
@@ -154,15 +164,17 @@ class Files(TempCase):
         references = self.write("r.json", json.dumps({"captions": REFERENCES | {"d": ["unused"]}}))
         lines = [json.dumps({"id": k, "caption": v.upper() + "."}) for k, v in CANDIDATES.items()]
         said = self.write("c.jsonl", "\n".join(lines))
-        found = run_score("--captions", references, "--candidates", said, "--published-code")
+        with self.refused("1 of the 4 captions have no candidate caption", "'d'", "--allow-missing"):
+            run_score("--captions", references, "--candidates", said)
+        found = run_score("--captions", references, "--candidates", said, "--published-code", "--allow-missing")
         self.assertAlmostEqual(found["metrics"]["cider"], np.mean(cider_d(REFERENCES, CANDIDATES)), delta=1e-12)
         self.assertAlmostEqual(found["metrics"]["rouge_l"], captions.rouge_l(REFERENCES, CANDIDATES)[0], delta=1e-12)
         self.assertAlmostEqual(found["metrics"]["meteor"], captions.meteor(REFERENCES, CANDIDATES)[0], delta=1e-12)
         self.assertEqual(found["counts"], {"candidates": 3})
-        self.assertIn("1 of 4 references", found["notes"][0])
+        self.assertIn("1 of 4 captions", found["notes"][0])
         self.write("c.jsonl", '{"id": "a", "caption": "..."}')
         with self.refused("'a'", "no words"):
-            run_score("--captions", references, "--candidates", said)
+            run_score("--captions", references, "--candidates", said, "--allow-missing")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,7 @@ class Kernel(TempCase):
         def k(a, b):
             return (float(np.dot(a, b)) / 3 + 1) ** 3
 
-        own = [
-            np.mean([k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j]) for z in (x, y)
-        ]
+        own = [np.mean([k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j]) for z in (x, y)]
         want = sum(own) - 2 * np.mean([k(a, b) for a in x for b in y])
         for block in (1, 2, 3, 100):
             self.assertAlmostEqual(distances.kernel_distance(x, y, block), want, delta=1e-12)
@@ -144,7 +142,7 @@ class Bootstrap(TempCase):
         self.assertTrue(np.isfinite(distances.bootstrap_kernel(x, y)).all())
 
     def test_rows_of_a_caption_stay_together(self):
-        """Two equal rows a caption: the intervals of single rows, up to the (N - 1) of the covariance and of the pairs."""
+        """Two equal rows a caption: the intervals of single rows, up to N - 1 against N."""
         x, y = features(300, 3, 1, 1.0, 0.5), features(50, 3, 2)
         for function in (distances.bootstrap_frechet, distances.bootstrap_kernel):
             one = np.diff(function(x, y, times=50)[1:])
@@ -152,6 +150,14 @@ class Bootstrap(TempCase):
             self.assertAlmostEqual(float(two[0] / one[0]), 1, delta=0.05)
             with self.refused("300 and 50 feature vectors", "7 a caption"):
                 function(x, y, each=7)
+
+    def test_interval_lies_about_the_estimate(self):
+        """Few pictures, many features: every resample is further from y than the sample; the interval is moved back."""
+        x, y = features(15, 10, 1), features(200, 10, 2)
+        for function in (distances.bootstrap_frechet, distances.bootstrap_kernel):
+            estimate, low, high = function(x, y)
+            self.assertTrue(low < estimate < high)
+            self.assertLess(abs((low + high) / 2 - estimate), 0.3 * (high - low))
 
     def test_intervals_hold_the_estimate_and_shrink_with_more_pictures(self):
         widths = []

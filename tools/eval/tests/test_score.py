@@ -119,7 +119,20 @@ class Scores(TempCase):
                 for i, (x, y) in enumerate(crops.boxes(path.stem, 48, 40)):
                     self.assertTrue(0 <= x <= 24 and 0 <= y <= 16)
                     Image.fromarray(picture[y : y + 24, x : x + 24]).save(out / f"{path.stem}-{i}.png")
-        one = ("--generated", folders["a"], "--real", folders["b"], "--crop-size", 24, "--crops", 2, "--seed", 7, "--resize", "torch")
+        one = (
+            "--generated",
+            folders["a"],
+            "--real",
+            folders["b"],
+            "--crop-size",
+            24,
+            "--crops",
+            2,
+            "--seed",
+            7,
+            "--resize",
+            "torch",
+        )
         found = run_score(*one, "--inception", WEIGHTS, *SMALL)["metrics"]
         by_hand = ("--generated", self.dir / "a-crops", "--real", self.dir / "b-crops", "--resize", "torch")
         want = run_score(*by_hand, "--inception", WEIGHTS, *SMALL)["metrics"]
@@ -133,6 +146,8 @@ class Scores(TempCase):
         self.assertNotEqual(boxes, pictures.Crops(8, 4, 2).boxes("p", 100, 90))
         self.assertNotEqual(boxes, pictures.Crops(8, 4, 1).boxes("q", 100, 90))
         self.assertEqual(pictures.Crops(8, 2, 0).boxes("p", 8, 8), [(0, 0), (0, 0)])
+        left, top = zip(*pictures.Crops(8, 400).boxes("p", 30, 20))
+        self.assertEqual((min(left), max(left), min(top), max(top)), (0, 22, 0, 12))
         with self.refused("'p'", "7x8", "8x8", "--crop-size"):
             pictures.Crops(8, 1).boxes("p", 7, 8)
 
@@ -149,6 +164,8 @@ class Scores(TempCase):
         p /= p.sum(axis=1, keepdims=True)
         want = np.exp((p * np.log(p / p.mean(axis=0))).sum(axis=1).mean())
         self.assertAlmostEqual(of(logits, 1)["mean"], want, delta=1e-6)
+        sorted_by_class = np.repeat(np.eye(2), 20, axis=0) * 200
+        self.assertGreater(of(sorted_by_class, 2)["mean"], 1.5)  # shuffled: both halves have both
         with self.refused("3 pictures", "--is-splits 4"):
             of(np.zeros((3, 5)), 4)
 
@@ -225,6 +242,18 @@ class Cache(TempCase):
         self.assertEqual(self.calls, 4)
         self.assertFalse(np.array_equal(first.features, changed.features))
 
+    def test_file_of_other_pictures_is_not_used(self):
+        first = self.features()
+        (path,) = (self.dir / "cache").iterdir()
+        old = path.read_bytes()
+        path.unlink()
+        write_pictures(self.folder, 4, seed=8)
+        changed = self.features()
+        (path,) = (self.dir / "cache").iterdir()
+        path.write_bytes(old)  # under the changed folder's name
+        np.testing.assert_array_equal(self.features().features, changed.features)
+        self.assertFalse(np.array_equal(first.features, changed.features))
+
     def test_damaged_file_is_named(self):
         self.features()
         (path,) = (self.dir / "cache").iterdir()
@@ -262,7 +291,10 @@ class Errors(TempCase):
             (("--generated", a, "--inception", "/no/such"), ["/no/such", "pt_inception-2015-12-05-6726825d.pth"]),
             (("--generated", self.dir / "no", "--inception", WEIGHTS), [self.dir / "no", "not a folder"]),
             ((*judged, "--layer", "64"), ["a has 5 pictures", "more than 64", "--allow-few"]),
-            ((*judged, "--layer", "64", "--allow-few", "--resize", "torch"), ["a has 5 pictures", "1000", "--kid-subset-size"]),
+            (
+                (*judged, "--layer", "64", "--allow-few", "--resize", "torch"),
+                ["a has 5 pictures", "1000", "--kid-subset-size"],
+            ),
             ((*judged, *SMALL, "--crop-size", "41"), ["'p000'", "48x40", "41x41"]),
             ((*judged, "--batch", "0"), ["--batch 0", "at least 1"]),
             ((*judged, "--kid-subset-size", "1"), ["--kid-subset-size 1"]),
@@ -289,12 +321,14 @@ class Errors(TempCase):
 
     def test_incomplete_clip_directory(self):
         a = write_pictures(self.dir / "a", 1)
-        (self.dir / "m.jsonl").write_text('{"id": "p000", "prompt": "x"}')
         model_dir = random_clip(self.dir / "clip")
         args = ("--generated", a, "--clip", model_dir, "--captions", self.dir / "m.jsonl")
         (self.dir / "m.jsonl").write_text('{"id": "p00", "prompt": "x"}')
-        with self.refused("'p000'", "no caption"):
+        with self.refused("1 of the 1 captions have no picture", "'p00'", "--allow-missing"):
             run_score(*args)
+        with self.refused("'p000'", "no caption"):
+            run_score(*args, "--allow-missing")
+        (self.dir / "m.jsonl").write_text('{"id": "p000", "prompt": "x"}')
         (model_dir / "model.safetensors").write_bytes(b"junk")
         with self.refused(model_dir, "does not load"):
             run_score(*args)
@@ -303,7 +337,7 @@ class Errors(TempCase):
             run_score(*args)
 
     def test_pictures(self):
-        a = write_pictures(self.dir / "a", 3)
+        a = write_pictures(self.dir / "a", 4)
         args = ("--generated", a, "--inception", WEIGHTS, *SMALL)
         whole = (a / "p001.png").read_bytes()
         (a / "p001.png").write_bytes(whole[: len(whole) // 2])
