@@ -131,14 +131,15 @@ fn noise(count: usize) -> Vec<f32> {
 fn help_shows_every_command_and_flag_with_examples() {
     let place = Place::new();
     let help = place.ok(&["--help"]);
-    for command in ["generate", "plan", "probe", "resize", "check", "bench", "doctor"] {
+    for command in ["generate", "grid", "plan", "probe", "resize", "check", "bench", "doctor"] {
         assert!(help.contains(command), "{help}");
         let help = place.ok(&[command, "--help"]);
         assert!(command == "doctor" || help.contains("Examples:"), "{command}: {help}");
     }
     let help = place.ok(&["generate", "--help"]);
     let flags = "model negative method size stages upsampler relay-clamp reschedule dilation relay-noise-offset \
-                 scheduler eta steps guidance seed count rng dtype device out dump reference-compat";
+                 scheduler eta steps guidance seed count rng dtype device out dump strip manifest resume shard \
+                 reference-compat";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");
     }
@@ -278,6 +279,19 @@ fn a_doctor_names_what_is_there() {
     for part in [env!("CARGO_PKG_VERSION"), "threads", "cpu features", "cuda", "emu", "pocket", "--model DIR"] {
         assert!(report.contains(part), "{part} in:\n{report}");
     }
+}
+
+#[test]
+fn an_instruction_set_is_chosen_by_a_variable() {
+    let place = Place::new();
+    let doctor =
+        |level: &str| place.command(&["doctor"]).env("MEGAFUSE_CPU", level).output().expect("the program starts");
+    let report = text(&doctor("baseline").stdout);
+    assert!(report.contains("with baseline kernels"), "{report}");
+    let output = doctor("avx3");
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("MEGAFUSE_CPU=avx3") && message.contains("it has baseline"), "{message}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ typedef __nv_bfloat16 bf16;
     extern "C" __global__ void __launch_bounds__(max_threads, min_blocks) name
 #define REGISTER_KERNEL(name)
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")  // not unrolled, where that would cost registers
 
 // At namespace scope: inside an extern "C" kernel it would get C linkage.
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];

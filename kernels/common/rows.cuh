@@ -39,7 +39,7 @@ DEVICE void load_rows(T* tile, const Rows<const T>& rows, int first, int thread)
     const int left = rows.count - first;
     if (rows.aligned) {
         static_assert(kRows * kChunks % kThreads == 0);
-        UNROLL
+        ROLLED  // unrolled, the places of every round would be kept in registers from tile to tile
         for (int i = 0; i < kRows * kChunks / kThreads; i++) {
             const int row = (i * kThreads + thread) / kChunks, chunk = (i * kThreads + thread) % kChunks;
             const bool inside = GUARD(row < left) && GUARD(chunk * kChunk < rows.width);

@@ -184,6 +184,7 @@ struct Entry<F> {
 
 #define DEVICE static inline
 #define UNROLL
+#define ROLLED
 #define KERNEL(name, max_threads, min_blocks)                                                      \
     static constexpr unsigned emu_bounds_##name[2] = {unsigned(max_threads), unsigned(min_blocks)}; \
     __attribute__((noinline)) static void name

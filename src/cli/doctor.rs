@@ -2,7 +2,7 @@
 
 use megafuse::pipeline::{ModelFiles, ModelSource};
 use megafuse::runtime::{CudaDevice, CudaOptions, cuda};
-use megafuse::{DType, Device, Result};
+use megafuse::{DType, Device, Result, ops};
 
 use super::memory::{available_bytes, bytes_text, total_bytes};
 use super::output::print_line;
@@ -22,7 +22,7 @@ pub fn run() -> Result<()> {
     row("memory", format!("{}, {} available", memory(total_bytes()), memory(available_bytes())));
 
     print_line("devices");
-    row("cpu", "ready");
+    row("cpu", format!("ready, with {} kernels (MEGAFUSE_CPU names a smaller set)", ops::cpu_level()?));
     let card = Device::cuda(0);
     match &card {
         Ok(Device::Cuda(card)) => cards(card)?,
@@ -98,7 +98,7 @@ fn check_embedded() -> Result<String> {
     Ok(format!("complete{}", native.unwrap_or_default()))
 }
 
-/// What the gemm crate and the compiler's code can use.
+/// What kernels of the cpu can use.
 fn cpu_features() -> String {
     #[cfg(target_arch = "x86_64")]
     let found: Vec<&str> = [

@@ -1,18 +1,27 @@
 //! The command line program: flags become a request of the library, its events progress, its results files.
 
 mod args;
+mod batch;
 mod bench;
+mod canvas;
 mod cases;
 mod check;
 mod doctor;
 mod generate;
+mod grid;
+mod manifest;
 mod memory;
 mod output;
+mod picture_args;
 mod plan;
 mod probe;
 mod progress;
 mod resize;
+mod run_folder;
 mod safetensors_file;
+mod session;
+mod sheet;
+mod strip;
 mod values;
 
 use std::process::ExitCode;
@@ -42,10 +51,15 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    megafuse::ops::cpu_level()?; // a wrong variable is said before it is passed over
     match cli.command {
         Command::Generate(args) => {
             output::end_at_once_on_interrupt()?;
             generate::run(&args)
+        }
+        Command::Grid(args) => {
+            output::end_at_once_on_interrupt()?;
+            grid::run(&args)
         }
         Command::Plan(args) => plan::run(&args),
         Command::Probe(args) => {

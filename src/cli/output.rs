@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+pub use megafuse::image::is_part;
 use megafuse::image::write_atomically;
 use megafuse::{Error, Result};
 
@@ -13,8 +14,15 @@ use super::INTERRUPTED;
 
 /// Held while a file is written, so that an interrupt waits for the file to be complete.
 static WRITING: Mutex<()> = Mutex::new(());
-/// Files that this run has completed.
+/// Files that this run has completed and named.
 static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+/// What an interrupt says beside what is complete.
+static ADVICE: Mutex<&str> = Mutex::new("");
+
+/// From now on an interrupt also says this.
+pub fn advise_on_interrupt(advice: &'static str) {
+    *ADVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = advice;
+}
 
 /// From now on Ctrl-C ends the program at once, wherever it is, except inside a write.
 ///
@@ -23,10 +31,11 @@ static WRITTEN: AtomicUsize = AtomicUsize::new(0);
 pub fn end_at_once_on_interrupt() -> Result<()> {
     ctrlc::set_handler(|| {
         let _complete = lock();
+        let advice = *ADVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // The newline leaves the terminal's "^C" and the progress line alone.
         match WRITTEN.load(Ordering::Relaxed) {
-            0 => eprintln!("\ninterrupted; nothing was written"),
-            files => eprintln!("\ninterrupted; the {files} file(s) named above are complete"),
+            0 => eprintln!("\ninterrupted; nothing was written{advice}"),
+            files => eprintln!("\ninterrupted; the {files} file(s) named above are complete{advice}"),
         }
         std::process::exit(i32::from(INTERRUPTED));
     })
@@ -43,7 +52,39 @@ fn lock() -> MutexGuard<'static, ()> {
 /// Those of [`write_atomically`]; [`Error::Io`] naming `path`.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let _writing = lock();
+    write_locked(path, bytes)?;
+    WRITTEN.fetch_add(1, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The same for a file that the run does not name.
+///
+/// # Errors
+/// As [`replace`].
+pub fn replace_unnamed(path: &Path, bytes: &[u8]) -> Result<()> {
+    let _writing = lock();
     write_locked(path, bytes)
+}
+
+/// Adds a line to a file, which is made if need be.
+///
+/// # Errors
+/// [`Error::Io`] naming `path`.
+pub fn append_line(path: &Path, line: &str) -> Result<()> {
+    let _writing = lock();
+    let file = fs::OpenOptions::new().append(true).create(true).open(path);
+    // In one call, so that the file never has half a line.
+    let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+    written.map_err(|error| Error::io(path, error))
+}
+
+/// Removes every file of `folder` that a killed run left half-written. Nobody may be writing there.
+pub fn remove_parts(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten().filter(|entry| is_part(&entry.file_name().to_string_lossy())) {
+        // What cannot be removed does no harm but to the eye.
+        let _ = fs::remove_file(entry.path());
+    }
 }
 
 fn write_locked(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -55,7 +96,6 @@ fn write_locked(path: &Path, bytes: &[u8]) -> Result<()> {
         let behind = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         write_atomically(&behind, |file| file.write_all(bytes))?;
     }
-    WRITTEN.fetch_add(1, Ordering::Relaxed);
     Ok(())
 }
 
@@ -96,17 +136,22 @@ pub fn check_writable(path: &Path) -> Result<()> {
 pub enum Target {
     /// A name that the user chose: replaced.
     Chosen(PathBuf),
-    /// `megafuse-SEED.png` in this folder, or the first of `megafuse-SEED-2.png`, ... that is free.
-    Free { folder: PathBuf, seed: u64 },
+    /// `STEM.png` in this folder, or the first of `STEM-2.png`, ... that is free.
+    Free { folder: PathBuf, stem: String },
 }
 
 impl Target {
     /// For picture `index` (from 0) of `count`.
     pub fn picture(out: Option<&Path>, index: usize, count: usize, seed: u64) -> Target {
+        Target::named(out.map(|path| numbered_file(path, index, count)), &format!("megafuse-{seed}"))
+    }
+
+    /// `out`, or a free name with this stem, in the folder `out` or the current one.
+    pub fn named(out: Option<PathBuf>, stem: &str) -> Target {
         match out {
-            None => Target::Free { folder: PathBuf::from("."), seed },
-            Some(path) if path.is_dir() => Target::Free { folder: path.to_path_buf(), seed },
-            Some(path) => Target::Chosen(numbered(path, index, count)),
+            None => Target::Free { folder: PathBuf::from("."), stem: stem.into() },
+            Some(path) if path.is_dir() => Target::Free { folder: path, stem: stem.into() },
+            Some(path) => Target::Chosen(path),
         }
     }
 
@@ -115,7 +160,7 @@ impl Target {
     pub fn check(&self) -> Result<()> {
         match self {
             Target::Chosen(path) => check_writable(path),
-            Target::Free { folder, seed } => check_writable(&folder.join(default_name(*seed, 1))),
+            Target::Free { folder, stem } => check_writable(&folder.join(default_name(stem, 1))),
         }
     }
 
@@ -127,22 +172,40 @@ impl Target {
         let _writing = lock();
         let path = match self {
             Target::Chosen(path) => path.clone(),
-            Target::Free { folder, seed } => {
+            Target::Free { folder, stem } => {
                 let here = folder == Path::new(".");
                 let place = |name: String| if here { PathBuf::from(name) } else { folder.join(name) };
-                let mut names = (1u64..).map(|number| place(default_name(*seed, number)));
+                let mut names = (1u64..).map(|number| place(default_name(stem, number)));
                 names.find(|path| fs::symlink_metadata(path).is_err()).expect("there are more names than files")
             }
         };
         write_locked(&path, bytes)?;
+        WRITTEN.fetch_add(1, Ordering::Relaxed);
         Ok(path)
     }
 }
 
-fn default_name(seed: u64, number: u64) -> String {
+fn default_name(stem: &str, number: u64) -> String {
     match number {
-        1 => format!("megafuse-{seed}.png"),
-        _ => format!("megafuse-{seed}-{number}.png"),
+        1 => format!("{stem}.png"),
+        _ => format!("{stem}-{number}.png"),
+    }
+}
+
+/// [`numbered`], unless `path` is a folder.
+fn numbered_file(path: &Path, index: usize, count: usize) -> PathBuf {
+    if path.is_dir() { path.to_path_buf() } else { numbered(path, index, count) }
+}
+
+/// # Errors
+/// [`Error::Request`]: the name after `flag` ends like no PNG's.
+pub fn check_png(flag: &'static str, path: Option<&Path>) -> Result<()> {
+    match path {
+        Some(path) if !path.is_dir() && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png")) => {
+            let reason = "pictures are written as PNG; give a name that ends in .png";
+            Err(Error::Request { flag, value: path.display().to_string(), reason: reason.into() })
+        }
+        _ => Ok(()),
     }
 }
 

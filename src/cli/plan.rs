@@ -4,13 +4,13 @@ use megafuse::Result;
 use megafuse::pipeline::{self, PlanReport};
 use megafuse::runtime::{OpKind, Work};
 
-use super::args::PlanArgs;
 use super::memory::bytes_text;
 use super::output::print_line;
+use super::picture_args::PlanArgs;
 use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let request = args.run.request()?;
+    let request = args.picture.request(&args.run, &args.prompt)?;
     let dtype = args.run.dtype_on(&args.run.device.open()?);
     let source = args.run.source();
     let report = pipeline::plan(&source, dtype, &request)?;
@@ -20,7 +20,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     }
     let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();
     let model = values::source_name(&source);
-    print_line(format!("{model}, {}, {}, stages {}", report.dtype, args.run.method(), stages.join(" ")));
+    print_line(format!("{model}, {}, {}, stages {}", report.dtype, request.method, stages.join(" ")));
     if request.count > 1 {
         print_line(format!("for one of {} pictures", request.count));
     }

@@ -111,6 +111,45 @@ pub fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// All of `--seeds`, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seeds(pub Vec<u64>);
+
+/// Far more than a picture of them could show.
+const MOST_SEEDS: u64 = 10_000;
+
+/// `7`, `0..3` (0, 1, 2), `0..=3` (0, 1, 2, 3), or several of these separated by commas.
+pub fn seeds(text: &str) -> Result<Seeds, String> {
+    const WANTED: &str = "expected numbers and ranges separated by commas, like 0..3 (which is 0,1,2) or 5,7,9";
+    let number = |text: &str| text.parse::<u64>().map_err(|_| WANTED.to_string());
+    let mut list = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = match part.split_once("..") {
+            None => (number(part)?, number(part)?),
+            Some((first, last)) => match last.strip_prefix('=') {
+                Some(last) => (number(first)?, number(last)?),
+                None => (number(first)?, number(last)?.checked_sub(1).ok_or(format!("{part} is empty; {WANTED}"))?),
+            },
+        };
+        if last < first {
+            return Err(format!("{part} is empty; {WANTED}"));
+        }
+        if last - first >= MOST_SEEDS || list.len() as u64 >= MOST_SEEDS {
+            return Err(format!("more than {MOST_SEEDS} seeds; {WANTED}"));
+        }
+        list.extend(first..=last);
+    }
+    Ok(Seeds(list))
+}
+
+/// Side of a grid's cell.
+pub fn cell(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(side) if (16..=4096).contains(&side) => Ok(side),
+        _ => Err("expected a side from 16 to 4096 pixels".into()),
+    }
+}
+
 /// Dilation of 3x3 convolutions.
 pub fn dilation(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
@@ -202,6 +241,19 @@ mod tests {
         ] {
             let error = stages(text).expect_err(text);
             assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn seed_lists() {
+        assert_eq!(seeds("0..3"), Ok(Seeds(vec![0, 1, 2])));
+        assert_eq!(seeds("0..=2,9"), Ok(Seeds(vec![0, 1, 2, 9])));
+        assert_eq!(seeds("18446744073709551615"), Ok(Seeds(vec![u64::MAX])));
+        for text in ["", "3..3", "3..2", "0..0", "5..=4", "..", "0..", "a", "1,", "-1", "0...3", "1e3"] {
+            assert!(seeds(text).is_err(), "{text}");
+        }
+        for text in ["0..18446744073709551615", "0..=18446744073709551615", "0..10001", "0..10000,0..9999,1"] {
+            assert!(seeds(text).unwrap_err().contains("more than"), "{text}");
         }
     }
 

@@ -35,10 +35,18 @@ pub fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::R
     Ok(())
 }
 
+/// What the temporary files of [`write_atomically`] are called, with letters between the two.
+const PART: (&str, &str) = (".megafuse-", ".part");
+
+/// Is this the name of a file that [`write_atomically`] has not finished? A killed program leaves one.
+pub fn is_part(name: &str) -> bool {
+    name.starts_with(PART.0) && name.ends_with(PART.1)
+}
+
 /// A hidden file that removes itself, with the permissions that any new file would get.
 fn temporary_in(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".megafuse-").suffix(".part");
+    builder.prefix(PART.0).suffix(PART.1);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -6,8 +6,8 @@ mod pixels;
 mod png;
 mod read;
 
-pub use atomic::write_atomically;
+pub use atomic::{is_part, write_atomically};
 pub use infotext::infotext;
 pub use pixels::{from_bytes, to_bytes};
-pub use png::{PngText, encode_png, write_png};
+pub use png::{PngText, encode_png, read_png_text, write_png};
 pub use read::read_image;

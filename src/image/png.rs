@@ -1,4 +1,5 @@
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::write_atomically;
@@ -29,6 +30,34 @@ pub fn encode_png(pixels: &[u8], width: usize, height: usize, text: PngText) -> 
     let mut bytes = Vec::new();
     encode(&mut bytes, pixels, w, h, text).map_err(|error| Error::io(Path::new("PNG in memory"), error))?;
     Ok(bytes)
+}
+
+/// The last chunk of every PNG: length, name, checksum.
+const END: [u8; 12] = *b"\0\0\0\0IEND\xae\x42\x60\x82";
+
+/// The text chunk `keyword` of a PNG file, if it has one before its pixels, as ours do. The pixels are not read, only
+/// that the file goes on to its end.
+///
+/// # Errors
+/// [`Error::File`]: not a PNG, or truncated; [`Error::Io`] when the system cannot read it.
+pub fn read_png_text(path: &Path, keyword: &str) -> Result<Option<String>> {
+    let mut file = File::open(path).map_err(|error| Error::io(path, error))?;
+    let mut end = [0; END.len()];
+    let whole = file.seek(SeekFrom::End(-(END.len() as i64))).and_then(|_| file.read_exact(&mut end));
+    if whole.is_err() || end != END {
+        return Err(Error::file(path, "not a PNG, or one that ends in the middle"));
+    }
+    file.rewind().map_err(|error| Error::io(path, error))?;
+    let damaged = |error: png::DecodingError| Error::file(path, format!("a damaged PNG: {error}"));
+    let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(damaged)?;
+    let info = reader.info();
+    if let Some(chunk) = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword) {
+        return Ok(Some(chunk.text.clone()));
+    }
+    match info.utf8_text.iter().find(|chunk| chunk.keyword == keyword) {
+        Some(chunk) => chunk.get_text().map(Some).map_err(damaged),
+        None => Ok(None),
+    }
 }
 
 fn checked(pixels: &[u8], width: usize, height: usize) -> Result<[u32; 2]> {

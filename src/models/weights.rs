@@ -160,6 +160,11 @@ impl WeightStore {
         self.taken().in_order.clone()
     }
 
+    /// The files' bytes, in the order of their names.
+    pub fn file_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.files.iter().map(|file| file.as_bytes())
+    }
+
     pub fn root(&self) -> Weights<'_> {
         Weights { store: self, prefix: String::new() }
     }

@@ -37,6 +37,15 @@ pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, Step
 use crate::error::{Error, Result};
 use crate::runtime::Tensor;
 
+/// The instruction set that the cpu's ops use, `baseline`, `avx2` or `avx512`: the largest of this machine, or the smaller
+/// one that `MEGAFUSE_CPU` names.
+///
+/// # Errors
+/// [`Error::Config`]: the variable names none of this machine's. The ops themselves then take the largest.
+pub fn cpu_level() -> Result<&'static str> {
+    Ok(cpu::math::chosen()?.name())
+}
+
 /// The input of an op that can read a skip connection as a second source: `Two(a, b)` is `a` and `b` side by side on
 /// the channel dimension, without a copy.
 #[derive(Clone, Copy, Debug)]

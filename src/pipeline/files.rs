@@ -31,6 +31,22 @@ enum Place {
 /// What a directory must have, for messages.
 const LAYOUT: &str =
     "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
+/// What decides a picture beside the weights; not every model has all of them.
+const CONFIGURATIONS: [&str; 10] = [
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "vae/config.json",
+];
+/// Parts with weights, and how their files begin.
+const WEIGHTS: [(&str, &str); 3] =
+    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")];
 /// What stands for the directory of the embedded model.
 const EMBEDDED_NAME: &str = "pocket";
 
@@ -77,6 +93,26 @@ impl ModelFiles {
                 path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
             }
         }
+    }
+
+    /// Tells this model from others, also from those of its name: the first 16 hexadecimal digits of BLAKE3 over the
+    /// configurations, the tokenizer and the weights.
+    ///
+    /// # Errors
+    /// As [`WeightStore::open`]; [`Error::Io`].
+    pub fn digest(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        let mut add = |bytes: &[u8]| {
+            hasher.update_rayon(bytes).update(&(bytes.len() as u64).to_le_bytes());
+        };
+        for name in CONFIGURATIONS {
+            add(name.as_bytes());
+            add(&self.read(name)?.unwrap_or_default());
+        }
+        for (part, stem) in WEIGHTS {
+            self.weights(part, stem, &Device::cpu(), DType::F32)?.file_bytes().for_each(&mut add);
+        }
+        Ok(hasher.finalize().to_hex()[..16].to_string())
     }
 
     pub fn tokenizer(&self) -> Result<ClipTokenizer> {

@@ -13,6 +13,6 @@ pub use crate::rng::RngKind;
 pub use crate::schedulers::Sampler;
 pub use files::{ModelFiles, ModelSource};
 pub use parameters::Parameters;
-pub use plan::{PhaseReport, PlanReport, WeightReport, plan};
+pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use request::Request;
 pub use run::{Picture, Pipeline};

@@ -91,8 +91,8 @@ pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<Pla
     Planner::new(source, dtype)?.plan(request)
 }
 
-/// A model on the meta device, which tells what its requests cost.
-pub(super) struct Planner {
+/// A model on the meta device, which tells what its requests come to and cost: for callers with many of them.
+pub struct Planner {
     meta: MetaDevice,
     pipeline: Pipeline,
     weights: Vec<WeightReport>,
@@ -105,6 +105,11 @@ impl Planner {
         let meta = MetaDevice::default();
         let pipeline = Pipeline::load(source.clone(), Device::Meta(meta.clone()), dtype)?;
         Ok(Planner { meta, pipeline, weights: weights(source, dtype)? })
+    }
+
+    /// The model, without data.
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
     }
 
     /// # Errors

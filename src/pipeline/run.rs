@@ -96,6 +96,14 @@ impl Pipeline {
         request.resolve(&self.scheduler, self.native_size(), self.vae.config().factor())
     }
 
+    /// What the first picture of a request says about itself.
+    ///
+    /// # Errors
+    /// As [`Pipeline::resolve`].
+    pub fn parameters(&self, request: &Request) -> Result<Parameters> {
+        Ok(Parameters::new(request, &self.resolve(request)?, self, request.seed))
+    }
+
     /// One picture after another; a picture depends on the request and its own seed alone. On the meta device: the ops'
     /// record, and no picture.
     ///

@@ -13,26 +13,59 @@
 //! ```
 //! Functions of T in a [`simd!`] block: `pub fn name[T: Element](from: &[T]) { .. }`.
 
+use std::sync::OnceLock;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::error::{Error, Result};
 use crate::ops::Activation;
 use crate::runtime::{DType, Element};
 
-/// Instruction set of this machine that the cpu ops use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Instruction set that the cpu ops use; a larger one can do all that a smaller one can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// AVX-512 F, BW, DQ, VL with FMA.
-    Avx512,
-    /// AVX2 with FMA and F16C.
-    Avx2,
     /// What the build assumes: SSE2 on x86-64, NEON on aarch64.
     Baseline,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL with FMA.
+    Avx512,
 }
 
-/// Detected once; later calls read a cached value.
+const LEVELS: [(&str, Level); 3] = [("baseline", Level::Baseline), ("avx2", Level::Avx2), ("avx512", Level::Avx512)];
+
+impl Level {
+    pub fn name(self) -> &'static str {
+        LEVELS.iter().find(|(_, level)| *level == self).map_or("", |(name, _)| name)
+    }
+}
+
+/// Chosen once; later calls read a cached value.
 #[inline]
 pub fn level() -> Level {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| chosen().unwrap_or_else(|_| detected()))
+}
+
+/// The largest of this machine, or the smaller one that `MEGAFUSE_CPU` names.
+///
+/// # Errors
+/// [`Error::Config`]: the variable's value is no level, or one that this machine has not.
+pub fn chosen() -> Result<Level> {
+    let detected = detected();
+    let Some(name) = std::env::var_os("MEGAFUSE_CPU") else { return Ok(detected) };
+    match LEVELS.iter().find(|(known, _)| name == *known) {
+        Some(&(_, level)) if level <= detected => Ok(level),
+        _ => {
+            let names: Vec<&str> = LEVELS.iter().filter(|(_, l)| *l <= detected).map(|(name, _)| *name).collect();
+            let reason = format!("is not an instruction set of this machine; it has {}", names.join(", "));
+            Err(Error::config(format!("MEGAFUSE_CPU={}", name.to_string_lossy()), reason))
+        }
+    }
+}
+
+fn detected() -> Level {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;

@@ -49,7 +49,7 @@ pub fn emulated_library() -> Result<PathBuf> {
     let refuse = |reason: String| Err(Error::DeviceUnavailable { device: "emu".into(), reason });
     let built = env!("MEGAFUSE_EMU_DIR");
     if built.is_empty() {
-        let reason = "this program was built without the emulated card, which needs a C++20 compiler (g++ 12, clang++ 15 \
+        let reason = "this program was built without the emulated card, which needs a C++20 compiler (g++ 12, clang++ 16 \
                       or newer); install one and build again, or use --device cpu";
         return refuse(reason.into());
     }

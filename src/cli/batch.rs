@@ -1,0 +1,193 @@
+//! `megafuse generate --manifest`: a picture for every line of a file.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Instant;
+
+use megafuse::image::{PngText, encode_png};
+use megafuse::pipeline::{ModelFiles, Pipeline, Request, RngKind, Stage};
+use megafuse::runtime::cuda;
+use megafuse::{Device, Error, Result};
+use serde_json::{Value, json};
+
+use super::args::upsampler_name;
+use super::manifest::{self, Line, Shard};
+use super::output;
+use super::picture_args::{GenerateArgs, conflict};
+use super::progress::{PicturesProgress, seconds_text};
+use super::run_folder::{Found, RunFolder};
+use super::session::Session;
+
+pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
+    if args.picture.count != 1 {
+        let reason = "a line of the manifest makes one picture; write a line for each, with its own id and seed";
+        return Err(conflict("--count", args.picture.count, reason));
+    }
+    let flags = args.picture.request(&args.run, "")?;
+    let lines = manifest::read(manifest)?;
+    let session = Session::open(&args.run)?;
+    check(&session, manifest, &lines, &flags)?;
+    let out = args.out.as_deref().ok_or_else(|| conflict("--manifest", manifest.display(), "needs --out, a folder"))?;
+    let folder = RunFolder::inspect(out, description(&session, &flags)?, args.resume)?;
+    folder.check_names(&lines)?;
+
+    let shard = args.shard.unwrap_or(Shard::WHOLE);
+    let part: Vec<&Line> = lines.iter().enumerate().filter(|(at, _)| shard.has(*at)).map(|(_, line)| line).collect();
+    let todo = missing(&session, &folder, &part, &flags)?;
+    let present = part.len() - todo.len();
+    if todo.is_empty() {
+        folder.begin()?; // a shard without lines, too, leaves its folder
+        eprintln!("{} of {} pictures are there already, nothing to make", present, part.len());
+        return Ok(());
+    }
+    output::advise_on_interrupt("; the same command with --resume makes the missing ones");
+    let pipeline = session.load()?;
+    let writing = folder.begin()?;
+    if writing.shared && shard.is_whole() {
+        eprintln!("warning: another run writes into {}; they share the work only with --shard", out.display());
+    }
+    Batch { pipeline, folder, flags, manifest, shard }.make(&todo, present)
+}
+
+/// Every line's request against the model, before weights are read. The costs are worked out once for all lines of the
+/// same sizes and steps.
+fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) -> Result<()> {
+    let mut checked: HashSet<(Vec<Stage>, bool)> = HashSet::new();
+    let mut asked = HashSet::new();
+    for line in lines {
+        let request = line.request(flags);
+        let guided = request.guidance > 1.0;
+        if !asked.insert((request.method, request.size, request.stages.clone(), request.steps, guided)) {
+            continue;
+        }
+        let plan = session.planner.pipeline().resolve(&request).and_then(|plan| {
+            let new = checked.insert((plan.stages, guided));
+            if new { session.check(&request).map(drop) } else { Ok(()) }
+        });
+        plan.map_err(|error| match error {
+            // What the line does not say, the flags do: their error is theirs.
+            Error::Request { .. } if line.has_geometry() => {
+                Error::file(&manifest::place(manifest, line.number), error.to_string())
+            }
+            other => other,
+        })?;
+    }
+    Ok(())
+}
+
+/// Everything but the lines that decides the pictures.
+fn description(session: &Session, flags: &Request) -> Result<Value> {
+    let files = ModelFiles::open(session.source())?;
+    let stages: Vec<String> = flags.stages.iter().map(Stage::to_string).collect();
+    // Cards of one kind make the same pictures; other devices make others, to rounding.
+    let device = match &session.device {
+        Device::Cuda(card) => {
+            let (major, minor) = card.compute_capability();
+            format!("{} sm_{major}{minor}", if cuda::is_emulated() { "emu" } else { "cuda" })
+        }
+        other => other.to_string(),
+    };
+    let rng = match flags.rng {
+        RngKind::TorchCpu => "torch-cpu",
+        RngKind::TorchCuda => "torch-cuda",
+    };
+    Ok(json!({
+        "version": concat!("megafuse ", env!("CARGO_PKG_VERSION")),
+        "model": files.name(), "model_digest": files.digest()?,
+        "method": flags.method.name(), "size": flags.size.map(|size| size.to_string()), "stages": stages,
+        "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt,
+        "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta,
+        "upsampler": upsampler_name(flags.upsampler), "relay_clamp": flags.relay_clamp.name(),
+        "reschedule": flags.reschedule, "dilation": flags.dilation, "relay_noise_offset": flags.relay_noise_offset,
+        "reference_compat": flags.reference_compat, "seed": flags.seed, "rng": rng,
+        "dtype": session.dtype.name(), "device": device,
+    }))
+}
+
+/// The lines whose pictures are not there.
+fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Line], flags: &Request) -> Result<Vec<&'a Line>> {
+    let mut todo = Vec::new();
+    for &line in part {
+        if !folder.has(line) {
+            todo.push(line);
+            continue;
+        }
+        let parameters = session.planner.pipeline().parameters(&line.request(flags))?.json;
+        match folder.find(line, &parameters)? {
+            Found::Picture => {}
+            Found::Damaged => {
+                eprintln!("warning: {} is no whole PNG and is made again", folder.picture(line).display());
+                todo.push(line);
+            }
+        }
+    }
+    Ok(todo)
+}
+
+struct Batch<'a> {
+    pipeline: Pipeline,
+    folder: RunFolder,
+    flags: Request,
+    manifest: &'a Path,
+    shard: Shard,
+}
+
+impl Batch<'_> {
+    fn make(&self, todo: &[&Line], present: usize) -> Result<()> {
+        let failed = self.folder.path().join(self.shard.file_name("failed", "jsonl"));
+        // Of an earlier run; its lines are tried again.
+        match std::fs::remove_file(&failed) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&failed, error)),
+            _ => {}
+        }
+        let (begin, mut failures) = (Instant::now(), Vec::new());
+        let mut progress = PicturesProgress::new(todo.len());
+        for line in todo {
+            progress.picture(manifest::place(self.manifest, line.number).display().to_string());
+            match self.one(line, &mut progress) {
+                Ok(()) => {}
+                // The numbers of this picture, not the machine: the others may well come out.
+                Err(error @ Error::NonFinite { .. }) => {
+                    let record = json!({"line": line.number, "id": line.id, "error": error.to_string()});
+                    output::append_line(&failed, &record.to_string())?;
+                    progress.line(&format!("{}: {error}", manifest::place(self.manifest, line.number).display()));
+                    failures.push(error.to_string());
+                }
+                Err(error) => {
+                    progress.finish();
+                    let made = progress.done() - failures.len();
+                    eprintln!("{made} pictures made, {} there before; --resume makes the others", present);
+                    return Err(error);
+                }
+            }
+            progress.picture_done();
+        }
+        progress.finish();
+        let (made, seconds) = (todo.len() - failures.len(), begin.elapsed().as_secs_f64());
+        let time = seconds_text(seconds);
+        let rate = progress.rate_text();
+        let whole = made + present;
+        eprintln!(
+            "{whole} pictures in {}: {made} made in {time} ({rate}), {present} there before",
+            self.folder.path().display()
+        );
+        match failures.first() {
+            None => Ok(()),
+            Some(first) => {
+                let reason =
+                    format!("{} of {} pictures could not be made; the first: {first}", failures.len(), todo.len());
+                Err(Error::file(&failed, reason))
+            }
+        }
+    }
+
+    fn one(&self, line: &Line, progress: &mut PicturesProgress) -> Result<()> {
+        let pictures = self.pipeline.generate(&line.request(&self.flags), progress)?;
+        let picture = pictures.first().ok_or_else(|| Error::config("generate", "the run ended without a picture"))?;
+        let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
+        let path = self.folder.picture(line);
+        output::replace(&path, &encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
+        progress.suspend(|| output::print_line(path.display()));
+        Ok(())
+    }
+}

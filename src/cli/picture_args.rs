@@ -1,0 +1,421 @@
+//! The flags of the commands that make or plan pictures, and the requests that they become.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
+use megafuse::{DType, Device, Error, Result};
+
+use super::args::{named, upsampler_name, upsampler_parser};
+use super::grid::{Axis, MethodAt};
+use super::manifest::Shard;
+use super::values::{self, DeviceChoice, Seeds, Stages};
+
+#[derive(Args)]
+#[command(after_long_help = GENERATE_EXAMPLES)]
+pub struct GenerateArgs {
+    /// What the picture shows
+    #[arg(required_unless_present = "manifest", conflicts_with = "manifest")]
+    pub prompt: Option<String>,
+
+    #[command(flatten)]
+    pub picture: PictureArgs,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    /// The PNG file to write; with --manifest the folder
+    ///
+    /// Without it: megafuse-SEED.png in the current directory, or megafuse-SEED-2.png and so on where that exists.
+    /// A file named here is replaced, and only once the new picture is complete. A directory gets the default name.
+    /// With --count N the names get -1 to -N before the ending.
+    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    pub out: Option<PathBuf>,
+
+    /// Write the run's intermediate tensors to a safetensors file
+    ///
+    /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
+    /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), latent, image. Replaced when it
+    /// exists; with --count N the names get -1 to -N before the ending.
+    #[arg(long, value_name = "FILE", help_heading = "Output", conflicts_with = "manifest")]
+    pub dump: Option<PathBuf>,
+
+    /// Write the run stage by stage to a labelled PNG: x0 at every relay, before and after the upsampler, and the picture
+    ///
+    /// Replaced when it exists; with --count N the names get -1 to -N before the ending.
+    #[arg(long, value_name = "FILE", help_heading = "Output", conflicts_with = "manifest")]
+    pub strip: Option<PathBuf>,
+
+    /// Make a picture for every line of this file, into the folder --out
+    ///
+    /// JSON lines: {"prompt": "..."}, and where wanted "id" (a string or number: the picture becomes ID.png; default: the
+    /// line's number in six digits, 000001), "seed", "negative_prompt", "method", "size" ("WxH"), "stages"
+    /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", each in place of the flag. A line without a seed gets --seed plus the
+    /// line's number less 1, or with an id --seed plus the id's FNV-1a hash of 32 bits; so its picture depends on the
+    /// line and the flags alone. A picture that comes out not finite is noted in failed.jsonl and the others go on.
+    #[arg(long, value_name = "FILE", requires = "out", help_heading = "Many pictures")]
+    pub manifest: Option<PathBuf>,
+
+    /// Make what is missing in the folder --out
+    ///
+    /// Refused where the folder's run.json names other flags, another model or another program; a picture that is there
+    /// must be that of its line. Begins where the folder is empty.
+    #[arg(long, requires = "manifest", help_heading = "Many pictures")]
+    pub resume: bool,
+
+    /// Make the i-th of n parts: lines i, i + n, i + 2n and so on
+    ///
+    /// Parts may share a folder, with --resume, and run at the same time.
+    #[arg(long, value_name = "I/N", requires = "manifest", value_parser = Shard::parse, help_heading = "Many pictures")]
+    pub shard: Option<Shard>,
+}
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  # the model inside the program, nothing to download
+  megafuse generate \"two large red balls on the left\"
+
+  # Stable Diffusion 1.5 from a directory: 512x512, relayed to 768x768, then to 1024x1024
+  megafuse generate \"a lighthouse at dusk\" --model ~/models/stable-diffusion-v1-5 --size 1024x1024
+
+  # the stages by hand, 4 pictures with seeds 7 to 10 in out-1.png to out-4.png
+  megafuse generate \"a lighthouse at dusk\" --model ~/models/stable-diffusion-v1-5 \\
+      --stages 512x512:40,768x768:5,1024x1024:5 --seed 7 --count 4 --out out.png
+
+  # no relay: every step at the final size
+  megafuse generate \"a green cube\" --method plain --size 64x64
+
+  # what happens at every relay
+  megafuse generate \"a green cube\" --stages 64x64:45,256x256:5 --strip strip.png
+
+  # ten thousand pictures; the same command again, after whatever stopped it, makes the missing ones
+  megafuse generate --manifest prompts.jsonl --out pictures --resume
+  # the same on two machines
+  megafuse generate --manifest prompts.jsonl --out pictures --resume --shard 1/2
+  megafuse generate --manifest prompts.jsonl --out pictures --resume --shard 2/2
+
+The names of the files written go to standard output, everything else to standard error.";
+
+/// `plan` takes the flags of `generate`; --out, --dump and --strip are accepted and write nothing.
+#[derive(Args)]
+#[command(after_long_help = PLAN_EXAMPLES)]
+pub struct PlanArgs {
+    /// What the picture shows
+    pub prompt: String,
+
+    #[command(flatten)]
+    pub picture: PictureArgs,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    /// Print JSON instead of tables
+    #[arg(long)]
+    pub json: bool,
+
+    #[arg(long, hide = true)]
+    pub out: Option<PathBuf>,
+
+    #[arg(long, hide = true)]
+    pub dump: Option<PathBuf>,
+
+    #[arg(long, hide = true)]
+    pub strip: Option<PathBuf>,
+}
+
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  megafuse plan \"a lighthouse\" --model ~/models/stable-diffusion-v1-5 --size 1024x1024
+  megafuse plan \"a lighthouse\" --model ~/models/stable-diffusion-v1-5 --method plain --size 1024x1024 --json
+
+Only the config.json files are read: the weights need not be there.
+1 MAC is one multiplication and one addition, 2 FLOPs; peak memory counts weights and live activations.";
+
+#[derive(Args)]
+#[command(after_long_help = GRID_EXAMPLES)]
+pub struct GridArgs {
+    /// What the pictures show, one prompt or several
+    #[arg(value_name = "PROMPT", required_unless_present = "manifest", conflicts_with = "manifest")]
+    pub prompts: Vec<String>,
+
+    /// Prompts from a file as generate --manifest reads it, each with its own seed unless --seeds is given
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
+
+    /// Methods, separated by commas, each where wanted with a size of its own: plain@64x64
+    ///
+    /// plain makes every step at the final size of the others.
+    #[arg(long, value_name = "M,...", value_delimiter = ',', value_parser = MethodAt::parse,
+          default_value = "plain,megafusion,megafusion++")]
+    pub methods: Vec<MethodAt>,
+
+    /// Seeds: numbers and ranges, separated by commas; 0..3 is 0,1,2 (default: 0)
+    #[arg(long, value_name = "N,A..B,...", value_parser = values::seeds)]
+    pub seeds: Option<Seeds>,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    /// What stands side by side: methods, seeds, prompts, or several separated by commas; the rest are rows
+    #[arg(
+        long,
+        value_enum,
+        value_name = "AXIS,...",
+        value_delimiter = ',',
+        default_value = "methods",
+        help_heading = "Output"
+    )]
+    pub columns: Vec<Axis>,
+
+    /// Largest side of a cell, in pixels (default: that of the largest picture, or a multiple of it from 128 on)
+    ///
+    /// A smaller picture is enlarged to it by repeating pixels, where that comes out even, else bicubically; a larger one
+    /// is shrunk bicubically.
+    #[arg(long, value_name = "PIXELS", value_parser = values::cell, help_heading = "Output")]
+    pub cell: Option<usize>,
+
+    /// The PNG file to write, replaced when it exists (default: megafuse-grid.png, megafuse-grid-2.png and so on)
+    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    pub out: Option<PathBuf>,
+}
+
+const GRID_EXAMPLES: &str = "\
+Examples:
+  # direct sampling at 256x256 beside MegaFusion and MegaFusion++, the model inside the program
+  megafuse grid \"two large red balls on the left\" \"a small green cube\" --size 256x256
+
+  # three seeds side by side, a method a row, the trained size as a further method
+  megafuse grid \"a blue cone\" --methods plain@64x64,plain,megafusion --seeds 0..3 --columns seeds
+
+  # the first lines of a benchmark
+  head -4 prompts.jsonl > few.jsonl
+  megafuse grid --manifest few.jsonl --model ~/models/stable-diffusion-v1-5 --size 1024x1024 --cell 256
+
+What all cells have in common stands above them; the PNG also carries every cell's parameters as JSON.";
+
+/// The method and the seeds of one request.
+#[derive(Args)]
+pub struct PictureArgs {
+    /// How the picture gets its size
+    ///
+    /// plain: every step at the final size. megafusion: the first steps at the model's own size, then relays to larger
+    /// ones (arXiv:2408.11001). megafusion++: with noise re-scheduling and dilated convolutions in the later stages.
+    /// Default: megafusion++; for the small model inside the program, which they bend out of shape, megafusion with one
+    /// relay and the last fiftieth of the steps after it.
+    #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)))]
+    pub method: Option<Method>,
+
+    /// Seed of the first picture; picture i of --count uses seed + i
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// How many pictures
+    #[arg(long, value_name = "N", value_parser = values::count, default_value = "1")]
+    pub count: usize,
+}
+
+/// What decides a picture beside its prompt, method and seed: the same for every command that makes or plans pictures.
+#[derive(Args)]
+pub struct RunArgs {
+    /// Model directory in the layout of diffusers (default: the small model inside the program)
+    ///
+    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// What guidance steers away from (default: the empty prompt)
+    #[arg(long, value_name = "PROMPT")]
+    pub negative: Option<String>,
+
+    /// Size of the final picture, width x height in pixels
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
+    pub size: Option<Size>,
+
+    /// Steps over all stages (default: the sum of --stages, else 50)
+    #[arg(long, value_name = "N", value_parser = values::steps)]
+    pub steps: Option<usize>,
+
+    /// Classifier-free guidance scale; up to 1 there is no guidance (default: 7; 3 for the model inside the program)
+    #[arg(long, value_name = "X", value_parser = values::guidance)]
+    pub guidance: Option<f32>,
+
+    /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
+    #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
+    pub scheduler: Option<Sampler>,
+
+    /// DDIM's share of fresh noise per step, 0 to 1
+    #[arg(long, value_name = "X", value_parser = values::eta, default_value = "0")]
+    pub eta: f64,
+
+    /// Sizes and steps of the stages, smallest first (default: planned from --size)
+    #[arg(long, value_name = "WxH:STEPS,...", value_parser = values::stages, help_heading = "MegaFusion")]
+    pub stages: Option<Stages>,
+
+    /// How a relay enlarges its picture (default: bicubic)
+    ///
+    /// bilinear, bicubic: as PIL; bicubic-torch: as torch without antialias; bicubic-gaussian: then a 5x5 Gaussian;
+    /// bicubic-edge: then a 3x3 edge enhancement.
+    #[arg(long, value_name = "U", value_parser = upsampler_parser(),
+          help_heading = "MegaFusion")]
+    pub upsampler: Option<Upsampler>,
+
+    /// Where a relay clamps its picture to the valid range (default: both)
+    ///
+    /// none; decode: after the decoder; both: after the decoder and after the upsampler.
+    #[arg(long, value_name = "C", value_parser = named::<RelayClamp, 3>(RelayClamp::ALL.map(RelayClamp::name)),
+          help_heading = "MegaFusion")]
+    pub relay_clamp: Option<RelayClamp>,
+
+    /// Noise re-scheduling in stages 2 and later (default: true for megafusion++)
+    #[arg(long, value_name = "BOOL", help_heading = "MegaFusion")]
+    pub reschedule: Option<bool>,
+
+    /// Dilation of the UNet's middle block in stages 2 and later (default: 2 for megafusion++, else 1)
+    #[arg(long, value_name = "N", value_parser = values::dilation, help_heading = "MegaFusion")]
+    pub dilation: Option<usize>,
+
+    /// How many steps less noisy a relay's noise is than the step that follows it (default: 0)
+    #[arg(long, value_name = "N", help_heading = "MegaFusion")]
+    pub relay_noise_offset: Option<usize>,
+
+    /// Do as the published code of MegaFusion does where it differs from the paper
+    ///
+    /// x0 from the updated latents, relay pictures through 8-bit RGB (without --relay-clamp), a posterior sample, the
+    /// dilation in every stage, the first schedule re-scheduled too; with ddim only.
+    #[arg(long, help_heading = "MegaFusion")]
+    pub reference_compat: bool,
+
+    /// Which generator draws the noise
+    ///
+    /// torch-cpu: the noise of torch.randn on a seeded CPU generator, bit for bit; torch-cuda: on a CUDA generator
+    /// (Philox), to rounding.
+    #[arg(long, value_parser = named::<RngKind, 2>(["torch-cpu", "torch-cuda"]), value_name = "R",
+          default_value = "torch-cpu", help_heading = "Machine")]
+    pub rng: RngKind,
+
+    /// Element type of weights and activations [default: f32, bf16 on a card]
+    ///
+    /// Statistics and sums are f32 always.
+    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
+    pub dtype: Option<DType>,
+
+    /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
+    #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
+          help_heading = "Machine")]
+    pub device: DeviceChoice,
+}
+
+impl PictureArgs {
+    /// # Errors
+    /// [`Error::Request`] naming the flag, when two flags contradict each other or one would have no effect.
+    pub fn request(&self, run: &RunArgs, prompt: &str) -> Result<Request> {
+        if self.seed.checked_add(self.count as u64 - 1).is_none() {
+            let reason = format!("with --count {} the last seed would exceed 2^64 - 1", self.count);
+            return Err(conflict("--seed", self.seed, reason));
+        }
+        let method = self.method(run);
+        run.check_effect(&[method])?;
+        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, ..run.request(method) })
+    }
+
+    pub fn method(&self, run: &RunArgs) -> Method {
+        let usual = if run.model.is_none() { Method::MegaFusion } else { Method::MegaFusionPlus };
+        self.method.unwrap_or(usual)
+    }
+}
+
+impl RunArgs {
+    /// `--dtype`, or what suits the device.
+    pub fn dtype_on(&self, device: &Device) -> DType {
+        let usual = if matches!(device, Device::Cuda(_)) { DType::BF16 } else { DType::F32 };
+        self.dtype.unwrap_or(usual)
+    }
+
+    pub fn source(&self) -> ModelSource {
+        values::source(self.model.as_deref())
+    }
+
+    /// These flags as a request without a prompt, for seed 0.
+    pub fn request(&self, method: Method) -> Request {
+        Request {
+            prompt: String::new(),
+            negative_prompt: self.negative.clone().unwrap_or_default(),
+            method,
+            size: self.size,
+            stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
+            upsampler: self.upsampler.unwrap_or_default(),
+            relay_clamp: self.relay_clamp.unwrap_or_default(),
+            reschedule: self.reschedule,
+            dilation: self.dilation,
+            relay_noise_offset: self.relay_noise_offset.unwrap_or(0),
+            reference_compat: self.reference_compat,
+            scheduler: self.scheduler,
+            eta: self.eta,
+            steps: self.steps,
+            guidance: self.guidance.unwrap_or(if self.model.is_none() { 3.0 } else { 7.0 }),
+            seed: 0,
+            count: 1,
+            rng: self.rng,
+        }
+    }
+
+    /// A flag that would change nothing is a misunderstanding; better said before an hour of computing than after.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the flag has no effect with any of these methods.
+    pub fn check_effect(&self, methods: &[Method]) -> Result<()> {
+        if self.eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
+            return Err(conflict("--eta", self.eta, "only --scheduler ddim has an eta"));
+        }
+        if methods.iter().any(|&method| method != Method::Plain) {
+            return Ok(());
+        }
+        let relay_only = |flag, value: String| {
+            Err(conflict(flag, value, "has no effect with --method plain, which has no relay; choose megafusion"))
+        };
+        match self {
+            RunArgs { stages: Some(stages), .. } if stages.0.len() > 1 => {
+                let reason = "--method plain has one stage; choose megafusion or megafusion++";
+                Err(conflict("--stages", stages, reason))
+            }
+            RunArgs { upsampler: Some(upsampler), .. } => relay_only("--upsampler", upsampler_name(*upsampler).into()),
+            RunArgs { relay_clamp: Some(clamp), .. } => relay_only("--relay-clamp", clamp.to_string()),
+            RunArgs { reschedule: Some(true), .. } => relay_only("--reschedule", "true".into()),
+            RunArgs { dilation: Some(dilation @ 2..), .. } => relay_only("--dilation", dilation.to_string()),
+            RunArgs { relay_noise_offset: Some(offset @ 1..), .. } => {
+                relay_only("--relay-noise-offset", offset.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// `request` by `method`, beside other methods: `plain` makes all steps of the stages at the last one's size and has no
+/// use for the options of a relay.
+pub fn by_method(request: &Request, method: Method) -> Request {
+    let request = Request { method, ..request.clone() };
+    if method != Method::Plain {
+        return request;
+    }
+    let steps = request.stages.iter().map(|stage| stage.steps).sum();
+    let (size, steps) = match request.stages.last() {
+        Some(last) => (Some(request.size.unwrap_or(last.size)), Some(request.steps.unwrap_or(steps))),
+        None => (request.size, request.steps),
+    };
+    Request {
+        size,
+        steps,
+        stages: Vec::new(),
+        upsampler: Upsampler::default(),
+        relay_clamp: RelayClamp::default(),
+        reschedule: None,
+        dilation: None,
+        relay_noise_offset: 0,
+        reference_compat: false,
+        ..request
+    }
+}
+
+pub fn conflict(flag: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {
+    Error::Request { flag, value: value.to_string(), reason: reason.into() }
+}
