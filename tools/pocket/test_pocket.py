@@ -132,8 +132,8 @@ class Reader(unittest.TestCase):
         scene = scene_of("two large yellow balls in the centre, on a black ground")
         left, right = scene.things(64, 64)
         close = replace(right, centre=(left.centre[0] + 2.02 * left.radius, left.centre[1]))
-        other = replace(close, colour="green")
-        for things in ((left, close), (left, other)):
+        over = replace(right, centre=(left.centre[0] + 1.5 * left.radius, left.centre[1]), colour="green")
+        for things in ((left, close), (left, over)):
             picture = scenes.render_things(things, "black", scene.light, 0, 64, 64)
             self.assertEqual([o.colour for o in read.read(as_png(picture)).objects], [t.colour for t in things])
 
@@ -166,7 +166,7 @@ class Training(unittest.TestCase):
             size = sum(file.stat().st_size for file in Path(out).rglob("*.safetensors"))
             self.assertLess(size, 24e6)
             warm = f"{place}/warm"
-            self.run_train("unet", "--work", work, "--minutes", "0.16", "--batch", "4", "--device", "cpu")
+            self.run_train("unet", "--work", work, "--minutes", "0.16", "--batch", "4", "--device", "cpu", "--bf16")
             self.run_train("vae", "--work", warm, "--minutes", "0.02", "--warm", out, "--pictures", "8")
             told = self.run_train(
                 "eval", "--model", out, "--pictures", pictures, "--count", "2", "--steps", "2", "--device", "cpu"

@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -39,6 +40,7 @@ import scenes
 
 NATIVE = 64
 MAX_TOKENS = 20
+PAIR_SHARE = 2 / 3  # of the UNet's samples: which object has which colour, shape and side is the hardest to learn
 LATENT_SCALE = 0.18215  # one over the standard deviation of the latents, as in Stable Diffusion 1.x
 HERE = Path(__file__).resolve().parent
 
@@ -235,7 +237,16 @@ class Run:
             self.rng.bit_generator.state = saved["numpy_rng"]
             torch.set_rng_state(saved["torch_rng"].cpu())
             print(f"resumed {path.name} at step {self.step}, {self.seconds_done / 60:.1f} min", flush=True)
-        self.last_tick = time.monotonic()
+        self.last_tick, self.stopped = time.monotonic(), False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, lambda *_: setattr(self, "stopped", True))
+
+    def goes_on(self):
+        """Whether to take another step. Once interrupted: the state is saved and the program ends."""
+        if self.stopped:
+            self.save()
+            raise SystemExit(f"stopped at step {self.step}; the same command goes on from there")
+        return self.progress() < 1
 
     def progress(self):
         """Fraction of the planned time that is used up; the learning rate follows it, not the step count."""
@@ -277,6 +288,13 @@ class Run:
         """The averaged weights of one module, loaded into it."""
         self.modules[name].load_state_dict(self.averages[name])
         return self.modules[name].eval()
+
+
+def averaged_weights(path, name, device):
+    """The averaged weights of one module in a checkpoint."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run the {path.stem} stage with this --work first")
+    return torch.load(path, map_location=device, weights_only=False)["averages"][name]
 
 
 def write_atomically(path, write):
@@ -363,15 +381,18 @@ def stage_vae(args):
     path = args.work / ("decoder.ckpt" if args.decoder_only else "vae.ckpt")
     run = Run(path, {"vae": vae}, args.rate or 4e-4, args.minutes, args.device, 0.995)
     if args.decoder_only and run.step == 0:
-        saved = torch.load(args.work / "vae.ckpt", map_location=args.device, weights_only=False)["averages"]["vae"]
+        saved = averaged_weights(args.work / "vae.ckpt", "vae", args.device)
         vae.load_state_dict(saved)
         run.averages["vae"] = {k: v.clone() for k, v in saved.items()}
     if run.progress() >= 1:
         return
+    if not args.decoder_only and (args.work / "latents.safetensors").exists():
+        print("the autoencoder stays: latents.safetensors was encoded with it; delete that to train it on", flush=True)
+        return
     vae.train()
     pictures = vae_pictures(args)
     run.last_tick = time.monotonic()
-    while run.progress() < 1:
+    while run.goes_on():
         target = to_tensor(pictures[run.rng.integers(len(pictures), size=args.batch or 8)]).to(args.device)
         target = target.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(target).latent_dist
@@ -420,7 +441,7 @@ def load_vae(work, device):
     path = work / "decoder.ckpt"
     path = path if path.exists() else work / "vae.ckpt"
     vae = new_vae()
-    vae.load_state_dict(torch.load(path, map_location=device, weights_only=False)["averages"]["vae"])
+    vae.load_state_dict(averaged_weights(path, "vae", device))
     return vae.to(device=device, memory_format=torch.channels_last).eval()
 
 
@@ -477,9 +498,12 @@ def stage_unet(args):
     if args.compile:
         unet = torch.compile(unet)
     abar = new_scheduler().alphas_cumprod.to(args.device)
+    of_groups = (rows_of_kinds < len(scenes.TRAINING_GROUPS)).numpy()
+    group_rows, pair_rows = np.flatnonzero(of_groups), np.flatnonzero(~of_groups)
     batch, total, tokens = args.batch or 32, 0.0, {}
-    while run.progress() < 1:
-        rows = run.rng.integers(len(latents), size=batch)
+    while run.goes_on():
+        of_pair = run.rng.random(batch) < PAIR_SHARE
+        rows = np.where(of_pair, run.rng.choice(pair_rows, batch), run.rng.choice(group_rows, batch))
         captions = [scenes.random_caption(run.rng, TRAINING_KINDS[k]) for k in rows_of_kinds[rows].tolist()]
         for new in set(captions) - tokens.keys():
             tokens[new] = tokenize(tokenizer, new)[0]
