@@ -1,6 +1,7 @@
 """FID, KID, IS and CLIP-T of the command against the libraries called directly and against f64 formulas."""
 
 import unittest
+from unittest import mock
 
 import numpy as np
 import scipy.linalg
@@ -307,6 +308,14 @@ class Errors(TempCase):
         for arguments, parts in cases:
             with self.subTest(arguments), self.refused(*parts):
                 run_score(*arguments)
+
+    def test_too_few_pictures_are_refused_before_the_network_runs(self):
+        a = write_pictures(self.dir / "a", 5)
+        never = mock.patch.object(inception, "features_of", side_effect=AssertionError("the network ran"))
+        with never, self.refused("a has 5 pictures", "more than 64"):
+            run_score("--generated", a, "--real", a, "--inception", WEIGHTS, "--layer", "64")
+        with never, self.refused("a has 5 pictures", "--is-splits 10"):
+            run_score("--generated", a, "--inception", WEIGHTS)
 
     def test_weights_of_something_else(self):
         a = write_pictures(self.dir / "a", 2)
