@@ -137,7 +137,7 @@ fn help_shows_every_command_and_flag_with_examples() {
         assert!(command == "doctor" || help.contains("Examples:"), "{command}: {help}");
     }
     let help = place.ok(&["generate", "--help"]);
-    let flags = "model negative method size stages upsampler relay-clamp reschedule dilation relay-noise-offset \
+    let flags = "model negative method size stages upsampler relay-clamp reschedule dilation gamma relay-noise-offset \
                  scheduler eta steps guidance seed count rng dtype device out dump strip manifest resume shard \
                  reference-compat";
     for flag in flags.split_whitespace() {
@@ -499,7 +499,9 @@ fn flags_that_do_not_go_together() {
         ("--relay-clamp", "none"),
         ("--reschedule", "true"),
         ("--dilation", "2"),
+        ("--gamma", "4"),
         ("--relay-noise-offset", "1"),
+        ("--relay-noise-offset", "-1"),
     ] {
         let args = ["generate", "x", "--model", MODEL, "--size", "16x16", "--method", "plain", flag, value];
         let message = place.fails(2, &args);
@@ -525,6 +527,7 @@ fn values_that_are_refused() {
         ("--seed", "-1", "--seed"),
         ("--dilation", "0", "from 1"),
         ("--reschedule", "True", "true, false"),
+        ("--gamma", "0", "above 0"),
         ("--method", "magic", "megafusion++"),
         ("--scheduler", "pndm", "euler-ancestral"),
         ("--upsampler", "lanczos", "bicubic-edge"),

@@ -145,6 +145,7 @@ fn plan(method: Method, stages: &[&str]) -> Plan {
         relay_clamp: RelayClamp::None,
         reschedule: method.reschedules(),
         dilation: method.dilation(),
+        gamma: None,
         relay_noise_offset: 0,
         reference_compat: false,
     }
@@ -217,10 +218,10 @@ fn to_nhwc(planar: &[f32], channels: usize, plane: usize) -> Vec<f32> {
 
 #[test]
 fn a_relay_noises_to_the_level_of_the_next_timestep() {
-    for offset in [0, 2] {
+    for offset in [-6, -1, 0, 2] {
         let plan = Plan { relay_noise_offset: offset, ..plan(Method::MegaFusion, &["6x4:6", "6x4:4"]) };
         let (_, r) = run(&plan);
-        let level = plan.scheduler.timesteps()[6 + offset] as usize;
+        let level = plan.scheduler.timesteps()[(6 + offset) as usize] as usize;
         let abar = plan.scheduler.alphas_cumprod()[level];
         let (signal, sigma) = (abar.sqrt() as f32, (1.0 - abar).sqrt() as f32);
         let want: Vec<f32> =
@@ -290,6 +291,14 @@ fn the_published_gamma_table_is_that_of_its_sizes() {
     let base = &plan.scheduler;
     let got = &plan.schedulers()[1];
     assert_eq!(got.alphas_cumprod(), base.rescheduled(4.0).alphas_cumprod());
+}
+
+#[test]
+fn a_chosen_gamma_is_that_of_every_stage_but_the_first() {
+    let plan = Plan { gamma: Some(6.0), ..plan(Method::MegaFusionPlus, &["64x64:2", "96x96:1", "128x128:1"]) };
+    let gammas = [1.0, 6.0, 6.0].map(|gamma| plan.scheduler.rescheduled(gamma).alphas_cumprod().to_vec());
+    let got: Vec<_> = plan.schedulers().iter().map(|scheduler| scheduler.alphas_cumprod().to_vec()).collect();
+    assert_eq!(got, gammas);
 }
 
 #[test]
@@ -451,8 +460,15 @@ fn plans_that_cannot_run_name_the_flag() {
     refused(Plan { method: Method::Plain, ..good.clone() }, "--stages");
     refused(plan(Method::MegaFusion, &["60x64:6", "128x128:4"]), "--stages");
     refused(Plan { dilation: 0, ..good.clone() }, "--dilation");
-    refused(Plan { relay_noise_offset: 4, ..good.clone() }, "--relay-noise-offset");
-    Plan { relay_noise_offset: 3, ..good.clone() }.check(8).unwrap();
+    for (offset, beyond) in [(3, 4), (-6, -7)] {
+        Plan { relay_noise_offset: offset, ..good.clone() }.check(8).unwrap();
+        refused(Plan { relay_noise_offset: beyond, ..good.clone() }, "--relay-noise-offset");
+    }
+    refused(Plan { gamma: Some(4.0), ..good.clone() }, "--gamma");
+    for gamma in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused(Plan { gamma: Some(gamma), reschedule: true, ..good.clone() }, "--gamma");
+    }
+    Plan { gamma: Some(4.0), reschedule: true, ..good.clone() }.check(8).unwrap();
     let compat = Plan { reference_compat: true, ..good };
     refused(with_sampler(compat.clone(), Sampler::Euler, 0.0), "--reference-compat");
     refused(Plan { stages: compat.stages[..1].to_vec(), method: Method::Plain, ..compat }, "--reference-compat");

@@ -88,7 +88,8 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt,
         "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta,
         "upsampler": upsampler_name(flags.upsampler), "relay_clamp": flags.relay_clamp.name(),
-        "reschedule": flags.reschedule, "dilation": flags.dilation, "relay_noise_offset": flags.relay_noise_offset,
+        "reschedule": flags.reschedule, "dilation": flags.dilation, "gamma": flags.gamma,
+        "relay_noise_offset": flags.relay_noise_offset,
         "reference_compat": flags.reference_compat, "seed": flags.seed, "rng": rng,
         "dtype": session.dtype.name(), "device": device,
     }))

@@ -274,9 +274,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = values::dilation, help_heading = "MegaFusion")]
     pub dilation: Option<usize>,
 
+    /// gamma of the re-scheduling (default: a stage's area over the first stage's)
+    #[arg(long, value_name = "X", value_parser = values::gamma, help_heading = "MegaFusion")]
+    pub gamma: Option<f64>,
+
     /// How many steps less noisy a relay's noise is than the step that follows it (default: 0)
-    #[arg(long, value_name = "N", help_heading = "MegaFusion")]
-    pub relay_noise_offset: Option<usize>,
+    ///
+    /// -1: as noisy as the step before the relay, which is the level in the paper's text.
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "MegaFusion")]
+    pub relay_noise_offset: Option<i32>,
 
     /// Do as the published code of MegaFusion does where it differs from the paper
     ///
@@ -347,6 +353,7 @@ impl RunArgs {
             relay_clamp: self.relay_clamp.unwrap_or_default(),
             reschedule: self.reschedule,
             dilation: self.dilation,
+            gamma: self.gamma,
             relay_noise_offset: self.relay_noise_offset.unwrap_or(0),
             reference_compat: self.reference_compat,
             scheduler: self.scheduler,
@@ -382,7 +389,8 @@ impl RunArgs {
             RunArgs { relay_clamp: Some(clamp), .. } => relay_only("--relay-clamp", clamp.to_string()),
             RunArgs { reschedule: Some(true), .. } => relay_only("--reschedule", "true".into()),
             RunArgs { dilation: Some(dilation @ 2..), .. } => relay_only("--dilation", dilation.to_string()),
-            RunArgs { relay_noise_offset: Some(offset @ 1..), .. } => {
+            RunArgs { gamma: Some(gamma), .. } => relay_only("--gamma", gamma.to_string()),
+            RunArgs { relay_noise_offset: Some(offset), .. } if *offset != 0 => {
                 relay_only("--relay-noise-offset", offset.to_string())
             }
             _ => Ok(()),
@@ -410,6 +418,7 @@ pub fn by_method(request: &Request, method: Method) -> Request {
         relay_clamp: RelayClamp::default(),
         reschedule: None,
         dilation: None,
+        gamma: None,
         relay_noise_offset: 0,
         reference_compat: false,
         ..request

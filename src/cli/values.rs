@@ -87,6 +87,14 @@ pub fn guidance(text: &str) -> Result<f32, String> {
     }
 }
 
+/// The area's share in the re-scheduling: positive.
+pub fn gamma(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(gamma) if gamma > 0.0 && gamma <= 1e6 => Ok(gamma),
+        _ => Err("expected a number above 0; 4 is that of twice the side length, 1 changes nothing".into()),
+    }
+}
+
 /// DDIM's eta.
 pub fn eta(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

@@ -39,8 +39,11 @@ pub struct Plan {
     pub reschedule: bool,
     /// Dilation of the middle block in stages 2 and later.
     pub dilation: usize,
-    /// The relay noises to the level of the timestep this many steps after the next one.
-    pub relay_noise_offset: usize,
+    /// gamma of the re-scheduled stages; `None`: each one's area over the first stage's.
+    pub gamma: Option<f64>,
+    /// The relay noises to the level of the timestep this many steps after the next one; -1 is the level of the step just
+    /// done, which the paper's text has (equation 4), and which the next step does not expect.
+    pub relay_noise_offset: i32,
     /// Do as the published code (SDM-MegaFusion) does where it differs from the paper:
     /// * the base schedule is re-scheduled with gamma 2.25 (its default argument) in the first stage, and in all stages
     ///   without `reschedule`; with it, squares of 512, 768 and 1024 get gamma 1, 2.25 and 4 whatever the first stage
@@ -58,7 +61,7 @@ const REFERENCE_BASE_GAMMA: f64 = 2.25;
 impl Plan {
     /// # Errors
     /// [`Error::Request`], naming the flag: no or superfluous stages, sizes that are not multiples of `factor`, a
-    /// dilation of 0, a noise offset beyond the last step, `reference_compat` with what the published code does not
+    /// dilation of 0, a noise offset beyond the first or last step, a `gamma` that is no positive number or is not used, `reference_compat` with what the published code does not
     /// have.
     pub fn check(&self, factor: usize) -> Result<()> {
         let refuse = |flag, value: String, reason: &str| Err(Error::Request { flag, value, reason: reason.into() });
@@ -75,13 +78,21 @@ impl Plan {
         if self.dilation == 0 {
             return refuse("--dilation", "0".into(), "expected 1 (none) or more");
         }
-        let steps_after_last_relay = match self.stages[..] {
-            [_, .., last] => last.steps,
-            _ => usize::MAX, // no relay
-        };
-        if self.relay_noise_offset >= steps_after_last_relay {
-            let reason = format!("expected less than {steps_after_last_relay}, the steps after the last relay");
-            return refuse("--relay-noise-offset", self.relay_noise_offset.to_string(), &reason);
+        if let [first, .., last] = &self.stages[..] {
+            let (low, high) = (-(first.steps as i64), last.steps as i64 - 1);
+            if !(low..=high).contains(&i64::from(self.relay_noise_offset)) {
+                let reason = format!("expected {low} to {high}: a step of the first stage to one after the last relay");
+                return refuse("--relay-noise-offset", self.relay_noise_offset.to_string(), &reason);
+            }
+        }
+        if let Some(gamma) = self.gamma {
+            if !(gamma.is_finite() && gamma > 0.0) {
+                return refuse("--gamma", gamma.to_string(), "expected a number above 0; 1 changes nothing");
+            }
+            if !self.reschedule {
+                let reason = "has no effect without re-scheduling; add --reschedule true or choose megafusion++";
+                return refuse("--gamma", gamma.to_string(), reason);
+            }
         }
         if self.reference_compat && self.method == Method::Plain {
             return refuse("--reference-compat", String::new(), "is for megafusion and megafusion++");
@@ -104,6 +115,9 @@ impl Plan {
         }
         if !rescheduled {
             return 1.0;
+        }
+        if let Some(gamma) = self.gamma {
+            return gamma;
         }
         let size = self.stages[stage].size;
         match (size.width, size.height) {
@@ -270,7 +284,8 @@ impl Run<'_> {
         drop((upsampled, posterior_noise));
         self.watch.dump(&format!("relay{to}.encoded"), &encoded)?;
 
-        let (signal, sigma) = self.schedulers[to].noise_level(self.done() + plan.relay_noise_offset);
+        let (signal, sigma) =
+            self.schedulers[to].noise_level(self.done().saturating_add_signed(plan.relay_noise_offset as isize));
         let noise = self.draw(shape)?;
         let noised = ops::add_noise(&encoded, &noise, signal as f32, sigma as f32)?;
         self.watch.dump(&format!("relay{to}.noised"), &noised)?;

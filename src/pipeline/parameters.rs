@@ -41,6 +41,9 @@ impl Parameters {
             fields.push(("Upsampler", upsampler_name(plan.upsampler).to_string()));
             fields.push(("Relay clamp", plan.relay_clamp.to_string()));
             fields.push(("Reschedule", plan.reschedule.to_string()));
+            if let Some(gamma) = plan.gamma {
+                fields.push(("Gamma", gamma.to_string()));
+            }
             fields.push(("Dilation", plan.dilation.to_string()));
             fields.push(("Relay noise offset", plan.relay_noise_offset.to_string()));
             if plan.reference_compat {
@@ -62,6 +65,9 @@ impl Parameters {
             json["upsampler"] = upsampler_name(plan.upsampler).into();
             json["relay_clamp"] = plan.relay_clamp.name().into();
             json["reschedule"] = plan.reschedule.into();
+            if let Some(gamma) = plan.gamma {
+                json["gamma"] = gamma.into();
+            }
             json["dilation"] = plan.dilation.into();
             json["relay_noise_offset"] = plan.relay_noise_offset.into();
             json["reference_compat"] = plan.reference_compat.into();

@@ -23,8 +23,10 @@ pub struct Request {
     pub reschedule: Option<bool>,
     /// Dilation of the UNet's middle block in stages 2 and later. Default: 2 for `megafusion++`, else 1.
     pub dilation: Option<usize>,
-    /// How many steps less noisy a relay's noise is than the step that follows it.
-    pub relay_noise_offset: usize,
+    /// gamma of the re-scheduling, in place of the stage's area over the first stage's (figure 8 of the paper).
+    pub gamma: Option<f64>,
+    /// How many steps less noisy a relay's noise is than the step that follows it; -1: the level in the paper's text.
+    pub relay_noise_offset: i32,
     /// Do as the published code of MegaFusion does where it differs from the paper.
     pub reference_compat: bool,
     /// Default: the sampler of the model's own scheduler class; `ddim` where that has none here (PNDM, as in SD 1.5's
@@ -54,6 +56,7 @@ impl Default for Request {
             relay_clamp: RelayClamp::default(),
             reschedule: None,
             dilation: None,
+            gamma: None,
             relay_noise_offset: 0,
             reference_compat: false,
             scheduler: None,
@@ -105,6 +108,7 @@ impl Request {
             relay_clamp: self.relay_clamp,
             reschedule: self.reschedule.unwrap_or(self.method.reschedules()),
             dilation: self.dilation.unwrap_or(self.method.dilation()),
+            gamma: self.gamma,
             relay_noise_offset: self.relay_noise_offset,
             reference_compat: self.reference_compat,
         };
