@@ -44,13 +44,18 @@ OTHER_COLOUR = 0.25  # share of a body's pixels from which a second colour is a 
 
 @dataclass(frozen=True)
 class Seen:
-    """One object. centre (x, y) in pixels of the picture, radius in shorter sides."""
+    """One object. centre (x, y) in pixels of the picture, radius in shorter sides.
+
+    misfit: mean squared difference of the object's coverage from its shape's outline, over the object's area. The
+    shape is only the likest of the three, so a lozenge passes for a ball: the misfit tells.
+    """
 
     shape: str
     colour: str
     size: str
     centre: tuple
     radius: float
+    misfit: float
 
     def __str__(self):
         x, y = self.centre
@@ -88,6 +93,7 @@ class Verdict:
     duplicates: int  # objects beyond those asked for
     missing: int  # asked for and not there
     position_error: float | None  # mean distance of the matched objects from their places, in shorter sides
+    misfit: float | None  # mean over the objects seen
 
     ATTRIBUTES = ("number", "size", "colour", "shape", "place", "ground")
 
@@ -203,7 +209,7 @@ OUTLINES = {shape: outline_constants(shape) for shape in scenes.SHAPES}
 
 
 def read_shape(cover, short):
-    """(shape, radius, centre), in pixels, of the one object whose coverage of each pixel is given."""
+    """(misfit, shape, radius, centre), in pixels, of the one object whose coverage of each pixel is given."""
     row, column = (c + 0.5 for c in ndimage.center_of_mass(cover))
     best = None
     for shape, (area_over_square, below) in OUTLINES.items():
@@ -214,7 +220,7 @@ def read_shape(cover, short):
             error = np.square(ndimage.gaussian_filter(sharp, blur * short) - cover).sum()
             if best is None or error < best[0]:
                 best = (error, shape, radius, centre)
-    return best[1:]
+    return best[0] / cover.sum(), *best[1:]
 
 
 def read_object(part, picture, distance, scale):
@@ -227,7 +233,7 @@ def read_object(part, picture, distance, scale):
     body = inner(part)
     near = ndimage.binary_dilation(part, iterations=max(1, short // 64))
     cover = np.maximum(np.clip(distance / np.median(distance[body]), 0.0, 1.0), body) * near
-    shape, radius, (x, y) = read_shape(cover, short)
+    misfit, shape, radius, (x, y) = read_shape(cover, short)
     classes = np.bincount(colour_classes(picture[body]), minlength=len(scenes.COLOURS))
     return Seen(
         shape=shape,
@@ -235,6 +241,7 @@ def read_object(part, picture, distance, scale):
         size="small" if radius / short < SMALL_BELOW else "large",
         centre=((left + x) * scale[0], (top + y) * scale[1]),
         radius=radius / short,
+        misfit=float(misfit),
     )
 
 
@@ -302,6 +309,7 @@ def judge(reading, kind):
         duplicates=max(0, len(reading.objects) - len(asked)),
         missing=max(0, len(asked) - len(reading.objects)),
         position_error=float(np.mean([apart for _, _, apart in pairs])) if pairs else None,
+        misfit=float(np.mean([seen.misfit for seen in reading.objects])) if reading.objects else None,
     )
 
 
@@ -333,10 +341,12 @@ def print_score(verdicts, kinds):
     line("wholly right (6)", [v.right for v in verdicts])
     for name, kind in (("  of groups", scenes.Group), ("  of pairs", scenes.Pair)):
         line(name, [v.right for v, k in zip(verdicts, kinds) if isinstance(k, kind)])
+    misfits = [v.misfit for v in verdicts if v.misfit is not None]
     errors = [v.position_error for v in verdicts if v.position_error is not None]
     print(
         f"a picture: {np.mean([v.duplicates for v in verdicts]):.3f} duplicates, "
-        f"{np.mean([v.missing for v in verdicts]):.3f} missing, position error {np.mean(errors or [np.nan]):.4f} sides"
+        f"{np.mean([v.missing for v in verdicts]):.3f} missing, "
+        f"position error {np.mean(errors or [np.nan]):.4f} sides, misfit {np.mean(misfits or [np.nan]):.4f}"
     )
 
 

@@ -90,6 +90,14 @@ class Reader(unittest.TestCase):
                 verdicts = read.self_test(*size, count)
             self.assertLess(np.mean([not v.right for v in verdicts]), 0.01, size)
             self.assertLess(np.mean([v.position_error for v in verdicts]), 0.03, size)
+            self.assertLess(max(v.misfit for v in verdicts), 0.02, size)
+
+    def test_a_lozenge_is_a_misfit(self):
+        y, x = np.mgrid[0:64, 0:64]
+        picture = np.full((64, 64, 3), 0.45, np.float32)
+        picture[np.abs(x - 32) + np.abs(y - 32) < 9] = (0.8, 0.1, 0.1)
+        (seen,) = read.read(picture).objects
+        self.assertGreater(seen.misfit, 0.02)
 
     def test_objects_are_where_they_were_drawn(self):
         scene = scene_of("a large red ball above a small white cone, on a checkered ground")
