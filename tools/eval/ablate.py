@@ -107,7 +107,7 @@ class Run:
         shared = list(self.flags)
         for flag in row.flags:
             name = flag.split("=")[0]
-            if name in shared:
+            if name.startswith("--") and name in shared:  # a value may be the same as another's
                 at = shared.index(name)
                 del shared[at : at + 2]
         model = ["--model", str(self.model)] if self.model else []

@@ -151,6 +151,9 @@ class Runner(TempCase):
         args = ablate.parse(["--program", str(self.program), "--captions", "3", "--flags", "--guidance 3 --eta 0.5"])
         row = rows.Row("x", (64, 64), ("--guidance", "5"))
         self.assertEqual(ablate.Run.open(args).arguments(row), ["--eta", "0.5", "--guidance", "5"])
+        row = rows.Row("x", (64, 64), ("--dilation", "3"))
+        whole = ["--guidance", "3", "--eta", "0.5", "--dilation", "3"]
+        self.assertEqual(ablate.Run.open(args).arguments(row), whole)
 
     def test_list_makes_nothing(self):
         out = self.run_ablate("--list")
