@@ -87,7 +87,7 @@ impl Rng {
     /// [`normal_nhwc`](Rng::normal_nhwc) into a tensor `[n, h, w, c]` that nobody else holds.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape); [`Error::Driver`](crate::Error::Driver).
+    /// [`Error::Shape`]; [`Error::Driver`].
     pub fn normal_nhwc_into(&mut self, to: &mut Tensor) -> Result<()> {
         let [n, h, w, c] = to.dims("normal", "to")?;
         if let Device::Meta(_) = to.device() {

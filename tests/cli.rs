@@ -483,6 +483,7 @@ fn flags_that_do_not_go_together() {
         (&["--scheduler", "euler", "--eta", "0.5"], 2, &["--eta 0.5", "ddim"]),
         (&["--seed", "18446744073709551615", "--count", "2"], 2, &["--seed 18446744073709551615", "--count 2"]),
         (&["--device", "cuda:4096"], 1, &["cuda:4096"]),
+        (&["--reference-compat", "--scheduler", "euler"], 2, &["--reference-compat with --scheduler euler: ", "ddim"]),
         (&["--out", "a.jpg"], 2, &["--out a.jpg", ".png"]),
         (&["--out", "no/such/a.png"], 1, &["no/such", "does not exist"]),
         (&["--out", "a.png", "--dump", "a.png"], 2, &["--dump a.png", "--out"]),

@@ -95,10 +95,11 @@ impl Plan {
             }
         }
         if self.reference_compat && self.method == Method::Plain {
-            return refuse("--reference-compat", String::new(), "is for megafusion and megafusion++");
+            return refuse("--reference-compat", "with --method plain".into(), "is for megafusion and megafusion++");
         }
         if self.reference_compat && self.scheduler.sampler() != Sampler::Ddim {
-            return refuse("--reference-compat", String::new(), "the published code samples with --scheduler ddim");
+            let value = format!("with --scheduler {}", self.scheduler.sampler().name());
+            return refuse("--reference-compat", value, "the published code samples with ddim");
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ const RELAYS: Relays = Relays { most: 3, share: 0.2 };
 /// Models below [`SMALL_NATIVE_SIDE`]: an object is a few latent cells, and relayed at the paper's noise level it comes
 /// back as several smaller ones (seen on models/pocket at 256x256), so one late relay only refines edges.
 const RELAYS_OF_SMALL_MODELS: Relays = Relays { most: 1, share: 0.02 };
-/// Pixels; see [`RELAYS_OF_SMALL_MODELS`].
+/// Pixels of the longer side: models trained below it get one late relay.
 pub const SMALL_NATIVE_SIDE: usize = 128;
 
 /// The stages for `size` from a model trained at `native`, whose sizes are multiples of `factor` pixels.
