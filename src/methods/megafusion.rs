@@ -61,8 +61,8 @@ const REFERENCE_BASE_GAMMA: f64 = 2.25;
 impl Plan {
     /// # Errors
     /// [`Error::Request`], naming the flag: no or superfluous stages, sizes that are not multiples of `factor`, a
-    /// dilation of 0, a noise offset beyond the first or last step, a `gamma` that is no positive number or is not used, `reference_compat` with what the published code does not
-    /// have.
+    /// dilation of 0, a noise offset beyond the first or last step, a `gamma` that is no positive number or is not used,
+    /// `reference_compat` with what the published code does not have.
     pub fn check(&self, factor: usize) -> Result<()> {
         let refuse = |flag, value: String, reason: &str| Err(Error::Request { flag, value, reason: reason.into() });
         let listed: Vec<String> = self.stages.iter().map(Stage::to_string).collect();

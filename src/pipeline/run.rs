@@ -1,3 +1,5 @@
+use std::sync::Mutex;
+
 use super::parameters::Parameters;
 use super::plan::Planner;
 use super::{ModelFiles, ModelSource, Request};
@@ -37,6 +39,8 @@ pub struct Pipeline {
     scheduler: SchedulerConfig,
     /// On a card: says how much memory a request wants.
     planner: Option<Box<Planner>>,
+    /// The request that was planned last, without what costs nothing, and its bytes beside the weights.
+    planned: Mutex<Option<(Request, u64)>>,
 }
 
 impl Pipeline {
@@ -67,8 +71,8 @@ impl Pipeline {
             Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
             _ => None,
         };
-        let name = files.name();
-        Ok(Pipeline { name, device, dtype, tokenizer, tokens, text_encoder, unet, vae, scheduler, planner })
+        let (name, planned) = (files.name(), Mutex::new(None));
+        Ok(Pipeline { name, device, dtype, tokenizer, tokens, text_encoder, unet, vae, scheduler, planner, planned })
     }
 
     pub fn name(&self) -> &str {
@@ -140,11 +144,22 @@ impl Pipeline {
     }
 
     /// On a card, what the planner counts beside the weights, in one piece: nothing is asked of the driver while steps run,
-    /// and what does not fit fails before the first of them.
+    /// and what does not fit fails before the first of them. Pictures that differ in words and seed are planned once.
     fn reserve(&self, request: &Request) -> Result<()> {
         let (Device::Cuda(card), Some(planner)) = (&self.device, &self.planner) else { return Ok(()) };
-        let plan = planner.plan(request)?;
-        card.reserve(plan.peak_bytes.saturating_sub(plan.weight_bytes()))
+        let (prompt, negative_prompt) = (String::new(), String::new());
+        let request = Request { prompt, negative_prompt, seed: 0, count: 1, ..request.clone() };
+        let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let bytes = match &*planned {
+            Some((last, bytes)) if *last == request => *bytes,
+            _ => {
+                let plan = planner.plan(&request)?;
+                let bytes = plan.peak_bytes.saturating_sub(plan.weight_bytes());
+                *planned = Some((request, bytes));
+                bytes
+            }
+        };
+        card.reserve(bytes)
     }
 
     /// `[rows, tokens, hidden]`: the negative prompt's row first, when there is guidance.

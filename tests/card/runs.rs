@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use megafuse::methods::Method;
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, SampleState, StepCoefficients, StepRow, StepTable};
-use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request};
+use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent};
 use megafuse::runtime::{CudaDevice, CudaOptions, MetaDevice};
 use megafuse::schedulers::Sampler;
 use megafuse::{DType, Device, Result, Tensor};
@@ -176,6 +176,10 @@ fn a_run_asks_the_driver_for_memory_once() {
     let card = CudaDevice::open(CudaOptions::default()).unwrap();
     let source = ModelSource::Directory(data("four-levels"));
     let pipeline = Pipeline::load(source, Device::Cuda(card.clone()), DType::F32).unwrap();
+    // Another request before: what was planned for it is not what the next one gets.
+    let small =
+        Request { method: Method::Plain, size: Some("32x32".parse().unwrap()), steps: Some(1), ..Request::default() };
+    pipeline.generate(&small, &mut Silent).unwrap();
     let memory = card.memory().unwrap();
     let (loaded, free) = (memory.reserved_bytes, memory.reserved_bytes - memory.in_use_bytes);
     let _filled = Tensor::uninit(&Device::Cuda(card.clone()), &[(free as usize - (1 << 20)) / 4], DType::U32).unwrap();
