@@ -1,71 +1,16 @@
 //! The program from outside: its flags, files, messages and exit status. Numbers are checked elsewhere.
 
+#[path = "common/place.rs"]
+mod place;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use place::{MODEL, Place, text};
 use safetensors::{Dtype, SafeTensors};
-
-/// A small random model of the SD 1.x family, native size 32x32 (latents 16x16).
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
-
-/// The program in a folder of its own.
-struct Place {
-    folder: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Place {
-        Place { folder: tempfile::tempdir().expect("a temporary folder") }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_megafuse"));
-        command.args(args).current_dir(self.folder.path()).env("RAYON_NUM_THREADS", "2");
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.command(args).output().expect("the program starts")
-    }
-
-    /// Standard output of a run that must succeed.
-    fn ok(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
-    /// The message of a run that must fail with this status and write nothing.
-    fn fails(&self, status: i32, args: &[&str]) -> String {
-        let before = self.names();
-        let output = self.run(args);
-        let message = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
-        assert_eq!(self.names(), before, "{args:?} left something");
-        assert!(!message.contains("panicked"), "{args:?}: {message}");
-        message
-    }
-
-    fn names(&self) -> BTreeSet<String> {
-        let entries = fs::read_dir(self.folder.path()).expect("the folder is there");
-        entries.map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned()).collect()
-    }
-
-    fn bytes(&self, name: &str) -> Vec<u8> {
-        fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 /// `generate` on the small model in a few steps, with further flags.
 fn generate<'a>(further: &[&'a str]) -> Vec<&'a str> {

@@ -1,66 +1,23 @@
 //! `grid` and `generate --strip`: every picture in its place, pixel by pixel, and what the file says about it.
 
+#[path = "common/place.rs"]
+mod place;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
 
+use place::{MODEL, Place};
 use serde_json::Value;
 
-/// A small random model of the SD 1.x family, native size 32x32, two pixels a latent cell.
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
-
-struct Place {
-    folder: tempfile::TempDir,
+fn a_place() -> Place {
+    Place::with(&["--model", MODEL])
 }
 
-impl Place {
-    fn new() -> Place {
-        Place { folder: tempfile::tempdir().expect("a temporary folder") }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_megafuse"));
-        command.args(args).args(["--model", MODEL]).current_dir(self.folder.path()).env("RAYON_NUM_THREADS", "2");
-        command.output().expect("the program starts")
-    }
-
-    /// Standard output of a run that must succeed.
-    fn ok(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
-    /// The message of a run that must fail with this status and write nothing.
-    fn fails(&self, status: i32, args: &[&str]) -> String {
-        let before = self.names();
-        let output = self.run(args);
-        let message = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
-        assert!(!message.contains("panicked"), "{args:?}: {message}");
-        assert_eq!(self.names(), before, "{args:?} left something");
-        message
-    }
-
-    fn names(&self) -> BTreeSet<String> {
-        let entries = fs::read_dir(self.folder.path()).expect("the folder is there");
-        entries.map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned()).collect()
-    }
-
-    /// The picture of `generate` with these flags.
-    fn picture(&self, args: &[&str]) -> Png {
-        self.ok(&[&["generate"], args, &["--out", "one.png"]].concat());
-        read_png(&self.path("one.png"))
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+/// The picture of `generate` with these flags.
+fn picture(place: &Place, args: &[&str]) -> Png {
+    place.ok(&[&["generate"], args, &["--out", "one.png"]].concat());
+    read_png(&place.path("one.png"))
 }
 
 #[derive(Debug, PartialEq)]
@@ -111,7 +68,7 @@ const STAGES: [&str; 2] = ["--stages", "16x16:2,32x24:1"];
 
 #[test]
 fn every_picture_of_a_grid_is_in_its_place() {
-    let place = Place::new();
+    let place = a_place();
     let command = [&["grid", "a cat", "a red dog", "--seeds", "3,9"], &STAGES[..], &["--out", "grid.png"]].concat();
     assert_eq!(place.ok(&command), "grid.png\n");
     let grid = read_png(&place.path("grid.png"));
@@ -124,7 +81,7 @@ fn every_picture_of_a_grid_is_in_its_place() {
             for method in ["plain", "megafusion", "megafusion++"] {
                 // Plain makes all steps at the last size.
                 let stages = if method == "plain" { &["--size", "32x24", "--steps", "3"][..] } else { &STAGES };
-                let picture = place.picture(&[&base[..], stages, &["--method", method]].concat());
+                let picture = picture(&place, &[&base[..], stages, &["--method", method]].concat());
                 row.push(find(&grid, enlarged(&picture, 4)));
             }
             assert!(row[0].1 == row[1].1 && row[1].1 == row[2].1, "{row:?}");
@@ -161,7 +118,7 @@ fn every_picture_of_a_grid_is_in_its_place() {
 /// Axes turned, a method at a size of its own, and default names that replace nothing.
 #[test]
 fn axes_sizes_and_names_are_chosen_by_flags() {
-    let place = Place::new();
+    let place = a_place();
     let command =
         ["grid", "a cat", "--methods", "plain@16x16,plain", "--size", "32x32", "--steps", "2", "--seeds", "0..3"];
     assert_eq!(place.ok(&[&command[..], &["--columns", "seeds"]].concat()), "megafuse-grid.png\n");
@@ -171,7 +128,7 @@ fn axes_sizes_and_names_are_chosen_by_flags() {
     let small = ["a cat", "--method", "plain", "--size", "16x16", "--steps", "2", "--seed", "2"];
     let large = ["a cat", "--method", "plain", "--size", "32x32", "--steps", "2", "--seed", "0"];
     // Both at 128 pixels.
-    let (small, large) = (enlarged(&place.picture(&small), 8), enlarged(&place.picture(&large), 4));
+    let (small, large) = (enlarged(&picture(&place, &small), 8), enlarged(&picture(&place, &large), 4));
     let (below, above) = (find(&grid, large.clone()), find(&grid, small.clone()));
     assert!(below.1 > above.1 + 128 && above.0 > below.0 + 2 * 128, "{below:?} {above:?}");
     assert_eq!(find(&wide, large).1, find(&wide, small).1);
@@ -181,13 +138,13 @@ fn axes_sizes_and_names_are_chosen_by_flags() {
     // Shrunk to a chosen size.
     place.ok(&[&command[..], &["--columns", "seeds", "--cell", "16", "--out", "small.png"]].concat());
     let shrunk = read_png(&place.path("small.png"));
-    let native = place.picture(&["a cat", "--method", "plain", "--size", "16x16", "--steps", "2", "--seed", "1"]);
+    let native = picture(&place, &["a cat", "--method", "plain", "--size", "16x16", "--steps", "2", "--seed", "1"]);
     find(&shrunk, enlarged(&native, 1));
 }
 
 #[test]
 fn a_grid_of_a_manifest_has_its_seeds_and_sizes() {
-    let place = Place::new();
+    let place = a_place();
     let lines = "{\"prompt\": \"a cat\", \"seed\": 5}\n{\"prompt\": \"a dog\", \"size\": \"16x16\", \"guidance\": 2}\n";
     fs::write(place.path("few.jsonl"), lines).unwrap();
     let command = ["grid", "--manifest", "few.jsonl", "--methods", "plain", "--size", "32x32", "--steps", "1"];
@@ -195,9 +152,9 @@ fn a_grid_of_a_manifest_has_its_seeds_and_sizes() {
     let grid = read_png(&place.path("g.png"));
     assert_eq!(grid.json["grid"]["rows"], serde_json::json!([["a cat", "seed 5"], ["a dog", "seed 1"]]));
     let plain = ["--method", "plain", "--steps", "1"];
-    let cat = place.picture(&[&["a cat", "--seed", "5", "--size", "32x32"], &plain[..]].concat());
+    let cat = picture(&place, &[&["a cat", "--seed", "5", "--size", "32x32"], &plain[..]].concat());
     let dog = ["a dog", "--seed", "1", "--size", "16x16", "--guidance", "2"];
-    let dog = place.picture(&[&dog[..], &plain].concat());
+    let dog = picture(&place, &[&dog[..], &plain].concat());
     assert!(find(&grid, enlarged(&cat, 4)).1 + 128 < find(&grid, enlarged(&dog, 8)).1);
     // With --seeds all lines have those.
     place.ok(&[&command[..], &["--seeds", "8", "--out", "h.png"]].concat());
@@ -210,7 +167,7 @@ fn a_grid_of_a_manifest_has_its_seeds_and_sizes() {
 
 #[test]
 fn grids_that_cannot_be_made_are_refused_first() {
-    let place = Place::new();
+    let place = a_place();
     for (args, status, part) in [
         (&["grid"][..], 2, "PROMPT"),
         (&["grid", "a", "--manifest", "b"], 2, "--manifest"),
@@ -240,7 +197,7 @@ fn grids_that_cannot_be_made_are_refused_first() {
 /// Against the tensors of --dump.
 #[test]
 fn a_strip_shows_every_relay_before_and_after_the_upsampler() {
-    let place = Place::new();
+    let place = a_place();
     let stages = ["--stages", "16x16:2,24x24:1,32x32:2", "--relay-clamp", "none"];
     let files = ["--strip", "s.png", "--dump", "d.safetensors", "--out", "p.png", "--count", "2"];
     let printed = place.ok(&[&["generate", "a cat"], &stages[..], &files].concat());

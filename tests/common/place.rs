@@ -1,0 +1,71 @@
+//! Shared by the tests of the program from outside: it runs in a folder of its own.
+#![allow(dead_code)] // each test binary uses a part
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// A small random model of the SD 1.x family, native size 32x32, two pixels a latent cell.
+pub const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
+
+pub struct Place {
+    folder: tempfile::TempDir,
+    always: &'static [&'static str],
+}
+
+impl Place {
+    pub fn new() -> Place {
+        Place::with(&[])
+    }
+
+    /// Every run has `always` after its own arguments.
+    pub fn with(always: &'static [&'static str]) -> Place {
+        Place { folder: tempfile::tempdir().expect("a temporary folder"), always }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_megafuse"));
+        command.args(args).args(self.always).current_dir(self.folder.path()).env("RAYON_NUM_THREADS", "2");
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("the program starts")
+    }
+
+    /// Standard output of a run that must succeed.
+    pub fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// The message of a run that must fail with this status and write nothing.
+    pub fn fails(&self, status: i32, args: &[&str]) -> String {
+        let before = self.names();
+        let output = self.run(args);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
+        assert!(!message.contains("panicked"), "{args:?}: {message}");
+        assert_eq!(self.names(), before, "{args:?} left something");
+        message
+    }
+
+    pub fn names(&self) -> BTreeSet<String> {
+        let entries = fs::read_dir(self.folder.path()).expect("the folder is there");
+        entries.map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    pub fn bytes(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
