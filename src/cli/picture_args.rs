@@ -235,7 +235,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = values::steps)]
     pub steps: Option<usize>,
 
-    /// Classifier-free guidance scale; up to 1 there is no guidance (default: 7; 3 for the model inside the program)
+    /// Classifier-free guidance scale; up to 1 there is no guidance (default: 7; 2 for the model inside the program)
     #[arg(long, value_name = "X", value_parser = values::guidance)]
     pub guidance: Option<f32>,
 
@@ -359,7 +359,7 @@ impl RunArgs {
             scheduler: self.scheduler,
             eta: self.eta,
             steps: self.steps,
-            guidance: self.guidance.unwrap_or(if self.model.is_none() { 3.0 } else { 7.0 }),
+            guidance: self.guidance.unwrap_or(if self.model.is_none() { 2.0 } else { 7.0 }),
             seed: 0,
             count: 1,
             rng: self.rng,

@@ -659,7 +659,7 @@ def main():
     score.add_argument("--captions", type=Path, default=read.HELD_OUT, help="file of captions, one a line")
     score.add_argument("--count", type=int, default=500, help="how many captions")
     score.add_argument("--steps", type=int, default=50, help="DDIM steps")
-    score.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
+    score.add_argument("--guidance", type=float, default=2.0, help="guidance scale")
     score.add_argument("--seed", type=int, default=0, help="seed of the first picture; the others count up")
 
     for command in (vae, unet, export, everything, score):
