@@ -32,7 +32,7 @@ flags, captions and seeds are the same. docs/evaluation.md says what is measured
 
 examples:
   cargo build --release && tools/eval/ablate --quick         a few tables on 12 captions, five minutes
-  tools/eval/ablate                                          everything, on 70 captions, under two hours
+  tools/eval/ablate                                          everything, on 50 captions, under two hours
   tools/eval/ablate --tables gamma delta --captions 200
   tools/eval/ablate --list                                   tables, rows and their flags; makes nothing
 """
@@ -49,17 +49,17 @@ def parse(arguments):
     known = [table.key for table in rows.TABLES]
     add("--quick", action="store_true", help="fewer tables, 12 captions: five minutes on 2 cores")
     add("--tables", nargs="+", choices=known, metavar="TABLE", help=f"only these: {', '.join(known)}")
-    add("--captions", type=int, metavar="N", help="how many of the captions (default: 70; 12 with --quick)")
+    add("--captions", type=int, metavar="N", help="how many of the captions (default: 50; 12 with --quick)")
     add("--captions-file", default=ROOT / "tools" / "pocket" / "heldout.txt", type=Path, metavar="FILE")
     add("--model", type=Path, metavar="DIR", help="model directory (default: the one inside the program)")
     add("--program", type=Path, default=ROOT / "target" / "release" / "megafuse", metavar="FILE")
-    add("--flags", default="--guidance 3", metavar="TEXT", help="of every row, before its own (default: --guidance 3)")
+    add("--flags", default="--guidance 2", metavar="TEXT", help="of every row, before its own (default: --guidance 2)")
     add("--seed", type=int, default=0, help="caption i is drawn with seed SEED + i (default: 0)")
     add("--work", type=Path, default=ROOT / "target" / "ablations", metavar="DIR", help="pictures and measurements")
     add("--out", type=Path, default=ROOT / "docs" / "ablations", metavar="DIR", help="tables and plots")
     add("--list", action="store_true", help="print the rows' flags and end")
     args = parser.parse_args(arguments)
-    args.captions = args.captions or (12 if args.quick else 70)
+    args.captions = args.captions or (12 if args.quick else 50)
     if args.captions < 2:
         raise EvalError(f"--captions {args.captions}: a distance needs 2 or more")
     return args
