@@ -3,19 +3,18 @@
 //! Data goes one way: `cli -> pipeline -> methods -> models -> ops -> runtime`. A model offers options per call, a method
 //! fills them; no method edits a model.
 //!
-//! A picture from the model that ships inside, in ten lines (leave `size`, `steps` and `method` out for the defaults):
+//! A picture from the model that ships inside, in ten lines (leave `size` and `steps` out for the defaults):
 //! ```
-//! use megafuse::pipeline::{Method, ModelSource, Pipeline, Request, Silent, Size};
+//! use megafuse::pipeline::{ModelSource, Pipeline, Request, Silent, Size};
 //! use megafuse::{DType, Device, image};
 //!
 //! # fn main() -> megafuse::Result<()> {
 //! let pipeline = Pipeline::load(ModelSource::Embedded, Device::cpu(), DType::F32)?;
 //! let request = Request {
 //!     prompt: "a red ball".into(),
-//!     method: Method::MegaFusionPlus,
 //!     size: Some(Size::new(96, 64)),
 //!     steps: Some(5),
-//!     ..Request::default()
+//!     ..Request::suited_to(&ModelSource::Embedded)
 //! };
 //! let picture = pipeline.generate(&request, &mut Silent)?.remove(0);
 //! let text = image::PngText { parameters: &picture.parameters.text, json: "" };

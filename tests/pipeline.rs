@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use megafuse::methods::{Method, Stage};
 use megafuse::ops::Upsampler;
-use megafuse::pipeline::{self, Event, ModelSource, Observer, Pipeline, Request, RngKind, Silent};
+use megafuse::pipeline::{self, Event, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Silent};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
 use safetensors::SafeTensors;
@@ -326,15 +326,40 @@ fn sd15_at_1024_costs_what_the_paper_says() {
     assert!((step.once.macs as f64 / 2.0 / 401e9 - 1.0).abs() < 0.2, "{}", step.once.macs / 2);
 }
 
-/// Needs models/pocket, which a build may lack; then there is one clear error.
+/// The model inside the program, with its own defaults: each object has its colour and its place.
 #[test]
-fn the_embedded_model_draws_or_says_why_not() {
-    match Pipeline::load(ModelSource::Embedded, Device::cpu(), DType::F32) {
-        Ok(pipeline) => {
-            let request = Request { prompt: "a red ball".into(), steps: Some(4), ..Request::default() };
-            let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
-            assert_eq!((picture.width, picture.height), (256, 256));
-        }
-        Err(error) => assert!(error.to_string().contains("--model"), "{error}"),
+fn the_embedded_model_draws_what_it_is_asked_for() {
+    let source = ModelSource::Embedded;
+    let pipeline = Pipeline::load(source.clone(), Device::cpu(), DType::F32).unwrap();
+    let usual = Request { steps: Some(12), seed: 3, ..Request::suited_to(&source) };
+    let red: Colour = |[r, g, b]| r > 140 && g < 90 && b < 90;
+    let blue: Colour = |[r, g, b]| r < 90 && g < 140 && b > 140;
+    for (prompt, left, right) in [
+        ("a large red ball on the left, on a grey ground", red, blue),
+        ("a large blue cube to the left of a large red ball, on a sand ground", blue, red),
+    ] {
+        let plain = Request { prompt: prompt.into(), method: Method::Plain, ..usual.clone() };
+        let picture = pipeline.generate(&plain, &mut Silent).unwrap().remove(0);
+        assert_eq!((picture.width, picture.height), (64, 64));
+        let shares = [left, right].map(|colour| halves(&picture, colour));
+        let two = prompt.contains(" of ");
+        assert!(shares[0][0] > 0.04 && shares[0][1] < 0.002, "{prompt}: {shares:?}");
+        assert!(shares[1][0] < 0.002 && (shares[1][1] > 0.04) == two, "{prompt}: {shares:?}");
     }
+    let picture = pipeline.generate(&Request { prompt: "a red ball".into(), ..usual }, &mut Silent).unwrap().remove(0);
+    assert_eq!((picture.width, picture.height), (256, 256));
+    let text = &picture.parameters.text;
+    assert!(text.contains("CFG scale: 2,") && text.contains("Method: megafusion,"), "{text}");
+}
+
+type Colour = fn([u8; 3]) -> bool;
+
+/// Share of the pixels of the left and of the right half that have a colour.
+fn halves(picture: &Picture, colour: Colour) -> [f64; 2] {
+    let mut found = [0.0; 2];
+    for (i, pixel) in picture.rgb.chunks_exact(3).enumerate() {
+        let right = usize::from(i % picture.width >= picture.width / 2);
+        found[right] += f64::from(u8::from(colour([pixel[0], pixel[1], pixel[2]])));
+    }
+    found.map(|count| count / (picture.rgb.len() / 6) as f64)
 }

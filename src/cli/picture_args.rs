@@ -325,8 +325,7 @@ impl PictureArgs {
     }
 
     pub fn method(&self, run: &RunArgs) -> Method {
-        let usual = if run.model.is_none() { Method::MegaFusion } else { Method::MegaFusionPlus };
-        self.method.unwrap_or(usual)
+        self.method.unwrap_or(Request::suited_to(&run.source()).method)
     }
 }
 
@@ -359,7 +358,7 @@ impl RunArgs {
             scheduler: self.scheduler,
             eta: self.eta,
             steps: self.steps,
-            guidance: self.guidance.unwrap_or(if self.model.is_none() { 2.0 } else { 7.0 }),
+            guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),
             seed: 0,
             count: 1,
             rng: self.rng,

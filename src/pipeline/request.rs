@@ -1,3 +1,4 @@
+use super::ModelSource;
 use crate::error::{Error, Result};
 use crate::methods::{self, Method, Plan, RelayClamp, Size, Stage};
 use crate::ops::Upsampler;
@@ -5,7 +6,7 @@ use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig};
 
 /// Everything that decides a picture, beside the model. `None` and an empty list mean: chosen from the model and the
-/// method.
+/// method. The other defaults are for Stable Diffusion; [`Request::suited_to`] has those of any model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     pub prompt: String,
@@ -74,6 +75,15 @@ impl Default for Request {
 const DEFAULT_STEPS: usize = 50;
 
 impl Request {
+    /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
+    /// program (docs/ablations.md, models/pocket/README.md), `megafusion++` and 7 for any other.
+    pub fn suited_to(source: &ModelSource) -> Request {
+        match source {
+            ModelSource::Embedded => Request { method: Method::MegaFusion, guidance: 2.0, ..Request::default() },
+            ModelSource::Directory(_) => Request { method: Method::MegaFusionPlus, ..Request::default() },
+        }
+    }
+
     /// The plan for a model with this scheduler configuration, native size and pixels per latent cell.
     ///
     /// # Errors
