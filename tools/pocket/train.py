@@ -40,6 +40,8 @@ import scenes
 
 NATIVE = 64
 MAX_TOKENS = 20
+CLOSE_UP_BELOW = 600  # timesteps
+CLOSE_UP_SHARE = 0.35  # of the UNet's samples at those
 PAIR_SHARE = 2 / 3  # of the UNet's samples: which object has which colour, shape and side is the hardest to learn
 LATENT_SCALE = 0.18215  # one over the standard deviation of the latents, as in Stable Diffusion 1.x
 HERE = Path(__file__).resolve().parent
@@ -308,6 +310,10 @@ def save_array(path, array):
         np.save(file, array)
 
 
+def in_bytes(picture):
+    return (picture * 255.0 + 0.5).astype(np.uint8)
+
+
 def to_tensor(pictures):
     """[n, h, w, 3] in 0..1 or in bytes -> float [n, 3, h, w] in -1..1."""
     pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -337,7 +343,7 @@ def vae_picture(seed):
     left, top = (int(np.clip((c + rng.uniform(-0.12, 0.12)) * size - NATIVE / 2, 0, size - NATIVE)) for c in (x, y))
     window = (left, top, NATIVE, NATIVE)
     picture = scenes.render_crowd(rng, size, window) if crowd else scenes.render(scene, size, window=window)
-    return (picture * 255.0 + 0.5).astype(np.uint8)
+    return in_bytes(picture)
 
 
 def vae_pictures(args):
@@ -423,7 +429,7 @@ def standardised(weights, vae):
     and 0.65: the noise would hide the last channel long before the first.
     """
     device = vae.quant_conv.weight.device
-    parts = [to_tensor([training_picture(i)[0] for i in range(k, k + 64)]).to(device) for k in range(0, 512, 64)]
+    parts = [to_tensor([whole_scene(i)[0] for i in range(k, k + 64)]).to(device) for k in range(0, 512, 64)]
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
     weights = {k: v.clone() for k, v in weights.items()}
@@ -449,30 +455,50 @@ TRAINING_KINDS = scenes.TRAINING_GROUPS + scenes.TRAINING_PAIRS
 ROW_OF = {kind: row for row, kind in enumerate(TRAINING_KINDS)}
 
 
-def training_picture(seed):
+def whole_scene(seed):
     """(a training scene in bytes, the row of its kind in TRAINING_KINDS)."""
     rng = np.random.default_rng([1, seed])
     kind = scenes.random_kind(rng)
-    return (scenes.render(scenes.random_scene(rng, kind), NATIVE) * 255.0 + 0.5).astype(np.uint8), ROW_OF[kind]
+    return in_bytes(scenes.render(scenes.random_scene(rng, kind), NATIVE)), ROW_OF[kind]
+
+
+def close_up(seed):
+    """(a 64x64 window around an object of a training scene at 80x80 to 256x256, the row of its kind).
+
+    Without these the model knows objects of two sizes and textures of one; photographs have both at every scale.
+    """
+    rng = np.random.default_rng([7, seed])
+    kind, size = scenes.random_kind(rng), int(rng.integers(80, 257))
+    scene = scenes.random_scene(rng, kind)
+    things = scene.things(size, size)
+    centre = things[rng.integers(len(things))].centre
+    left, top = (int(np.clip(c * size + rng.uniform(-40, 40) - NATIVE / 2, 0, size - NATIVE)) for c in centre)
+    return in_bytes(scenes.render(scene, size, window=(left, top, NATIVE, NATIVE))), ROW_OF[kind]
 
 
 @torch.no_grad()
-def encode_scenes(args):
-    """(latents, rows in TRAINING_KINDS, scaling factor) of --scenes training scenes, encoded once, kept in --work."""
-    path = args.work / "latents.safetensors"
+def encoded(args, name, draw, count):
+    """(latents, rows in TRAINING_KINDS) of draw(0) to draw(count - 1), encoded once, kept in --work."""
+    path = args.work / f"{name}.safetensors"
     if not path.exists():
         vae, latents, rows = load_vae(args.work, args.device), [], []
-        for i in range(0, args.scenes, 4096):
-            drawn = in_parallel(training_picture, range(i, min(i + 4096, args.scenes)), args.workers)
+        for i in range(0, count, 4096):
+            drawn = in_parallel(draw, range(i, min(i + 4096, count)), args.workers)
             rows += [row for _, row in drawn]
             for k in range(0, len(drawn), 64):
                 pictures = to_tensor([picture for picture, _ in drawn[k : k + 64]]).to(args.device)
                 latents.append(vae.encode(pictures).latent_dist.mean.contiguous().cpu())
-            print(f"encoded {len(rows)} of {args.scenes} scenes", flush=True)
+            print(f"{name}: encoded {len(rows)} of {count}", flush=True)
         tensors = {"latents": torch.cat(latents), "kinds": torch.tensor(rows)}
         write_atomically(path, lambda part: save_file(tensors, part))
     saved = load_file(path)
-    return saved["latents"], saved["kinds"], 1.0 / float(saved["latents"].std())
+    return saved["latents"], saved["kinds"]
+
+
+def encode_scenes(args):
+    """(latents, rows in TRAINING_KINDS, scaling factor) of --scenes training scenes."""
+    latents, rows = encoded(args, "latents", whole_scene, args.scenes)
+    return latents, rows, 1.0 / float(latents.std())
 
 
 # ---- stage unet ------------------------------------------------------------------------------------------------------
@@ -484,9 +510,16 @@ def stage_unet(args):
     The error of the noise is weighted by clamp(SNR, 0.1, 5) / SNR. The upper bound is min-SNR weighting (Hang et al.
     2023, arXiv:2303.09556). The lower one is for the caption: number and position are settled at an SNR near 0.01,
     where the noise is easily told from the picture and a wrong picture costs next to nothing in the noise.
+
+    Close-ups are learned at little noise only, where the picture itself shows its scale: a caption stays that of a
+    whole scene.
     """
     latents, rows_of_kinds, scale = encode_scenes(args)
-    print(f"{len(latents)} scenes, scaling factor {scale:.4f}", flush=True)
+    whole = len(latents)
+    print(f"{whole} scenes, {args.close_ups} close-ups, scaling factor {scale:.4f}", flush=True)
+    if args.close_ups:
+        near, kinds = encoded(args, "close-ups", close_up, args.close_ups)
+        latents, rows_of_kinds = torch.cat([latents, near]), torch.cat([rows_of_kinds, kinds])
     latents = (latents * scale).to(args.device)
     tokenizer = write_tokenizer(args.work / "tokenizer")
     modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
@@ -498,18 +531,22 @@ def stage_unet(args):
     if args.compile:
         unet = torch.compile(unet)
     abar = new_scheduler().alphas_cumprod.to(args.device)
-    of_groups = (rows_of_kinds < len(scenes.TRAINING_GROUPS)).numpy()
+    of_groups = (rows_of_kinds[:whole] < len(scenes.TRAINING_GROUPS)).numpy()
     group_rows, pair_rows = np.flatnonzero(of_groups), np.flatnonzero(~of_groups)
     batch, total, tokens = args.batch or 32, 0.0, {}
     while run.goes_on():
         of_pair = run.rng.random(batch) < PAIR_SHARE
         rows = np.where(of_pair, run.rng.choice(pair_rows, batch), run.rng.choice(group_rows, batch))
+        t = (1000 * torch.rand(batch) ** 0.75).long().clamp(max=999)  # noisier pictures more often
+        if args.close_ups:
+            near = (t.numpy() < CLOSE_UP_BELOW) & (run.rng.random(batch) < CLOSE_UP_SHARE)
+            rows = np.where(near, run.rng.integers(whole, len(latents), batch), rows)
         captions = [scenes.random_caption(run.rng, TRAINING_KINDS[k]) for k in rows_of_kinds[rows].tolist()]
         for new in set(captions) - tokens.keys():
             tokens[new] = tokenize(tokenizer, new)[0]
         clean = latents[torch.from_numpy(rows).to(args.device)].contiguous(memory_format=torch.channels_last)
         noise = torch.randn_like(clean)
-        t = (1000 * torch.rand(batch).sqrt()).long().clamp(max=999).to(args.device)  # noisier pictures more often
+        t = t.to(args.device)
         a = abar[t][:, None, None, None]
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
             context = text_encoder(torch.stack([tokens[c] for c in captions]).to(args.device)).last_hidden_state
@@ -651,6 +688,7 @@ def main():
         command.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     for command in (unet, export, everything):
         command.add_argument("--scenes", type=int, default=30000, help="scenes to encode for the UNet")
+        command.add_argument("--close-ups", type=int, default=8000, help="close-ups to encode for the UNet; 0: none")
 
     score = commands.add_parser("eval", help="generate the held-out captions and score the pictures")
     score.add_argument("--model", type=Path, required=True, help="exported directory")
