@@ -116,7 +116,7 @@ class Run:
     def key(self, row):
         """Name of a row's pictures: the same for the same model, program version, captions, seeds and flags."""
         flags = [f for f in self.arguments(row) if f not in ("--model", str(self.model))]
-        text = json.dumps([self.identity, flags, row.size], sort_keys=True)
+        text = json.dumps([self.identity, flags, row.size, *(["enlarged"] if row.enlarged else [])], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -165,6 +165,19 @@ def make_pictures(run, row, folder):
     return (time.monotonic() - begin) / made
 
 
+def enlarge_pictures(run, row, folder):
+    """The native row's pictures, which are there, by `megafuse resize` at the row's size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    native = run.work / "pictures" / run.key(rows.NATIVE_ROW)
+    size = "{}x{}".format(*row.size)
+    for name in (f"{i}.png" for i in run.ids()):
+        if not (folder / name).exists():
+            command = [run.program, "resize", native / name, folder / name, "--size", size]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise EvalError(f"row {row.name!r}: {shlex.join(map(str, command))}: {done.stderr.strip()[:200]}")
+
+
 def count_pictures(folder):
     return len(list(folder.glob("*.png"))) if folder.is_dir() else 0
 
@@ -185,7 +198,10 @@ def values_of(run, row, version):
         except Exception:  # half a file of an older program, a full disk: make it again
             stored.unlink()
     folder, seconds = None, None
-    if row.flags is not None:
+    if row.enlarged:
+        folder = run.work / "pictures" / name
+        enlarge_pictures(run, row, folder)
+    elif row.flags is not None:
         folder = run.work / "pictures" / name
         timing = folder.with_suffix(".seconds")
         seconds = make_pictures(run, row, folder)
@@ -204,13 +220,17 @@ def values_of(run, row, version):
 def entries_of(run, table, gflops, native, state):
     """The table's results, a dict a row: the true renderings of every size first, then the rows."""
     sizes = list(dict.fromkeys(row.size for row in table.rows))
-    truth_rows = [rows.Row(TRUTH if len(sizes) == 1 else f"{TRUTH}, {w}x{h}", (w, h), None) for w, h in sizes]
+    if len(sizes) == 1:
+        truth_rows = [rows.Row(TRUTH, sizes[0], None)]
+    else:
+        places = {row.size: row.x for row in table.rows}
+        truth_rows = [rows.Row(f"{TRUTH}, {w}x{h}", (w, h), None, places[w, h]) for w, h in sizes]
     found = {}
     for row in (*truth_rows, *table.rows):
         if row.flags is None or gflops[row] is not None:
             state.begin(table, row)
             found[row] = values_of(run, row, state.measuring)
-            state.end(None if row.flags is None else run.key(row), gflops.get(row))
+            state.end(None if row.flags is None or row.enlarged else run.key(row), gflops.get(row))
     baseline = next((v for row, (v, _) in found.items() if row.name == table.baseline), None)
     entries = []
     for row, (values, seconds) in found.items():
@@ -221,7 +241,8 @@ def entries_of(run, table, gflops, native, state):
         entries.append({
             "table": table.key, "title": table.title, "axis": table.axis, "row": row.name, "x": row.x,
             "flags": None if row.flags is None else run.arguments(row), "size": row.size, "metrics": metrics,
-            "gflop": gflops.get(row), "seconds": seconds, "identity": run.identity, "measure": state.summarising,
+            "enlarged": row.enlarged, "gflop": gflops.get(row), "seconds": seconds, "identity": run.identity,
+            "measure": state.summarising,
         })  # fmt: skip
     return entries
 
@@ -293,14 +314,14 @@ def main(arguments=None):
         for table in chosen:
             print(f"{table.key}: {table.title}")
             for row in table.rows:
-                print(f"  {row.name}: {shlex.join(run.arguments(row))}")
+                print(f"  {row.name}: {shlex.join(run.arguments(row))}{', resized' if row.enlarged else ''}")
         return 0
     gflops, reasons = {}, {}
     for row in dict.fromkeys([rows.NATIVE_ROW, *(row for table in chosen for row in table.rows)]):
         gflops[row], reasons[row] = plan(run, row)
     if gflops[rows.NATIVE_ROW] is None:
         raise EvalError(f"the program refuses the native row: {reasons[rows.NATIVE_ROW]}")
-    runs = {run.key(row): (row, g) for row, g in gflops.items() if g is not None}
+    runs = {run.key(row): (row, g) for row, g in gflops.items() if g is not None and not row.enlarged}
     total = sum(g for _, g in runs.values())
     size = f"{total * len(run.captions) / 1e3:.1f} TFLOP"
     print(f"{len(runs)} runs of {len(run.captions)} pictures, {size}", file=sys.stderr)

@@ -92,7 +92,7 @@ def markdown(entries):
 def plot(entries, title, axis=None):
     """SVG text: a panel a metric; along x where every row has one, else a bar a row. Whiskers: the intervals.
 
-    Rows without x beside rows with it (ground truth) are dashed lines. The same entries give the same bytes.
+    Ground truth is a dashed line, along x where its size changes with it. The same entries give the same bytes.
     """
     import matplotlib
 
@@ -129,9 +129,16 @@ def _values(metric, entries):
     return have, middle, [low, high]
 
 
+def _is_truth(entry):
+    return entry.get("flags", ()) is None
+
+
 def _along(ax, metric, entries, others, axis, _first):
-    have, middle, whiskers = _values(metric, sorted(entries, key=lambda e: e["x"]))
+    entries = sorted(entries, key=lambda e: e["x"])
+    have, middle, whiskers = _values(metric, [e for e in entries if not _is_truth(e)])
     ax.errorbar([e["x"] for e in have], middle, yerr=whiskers, marker="o", markersize=3, capsize=2, linewidth=1)
+    truths, middle, _ = _values(metric, [e for e in entries if _is_truth(e)])
+    ax.plot([e["x"] for e in truths], middle, linestyle="--", linewidth=0.8, color="grey")
     for e, value in zip(*_values(metric, others)[:2]):
         ax.axhline(value, linestyle="--", linewidth=0.8, color="grey")
         ax.annotate(e["row"], (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6)

@@ -17,6 +17,7 @@ class Row:
     size: tuple  # (width, height) in pixels
     flags: tuple
     x: float | None = None  # place on a plot's axis
+    enlarged: bool = False  # the native row's pictures, resized to `size`; `flags` are the native row's
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def methods(scale):
     size = last(stages)
     late = [(*NATIVE, STEPS - 1), (*size, 1)]
     rows = (
+        Row("native size, enlarged (bicubic)", size, NATIVE_ROW.flags, enlarged=True),
         Row("direct sampling", size, plain(size)),
         Row("T&R", size, relayed(stages)),
         Row("T&R + D", size, relayed(stages, dilation=2)),

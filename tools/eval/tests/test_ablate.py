@@ -28,6 +28,8 @@ from PIL import Image
 a = sys.argv[1:]
 if a[0] == "--version":
     print("stand-in 1"); sys.exit()
+if a[0] == "resize":
+    Image.open(a[1]).resize(tuple(map(int, a[4].split("x")))).save(a[2]); sys.exit()
 flag = lambda name: a[a.index(name) + 1] if name in a else None
 stages = flag("--stages")
 size = (stages.split(",")[-1].split(":")[0] if stages else flag("--size")).split("x")
@@ -57,10 +59,11 @@ class Runner(TempCase):
         self.program = self.dir / "program"
         self.program.write_text(STAND_IN.format(python=sys.executable))
         self.program.chmod(self.program.stat().st_mode | stat.S_IXUSR)
-        two = (
+        self.two = two = (
             rows.Row("a", (64, 64), ("--method", "plain", "--size", "64x64")),
             rows.Row("b", (96, 64), ("--method", "megafusion", "--stages", "64x64:1,96x64:1"), x=2),
             rows.Row("c", (64, 64), ("--method", "plain", "--size", "64x64", "--gamma", "2")),
+            rows.Row("d", (128, 96), rows.NATIVE_ROW.flags, enlarged=True),
         )
         table = rows.Table("small", "A small table", two, "a")
         again = rows.Table("again", "The same run again", two[1:2], "b", axis="things")
@@ -87,7 +90,7 @@ class Runner(TempCase):
         self.run_ablate()
         self.assertEqual(len(self.calls()), 3)  # native, a, b; c is refused
         text = (self.dir / "out" / "small.md").read_text()
-        for part in ("| a |", "| b |", "true renderings, 96x64", "'--gamma' found): c.", "3 captions"):
+        for part in ("| a |", "| b |", "| d |", "true renderings, 96x64", "'--gamma' found): c.", "3 captions"):
             self.assertIn(part, text)
         entries = report.read_results(self.dir / "out" / "results.jsonl")
         names = [(e["table"], e["row"]) for e in entries]
@@ -95,6 +98,10 @@ class Runner(TempCase):
         b = entries[-1]
         self.assertEqual((b["gflop"], b["x"], b["metrics"]["objects"][0]), (2.0, 2, 0.0))
         self.assertEqual(b["metrics"]["missing"][0], np.mean([len(k.asked()) for k in self.kinds()]))
+        d = next(e for e in entries if e["row"] == "d")  # the native run's pictures: it costs nothing of its own
+        self.assertEqual((d["enlarged"], d["gflop"], d["seconds"]), (True, 2.0, None))
+        native, enlarged = (self.picture(rows.NATIVE_ROW), self.picture(self.two[3]))
+        self.assertEqual((native.getpixel((0, 0)), enlarged.size), (enlarged.getpixel((0, 0)), (128, 96)))
         truth = entries[-2]["metrics"]
         self.assertEqual((truth["objects"][0], truth["duplicates"][0]), (1.0, 0.0))
         self.assertLess(abs(truth["sharpness"][0]), 1.0)
@@ -104,6 +111,10 @@ class Runner(TempCase):
         self.run_ablate()
         self.assertEqual(len(self.calls()), 3)
         self.assertEqual(before, {p.name: p.read_bytes() for p in (self.dir / "out").iterdir()})
+
+    def picture(self, row):
+        args = ablate.parse(["--program", str(self.program), "--captions", "3"])
+        return Image.open(self.dir / "work" / "pictures" / ablate.Run.open(args).key(row) / "0001.png")
 
     def kinds(self):
         text = (ROOT / "tools" / "pocket" / "heldout.txt").read_text()
@@ -157,7 +168,7 @@ class Runner(TempCase):
 
     def test_list_makes_nothing(self):
         out = self.run_ablate("--list")
-        self.assertIn("  b: --guidance 3 --method megafusion --stages 64x64:1,96x64:1", out)
+        self.assertIn("  b: --guidance 2 --method megafusion --stages 64x64:1,96x64:1", out)
         self.assertEqual(self.calls(), [])
 
     def test_errors(self):
@@ -190,7 +201,8 @@ class Rows(unittest.TestCase):
                     self.assertEqual(sum(int(steps) for _, steps in stages), rows.STEPS)
                     self.assertEqual(stages[-1][0], f"{row.size[0]}x{row.size[1]}")
                 else:
-                    self.assertEqual(row.flags[row.flags.index("--size") + 1], f"{row.size[0]}x{row.size[1]}")
+                    width, height = rows.NATIVE if row.enlarged else row.size
+                    self.assertEqual(row.flags[row.flags.index("--size") + 1], f"{width}x{height}")
 
 
 class Report(TempCase):
