@@ -55,11 +55,14 @@ def parse(arguments):
     add("--program", type=Path, default=ROOT / "target" / "release" / "megafuse", metavar="FILE")
     add("--flags", default="--guidance 2", metavar="TEXT", help="of every row, before its own (default: --guidance 2)")
     add("--seed", type=int, default=0, help="caption i is drawn with seed SEED + i (default: 0)")
+    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="programs at a time (default: one a core)")
     add("--work", type=Path, default=ROOT / "target" / "ablations", metavar="DIR", help="pictures and measurements")
     add("--out", type=Path, default=ROOT / "docs" / "ablations", metavar="DIR", help="tables and plots")
     add("--list", action="store_true", help="print the rows' flags and end")
     args = parser.parse_args(arguments)
     args.captions = args.captions or (12 if args.quick else 50)
+    if args.jobs < 1:
+        raise EvalError(f"--jobs {args.jobs}: 1 or more")
     if args.captions < 2:
         raise EvalError(f"--captions {args.captions}: a distance needs 2 or more")
     return args
@@ -74,6 +77,7 @@ class Run:
     flags: tuple
     captions: list  # texts
     seed: int
+    jobs: int
     work: Path
     identity: dict  # model digest, program version, captions, seed
 
@@ -97,7 +101,8 @@ class Run:
             "model": model_digest(model), "program": version.stdout.strip(), "seed": args.seed,
             "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(), "count": len(captions),
         }  # fmt: skip
-        return cls(args.program, args.model, tuple(shlex.split(args.flags)), captions, args.seed, args.work, identity)
+        flags = tuple(shlex.split(args.flags))
+        return cls(args.program, args.model, flags, captions, args.seed, args.jobs, args.work, identity)
 
     def ids(self):
         return [f"{i:04d}" for i in range(len(self.captions))]
@@ -157,12 +162,31 @@ def make_pictures(run, row, folder):
         return None
     command = [run.program, "generate", "--manifest", manifest, "--out", folder, "--resume", *run.arguments(row)]
     begin = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    parts = [(*command, "--shard", f"{k}/{run.jobs}") for k in range(1, run.jobs + 1)]
+    messages = [folder.with_suffix(f".{k}.log") for k in range(1, run.jobs + 1)]
+    codes = run_together(parts, messages)
     made = count_pictures(folder) - before
-    if done.returncode or made + before < len(lines):
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EvalError(f"row {row.name!r}: {shlex.join(map(str, command))} ended with {done.returncode}: {reason}")
+    for part, code, message in zip(parts, codes, messages):
+        if code:
+            reason = (message.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise EvalError(f"row {row.name!r}: {shlex.join(map(str, part))} ended with {code}: {reason}")
+    if made + before < len(lines):
+        raise EvalError(f"row {row.name!r}: {folder} has {made + before} of {len(lines)} pictures; run this again")
     return (time.monotonic() - begin) / made
+
+
+def run_together(commands, messages):
+    """Exit statuses of commands that run at the same time and share the cores; standard error goes to `messages`."""
+    environment = {**os.environ, "RAYON_NUM_THREADS": str(max(1, os.cpu_count() // len(commands)))}
+    started = []
+    try:
+        for command, path in zip(commands, messages):
+            with path.open("w") as file:
+                started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment))
+        return [process.wait() for process in started]
+    finally:
+        for process in started:
+            process.kill()  # nothing, where it has ended
 
 
 def enlarge_pictures(run, row, folder):

@@ -41,8 +41,8 @@ out = pathlib.Path(flag("--out")); out.mkdir(exist_ok=True)
 (out / "run.json").write_text("{{}}")
 with open(out.parent / "calls.txt", "a") as calls:
     calls.write(" ".join(a) + "\\n")
-made = 0
-for line in map(json.loads, open(flag("--manifest"))):
+made, (part, of) = 0, map(int, flag("--shard").split("/"))
+for line in list(map(json.loads, open(flag("--manifest"))))[part - 1 :: of]:
     path = out / (line["id"] + ".png")
     if path.exists():
         continue
@@ -77,7 +77,8 @@ class Runner(TempCase):
             self.addCleanup(patch.stop)
 
     def run_ablate(self, *more):
-        base = ["--program", self.program, "--work", self.dir / "work", "--out", self.dir / "out", "--captions", 3]
+        base = ["--program", self.program, "--work", self.dir / "work", "--out", self.dir / "out"]
+        base += ["--captions", 3, "--jobs", 1]
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()) as out:
             self.assertEqual(ablate.main([*map(str, base), *map(str, more)]), 0)
         return out.getvalue()
@@ -134,6 +135,19 @@ class Runner(TempCase):
         self.assertEqual([(line["id"], line["seed"]) for line in lines], [("0000", 0), ("0001", 1), ("0002", 2)])
         self.assertEqual([measure.kind_of(line["prompt"]) for line in lines], self.kinds())
         self.assertTrue((self.dir / "out" / "small.md").exists())
+
+    def test_jobs_share_a_run(self):
+        self.run_ablate()
+        alone = {p.name: p.read_bytes() for p in (self.dir / "work" / "pictures").glob("*/*.png")}
+        (self.dir / "work").rename(self.dir / "alone")
+        self.run_ablate("--jobs", 2)
+        self.assertEqual(sorted(call.split("--shard ")[1] for call in self.calls()), ["1/2"] * 3 + ["2/2"] * 3)
+        self.assertEqual({p.name: p.read_bytes() for p in (self.dir / "work" / "pictures").glob("*/*.png")}, alone)
+        (self.dir / "work").rename(self.dir / "two")
+        with mock.patch.dict(os.environ, STOP_AFTER="1"), self.refused("--shard 1/2", "ended with 1", "killed"):
+            self.run_ablate("--jobs", 2)
+        with self.refused("--jobs 0"):
+            self.run_ablate("--jobs", 0)
 
     def test_a_damaged_measurement_is_made_again(self):
         self.run_ablate()
