@@ -121,7 +121,7 @@ class Run:
     def key(self, row):
         """Name of a row's pictures: the same for the same model, program version, captions, seeds and flags."""
         flags = [f for f in self.arguments(row) if f not in ("--model", str(self.model))]
-        text = json.dumps([self.identity, flags, row.size, *(["enlarged"] if row.enlarged else [])], sort_keys=True)
+        text = json.dumps([self.identity, flags, row.size], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
