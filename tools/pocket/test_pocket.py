@@ -166,11 +166,12 @@ class Training(unittest.TestCase):
     def test_all_stages_resume_and_the_model_draws(self):
         with tempfile.TemporaryDirectory() as place:
             work, out, pictures = (f"{place}/{name}" for name in ("work", "model", "pictures"))
-            few = ("--pictures", "32", "--scenes", "64", "--close-ups", "16", "--vae-batch", "4", "--unet-batch", "4")
-            few += ("--device", "cpu")
+            few = ("--pictures", "32", "--scenes", "64", "--close-ups", "16", "--wide", "8")
+            few += ("--vae-batch", "4", "--unet-batch", "4", "--device", "cpu")
             self.run_train("all", "--work", work, "--out", out, "--minutes", "0.1", *few)
             again = self.run_train("all", "--work", work, "--out", out, "--minutes", "0.15", *few)
-            self.assertTrue(Path(work, "close-ups.safetensors").exists())
+            for name in ("latents", "close-ups", "44x92", "128x32"):
+                self.assertTrue(Path(work, f"{name}.safetensors").exists(), name)
             for name in ("vae", "unet", "decoder"):
                 self.assertIn(f"resumed {name}.ckpt", again)
             size = sum(file.stat().st_size for file in Path(out).rglob("*.safetensors"))

@@ -20,6 +20,7 @@ runs in bf16, everything else in TF32; take a larger --batch there, and --worker
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -42,6 +43,8 @@ NATIVE = 64
 MAX_TOKENS = 20
 CLOSE_UP_BELOW = 600  # timesteps
 CLOSE_UP_SHARE = 0.35  # of the UNet's samples at those
+WIDE_SIZES = ((44, 92), (92, 44), (32, 128), (128, 32))  # pixels: the native area at aspect ratios of 1:4 to 4:1
+WIDE_SHARE = 0.3  # of the UNet's steps
 PAIR_SHARE = 2 / 3  # of the UNet's samples: which object has which colour, shape and side is the hardest to learn
 LATENT_SCALE = 0.18215  # one over the standard deviation of the latents, as in Stable Diffusion 1.x
 HERE = Path(__file__).resolve().parent
@@ -455,11 +458,11 @@ TRAINING_KINDS = scenes.TRAINING_GROUPS + scenes.TRAINING_PAIRS
 ROW_OF = {kind: row for row, kind in enumerate(TRAINING_KINDS)}
 
 
-def whole_scene(seed):
+def whole_scene(seed, size=(NATIVE, NATIVE)):
     """(a training scene in bytes, the row of its kind in TRAINING_KINDS)."""
     rng = np.random.default_rng([1, seed])
     kind = scenes.random_kind(rng)
-    return in_bytes(scenes.render(scenes.random_scene(rng, kind), NATIVE)), ROW_OF[kind]
+    return in_bytes(scenes.render(scenes.random_scene(rng, kind), *size)), ROW_OF[kind]
 
 
 def close_up(seed):
@@ -504,6 +507,40 @@ def encode_scenes(args):
 # ---- stage unet ------------------------------------------------------------------------------------------------------
 
 
+class Samples:
+    """Encoded pictures of one size and the rows of their kinds: whole scenes, behind them close-ups."""
+
+    def __init__(self, latents, kinds, close_ups=None):
+        self.whole, self.count = len(latents), len(latents)
+        of_groups = (kinds < len(scenes.TRAINING_GROUPS)).numpy()
+        self.group_rows, self.pair_rows = np.flatnonzero(of_groups), np.flatnonzero(~of_groups)
+        if close_ups is not None:
+            latents, kinds = torch.cat([latents, close_ups[0]]), torch.cat([kinds, close_ups[1]])
+            self.count = len(latents)
+        self.latents, self.kinds = latents, kinds
+
+    def choose(self, rng, t):
+        """A row for every timestep of t [n]."""
+        n = len(t)
+        of_pair = rng.random(n) < PAIR_SHARE
+        rows = np.where(of_pair, rng.choice(self.pair_rows, n), rng.choice(self.group_rows, n))
+        if self.count == self.whole:
+            return rows
+        near = (t.numpy() < CLOSE_UP_BELOW) & (rng.random(n) < CLOSE_UP_SHARE)
+        return np.where(near, rng.integers(self.whole, self.count, n), rows)
+
+
+def encode_samples(args):
+    """([Samples at the native size, then at every one of WIDE_SIZES], the scaling factor); latents unscaled."""
+    latents, kinds, scale = encode_scenes(args)
+    close_ups = encoded(args, "close-ups", close_up, args.close_ups) if args.close_ups else None
+    samples = [Samples(latents, kinds, close_ups)]
+    for width, height in WIDE_SIZES if args.wide else ():
+        draw = functools.partial(whole_scene, size=(width, height))
+        samples.append(Samples(*encoded(args, f"{width}x{height}", draw, args.wide)))
+    return samples, scale
+
+
 def stage_unet(args):
     """The noise predictor and the text encoder, on encoded scenes.
 
@@ -512,15 +549,12 @@ def stage_unet(args):
     where the noise is easily told from the picture and a wrong picture costs next to nothing in the noise.
 
     Close-ups are learned at little noise only, where the picture itself shows its scale: a caption stays that of a
-    whole scene.
+    whole scene. A step's samples are all of one size, as in SDXL's multi-aspect training (Podell et al. 2023,
+    arXiv:2307.01952).
     """
-    latents, rows_of_kinds, scale = encode_scenes(args)
-    whole = len(latents)
-    print(f"{whole} scenes, {args.close_ups} close-ups, scaling factor {scale:.4f}", flush=True)
-    if args.close_ups:
-        near, kinds = encoded(args, "close-ups", close_up, args.close_ups)
-        latents, rows_of_kinds = torch.cat([latents, near]), torch.cat([rows_of_kinds, kinds])
-    latents = (latents * scale).to(args.device)
+    samples, scale = encode_samples(args)
+    native, wide = samples[0], sum(s.whole for s in samples[1:])
+    print(f"{native.whole} scenes, {native.count - native.whole} close-ups, {wide} wide, scale {scale:.4f}", flush=True)
     tokenizer = write_tokenizer(args.work / "tokenizer")
     modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
     if args.warm:
@@ -531,20 +565,16 @@ def stage_unet(args):
     if args.compile:
         unet = torch.compile(unet)
     abar = new_scheduler().alphas_cumprod.to(args.device)
-    of_groups = (rows_of_kinds[:whole] < len(scenes.TRAINING_GROUPS)).numpy()
-    group_rows, pair_rows = np.flatnonzero(of_groups), np.flatnonzero(~of_groups)
     batch, total, tokens = args.batch or 32, 0.0, {}
     while run.goes_on():
-        of_pair = run.rng.random(batch) < PAIR_SHARE
-        rows = np.where(of_pair, run.rng.choice(pair_rows, batch), run.rng.choice(group_rows, batch))
+        is_wide = wide and run.rng.random() < WIDE_SHARE
+        chosen = samples[run.rng.integers(1, len(samples))] if is_wide else native
         t = (1000 * torch.rand(batch) ** 0.75).long().clamp(max=999)  # noisier pictures more often
-        if args.close_ups:
-            near = (t.numpy() < CLOSE_UP_BELOW) & (run.rng.random(batch) < CLOSE_UP_SHARE)
-            rows = np.where(near, run.rng.integers(whole, len(latents), batch), rows)
-        captions = [scenes.random_caption(run.rng, TRAINING_KINDS[k]) for k in rows_of_kinds[rows].tolist()]
+        rows = chosen.choose(run.rng, t)
+        captions = [scenes.random_caption(run.rng, TRAINING_KINDS[k]) for k in chosen.kinds[rows].tolist()]
         for new in set(captions) - tokens.keys():
             tokens[new] = tokenize(tokenizer, new)[0]
-        clean = latents[torch.from_numpy(rows).to(args.device)].contiguous(memory_format=torch.channels_last)
+        clean = (chosen.latents[rows] * scale).to(args.device, memory_format=torch.channels_last)
         noise = torch.randn_like(clean)
         t = t.to(args.device)
         a = abar[t][:, None, None, None]
@@ -689,6 +719,7 @@ def main():
     for command in (unet, export, everything):
         command.add_argument("--scenes", type=int, default=30000, help="scenes to encode for the UNet")
         command.add_argument("--close-ups", type=int, default=8000, help="close-ups to encode for the UNet; 0: none")
+        command.add_argument("--wide", type=int, default=4000, help="scenes to encode at each other aspect; 0: none")
 
     score = commands.add_parser("eval", help="generate the held-out captions and score the pictures")
     score.add_argument("--model", type=Path, required=True, help="exported directory")
