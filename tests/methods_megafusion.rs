@@ -490,7 +490,7 @@ fn default_stages_are_the_papers() {
     assert_eq!(stages(mega, "512x512", 512, 8, 50), ["512x512:50"]);
     assert_eq!(stages(mega, "384x512", 512, 8, 50), ["384x512:50"]);
     assert_eq!(stages(Method::Plain, "1024x1024", 512, 8, 50), ["1024x1024:50"]);
-    assert_eq!(stages(mega, "256x256", 64, 4, 50), ["64x64:49", "256x256:1"]);
+    assert_eq!(stages(mega, "256x256", 64, 4, 50), ["64x64:40", "128x128:4", "192x192:3", "256x256:3"]);
     assert_eq!(stages(mega, "2048x2048", 512, 8, 50), ["512x512:40", "1024x1024:4", "1536x1536:3", "2048x2048:3"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 3), ["512x512:1", "768x768:1", "1024x1024:1"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 2), ["512x512:1", "1024x1024:1"]);

@@ -11,7 +11,7 @@ pub use megafusion::{Plan, generate};
 pub use model::{DiffusionModel, NoiseSource};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch};
 pub use size::{Size, Stage};
-pub use stages::{SMALL_NATIVE_SIDE, base_size, check_size, default_stages};
+pub use stages::{base_size, check_size, default_stages};
 
 use std::fmt;
 use std::str::FromStr;

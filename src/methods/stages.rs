@@ -6,20 +6,10 @@ use crate::error::{Error, Result};
 /// Up to this ratio of sides to the native ones, one stage at the final size makes the picture.
 const LARGEST_DIRECT_SCALE: f64 = 1.1;
 
-/// How stages 2 and later are planned.
-struct Relays {
-    most: usize,
-    /// Their share of all steps, together.
-    share: f64,
-}
-
-/// 10 of 50 steps in the paper.
-const RELAYS: Relays = Relays { most: 3, share: 0.2 };
-/// Models below [`SMALL_NATIVE_SIDE`]: an object is a few latent cells, and relayed at the paper's noise level it comes
-/// back as several smaller ones (seen on models/pocket at 256x256), so one late relay only refines edges.
-const RELAYS_OF_SMALL_MODELS: Relays = Relays { most: 1, share: 0.02 };
-/// Pixels of the longer side: models trained below it get one late relay.
-pub const SMALL_NATIVE_SIDE: usize = 128;
+/// Relays a run has at most, and the share of its steps that all stages after the first have together: 10 of 50 in the
+/// paper.
+const MOST_RELAYS: usize = 3;
+const RELAYED_SHARE: f64 = 0.2;
 
 /// The stages for `size` from a model trained at `native`, whose sizes are multiples of `factor` pixels.
 ///
@@ -27,8 +17,7 @@ pub const SMALL_NATIVE_SIDE: usize = 128;
 /// the final aspect ratio; the sides then grow linearly, by about half the native ones per relay, in at most three
 /// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later share a fifth of the steps.
 /// So for SD 1.5 at 1024x1024 and 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1): 512x512:40, 768x768:5,
-/// 1024x1024:5. Models trained below 128 pixels only refine: one relay, 2 % of the steps; so for 256x256 from a model of
-/// 64x64: 64x64:49, 256x256:1.
+/// 1024x1024:5.
 ///
 /// # Errors
 /// [`Error::Request`]: `size` is not made of multiples of `factor`.
@@ -39,10 +28,8 @@ pub fn default_stages(method: Method, size: Size, native: Size, factor: usize, s
         return Ok(vec![Stage { size, steps }]);
     }
     let first = base_size(size, native, factor);
-    let small = native.width.max(native.height) < SMALL_NATIVE_SIDE;
-    let Relays { most, share } = if small { RELAYS_OF_SMALL_MODELS } else { RELAYS };
-    let relays = ((2.0 * (scale - 1.0) - 1e-9).ceil() as usize).clamp(1, most).min(steps - 1);
-    let relayed_steps = ((steps as f64 * share).round() as usize).max(relays);
+    let relays = ((2.0 * (scale - 1.0) - 1e-9).ceil() as usize).clamp(1, MOST_RELAYS).min(steps - 1);
+    let relayed_steps = ((steps as f64 * RELAYED_SHARE).round() as usize).max(relays);
     let mut stages = vec![Stage { size: first, steps: steps - relayed_steps }];
     for relay in 1..=relays {
         let between = |from: usize, to: usize| {

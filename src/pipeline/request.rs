@@ -73,6 +73,8 @@ impl Default for Request {
 
 /// Steps of a run when nothing says otherwise; the paper's and diffusers'.
 const DEFAULT_STEPS: usize = 50;
+/// Pixels of the longer side: the pictures of models trained below it are four times as wide by default, others' twice.
+const SMALL_NATIVE_SIDE: usize = 128;
 
 impl Request {
     /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
@@ -160,7 +162,7 @@ impl Request {
     fn default_size(&self, native: Size) -> Size {
         let scale = match self.method {
             Method::Plain => 1,
-            _ if native.width.max(native.height) < methods::SMALL_NATIVE_SIDE => 4,
+            _ if native.width.max(native.height) < SMALL_NATIVE_SIDE => 4,
             _ => 2,
         };
         Size::new(scale * native.width, scale * native.height)

@@ -115,24 +115,6 @@ def scale():
     return Table("scale", title, tuple(rows), "128x128", axis="side / 64")
 
 
-def late():
-    """The relay where the picture is as far decided as at the paper's split on SD 1.5.
-
-    That one relays 64x64 latents before the last 10 of 50 steps, at 0.53 units of noise for one of signal. A mean over
-    4x4 of those latents has a quarter of the noise: 16x16 latents are as sure of the same picture at 0.13 units, which
-    is before the last 2 steps (0.14). Hoogeboom et al., ICML 2023, arXiv:2301.11093, shift a schedule by this factor.
-    """
-    rows = []
-    for side in (128, 256):
-        stages = square((64, 48), (side, 2))
-        for name, options in (
-            ("T&R", {}), ("T&R + D", {"dilation": 2}), ("T&R + R", {"reschedule": True}), ("T&R + D + R (++)", PLUS),
-        ):  # fmt: skip
-            rows.append(Row(f"{side}x{side}, {name}", sized(side), relayed(stages, **options)))
-    title = "One relay before the last 2 of 50 steps, 64x64 to 128x128 and to 256x256"
-    return Table("late-relay", title, tuple(rows), "128x128, T&R")
-
-
 def gamma():
     stages = square((64, 40), (128, 10))
     rows = [
@@ -154,7 +136,8 @@ def delta():
 def guidance():
     rows = []
     for scale in (1, 2, 3, 5, 7):
-        rows.append(Row(f"{scale}", sized(128), relayed(PAPER[2], "--guidance", str(scale)), x=scale))
+        # first among the flags, as the shared one it takes the place of: an equal value is the methods' table's run
+        rows.append(Row(f"{scale}", sized(128), ("--guidance", str(scale), *relayed(PAPER[2])), x=scale))
     return Table("guidance", "Guidance scale (figure 5), T&R at 128x128", tuple(rows), "2", axis="guidance scale")
 
 
@@ -190,7 +173,6 @@ TABLES = (
     *(methods(scale) for scale in PAPER),
     upsamplers(),
     truncation(),
-    late(),
     scale(),
     gamma(),
     delta(),
