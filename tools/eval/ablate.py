@@ -258,10 +258,9 @@ def entries_of(run, table, gflops, native, state):
     baseline = next((v for row, (v, _) in found.items() if row.name == table.baseline), None)
     entries = []
     for row, (values, seconds) in found.items():
-        metrics = state.summary(run, row, values, native)
+        metrics = state.summary(values, native)
         if baseline is not None and row.flags is not None and row.name != table.baseline:
-            pair = distances.bootstrap_difference(values["objects"], baseline["objects"])
-            metrics = metrics | {"objects_difference": list(pair)}
+            metrics = metrics | state.differences(values, baseline)
         entries.append({
             "table": table.key, "title": table.title, "axis": table.axis, "row": row.name, "x": row.x,
             "flags": None if row.flags is None else run.arguments(row), "size": row.size, "metrics": metrics,
@@ -299,19 +298,41 @@ class State:
                 return
         self.idle += passed if passed < 1.0 else 0.0
 
-    def summary(self, run, row, values, native):
-        digest = hashlib.sha256(self.summarising.encode())
-        for name in sorted(values):
-            digest.update(np.ascontiguousarray(values[name]).tobytes())
-        if native is not None:
-            digest.update(native["whole"].tobytes())
+    def summary(self, values, native):
+        """measure.summary() of a row's values."""
+        arrays = [*by_name(values), *([] if native is None else [native["whole"]])]
+        return self.once("summary", arrays, lambda: measure.summary(values, native))
+
+    def differences(self, values, baseline):
+        """{metric_difference: [value, low, high]} to the baseline; distances only where their reference is the same."""
+
+        def make():
+            out = {"objects_difference": distances.bootstrap_difference(values["objects"], baseline["objects"])}
+            if np.array_equal(values["true_whole"], baseline["true_whole"]):
+                for metric, part, each in (("fd_r", "whole", 1), ("fd_crop", "crops", measure.CROPS.count)):
+                    both, truth = (values[part], baseline[part]), values[f"true_{part}"]
+                    out[f"{metric}_difference"] = distances.bootstrap_frechet_difference(*both, truth, each=each)
+            return {metric: list(value) for metric, value in out.items()}
+
+        return self.once("differences", [*by_name(values), *by_name(baseline)], make)
+
+    def once(self, what, arrays, make):
+        """make(), a JSON object; or what it was for the same arrays and the same code that summarises."""
+        digest = hashlib.sha256(f"{what} {self.summarising}".encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
         path = self.folder / f"{digest.hexdigest()[:16]}.json"
         if path.exists():
             return json.loads(path.read_text())
-        metrics = measure.summary(values, native)
+        made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(metrics))
-        return metrics
+        write_whole(path, json.dumps(made))
+        return made
+
+
+def by_name(values):
+    """The arrays of a dict, in the order of their names."""
+    return [values[name] for name in sorted(values)]
 
 
 def notes(run, table, left_out):
@@ -323,7 +344,7 @@ def notes(run, table, left_out):
         "distance is between two finite sets of ground truth. Seconds are of the machine the table was made on.",
     ]
     if len(table.rows) > 1:
-        out.append(f'"Against the baseline" is the paired difference to {table.baseline!r}, in percentage points.')
+        out.append(f'"Against the baseline": the paired difference to {table.baseline!r}, of objects in points.')
     for reason in dict.fromkeys(reason for _, reason in left_out):
         names = ", ".join(name for name, why in left_out if why == reason)
         out.append(f"Left out, because the program refuses their flags ({reason}): {names}.")

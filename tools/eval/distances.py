@@ -135,6 +135,12 @@ def _captions(x, y, each, paired):
     return len(x) // each
 
 
+def _drawn(captions, each, times, seed):
+    """Rows of every resample of so many captions, `each` rows a caption."""
+    for resample in resamples(captions, times, seed):
+        yield (resample[:, None] * each + np.arange(each)).ravel()
+
+
 def bootstrap_frechet(x, y, times=200, seed=0, level=0.95, paired=False, each=1):
     """(distance, low, high); captions are resampled, rows c * each ... c * each + each - 1 of x are caption c's.
 
@@ -143,10 +149,23 @@ def bootstrap_frechet(x, y, times=200, seed=0, level=0.95, paired=False, each=1)
     x, y = _features("x", x, 2), _features("y", y, 2)
     fixed = gaussian(y)
     values = []
-    for captions in resamples(_captions(x, y, each, paired), times, seed):
-        drawn = (captions[:, None] * each + np.arange(each)).ravel()
+    for drawn in _drawn(_captions(x, y, each, paired), each, times, seed):
         values.append(frechet_of_gaussians(*gaussian(x[drawn]), *(gaussian(y[drawn]) if paired else fixed)))
     return _centred(frechet_distance(x, y), values, level)
+
+
+def bootstrap_frechet_difference(a, b, y, times=200, seed=0, level=0.95, each=1):
+    """(distance of a to y - distance of b to y, low, high), paired: captions are resampled in a and b together.
+
+    y is a fixed reference; rows as in bootstrap_frechet.
+    """
+    a, b, y = (_features(name, x, 2) for name, x in (("a", a), ("b", b), ("y", y)))
+    fixed = gaussian(y)
+    values = []
+    for drawn in _drawn(_captions(a, b, each, paired=True), each, times, seed):
+        of_a, of_b = (frechet_of_gaussians(*gaussian(x[drawn]), *fixed) for x in (a, b))
+        values.append(of_a - of_b)
+    return _centred(frechet_distance(a, y) - frechet_distance(b, y), values, level)
 
 
 def weighted_kernel_distance(kxx, kyy, kxy, w, v):

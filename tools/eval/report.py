@@ -20,8 +20,10 @@ COLUMNS = {  # metric: (heading, digits, factor)
     "missing": ("missing", 2, 1),
     "position_error": ("position error", 4, 1),
     "fd_r": ("FD_r", 1, 1),
+    "fd_r_difference": ("against the baseline", 1, 1),
     "kd_r": ("KD_r", 2, 1),
     "fd_crop": ("FD_crop", 1, 1),
+    "fd_crop_difference": ("against the baseline", 1, 1),
     "kd_crop": ("KD_crop", 2, 1),
     "fd_b": ("FD_b", 1, 1),
     "kd_b": ("KD_b", 2, 1),
@@ -29,7 +31,10 @@ COLUMNS = {  # metric: (heading, digits, factor)
     "texture": ("texture, dB", 1, 1),
 }
 CONTENT = ("objects", "objects_difference", "duplicates", "missing", "position_error")
-DISTANCES = ("fd_r", "kd_r", "fd_crop", "kd_crop", "fd_b", "kd_b", "sharpness", "texture")
+DISTANCES = (
+    *("fd_r", "fd_r_difference", "fd_crop", "fd_crop_difference", "kd_r", "kd_crop"),
+    *("fd_b", "kd_b", "sharpness", "texture"),
+)
 PLOTTED = ("objects", "duplicates", "fd_r", "fd_crop", "sharpness")
 
 
@@ -68,7 +73,7 @@ def cell(metric, value):
     if value is None or math.isnan(value[0]):
         return "-"
     middle, low, high = (number(v, digits, factor) for v in value)
-    sign = "+" if metric == "objects_difference" and value[0] > 0 else ""
+    sign = "+" if metric.endswith("_difference") and value[0] > 0 else ""
     return f"{sign}{middle} [{low}, {high}]"
 
 

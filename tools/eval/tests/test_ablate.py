@@ -64,6 +64,7 @@ class Runner(TempCase):
             rows.Row("b", (96, 64), ("--method", "megafusion", "--stages", "64x64:1,96x64:1"), x=2),
             rows.Row("c", (64, 64), ("--method", "plain", "--size", "64x64", "--gamma", "2")),
             rows.Row("d", (128, 96), rows.NATIVE_ROW.flags, enlarged=True),
+            rows.Row("e", (64, 64), rows.NATIVE_ROW.flags, enlarged=True),
         )
         table = rows.Table("small", "A small table", two, "a")
         again = rows.Table("again", "The same run again", two[1:2], "b", axis="things")
@@ -99,6 +100,11 @@ class Runner(TempCase):
         b = entries[-1]
         self.assertEqual((b["gflop"], b["x"], b["metrics"]["objects"][0]), (2.0, 2, 0.0))
         self.assertEqual(b["metrics"]["missing"][0], np.mean([len(k.asked()) for k in self.kinds()]))
+        small = {e["row"]: e["metrics"] for e in entries if e["table"] == "small"}
+        paired = {row: sorted(m for m in metrics if m.endswith("_difference")) for row, metrics in small.items()}
+        self.assertEqual(paired["a"], [])
+        self.assertEqual(paired["b"], ["objects_difference"])  # another size: the distances are to other renderings
+        self.assertEqual(paired["e"], ["fd_crop_difference", "fd_r_difference", "objects_difference"])
         d = next(e for e in entries if e["row"] == "d")  # the native run's pictures: it costs nothing of its own
         self.assertEqual((d["enlarged"], d["gflop"], d["seconds"]), (True, 2.0, None))
         native, enlarged = (self.picture(rows.NATIVE_ROW), self.picture(self.two[3]))

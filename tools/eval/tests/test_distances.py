@@ -121,6 +121,22 @@ class Bootstrap(TempCase):
         with self.refused("3 and 2 captions"):
             distances.bootstrap_difference([1, 2, 3], [1, 2])
 
+    def test_paired_difference_of_distances(self):
+        truth = features(400, 4, 0)
+        near = np.repeat(features(40, 4, 1), 2, axis=0)  # two rows a caption
+        far = near + np.array([0.5, 0, 0, 0])
+        want = distances.frechet_distance(far, truth) - distances.frechet_distance(near, truth)
+        value, low, high = distances.bootstrap_frechet_difference(far, near, truth, each=2)
+        self.assertAlmostEqual(value, want, delta=1e-12)
+        self.assertTrue(low < value < high)
+        spread = [h - l for _, l, h in (distances.bootstrap_frechet(x, truth, each=2) for x in (far, near))]
+        self.assertLess(high - low, sum(spread))
+        back = distances.bootstrap_frechet_difference(near, far, truth, each=2)
+        np.testing.assert_allclose(back, (-value, -high, -low), atol=1e-12)
+        np.testing.assert_array_equal(distances.bootstrap_frechet_difference(far, far, truth, each=2), 0)
+        with self.refused("80 and 78 feature vectors, 2 a caption"):
+            distances.bootstrap_frechet_difference(far, near[:78], truth, each=2)
+
     def test_weighted_kernel_distance_is_that_of_repeated_pictures(self):
         x, y = features(5, 3, 1), features(4, 3, 2)
         w, v = np.array([2.0, 0.0, 1.0, 3.0, 1.0]), np.array([1.0, 0.0, 2.0, 1.0])
