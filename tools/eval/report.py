@@ -36,6 +36,7 @@ DISTANCES = (
     *("fd_b", "kd_b", "sharpness", "texture"),
 )
 PLOTTED = ("objects", "duplicates", "fd_r", "fd_crop", "sharpness")
+LEAST_RANGE = {"objects": (0, 105), "duplicates": (0, 1)}  # of a plot's axis: small differences look small
 
 
 def read_results(path):
@@ -147,6 +148,7 @@ def _along(ax, metric, entries, others, axis, _first):
     for e, value in zip(*_values(metric, others)[:2]):
         ax.axhline(value, linestyle="--", linewidth=0.8, color="grey")
         ax.annotate(e["row"], (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6)
+    ax.set_ylim(*_range(metric, ax.get_ylim()))
     ax.set_xlabel(axis)
 
 
@@ -157,6 +159,15 @@ def _bars(ax, metric, entries, _others, _axis, first):
     ax.barh(at, middle, xerr=whiskers, height=0.7, color="#7a9cc6", error_kw={"linewidth": 0.8, "capsize": 2})
     ax.set_yticks(range(len(names)), names if first else [""] * len(names))
     ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(*_range(metric, ax.get_xlim()))
+
+
+def _range(metric, found):
+    """(low, high) of an axis: at least LEAST_RANGE, and from its low end on."""
+    if metric not in LEAST_RANGE:
+        return found
+    low, high = LEAST_RANGE[metric]
+    return low, max(high, found[1])
 
 
 def write_table(entries, title, out, key, axis=None, notes=()):
