@@ -260,7 +260,7 @@ def entries_of(run, table, gflops, native, state):
     for row, (values, seconds) in found.items():
         metrics = state.summary(values, native)
         if baseline is not None and row.flags is not None and row.name != table.baseline:
-            metrics = metrics | state.differences(values, baseline)
+            metrics = metrics | differences(values, baseline)
         entries.append({
             "table": table.key, "title": table.title, "axis": table.axis, "row": row.name, "x": row.x,
             "flags": None if row.flags is None else run.arguments(row), "size": row.size, "metrics": metrics,
@@ -299,40 +299,28 @@ class State:
         self.idle += passed if passed < 1.0 else 0.0
 
     def summary(self, values, native):
-        """measure.summary() of a row's values."""
-        arrays = [*by_name(values), *([] if native is None else [native["whole"]])]
-        return self.once("summary", arrays, lambda: measure.summary(values, native))
-
-    def differences(self, values, baseline):
-        """{metric_difference: [value, low, high]} to the baseline; distances only where their reference is the same."""
-
-        def make():
-            out = {"objects_difference": distances.bootstrap_difference(values["objects"], baseline["objects"])}
-            if np.array_equal(values["true_whole"], baseline["true_whole"]):
-                for metric, part, each in (("fd_r", "whole", 1), ("fd_crop", "crops", measure.CROPS.count)):
-                    both, truth = (values[part], baseline[part]), values[f"true_{part}"]
-                    out[f"{metric}_difference"] = distances.bootstrap_frechet_difference(*both, truth, each=each)
-            return {metric: list(value) for metric, value in out.items()}
-
-        return self.once("differences", [*by_name(values), *by_name(baseline)], make)
-
-    def once(self, what, arrays, make):
-        """make(), a JSON object; or what it was for the same arrays and the same code that summarises."""
-        digest = hashlib.sha256(f"{what} {self.summarising}".encode())
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).tobytes())
+        digest = hashlib.sha256(self.summarising.encode())
+        for name in sorted(values):
+            digest.update(np.ascontiguousarray(values[name]).tobytes())
+        if native is not None:
+            digest.update(native["whole"].tobytes())
         path = self.folder / f"{digest.hexdigest()[:16]}.json"
         if path.exists():
             return json.loads(path.read_text())
-        made = make()
+        metrics = measure.summary(values, native)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(made))
-        return made
+        write_whole(path, json.dumps(metrics))
+        return metrics
 
 
-def by_name(values):
-    """The arrays of a dict, in the order of their names."""
-    return [values[name] for name in sorted(values)]
+def differences(values, baseline):
+    """{metric_difference: [value, low, high]} to the baseline; distances only where their reference is the same."""
+    out = {"objects_difference": distances.bootstrap_difference(values["objects"], baseline["objects"])}
+    if np.array_equal(values["true_whole"], baseline["true_whole"]):
+        for metric, part, each in (("fd_r", "whole", 1), ("fd_crop", "crops", measure.CROPS.count)):
+            both, truth = (values[part], baseline[part]), values[f"true_{part}"]
+            out[f"{metric}_difference"] = distances.bootstrap_frechet_difference(*both, truth, each=each)
+    return {metric: list(value) for metric, value in out.items()}
 
 
 def notes(run, table, left_out):
