@@ -381,7 +381,7 @@ def self_test(width, height, count):
     return verdicts
 
 
-SELF_TEST_SIZES = (  # of tools/eval/rows.py and all in docs/ablations.md
+SELF_TEST_SIZES = (  # all final sizes of tools/eval/rows.py, and 64x128
     *("64x64", "80x80", "96x96", "112x112", "128x128", "192x192", "256x256"),
     *("64x128", "92x180", "180x92", "64x256", "256x64"),
 )

@@ -166,7 +166,7 @@ class Training(unittest.TestCase):
     def test_all_stages_resume_and_the_model_draws(self):
         with tempfile.TemporaryDirectory() as place:
             work, out, pictures = (f"{place}/{name}" for name in ("work", "model", "pictures"))
-            few = ("--pictures", "32", "--scenes", "64", "--close-ups", "16", "--wide", "8")
+            few = ("--pictures", "32", "--scenes", "64", "--close-ups", "16", "--aspects", "8")
             few += ("--vae-batch", "4", "--unet-batch", "4", "--device", "cpu")
             self.run_train("all", "--work", work, "--out", out, "--minutes", "0.1", *few)
             again = self.run_train("all", "--work", work, "--out", out, "--minutes", "0.15", *few)

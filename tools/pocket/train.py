@@ -43,8 +43,8 @@ NATIVE = 64
 MAX_TOKENS = 20
 CLOSE_UP_BELOW = 600  # timesteps
 CLOSE_UP_SHARE = 0.35  # of the UNet's samples at those
-WIDE_SIZES = ((44, 92), (92, 44), (32, 128), (128, 32))  # pixels: the native area at aspect ratios of 1:4 to 4:1
-WIDE_SHARE = 0.3  # of the UNet's steps
+ASPECTS = ((44, 92), (92, 44), (32, 128), (128, 32))  # width, height: the native area at about 1:2, 2:1, 1:4 and 4:1
+ASPECTS_SHARE = 0.3  # of the UNet's steps
 PAIR_SHARE = 2 / 3  # of the UNet's samples: which object has which colour, shape and side is the hardest to learn
 LATENT_SCALE = 0.18215  # one over the standard deviation of the latents, as in Stable Diffusion 1.x
 HERE = Path(__file__).resolve().parent
@@ -459,7 +459,7 @@ ROW_OF = {kind: row for row, kind in enumerate(TRAINING_KINDS)}
 
 
 def whole_scene(seed, size=(NATIVE, NATIVE)):
-    """(a training scene in bytes, the row of its kind in TRAINING_KINDS)."""
+    """(a training scene of `size`, width and height, in bytes; the row of its kind in TRAINING_KINDS)."""
     rng = np.random.default_rng([1, seed])
     kind = scenes.random_kind(rng)
     return in_bytes(scenes.render(scenes.random_scene(rng, kind), *size)), ROW_OF[kind]
@@ -508,36 +508,41 @@ def encode_scenes(args):
 
 
 class Samples:
-    """Encoded pictures of one size and the rows of their kinds: whole scenes, behind them close-ups."""
+    """Latents of pictures of one size, scaled, on the training device, and the rows of their kinds in TRAINING_KINDS.
 
-    def __init__(self, latents, kinds, close_ups=None):
-        self.whole, self.count = len(latents), len(latents)
+    Whole scenes first, close-ups behind them.
+    """
+
+    def __init__(self, latents, kinds, scale, device, close_ups=None):
+        self.whole = len(latents)
         of_groups = (kinds < len(scenes.TRAINING_GROUPS)).numpy()
         self.group_rows, self.pair_rows = np.flatnonzero(of_groups), np.flatnonzero(~of_groups)
         if close_ups is not None:
             latents, kinds = torch.cat([latents, close_ups[0]]), torch.cat([kinds, close_ups[1]])
-            self.count = len(latents)
-        self.latents, self.kinds = latents, kinds
+        self.latents, self.kinds = (latents * scale).to(device), kinds
+
+    def __len__(self):
+        return len(self.latents)
 
     def choose(self, rng, t):
         """A row for every timestep of t [n]."""
         n = len(t)
         of_pair = rng.random(n) < PAIR_SHARE
         rows = np.where(of_pair, rng.choice(self.pair_rows, n), rng.choice(self.group_rows, n))
-        if self.count == self.whole:
+        if len(self) == self.whole:
             return rows
         near = (t.numpy() < CLOSE_UP_BELOW) & (rng.random(n) < CLOSE_UP_SHARE)
-        return np.where(near, rng.integers(self.whole, self.count, n), rows)
+        return np.where(near, rng.integers(self.whole, len(self), n), rows)
 
 
 def encode_samples(args):
-    """([Samples at the native size, then at every one of WIDE_SIZES], the scaling factor); latents unscaled."""
+    """([Samples at the native size, then at every one of ASPECTS], the scaling factor)."""
     latents, kinds, scale = encode_scenes(args)
     close_ups = encoded(args, "close-ups", close_up, args.close_ups) if args.close_ups else None
-    samples = [Samples(latents, kinds, close_ups)]
-    for width, height in WIDE_SIZES if args.wide else ():
+    samples = [Samples(latents, kinds, scale, args.device, close_ups)]
+    for width, height in ASPECTS if args.aspects else ():
         draw = functools.partial(whole_scene, size=(width, height))
-        samples.append(Samples(*encoded(args, f"{width}x{height}", draw, args.wide)))
+        samples.append(Samples(*encoded(args, f"{width}x{height}", draw, args.aspects), scale, args.device))
     return samples, scale
 
 
@@ -553,8 +558,9 @@ def stage_unet(args):
     arXiv:2307.01952).
     """
     samples, scale = encode_samples(args)
-    native, wide = samples[0], sum(s.whole for s in samples[1:])
-    print(f"{native.whole} scenes, {native.count - native.whole} close-ups, {wide} wide, scale {scale:.4f}", flush=True)
+    native, others = samples[0], samples[1:]
+    close_ups, at_others = len(native) - native.whole, sum(map(len, others))
+    print(f"{native.whole} scenes, {close_ups} close-ups, {at_others} at other aspects, scale {scale:.4f}", flush=True)
     tokenizer = write_tokenizer(args.work / "tokenizer")
     modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
     if args.warm:
@@ -567,14 +573,15 @@ def stage_unet(args):
     abar = new_scheduler().alphas_cumprod.to(args.device)
     batch, total, tokens = args.batch or 32, 0.0, {}
     while run.goes_on():
-        is_wide = wide and run.rng.random() < WIDE_SHARE
-        chosen = samples[run.rng.integers(1, len(samples))] if is_wide else native
+        chosen = native
+        if others and run.rng.random() < ASPECTS_SHARE:
+            chosen = others[run.rng.integers(len(others))]
         t = (1000 * torch.rand(batch) ** 0.75).long().clamp(max=999)  # noisier pictures more often
         rows = chosen.choose(run.rng, t)
         captions = [scenes.random_caption(run.rng, TRAINING_KINDS[k]) for k in chosen.kinds[rows].tolist()]
         for new in set(captions) - tokens.keys():
             tokens[new] = tokenize(tokenizer, new)[0]
-        clean = (chosen.latents[rows] * scale).to(args.device, memory_format=torch.channels_last)
+        clean = chosen.latents[torch.from_numpy(rows).to(args.device)].contiguous(memory_format=torch.channels_last)
         noise = torch.randn_like(clean)
         t = t.to(args.device)
         a = abar[t][:, None, None, None]
@@ -719,7 +726,7 @@ def main():
     for command in (unet, export, everything):
         command.add_argument("--scenes", type=int, default=30000, help="scenes to encode for the UNet")
         command.add_argument("--close-ups", type=int, default=8000, help="close-ups to encode for the UNet; 0: none")
-        command.add_argument("--wide", type=int, default=4000, help="scenes to encode at each other aspect; 0: none")
+        command.add_argument("--aspects", type=int, default=4000, help="scenes at each other aspect ratio; 0: none")
 
     score = commands.add_parser("eval", help="generate the held-out captions and score the pictures")
     score.add_argument("--model", type=Path, required=True, help="exported directory")
