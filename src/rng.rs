@@ -4,9 +4,9 @@
 //! `torch.randn([N, C, H, W], generator=g)` fills its tensor.
 
 use std::f64::consts::TAU;
-use std::str::FromStr;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::names::named;
 use crate::runtime::{DType, Device, Tensor};
 
 /// Which of torch's generators is reproduced.
@@ -23,20 +23,7 @@ pub enum RngKind {
     TorchCuda,
 }
 
-impl FromStr for RngKind {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<RngKind> {
-        match s {
-            "torch-cpu" => Ok(RngKind::TorchCpu),
-            "torch-cuda" => Ok(RngKind::TorchCuda),
-            _ => Err(Error::Request {
-                flag: "--rng",
-                value: s.into(),
-                reason: "expected torch-cpu or torch-cuda".into(),
-            }),
-        }
-    }
-}
+named!(RngKind, "--rng", [TorchCpu => "torch-cpu", TorchCuda => "torch-cuda"]);
 
 /// Threads in torch's largest grid for a draw on a data-centre card: 132 multiprocessors of 2048 threads (H100, H200).
 pub const CUDA_THREADS: u64 = 132 * 2048;

@@ -77,7 +77,7 @@ pub struct ProbeArgs {
     pub out: PathBuf,
 
     /// Element type of weights and activations
-    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32")]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32")]
     pub dtype: DType,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu
@@ -121,7 +121,7 @@ pub struct ResizeArgs {
     pub size: Size,
 
     /// Which upsampler
-    #[arg(long, value_name = "U", value_parser = upsampler_parser(),
+    #[arg(long, value_name = "U", value_parser = named::<Upsampler>(Upsampler::NAMES.iter().copied()),
           default_value = "bicubic")]
     pub upsampler: Upsampler,
 }
@@ -192,7 +192,7 @@ pub struct BenchArgs {
     pub filter: String,
 
     /// Element type of weights and activations
-    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
     pub dtype: DType,
 
     /// Print a JSON object a line instead of a table
@@ -240,28 +240,9 @@ repetition; on the cpu nothing is, so what fits its caches may have a share abov
 emulated card runs a few small cases once: its times say nothing about a card and are not printed.";
 
 /// One of these names, listed in the help, parsed by the library.
-pub fn named<T, const N: usize>(names: [&'static str; N]) -> impl TypedValueParser<Value = T>
+pub fn named<T>(names: impl IntoIterator<Item = &'static str>) -> impl TypedValueParser<Value = T>
 where
     T: std::str::FromStr<Err = Error> + Clone + Send + Sync + 'static,
 {
     PossibleValuesParser::new(names).try_map(|name| values::library::<T>(&name))
-}
-
-const UPSAMPLERS: [(&str, Upsampler); 5] = [
-    ("bilinear", Upsampler::Bilinear),
-    ("bicubic", Upsampler::Bicubic),
-    ("bicubic-torch", Upsampler::BicubicTorch),
-    ("bicubic-gaussian", Upsampler::BicubicGaussian),
-    ("bicubic-edge", Upsampler::BicubicEdge),
-];
-
-pub fn upsampler_parser() -> impl TypedValueParser<Value = Upsampler> {
-    PossibleValuesParser::new(UPSAMPLERS.map(|(name, _)| name)).map(|wanted| {
-        let known = UPSAMPLERS.iter().find(|(name, _)| *name == wanted);
-        known.expect("one of the possible values").1
-    })
-}
-
-pub fn upsampler_name(upsampler: Upsampler) -> &'static str {
-    UPSAMPLERS.iter().find(|(_, known)| *known == upsampler).map_or("?", |(name, _)| name)
 }

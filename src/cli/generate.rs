@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use megafuse::Result;
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{Pipeline, PlanReport, Request};
-use megafuse::{Error, Result};
+use megafuse::pipeline::{Pipeline, PlanReport, Request, text_of};
 
 use super::output::{self, Target};
 use super::picture_args::{GenerateArgs, conflict};
@@ -23,19 +23,19 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
     check_strip(args, &plan)?;
+    let batch = session.batch(args.run.batch, &request, targets.len())?;
     let pipeline = session.load()?;
-    for (index, files) in targets.iter().enumerate() {
+    for (index, files) in targets.chunks(batch).enumerate() {
+        let first = index * batch;
         if targets.len() > 1 {
-            eprintln!("picture {} of {}", index + 1, targets.len());
+            match files.len() {
+                1 => eprintln!("picture {} of {}", first + 1, targets.len()),
+                n => eprintln!("pictures {} to {} of {}", first + 1, first + n, targets.len()),
+            }
         }
-        one_picture(&pipeline, &picture_request(&request, index), files, &plan)?;
+        make(&pipeline, &request, first, files, &plan)?;
     }
     Ok(())
-}
-
-/// Pictures are made one by one, so that each is on disk as soon as it is done: a picture depends on its own seed only.
-fn picture_request(request: &Request, index: usize) -> Request {
-    Request { seed: request.seed + index as u64, count: 1, ..request.clone() }
 }
 
 /// Where the files of one picture go.
@@ -45,29 +45,36 @@ struct Files {
     strip: Option<PathBuf>,
 }
 
-fn one_picture(pipeline: &Pipeline, request: &Request, files: &Files, plan: &PlanReport) -> Result<()> {
+/// Makes the pictures from number `first` on in one batch and writes them: so each is on disk as soon as it is done.
+fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], plan: &PlanReport) -> Result<()> {
     let begin = Instant::now();
-    let keep = match (&files.dump, &files.strip) {
-        (Some(_), _) => Keep::All,
-        (None, Some(_)) => Keep::Pictures,
-        (None, None) => Keep::Nothing,
+    let keep = match &files[0] {
+        Files { dump: Some(_), .. } => Keep::All,
+        Files { strip: Some(_), .. } => Keep::Pictures,
+        _ => Keep::Nothing,
     };
     let mut progress = Progress::new(keep);
-    let pictures = pipeline.generate(request, &mut progress)?;
+    let of = |index: usize| Request { seed: request.seed + (first + index) as u64, count: 1, ..request.clone() };
+    let requests: Vec<Request> = (0..files.len()).map(of).collect();
+    let pictures = pipeline.generate_batch(&requests, &mut progress)?;
     progress.finish();
-    let picture = pictures.first().ok_or_else(|| Error::config("generate", "the run ended without a picture"))?;
-    let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
-    let path = files.picture.write(&encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
     let time = seconds_text(begin.elapsed().as_secs_f64());
-    eprintln!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
-    output::print_line(path.display());
-    if let Some(path) = &files.dump {
-        safetensors_file::write(path, &progress.tensors)?;
+    let mut tensors = std::mem::take(&mut progress.tensors);
+    tensors.resize_with(files.len(), Default::default);
+    for ((picture, files), tensors) in pictures.iter().zip(files).zip(&tensors) {
+        let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
+        let path = files.picture.write(&encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
+        eprintln!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
         output::print_line(path.display());
-    }
-    if let Some(path) = &files.strip {
-        output::replace(path, &strip::png(picture, &progress.tensors, &plan.stages, request.upsampler)?)?;
-        output::print_line(path.display());
+        if let Some(path) = &files.dump {
+            safetensors_file::write(path, tensors)?;
+            output::print_line(path.display());
+        }
+        if let Some(path) = &files.strip {
+            let upsampler = request.method.option("upsampler").map(text_of).unwrap_or_default();
+            output::replace(path, &strip::png(picture, tensors, &plan.stages, &upsampler)?)?;
+            output::print_line(path.display());
+        }
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ mod generate;
 mod grid;
 mod manifest;
 mod memory;
+mod method_options;
 mod output;
 mod picture_args;
 mod plan;

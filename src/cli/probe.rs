@@ -62,12 +62,13 @@ fn missing(flag: &'static str, reason: String) -> Error {
 
 /// `prompt_embeds` is what the UNet of the SD 1.x/2.x family reads: the last hidden state.
 fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Result<Arrays> {
-    let config = files.text_config()?;
-    let tokens = files.tokenizer()?.fitted(config.vocab_size, config.max_position_embeddings)?.encode(prompt)?;
+    let config = files.clip_config("text_encoder")?;
+    let tokens =
+        files.tokenizer("tokenizer")?.fitted(config.vocab_size, config.max_position_embeddings)?.encode(prompt)?;
     if let Some(rest) = &tokens.truncated {
         eprintln!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
     }
-    let embeddings = files.text_encoder(device, dtype)?.forward(std::slice::from_ref(&tokens.ids))?;
+    let embeddings = files.clip("text_encoder", device, dtype)?.0.forward(std::slice::from_ref(&tokens.ids))?;
     let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();
     let mut arrays = Arrays::new();
     arrays.insert("input_ids".into(), Array { shape: vec![1, ids.len()], values: Values::I64(ids) });

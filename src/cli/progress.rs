@@ -28,8 +28,8 @@ pub struct Progress {
     stage_begin: Instant,
     last_line: Instant,
     keep: Keep,
-    /// The intermediate tensors by name, those that are wanted.
-    pub tensors: BTreeMap<String, Array>,
+    /// The intermediate tensors of each picture by name, those that are wanted.
+    pub tensors: Vec<BTreeMap<String, Array>>,
 }
 
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -43,7 +43,7 @@ impl Progress {
             stage_begin: Instant::now(),
             last_line: Instant::now(),
             keep,
-            tensors: BTreeMap::new(),
+            tensors: Vec::new(),
         }
     }
 
@@ -116,10 +116,13 @@ impl Observer for Progress {
         self.keep != Keep::Nothing
     }
 
-    fn tensor(&mut self, _index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
+    fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
         let picture = name.ends_with(".decoded") || name.ends_with(".upsampled");
         if self.keep == Keep::All || self.keep == Keep::Pictures && picture {
-            self.tensors.insert(name.to_string(), Array::f32(shape, values));
+            if self.tensors.len() <= index {
+                self.tensors.resize_with(index + 1, BTreeMap::new);
+            }
+            self.tensors[index].insert(name.to_string(), Array::f32(shape, values));
         }
         Ok(())
     }

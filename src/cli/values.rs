@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use megafuse::pipeline::{ModelSource, Stage};
+use megafuse::pipeline::{MethodSpec, ModelSource, Stage};
 use megafuse::runtime::CudaOptions;
 use megafuse::{Device, Error};
 
@@ -14,6 +14,11 @@ pub const MAX_STEPS: usize = 1000;
 /// Parses with the library's own parser; of its error only the reason is kept, clap adds the rest.
 pub fn library<T: FromStr<Err = Error>>(text: &str) -> Result<T, String> {
     text.parse().map_err(reason)
+}
+
+/// `--method`, and a line's.
+pub fn method(name: &str) -> Result<&'static MethodSpec, String> {
+    MethodSpec::find(name).map_err(reason)
 }
 
 fn reason(error: Error) -> String {
@@ -87,14 +92,6 @@ pub fn guidance(text: &str) -> Result<f32, String> {
     }
 }
 
-/// The area's share in the re-scheduling: positive.
-pub fn gamma(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(gamma) if gamma > 0.0 && gamma <= 1e6 => Ok(gamma),
-        _ => Err("expected a number above 0; 4 is that of twice the side length, 1 changes nothing".into()),
-    }
-}
-
 /// DDIM's eta.
 pub fn eta(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -116,6 +113,22 @@ pub fn count(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(count) if (1..=10_000).contains(&count) => Ok(count),
         _ => Err("expected a number of pictures from 1 to 10000".into()),
+    }
+}
+
+/// `--batch`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    Auto,
+    Of(usize),
+}
+
+/// A number of pictures, or auto.
+pub fn batch(text: &str) -> Result<Batch, String> {
+    match text.parse::<usize>() {
+        _ if text == "auto" => Ok(Batch::Auto),
+        Ok(count) if (1..=256).contains(&count) => Ok(Batch::Of(count)),
+        _ => Err("expected auto, or a number of pictures from 1 to 256".into()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which sizes and how many steps, when the user names only the final size.
 
-use super::{Method, Size, Stage};
+use super::{Size, Stage};
 use crate::error::{Error, Result};
 
 /// Up to this ratio of sides to the native ones, one stage at the final size makes the picture.
@@ -13,7 +13,7 @@ const RELAYED_SHARE: f64 = 0.2;
 
 /// The stages for `size` from a model trained at `native`, whose sizes are multiples of `factor` pixels.
 ///
-/// `plain`, and sizes up to 1.1 times the native sides (by area): one stage. Else the first stage has the native area and
+/// Sizes up to 1.1 times the native sides (by area): one stage. Else the first stage has the native area and
 /// the final aspect ratio; the sides then grow linearly, by about half the native ones per relay, in at most three
 /// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later share a fifth of the steps.
 /// So for SD 1.5 at 1024x1024 and 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1): 512x512:40, 768x768:5,
@@ -21,10 +21,10 @@ const RELAYED_SHARE: f64 = 0.2;
 ///
 /// # Errors
 /// [`Error::Request`]: `size` is not made of multiples of `factor`.
-pub fn default_stages(method: Method, size: Size, native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>> {
+pub fn relay_stages(size: Size, native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>> {
     check_size("--size", size, factor)?;
     let scale = (size.area() as f64 / native.area() as f64).sqrt();
-    if method == Method::Plain || scale <= LARGEST_DIRECT_SCALE || steps < 2 {
+    if scale <= LARGEST_DIRECT_SCALE || steps < 2 {
         return Ok(vec![Stage { size, steps }]);
     }
     let first = base_size(size, native, factor);

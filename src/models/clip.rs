@@ -144,14 +144,24 @@ impl ClipTextModel {
     ///
     /// # Errors
     /// [`Error::Weight`]: missing, extra, of another shape, not finite; [`Error::OutOfMemory`].
-    pub fn load(mut store: WeightStore, config: &ClipTextConfig) -> Result<ClipTextModel> {
+    pub fn load(store: WeightStore, config: &ClipTextConfig) -> Result<ClipTextModel> {
+        let store = ClipTextModel::prepared(store)?;
+        let model = ClipTextModel::from_weights(&store.root(), config)?;
+        store.finish()?;
+        Ok(model)
+    }
+
+    /// A store without the tensors that files have and the model does not read, for
+    /// [`from_weights`](ClipTextModel::from_weights).
+    ///
+    /// # Errors
+    /// As [`WeightStore::rename`].
+    pub fn prepared(mut store: WeightStore) -> Result<WeightStore> {
         store.rename(|key| {
             let unused = key.ends_with("embeddings.position_ids") || key == "text_projection.weight";
             (!unused).then(|| key.to_string())
         })?;
-        let model = ClipTextModel::from_weights(&store.root(), config)?;
-        store.finish()?;
-        Ok(model)
+        Ok(store)
     }
 
     /// Takes the model's tensors and leaves it to the caller to look for others ([`WeightStore::finish`]) or at what was

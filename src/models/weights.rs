@@ -160,6 +160,11 @@ impl WeightStore {
         self.taken().in_order.clone()
     }
 
+    /// Of the tensors that it hands out.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// The files' bytes, in the order of their names.
     pub fn file_bytes(&self) -> impl Iterator<Item = &[u8]> {
         self.files.iter().map(|file| file.as_bytes())

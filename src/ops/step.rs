@@ -158,6 +158,21 @@ pub struct StepTable {
 
 const COLUMNS: usize = 12;
 
+/// The table's elements, `[steps, COLUMNS]`.
+fn values(rows: &[StepRow]) -> Result<Vec<f32>> {
+    let mut values = Vec::with_capacity(rows.len() * COLUMNS);
+    for StepRow { input_scale, coefficients: k } in rows {
+        let clip = k.clip.unwrap_or(f32::INFINITY);
+        if clip.is_nan() || clip < 0.0 {
+            return Err(Error::argument("StepTable", "clip", clip, "0 or more"));
+        }
+        let x0_from_next = f32::from(u8::from(k.x0_from_next));
+        values.extend([*input_scale, k.x0_from_x, k.x0_from_e, clip, k.next_from_x, k.next_from_e, k.next_from_x0]);
+        values.extend([k.next_from_noise, x0_from_next, 0.0, 0.0, 0.0]);
+    }
+    Ok(values)
+}
+
 impl StepTable {
     /// The first row is next.
     ///
@@ -168,18 +183,22 @@ impl StepTable {
         if rows.is_empty() {
             return Err(Error::argument(OP, "rows", 0, "at least one step"));
         }
-        let mut values = Vec::with_capacity(rows.len() * COLUMNS);
-        for StepRow { input_scale, coefficients: k } in &rows {
-            let clip = k.clip.unwrap_or(f32::INFINITY);
-            if clip.is_nan() || clip < 0.0 {
-                return Err(Error::argument(OP, "clip", clip, "0 or more"));
-            }
-            let x0_from_next = f32::from(u8::from(k.x0_from_next));
-            values.extend([*input_scale, k.x0_from_x, k.x0_from_e, clip, k.next_from_x, k.next_from_e, k.next_from_x0]);
-            values.extend([k.next_from_noise, x0_from_next, 0.0, 0.0, 0.0]);
-        }
-        let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values)?;
+        let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values(&rows)?)?;
         Ok(StepTable { rows, table, index: StepIndex::new(device, 0)? })
+    }
+
+    /// Other rows, as many, in the same place; `first` is next.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: another count of rows; as [`new`](StepTable::new).
+    pub fn rewrite(&mut self, rows: Vec<StepRow>, first: usize) -> Result<()> {
+        if rows.len() != self.rows.len() {
+            let want = format!("{}, as before", self.rows.len());
+            return Err(Error::argument("StepTable", "rows", rows.len(), want));
+        }
+        self.table.write_f32(&values(&rows)?)?;
+        self.rows = rows;
+        self.index.set(first)
     }
 
     pub fn len(&self) -> usize {
@@ -264,6 +283,19 @@ impl SampleState {
         }
         let x0 = Tensor::uninit(x.device(), x.shape(), DType::F32)?;
         Ok(SampleState { x, x0 })
+    }
+
+    /// Other samples of the same shape, in the same place.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Driver`].
+    pub fn restart(&mut self, x: &Tensor) -> Result<()> {
+        self.x.copy_from(x)
+    }
+
+    /// Does nobody else hold the samples?
+    pub fn is_unshared(&self) -> bool {
+        self.x.is_unshared() && self.x0.is_unshared()
     }
 
     pub fn x(&self) -> &Tensor {

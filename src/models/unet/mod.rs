@@ -28,6 +28,7 @@ impl Default for UnetOptions {
 
 /// What is the same for every step of a run, computed once: K and V of the text for every cross-attention, and each
 /// ResNet's projection of every timestep's embedding.
+#[derive(Clone)]
 pub struct UnetConditioning {
     rows: Vec<Tensor>, // one a ResNet: [steps * N, C_out], the N rows of a step together
     kv: Vec<Tensor>,   // one a cross-attention: [N, L, 2, heads, head_dim]
@@ -44,6 +45,24 @@ impl UnetConditioning {
     /// Timesteps it was made for.
     pub fn steps(&self) -> usize {
         self.steps
+    }
+
+    /// The same in memory of its own.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Driver`].
+    pub fn duplicate(&self) -> Result<UnetConditioning> {
+        let all = |tensors: &[Tensor]| tensors.iter().map(Tensor::duplicate).collect::<Result<Vec<_>>>();
+        Ok(UnetConditioning { rows: all(&self.rows)?, kv: all(&self.kv)?, ..self.clone() })
+    }
+
+    /// Another conditioning of the same shapes, in the memory of this one: a recorded step then reads it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `from` has other shapes; [`Error::Driver`].
+    pub fn copy_from(&mut self, from: &UnetConditioning) -> Result<()> {
+        let (to, from) = (self.rows.iter_mut().chain(&mut self.kv), from.rows.iter().chain(&from.kv));
+        to.zip(from).try_for_each(|(to, from)| to.copy_from(from))
     }
 
     fn rows(&self, resnet: usize) -> &Tensor {

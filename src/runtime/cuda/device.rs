@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
@@ -62,6 +62,9 @@ unsafe impl Sync for Inner {}
 struct State {
     /// Where new tensors go.
     pool: Arc<Pool>,
+    /// Where graphs have their intermediate tensors, as long as there is a graph. All share it: they run one after the
+    /// other, and none reads what another has left.
+    graph_pool: Weak<Pool>,
     /// While a graph is recorded: its kernels so far.
     recorded: Option<Vec<String>>,
 }
@@ -223,7 +226,7 @@ impl CudaDevice {
         let pool = Pool::new(context.clone(), counters.clone(), layout);
         let mut inner = Inner {
             staging: Mutex::new(Staging::new(context.clone())),
-            state: Mutex::new(State { pool, recorded: None }),
+            state: Mutex::new(State { pool, graph_pool: Weak::new(), recorded: None }),
             functions: Mutex::new(HashMap::new()),
             modules: Vec::new(),
             counters,
@@ -362,6 +365,19 @@ impl CudaDevice {
         self.0.staging.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).download(from, bytes)
     }
 
+    /// Copies `bytes` bytes within the card's memory.
+    pub(in crate::runtime) fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.record("memcpy");
+        let context = &self.0.context;
+        context.bind()?;
+        // SAFETY: both ranges are buffers', which do not overlap.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes as usize, context.stream) };
+        check(&context.name, "cuMemcpyDtoDAsync", result)
+    }
+
     fn not_recording(&self, what: &str) -> Result<()> {
         match self.is_recording() {
             true => Err(Error::config("graph", format!("{what} cannot be recorded: do it before or after"))),
@@ -380,7 +396,13 @@ impl CudaDevice {
     }
 
     pub(super) fn graph_pool(&self) -> Arc<Pool> {
-        self.state().pool.for_graph()
+        let mut state = self.state();
+        if let Some(pool) = state.graph_pool.upgrade() {
+            return pool;
+        }
+        let pool = state.pool.for_graph();
+        state.graph_pool = Arc::downgrade(&pool);
+        pool
     }
 
     /// New tensors go to `pool` and launches are listed, until the recording ends.
