@@ -92,6 +92,31 @@ fn help_shows_every_command_and_flag_with_examples() {
     assert_eq!(version.trim(), concat!("megafuse ", env!("CARGO_PKG_VERSION")));
 }
 
+/// The defaults of `--method` and `--guidance` depend on the model, so clap does not write them: the help's words are held
+/// against what a run without these flags does.
+#[test]
+fn help_names_the_defaults_that_a_run_has() {
+    let place = Place::new();
+    let help = place.ok(&["generate", "--help"]).split_whitespace().collect::<Vec<_>>().join(" ");
+    let named = |begin: &str, end: &str| {
+        let from = help.find(begin).unwrap_or_else(|| panic!("{begin:?} in {help}")) + begin.len();
+        help[from..].split(end).next().unwrap().to_string()
+    };
+    let method = named("Default: ", " for the model inside the program");
+    let guidance = named("there is no guidance (default: ", " for the model inside the program");
+    for (index, model) in [Some(MODEL), None].into_iter().enumerate() {
+        let flags: Vec<&str> = model.map_or(vec![], |model| vec!["--model", model]);
+        let said =
+            |text: &str| text.split("; ").nth(index).unwrap_or_else(|| panic!("two defaults in {text}")).to_string();
+        let picture = format!("{index}.png");
+        place.ok(&[&["generate", "x", "--out", &picture, "--stages", "32x32:1,64x64:1"], flags.as_slice()].concat());
+        let parameters = read_png(&place.path(&picture)).texts.remove(0).1;
+        for part in [format!("Method: {},", said(&method)), format!("CFG scale: {},", said(&guidance))] {
+            assert!(parameters.contains(&part), "{model:?}: {part} in {parameters}");
+        }
+    }
+}
+
 #[test]
 fn a_picture_is_the_same_again_and_another_with_another_seed() {
     let place = Place::new();

@@ -200,8 +200,7 @@ pub struct PictureArgs {
     ///
     /// plain: every step at the final size. megafusion: the first steps at the model's own size, then relays to larger
     /// ones (arXiv:2408.11001). megafusion++: with noise re-scheduling and dilated convolutions in the later stages.
-    /// Default: megafusion++; for the small model inside the program, which they bend out of shape, megafusion with one
-    /// relay and the last fiftieth of the steps after it.
+    /// Default: megafusion++; megafusion for the model inside the program, whose objects the ++ bends out of shape.
     #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)))]
     pub method: Option<Method>,
 
