@@ -23,18 +23,21 @@ impl Parameters {
         let steps: usize = plan.stages.iter().map(|stage| stage.steps).sum();
         let version = concat!("megafuse ", env!("CARGO_PKG_VERSION"));
         let megafusion = plan.method != Method::Plain;
+        // Without guidance nothing steers away from it.
+        let negative = if plan.guidance.is_some() { request.negative_prompt.as_str() } else { "" };
 
         let mut fields = vec![
             ("Steps", steps.to_string()),
-            ("Sampler", webui_name(plan.scheduler.sampler()).to_string()),
+            ("Sampler", webui_sampler(plan.scheduler.sampler()).0.to_string()),
             ("CFG scale", request.guidance.to_string()),
             ("Seed", seed.to_string()),
             ("Size", last.size.to_string()),
             ("Model", pipeline.name().to_string()),
             ("Method", plan.method.to_string()),
         ];
-        if request.eta != 0.0 {
-            fields.push(("Eta", request.eta.to_string()));
+        let eta = webui_sampler(plan.scheduler.sampler()).1.unwrap_or(request.eta);
+        if eta != 0.0 {
+            fields.push(("Eta DDIM", eta.to_string()));
         }
         if megafusion {
             fields.push(("Stages", stages.join(" ")));
@@ -50,12 +53,12 @@ impl Parameters {
                 fields.push(("Reference compat", "true".into()));
             }
         }
-        fields.push(("RNG", rng_name(request.rng).to_string()));
+        fields.push(("RNG", webui_rng(request.rng).to_string()));
         fields.push(("Dtype", pipeline.dtype().to_string()));
         fields.push(("Version", version.to_string()));
 
         let mut json = json!({
-            "prompt": request.prompt, "negative_prompt": request.negative_prompt, "model": pipeline.name(),
+            "prompt": request.prompt, "negative_prompt": negative, "model": pipeline.name(),
             "method": plan.method.name(), "size": last.size.to_string(), "stages": stages, "steps": steps,
             "scheduler": plan.scheduler.sampler().name(), "eta": request.eta,
             "guidance": decimal(request.guidance), "seed": seed, "rng": rng_name(request.rng),
@@ -72,7 +75,7 @@ impl Parameters {
             json["relay_noise_offset"] = plan.relay_noise_offset.into();
             json["reference_compat"] = plan.reference_compat.into();
         }
-        Parameters { text: infotext(&request.prompt, &request.negative_prompt, &fields), json }
+        Parameters { text: infotext(&request.prompt, negative, &fields), json }
     }
 }
 
@@ -81,12 +84,22 @@ fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn webui_name(sampler: Sampler) -> &'static str {
+/// A sampler's name in stable-diffusion-webui, and its eta where the name alone does not say it: DDPM is there DDIM with
+/// an eta of 1 (Song et al. 2020, arXiv:2010.02502, section 4.1).
+fn webui_sampler(sampler: Sampler) -> (&'static str, Option<f64>) {
     match sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Ddpm => "DDPM",
-        Sampler::Euler => "Euler",
-        Sampler::EulerAncestral => "Euler a",
+        Sampler::Ddim => ("DDIM", None),
+        Sampler::Ddpm => ("DDIM", Some(1.0)),
+        Sampler::Euler => ("Euler", None),
+        Sampler::EulerAncestral => ("Euler a", None),
+    }
+}
+
+/// The source of noise as stable-diffusion-webui names it; `NV` is its copy of the generator of NVIDIA's cards.
+fn webui_rng(rng: RngKind) -> &'static str {
+    match rng {
+        RngKind::TorchCpu => "CPU",
+        RngKind::TorchCuda => "NV",
     }
 }
 
