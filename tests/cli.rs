@@ -446,6 +446,7 @@ fn a_bench_of_the_cpu_has_peaks_and_shares() {
 fn flags_that_do_not_go_together() {
     let place = Place::new();
     fs::create_dir(place.path("folder.png")).unwrap();
+    fs::write(place.path("no"), "a file").unwrap();
     for (flags, status, parts) in [
         (&["--size", "32x32"][..], 2, &["--size 32x32", "24x24"][..]),
         (&["--steps", "7"], 2, &["--steps 7", "3"]),
@@ -455,7 +456,7 @@ fn flags_that_do_not_go_together() {
         (&["--device", "cuda:4096"], 1, &["cuda:4096"]),
         (&["--reference-compat", "--scheduler", "euler"], 2, &["--reference-compat with --scheduler euler: ", "ddim"]),
         (&["--out", "a.jpg"], 2, &["--out a.jpg", ".png"]),
-        (&["--out", "no/such/a.png"], 1, &["no/such", "does not exist"]),
+        (&["--out", "no/such/a.png"], 1, &["no/such/a.png", "the folder no/such cannot be made"]),
         (&["--out", "a.png", "--dump", "a.png"], 2, &["--dump a.png", "--out"]),
         (&["--dump", "folder.png"], 1, &["folder.png", "folder"]),
         (&["--unknown"], 2, &["--unknown"]),
@@ -495,7 +496,7 @@ fn values_that_are_refused() {
         ("--guidance", "-1", "from 0"),
         ("--eta", "2", "from 0"),
         ("--count", "0", "from 1"),
-        ("--seed", "-1", "--seed"),
+        ("--seed", "-2", "--seed"),
         ("--dilation", "0", "from 1"),
         ("--reschedule", "True", "true, false"),
         ("--gamma", "0", "above 0"),

@@ -7,7 +7,8 @@ use megafuse::image::{PngText, encode_png};
 use megafuse::pipeline::{Pipeline, PlanReport, Request};
 use megafuse::{Error, Result};
 
-use super::output::{self, Target};
+use super::console::say;
+use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, Progress, seconds_text};
 use super::session::Session;
@@ -19,14 +20,14 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
     let session = Session::open(&args.run)?;
-    let targets = targets(args, &request)?;
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
     check_strip(args, &plan)?;
+    let targets = targets(args, &request)?;
     let pipeline = session.load()?;
     for (index, files) in targets.iter().enumerate() {
         if targets.len() > 1 {
-            eprintln!("picture {} of {}", index + 1, targets.len());
+            say!("picture {} of {}", index + 1, targets.len());
         }
         one_picture(&pipeline, &picture_request(&request, index), files, &plan)?;
     }
@@ -59,15 +60,15 @@ fn one_picture(pipeline: &Pipeline, request: &Request, files: &Files, plan: &Pla
     let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
     let path = files.picture.write(&encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
     let time = seconds_text(begin.elapsed().as_secs_f64());
-    eprintln!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
-    output::print_line(path.display());
+    say!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
+    output::print_name(&path);
     if let Some(path) = &files.dump {
         safetensors_file::write(path, &progress.tensors)?;
-        output::print_line(path.display());
+        output::print_name(path);
     }
     if let Some(path) = &files.strip {
         output::replace(path, &strip::png(picture, &progress.tensors, &plan.stages, request.upsampler)?)?;
-        output::print_line(path.display());
+        output::print_name(path);
     }
     Ok(())
 }
@@ -76,25 +77,21 @@ fn one_picture(pipeline: &Pipeline, request: &Request, files: &Files, plan: &Pla
 fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
     output::check_png("--out", args.out.as_deref())?;
     output::check_png("--strip", args.strip.as_deref())?;
-    let same = |flag, path: &Option<PathBuf>, others: &[(&str, &Option<PathBuf>)]| {
-        let other = path.is_some().then(|| others.iter().find(|(_, other)| *other == path)).flatten();
-        match (path, other) {
-            (Some(path), Some((name, _))) => Err(conflict(flag, path.display(), format!("is the same file as {name}"))),
-            _ => Ok(()),
-        }
-    };
-    same("--dump", &args.dump, &[("--out", &args.out)])?;
-    same("--strip", &args.strip, &[("--out", &args.out), ("--dump", &args.dump)])?;
+    let mut outputs = Outputs::default();
     let one = |index: usize| {
         let seed = request.seed + index as u64;
         let picture = Target::picture(args.out.as_deref(), index, request.count, seed);
-        picture.check()?;
-        let place = |path: Option<&Path>| {
+        outputs.target("--out", &picture)?;
+        let mut place = |flag, path: Option<&Path>| -> Result<Option<PathBuf>> {
             let path = path.map(|path| output::numbered(path, index, request.count));
-            path.as_deref().map_or(Ok(()), output::check_writable)?;
+            path.as_deref().map_or(Ok(()), |path| outputs.file(flag, path))?;
             Ok(path)
         };
-        Ok(Files { picture, dump: place(args.dump.as_deref())?, strip: place(args.strip.as_deref())? })
+        Ok(Files {
+            picture,
+            dump: place("--dump", args.dump.as_deref())?,
+            strip: place("--strip", args.strip.as_deref())?,
+        })
     };
     (0..request.count).map(one).collect()
 }
