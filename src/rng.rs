@@ -18,8 +18,8 @@ pub enum RngKind {
     TorchCpu,
     /// `torch.Generator("cuda")`, f32, to rounding: the card's logf and fast sincosf differ from ours in the last bits.
     /// The layout follows torch's launch rules for a card that runs [`CUDA_THREADS`] threads at once; below that many
-    /// values a draw is the same on every such card. Checked against Philox's published vectors and the values that
-    /// stable-diffusion-webui prints for the same generator; not yet run beside a card.
+    /// values a draw is the same on every such card. Checked against Philox's published vectors, the values that
+    /// stable-diffusion-webui prints for the same generator, and torch 2.11 on an H200: at most 2.4e-6 apart.
     TorchCuda,
 }
 
@@ -29,11 +29,7 @@ impl FromStr for RngKind {
         match s {
             "torch-cpu" => Ok(RngKind::TorchCpu),
             "torch-cuda" => Ok(RngKind::TorchCuda),
-            _ => Err(Error::Request {
-                flag: "--rng",
-                value: s.into(),
-                reason: "expected torch-cpu or torch-cuda".into(),
-            }),
+            _ => Err(Error::argument("RngKind", "the name", format!("{s:?}"), "torch-cpu or torch-cuda")),
         }
     }
 }

@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::remove_made_folders();
-            say!("error: {}", with_causes(&error));
+            say!("error: {}{}", with_causes(&error), flags_for(&error));
             ExitCode::from(match error {
                 Error::Request { .. } => WRONG_USAGE,
                 Error::Interrupted => INTERRUPTED,
@@ -105,6 +105,16 @@ fn run(cli: Cli) -> Result<()> {
         Command::Check(args) => check::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => doctor::run(),
+    }
+}
+
+/// The library's errors say what would help; these are the flags for it.
+fn flags_for(error: &Error) -> &'static str {
+    match error {
+        Error::DeviceUnavailable { .. } => " (--device cpu)",
+        Error::OutOfMemory { .. } => " (a smaller --size, or --dtype bf16)",
+        Error::NonFinite { .. } => " (--dtype f32)",
+        _ => "",
     }
 }
 

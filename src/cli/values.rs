@@ -22,6 +22,7 @@ pub fn library<T: FromStr<Err = Error>>(text: &str) -> Result<T, String> {
 fn reason(error: Error) -> String {
     match error {
         Error::Request { reason, .. } => reason,
+        Error::Argument { want, .. } => format!("expected {want}"),
         other => other.to_string(),
     }
 }

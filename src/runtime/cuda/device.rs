@@ -214,7 +214,7 @@ impl CudaDevice {
         if card.capability < OLDEST_CAPABILITY {
             let (major, minor) = card.capability;
             return refuse(format!(
-                "{} has compute capability {major}.{minor}; 8.0 or newer is needed (Ampere); use --device cpu",
+                "{} has compute capability {major}.{minor}; 8.0 or newer is needed (Ampere); use the cpu",
                 card.name
             ));
         }
@@ -239,7 +239,7 @@ impl CudaDevice {
                 _ if !BUILT => {
                     return refuse(
                         "this program holds no kernels: it was built without nvcc; run tools/nvcc (or install CUDA 12.8 or \
-                         newer and set CUDA_HOME), build again, or use --device cpu"
+                         newer and set CUDA_HOME), build again, or use the cpu"
                             .into(),
                     );
                 }

@@ -67,7 +67,7 @@ pub fn emulated_library() -> Result<PathBuf> {
     let built = env!("MEGAFUSE_EMU_DIR");
     if built.is_empty() {
         let reason = "this program was built without the emulated card, which needs a C++20 compiler (g++ 12, clang++ 16 \
-                      or newer); install one and build again, or use --device cpu";
+                      or newer); install one and build again, or use the cpu";
         return refuse(reason.into());
     }
     let path = Path::new(built).join("plain/libcuda.so.1");
@@ -102,7 +102,7 @@ pub fn driver_version() -> Option<i32> {
 pub(super) fn start(device: &str) -> Result<usize> {
     let refuse = |reason: String| Err(Error::DeviceUnavailable { device: device.into(), reason });
     let Some(version) = driver_version() else {
-        let reason = "no NVIDIA driver: libcuda.so.1 is not on this machine; install the driver, or use --device cpu";
+        let reason = "no NVIDIA driver: libcuda.so.1 is not on this machine; install the driver, or use the cpu";
         return refuse(reason.into());
     };
     let oldest = oldest_driver(env!("MEGAFUSE_NVCC"));
@@ -111,12 +111,12 @@ pub(super) fn start(device: &str) -> Result<usize> {
         let (supported, needed, branch) = (text(version), text(oldest), driver_branch(oldest));
         return refuse(format!(
             "the NVIDIA driver is too old: it supports CUDA {supported}, {needed} is needed; install driver {branch} or \
-             newer, or use --device cpu"
+             newer, or use the cpu"
         ));
     }
     let no_card = || {
         let reason = "the NVIDIA driver finds no card (a card that is there may be hidden by CUDA_VISIBLE_DEVICES); use \
-                      --device cpu";
+                      the cpu";
         refuse(reason.into())
     };
     // SAFETY: the library is there.
