@@ -252,7 +252,9 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
         __syncthreads();
     }
 
-    // Through shared memory, so that rows leave in whole chunks; these rows of q were read by this warp alone.
+    // Through shared memory, so that rows leave in whole chunks. These rows of q were read by this warp alone, but by
+    // all of its lanes, and with one tile of keys no barrier came since.
+    __syncwarp();
     UNROLL
     for (int m = 0; m < kTiles; m++) {
         UNROLL

@@ -1,9 +1,9 @@
 //! Enums whose values have one name everywhere: on the command line, in JSON, in a picture's text and in errors.
 
 /// Gives an enum its names: `ALL`, `NAMES`, `name`, [`Display`](std::fmt::Display), [`FromStr`](std::str::FromStr) and
-/// serde. `what` is the flag that errors name.
+/// serde.
 macro_rules! named {
-    ($type:ident, $what:literal, [$($variant:ident => $name:literal),+ $(,)?]) => {
+    ($type:ident, [$($variant:ident => $name:literal),+ $(,)?]) => {
         impl $type {
             pub const ALL: &[$type] = &[$($type::$variant),+];
 
@@ -26,10 +26,9 @@ macro_rules! named {
         impl std::str::FromStr for $type {
             type Err = $crate::Error;
             fn from_str(text: &str) -> $crate::Result<$type> {
-                $type::ALL.iter().copied().find(|value| value.name() == text).ok_or_else(|| $crate::Error::Request {
-                    flag: $what,
-                    value: text.into(),
-                    reason: format!("expected {}", $crate::names::one_of($type::NAMES)),
+                $type::ALL.iter().copied().find(|value| value.name() == text).ok_or_else(|| {
+                    let wanted = $crate::names::one_of($type::NAMES);
+                    $crate::Error::argument(stringify!($type), "the name", format!("{text:?}"), wanted)
                 })
             }
         }

@@ -53,7 +53,7 @@ pub enum Command {
 #[command(after_long_help = PROBE_EXAMPLES)]
 pub struct ProbeArgs {
     /// Model directory in the layout of diffusers (default: the small model inside the program)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
     /// Which module to run
@@ -69,11 +69,11 @@ pub struct ProbeArgs {
     pub prompt: Option<String>,
 
     /// Input tensors (every module but text)
-    #[arg(long = "in", value_name = "FILE")]
+    #[arg(long = "in", value_name = "FILE", value_parser = values::path())]
     pub input: Option<PathBuf>,
 
     /// Where the output tensors go; replaced when it exists
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub out: PathBuf,
 
     /// Element type of weights and activations
@@ -109,11 +109,11 @@ Inputs are f32, f16, bf16 or f64 (timestep also i32 or i64); outputs are f32, in
 #[command(after_long_help = RESIZE_EXAMPLES)]
 pub struct ResizeArgs {
     /// A PNG or JPEG file
-    #[arg(value_name = "IN")]
+    #[arg(value_name = "IN", value_parser = values::path())]
     pub input: PathBuf,
 
     /// The PNG file to write; replaced when it exists
-    #[arg(value_name = "OUT")]
+    #[arg(value_name = "OUT", value_parser = values::path())]
     pub output: PathBuf,
 
     /// Size of the result, width x height in pixels

@@ -9,6 +9,7 @@ use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
 
+use super::console::say;
 use super::manifest::{self, Line, Shard};
 use super::output;
 use super::picture_args::{GenerateArgs, conflict};
@@ -26,6 +27,9 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let session = Session::open(&args.run)?;
     let mut costs = check(&session, manifest, &lines, &flags)?;
     let out = args.out.as_deref().ok_or_else(|| conflict("--manifest", manifest.display(), "needs --out, a folder"))?;
+    if output::is_stdout(out) {
+        return Err(conflict("--out", out.display(), "--manifest writes a folder of pictures, which needs a name"));
+    }
     let folder = RunFolder::inspect(out, description(&session, &flags)?, args.resume)?;
     folder.check_names(&lines)?;
 
@@ -35,7 +39,7 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let present = part.len() - todo.len();
     if todo.is_empty() {
         folder.begin()?; // a shard without lines, too, leaves its folder
-        eprintln!("{} of {} pictures are there already, nothing to make", present, part.len());
+        say!("{} of {} pictures are there already, nothing to make", present, part.len());
         return Ok(());
     }
     output::advise_on_interrupt("; the same command with --resume makes the missing ones");
@@ -48,7 +52,7 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let pipeline = session.load()?;
     let writing = folder.begin()?;
     if writing.shared && shard.is_whole() {
-        eprintln!("warning: another run writes into {}; they share the work only with --shard", out.display());
+        say!("warning: another run writes into {}; they share the work only with --shard", out.display());
     }
     Pictures { pipeline, folder, batch, manifest, shard }.make(&todo, present)
 }
@@ -57,7 +61,12 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
 fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) -> Result<Costs> {
     let mut costs = Costs::default();
     for line in lines {
-        line.request(flags).and_then(|request| costs.of(session, &request)).map_err(|error| match error {
+        let request = line.request(flags)?;
+        if line.negative_prompt.as_ref().is_some_and(|negative| !negative.is_empty()) && request.guidance <= 1.0 {
+            let reason = format!("negative_prompt has no effect with a guidance of {}", request.guidance);
+            return Err(Error::file(&manifest::place(manifest, line.number), reason));
+        }
+        costs.of(session, &request).map_err(|error| match error {
             // What the line does not say, the flags do: their error is theirs.
             Error::Request { .. } if line.has_geometry() => {
                 Error::file(&manifest::place(manifest, line.number), error.to_string())
@@ -107,7 +116,7 @@ fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Line], flags: 
         match folder.find(line, &parameters)? {
             Found::Picture => {}
             Found::Damaged => {
-                eprintln!("warning: {} is no whole PNG and is made again", folder.picture(line).display());
+                say!("warning: {} is no whole PNG and is made again", folder.picture(line).display());
                 todo.push(line);
             }
         }
@@ -151,7 +160,7 @@ impl Pictures<'_> {
                 Err(error) => {
                     progress.finish();
                     let made = progress.done() - failures.len();
-                    eprintln!("{made} pictures made, {} there before; --resume makes the others", present);
+                    say!("{made} pictures made, {} there before; --resume makes the others", present);
                     return Err(error);
                 }
             }
@@ -161,7 +170,7 @@ impl Pictures<'_> {
         let time = seconds_text(seconds);
         let rate = progress.rate_text();
         let whole = made + present;
-        eprintln!(
+        say!(
             "{whole} pictures in {}: {made} made in {time} ({rate}), {present} there before",
             self.folder.path().display()
         );

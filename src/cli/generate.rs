@@ -7,7 +7,8 @@ use megafuse::Result;
 use megafuse::image::{PngText, encode_png};
 use megafuse::pipeline::{Pipeline, PlanReport, Request, text_of};
 
-use super::output::{self, Target};
+use super::console::say;
+use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, Progress, seconds_text};
 use super::session::Session;
@@ -19,18 +20,18 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
     let session = Session::open(&args.run)?;
-    let targets = targets(args, &request)?;
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
     check_strip(args, &plan)?;
+    let targets = targets(args, &request)?;
     let batch = session.batch(args.run.batch, &request, targets.len())?;
     let pipeline = session.load()?;
     for (index, files) in targets.chunks(batch).enumerate() {
         let first = index * batch;
         if targets.len() > 1 {
             match files.len() {
-                1 => eprintln!("picture {} of {}", first + 1, targets.len()),
-                n => eprintln!("pictures {} to {} of {}", first + 1, first + n, targets.len()),
+                1 => say!("picture {} of {}", first + 1, targets.len()),
+                n => say!("pictures {} to {} of {}", first + 1, first + n, targets.len()),
             }
         }
         make(&pipeline, &request, first, files, &plan)?;
@@ -64,16 +65,16 @@ fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], p
     for ((picture, files), tensors) in pictures.iter().zip(files).zip(&tensors) {
         let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
         let path = files.picture.write(&encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
-        eprintln!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
-        output::print_line(path.display());
+        say!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
+        output::print_name(&path);
         if let Some(path) = &files.dump {
             safetensors_file::write(path, tensors)?;
-            output::print_line(path.display());
+            output::print_name(path);
         }
         if let Some(path) = &files.strip {
             let upsampler = request.method.option("upsampler").map(text_of).unwrap_or_default();
             output::replace(path, &strip::png(picture, tensors, &plan.stages, &upsampler)?)?;
-            output::print_line(path.display());
+            output::print_name(path);
         }
     }
     Ok(())
@@ -83,25 +84,21 @@ fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], p
 fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
     output::check_png("--out", args.out.as_deref())?;
     output::check_png("--strip", args.strip.as_deref())?;
-    let same = |flag, path: &Option<PathBuf>, others: &[(&str, &Option<PathBuf>)]| {
-        let other = path.is_some().then(|| others.iter().find(|(_, other)| *other == path)).flatten();
-        match (path, other) {
-            (Some(path), Some((name, _))) => Err(conflict(flag, path.display(), format!("is the same file as {name}"))),
-            _ => Ok(()),
-        }
-    };
-    same("--dump", &args.dump, &[("--out", &args.out)])?;
-    same("--strip", &args.strip, &[("--out", &args.out), ("--dump", &args.dump)])?;
+    let mut outputs = Outputs::default();
     let one = |index: usize| {
         let seed = request.seed + index as u64;
         let picture = Target::picture(args.out.as_deref(), index, request.count, seed);
-        picture.check()?;
-        let place = |path: Option<&Path>| {
+        outputs.target("--out", &picture)?;
+        let mut place = |flag, path: Option<&Path>| -> Result<Option<PathBuf>> {
             let path = path.map(|path| output::numbered(path, index, request.count));
-            path.as_deref().map_or(Ok(()), output::check_writable)?;
+            path.as_deref().map_or(Ok(()), |path| outputs.file(flag, path))?;
             Ok(path)
         };
-        Ok(Files { picture, dump: place(args.dump.as_deref())?, strip: place(args.strip.as_deref())? })
+        Ok(Files {
+            picture,
+            dump: place("--dump", args.dump.as_deref())?,
+            strip: place("--strip", args.strip.as_deref())?,
+        })
     };
     (0..request.count).map(one).collect()
 }

@@ -10,6 +10,7 @@ use megafuse::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::canvas::Canvas;
+use super::console::say;
 use super::manifest::{self, Line};
 use super::output::{self, Target};
 use super::picture_args::{GridArgs, by_method, conflict};
@@ -96,8 +97,8 @@ pub fn run(args: &GridArgs) -> Result<()> {
     let json = grid.json(&sheet, &common, &cells).to_string();
     let text = PngText { parameters: &parameters, json: &json };
     let path = target.write(&encode_png(&drawn.rgb, drawn.width, drawn.height, text)?)?;
-    eprintln!("{}x{}, {} pictures", drawn.width, drawn.height, sheet.cells.len());
-    output::print_line(path.display());
+    say!("{}x{}, {} pictures", drawn.width, drawn.height, sheet.cells.len());
+    output::print_name(&path);
     Ok(())
 }
 

@@ -29,8 +29,8 @@ pub struct GenerateArgs {
     ///
     /// Without it: megafuse-SEED.png in the current directory, or megafuse-SEED-2.png and so on where that exists.
     /// A file named here is replaced, and only once the new picture is complete. A directory gets the default name.
-    /// With --count N the names get -1 to -N before the ending.
-    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    /// With --count N the names get -1 to -N before the ending. A missing folder is made. - is standard output.
+    #[arg(long, value_name = "PATH", value_parser = values::path(), help_heading = "Output")]
     pub out: Option<PathBuf>,
 
     /// Write the run's intermediate tensors to a safetensors file
@@ -38,13 +38,13 @@ pub struct GenerateArgs {
     /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
     /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), latent, image. Replaced when it
     /// exists; with --count N the names get -1 to -N before the ending.
-    #[arg(long, value_name = "FILE", help_heading = "Output", conflicts_with = "manifest")]
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub dump: Option<PathBuf>,
 
     /// Write the run stage by stage to a labelled PNG: x0 at every relay, before and after the upsampler, and the picture
     ///
     /// Replaced when it exists; with --count N the names get -1 to -N before the ending.
-    #[arg(long, value_name = "FILE", help_heading = "Output", conflicts_with = "manifest")]
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub strip: Option<PathBuf>,
 
     /// Make a picture for every line of this file, into the folder --out
@@ -54,7 +54,7 @@ pub struct GenerateArgs {
     /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", each in place of the flag. A line without a seed gets --seed plus the
     /// line's number less 1, or with an id --seed plus the id's FNV-1a hash of 32 bits; so its picture depends on the
     /// line and the flags alone. A picture that comes out not finite is noted in failed.jsonl and the others go on.
-    #[arg(long, value_name = "FILE", requires = "out", help_heading = "Many pictures")]
+    #[arg(long, value_name = "FILE", value_parser = values::path(), requires = "out", help_heading = "Many pictures")]
     pub manifest: Option<PathBuf>,
 
     /// Make what is missing in the folder --out
@@ -140,7 +140,7 @@ pub struct GridArgs {
     pub prompts: Vec<String>,
 
     /// Prompts from a file as generate --manifest reads it, each with its own seed unless --seeds is given
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub manifest: Option<PathBuf>,
 
     /// Methods, separated by commas, each where wanted with a size of its own: plain@64x64
@@ -150,7 +150,7 @@ pub struct GridArgs {
           default_value = "plain,megafusion,megafusion++")]
     pub methods: Vec<MethodAt>,
 
-    /// Seeds: numbers and ranges, separated by commas; 0..3 is 0,1,2 (default: 0)
+    /// Seeds: numbers and ranges, separated by commas; 0..3 is 0,1,2; random draws one (default: 0)
     #[arg(long, value_name = "N,A..B,...", value_parser = values::seeds)]
     pub seeds: Option<Seeds>,
 
@@ -176,7 +176,7 @@ pub struct GridArgs {
     pub cell: Option<usize>,
 
     /// The PNG file to write, replaced when it exists (default: megafuse-grid.png, megafuse-grid-2.png and so on)
-    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    #[arg(long, value_name = "PATH", value_parser = values::path(), help_heading = "Output")]
     pub out: Option<PathBuf>,
 }
 
@@ -200,8 +200,8 @@ pub struct PictureArgs {
     #[command(flatten)]
     pub method: MethodChoice,
 
-    /// Seed of the first picture; picture i of --count uses seed + i
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    /// Seed of the first picture; picture i of --count uses seed + i; random (also -1) draws one
+    #[arg(long, value_name = "N", value_parser = values::seed, default_value = "0")]
     pub seed: u64,
 
     /// How many pictures
@@ -214,8 +214,9 @@ pub struct PictureArgs {
 pub struct RunArgs {
     /// Model directory in the layout of diffusers (default: the small model inside the program)
     ///
-    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights.
-    #[arg(long, value_name = "DIR")]
+    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights; or it is a
+    /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME).
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
     /// What guidance steers away from (default: the empty prompt)
@@ -330,6 +331,11 @@ impl RunArgs {
     pub fn check_effect(&self, methods: &[&'static MethodSpec]) -> Result<()> {
         if self.eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
             return Err(conflict("--eta", self.eta, "only --scheduler ddim has an eta"));
+        }
+        let guidance = self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance);
+        if let Some(negative) = self.negative.as_ref().filter(|negative| !negative.is_empty() && guidance <= 1.0) {
+            let reason = format!("has no effect with --guidance {guidance}; up to 1 there is no guidance");
+            return Err(conflict("--negative", format!("{negative:?}"), reason));
         }
         if let Some(stages) = self.stages.as_ref().filter(|stages| stages.0.len() > 1)
             && !methods.iter().any(|spec| spec.relays)

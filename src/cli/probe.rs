@@ -8,6 +8,7 @@ use megafuse::pipeline::ModelFiles;
 use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
+use super::console::say;
 use super::safetensors_file::{self, Array, Inputs, Values};
 use super::{output, values};
 
@@ -33,7 +34,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         Module::VaeDecode => vae_decode(&files.vae(&device, args.dtype)?, &input("vae-decode")?)?,
     };
     safetensors_file::write(&args.out, &arrays)?;
-    output::print_line(args.out.display());
+    output::print_name(&args.out);
     Ok(())
 }
 
@@ -66,7 +67,7 @@ fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Resu
     let tokens =
         files.tokenizer("tokenizer")?.fitted(config.vocab_size, config.max_position_embeddings)?.encode(prompt)?;
     if let Some(rest) = &tokens.truncated {
-        eprintln!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
+        say!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
     }
     let embeddings = files.clip("text_encoder", device, dtype)?.0.forward(std::slice::from_ref(&tokens.ids))?;
     let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();

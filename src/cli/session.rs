@@ -6,6 +6,7 @@ use std::time::Instant;
 use megafuse::pipeline::{ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
 use megafuse::{DType, Device, Error, Result};
 
+use super::console::say;
 use super::memory::{available_bytes, bytes_text};
 use super::picture_args::RunArgs;
 use super::progress::seconds_text;
@@ -28,6 +29,14 @@ impl Session {
         let device = run.device.open()?;
         let (source, dtype) = (run.source(), run.dtype_on(&device));
         let planner = Planner::new(&source, dtype)?;
+        let scheduler = planner.pipeline().scheduler();
+        if let (None, false, Some(class)) = (run.scheduler, run.options.given.contains_key("reference_compat"), scheduler.class_without_sampler()) {
+            let sampler = scheduler.sampler();
+            say!(
+                "the model's scheduler is {class}, for which there is no sampler here; {sampler} runs instead \
+                 (--scheduler chooses another)"
+            );
+        }
         Ok(Session { source, device, dtype, planner })
     }
 
@@ -75,10 +84,10 @@ impl Session {
         let pipeline = Pipeline::load(self.source.clone(), device.clone(), *dtype)?;
         let loading = seconds_text(begin.elapsed().as_secs_f64());
         match device {
-            Device::Cuda(card) => eprintln!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
+            Device::Cuda(card) => say!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
             _ => {
                 let threads = rayon::current_num_threads();
-                eprintln!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
+                say!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
             }
         }
         Ok(pipeline)

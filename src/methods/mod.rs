@@ -42,4 +42,4 @@ pub enum RelayClamp {
     Both,
 }
 
-named!(RelayClamp, "--relay-clamp", [None => "none", Decode => "decode", Both => "both"]);
+named!(RelayClamp, [None => "none", Decode => "decode", Both => "both"]);

@@ -264,7 +264,7 @@ impl WeightStore {
         file.release(entry);
         let Some(bad) = bad else { return Ok(()) };
         let what = if bad.value.is_finite() {
-            let hint = if self.dtype == DType::F16 { ": try --dtype f32 or bf16" } else { "" };
+            let hint = if self.dtype == DType::F16 { ": f32 and bf16 can hold them" } else { "" };
             format!("too large for {}{hint}", self.dtype)
         } else {
             String::from("not finite: the file is damaged or its training diverged; download it again")

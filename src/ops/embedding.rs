@@ -90,7 +90,8 @@ pub fn timestep_embedding(timesteps: &[f32], e: TimestepEmbedding, device: &Devi
     if let Device::Meta(meta) = device {
         let y = Tensor::uninit(device, &shape, dtype)?;
         let bytes = y.bytes() + size_of_val(timesteps) as u64;
-        meta.record(OP, OpKind::Elementwise, &shape, Work { macs: 0, flops: 2 * y.numel() as u64, bytes, launches: 1 });
+        // Computed on the host and uploaded: bytes, but no launch and none of the device's operations.
+        meta.record(OP, OpKind::Elementwise, &shape, Work { macs: 0, flops: 0, bytes, launches: 0 });
         return Ok(y);
     }
     let frequencies: Vec<f32> = (0..half)

@@ -22,7 +22,7 @@ pub enum Upsampler {
     BicubicEdge,
 }
 
-named!(Upsampler, "--upsampler", [
+named!(Upsampler, [
     Bilinear => "bilinear",
     Bicubic => "bicubic",
     BicubicTorch => "bicubic-torch",

@@ -30,6 +30,41 @@ enum Place {
     Embedded(embedded::Files),
 }
 
+/// Where the model is in a folder `models--ORG--NAME` of the Hugging Face hub's cache, which keeps every version in
+/// `snapshots/REVISION` and the revision of each branch in `refs/BRANCH`: that of `main`, or the only one. Any other
+/// directory as it is.
+///
+/// # Errors
+/// [`Error::File`]: no snapshot, or several and no `main` among them.
+fn hub_snapshot(path: &Path) -> Result<PathBuf> {
+    let snapshots = path.join("snapshots");
+    if !snapshots.is_dir() || path.join("unet").is_dir() {
+        return Ok(path.to_path_buf());
+    }
+    let main = std::fs::read_to_string(path.join("refs/main")).ok().map(|revision| snapshots.join(revision.trim()));
+    if let Some(main) = main.filter(|main| main.is_dir()) {
+        return Ok(main);
+    }
+    let entries = std::fs::read_dir(&snapshots).map_err(|error| Error::io(&snapshots, error))?;
+    let mut found: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    found.sort();
+    match found.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => Err(Error::file(&snapshots, "holds no snapshot; the download did not end, start it again")),
+        several => {
+            let reason = format!("holds {} snapshots, and refs/main names none of them; name one", several.len());
+            Err(Error::file(&snapshots, reason))
+        }
+    }
+}
+
+/// `ORG/NAME` of `.../models--ORG--NAME/snapshots/REVISION`.
+fn hub_name(path: &Path) -> Option<String> {
+    let snapshots = path.parent().filter(|folder| folder.ends_with("snapshots"))?;
+    let name = snapshots.parent()?.file_name()?.to_string_lossy().into_owned();
+    Some(name.strip_prefix("models--")?.replace("--", "/"))
+}
+
 /// What a directory must have, for messages.
 const LAYOUT: &str =
     "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
@@ -66,7 +101,7 @@ impl ModelFiles {
                 if !path.is_dir() {
                     return Err(Error::file(path, format!("no such directory; {LAYOUT}")));
                 }
-                Place::Directory(path.clone())
+                Place::Directory(hub_snapshot(path)?)
             }
         };
         let family = FamilySpec::of(|folder| match &place {
@@ -87,12 +122,15 @@ impl ModelFiles {
         Ok(files)
     }
 
-    /// What the model is called: its directory's name.
+    /// What the model is called: its directory's name, or ORG/NAME where that is in a cache of the Hugging Face hub.
     pub fn name(&self) -> String {
         match &self.place {
             Place::Embedded(_) => EMBEDDED_NAME.into(),
             Place::Directory(path) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                if let Some(name) = hub_name(&path) {
+                    return name;
+                }
                 path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
             }
         }

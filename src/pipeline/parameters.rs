@@ -3,6 +3,7 @@ use serde_json::json;
 use super::{Pipeline, Request};
 use crate::image::infotext;
 use crate::methods::{Run, Stage, text_of};
+use crate::rng::RngKind;
 use crate::schedulers::Sampler;
 
 /// How a picture was made, for its file.
@@ -22,29 +23,32 @@ impl Parameters {
         let version = concat!("megafuse ", env!("CARGO_PKG_VERSION"));
         let method = run.method();
         let sampler = run.scheduler().sampler();
+        // Without guidance nothing steers away from it.
+        let negative = if run.guidance().is_some() { request.negative_prompt.as_str() } else { "" };
 
         let mut fields = vec![
             ("Steps".to_string(), steps.to_string()),
-            ("Sampler".to_string(), webui_name(sampler).to_string()),
+            ("Sampler".to_string(), webui_sampler(sampler).0.to_string()),
             ("CFG scale".to_string(), request.guidance.to_string()),
             ("Seed".to_string(), seed.to_string()),
             ("Size".to_string(), last.size.to_string()),
             ("Model".to_string(), pipeline.name().to_string()),
             ("Method".to_string(), method.to_string()),
         ];
-        if request.eta != 0.0 {
-            fields.push(("Eta".into(), request.eta.to_string()));
+        let eta = webui_sampler(sampler).1.unwrap_or(request.eta);
+        if eta != 0.0 {
+            fields.push(("Eta DDIM".into(), eta.to_string()));
         }
         if method.spec().relays {
             fields.push(("Stages".into(), stages.join(" ")));
         }
         fields.extend(method.options().iter().map(|(name, value)| (title(name), text_of(value))));
-        fields.push(("RNG".into(), request.rng.name().to_string()));
+        fields.push(("RNG".into(), webui_rng(request.rng).to_string()));
         fields.push(("Dtype".into(), pipeline.dtype().to_string()));
         fields.push(("Version".into(), version.to_string()));
 
         let mut json = json!({
-            "prompt": request.prompt, "negative_prompt": request.negative_prompt, "model": pipeline.name(),
+            "prompt": request.prompt, "negative_prompt": negative, "model": pipeline.name(),
             "method": method.name(), "size": last.size.to_string(), "stages": stages, "steps": steps,
             "scheduler": sampler.name(), "eta": request.eta,
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
@@ -54,7 +58,7 @@ impl Parameters {
             json[name] = value.clone();
         }
         let fields: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
-        Parameters { text: infotext(&request.prompt, &request.negative_prompt, &fields), json }
+        Parameters { text: infotext(&request.prompt, negative, &fields), json }
     }
 }
 
@@ -63,12 +67,22 @@ fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn webui_name(sampler: Sampler) -> &'static str {
+/// A sampler's name in stable-diffusion-webui, and its eta where the name alone does not say it: DDPM is there DDIM with
+/// an eta of 1 (Song et al. 2020, arXiv:2010.02502, section 4.1).
+fn webui_sampler(sampler: Sampler) -> (&'static str, Option<f64>) {
     match sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Ddpm => "DDPM",
-        Sampler::Euler => "Euler",
-        Sampler::EulerAncestral => "Euler a",
+        Sampler::Ddim => ("DDIM", None),
+        Sampler::Ddpm => ("DDIM", Some(1.0)),
+        Sampler::Euler => ("Euler", None),
+        Sampler::EulerAncestral => ("Euler a", None),
+    }
+}
+
+/// The source of noise as stable-diffusion-webui names it; `NV` is its copy of the generator of NVIDIA's cards.
+fn webui_rng(rng: RngKind) -> &'static str {
+    match rng {
+        RngKind::TorchCpu => "CPU",
+        RngKind::TorchCuda => "NV",
     }
 }
 

@@ -71,6 +71,11 @@ impl Pipeline {
         self.dtype
     }
 
+    /// The model's scheduler_config.json.
+    pub fn scheduler(&self) -> &SchedulerConfig {
+        &self.scheduler
+    }
+
     /// The size that the model was trained at, if its configuration says so.
     pub fn native_size(&self) -> Option<Size> {
         self.family.native_size()

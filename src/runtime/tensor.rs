@@ -280,9 +280,11 @@ impl Tensor {
     /// Rows `range` of the first dimension, sharing the storage: `[N, ...]` to `[range.len(), ...]`.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the range is not within the first dimension.
+    /// [`Error::Shape`] when there is no first dimension, [`Error::Argument`] when the range is not within it.
     pub fn rows(&self, range: Range<usize>) -> Result<Tensor> {
-        let first = self.shape.first().copied().unwrap_or(0);
+        let Some(&first) = self.shape.first() else {
+            return Err(Error::shape("rows", "x", self, "a first dimension"));
+        };
         if range.start > range.end || range.end > first {
             return Err(Error::argument("rows", "range", format!("{range:?}"), format!("within 0..{first}")));
         }
@@ -495,7 +497,7 @@ fn allocate<T: bytemuck::Pod>(cpu: &CpuDevice, count: usize, shape: &[usize], va
         what: format!("a tensor of shape {shape:?}"),
         requested_bytes: (count * size_of::<T>()) as u64,
         in_use_bytes: cpu.in_use_bytes(),
-        hint: "choose a smaller --size or fewer --count, or --dtype bf16".into(),
+        hint: "a smaller shape or a type of two bytes (bf16) needs less".into(),
     })
 }
 
