@@ -46,7 +46,7 @@ impl DiffusionModel for Formula {
     }
 
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let (step, input_scale) = (steps.index().get(), steps.current()?.input_scale);
+        let (step, input_scale) = (steps.index().get(0), steps.current()?.input_scale);
         let [_, h, w, _] = x.dims("denoise", "x")?;
         self.calls.borrow_mut().push((step, Size::new(w, h), input_scale, options.clone()));
         let (values, rows) = (x.to_f32_vec()?, if self.guided { 2 } else { 1 });

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use megafuse::models::{Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
-use megafuse::ops::StepIndex;
+use megafuse::ops::{self, StepIndex};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Tensor};
 use safetensors::SafeTensors;
@@ -97,7 +97,7 @@ fn rare_options_agree_with_the_published_class() {
 }
 
 fn at(device: &Device, step: usize) -> StepIndex {
-    StepIndex::new(device, step).expect("a step")
+    StepIndex::one(device, step).expect("a step")
 }
 
 /// One of the small models with an input.
@@ -163,6 +163,32 @@ fn low_precision_vae_stays_within_its_rounding() {
     }
 }
 
+/// Images of one batch at steps of their own, with prompts of their own or one prompt for all: the bits of each image alone.
+#[test]
+fn images_have_their_own_steps_and_prompts() {
+    let case = Case::load("sd21", "unet-batch", DType::F32);
+    let timesteps = [999.0, case.timestep, 3.5];
+    let steps = [2, 0];
+    let index = StepIndex::new(case.unet.device(), &steps).expect("steps");
+    let sample = ops::scale_cast(&case.sample, 1.0, 0.0, DType::F32, 2).expect("four samples");
+    for text_rows in [1, 2] {
+        let context = case.context.rows(0..text_rows).expect("rows");
+        let conditioning = case.unet.condition(&context, &timesteps).expect("conditions");
+        let all = case.unet.forward(&sample, &index, &conditioning, &UnetOptions::default()).expect("runs");
+        for i in 0..4 {
+            let context = case.context.rows(i * text_rows / 4..i * text_rows / 4 + 1).expect("a row");
+            let conditioning = case.unet.condition(&context, &[timesteps[steps[i % 2]]]).expect("conditions");
+            let alone = case.forward(&sample.rows(i..i + 1).expect("a row"), &conditioning, 0);
+            let same = all.rows(i..i + 1).expect("a row");
+            assert_eq!(
+                alone.to_f32_vec().expect("cpu"),
+                same.to_f32_vec().expect("cpu"),
+                "{text_rows} texts, image {i}"
+            );
+        }
+    }
+}
+
 /// Neither the other rows of a batch nor the other timesteps of a run change a result, bit for bit.
 #[test]
 fn a_sample_depends_on_itself_alone() {
@@ -205,10 +231,14 @@ fn wrong_arguments_are_errors() {
         "unet: step is 1, expected below 1, the number of timesteps of the conditioning"
     );
     assert_eq!(forward(&x, 0, &UnetOptions { mid_dilation: 0 }), "unet: mid_dilation is 0, expected 1 or more");
-    for shape in [[2, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
+    for shape in [[0, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
         let error = forward(&tensor(&shape, DType::F32), 0, &options);
         assert!(error.starts_with(&format!("unet: x has shape {shape:?}")), "{error}");
     }
+    let three = StepIndex::new(case.unet.device(), &[0; 3]).expect("steps");
+    let error = case.unet.forward(&tensor(&[2, 8, 8, 4], DType::F32), &three, &conditioning, &options);
+    let error = error.map(drop).expect_err("wrong").to_string();
+    assert!(error.contains("a multiple of the 3 images with a step of their own"), "{error}");
     assert!(forward(&tensor(&[1, 8, 8, 4], DType::F16), 0, &options).starts_with("unet: x is f16, expected f32"));
     let elsewhere = Tensor::zeros(&Device::meta(), &[1, 8, 8, 4], DType::F32).expect("a tensor");
     assert!(forward(&elsewhere, 0, &options).starts_with("unet: x is on meta"));

@@ -104,7 +104,7 @@ fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dty
     let x = from_nchw(device, dtype, sample_shape, &sample)?;
     let text = Tensor::from_f32(device, &[n, length, width], dtype, &text)?;
     let conditioning = unet.condition(&text, &timesteps[..1])?;
-    let out = unet.forward(&x, &StepIndex::new(device, 0)?, &conditioning, options)?;
+    let out = unet.forward(&x, &StepIndex::one(device, 0)?, &conditioning, options)?;
     Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
 }
 

@@ -206,7 +206,7 @@ impl Run<'_> {
 
     /// Steps done over all stages.
     fn done(&self) -> usize {
-        self.steps.index().get()
+        self.steps.index().get(0)
     }
 
     /// All steps of a stage. On a card they are one recorded step, replayed: everything that changes is read from the

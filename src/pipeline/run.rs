@@ -235,7 +235,7 @@ impl DiffusionModel for Conditioned<'_> {
 
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
         let unet = &self.pipeline.unet;
-        let input = ops::scale_input(x, steps, unet.dtype(), self.conditioning.batch())?;
+        let input = ops::scale_input(x, steps, unet.dtype(), self.conditioning.text_rows())?;
         unet.forward(&input, steps.index(), self.conditioning, options)
     }
 

@@ -9,7 +9,7 @@ pub use config::{AttentionConfig, BlockConfig, MidBlockConfig, UnetConfig};
 use super::layers::{Conv2d, GroupNorm, Linear};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, StepIndex};
+use crate::ops::{self, Activation, StepIndex, StepRows};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
 
@@ -29,16 +29,16 @@ impl Default for UnetOptions {
 /// What is the same for every step of a run, computed once: K and V of the text for every cross-attention, and each
 /// ResNet's projection of every timestep's embedding.
 pub struct UnetConditioning {
-    rows: Vec<Tensor>, // one a ResNet: [steps * N, C_out], the N rows of a step together
-    kv: Vec<Tensor>,   // one a cross-attention: [N, L, 2, heads, head_dim]
-    batch: usize,
+    rows: Vec<Tensor>, // one a ResNet: [steps, C_out]
+    kv: Vec<Tensor>,   // one a cross-attention: [R, L, 2, heads, head_dim]
+    text_rows: usize,  // R
     steps: usize,
 }
 
 impl UnetConditioning {
-    /// Samples a call must have: the rows of the text.
-    pub fn batch(&self) -> usize {
-        self.batch
+    /// Rows of the text, R; a call has a multiple of them as its samples.
+    pub fn text_rows(&self) -> usize {
+        self.text_rows
     }
 
     /// Timesteps it was made for.
@@ -46,8 +46,8 @@ impl UnetConditioning {
         self.steps
     }
 
-    fn rows(&self, resnet: usize) -> &Tensor {
-        &self.rows[resnet]
+    fn rows<'a>(&'a self, resnet: usize, step: &'a StepIndex) -> StepRows<'a> {
+        StepRows { table: &self.rows[resnet], step, rows: 1 }
     }
 
     fn kv(&self, attention: usize) -> &Tensor {
@@ -142,27 +142,26 @@ impl Unet {
         self.dtype
     }
 
-    /// `text: [N, L, cross_attention_dim]`, the rows in the order of the samples' (unconditional first);
+    /// `text: [R, L, cross_attention_dim]`, R rows in the order of the samples' (unconditional first);
     /// `timesteps`: all of the run, in the order in which [`forward`](Unet::forward) will name them by index.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `text`; [`Error::OutOfMemory`].
     pub fn condition(&self, text: &Tensor, timesteps: &[f32]) -> Result<UnetConditioning> {
-        let [batch, length, _] = text.dims("unet", "text")?;
-        text.expect("unet", "text", &[batch, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
-        // Each timestep N times, so that the rows of a step are the N that its convs want.
-        let repeated: Vec<f32> = timesteps.iter().flat_map(|&t| std::iter::repeat_n(t, batch)).collect();
-        let emb = ops::timestep_embedding(&repeated, self.config.timestep, &self.device, self.dtype)?;
+        let [text_rows, length, _] = text.dims("unet", "text")?;
+        text.expect("unet", "text", &[text_rows, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
+        let emb = ops::timestep_embedding(timesteps, self.config.timestep, &self.device, self.dtype)?;
         let emb = self.time_linear_1.fused(&emb, Activation::Silu, None)?;
-        // The ResNets read nothing but silu(emb): [steps * N, T].
+        // The ResNets read nothing but silu(emb): [steps, T].
         let emb = self.time_linear_2.fused(&emb, Activation::Silu, None)?;
         let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
         let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
-        Ok(UnetConditioning { rows, kv, batch, steps: timesteps.len() })
+        Ok(UnetConditioning { rows, kv, text_rows, steps: timesteps.len() })
     }
 
-    /// `x: [N, H, W, in_channels]` at timestep `timesteps[step]` to `[N, H, W, out_channels]`: the predicted noise, or
-    /// whatever the checkpoint was trained to predict. Any H, W; N rows as the text has.
+    /// `x: [N, H, W, in_channels]` to `[N, H, W, out_channels]`: the predicted noise, or whatever the checkpoint was trained
+    /// to predict. Any H, W. Of n images with a step of their own, sample i is at timestep `timesteps[step.get(i)]`; it
+    /// reads row `i / (N / R)` of the text. N is a multiple of n and of R.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, `mid_dilation`;
@@ -174,14 +173,22 @@ impl Unet {
         text: &UnetConditioning,
         options: &UnetOptions,
     ) -> Result<Tensor> {
-        let [_, h, w, _] = x.dims("unet", "x")?;
-        x.expect("unet", "x", &[text.batch, h, w, self.config.in_channels], self.dtype, &self.device)?;
+        let [n, h, w, _] = x.dims("unet", "x")?;
+        x.expect("unet", "x", &[n, h, w, self.config.in_channels], self.dtype, &self.device)?;
         if h == 0 || w == 0 {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
-        if step.get() >= text.steps {
+        if n == 0 || text.text_rows == 0 || !n.is_multiple_of(text.text_rows) {
+            let want = format!("N as a multiple of the text's {} rows", text.text_rows);
+            return Err(Error::shape("unet", "x", x, want));
+        }
+        if !n.is_multiple_of(step.images()) {
+            let want = format!("N as a multiple of the {} images with a step of their own", step.images());
+            return Err(Error::shape("unet", "x", x, want));
+        }
+        if step.last() >= text.steps {
             let want = format!("below {}, the number of timesteps of the conditioning", text.steps);
-            return Err(Error::argument("unet", "step", step.get(), want));
+            return Err(Error::argument("unet", "step", step.last(), want));
         }
         if options.mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
