@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use megafuse::models::{Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
+use megafuse::models::{
+    AddedConditioning, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+};
 use megafuse::ops::{self, StepIndex};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Tensor};
@@ -73,27 +75,141 @@ fn load_vae(folder: &Path, device: &Device, dtype: DType) -> Vae {
     Vae::load(store, &config).expect("loads")
 }
 
-const OPTIONS: [&str; 4] =
-    ["only-cross-attention", "no-mid-block", "one-resnet-mid-block", "transformer-layers-per-resnet"];
+const OPTIONS: [&str; 6] = [
+    "only-cross-attention",
+    "no-mid-block",
+    "one-resnet-mid-block",
+    "transformer-layers-per-resnet",
+    "text-time",
+    "guidance-embedding",
+];
+
+/// `expected.safetensors` of a small model with options.
+struct OptionCase {
+    unet: Unet,
+    expected: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    text: Tensor,
+    pooled: Option<Tensor>,
+    time_ids: Vec<[f32; 6]>,
+    guidance: Option<f32>,
+}
+
+impl OptionCase {
+    fn load(name: &str, dtype: DType) -> OptionCase {
+        let device = Device::cpu();
+        let folder = data("unet-options").join(name);
+        let expected = arrays(&folder.join("expected.safetensors"));
+        let tensor = |(shape, values): &(Vec<usize>, Vec<f32>)| {
+            Tensor::from_f32(&device, shape, dtype, values).expect("a tensor")
+        };
+        OptionCase {
+            unet: load_unet(&folder, &device, dtype),
+            text: tensor(&expected["prompt_embeds"]),
+            pooled: expected.get("pooled_prompt_embeds").map(tensor),
+            time_ids: expected.get("time_ids").map_or(Vec::new(), |(_, ids)| ids.as_chunks().0.to_vec()),
+            guidance: expected.get("guidance").map(|(_, guidance)| guidance[0]),
+            expected,
+        }
+    }
+
+    fn added(&self) -> Option<AddedConditioning<'_>> {
+        self.pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &self.time_ids })
+    }
+
+    fn text(&self) -> TextConditioning<'_> {
+        TextConditioning { text: &self.text, added: self.added(), guidance: self.guidance }
+    }
+
+    fn timestep(&self) -> f32 {
+        self.expected["timestep"].1[0]
+    }
+
+    fn array(&self, name: &str) -> Tensor {
+        channels_last(self.unet.device(), DType::F32, &self.expected[name])
+    }
+
+    fn forward(&self, conditioning: &UnetConditioning, step: &StepIndex) -> Tensor {
+        let sample = channels_last(self.unet.device(), self.unet.dtype(), &self.expected["sample"]);
+        self.unet.forward(&sample, step, conditioning, &UnetOptions::default()).expect("runs")
+    }
+}
 
 /// f32 sums of at most a few hundred products in each of some fifty layers; 3e-6 is what comes out.
 const F32_TOLERANCE: f64 = 1e-5;
 
 #[test]
 fn rare_options_agree_with_the_published_class() {
-    let device = Device::cpu();
     for name in OPTIONS {
-        let folder = data("unet-options").join(name);
-        let unet = load_unet(&folder, &device, DType::F32);
-        let expected = arrays(&folder.join("expected.safetensors"));
-        let (shape, embeds) = &expected["prompt_embeds"];
-        let context = Tensor::from_f32(&device, shape, DType::F32, embeds).expect("a tensor");
-        let conditioning = unet.condition(&context, &expected["timestep"].1).expect("conditions");
-        let sample = channels_last(&device, DType::F32, &expected["sample"]);
-        let got = unet.forward(&sample, &at(&device, 0), &conditioning, &UnetOptions::default()).expect("runs");
-        let (worst, _) = errors(&got, &channels_last(&device, DType::F32, &expected["out"]));
+        let case = OptionCase::load(name, DType::F32);
+        let conditioning = case.unet.condition(case.text(), &[case.timestep()]).expect("conditions");
+        let got = case.forward(&conditioning, &at(case.unet.device(), 0));
+        let (worst, _) = errors(&got, &case.array("out"));
         assert!(worst < F32_TOLERANCE, "{name}: off by {worst:.1e}");
     }
+}
+
+/// SDXL's rows are of a step and of a prompt; with other sizes or timesteps only they are made again.
+#[test]
+fn added_conditioning_is_of_each_row_and_can_change() {
+    let case = OptionCase::load("text-time", DType::F32);
+    let (unet, device, [first, second]) = (&case.unet, case.unet.device(), [case.time_ids[0], case.time_ids[1]]);
+    let timesteps = [3.0, case.timestep(), 999.0];
+    let got = case.forward(&unet.condition(case.text(), &timesteps).expect("conditions"), &at(device, 1));
+    assert!(errors(&got, &case.array("out")).0 < F32_TOLERANCE);
+
+    // Each image at a step of its own: the other image at a step leaves an image's bits.
+    let conditioning = unet.condition(case.text(), &timesteps).expect("conditions");
+    let mixed = case.forward(&conditioning, &StepIndex::new(device, &[1, 2]).expect("steps"));
+    let half = |x: &Tensor| x.rows(0..1).expect("a row").to_f32_vec().expect("cpu");
+    assert_eq!(half(&mixed), half(&got));
+    assert!(mixed.to_f32_vec().expect("cpu") != got.to_f32_vec().expect("cpu"), "the second image is at another step");
+
+    // The wrong sizes for all, then the right ones.
+    let pooled = case.pooled.as_ref().expect("pooled");
+    let wrong = TextConditioning { added: Some(AddedConditioning { pooled, time_ids: &[second] }), ..case.text() };
+    let wrong = unet.condition(wrong, &[7.0]).expect("conditions");
+    let right = unet.recondition(&wrong, case.added(), &timesteps).expect("conditions");
+    assert_eq!((right.text_rows(), right.steps()), (2, 3));
+    let again = case.forward(&right, &at(device, 1));
+    assert_eq!(again.to_f32_vec().expect("cpu"), got.to_f32_vec().expect("cpu"));
+    let sizes = AddedConditioning { pooled, time_ids: &[first, first] };
+    let other = case.forward(&unet.recondition(&wrong, Some(sizes), &timesteps).expect("conditions"), &at(device, 1));
+    assert_eq!(half(&other), half(&got), "the first row's sizes are the same");
+    assert!(errors(&other, &got).0 > 1e-3, "the second row's are others");
+}
+
+#[test]
+fn guidance_embedding_may_be_left_out_and_recondition_keeps_it() {
+    let case = OptionCase::load("guidance-embedding", DType::F32);
+    let (unet, step) = (&case.unet, at(case.unet.device(), 0));
+    let with = unet.condition(case.text(), &[1.0]).expect("conditions");
+    let with = case.forward(&unet.recondition(&with, None, &[case.timestep()]).expect("conditions"), &step);
+    assert!(errors(&with, &case.array("out")).0 < F32_TOLERANCE);
+    let without = case.forward(&unet.condition(&case.text, &[case.timestep()]).expect("conditions"), &step);
+    assert!(errors(&without, &with).0 > 1e-3);
+}
+
+#[test]
+fn added_conditioning_that_does_not_fit_is_named() {
+    let case = OptionCase::load("text-time", DType::F32);
+    let pooled = case.pooled.as_ref().expect("pooled");
+    let fails = |text: TextConditioning, want: &str| {
+        let error = case.unet.condition(text, &[1.0]).map(drop).expect_err("wrong").to_string();
+        assert!(error.contains(want), "{error} does not contain {want}");
+    };
+    fails((&case.text).into(), "added conditioning is missing");
+    fails(TextConditioning { guidance: Some(1.0), ..case.text() }, "guidance is 1, expected none");
+    let narrow = Tensor::zeros(case.unet.device(), &[2, 9], DType::F32).expect("a tensor");
+    let added = |pooled, time_ids| TextConditioning {
+        added: Some(AddedConditioning { pooled, time_ids }),
+        ..TextConditioning::from(&case.text)
+    };
+    fails(added(&narrow, &case.time_ids), "pooled has shape [2, 9], expected [2, 10]");
+    fails(added(pooled, &[]), "number of time_ids is 0, expected 1 for all rows of the text, or 2");
+    let plain = OptionCase::load("guidance-embedding", DType::F32);
+    let text = TextConditioning { text: &plain.text, ..case.text() };
+    let error = plain.unet.condition(text, &[1.0]).map(drop).expect_err("wrong").to_string();
+    assert!(error.contains("added conditioning is given, expected none"), "{error}");
 }
 
 fn at(device: &Device, step: usize) -> StepIndex {

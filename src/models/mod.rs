@@ -8,6 +8,6 @@ pub mod vae;
 pub mod weights;
 
 pub use clip::{ClipTextConfig, ClipTextModel, TextEmbeddings};
-pub use unet::{Unet, UnetConditioning, UnetConfig, UnetOptions};
+pub use unet::{AddedConditioning, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Vae, VaeConfig};
 pub use weights::{WeightStore, Weights};

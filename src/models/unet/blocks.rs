@@ -21,7 +21,7 @@ pub(super) struct ToKv {
 }
 
 impl ToKv {
-    /// `text: [N, L, cross_attention_dim]` to `[N, L, 2, heads, head_dim]`.
+    /// `text: [R, L, cross_attention_dim]` to `[R, L, 2, heads, head_dim]`.
     pub(super) fn forward(&self, text: &Tensor) -> Result<Tensor> {
         let [n, l, _] = text.dims("unet", "text")?;
         let kv = ops::linear(ops::Linear::new(text, &self.weight))?;
