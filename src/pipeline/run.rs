@@ -6,7 +6,7 @@ use super::{ModelFiles, ModelSource, Request};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, DiffusionModel, Event, NoiseSource, Observer, Plan, Size, Watch};
-use crate::models::{ClipTextModel, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
+use crate::models::{ClipOutput, ClipTextModel, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
 use crate::ops::{self, StepTable};
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor};
@@ -178,7 +178,7 @@ impl Pipeline {
             }
             ids.push(encoding.ids);
         }
-        Ok(self.text_encoder.forward(&ids)?.last_hidden_state)
+        Ok(self.text_encoder.forward(&ids, ClipOutput::LAST)?.hidden)
     }
 }
 
