@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use megafuse::models::{Unet, UnetOptions, Vae};
+use megafuse::models::{ClipOutput, Unet, UnetOptions, Vae};
 use megafuse::ops::StepIndex;
 use megafuse::pipeline::ModelFiles;
 use megafuse::{DType, Device, Error, Result, Tensor};
@@ -69,17 +69,21 @@ fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Resu
     if let Some(rest) = &tokens.truncated {
         say!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
     }
-    let embeddings = files.clip("text_encoder", device, dtype)?.0.forward(std::slice::from_ref(&tokens.ids))?;
+    let (encoder, rows) = (files.clip("text_encoder", device, dtype)?.0, std::slice::from_ref(&tokens.ids));
+    let last = encoder.forward(rows, ClipOutput::LAST.with_pooled())?;
+    let penultimate = encoder.forward(rows, ClipOutput::PENULTIMATE)?;
     let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();
     let mut arrays = Arrays::new();
     arrays.insert("input_ids".into(), Array { shape: vec![1, ids.len()], values: Values::I64(ids) });
     for (name, tensor) in [
-        ("last_hidden_state", &embeddings.last_hidden_state),
-        ("penultimate", &embeddings.penultimate),
-        ("pooled", &embeddings.pooled),
-        ("prompt_embeds", &embeddings.last_hidden_state),
+        ("last_hidden_state", Some(&last.hidden)),
+        ("penultimate", Some(&penultimate.hidden)),
+        ("pooled", last.pooled.as_ref()),
+        ("prompt_embeds", Some(&last.hidden)),
     ] {
-        arrays.insert(name.into(), Array::f32(tensor.shape(), tensor.to_f32_vec()?));
+        if let Some(tensor) = tensor {
+            arrays.insert(name.into(), Array::f32(tensor.shape(), tensor.to_f32_vec()?));
+        }
     }
     Ok(arrays)
 }
@@ -106,7 +110,7 @@ fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dty
     let x = from_nchw(device, dtype, sample_shape, &sample)?;
     let text = Tensor::from_f32(device, &[n, length, width], dtype, &text)?;
     let conditioning = unet.condition(&text, &timesteps[..1])?;
-    let out = unet.forward(&x, &StepIndex::new(device, 0)?, &conditioning, options)?;
+    let out = unet.forward(&x, &StepIndex::one(device, 0)?, &conditioning, options)?;
     Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
 }
 

@@ -30,7 +30,9 @@ impl Session {
         let (source, dtype) = (run.source(), run.dtype_on(&device));
         let planner = Planner::new(&source, dtype)?;
         let scheduler = planner.pipeline().scheduler();
-        if let (None, false, Some(class)) = (run.scheduler, run.options.given.contains_key("reference_compat"), scheduler.class_without_sampler()) {
+        if let (None, false, Some(class)) =
+            (run.scheduler, run.options.given.contains_key("reference_compat"), scheduler.class_without_sampler())
+        {
             let sampler = scheduler.sampler();
             say!(
                 "the model's scheduler is {class}, for which there is no sampler here; {sampler} runs instead \

@@ -67,7 +67,7 @@ impl RecordedSteps {
         let device = x.device().clone();
         let parts = || -> Result<_> {
             let mut table = StepTable::new(&device, rows.to_vec())?;
-            table.index_mut().set(first)?;
+            table.index_mut().set(&[first])?;
             let noise = match key.adds_noise {
                 true => Some(Tensor::uninit(&device, &key.sample, DType::F32)?),
                 false => None,

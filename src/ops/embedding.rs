@@ -55,7 +55,7 @@ pub fn embedding(ids: &Tensor, table: &Tensor, positions: &Tensor) -> Result<Ten
 }
 
 /// The UNet's sinusoid, as config.json describes it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TimestepEmbedding {
     /// Width of the result; an odd width gets a zero column.
     pub dim: usize,

@@ -211,7 +211,7 @@ impl ModelFiles {
     /// Those of the files; as [`ClipTextModel::load`].
     pub fn clip(&self, folder: &'static str, device: &Device, dtype: DType) -> Result<(ClipTextModel, WeightReport)> {
         let config = self.clip_config(folder)?;
-        let store = ClipTextModel::prepared(self.weights(folder, device, dtype)?)?;
+        let store = ClipTextModel::prepared(self.weights(folder, device, dtype)?, &config)?;
         load_part(folder, store, |w| ClipTextModel::from_weights(w, &config))
     }
 

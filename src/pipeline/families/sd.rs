@@ -6,7 +6,7 @@ use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
 use super::{Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipTextModel, Unet, UnetConditioning};
+use crate::models::{ClipOutput, ClipTextModel, Unet, UnetConditioning};
 use crate::pipeline::{ModelFiles, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
 use crate::text::ClipTokenizer;
@@ -117,7 +117,7 @@ impl Family for StableDiffusion {
             }
             ids.push(encoding.ids);
         }
-        Ok(PromptEmbeds { embeds: self.text_encoder.forward(&ids)?.last_hidden_state, pooled: None })
+        Ok(PromptEmbeds { embeds: self.text_encoder.forward(&ids, ClipOutput::LAST)?.hidden, pooled: None })
     }
 
     fn conditions(&self, prompts: PromptEmbeds, repeats: usize) -> Box<dyn RunConditions> {
