@@ -61,7 +61,7 @@ def main():
         print(json.dumps({"module": name, "errors": errors, "megafuse_s": round(ours, 1), "torch_s": round(theirs, 1)}))
 
     def text():
-        ids = torch.tensor([module_values.tokenize(model, PROMPT)])
+        ids = torch.tensor([module_values.tokenize(model.tokenizer, PROMPT)])
         out = model.text(ids, output_hidden_states=True)
         return {"input_ids": ids, "last_hidden_state": out.last_hidden_state, "penultimate": out.hidden_states[-2],
                 "pooled": out.pooler_output}

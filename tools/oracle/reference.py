@@ -271,7 +271,8 @@ def run(model, settings):
 def double(model):
     """The same model in f64."""
     out = copy.copy(model)
-    out.text, out.unet, out.vae = (copy.deepcopy(m).double() for m in (model.text, model.unet, model.vae))
+    for name in model.modules():
+        setattr(out, name, copy.deepcopy(getattr(model, name)).double())
     return out
 
 
@@ -280,7 +281,7 @@ def load(folder):
     import json
 
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     import small_models
 
@@ -289,13 +290,18 @@ def load(folder):
     model.name, model.folder = folder.name, folder
     variant = {"variant": "fp16"} if list(folder.glob("unet/*.fp16*safetensors")) else {}
     options = {"torch_dtype": torch.float32, **variant}
-    model.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32,
-                                               attn_implementation="sdpa", **variant)
+    text = {"dtype": torch.float32, "attn_implementation": "sdpa", **variant}
+    model.text = CLIPTextModel.from_pretrained(folder / "text_encoder", **text)
+    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    if (folder / "text_encoder_2").exists():
+        model.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **text)
+        model.tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        index = json.loads((folder / "model_index.json").read_text())
+        model.force_zeros = index.get("force_zeros_for_empty_prompt", True)
     model.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
     model.vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
-    for module in (model.text, model.unet, model.vae):
-        module.eval().requires_grad_(False)
-    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    for name in model.modules():
+        getattr(model, name).eval().requires_grad_(False)
     model.vae_factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     model.scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     return model
