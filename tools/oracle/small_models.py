@@ -158,6 +158,24 @@ MODELS = {
                       "lower_order_final": True, "trained_betas": None},
         "files": {"dtype": "f16", "prefix": True, "shard": 60_000},
     },
+    # SD 2.1 fine-tuned with v-prediction down to no signal at all.
+    "zero-snr": {
+        "covers": "v_prediction with rescale_betas_zero_snr and trailing spacing, DDIM config, f16",
+        "seed": 9,
+        "tokenizer": {"merges": 0, "form": "files", "pad": "!", "max_length": 16, "added_tokens": "string"},
+        "text": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "hidden_act": "gelu", "projection_dim": 16, "max_position_embeddings": 16, "eos_token_id": "eos"},
+        "unet": {"sample_size": 16, "block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": [1, 2],
+                 "cross_attention_dim": 16, "norm_num_groups": 2, "use_linear_projection": True,
+                 "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+                 "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        "vae": {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 32,
+                "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+        "scheduler": {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": False, "set_alpha_to_one": False,
+                      "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+                      "timestep_spacing": "trailing"},
+        "files": {"dtype": "f16", "prefix": True},
+    },
 }
 
 MODELS |= small_sdxl.MODELS
@@ -211,27 +229,31 @@ def old_vae_name(key: str) -> str:
 
 
 def write_weights(folder: pathlib.Path, stem: str, state: dict, shard: int | None, variant: str | None):
-    state = {k: v.contiguous() for k, v in sorted(state.items())}
+    write_shards(folder, stem, state, lambda _, tensor: tensor, shard, variant)
+
+
+def write_shards(folder: pathlib.Path, stem: str, state: dict, value, shard: int | None, variant: str | None):
+    """One file, or with `shard` files of about that many bytes and their index.
+
+    `state` may hold tensors without values: value(name, tensor) is what is written, asked for when its file is.
+    """
+    size_of = lambda tensor: tensor.numel() * tensor.element_size()
     dot = f".{variant}" if variant else ""
-    if not shard:
-        save_file(state, folder / f"{stem}{dot}.safetensors", metadata={"format": "pt"})
-        return
     shards, size = [{}], 0
-    for name, tensor in state.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + bytes_ > shard:
+    for name, tensor in sorted(state.items()):
+        if shard and shards[-1] and size + size_of(tensor) > shard:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += bytes_
+        size += size_of(tensor)
     weight_map = {}
     for i, part in enumerate(shards):
-        file = f"{stem}{dot}-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(part, folder / file, metadata={"format": "pt"})
+        file = f"{stem}{dot}-{i + 1:05}-of-{len(shards):05}.safetensors" if shard else f"{stem}{dot}.safetensors"
+        save_file({k: value(k, t).contiguous() for k, t in part.items()}, folder / file, metadata={"format": "pt"})
         weight_map |= {name: file for name in part}
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps(index, indent=2) + "\n")
+    if shard:
+        index = {"metadata": {"total_size": sum(map(size_of, state.values()))}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_json(path: pathlib.Path, tree):
