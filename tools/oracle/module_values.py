@@ -58,10 +58,10 @@ def text_values(model, tensors):
     return cases
 
 
-def sdxl_text_values(model, tensors):
+def sdxl_text_values(model, tensors, prompts=TEXT_PROMPTS):
     """`clip1.*`: of tokenizer and text_encoder; `clip2.*`: of tokenizer_2 and text_encoder_2."""
     cases = []
-    for i, prompt in enumerate(TEXT_PROMPTS):
+    for i, prompt in enumerate(prompts):
         for clip, tokenizer, text in [("clip1", model.tokenizer, model.text), ("clip2", model.tokenizer_2, model.text_2)]:
             ids = torch.tensor([tokenize(tokenizer, prompt)])
             out = text(ids, output_hidden_states=True)
