@@ -104,10 +104,24 @@ fn rms(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     (values.map(|v| v * v).sum::<f64>() / count).sqrt()
 }
 
+/// SDXL's run of tests/data/runs/runs.json: two text encoders, size ids of each stage, a negative prompt of zeros.
+fn stored_sdxl() -> (&'static str, &'static str, Request) {
+    let request = Request {
+        prompt: "a photo of a cat".into(),
+        method: MegaFusion::plus().into(),
+        stages: ["16x16:3", "24x24:2"].map(|stage| stage.parse().unwrap()).to_vec(),
+        scheduler: Some(Sampler::Ddim),
+        guidance: 1.5,
+        seed: 32,
+        ..Request::default()
+    };
+    ("sdxl-mega-plus-v-zero-snr", "sdxl-v-zero-snr", request)
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
-        for (name, model, request) in stored() {
+        for (name, model, request) in stored().into_iter().chain([stored_sdxl()]) {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
             let want = SafeTensors::deserialize(&bytes).unwrap();
