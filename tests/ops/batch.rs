@@ -55,6 +55,21 @@ fn conv2d_has_the_same_bits_in_every_batch() {
     });
 }
 
+/// 16x16 pixels of 1280 channels, the largest of the UNet's that are split: the batch leaves the two launches as they are.
+#[test]
+fn a_convolution_is_split_by_the_size_of_one_image() {
+    let device = Device::meta();
+    let Device::Meta(meta) = &device else { unreachable!() };
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, shape, DType::BF16).unwrap();
+    let weight = zeros(&[1280, 3, 3, 1280]);
+    for n in [1, 2, 3, 5, 16] {
+        let x = zeros(&[n, 16, 16, 1280]);
+        meta.take_report();
+        ops::conv2d(Conv2d::new(&x, &weight)).unwrap();
+        assert_eq!(meta.take_report().ops[0].work.launches, 2, "{n} images");
+    }
+}
+
 #[test]
 fn linear_has_the_same_bits_in_every_batch() {
     each(|device, dtype| {
