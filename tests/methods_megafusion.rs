@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use megafuse::methods::{
-    self, Denoiser, DiffusionModel, Event, GenerationMethod, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
+    self, Denoiser, DiffusionModel, Event, GenerationMethod, Geometry, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
     NoiseSource, Observer, Plain, RecordedSteps, RelayClamp, Run, Size, Stage, Watch,
 };
 use megafuse::models::UnetOptions;
@@ -542,8 +542,8 @@ fn listed(stages: &[Stage]) -> Vec<String> {
 #[test]
 fn default_stages_are_the_papers() {
     let stages = |method: &dyn GenerationMethod, size: &str, native: usize, factor, steps| {
-        let native = Size::new(native, native);
-        listed(&method.stages(size.parse().unwrap(), native, factor, steps).unwrap())
+        let (size, native) = (size.parse().unwrap(), Size::new(native, native));
+        listed(&method.stages(&Geometry { size, native, factor, steps, relay_growth: 0.5 }).unwrap())
     };
     let mega = &mega();
     assert_eq!(stages(mega, "1024x1024", 512, 8, 50), ["512x512:40", "768x768:5", "1024x1024:5"]);
@@ -556,8 +556,24 @@ fn default_stages_are_the_papers() {
     assert_eq!(stages(mega, "1024x1024", 512, 8, 3), ["512x512:1", "768x768:1", "1024x1024:1"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 2), ["512x512:1", "1024x1024:1"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 1), ["1024x1024:1"]);
-    let odd = methods::relay_stages(Size::new(1000, 1001), Size::new(512, 512), 8, 50).unwrap_err();
+    let odd = methods::relay_stages(&sd(Size::new(1000, 1001), 512, 50)).unwrap_err();
     assert!(odd.to_string().contains("1000x1000"), "{odd}");
+}
+
+#[test]
+fn sdxl_relays_once_to_twice_its_sides() {
+    let stages = |size: &str, steps| {
+        let geometry = Geometry { relay_growth: 1.0, ..sd(size.parse().unwrap(), 1024, steps) };
+        listed(&methods::relay_stages(&geometry).unwrap())
+    };
+    assert_eq!(stages("2048x2048", 50), ["1024x1024:40", "2048x2048:10"]);
+    assert_eq!(stages("3072x3072", 50), ["1024x1024:40", "2048x2048:5", "3072x3072:5"]);
+    assert_eq!(stages("1024x1024", 50), ["1024x1024:50"]);
+}
+
+/// Of an SD 1.x model with this native side.
+fn sd(size: Size, native: usize, steps: usize) -> Geometry {
+    Geometry { size, native: Size::new(native, native), factor: 8, steps, relay_growth: 0.5 }
 }
 
 /// The sizes of the paper's appendix on SDXL's and SD 1.5's native areas.
@@ -580,7 +596,7 @@ fn the_ten_aspect_ratios_start_from_the_native_area() {
         assert_eq!(methods::base_size(size, Size::new(1024, 1024), 8).to_string(), base);
         for native in [512, 768, 1024] {
             for steps in [10, 28, 50] {
-                let stages = methods::relay_stages(size, Size::new(native, native), 8, steps).unwrap();
+                let stages = methods::relay_stages(&sd(size, native, steps)).unwrap();
                 assert_eq!(stages.iter().map(|stage| stage.steps).sum::<usize>(), steps);
                 assert_eq!(stages[stages.len() - 1].size, size);
                 let listed = listed(&stages);

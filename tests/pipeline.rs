@@ -77,7 +77,13 @@ fn request(args: &[String]) -> Request {
             "--seed" => request.seed = value.parse().unwrap(),
             "--guidance" => request.guidance = value.parse().unwrap(),
             "--eta" => request.eta = value.parse().unwrap(),
-            "--negative" => request.negative_prompt = value.into(),
+            "--negative" => request.negative_prompt = Some(value.into()),
+            "--original-size" => request.size_ids.original = Some(value.parse().unwrap()),
+            "--target-size" => request.size_ids.target = Some(value.parse().unwrap()),
+            "--crop" => {
+                let (x, y) = value.split_once(',').unwrap();
+                request.size_ids.crop = Some((x.parse().unwrap(), y.parse().unwrap()));
+            }
             _ => panic!("{flag}"),
         }
     }
@@ -168,7 +174,7 @@ fn a_picture_depends_on_its_own_seed_alone() {
 #[test]
 fn parameters_say_how_to_make_the_picture_again() {
     let pipeline = load("sd15", DType::F32);
-    let request = Request { negative_prompt: "blurry, dark".into(), ..small() };
+    let request = Request { negative_prompt: Some("blurry, dark".into()), ..small() };
     let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
     let text = &picture.parameters.text;
     assert!(text.starts_with("a photo of a cat\nNegative prompt: blurry, dark\nSteps: 3, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 24x20, Model: sd15,"), "{text}");

@@ -87,9 +87,11 @@ pub struct ProbeArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Module {
-    /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds
+    /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds; of SDXL clip1.*, clip2.*,
+    /// prompt_embeds, pooled_prompt_embeds
     Text,
-    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] -> out [N,C,H,W]
+    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6])
+    /// -> out [N,C,H,W]
     Unet,
     /// image [N,3,H,W] in [-1,1] -> mean, logvar [N,c,h,w] (not scaled; logvar clamped to [-30,20])
     VaeEncode,

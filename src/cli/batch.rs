@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{ModelFiles, Picture, Pipeline, Request, Stage};
+use megafuse::pipeline::{ModelFiles, Picture, Pipeline, Request, SizeIds, Stage};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
@@ -93,11 +93,21 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         "version": concat!("megafuse ", env!("CARGO_PKG_VERSION")),
         "model": files.name(), "model_digest": files.digest()?,
         "method": flags.method.name(), "size": flags.size.map(|size| size.to_string()), "stages": stages,
-        "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt,
+        "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt.as_deref().unwrap_or_default(),
         "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta,
         "seed": flags.seed, "rng": flags.rng.name(),
         "dtype": session.dtype.name(), "device": device,
     });
+    let SizeIds { original, crop, target } = flags.size_ids;
+    for (name, value) in [
+        ("original_size", original.map(|size| size.to_string())),
+        ("crop", crop.map(|(x, y)| format!("{x},{y}"))),
+        ("target_size", target.map(|size| size.to_string())),
+    ] {
+        if let Some(value) = value {
+            description[name] = value.into();
+        }
+    }
     for (name, value) in flags.method.options() {
         description[name] = value.clone();
     }

@@ -188,7 +188,7 @@ impl Line {
         };
         let request = Request {
             prompt: self.prompt.clone(),
-            negative_prompt: self.negative_prompt.clone().unwrap_or_else(|| flags.negative_prompt.clone()),
+            negative_prompt: self.negative_prompt.clone().or_else(|| flags.negative_prompt.clone()),
             seed: self.seed(flags.seed),
             size: self.size.or(flags.size),
             stages: self.stages.as_ref().map_or_else(|| flags.stages.clone(), |stages| stages.0.clone()),
@@ -278,16 +278,16 @@ mod tests {
 
         let stages = vec![Stage { size: Size::new(64, 64), steps: 4 }, Stage { size: Size::new(96, 64), steps: 2 }];
         let flagged = Method::default().with("dilation", 2).unwrap();
-        let flags = Request { negative_prompt: "f".into(), stages, method: flagged, ..Request::default() };
+        let flags = Request { negative_prompt: Some("f".into()), stages, method: flagged, ..Request::default() };
         let of = |line: usize| lines[line].request(&flags).unwrap();
-        assert_eq!((of(1).prompt.as_str(), of(1).guidance, of(1).negative_prompt.as_str()), ("b", 7.1, "f"));
+        assert_eq!((of(1).prompt.as_str(), of(1).guidance, of(1).negative_prompt.as_deref()), ("b", 7.1, Some("f")));
         assert_eq!(of(1).stages, flags.stages);
         // Beside the stages of the others, plain makes their steps at their last size.
         let plain = of(2);
         assert_eq!((plain.method.name(), plain.size, plain.steps), ("plain", Some(Size::new(96, 64)), Some(6)));
         assert_eq!(
-            (plain.stages.len(), plain.method.option("dilation"), plain.negative_prompt.as_str()),
-            (0, None, "n")
+            (plain.stages.len(), plain.method.option("dilation"), plain.negative_prompt.as_deref()),
+            (0, None, Some("n"))
         );
     }
 

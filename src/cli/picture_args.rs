@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use megafuse::pipeline::{METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, Size, without_effect};
+use megafuse::pipeline::{METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, Size, SizeIds, without_effect};
 use megafuse::{DType, Device, Error, Result};
 
 use super::args::named;
@@ -219,7 +219,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
-    /// What guidance steers away from (default: the empty prompt)
+    /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
 
@@ -249,6 +249,18 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub options: MethodOptions,
+
+    /// What the model is told of the original picture's size (default: the stage's size)
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>, help_heading = "SDXL")]
+    pub original_size: Option<Size>,
+
+    /// What the model is told of the crop: pixels cut off at the left and at the top (default: 0,0)
+    #[arg(long, value_name = "X,Y", value_parser = values::crop, help_heading = "SDXL")]
+    pub crop: Option<(usize, usize)>,
+
+    /// What the model is told of the target's size (default: the stage's size)
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>, help_heading = "SDXL")]
+    pub target_size: Option<Size>,
 
     /// How many pictures are made at once, at most: a number, or auto
     ///
@@ -309,7 +321,7 @@ impl RunArgs {
     pub fn request(&self, spec: &'static MethodSpec) -> Result<Request> {
         Ok(Request {
             prompt: String::new(),
-            negative_prompt: self.negative.clone().unwrap_or_default(),
+            negative_prompt: self.negative.clone(),
             method: self.options.of(spec)?,
             size: self.size,
             stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
@@ -317,6 +329,7 @@ impl RunArgs {
             eta: self.eta,
             steps: self.steps,
             guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),
+            size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,
             batch: 1,

@@ -155,6 +155,16 @@ pub fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// `X,Y`: pixels from the left and from the top.
+pub fn crop(text: &str) -> Result<(usize, usize), String> {
+    let side = |text: &str| text.trim().parse::<usize>().ok().filter(|&side| side <= MOST_CROPPED);
+    let parsed = text.split_once(',').and_then(|(x, y)| Some((side(x)?, side(y)?)));
+    parsed.ok_or_else(|| format!("expected X,Y, pixels from the left and from the top, each 0 to {MOST_CROPPED}"))
+}
+
+/// The largest side of a picture.
+const MOST_CROPPED: usize = 1 << 14;
+
 /// `--batch`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Batch {

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
-use super::{Event, Method, RelayClamp, Run, Sampling, Size, Stage, relay_stages};
+use super::{Event, Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, relay_stages};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, StepCoefficients, Upsampler};
@@ -265,8 +265,8 @@ impl GenerationMethod for MegaFusion {
         Size::new(scale * native.width, scale * native.height)
     }
 
-    fn stages(&self, size: Size, native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>> {
-        relay_stages(size, native, factor, steps)
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
+        relay_stages(geometry)
     }
 
     fn check(&self, run: &Run) -> Result<()> {

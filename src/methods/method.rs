@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{METHODS, Run, Sampling, Size, Stage};
+use super::{Geometry, METHODS, Run, Sampling, Size, Stage};
 use crate::error::{Error, Result};
 use crate::names::one_of;
 use crate::runtime::Tensor;
@@ -27,11 +27,11 @@ pub trait GenerationMethod: Debug + Send + Sync {
         native
     }
 
-    /// The stages of a request that names only its final size; `factor`: pixels per latent cell.
+    /// The stages of a request that names only its final size.
     ///
     /// # Errors
-    /// [`Error::Request`]: `size` is not made of multiples of `factor`.
-    fn stages(&self, size: Size, native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>>;
+    /// [`Error::Request`]: the size is not made of whole cells.
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>>;
 
     /// Can a run be made as the options and `run` say? What every method asks (stages with steps, sizes of whole cells)
     /// has been checked.

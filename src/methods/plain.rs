@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, from_options};
-use super::{Method, Run, Sampling, Size, Stage, check_size};
+use super::{Geometry, Method, Run, Sampling, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::runtime::Tensor;
@@ -28,7 +28,8 @@ impl From<Plain> for Method {
 }
 
 impl GenerationMethod for Plain {
-    fn stages(&self, size: Size, _native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>> {
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
+        let &Geometry { size, factor, steps, .. } = geometry;
         check_size("--size", size, factor)?;
         Ok(vec![Stage { size, steps }])
     }

@@ -8,6 +8,6 @@ pub mod vae;
 pub mod weights;
 
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
-pub use unet::{AddedConditioning, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
+pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Vae, VaeConfig};
 pub use weights::{WeightStore, Weights};

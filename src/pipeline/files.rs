@@ -1,7 +1,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use super::families::{FamilySpec, Part, load_part, vae_dtype};
+use super::families::{Defaults, FamilySpec, Part, load_part, vae_dtype};
 use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
 use crate::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
@@ -65,6 +65,8 @@ fn hub_name(path: &Path) -> Option<String> {
     Some(name.strip_prefix("models--")?.replace("--", "/"))
 }
 
+/// What a saved pipeline is made of.
+const INDEX: &str = "model_index.json";
 /// What a directory must have, for messages.
 const LAYOUT: &str =
     "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
@@ -253,13 +255,45 @@ impl ModelFiles {
         }
     }
 
+    /// What requests get that do not say it: the family's, or those of distilled models for one that is named turbo or whose
+    /// scheduler is Euler-ancestral with trailing timesteps.
+    pub(super) fn defaults(&self) -> Defaults {
+        let turbo = self.name().to_ascii_lowercase().contains("turbo");
+        match turbo || self.scheduler_config().is_ok_and(|config| config.is_for_few_steps()) {
+            true => Defaults::DISTILLED,
+            false => self.family.defaults,
+        }
+    }
+
+    /// A true or false of model_index.json.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Io`]: the file cannot be read; [`Error::Config`]: the value is neither.
+    pub(super) fn index_flag(&self, key: &str, default: bool) -> Result<bool> {
+        let path = self.path(INDEX);
+        let Some(bytes) = self.read(INDEX)? else { return Ok(default) };
+        let index: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
+        match index.get(key) {
+            None | Some(serde_json::Value::Null) => Ok(default),
+            Some(serde_json::Value::Bool(value)) => Ok(*value),
+            Some(other) => {
+                Err(Error::config(path.display().to_string(), format!("{key} is {other}, expected true or false")))
+            }
+        }
+    }
+
+    /// Has the model's family a part in this folder (`text_encoder_2`)?
+    pub fn has_part(&self, folder: &str) -> bool {
+        self.family.part(folder).is_some()
+    }
+
     pub(super) fn family(&self) -> &'static FamilySpec {
         self.family
     }
 
     /// Refuses models of other families before their parts give riddles.
     fn check_index(&self) -> Result<()> {
-        const INDEX: &str = "model_index.json";
         let Some(bytes) = self.read(INDEX)? else { return Ok(()) };
         let path = self.path(INDEX);
         let index: serde_json::Value =

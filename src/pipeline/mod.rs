@@ -18,5 +18,5 @@ pub use crate::schedulers::Sampler;
 pub use files::{ModelFiles, ModelSource};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
-pub use request::Request;
+pub use request::{Request, SizeIds};
 pub use run::{Picture, Pipeline};

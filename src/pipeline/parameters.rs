@@ -1,6 +1,6 @@
 use serde_json::json;
 
-use super::{Pipeline, Request};
+use super::{Pipeline, Request, SizeIds};
 use crate::image::infotext;
 use crate::methods::{Run, Stage, text_of};
 use crate::rng::RngKind;
@@ -24,7 +24,7 @@ impl Parameters {
         let method = run.method();
         let sampler = run.scheduler().sampler();
         // Without guidance nothing steers away from it.
-        let negative = if run.guidance().is_some() { request.negative_prompt.as_str() } else { "" };
+        let negative = request.negative_prompt.as_deref().filter(|_| run.guidance().is_some()).unwrap_or_default();
 
         let mut fields = vec![
             ("Steps".to_string(), steps.to_string()),
@@ -54,6 +54,17 @@ impl Parameters {
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });
+        let SizeIds { original, crop, target } = request.size_ids;
+        for (name, value) in [
+            ("original_size", original.map(|size| size.to_string())),
+            ("crop", crop.map(|(x, y)| format!("{x},{y}"))),
+            ("target_size", target.map(|size| size.to_string())),
+        ] {
+            if let Some(value) = value {
+                fields.push((title(name), value.clone()));
+                json[name] = value.into();
+            }
+        }
         for (name, value) in method.options() {
             json[name] = value.clone();
         }

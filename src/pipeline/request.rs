@@ -1,6 +1,7 @@
-use super::ModelSource;
+use super::families::Defaults;
+use super::{ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{MegaFusion, Method, Run, Size, Stage};
+use crate::methods::{Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig};
 
@@ -9,8 +10,8 @@ use crate::schedulers::{Sampler, Scheduler, SchedulerConfig};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     pub prompt: String,
-    /// What guidance steers away from; the empty prompt by default.
-    pub negative_prompt: String,
+    /// What guidance steers away from. `None`: the empty prompt, or what the family has for none (zeros for SDXL).
+    pub negative_prompt: Option<String>,
     /// The method with its options.
     pub method: Method,
     /// Size of the final picture. Default: the last of `stages`; without those the model's native size (plain) or twice
@@ -27,6 +28,8 @@ pub struct Request {
     pub steps: Option<usize>,
     /// Classifier-free guidance scale; up to 1: no guidance.
     pub guidance: f32,
+    /// What SDXL is told of sizes.
+    pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
     pub seed: u64,
     pub count: usize,
@@ -39,14 +42,15 @@ impl Default for Request {
     fn default() -> Request {
         Request {
             prompt: String::new(),
-            negative_prompt: String::new(),
+            negative_prompt: None,
             method: Method::default(),
             size: None,
             stages: Vec::new(),
             scheduler: None,
             eta: 0.0,
             steps: None,
-            guidance: 7.0,
+            guidance: Defaults::LATENT.guidance,
+            size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
             batch: 1,
@@ -55,16 +59,29 @@ impl Default for Request {
     }
 }
 
-/// Steps of a run when nothing says otherwise; the paper's and diffusers'.
-const DEFAULT_STEPS: usize = 50;
+/// What SDXL is told of sizes, in pixels. `None`: the stage's own size, and no crop; a value holds for every stage. Podell
+/// et al. 2023, arXiv:2307.01952, sec. 2.2.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SizeIds {
+    /// Size of the picture before it was cropped and resized for training.
+    pub original: Option<Size>,
+    /// Left and top of the crop.
+    pub crop: Option<(usize, usize)>,
+    pub target: Option<Size>,
+}
 
 impl Request {
     /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
-    /// program (docs/ablations.md, models/pocket/README.md), `megafusion++` and 7 for any other.
+    /// program (docs/ablations.md, models/pocket/README.md); `plain` without guidance for a model distilled to a few steps;
+    /// `megafusion++` and 7 for any other.
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
-            ModelSource::Directory(_) => Request { method: MegaFusion::plus().into(), ..Request::default() },
+            ModelSource::Directory(_) => {
+                let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
+                let method = if defaults.guidance > 1.0 { MegaFusion::plus().into() } else { Plain {}.into() };
+                Request { method, guidance: defaults.guidance, ..Request::default() }
+            }
         }
     }
 
@@ -79,14 +96,20 @@ impl Request {
     ///
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Config`] for the scheduler's configuration.
-    pub fn resolve(&self, config: &SchedulerConfig, native: Option<Size>, factor: usize) -> Result<Run> {
+    pub(super) fn resolve(
+        &self,
+        config: &SchedulerConfig,
+        native: Option<Size>,
+        factor: usize,
+        defaults: Defaults,
+    ) -> Result<Run> {
         if self.count == 0 {
             return Err(refused("--count", self.count, "expected at least 1"));
         }
         if !self.guidance.is_finite() || self.guidance < 0.0 {
             return Err(refused("--guidance", self.guidance, "expected a number from 0; up to 1 means no guidance"));
         }
-        let stages = self.resolve_stages(native, factor)?;
+        let stages = self.resolve_stages(native, factor, defaults)?;
         let steps = stages.iter().map(|stage| stage.steps).sum();
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
             return Err(refused(
@@ -102,7 +125,7 @@ impl Request {
 
     /// Without what makes no difference to the cost: words and seed.
     pub(super) fn without_words(&self) -> Request {
-        Request { prompt: String::new(), negative_prompt: String::new(), seed: 0, ..self.clone() }
+        Request { prompt: String::new(), negative_prompt: None, seed: 0, ..self.clone() }
     }
 
     /// Do the two differ in words, seed and counts alone?
@@ -111,7 +134,7 @@ impl Request {
         alike(self) == alike(other)
     }
 
-    fn resolve_stages(&self, native: Option<Size>, factor: usize) -> Result<Vec<Stage>> {
+    fn resolve_stages(&self, native: Option<Size>, factor: usize, defaults: Defaults) -> Result<Vec<Stage>> {
         if let Some(last) = self.stages.last() {
             if let Some(size) = self.size.filter(|&size| size != last.size) {
                 return Err(refused(
@@ -122,7 +145,7 @@ impl Request {
             }
             return Ok(self.stages.clone());
         }
-        let steps = self.steps.unwrap_or(DEFAULT_STEPS);
+        let steps = self.steps.unwrap_or(defaults.steps);
         if steps == 0 {
             return Err(refused("--steps", steps, "expected at least 1"));
         }
@@ -139,7 +162,8 @@ impl Request {
                 return Err(refused("--size", "(none)", reason));
             }
         };
-        self.method.implementation().stages(size, native, factor, steps)
+        let relay_growth = defaults.relay_growth;
+        self.method.implementation().stages(&Geometry { size, native, factor, steps, relay_growth })
     }
 }
 

@@ -1,10 +1,10 @@
 use std::cell::RefCell;
 use std::sync::Mutex;
 
-use super::families::{Family, PromptEmbeds, PromptText, RunConditions};
+use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions};
 use super::parameters::Parameters;
 use super::plan::Planner;
-use super::{ModelFiles, ModelSource, Request, WeightReport};
+use super::{ModelFiles, ModelSource, Request, SizeIds, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
@@ -30,6 +30,7 @@ pub struct Pipeline {
     dtype: DType,
     family: Box<dyn Family>,
     scheduler: SchedulerConfig,
+    defaults: Defaults,
     recorded: RecordedSteps,
     /// The prompts that were encoded last: pictures of one prompt encode it once.
     encoded: Mutex<Option<(Vec<PromptText>, PromptEmbeds)>>,
@@ -54,9 +55,9 @@ impl Pipeline {
             Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
             _ => None,
         };
-        let (name, recorded) = (files.name(), RecordedSteps::default());
+        let (name, defaults, recorded) = (files.name(), files.defaults(), RecordedSteps::default());
         let (encoded, planned) = (Mutex::new(None), Mutex::new(None));
-        Ok(Pipeline { name, device, dtype, family, scheduler, recorded, encoded, planner, planned })
+        Ok(Pipeline { name, device, dtype, family, scheduler, defaults, recorded, encoded, planner, planned })
     }
 
     pub fn name(&self) -> &str {
@@ -91,7 +92,19 @@ impl Pipeline {
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Config`] for the model's scheduler.
     pub fn resolve(&self, request: &Request) -> Result<Run> {
-        request.resolve(&self.scheduler, self.native_size(), self.family.factor())
+        let SizeIds { original, crop, target } = request.size_ids;
+        if !self.family.reads_size_ids() {
+            let given = [
+                ("--original-size", original.map(|size| size.to_string())),
+                ("--crop", crop.map(|(x, y)| format!("{x},{y}"))),
+                ("--target-size", target.map(|size| size.to_string())),
+            ];
+            if let Some((flag, value)) = given.into_iter().find_map(|(flag, value)| Some((flag, value?))) {
+                let reason = format!("has no effect with {}, which is told no sizes; SDXL is", self.name);
+                return Err(Error::Request { flag, value, reason });
+            }
+        }
+        request.resolve(&self.scheduler, self.native_size(), self.family.factor(), self.defaults)
     }
 
     /// What the first picture of a request says about itself.
@@ -145,7 +158,7 @@ impl Pipeline {
         let guided = run.guidance().is_some();
         let prompts = self.encode_prompts(requests, guided, observer)?;
         let rows = prompts.embeds.shape().to_vec();
-        let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 });
+        let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 }, &first.size_ids);
         conditions.prepare(run.scheduler().timesteps())?;
         let model = Conditioned { pipeline: self, images: requests.len(), rows, conditions: RefCell::new(conditions) };
 
@@ -193,10 +206,10 @@ impl Pipeline {
             (&other.prompt, &other.negative_prompt) == (&requests[0].prompt, &requests[0].negative_prompt)
         });
         let requests = if same { &requests[..1] } else { requests };
-        let negative = requests.iter().filter(|_| guided).map(|request| (true, &request.negative_prompt));
+        let negative = requests.iter().filter(|_| guided).map(|request| (true, request.negative_prompt.clone()));
         let rows: Vec<PromptText> = negative
-            .chain(requests.iter().map(|request| (false, &request.prompt)))
-            .map(|(negative, text)| PromptText { text: text.clone(), negative })
+            .chain(requests.iter().map(|request| (false, Some(request.prompt.clone()))))
+            .map(|(negative, text)| PromptText { text, negative })
             .collect();
         let mut distinct: Vec<PromptText> = Vec::new();
         for row in &rows {

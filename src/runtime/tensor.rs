@@ -330,6 +330,28 @@ impl Tensor {
         Ok(y)
     }
 
+    /// `[..., A]` and `[..., B]` of one device, dtype and leading shape side by side: `[..., A + B]`. A copy for each row of
+    /// each, for what is made once per prompt.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `b` does not fit `a`; as [`uninit`](Tensor::uninit).
+    pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        const OP: &str = "concat_channels";
+        let (Some((&width_a, leading)), Some(&width_b)) = (a.shape.split_last(), b.shape.last()) else {
+            return Err(Error::shape(OP, "a", a, "at least one dimension"));
+        };
+        b.expect(OP, "b", &[leading, &[width_b]].concat(), a.dtype, &a.device)?;
+        let rows: usize = leading.iter().product();
+        let (flat_a, flat_b) = (a.reshape(&[rows, width_a])?, b.reshape(&[rows, width_b])?);
+        let mut y = Tensor::uninit(&a.device, &[leading, &[width_a + width_b]].concat(), a.dtype)?;
+        for row in 0..rows {
+            let at = row * (width_a + width_b);
+            y.copy_into(at, &flat_a.rows(row..row + 1)?)?;
+            y.copy_into(at + width_a, &flat_b.rows(row..row + 1)?)?;
+        }
+        Ok(y)
+    }
+
     /// Overwrites every element with those of `from`, of the same shape, dtype and device: on a card the address stays,
     /// and the copy comes after the work launched before. A tensor that others hold changes for them too, on a card.
     ///

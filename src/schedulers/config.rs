@@ -146,6 +146,11 @@ impl SchedulerConfig {
         SchedulerConfig { steps_offset: 1, clip_sample: Some(false), ..self }
     }
 
+    /// Is it the configuration that models distilled to a few steps come with: Euler-ancestral, trailing timesteps?
+    pub fn is_for_few_steps(&self) -> bool {
+        self.class_name == "EulerAncestralDiscreteScheduler" && self.timestep_spacing == Some(Spacing::Trailing)
+    }
+
     pub fn prediction(&self) -> Prediction {
         self.prediction_type.unwrap_or(Prediction::Epsilon)
     }

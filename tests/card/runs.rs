@@ -281,7 +281,7 @@ fn a_picture_does_not_depend_on_those_made_before() {
         let plus = Request { method: MegaFusion::plus().into(), ..base.clone() };
         let requests = [
             base.clone(),
-            Request { seed: 5, prompt: "two dogs".into(), negative_prompt: "red".into(), ..base.clone() },
+            Request { seed: 5, prompt: "two dogs".into(), negative_prompt: Some("red".into()), ..base.clone() },
             plus.clone(),
             Request { guidance: 6.0, ..base.clone() },
             Request { method: MegaFusion { dilation: 3, ..MegaFusion::plus() }.into(), ..base.clone() },

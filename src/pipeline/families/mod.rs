@@ -3,17 +3,18 @@
 
 mod latent;
 mod sd;
+mod sdxl;
 
 pub(super) use latent::vae_dtype;
 
-use super::{ModelFiles, Size, WeightReport};
+use super::{ModelFiles, Size, SizeIds, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::Denoiser;
 use crate::models::{WeightStore, Weights};
 use crate::runtime::{DType, Device, Tensor};
 
 /// Every family. A model is of the last one whose parts it has.
-static FAMILIES: &[&FamilySpec] = &[&sd::SD];
+static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
 
 /// A family as it is listed.
 pub(super) struct FamilySpec {
@@ -21,8 +22,27 @@ pub(super) struct FamilySpec {
     pub name: &'static str,
     /// Beside the scheduler, which every family has.
     pub parts: &'static [Part],
+    pub defaults: Defaults,
     /// Loads the parts and checks that they fit together; on the meta device from the configurations alone.
     pub load: fn(&ModelFiles, &Device, DType) -> Result<Box<dyn Family>>,
+}
+
+/// What a request gets that does not say it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Defaults {
+    pub steps: usize,
+    /// Classifier-free guidance scale.
+    pub guidance: f32,
+    /// By how much of the native sides a relay enlarges a picture, at most.
+    pub relay_growth: f64,
+}
+
+impl Defaults {
+    /// Of the latent families (MegaFusion, arXiv:2408.11001, sec. 4.1).
+    pub const LATENT: Defaults = Defaults { steps: 50, guidance: 7.0, relay_growth: 0.5 };
+
+    /// Of models distilled to a few steps without guidance (SDXL-Turbo; Sauer et al. 2023, arXiv:2311.17042).
+    pub const DISTILLED: Defaults = Defaults { steps: 4, guidance: 1.0, ..Defaults::LATENT };
 }
 
 /// A part of a model: a folder of its directory.
@@ -77,6 +97,11 @@ pub(super) trait Family: Send + Sync {
     /// Channels of a sample.
     fn channels(&self) -> usize;
 
+    /// Is the network told sizes of the original picture, the crop and the target ([`SizeIds`])?
+    fn reads_size_ids(&self) -> bool {
+        false
+    }
+
     /// Encodes prompts, each once.
     ///
     /// # Errors
@@ -86,7 +111,7 @@ pub(super) trait Family: Send + Sync {
     /// What the network is told in a run. `prompts`: rows in the order of the network's batch, unconditional ones first;
     /// each row serves as many consecutive images. `repeats`: how often every sample stands in the network's batch, twice
     /// under guidance.
-    fn conditions(&self, prompts: PromptEmbeds, repeats: usize) -> Box<dyn RunConditions>;
+    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, sizes: &SizeIds) -> Box<dyn RunConditions>;
 
     /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped.
     ///
@@ -107,9 +132,17 @@ pub(super) trait Family: Send + Sync {
 /// A prompt to encode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PromptText {
-    pub text: String,
+    /// `None`: nothing was given, which is not for every family the empty text.
+    pub text: Option<String>,
     /// Is it what guidance steers away from?
     pub negative: bool,
+}
+
+impl PromptText {
+    /// What messages call it.
+    pub fn kind(&self) -> &'static str {
+        if self.negative { "negative prompt" } else { "prompt" }
+    }
 }
 
 /// Encoded prompts, a row each.
@@ -122,6 +155,17 @@ pub(super) struct PromptEmbeds {
 }
 
 impl PromptEmbeds {
+    /// The rows of all, in this order.
+    ///
+    /// # Errors
+    /// Those of the device; [`Error::Argument`]: no parts.
+    pub fn concat(parts: &[PromptEmbeds]) -> Result<PromptEmbeds> {
+        let embeds: Vec<Tensor> = parts.iter().map(|part| part.embeds.clone()).collect();
+        let pooled: Vec<Tensor> = parts.iter().filter_map(|part| part.pooled.clone()).collect();
+        let pooled = if pooled.is_empty() { None } else { Some(Tensor::concat(&pooled)?) };
+        Ok(PromptEmbeds { embeds: Tensor::concat(&embeds)?, pooled })
+    }
+
     /// Rows of these, in this order.
     ///
     /// # Errors
@@ -130,11 +174,11 @@ impl PromptEmbeds {
         if rows.iter().copied().eq(0..self.embeds.shape()[0]) {
             return Ok(self.clone());
         }
-        let pick = |from: &Tensor| -> Result<Tensor> {
-            let parts = rows.iter().map(|&row| from.rows(row..row + 1)).collect::<Result<Vec<_>>>()?;
-            Tensor::concat(&parts)
+        let part = |&row: &usize| -> Result<PromptEmbeds> {
+            let pooled = self.pooled.as_ref().map(|pooled| pooled.rows(row..row + 1)).transpose()?;
+            Ok(PromptEmbeds { embeds: self.embeds.rows(row..row + 1)?, pooled })
         };
-        Ok(PromptEmbeds { embeds: pick(&self.embeds)?, pooled: self.pooled.as_ref().map(pick).transpose()? })
+        PromptEmbeds::concat(&rows.iter().map(part).collect::<Result<Vec<_>>>()?)
     }
 }
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
-use super::{Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part};
+use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
 use crate::models::{ClipOutput, ClipTextModel, Unet, UnetConditioning};
-use crate::pipeline::{ModelFiles, WeightReport};
+use crate::pipeline::{ModelFiles, SizeIds, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
 use crate::text::ClipTokenizer;
 
@@ -19,6 +19,7 @@ pub static SD: FamilySpec = FamilySpec {
         Part::network("unet", "UNet2DConditionModel"),
         Part::network("vae", "AutoencoderKL"),
     ],
+    defaults: Defaults::LATENT,
     load: |files, device, dtype| Ok(Box::new(StableDiffusion::load(files, device, dtype)?)),
 };
 
@@ -110,9 +111,9 @@ impl Family for StableDiffusion {
                 ids.push(vec![0; self.tokens]);
                 continue;
             };
-            let encoding = tokenizer.encode(&prompt.text)?;
+            let encoding = tokenizer.encode(prompt.text.as_deref().unwrap_or_default())?;
             if let Some(rest) = encoding.truncated {
-                let what = if prompt.negative { "negative prompt" } else { "prompt" };
+                let what = prompt.kind();
                 warn(&format!("the {what} is longer than the model's {} tokens; not read: {rest:?}", self.tokens));
             }
             ids.push(encoding.ids);
@@ -120,7 +121,7 @@ impl Family for StableDiffusion {
         Ok(PromptEmbeds { embeds: self.text_encoder.forward(&ids, ClipOutput::LAST)?.hidden, pooled: None })
     }
 
-    fn conditions(&self, prompts: PromptEmbeds, repeats: usize) -> Box<dyn RunConditions> {
+    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, _sizes: &SizeIds) -> Box<dyn RunConditions> {
         Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, made: None })
     }
 
