@@ -395,7 +395,7 @@ fn guidance_extrapolates_from_the_unconditional_row() {
     let plan = Plan { guidance: Some(7.0), ..plan(Method::Plain, &["6x4:1"]) };
     let (_, r) = run_with(&model, &plan, &mut Draws::default());
     let x = to_nhwc(r.values("noise0"), 3, 24);
-    let c = plan.scheduler.step(0).coefficients;
+    let c = plan.scheduler.evaluations(0..1)[0].coefficients;
     let want: Vec<f32> = (x.iter().enumerate())
         .map(|(j, x)| {
             let (u, p) = (output(*x, 0, j, 0), output(*x, 0, j, 1));

@@ -240,7 +240,7 @@ pub struct RunArgs {
     pub guidance: Option<f32>,
 
     /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
-    #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
+    #[arg(long, value_parser = named::<Sampler, 10>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
     pub scheduler: Option<Sampler>,
 
     /// DDIM's share of fresh noise per step, 0 to 1

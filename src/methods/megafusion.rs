@@ -19,9 +19,9 @@ use super::observer::check_finite;
 use super::{DiffusionModel, Event, Method, NoiseSource, RelayClamp, Stage, StepProgress, Watch, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::{self, SampleState, StepCoefficients, StepRow, StepTable, Upsampler};
+use crate::ops::{self, Guidance, SampleState, StepCoefficients, StepRow, StepTable, Upsampler};
 use crate::runtime::{DType, Repeated, Tensor};
-use crate::schedulers::{Sampler, Scheduler};
+use crate::schedulers::{Evaluation, Sampler, Scheduler};
 
 /// A run, fully decided.
 #[derive(Clone, Debug)]
@@ -129,16 +129,27 @@ impl Plan {
         }
     }
 
-    /// Of every step of the run, each on its stage's schedule.
-    fn step_rows(&self, schedulers: &[Scheduler]) -> Vec<StepRow> {
-        let stages = self.stages.iter().zip(schedulers);
-        let of_stage = stages.flat_map(|(stage, scheduler)| std::iter::repeat_n(scheduler, stage.steps));
-        let row = |(step, scheduler): (usize, &Scheduler)| {
-            let step = scheduler.step(step);
-            let coefficients = StepCoefficients { x0_from_next: self.reference_compat, ..step.coefficients };
-            StepRow { input_scale: step.input_scale, coefficients }
+    /// Of every step of the run, each on its stage's schedule. A stage knows no evaluations of the one before.
+    fn evaluations(&self, schedulers: &[Scheduler]) -> Vec<Evaluation> {
+        let mut begin = 0;
+        let stages = self.stages.iter().zip(schedulers).flat_map(|(stage, scheduler)| {
+            begin += stage.steps;
+            scheduler.evaluations(begin - stage.steps..begin)
+        });
+        stages.collect()
+    }
+
+    /// What the network is told, at every evaluation of the run.
+    pub fn timesteps(&self) -> Vec<f32> {
+        self.evaluations(&self.schedulers()).iter().map(|evaluation| evaluation.timestep).collect()
+    }
+
+    fn step_rows(&self, evaluations: &[Evaluation]) -> Vec<StepRow> {
+        let row = |evaluation: &Evaluation| {
+            let coefficients = StepCoefficients { x0_from_next: self.reference_compat, ..evaluation.coefficients };
+            StepRow { input_scale: evaluation.input_scale, coefficients }
         };
-        of_stage.enumerate().map(row).collect()
+        evaluations.iter().map(row).collect()
     }
 
     fn options(&self, stage: usize) -> UnetOptions {
@@ -158,8 +169,11 @@ pub fn generate<'a>(
     watch: Watch<'a>,
 ) -> Result<Tensor> {
     let schedulers = plan.schedulers();
-    let steps = StepTable::new(model.device(), plan.step_rows(&schedulers))?;
-    let mut run = Run { model, plan, schedulers, steps, noise, watch, draws: 0 };
+    let evaluations = plan.evaluations(&schedulers);
+    let steps = StepTable::new(model.device(), plan.step_rows(&evaluations))?;
+    let steps = steps.with_thresholding(plan.scheduler.thresholding())?;
+    let guidance = plan.guidance.map(|scale| Guidance::uniform(model.device(), 1, scale)).transpose()?;
+    let mut run = Run { model, plan, schedulers, evaluations, steps, guidance, noise, watch, draws: 0 };
     run.dump_tables()?;
     let latent = run.denoise()?;
     run.watch.dump("latent", &latent)?;
@@ -175,8 +189,11 @@ struct Run<'a> {
     plan: &'a Plan,
     /// One per stage.
     schedulers: Vec<Scheduler>,
-    /// Of all stages; the current one is the number of steps done.
+    /// Of all stages.
+    evaluations: Vec<Evaluation>,
+    /// Their rows; the current one is the number of evaluations done.
     steps: StepTable,
+    guidance: Option<Guidance>,
     noise: &'a mut dyn NoiseSource,
     watch: Watch<'a>,
     draws: usize,
@@ -206,7 +223,7 @@ impl Run<'_> {
 
     /// Steps done over all stages.
     fn done(&self) -> usize {
-        self.steps.index().get()
+        self.evaluations[..self.steps.index().get()].iter().filter(|evaluation| evaluation.ends_step).count()
     }
 
     /// All steps of a stage. On a card they are one recorded step, replayed: everything that changes is read from the
@@ -219,23 +236,29 @@ impl Run<'_> {
             true => Some(Tensor::uninit(model.device(), &shape, DType::F32)?),
             false => None,
         };
-        let mut state = SampleState::new(x)?;
+        let mut state = SampleState::with_history(x, self.steps.history())?;
         let mut step_on_device = Repeated::new(model.device());
         for step in 1..=steps {
-            self.watch.check_cancelled()?;
-            if self.schedulers[stage].step(self.done()).draws_noise {
-                self.draw_for_step(shape, noise.as_mut())?;
+            loop {
+                self.watch.check_cancelled()?;
+                let Evaluation { draws_noise, ends_step, .. } = self.evaluations[self.steps.index().get()];
+                if draws_noise {
+                    self.draw_for_step(shape, noise.as_mut())?;
+                }
+                let (table, guidance) = (&mut self.steps, self.guidance.as_ref());
+                let replayed = step_on_device.run(|| {
+                    let output = model.denoise(state.x(), table, &options)?;
+                    ops::sampler_step(&mut state, &output, guidance, table, noise.as_ref())?;
+                    table.index_mut().advance()
+                })?;
+                if replayed {
+                    table.index_mut().replayed();
+                }
+                if ends_step {
+                    break;
+                }
             }
-            let table = &mut self.steps;
-            let replayed = step_on_device.run(|| {
-                let output = model.denoise(state.x(), table, &options)?;
-                ops::sampler_step(&mut state, &output, plan.guidance, table, noise.as_ref())?;
-                table.index_mut().advance()
-            })?;
-            if replayed {
-                table.index_mut().replayed();
-            }
-            let (run_step, run_steps) = (self.done(), self.steps.len());
+            let (run_step, run_steps) = (self.done(), plan.scheduler.timesteps().len());
             self.watch.dump(&format!("step{run_step}"), state.x())?;
             let progress = StepProgress { stage, step, stage_steps: steps, run_step, run_steps };
             self.watch.observer.event(&Event::Step(progress));

@@ -5,7 +5,6 @@ use crate::image::infotext;
 use crate::methods::{Method, Plan, Stage};
 use crate::ops::Upsampler;
 use crate::rng::RngKind;
-use crate::schedulers::Sampler;
 
 /// How a picture was made, for its file.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +25,7 @@ impl Parameters {
 
         let mut fields = vec![
             ("Steps", steps.to_string()),
-            ("Sampler", webui_name(plan.scheduler.sampler()).to_string()),
+            ("Sampler", plan.scheduler.sampler().webui_name().to_string()),
             ("CFG scale", request.guidance.to_string()),
             ("Seed", seed.to_string()),
             ("Size", last.size.to_string()),
@@ -79,15 +78,6 @@ impl Parameters {
 /// 7.1, not the 7.099999904632568 that the f32 is.
 fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
-}
-
-fn webui_name(sampler: Sampler) -> &'static str {
-    match sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Ddpm => "DDPM",
-        Sampler::Euler => "Euler",
-        Sampler::EulerAncestral => "Euler a",
-    }
 }
 
 fn rng_name(rng: RngKind) -> &'static str {

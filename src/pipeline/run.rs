@@ -122,7 +122,7 @@ impl Pipeline {
             return Err(Error::Interrupted);
         }
         let text = self.encode_prompts(request, plan.guidance.is_some(), observer)?;
-        let conditioning = self.unet.condition(&text, plan.scheduler.timesteps())?;
+        let conditioning = self.unet.condition(&text, &plan.timesteps())?;
         drop(text);
         let model = Conditioned { pipeline: self, conditioning: &conditioning };
 
