@@ -2,7 +2,7 @@
 
 use crate::common::{Expected, Random, assert_close, cards, devices, f64s};
 use megafuse::Error;
-use megafuse::ops::{self, SampleState, StepCoefficients, StepIndex, StepRow, StepTable};
+use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepIndex, StepRow, StepTable};
 use megafuse::runtime::{DType, Device, MetaDevice, Tensor};
 
 /// One element; primes; off a block's 256 elements; empty; off a cpu task's 8192.
@@ -16,8 +16,15 @@ const COEFFICIENTS: StepCoefficients = StepCoefficients {
     next_from_e: 0.4,
     next_from_x0: 0.9,
     next_from_noise: 0.0,
+    next_from_history: [0.0; 3],
+    kept: None,
     x0_from_next: false,
 };
+
+/// The same scale for every image.
+fn guide(device: &Device, images: usize, scale: Option<f32>) -> Option<Guidance> {
+    scale.map(|scale| Guidance::uniform(device, images, scale).unwrap())
+}
 
 fn row(coefficients: StepCoefficients) -> StepRow {
     StepRow { input_scale: 0.7, coefficients }
@@ -48,7 +55,8 @@ fn steps_follow_the_table() {
                     let output = random.randn(&device, &[rows, shape[1], shape[2], shape[3]], dtype);
                     let want = expected(k, &f64s(state.x()), &f64s(&output), guidance, &f64s(&noise));
                     assert_eq!(steps.index().get(), step);
-                    ops::sampler_step(&mut state, &output, guidance, &steps, Some(&noise)).unwrap();
+                    let guided = guide(&device, shape[0], guidance);
+                    ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, Some(&noise)).unwrap();
                     steps.index_mut().advance().unwrap();
                     let what = format!("{device} {dtype} {shape:?} guidance {guidance:?} step {step}");
                     for (got, (values, magnitudes), name) in [(state.x(), &want.0, "x"), (state.x0(), &want.1, "x0")] {
@@ -110,7 +118,8 @@ fn guidance_picks_and_clip_keeps_nan() {
         let noise = tensor(&[f32::NAN, f32::NAN]);
         let run = |guidance| {
             let mut state = SampleState::new(tensor(&[0.0, 0.0])).unwrap();
-            ops::sampler_step(&mut state, &output, Some(guidance), &steps, Some(&noise)).unwrap();
+            let guided = guide(&device, 2, Some(guidance));
+            ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, Some(&noise)).unwrap();
             (state.x0().to_f32_vec().unwrap(), state.x().to_f32_vec().unwrap())
         };
         assert_eq!(run(1.0).0[0], -0.5);
@@ -154,8 +163,9 @@ fn a_replayed_step_finds_its_row() {
             let mut steps = table(&device, &kinds);
             let mut state = SampleState::new(random.randn(&device, &[1, 5, 7, 4], DType::F32)).unwrap();
             let output = random.randn(&device, &[2, 5, 7, 4], DType::BF16);
+            let guided = guide(&device, 1, Some(3.0));
             let mut step = || {
-                ops::sampler_step(&mut state, &output, Some(3.0), &steps, None)?;
+                ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, None)?;
                 steps.index_mut().advance()
             };
             if recorded {
@@ -179,10 +189,11 @@ fn meta_records_what_the_card_launches() {
     let output = Tensor::uninit(&device, &[4, 3, 5, 4], DType::F16).unwrap();
     let noise = Tensor::uninit(&device, &[2, 3, 5, 4], DType::F32).unwrap();
     let mut steps = table(&device, &[StepCoefficients { next_from_noise: 1.0, ..COEFFICIENTS }]);
+    let guided = guide(&device, 2, Some(7.0));
     meta.take_report();
     assert_eq!(ops::scale_input(&x, &steps, DType::F16, 2).unwrap().shape(), [4, 3, 5, 4]);
     let mut state = SampleState::new(x).unwrap();
-    ops::sampler_step(&mut state, &output, Some(7.0), &steps, Some(&noise)).unwrap();
+    ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, Some(&noise)).unwrap();
     steps.index_mut().advance().unwrap();
     let records: Vec<(&str, u64)> = meta.take_report().ops.iter().map(|op| (op.op, op.work.bytes)).collect();
     // 120 elements of f32 are 480 bytes, as are 240 of f16.
@@ -198,7 +209,8 @@ fn errors_name_the_argument() {
             [0.0, 0.5].map(|next_from_noise| table(&device, &[StepCoefficients { next_from_noise, ..COEFFICIENTS }]));
         let step = |output: &Tensor, guidance, steps: &StepTable, noise: Option<&Tensor>| {
             let mut state = SampleState::new(zeros(&shape, DType::F32)).unwrap();
-            ops::sampler_step(&mut state, output, guidance, steps, noise).unwrap_err()
+            let guided = guide(&device, 2, guidance);
+            ops::sampler_step(&mut state, output, guided.as_ref(), steps, noise).unwrap_err()
         };
         let (x, two) = (zeros(&shape, DType::F32), zeros(&[4, 3, 5, 4], DType::F32));
         let (half, ids) = (zeros(&shape, DType::F16), zeros(&shape, DType::U32));
