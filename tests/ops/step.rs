@@ -2,7 +2,9 @@
 
 use crate::common::{Expected, Random, assert_close, cards, devices, f64s};
 use megafuse::Error;
-use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepIndex, StepRow, StepTable};
+use megafuse::ops::{
+    self, Guidance, GuidanceScale, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepTable, Thresholding,
+};
 use megafuse::runtime::{DType, Device, MetaDevice, Tensor};
 
 /// One element; primes; off a block's 256 elements; empty; off a cpu task's 8192.
@@ -237,5 +239,56 @@ fn errors_name_the_argument() {
         done.index_mut().advance().unwrap();
         assert!(matches!(step(&x, None, &done, None), Error::Argument { arg: "step", .. }));
         assert!(matches!(ops::scale_input(&x, &done, DType::F32, 1).unwrap_err(), Error::Argument { arg: "step", .. }));
+    }
+}
+
+/// Each image has its own scale and rescale, deviations and quantile; the history goes back two steps.
+#[test]
+fn images_rescale_threshold_and_remember() {
+    let (n, size, f) = (3, 5 * 7 * 4, f64::from);
+    let scales = [(7.5, 0.7), (3.0, 0.0), (1.5, 1.0)].map(|(scale, rescale)| GuidanceScale { scale, rescale });
+    let limit = Thresholding { ratio: 0.83, max: 1.75 };
+    let kept = Some(Kept { from_x: 0.2, from_e: 0.3, from_x0: 0.5 });
+    let k = StepCoefficients { next_from_history: [0.4, -0.6, 0.0], kept, ..COEFFICIENTS };
+    for device in devices() {
+        let mut random = Random::new(9);
+        let mut steps = table(&device, &[k; 3]).with_thresholding(Some(limit)).unwrap();
+        let x = random.randn(&device, &[n, 5, 7, 4], DType::F32);
+        let (mut want, mut history) = (f64s(&x), [vec![0.0; n * size], vec![0.0; n * size]]);
+        let mut state = SampleState::with_history(x, steps.history()).unwrap();
+        let guidance = Guidance::new(&device, &scales).unwrap();
+        for step in 0..3 {
+            let output = random.randn(&device, &[2 * n, 5, 7, 4], DType::F32);
+            ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None).unwrap();
+            steps.index_mut().advance().unwrap();
+            let (uncond, cond) = (&f64s(&output)[..n * size], &f64s(&output)[n * size..]);
+            let mut latest = vec![0.0; n * size];
+            for (image, GuidanceScale { scale, rescale }) in scales.into_iter().enumerate() {
+                let range = image * size..(image + 1) * size;
+                let mut e: Vec<f64> = range.clone().map(|i| uncond[i] + f(scale) * (cond[i] - uncond[i])).collect();
+                let std = |v: &[f64]| {
+                    let mean = v.iter().sum::<f64>() / size as f64;
+                    v.iter().map(|v| (v - mean).powi(2)).sum::<f64>().sqrt()
+                };
+                let factor = f(rescale) * std(&cond[range.clone()]) / std(&e) + 1.0 - f(rescale);
+                e.iter_mut().for_each(|e| *e *= factor);
+                let of = |i: usize| f(k.x0_from_x) * want[i] + f(k.x0_from_e) * e[i - range.start];
+                let x0: Vec<f64> = range.clone().map(of).collect();
+                let mut sorted: Vec<f64> = x0.iter().map(|v| v.abs()).collect();
+                sorted.sort_by(f64::total_cmp);
+                let rank = f(limit.ratio * (size - 1) as f32);
+                let (low, high) = (sorted[rank as usize], sorted[rank.ceil() as usize]);
+                let bound = (low + rank.fract() * (high - low)).max(1.0).min(f(limit.max));
+                for (j, i) in range.enumerate() {
+                    let x0 = x0[j].clamp(-bound, bound) / bound;
+                    latest[i] = 0.2 * want[i] + 0.3 * e[j] + 0.5 * x0;
+                    want[i] = 0.3 * want[i] + 0.4 * e[j] + 0.9 * x0 + 0.4 * history[0][i] - 0.6 * history[1][i];
+                    let got = f(state.x().to_f32_vec().unwrap()[i]);
+                    assert!((got - want[i]).abs() < 2e-5, "{device} step {step} image {image}: {got}, {}", want[i]);
+                }
+            }
+            history.swap(0, 1);
+            history[0] = latest;
+        }
     }
 }
