@@ -17,6 +17,9 @@ pub struct RecordedSteps {
     kept: Mutex<Vec<(StepKey, StageSteps)>>,
 }
 
+/// Makes the network's side of a stage, in the memory of the one that it is given.
+type DenoiserFor<'a> = dyn Fn(Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>> + 'a;
+
 /// What a recorded step depends on, beside the model and the network's options.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepKey {
@@ -59,7 +62,7 @@ impl RecordedSteps {
         rows: &[StepRow],
         first: usize,
         guidance: Option<Guidance>,
-        denoiser: &dyn Fn(Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>>,
+        denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
         let history = history(rows);
         if let Some(mut steps) = self.take(key, history) {
