@@ -83,7 +83,7 @@ fn help_shows_every_command_and_flag_with_examples() {
     }
     let help = place.ok(&["generate", "--help"]);
     let flags = "model negative method size stages upsampler relay-clamp reschedule dilation gamma relay-noise-offset \
-                 scheduler eta steps guidance seed count rng dtype device out dump strip manifest resume shard \
+                 scheduler sigmas eta steps guidance seed count batch original-size crop target-size rng dtype device out dump strip manifest resume shard \
                  reference-compat";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");
@@ -501,7 +501,7 @@ fn values_that_are_refused() {
         ("--reschedule", "True", "true, false"),
         ("--gamma", "0", "above 0"),
         ("--method", "magic", "megafusion++"),
-        ("--scheduler", "pndm", "euler-ancestral"),
+        ("--scheduler", "plms", "euler-ancestral"),
         ("--upsampler", "lanczos", "bicubic-edge"),
         ("--relay-clamp", "yes", "decode"),
         ("--rng", "numpy", "torch-cuda"),

@@ -352,6 +352,6 @@ fn clip_skip_counts_from_the_last_layer() {
     assert_eq!(ClipSkip::new(12, 12).unwrap().layers_run(12), 1);
     for n in [0, 13] {
         let error = ClipSkip::new(n, 12).unwrap_err().to_string();
-        assert!(error.contains("--clip-skip") && error.contains("1 (the last layer) to 12"), "{error}");
+        assert!(error.contains("clip skip") && error.contains("1 (the last layer) to 12"), "{error}");
     }
 }

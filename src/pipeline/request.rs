@@ -91,7 +91,7 @@ impl Request {
     pub fn default_method_text() -> String {
         let (inside, others) = (Request::suited_to(&ModelSource::Embedded), ModelSource::Directory("".into()));
         let others = Request::suited_to(&others);
-        format!("Default: {}; {} for the small model inside the program.", others.method, inside.method)
+        format!("Default: {}; {} for the model inside the program.", others.method, inside.method)
     }
 
     /// The run for a model with this scheduler configuration, native size and pixels per latent cell.

@@ -43,11 +43,11 @@ pub struct ClipSkip(usize);
 
 impl ClipSkip {
     /// # Errors
-    /// [`Error::Request`]: `n` is not in 1 to `num_hidden_layers`.
+    /// [`Error::Argument`]: `n` is not in 1 to `num_hidden_layers`.
     pub fn new(n: usize, num_hidden_layers: usize) -> Result<ClipSkip> {
         if n == 0 || n > num_hidden_layers {
-            let reason = format!("expected 1 (the last layer) to {num_hidden_layers}, the text encoder's layers");
-            return Err(Error::Request { flag: "--clip-skip", value: n.to_string(), reason });
+            let reason = format!("1 (the last layer) to {num_hidden_layers}, the text encoder's layers");
+            return Err(Error::argument("text", "clip skip", n, reason));
         }
         Ok(ClipSkip(n))
     }
