@@ -316,3 +316,26 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
         }
     }
 }
+
+/// Every sampler's recorded steps, history and double evaluations included, against the cpu's.
+#[test]
+fn every_sampler_makes_the_cpus_pictures() {
+    for device in cards() {
+        let load =
+            |device: &Device| Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), DType::F32).unwrap();
+        let (card, cpu) = (load(&device), load(&Device::cpu()));
+        let stages = ["16x16:5", "24x16:4"].map(|stage| stage.parse().unwrap()).to_vec();
+        for &sampler in &Sampler::ALL {
+            let (scheduler, prompt) = (Some(sampler), "a photo of a cat".to_string());
+            let request = Request { stages: stages.clone(), scheduler, prompt, guidance: 2.0, ..Request::default() };
+            let [mut got, mut want] = [Dump::default(), Dump::default()];
+            card.generate(&request, &mut got).unwrap();
+            cpu.generate(&request, &mut want).unwrap();
+            for step in ["step4", "step5", "step8", "step9", "latent"] {
+                let off = error(&got.0[step], &want.0[step]);
+                // Two f32 programs, each up to 4e-5 from f64 in runs like these.
+                assert!(off <= 1e-4, "{device} {sampler}: {step} is off by {off:.1e}");
+            }
+        }
+    }
+}
