@@ -2,6 +2,8 @@
 
 mod clip;
 mod files;
+mod vocabulary;
 
 pub use clip::{ClipTokenizer, Encoding};
 pub use files::TokenizerFiles;
+pub use vocabulary::ClipVocabulary;
