@@ -19,6 +19,8 @@ mod depfile;
 mod emulated;
 #[path = "build/jobs.rs"]
 mod jobs;
+#[path = "build/ptx.rs"]
+mod ptx;
 #[path = "build/resources.rs"]
 mod resources;
 #[path = "build/toolchain.rs"]

@@ -116,7 +116,7 @@ impl Model {
             Model::Vae { vae, latents } => vae.decode(latents),
             Model::Unet { unet, context, latents } => {
                 let conditioning = unet.condition(context, &[981.0])?;
-                unet.forward(latents, &StepIndex::new(latents.device(), 0)?, &conditioning, &UnetOptions::default())
+                unet.forward(latents, &StepIndex::one(latents.device(), 0)?, &conditioning, &UnetOptions::default())
             }
         }
     }

@@ -3,6 +3,7 @@
 //! Every file is compiled for every architecture by itself, first to PTX, then to machine code. One call of nvcc for all
 //! would do the same one after the other, and all of it again when an architecture is added.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::process::Command;
 
 use super::archs::{self, Archs};
 use super::jobs::{self, Job, Log, Step, run_tool, stem};
+use super::ptx;
 use super::resources;
 use super::toolchain::{self, Nvcc};
 use super::watched;
@@ -111,7 +113,7 @@ impl Card {
         }
         let table = resources::table(found);
         jobs::write(&out.join("resources.tsv"), table.as_bytes())?;
-        jobs::write(&out.join("kernels.rs"), self.rust().as_bytes())?;
+        jobs::write(&out.join("kernels.rs"), self.rust(out)?.as_bytes())?;
         let program = self.nvcc.as_ref().map_or("".into(), |nvcc| nvcc.program.display().to_string());
         jobs::write(&out.join("nvcc"), program.as_bytes())?;
         println!("cargo::rustc-env=MEGAFUSE_CUDA_ARCHS={}", self.archs);
@@ -135,7 +137,28 @@ impl Card {
         run_tool(&mut command).map(drop)
     }
 
-    fn rust(&self) -> String {
+    /// How many parameters each kernel of a file has. All its PTX must say the same.
+    fn parameters(&self, out: &Path, source: &Path) -> Result<BTreeMap<String, usize>, String> {
+        let mut found = BTreeMap::new();
+        if self.nvcc.is_err() {
+            return Ok(found);
+        }
+        for arch in self.archs.all() {
+            let ptx = image(out, source, arch, "ptx");
+            let text = std::fs::read_to_string(&ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
+            for (entry, count) in ptx::parameters(&text).map_err(|error| format!("{}: {error}", ptx.display()))? {
+                match found.insert(entry.clone(), count) {
+                    Some(other) if other != count => {
+                        return Err(format!("{}: {entry} has {count} parameters, elsewhere {other}", ptx.display()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn rust(&self, out: &Path) -> Result<String, String> {
         let mut text = String::from(
             "/// The kernels of one .cu file.\n\
              #[derive(Clone, Copy, Debug)]\n\
@@ -143,20 +166,24 @@ impl Card {
                  /// The file's name without its extension.\n    \
                  pub name: &'static str,\n    \
                  /// A fat binary, or a placeholder if not [`BUILT`].\n    \
-                 pub image: &'static [u8],\n\
+                 pub image: &'static [u8],\n    \
+                 /// Kernels and how many parameters each has, sorted by name; nothing if not [`BUILT`].\n    \
+                 pub parameters: &'static [(&'static str, usize)],\n\
              }\n\n\
              /// Sorted by name.\n\
              pub static KERNELS: &[KernelFile] = &[\n",
         );
-        for name in self.sources.iter().map(|source| stem(source)) {
+        for source in &self.sources {
+            let name = stem(source);
             let image = match self.nvcc {
                 Ok(_) => format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/card/{name}.fatbin\"))"),
                 Err(_) => "b\"built without nvcc\"".to_owned(),
             };
-            let _ = writeln!(text, "    KernelFile {{ name: {name:?}, image: {image} }},");
+            let parameters: Vec<(String, usize)> = self.parameters(out, source)?.into_iter().collect();
+            let _ = writeln!(text, "    KernelFile {{ name: {name:?}, image: {image}, parameters: &{parameters:?} }},");
         }
         let built = self.nvcc.is_ok();
         let _ = writeln!(text, "];\n\n/// Whether there was an nvcc.\npub const BUILT: bool = {built};");
-        text
+        Ok(text)
     }
 }

@@ -2,8 +2,9 @@
 //   s_ij = q_i . k_j / sqrt(d);   p_ij = exp(s_ij - max_j s_ij);   y_i = sum_j p_ij v_j / sum_j p_ij
 //   Keys come in tiles. max and both sums are kept for the keys so far and brought to a new max when one appears
 //   (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
-//   q, y [N, queries, heads, d]; k, v [N, keys, heads, d], tokens q_stride, kv_stride elements apart (heads side by
-//   side), so that they are read where the projections left them. y is dense. causal: query i sees keys 0..=i.
+//   q, y [N, queries, heads, d]; k, v [R, keys, heads, d], tokens q_stride, kv_stride elements apart (heads side by
+//   side), so that they are read where the projections left them. R divides N; image n attends to row n / (N / R).
+//   y is dense. causal: query i sees keys 0..=i.
 //   T = f16 | bf16: tensor cores, scores and sums in f32, p rounded to T for the second product. T = f32: f32 throughout.
 // Compute bound: 4 * N * heads * queries * keys * d flops (half of it causal); each tile of queries reads its head's k
 // and v once, from L2 where a head fits. No alignment asked; 16-byte copies where d and the addresses allow.
@@ -17,6 +18,7 @@ struct AttentionSize {
     int q_stride, kv_stride;  // from a token to the next, in elements
     float scale;              // log2(e) / sqrt(head_dim): exponentials are powers of two
     int causal;
+    int images_per_kv;        // N / R
 };
 
 constexpr float kInfinity = __builtin_huge_valf();
@@ -34,7 +36,8 @@ template <bool kAny, class T>
 DEVICE Head<T> this_head(T* y, const T* q, const T* k, const T* v, const AttentionSize& size, int first_column) {
     const int y_stride = gridDim.y * size.head_dim, column = blockIdx.y * size.head_dim + first_column;
     const int width = size.head_dim - first_column;
-    const int64_t query = int64_t(blockIdx.z) * size.queries, key = int64_t(blockIdx.z) * size.keys;
+    const int64_t query = int64_t(blockIdx.z) * size.queries;
+    const int64_t key = int64_t(blockIdx.z / size.images_per_kv) * size.keys;
     const uint64_t addresses = uint64_t(y) | uint64_t(q) | uint64_t(k) | uint64_t(v);
     // Whole chunks in a head make whole chunks of the strides.
     const bool aligned = !kAny || (addresses % 16 == 0 && size.head_dim % kChunk == 0);
@@ -252,7 +255,9 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
         __syncthreads();
     }
 
-    // Through shared memory, so that rows leave in whole chunks; these rows of q were read by this warp alone.
+    // Through shared memory, so that rows leave in whole chunks. These rows of q were read by this warp alone, but by
+    // all of its lanes, and with one tile of keys no barrier came since.
+    __syncwarp();
     UNROLL
     for (int m = 0; m < kTiles; m++) {
         UNROLL

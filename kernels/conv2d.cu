@@ -1,4 +1,4 @@
-// conv2d.cu, conv2d: y[N, Hout, Wout, O] = scale * (conv(resize(x), weight) + bias[O] + row[N, O] + residual),
+// conv2d.cu, conv2d: y[N, Hout, Wout, O] = scale * (conv(resize(x), weight) + bias[O] + row[r(n), O] + residual),
 //   channels-last. Implicit GEMM: M = N Hout Wout output pixels, K = kh kw C values under the kernel, ordered as weight
 //   [O, kh, kw, C]; no im2col buffer: a thread finds its rows' pixels when it comes to a new tap, else adds 64 bytes.
 //   x is one source [N, H, W, Ca], or two side by side (a skip connection), the second [N, H, W, Cb], C = Ca + Cb.
@@ -7,8 +7,8 @@
 //   zeros of the normalised input.
 //   y, x, weight, gamma, beta, bias, row, residual: T = f32 | f16 | bf16; statistics (with gamma and beta), bias, row,
 //   residual may be null. y overlaps nothing.
-//   row: a table, `step` (may be null) an index on the device: row[step * step_stride + n * O + o], so that a captured
-//   graph replays for every step.
+//   row: a table [steps * rows, O] with `rows` conditioning rows a step; `step` [images] on the device, so that a captured
+//   graph replays for every step: image n of N reads r(n) = step[n % images] * rows + n / (N / rows), where it lies.
 // Compute bound: 2 M O K flops; bytes at best x, weight, residual and y once (3x3: eight of nine taps read x from L2).
 // Sums and what is added to them in f32, one rounding at the store; a value normalised on load is rounded to T.
 // Launch: conv2d_<tile>_<dtype>, grid (ceil(M / kM) * ceil(O / kN), splits), block Tile::kThreads, dynamic shared memory
@@ -19,7 +19,7 @@
 #include "common/math.cuh"
 #include "common/norm.cuh"
 
-// As #[repr(C)] struct Geometry of src/ops/cuda/conv.rs.
+// As #[repr(C)] struct KernelGeometry of src/ops/cuda/conv.rs.
 struct ConvGeometry {
     int m, outputs;
     int channels_a, channels_b;
@@ -28,6 +28,13 @@ struct ConvGeometry {
     int output_width, pixels;       // of an output image: Hout * Wout
     int kernel_height, kernel_width;
     int stride, dilation, top, left;
+};
+
+// As #[repr(C)] struct KernelStepRows of src/ops/cuda/conv.rs.
+struct StepRows {
+    int images;          // with a step of their own
+    int rows;            // conditioning rows of a step
+    int images_per_row;  // N / rows
 };
 
 // Bits of `wide`: these rows are whole aligned chunks; kWideOutput: y, bias, row, residual and partial.
@@ -246,7 +253,9 @@ struct ConvOutput {
     T* y;
     float* partial;  // of this split, or null
     const T* bias;
-    const T* row;  // of the current step, or null
+    const T* row;  // the table, or null
+    const unsigned* step;
+    StepRows step_rows;
     const T* residual;
     float scale;
     int m, outputs, pixels;
@@ -255,10 +264,20 @@ struct ConvOutput {
 
 template <class T>
 DEVICE ConvOutput<T> conv_output(T* y, float* partial, const T* bias, const T* row, const unsigned* step,
-                                 int64_t step_stride, const T* residual, float scale, const ConvGeometry& g, int wide) {
-    if (row != nullptr && step != nullptr) row += int64_t(*step) * step_stride;
+                                 const StepRows& step_rows, const T* residual, float scale, const ConvGeometry& g,
+                                 int wide) {
     if (partial != nullptr) partial += int64_t(blockIdx.y) * g.m * g.outputs;
-    return {y, partial, bias, row, residual, scale, g.m, g.outputs, g.pixels, (wide & kWideOutput) != 0};
+    const bool whole = (wide & kWideOutput) != 0;
+    return {y, partial, bias, row, step, step_rows, residual, scale, g.m, g.outputs, g.pixels, whole};
+}
+
+// The table's row of output pixel m's image, from output channel n on; null without a table.
+template <class T>
+DEVICE const T* row_of(const ConvOutput<T>& o, int m, int n) {
+    if (o.row == nullptr) return nullptr;
+    const int image = m / o.pixels;
+    const int64_t first = int64_t(o.step[image % o.step_rows.images]) * o.step_rows.rows;
+    return o.row + (first + image / o.step_rows.images_per_row) * o.outputs + n;
 }
 
 // Output pixel m, output channels n .. n + Chunk<T>::kCount - 1 (those below O), from their sums.
@@ -266,7 +285,7 @@ template <class T>
 DEVICE void finish(const ConvOutput<T>& o, const float* sums, int m, int n) {
     constexpr int kCount = Chunk<T>::kCount;
     const int64_t at = int64_t(m) * o.outputs + n;
-    const T* row = o.row != nullptr ? o.row + int64_t(m / o.pixels) * o.outputs + n : nullptr;
+    const T* row = row_of(o, m, n);
     if (o.wide) {
         float v[kCount];
         UNROLL
@@ -353,9 +372,9 @@ DEVICE void conv2d(const ConvSource<T>& x, const T* weight, const ConvOutput<T>&
     KERNEL(conv2d_##name, (Tile<T, __VA_ARGS__>::kThreads), min_blocks)                                              \
     (T* y, float* partial, const T* a, const T* b, const float2* statistics, const T* gamma, const T* beta,        \
      int group_channels, int silu, const T* weight, const T* bias,                                                    \
-     const T* row, const unsigned* step, int64_t step_stride, const T* residual, float scale, ConvGeometry geometry, \
+     const T* row, const unsigned* step, StepRows step_rows, const T* residual, float scale, ConvGeometry geometry, \
      int wide) {                                                                                                     \
-        const auto output = conv_output(y, partial, bias, row, step, step_stride, residual, scale, geometry, wide);  \
+        const auto output = conv_output(y, partial, bias, row, step, step_rows, residual, scale, geometry, wide);  \
         const ConvSource<T> x = {a, b, statistics, gamma, beta, group_channels, silu != 0};                           \
         conv2d<Tile<T, __VA_ARGS__>>(x, weight, output, geometry, wide);                                              \
     }                                                                                                                \
@@ -399,9 +418,9 @@ DEVICE void conv2d_join(const ConvOutput<T>& o, int splits) {
 
 #define CONV2D_JOIN(T, suffix)                                                                                     \
     KERNEL(conv2d_join_##suffix, kJoinThreads, 1)                                                                  \
-    (T* y, float* partial, const T* bias, const T* row, const unsigned* step, int64_t step_stride, const T* residual, \
+    (T* y, float* partial, const T* bias, const T* row, const unsigned* step, StepRows step_rows, const T* residual, \
      float scale, ConvGeometry geometry, int splits, int wide) {                                                   \
-        auto output = conv_output(y, partial, bias, row, step, step_stride, residual, scale, geometry, wide);      \
+        auto output = conv_output(y, partial, bias, row, step, step_rows, residual, scale, geometry, wide);      \
         conv2d_join(output, splits);                                                                               \
     }                                                                                                              \
     REGISTER_KERNEL(conv2d_join_##suffix)

@@ -72,6 +72,6 @@ ENTRIES(float, f32)
 ENTRIES(f16, f16)
 ENTRIES(bf16, bf16)
 
-// advance_step: step [1] += 1, the last launch of a step. Launch: one thread.
-KERNEL(advance_step, 1, 1)(unsigned* step) { *step += 1; }
+// advance_step: step [images] += 1, the last launch of a step. Launch: grid (images), one thread a block.
+KERNEL(advance_step, 1, 1)(unsigned* step) { step[blockIdx.x] += 1; }
 REGISTER_KERNEL(advance_step)

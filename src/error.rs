@@ -36,7 +36,7 @@ pub enum Error {
     OutOfMemory { device: String, what: String, requested_bytes: u64, in_use_bytes: u64, hint: String },
 
     /// An output holds NaN or infinity; `what` names the layer or module.
-    #[error("{what}: the result is not finite ({count} of {total} values); try --dtype f32")]
+    #[error("{what}: the result is not finite ({count} of {total} values); f32 has the widest range")]
     NonFinite { what: String, count: usize, total: usize },
 
     /// A configuration (config.json, scheduler_config.json, plan of a method) cannot be used.

@@ -28,6 +28,7 @@ pub mod error;
 pub mod image;
 pub mod methods;
 pub mod models;
+mod names;
 pub mod ops;
 pub mod pipeline;
 pub mod rng;

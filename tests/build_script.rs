@@ -9,6 +9,8 @@ mod depfile;
 #[allow(dead_code)]
 #[path = "../build/jobs.rs"]
 mod jobs;
+#[path = "../build/ptx.rs"]
+mod ptx;
 #[path = "../build/resources.rs"]
 mod resources;
 #[allow(dead_code)]
@@ -240,4 +242,16 @@ fn a_missing_compiler_is_named() {
     scratch.job.program = "/nowhere/c++".into();
     let text = scratch.run().unwrap_err();
     assert!(text.contains("cannot run /nowhere/c++"), "{text}");
+}
+
+#[test]
+fn parameters_are_counted_in_ptx() {
+    let text = ".version 9.0\n.target sm_80\n\t// .globl\tadd_bf16\n\
+                .visible .entry add_bf16(\n\t.param .u64 .ptr .align 1 add_bf16_param_0,\n\t.param .align 4 .b8 \
+                add_bf16_param_1[16],\n\t.param .u32 add_bf16_param_2\n)\n.maxntid 256\n{\n\
+                \tld.param.b64 \t%rd1, [add_bf16_param_0];\n}\n.entry advance()\n{\n\tret;\n}\n";
+    let found: Vec<(String, usize)> = ptx::parameters(text).unwrap().into_iter().collect();
+    assert_eq!(found, [("add_bf16".to_owned(), 3), ("advance".to_owned(), 0)]);
+    assert!(ptx::parameters(".entry add_bf16(.param .u64 x").unwrap_err().contains("add_bf16"));
+    assert!(ptx::parameters("nothing").unwrap().is_empty());
 }

@@ -92,6 +92,31 @@ fn help_shows_every_command_and_flag_with_examples() {
     assert_eq!(version.trim(), concat!("megafuse ", env!("CARGO_PKG_VERSION")));
 }
 
+/// The defaults of `--method` and `--guidance` depend on the model, so clap does not write them: the help's words are held
+/// against what a run without these flags does.
+#[test]
+fn help_names_the_defaults_that_a_run_has() {
+    let place = Place::new();
+    let help = place.ok(&["generate", "--help"]).split_whitespace().collect::<Vec<_>>().join(" ");
+    let named = |begin: &str, end: &str| {
+        let from = help.find(begin).unwrap_or_else(|| panic!("{begin:?} in {help}")) + begin.len();
+        help[from..].split(end).next().unwrap().to_string()
+    };
+    let method = named("Default: ", " for the model inside the program");
+    let guidance = named("there is no guidance (default: ", " for the model inside the program");
+    for (index, model) in [Some(MODEL), None].into_iter().enumerate() {
+        let flags: Vec<&str> = model.map_or(vec![], |model| vec!["--model", model]);
+        let said =
+            |text: &str| text.split("; ").nth(index).unwrap_or_else(|| panic!("two defaults in {text}")).to_string();
+        let picture = format!("{index}.png");
+        place.ok(&[&["generate", "x", "--out", &picture, "--stages", "32x32:1,64x64:1"], flags.as_slice()].concat());
+        let parameters = read_png(&place.path(&picture)).texts.remove(0).1;
+        for part in [format!("Method: {},", said(&method)), format!("CFG scale: {},", said(&guidance))] {
+            assert!(parameters.contains(&part), "{model:?}: {part} in {parameters}");
+        }
+    }
+}
+
 #[test]
 fn a_picture_is_the_same_again_and_another_with_another_seed() {
     let place = Place::new();
@@ -421,6 +446,7 @@ fn a_bench_of_the_cpu_has_peaks_and_shares() {
 fn flags_that_do_not_go_together() {
     let place = Place::new();
     fs::create_dir(place.path("folder.png")).unwrap();
+    fs::write(place.path("no"), "a file").unwrap();
     for (flags, status, parts) in [
         (&["--size", "32x32"][..], 2, &["--size 32x32", "24x24"][..]),
         (&["--steps", "7"], 2, &["--steps 7", "3"]),
@@ -430,7 +456,7 @@ fn flags_that_do_not_go_together() {
         (&["--device", "cuda:4096"], 1, &["cuda:4096"]),
         (&["--reference-compat", "--scheduler", "euler"], 2, &["--reference-compat with --scheduler euler: ", "ddim"]),
         (&["--out", "a.jpg"], 2, &["--out a.jpg", ".png"]),
-        (&["--out", "no/such/a.png"], 1, &["no/such", "does not exist"]),
+        (&["--out", "no/such/a.png"], 1, &["no/such/a.png", "the folder no/such cannot be made"]),
         (&["--out", "a.png", "--dump", "a.png"], 2, &["--dump a.png", "--out"]),
         (&["--dump", "folder.png"], 1, &["folder.png", "folder"]),
         (&["--unknown"], 2, &["--unknown"]),
@@ -470,7 +496,7 @@ fn values_that_are_refused() {
         ("--guidance", "-1", "from 0"),
         ("--eta", "2", "from 0"),
         ("--count", "0", "from 1"),
-        ("--seed", "-1", "--seed"),
+        ("--seed", "-2", "--seed"),
         ("--dilation", "0", "from 1"),
         ("--reschedule", "True", "true, false"),
         ("--gamma", "0", "above 0"),

@@ -1,14 +1,15 @@
 //! The CLIP text encoder against transformers (tools/oracle/clip.py): small random models, and the published manifests.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use megafuse::models::{ClipTextConfig, ClipTextModel, TextEmbeddings, WeightStore};
+use megafuse::models::{ClipOutput, ClipTextConfig, ClipTextModel, WeightStore};
 use megafuse::{DType, Device};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
-const CASES: [&str; 3] = ["quick-gelu", "gelu", "projection"];
+const CASES: [&str; 4] = ["quick-gelu", "gelu", "projection", "with-projection"];
 
 fn folder(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/clip").join(case)
@@ -25,16 +26,16 @@ fn load(folder: &Path, dtype: DType) -> megafuse::Result<ClipTextModel> {
 
 struct Expected {
     ids: Vec<Vec<u32>>,
-    /// last_hidden_state, penultimate, pooled.
-    outputs: [Vec<f32>; 3],
+    /// last_hidden_state, penultimate, skipped, pooled, and projected of a model with a projection.
+    outputs: BTreeMap<String, Vec<f32>>,
     /// Largest error of transformers' own run in f16 and in bf16, for each output.
     errors: Errors,
 }
 
 #[derive(Deserialize)]
 struct Errors {
-    f16: [f64; 3],
-    bf16: [f64; 3],
+    f16: BTreeMap<String, f64>,
+    bf16: BTreeMap<String, f64>,
 }
 
 fn expected(case: &str) -> Expected {
@@ -47,8 +48,12 @@ fn expected(case: &str) -> Expected {
     let ids: Vec<u32> = words("ids").into_iter().map(u32::from_le_bytes).collect();
     Expected {
         ids: ids.chunks(length).map(<[u32]>::to_vec).collect(),
-        outputs: ["last_hidden_state", "penultimate", "pooled"]
-            .map(|name| words(name).into_iter().map(f32::from_le_bytes).collect()),
+        outputs: file
+            .names()
+            .into_iter()
+            .filter(|&name| name != "ids")
+            .map(|name| (name.to_string(), words(name).into_iter().map(f32::from_le_bytes).collect()))
+            .collect(),
         errors: serde_json::from_str(errors).unwrap(),
     }
 }
@@ -62,28 +67,44 @@ fn assert_close(what: &str, got: &megafuse::Tensor, want: &[f32], tolerance: f64
     }
 }
 
-fn assert_outputs(what: &str, got: &TextEmbeddings, want: &Expected, tolerances: [f64; 3]) {
-    let got = [&got.last_hidden_state, &got.penultimate, &got.pooled];
-    for (i, name) in ["last_hidden_state", "penultimate", "pooled"].iter().enumerate() {
-        assert_close(&format!("{what}: {name}"), got[i], &want.outputs[i], tolerances[i]);
-    }
+/// Every output that transformers has, each asked for as its reader does.
+fn outputs(model: &ClipTextModel, ids: &[Vec<u32>]) -> BTreeMap<String, megafuse::Tensor> {
+    let last = model.forward(ids, ClipOutput::LAST.with_pooled()).unwrap();
+    let penultimate = model.forward(ids, ClipOutput::PENULTIMATE.with_pooled()).unwrap();
+    let skipped = model.forward(ids, ClipOutput { hidden: 2, ..ClipOutput::LAST }).unwrap();
+    assert!(skipped.pooled.is_none() && skipped.projected.is_none(), "nobody asked");
+    let pooled = [&last, &penultimate].map(|out| out.pooled.as_ref().unwrap().to_f32_vec().unwrap());
+    assert_eq!(pooled[0], pooled[1], "pooled does not depend on the hidden state that is asked for");
+    let all = [
+        ("last_hidden_state", Some(last.hidden)),
+        ("penultimate", Some(penultimate.hidden)),
+        ("skipped", Some(skipped.hidden)),
+        ("pooled", last.pooled),
+        ("projected", last.projected),
+    ];
+    all.into_iter().filter_map(|(name, tensor)| Some((name.to_string(), tensor?))).collect()
 }
 
 #[test]
 fn outputs_equal_transformers() {
     for case in CASES {
         let want = expected(case);
-        let got = load(&folder(case), DType::F32).unwrap().forward(&want.ids).unwrap();
+        let got = outputs(&load(&folder(case), DType::F32).unwrap(), &want.ids);
+        assert!(got.keys().eq(want.outputs.keys()), "{case}: {:?}", got.keys());
+        assert_eq!(got.contains_key("projected"), case == "with-projection");
         let (n, l) = (want.ids.len(), want.ids[0].len());
-        assert_eq!(got.last_hidden_state.shape(), [n, l, 24], "{case}");
-        assert_eq!(got.penultimate.shape(), [n, l, 24], "{case}");
-        assert_eq!(got.pooled.shape(), [n, 24], "{case}");
-        // Values of a few units; some 60 roundings on the longest path, each at most half an ulp, adding up as a walk.
-        let tolerance = |values: &[f32]| {
+        for (name, got) in &got {
+            let shape = match name.as_str() {
+                "pooled" => vec![n, 24],
+                "projected" => vec![n, 10],
+                _ => vec![n, l, 24],
+            };
+            assert_eq!(got.shape(), shape, "{case}: {name}");
+            // Values of a few units; some 60 roundings on the longest path, each at most half an ulp, adding up as a walk.
+            let values = &want.outputs[name];
             let largest = values.iter().fold(0.0_f64, |m, v| m.max(f64::from(v.abs())));
-            8.0 * largest * f64::from(f32::EPSILON)
-        };
-        assert_outputs(case, &got, &want, [0, 1, 2].map(|i| tolerance(&want.outputs[i])));
+            assert_close(&format!("{case}: {name}"), got, values, 8.0 * largest * f64::from(f32::EPSILON));
+        }
     }
 }
 
@@ -92,11 +113,23 @@ fn outputs_equal_transformers() {
 fn low_precision_is_as_good_as_the_published_one() {
     for case in CASES {
         let want = expected(case);
-        for (dtype, errors) in [(DType::F16, want.errors.f16), (DType::BF16, want.errors.bf16)] {
-            let got = load(&folder(case), dtype).unwrap().forward(&want.ids).unwrap();
-            assert_eq!(got.pooled.dtype(), dtype);
-            assert_outputs(&format!("{case} {dtype}"), &got, &want, errors.map(|error| 2.0 * error));
+        for (dtype, errors) in [(DType::F16, &want.errors.f16), (DType::BF16, &want.errors.bf16)] {
+            for (name, got) in outputs(&load(&folder(case), dtype).unwrap(), &want.ids) {
+                assert_eq!(got.dtype(), dtype);
+                assert_close(&format!("{case} {dtype}: {name}"), &got, &want.outputs[&name], 2.0 * errors[&name]);
+            }
         }
+    }
+}
+
+#[test]
+fn hidden_states_that_do_not_exist_are_named() {
+    let model = load(&folder("quick-gelu"), DType::F32).unwrap();
+    let ids = expected("quick-gelu").ids;
+    assert!(model.forward(&ids, ClipOutput { hidden: 4, ..ClipOutput::PENULTIMATE }).is_ok(), "the embeddings");
+    for hidden in [0, 5, usize::MAX] {
+        let error = model.forward(&ids, ClipOutput { hidden, ..ClipOutput::LAST }).map(drop).unwrap_err().to_string();
+        assert!(error.contains(&format!("hidden is {hidden}, expected 1 to 4")), "{error}");
     }
 }
 
@@ -105,13 +138,13 @@ fn low_precision_is_as_good_as_the_published_one() {
 fn rows_are_independent_and_causal() {
     let want = expected("quick-gelu");
     let model = load(&folder("quick-gelu"), DType::F32).unwrap();
-    let all = model.forward(&want.ids).unwrap().last_hidden_state.to_f32_vec().unwrap();
-    let one = model.forward(&want.ids[1..2]).unwrap().last_hidden_state.to_f32_vec().unwrap();
+    let all = model.forward(&want.ids, ClipOutput::LAST).unwrap().hidden.to_f32_vec().unwrap();
+    let one = model.forward(&want.ids[1..2], ClipOutput::LAST).unwrap().hidden.to_f32_vec().unwrap();
     let row = one.len();
     for (i, (a, b)) in all[row..2 * row].iter().zip(&one).enumerate() {
         assert!((a - b).abs() <= 8.0 * 4.0 * f32::EPSILON, "{i}: {a} with other rows, {b} alone");
     }
-    let short = model.forward(&[want.ids[1][..4].to_vec()]).unwrap().last_hidden_state.to_f32_vec().unwrap();
+    let short = model.forward(&[want.ids[1][..4].to_vec()], ClipOutput::LAST).unwrap().hidden.to_f32_vec().unwrap();
     for (i, (a, b)) in one.iter().zip(&short).enumerate() {
         assert!((a - b).abs() <= 8.0 * 4.0 * f32::EPSILON, "{i}: {a} with tokens after it, {b} without");
     }
@@ -132,7 +165,7 @@ fn manifest(name: &str) -> Manifest {
 /// The published configurations ask for exactly the published tensors.
 #[test]
 fn manifest_of_the_published_encoders() {
-    for (name, parameters) in [("sd15", 123_060_480), ("sd21", 340_387_840)] {
+    for (name, parameters) in [("sd15", 123_060_480), ("sd21", 340_387_840), ("sdxl2", 694_659_840)] {
         let want = manifest(name);
         assert_eq!(want.parameters, parameters, "{name}");
         let config = ClipTextConfig::from_json(name, &want.config.to_string()).unwrap();
@@ -144,9 +177,11 @@ fn manifest_of_the_published_encoders() {
         let count: usize = got.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         assert_eq!(count, parameters, "{name}");
 
-        let embeddings = model.forward(&[vec![0; 77], vec![1; 77]]).unwrap();
-        assert_eq!(embeddings.last_hidden_state.shape(), [2, 77, config.hidden_size], "{name}");
-        assert_eq!(embeddings.pooled.shape(), [2, config.hidden_size], "{name}");
+        let out = model.forward(&[vec![0; 77], vec![1; 77]], ClipOutput::PENULTIMATE.with_pooled()).unwrap();
+        assert_eq!(out.hidden.shape(), [2, 77, config.hidden_size], "{name}");
+        assert_eq!(out.pooled.unwrap().shape(), [2, config.hidden_size], "{name}");
+        let projected = out.projected.map(|projected| projected.shape().to_vec());
+        assert_eq!(projected, (name == "sdxl2").then(|| vec![2, 1280]), "{name}");
     }
 }
 
@@ -160,12 +195,23 @@ fn cost_on_the_meta_device() {
     let model = ClipTextModel::from_weights(&store.root(), &config).unwrap();
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
-    model.forward(&[vec![0; 77], vec![0; 77]]).unwrap();
-    let report = meta.take_report();
-    let (tokens, c, m, layers) = (2 * 77, 768, 3072, 12);
-    assert_eq!(report.of(OpKind::Linear).macs, layers * tokens * (4 * c * c + 2 * c * m));
-    // Embedding, seven ops a layer, final norm, pooled rows: nothing is transposed or copied.
-    assert_eq!(report.ops.len(), 1 + 7 * 12 + 2);
+    let (tokens, c, m) = (2 * 77, 768, 3072);
+    let skip_two = ClipOutput { hidden: 3, ..ClipOutput::PENULTIMATE };
+    // Layers, and ops beside them: the embedding, a norm, and for the pooled output rows and their norm. Nothing is
+    // transposed or copied, and no layer computed that nobody reads.
+    for (output, layers, others) in [
+        (ClipOutput::LAST, 12, 2),
+        (ClipOutput::LAST.with_pooled(), 12, 4),
+        (ClipOutput::PENULTIMATE, 11, 1),
+        (ClipOutput::PENULTIMATE.with_pooled(), 12, 3),
+        (skip_two, 10, 1),
+    ] {
+        model.forward(&[vec![0; 77], vec![0; 77]], output).unwrap();
+        let report = meta.take_report();
+        let macs = layers * tokens * (4 * c * c + 2 * c * m);
+        assert_eq!(report.of(OpKind::Linear).macs, macs, "{output:?}");
+        assert_eq!(report.ops.len() as u64, 7 * layers + others, "{output:?}");
+    }
 }
 
 #[test]
@@ -181,12 +227,15 @@ fn defaults_are_those_of_the_published_class() {
     assert_eq!(config.hidden_act, megafuse::ops::Activation::QuickGelu);
     assert_eq!(config.layer_norm_eps, 1e-5);
     assert_eq!(config.eos_token_id, 49407);
+    assert_eq!(config.projection_dim, None, "the class without a projection");
+    let config = ClipTextConfig::from_json("x", r#"{"architectures": ["CLIPTextModelWithProjection"]}"#).unwrap();
+    assert_eq!(config.projection_dim, Some(512));
 }
 
 /// A config.json and what the error must name beside the file.
 #[test]
 fn unusable_configurations_are_named() {
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 11] = [
         ("", &["JSON"]),
         ("[]", &["JSON"]),
         (r#"{"model_type": "t5"}"#, &["model_type", "\"t5\"", "clip_text_model"]),
@@ -195,6 +244,11 @@ fn unusable_configurations_are_named() {
         (r#"{"hidden_size": "768"}"#, &["hidden_size is \"768\""]),
         (r#"{"num_attention_heads": 7}"#, &["num_attention_heads is 7", "hidden_size = 512"]),
         (r#"{"layer_norm_eps": -1e-5}"#, &["layer_norm_eps", "above 0"]),
+        (r#"{"architectures": "CLIPTextModel"}"#, &["architectures", "a list of names"]),
+        (
+            r#"{"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 0}"#,
+            &["projection_dim is 0", "from 1"],
+        ),
         (r#"{"eos_token_id": [1, 2]}"#, &["eos_token_id", "[1,2]"]),
     ];
     for (json, wanted) in cases {
@@ -216,7 +270,7 @@ fn ids_that_do_not_fit_are_named() {
         (&[vec![1, 61]], "vocab_size = 61"),
     ];
     for (ids, wanted) in cases {
-        let error = model.forward(ids).err().unwrap().to_string();
+        let error = model.forward(ids, ClipOutput::LAST).err().unwrap().to_string();
         assert!(error.contains(wanted), "{ids:?}: {error:?} lacks {wanted:?}");
     }
 }

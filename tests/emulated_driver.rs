@@ -1,11 +1,16 @@
 //! The emulated card's driver: what kernels/emu/driver.h promises, by a C++ program beside it that is linked with the
 //! library as a host program is with libcuda.so.1. A scenario a process, since a fault or a setting lasts for one.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+
+use skip::skipped;
 
 /// What the driver reads beside itself: a kernel of the test with many registers on the card that is emulated, and few on
 /// others, whose machine code that card does not run.
@@ -41,7 +46,7 @@ impl Program {
     fn build(library: &str, flags: &[&str]) -> Option<Program> {
         let built = Path::new(env!("MEGAFUSE_EMU_DIR"));
         if built.as_os_str().is_empty() {
-            eprintln!("no emulated card: {}", env!("MEGAFUSE_EMU_NOTE"));
+            skipped(env!("MEGAFUSE_EMU_NOTE"));
             return None;
         }
         let folder = tempfile::tempdir().unwrap();
@@ -146,7 +151,7 @@ fn the_sanitizer_sees_a_kernel_write_out_of_bounds() {
 fn no_function_that_the_product_calls_is_missing() {
     let built = Path::new(env!("MEGAFUSE_EMU_DIR"));
     if built.as_os_str().is_empty() {
-        return;
+        return skipped(env!("MEGAFUSE_EMU_NOTE"));
     }
     let library = fs::read(built.join("plain/libcuda.so.1")).unwrap();
     let names: BTreeSet<&[u8]> = library.split(|&byte| byte == 0).collect();
@@ -179,8 +184,7 @@ fn called_in(folder: &Path) -> BTreeSet<String> {
 #[test]
 fn its_functions_are_declared_as_the_real_ones() {
     let Some(include) = toolkit_include() else {
-        eprintln!("no cuda.h: not compared");
-        return;
+        return skipped("no cuda.h of CUDA 13.0; CUDA_HOME names a toolkit, tools/nvcc installs one");
     };
     // All in one unit: the header is long.
     let mut unit = String::new();

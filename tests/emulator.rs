@@ -2,6 +2,9 @@
 //! in a kernel reported by the build that should find it. Compiled here with the flags that build/emulated.rs gives the
 //! libraries: plain, with the race detector, and under the sanitizers.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -46,8 +49,7 @@ fn primitives_and_mistakes_under_the_sanitizers() {
 fn run(build: &Build) {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     if Command::new(&compiler).arg("--version").output().is_err() {
-        eprintln!("SKIPPED: {compiler} does not start, and without a C++ compiler there is no emulated card to test");
-        return;
+        return skip::skipped(&format!("{compiler} does not start; CXX names a C++ compiler"));
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator").join(build.name);

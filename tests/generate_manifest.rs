@@ -308,7 +308,7 @@ fn places_that_cannot_be_written_are_refused_first() {
     let place = Place::new(&lines(1));
     fs::write(place.path("file"), "").unwrap();
     assert!(place.fails(1, "file", &[]).contains("file: is a file"));
-    assert!(place.fails(1, "no/such/folder", &[]).contains("does not exist"));
+    assert!(place.fails(1, "file/such/folder", &[]).contains("cannot be made"));
     fs::create_dir(place.path("other")).unwrap();
     fs::write(place.path("other/notes.txt"), "mine").unwrap();
     assert!(place.fails(1, "other", &[]).contains("is not empty"));

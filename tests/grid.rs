@@ -168,6 +168,7 @@ fn a_grid_of_a_manifest_has_its_seeds_and_sizes() {
 #[test]
 fn grids_that_cannot_be_made_are_refused_first() {
     let place = a_place();
+    fs::write(place.path("no"), "a file").unwrap();
     for (args, status, part) in [
         (&["grid"][..], 2, "PROMPT"),
         (&["grid", "a", "--manifest", "b"], 2, "--manifest"),
@@ -181,13 +182,13 @@ fn grids_that_cannot_be_made_are_refused_first() {
         (&["grid", "a", "--cell", "4096", "--seeds", "0..300"], 2, "300 rows"),
         (&["grid", "a", "--methods", "plain", "--upsampler", "bilinear"], 2, "--upsampler bilinear"),
         (&["grid", "a", "--out", "a.jpg"], 2, ".png"),
-        (&["grid", "a", "--out", "no/such/a.png"], 1, "does not exist"),
+        (&["grid", "a", "--out", "no/such/a.png"], 1, "cannot be made"),
         (&["grid", "--manifest", "no.jsonl"], 1, "no.jsonl: no such file"),
         (&["generate", "a", "--method", "plain", "--size", "16x16", "--strip", "s.png"], 2, "--strip s.png"),
         (&["generate", "a", "--strip", "s.png", "--out", "s.png"], 2, "same file as --out"),
         (&["generate", "a", "--strip", "s.png", "--dump", "s.png"], 2, "same file as --dump"),
         (&["generate", "a", "--strip", "s.jpg"], 2, "--strip s.jpg"),
-        (&["generate", "a", "--strip", "no/such/s.png"], 1, "does not exist"),
+        (&["generate", "a", "--strip", "no/such/s.png"], 1, "cannot be made"),
     ] {
         let message = place.fails(status, args);
         assert!(message.contains(part), "{part} for {args:?} in: {message}");

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module, and the modules of ours that it may import.
-const LAYERS: [(&str, &[&str]); 12] = [
+const LAYERS: [(&str, &[&str]); 13] = [
     ("main", &["cli"]),
     ("cli", &["pipeline", "image", "models", "ops", "runtime"]),
     ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime"]),
@@ -16,6 +16,7 @@ const LAYERS: [(&str, &[&str]); 12] = [
     ("rng", &[]),
     ("text", &[]),
     ("image", &[]),
+    ("names", &[]),
     ("error", &[]),
 ];
 
@@ -48,7 +49,7 @@ fn imports_follow_the_layer_table() {
 fn may_import(module: &str, allowed: &[&str], path: &[String]) -> bool {
     let first = path[0].as_str();
     let named_everywhere = match first {
-        "error" => true,
+        "error" | "names" => true,
         "runtime" => path.get(1).is_some_and(|item| EVERYWHERE.contains(&item.as_str())),
         _ => EVERYWHERE.contains(&first),
     };
@@ -187,4 +188,25 @@ use crate::{Error, methods};
     assert!(may_import("text", &[], &path("runtime::Tensor")));
     assert!(!may_import("text", &[], &path("runtime::MetaDevice")));
     assert!(!may_import("ops", &["runtime"], &path("models::Unet")));
+}
+
+/// The flags are the command line's: what is below it says what would help, in words that any of its users understands.
+/// Errors about a request ([`megafuse::Error::Request`]) name flags, so the layers that check requests may.
+#[test]
+fn only_the_command_line_speaks_of_flags() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let below = ["runtime", "ops", "models", "text", "image", "rng.rs", "error.rs"].map(|place| src.join(place));
+    let mut found = Vec::new();
+    for file in rust_files(&src).into_iter().filter(|file| below.iter().any(|place| file.starts_with(place))) {
+        for (number, line) in fs::read_to_string(&file).expect("UTF-8").lines().enumerate() {
+            let flag = line.match_indices("--").any(|(at, _)| {
+                let starts = line[..at].ends_with([' ', '"', '(', '`']);
+                starts && line[at + 2..].starts_with(|c: char| c.is_ascii_lowercase())
+            });
+            if flag {
+                found.push(format!("{}:{}: {}", file.display(), number + 1, line.trim()));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
 }

@@ -64,6 +64,11 @@ fn sd15() {
 }
 
 #[test]
+fn sdxl() {
+    check("sdxl-unet", 2_567_463_684, Some(1680), unet);
+}
+
+#[test]
 fn sd21() {
     check("sd21-unet", 865_910_724, Some(686), unet);
     check("sd21-vae", 83_653_863, Some(248), vae);

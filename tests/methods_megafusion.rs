@@ -1,15 +1,15 @@
 //! Plain sampling and MegaFusion over a model that is a formula: what is relayed, at which level, in which order noise is
 //! drawn, and which stage gets which options.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use megafuse::methods::{
-    self, DiffusionModel, Event, Method, NoiseSource, Observer, Plan, RelayClamp, Size, Stage, Watch,
+    self, Denoiser, DiffusionModel, Event, GenerationMethod, Geometry, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
+    NoiseSource, Observer, Plain, RecordedSteps, RelayClamp, Run, Size, Stage, Watch,
 };
 use megafuse::models::UnetOptions;
-use megafuse::ops::{StepTable, Upsampler};
+use megafuse::ops::StepTable;
 use megafuse::schedulers::{Sampler, Scheduler, SchedulerConfig};
 use megafuse::{DType, Device, Error, Result, Tensor};
 
@@ -18,7 +18,17 @@ struct Formula {
     guided: bool,
     /// Multiplies the decoded picture.
     contrast: f32,
-    calls: RefCell<Vec<(usize, Size, f32, UnetOptions)>>,
+    calls: Calls,
+    recorded: RecordedSteps,
+}
+
+/// Step, size, input scale and options of every call.
+type Calls = Arc<Mutex<Vec<(usize, Size, f32, UnetOptions)>>>;
+
+/// The formula as the network of a stage.
+struct FormulaNetwork {
+    guided: bool,
+    calls: Calls,
 }
 
 /// The one device of all tensors.
@@ -28,12 +38,25 @@ fn device() -> &'static Device {
 }
 
 fn formula() -> Formula {
-    Formula { guided: false, contrast: 1.0, calls: RefCell::default() }
+    Formula { guided: false, contrast: 1.0, calls: Calls::default(), recorded: RecordedSteps::default() }
 }
 
 /// The output for element j at a step; `row` 1 is the conditional one under guidance.
 fn output(x: f32, step: usize, j: usize, row: usize) -> f32 {
     0.8 * (1.3 * x).tanh() + 0.2 * ((step * 37 + j) as f32).sin() + 0.05 * row as f32
+}
+
+impl Denoiser for FormulaNetwork {
+    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
+        let (step, input_scale) = (steps.index().get(0), steps.current()?.input_scale);
+        let [_, h, w, _] = x.dims("denoise", "x")?;
+        self.calls.lock().unwrap().push((step, Size::new(w, h), input_scale, options.clone()));
+        let (values, rows) = (x.to_f32_vec()?, if self.guided { 2 } else { 1 });
+        let out: Vec<f32> = (0..rows)
+            .flat_map(|row| values.iter().enumerate().map(move |(j, x)| output(input_scale * x, step, j, row)))
+            .collect();
+        Tensor::from_f32(device(), &[rows, h, w, 3], DType::F32, &out)
+    }
 }
 
 impl DiffusionModel for Formula {
@@ -45,15 +68,16 @@ impl DiffusionModel for Formula {
         [1, size.height, size.width, 3]
     }
 
-    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let (step, input_scale) = (steps.index().get(), steps.current()?.input_scale);
-        let [_, h, w, _] = x.dims("denoise", "x")?;
-        self.calls.borrow_mut().push((step, Size::new(w, h), input_scale, options.clone()));
-        let (values, rows) = (x.to_f32_vec()?, if self.guided { 2 } else { 1 });
-        let out: Vec<f32> = (0..rows)
-            .flat_map(|row| values.iter().enumerate().map(move |(j, x)| output(input_scale * x, step, j, row)))
-            .collect();
-        Tensor::from_f32(device(), &[rows, h, w, 3], DType::F32, &out)
+    fn begin_stage(&self, _: Size, _: &[f32], _: Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(FormulaNetwork { guided: self.guided, calls: self.calls.clone() }))
+    }
+
+    fn conditioning_key(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
+    fn recorded_steps(&self) -> &RecordedSteps {
+        &self.recorded
     }
 
     fn decode(&self, x0: &Tensor) -> Result<Tensor> {
@@ -133,37 +157,44 @@ fn config(spacing: &str) -> SchedulerConfig {
     SchedulerConfig::from_json("scheduler_config.json", &json.to_string()).unwrap()
 }
 
-fn plan(method: Method, stages: &[&str]) -> Plan {
+/// MegaFusion as in these tests: without clamping.
+fn mega() -> MegaFusion {
+    MegaFusion { relay_clamp: RelayClamp::None, ..MegaFusion::default() }
+}
+
+fn plus() -> MegaFusion {
+    MegaFusion { relay_clamp: RelayClamp::None, ..MegaFusion::plus() }
+}
+
+fn plan(method: impl Into<Method>, stages: &[&str]) -> Run {
+    with_sampler(method, stages, Sampler::Ddim, 0.0)
+}
+
+fn with_sampler(method: impl Into<Method>, stages: &[&str], sampler: Sampler, eta: f64) -> Run {
+    checked(method, stages, sampler, eta, None, 1).unwrap()
+}
+
+fn checked(
+    method: impl Into<Method>,
+    stages: &[&str],
+    sampler: Sampler,
+    eta: f64,
+    guidance: Option<f32>,
+    factor: usize,
+) -> Result<Run> {
     let stages: Vec<Stage> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
-    let steps = stages.iter().map(|stage| stage.steps).sum();
-    Plan {
-        method,
-        scheduler: Scheduler::new(&config("leading"), Sampler::Ddim, steps, 0.0).unwrap(),
-        stages,
-        guidance: None,
-        upsampler: Upsampler::Bicubic,
-        relay_clamp: RelayClamp::None,
-        reschedule: method.reschedules(),
-        dilation: method.dilation(),
-        gamma: None,
-        relay_noise_offset: 0,
-        reference_compat: false,
-    }
+    let steps = stages.iter().map(|stage| stage.steps).sum::<usize>().max(1);
+    let scheduler = Scheduler::new(&config("leading"), sampler, steps, eta).unwrap();
+    Run::new(method.into(), stages, scheduler, guidance, factor)
 }
 
-fn with_sampler(plan: Plan, sampler: Sampler, eta: f64) -> Plan {
-    let steps = plan.scheduler.timesteps().len();
-    Plan { scheduler: Scheduler::new(&config("leading"), sampler, steps, eta).unwrap(), ..plan }
-}
-
-fn run_with(model: &Formula, plan: &Plan, draws: &mut Draws) -> (Vec<f32>, Recorded) {
-    plan.check(1).unwrap();
+fn run_with(model: &Formula, plan: &Run, draws: &mut Draws) -> (Vec<f32>, Recorded) {
     let mut recorded = Recorded::default();
-    let image = methods::generate(model, plan, draws, Watch { observer: &mut recorded, index: 0 }).unwrap();
-    (image.to_f32_vec().unwrap(), recorded)
+    let images = methods::generate(model, plan, draws, Watch { observer: &mut recorded, first: 0 }).unwrap();
+    (images[0].to_f32_vec().unwrap(), recorded)
 }
 
-fn run(plan: &Plan) -> (Vec<f32>, Recorded) {
+fn run(plan: &Run) -> (Vec<f32>, Recorded) {
     run_with(&formula(), plan, &mut Draws::default())
 }
 
@@ -177,8 +208,8 @@ fn assert_close(got: &[f32], want: &[f32], tolerance: f32) {
 
 #[test]
 fn one_stage_is_plain_sampling_bit_for_bit_and_ends_with_x0() {
-    let (plain, a) = run(&plan(Method::Plain, &["6x5:8"]));
-    let (mega, b) = run(&plan(Method::MegaFusionPlus, &["6x5:8"]));
+    let (plain, a) = run(&plan(Plain {}, &["6x5:8"]));
+    let (mega, b) = run(&plan(plus(), &["6x5:8"]));
     for n in 1..=8 {
         assert_eq!(a.values(&format!("step{n}")), b.values(&format!("step{n}")));
     }
@@ -193,13 +224,13 @@ fn one_stage_is_plain_sampling_bit_for_bit_and_ends_with_x0() {
 #[test]
 fn an_identity_relay_with_the_steps_own_noise_is_the_untruncated_run() {
     for sampler in [Sampler::Ddim, Sampler::Euler] {
-        let whole = with_sampler(plan(Method::Plain, &["7x4:10"]), sampler, 0.0);
+        let whole = with_sampler(Plain {}, &["7x4:10"], sampler, 0.0);
         let (_, want) = run(&whole);
         // Recover the noise that step 6 keeps: x7 = signal x0 + sigma noise at the level of step 7.
         let model = formula();
-        let relayed = with_sampler(plan(Method::MegaFusion, &["7x4:6", "7x4:4"]), sampler, 0.0);
+        let relayed = with_sampler(mega(), &["7x4:6", "7x4:4"], sampler, 0.0);
         let (_, first) = run_with(&model, &relayed, &mut Draws::default());
-        let (signal, sigma) = relayed.scheduler.noise_level(6);
+        let (signal, sigma) = relayed.scheduler().noise_level(6);
         let noise: Vec<f32> = (first.values("relay1.x0").iter().zip(want.values("step6")))
             .map(|(x0, x)| ((f64::from(*x) - signal * f64::from(*x0)) / sigma) as f32)
             .collect();
@@ -219,10 +250,10 @@ fn to_nhwc(planar: &[f32], channels: usize, plane: usize) -> Vec<f32> {
 #[test]
 fn a_relay_noises_to_the_level_of_the_next_timestep() {
     for offset in [-6, -1, 0, 2] {
-        let plan = Plan { relay_noise_offset: offset, ..plan(Method::MegaFusion, &["6x4:6", "6x4:4"]) };
+        let plan = plan(MegaFusion { relay_noise_offset: offset, ..mega() }, &["6x4:6", "6x4:4"]);
         let (_, r) = run(&plan);
-        let level = plan.scheduler.timesteps()[(6 + offset) as usize] as usize;
-        let abar = plan.scheduler.alphas_cumprod()[level];
+        let level = plan.scheduler().timesteps()[(6 + offset) as usize] as usize;
+        let abar = plan.scheduler().alphas_cumprod()[level];
         let (signal, sigma) = (abar.sqrt() as f32, (1.0 - abar).sqrt() as f32);
         let want: Vec<f32> =
             (r.values("relay1.encoded").iter().zip(r.values("noise1"))).map(|(y, n)| signal * y + sigma * n).collect();
@@ -234,10 +265,10 @@ fn a_relay_noises_to_the_level_of_the_next_timestep() {
 
 #[test]
 fn the_relayed_x0_is_that_of_the_last_evaluation() {
-    let plan = plan(Method::MegaFusion, &["6x4:6", "12x8:4"]);
+    let plan = plan(mega(), &["6x4:6", "12x8:4"]);
     let (_, r) = run(&plan);
     // Equation (2) from x and eps of step 6 (x: the latents after step 5).
-    let abar = plan.scheduler.alphas_cumprod()[plan.scheduler.timesteps()[5] as usize];
+    let abar = plan.scheduler().alphas_cumprod()[plan.scheduler().timesteps()[5] as usize];
     let x = to_nhwc(r.values("step5"), 3, 24);
     let x0 = to_nhwc(r.values("relay1.x0"), 3, 24);
     let want: Vec<f32> = (x.iter().enumerate())
@@ -256,48 +287,50 @@ fn the_relayed_x0_is_that_of_the_last_evaluation() {
 fn every_stage_gets_its_steps_sizes_dilation_and_gamma() {
     let stages = ["8x6:3", "12x9:2", "16x10:2"];
     for (method, compat, dilations, gammas) in [
-        (Method::MegaFusion, false, [1, 1, 1], [1.0, 1.0, 1.0]),
-        (Method::MegaFusionPlus, false, [1, 2, 2], [1.0, 2.25, 160.0 / 48.0]),
+        (mega(), false, [1, 1, 1], [1.0, 1.0, 1.0]),
+        (plus(), false, [1, 2, 2], [1.0, 2.25, 160.0 / 48.0]),
         // The published code: dilated from the start, and its base schedule re-scheduled with 2.25.
-        (Method::MegaFusion, true, [1, 1, 1], [2.25, 2.25, 2.25]),
-        (Method::MegaFusionPlus, true, [2, 2, 2], [2.25, 2.25, 160.0 / 48.0]),
+        (mega(), true, [1, 1, 1], [2.25, 2.25, 2.25]),
+        (plus(), true, [2, 2, 2], [2.25, 2.25, 160.0 / 48.0]),
     ] {
-        let plan = Plan { reference_compat: compat, ..plan(method, &stages) };
+        let plan = plan(MegaFusion { reference_compat: compat, ..method.clone() }, &stages);
         let model = formula();
         let (_, r) = run_with(&model, &plan, &mut Draws::default());
-        let calls = model.calls.borrow();
+        let calls = model.calls.lock().unwrap();
         let steps: Vec<usize> = calls.iter().map(|call| call.0).collect();
         assert_eq!(steps, [0, 1, 2, 3, 4, 5, 6]);
         for (call, stage) in calls.iter().zip([0, 0, 0, 1, 1, 2, 2]) {
-            assert_eq!(call.1, plan.stages[stage].size);
-            assert_eq!(call.3.mid_dilation, dilations[stage], "{method} compat {compat} stage {stage}");
+            assert_eq!(call.1, plan.stages()[stage].size);
+            assert_eq!(call.3.mid_dilation, dilations[stage], "{method:?} compat {compat} stage {stage}");
         }
         let (shape, tables) = &r.tensors["alpha_bar"];
         assert_eq!(shape, &[3, 1000]);
         for (table, gamma) in tables.chunks(1000).zip(gammas) {
-            for (got, a) in table.iter().zip(plan.scheduler.alphas_cumprod()) {
+            for (got, a) in table.iter().zip(plan.scheduler().alphas_cumprod()) {
                 let want = a / (gamma - (gamma - 1.0) * a);
-                assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{method} compat {compat} gamma {gamma}");
+                assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{method:?} compat {compat} gamma {gamma}");
             }
         }
-        assert_eq!(r.values("timesteps"), plan.scheduler.timesteps());
+        assert_eq!(r.values("timesteps"), plan.scheduler().timesteps());
     }
 }
 
 #[test]
 fn the_published_gamma_table_is_that_of_its_sizes() {
     // 768 first: by area 1024x1024 would get 1.78, the published table says 4.
-    let plan = Plan { reference_compat: true, ..plan(Method::MegaFusionPlus, &["768x768:2", "1024x1024:1"]) };
-    let base = &plan.scheduler;
-    let got = &plan.schedulers()[1];
+    let compat = MegaFusion { reference_compat: true, ..plus() };
+    let plan = plan(compat.clone(), &["768x768:2", "1024x1024:1"]);
+    let base = plan.scheduler();
+    let got = &compat.schedulers(&plan)[1];
     assert_eq!(got.alphas_cumprod(), base.rescheduled(4.0).alphas_cumprod());
 }
 
 #[test]
 fn a_chosen_gamma_is_that_of_every_stage_but_the_first() {
-    let plan = Plan { gamma: Some(6.0), ..plan(Method::MegaFusionPlus, &["64x64:2", "96x96:1", "128x128:1"]) };
-    let gammas = [1.0, 6.0, 6.0].map(|gamma| plan.scheduler.rescheduled(gamma).alphas_cumprod().to_vec());
-    let got: Vec<_> = plan.schedulers().iter().map(|scheduler| scheduler.alphas_cumprod().to_vec()).collect();
+    let chosen = MegaFusion { gamma: Some(6.0), ..plus() };
+    let plan = plan(chosen.clone(), &["64x64:2", "96x96:1", "128x128:1"]);
+    let gammas = [1.0, 6.0, 6.0].map(|gamma| plan.scheduler().rescheduled(gamma).alphas_cumprod().to_vec());
+    let got: Vec<_> = chosen.schedulers(&plan).iter().map(|scheduler| scheduler.alphas_cumprod().to_vec()).collect();
     assert_eq!(got, gammas);
 }
 
@@ -305,26 +338,23 @@ fn a_chosen_gamma_is_that_of_every_stage_but_the_first() {
 fn draws_come_in_the_documented_order() {
     let small = [1, 4, 6, 3];
     let large = [1, 8, 12, 3];
-    let shapes = |plan: &Plan| {
+    let shapes = |method: MegaFusion, sampler, eta| {
         let mut draws = Draws::default();
-        run_with(&formula(), plan, &mut draws);
+        run_with(&formula(), &with_sampler(method, &["6x4:2", "12x8:2"], sampler, eta), &mut draws);
         draws.shapes
     };
-    let base = plan(Method::MegaFusion, &["6x4:2", "12x8:2"]);
-    assert_eq!(shapes(&base), [small, large]);
-    let eta = with_sampler(base.clone(), Sampler::Ddim, 0.5);
-    assert_eq!(shapes(&eta), [small, small, small, large, large, large]);
-    let compat = Plan { reference_compat: true, ..base.clone() };
-    assert_eq!(shapes(&compat), [small, large, large]);
+    assert_eq!(shapes(mega(), Sampler::Ddim, 0.0), [small, large]);
+    assert_eq!(shapes(mega(), Sampler::Ddim, 0.5), [small, small, small, large, large, large]);
+    let compat = MegaFusion { reference_compat: true, ..mega() };
+    assert_eq!(shapes(compat, Sampler::Ddim, 0.0), [small, large, large]);
     // An ancestral step draws even where the noise then has no weight: at the end.
-    let ancestral = with_sampler(base.clone(), Sampler::EulerAncestral, 0.0);
-    assert_eq!(shapes(&ancestral), [small, small, small, large, large, large]);
-    assert_eq!(shapes(&with_sampler(base, Sampler::Euler, 0.0)), [small, large]);
+    assert_eq!(shapes(mega(), Sampler::EulerAncestral, 0.0), [small, small, small, large, large, large]);
+    assert_eq!(shapes(mega(), Sampler::Euler, 0.0), [small, large]);
 }
 
 #[test]
 fn every_draw_is_dumped_as_drawn() {
-    let plan = with_sampler(plan(Method::MegaFusion, &["6x4:2", "12x8:2"]), Sampler::Euler, 0.0);
+    let plan = with_sampler(mega(), &["6x4:2", "12x8:2"], Sampler::Euler, 0.0);
     let (_, r) = run(&plan);
     let mut draws = Draws::default();
     let first = draws.normal([1, 4, 6, 3]).unwrap().to_f32_vec().unwrap();
@@ -335,9 +365,10 @@ fn every_draw_is_dumped_as_drawn() {
 /// sqrt(abar_t).
 #[test]
 fn the_published_x0_comes_from_the_updated_latents() {
-    let compat = Plan { reference_compat: true, reschedule: false, ..plan(Method::MegaFusion, &["6x4:40", "6x4:10"]) };
+    let method = MegaFusion { reference_compat: true, ..mega() };
+    let compat = plan(method.clone(), &["6x4:40", "6x4:10"]);
     let (_, r) = run(&compat);
-    let table = compat.schedulers()[0].alphas_cumprod().to_vec();
+    let table = method.schedulers(&compat)[0].alphas_cumprod().to_vec();
     let (abar_t, abar_s) = (table[201], table[181]);
     let x = to_nhwc(r.values("step39"), 3, 24);
     let got = to_nhwc(r.values("relay1.x0"), 3, 24);
@@ -352,7 +383,7 @@ fn the_published_x0_comes_from_the_updated_latents() {
         .collect();
     assert_close(&got, &want, 1e-6);
     // On the base schedule, the values of the paper's analysis.
-    let base = compat.scheduler.alphas_cumprod();
+    let base = compat.scheduler().alphas_cumprod();
     assert!(((base[181] / base[201]).sqrt() - 1.02008).abs() < 1e-5);
 }
 
@@ -360,8 +391,8 @@ fn the_published_x0_comes_from_the_updated_latents() {
 fn relays_clamp_where_asked() {
     let model = Formula { contrast: 3.0, ..formula() };
     let largest = |clamp, compat| {
-        let plan =
-            Plan { relay_clamp: clamp, reference_compat: compat, ..plan(Method::MegaFusion, &["6x4:6", "12x8:4"]) };
+        let method = MegaFusion { relay_clamp: clamp, reference_compat: compat, ..mega() };
+        let plan = plan(method, &["6x4:6", "12x8:4"]);
         let (_, r) = run_with(&model, &plan, &mut Draws::default());
         let max = |name: &str| r.values(name).iter().fold(0f32, |m, v| m.max(v.abs()));
         (max("relay1.decoded"), max("relay1.upsampled"))
@@ -377,7 +408,7 @@ fn relays_clamp_where_asked() {
 
 #[test]
 fn the_published_relay_passes_through_8_bits() {
-    let plan = Plan { reference_compat: true, ..plan(Method::MegaFusion, &["6x4:6", "12x8:4"]) };
+    let plan = plan(MegaFusion { reference_compat: true, ..mega() }, &["6x4:6", "12x8:4"]);
     let (_, r) = run(&plan);
     for value in r.values("relay1.upsampled") {
         let level = (value / 2.0 + 0.5) * 255.0;
@@ -392,10 +423,10 @@ fn the_published_relay_passes_through_8_bits() {
 #[test]
 fn guidance_extrapolates_from_the_unconditional_row() {
     let model = Formula { guided: true, ..formula() };
-    let plan = Plan { guidance: Some(7.0), ..plan(Method::Plain, &["6x4:1"]) };
+    let plan = checked(Plain {}, &["6x4:1"], Sampler::Ddim, 0.0, Some(7.0), 1).unwrap();
     let (_, r) = run_with(&model, &plan, &mut Draws::default());
     let x = to_nhwc(r.values("noise0"), 3, 24);
-    let c = plan.scheduler.step(0).coefficients;
+    let c = plan.scheduler().step(0).coefficients;
     let want: Vec<f32> = (x.iter().enumerate())
         .map(|(j, x)| {
             let (u, p) = (output(*x, 0, j, 0), output(*x, 0, j, 1));
@@ -409,25 +440,25 @@ fn guidance_extrapolates_from_the_unconditional_row() {
 
 #[test]
 fn euler_stages_start_at_their_own_sigma() {
-    let plan = with_sampler(plan(Method::MegaFusionPlus, &["8x8:6", "16x16:4"]), Sampler::Euler, 0.0);
+    let plan = with_sampler(plus(), &["8x8:6", "16x16:4"], Sampler::Euler, 0.0);
     let model = formula();
     let (_, r) = run_with(&model, &plan, &mut Draws::default());
-    let sigma = 2.0 * plan.scheduler.noise_level(6).1; // gamma 4
+    let sigma = 2.0 * plan.scheduler().noise_level(6).1; // gamma 4
     let want: Vec<f32> =
         (r.values("relay1.encoded").iter().zip(r.values("noise1"))).map(|(y, n)| y + sigma as f32 * n).collect();
     assert_close(r.values("relay1.noised"), &want, 1e-6);
-    let scale = model.calls.borrow()[6].2;
+    let scale = model.calls.lock().unwrap()[6].2;
     assert!((f64::from(scale) * (sigma * sigma + 1.0).sqrt() - 1.0).abs() < 1e-6);
 }
 
 #[test]
 fn a_run_ends_where_it_is_cancelled() {
-    let plan = plan(Method::MegaFusion, &["6x4:2", "12x8:2"]);
+    let plan = plan(mega(), &["6x4:2", "12x8:2"]);
     let (_, whole) = run(&plan);
     for patience in 0..whole.events.len() {
         let model = formula();
         let mut observer = Recorded { patience: Some(patience), ..Recorded::default() };
-        let watch = Watch { observer: &mut observer, index: 0 };
+        let watch = Watch { observer: &mut observer, first: 0 };
         let error = methods::generate(&model, &plan, &mut Draws::default(), watch).unwrap_err();
         assert!(matches!(error, Error::Interrupted));
         assert!(observer.events.len() <= patience + 1, "went on after {patience} events");
@@ -436,12 +467,12 @@ fn a_run_ends_where_it_is_cancelled() {
 
 #[test]
 fn a_sample_that_is_not_finite_names_its_stage() {
-    let plan = plan(Method::MegaFusion, &["6x4:2", "12x8:2"]);
+    let plan = plan(mega(), &["6x4:2", "12x8:2"]);
     for (prepared, word) in [(0, "stage 1 (6x4)"), (1, "stage 2 (12x8)")] {
         let count = if prepared == 0 { 72 } else { 288 };
         let mut draws = Draws { prepared: HashMap::from([(prepared, vec![f32::NAN; count])]), ..Draws::default() };
         let mut observer = Recorded::default();
-        let watch = Watch { observer: &mut observer, index: 0 };
+        let watch = Watch { observer: &mut observer, first: 0 };
         let error = methods::generate(&formula(), &plan, &mut draws, watch).unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, Error::NonFinite { .. }) && text.contains(word), "{text}");
@@ -450,28 +481,58 @@ fn a_sample_that_is_not_finite_names_its_stage() {
 
 #[test]
 fn plans_that_cannot_run_name_the_flag() {
-    let refused = |plan: Plan, flag: &str| match plan.check(8) {
+    let two = ["64x64:6", "128x128:4"];
+    let of = |method: Method, stages: &[&str], sampler| checked(method, stages, sampler, 0.0, None, 8);
+    let refused = |method: Method, stages: &[&str], sampler, flag: &str| match of(method, stages, sampler) {
         Err(Error::Request { flag: got, .. }) => assert_eq!(got, flag),
         other => panic!("{flag}: {other:?}"),
     };
-    let good = plan(Method::MegaFusion, &["64x64:6", "128x128:4"]);
-    good.check(8).unwrap();
-    refused(Plan { stages: Vec::new(), ..good.clone() }, "--stages");
-    refused(Plan { method: Method::Plain, ..good.clone() }, "--stages");
-    refused(plan(Method::MegaFusion, &["60x64:6", "128x128:4"]), "--stages");
-    refused(Plan { dilation: 0, ..good.clone() }, "--dilation");
+    let ddim = Sampler::Ddim;
+    of(mega().into(), &two, ddim).unwrap();
+    refused(mega().into(), &[], ddim, "--stages");
+    refused(Plain {}.into(), &two, ddim, "--stages");
+    refused(mega().into(), &["60x64:6", "128x128:4"], ddim, "--stages");
+    refused(MegaFusion { dilation: 0, ..mega() }.into(), &two, ddim, "--dilation");
     for (offset, beyond) in [(3, 4), (-6, -7)] {
-        Plan { relay_noise_offset: offset, ..good.clone() }.check(8).unwrap();
-        refused(Plan { relay_noise_offset: beyond, ..good.clone() }, "--relay-noise-offset");
+        of(MegaFusion { relay_noise_offset: offset, ..mega() }.into(), &two, ddim).unwrap();
+        refused(MegaFusion { relay_noise_offset: beyond, ..mega() }.into(), &two, ddim, "--relay-noise-offset");
     }
-    refused(Plan { gamma: Some(4.0), ..good.clone() }, "--gamma");
+    refused(MegaFusion { gamma: Some(4.0), ..mega() }.into(), &two, ddim, "--gamma");
     for gamma in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        refused(Plan { gamma: Some(gamma), reschedule: true, ..good.clone() }, "--gamma");
+        let method = MegaFusion { gamma: Some(gamma), reschedule: true, ..mega() };
+        refused(Method::of(&MEGAFUSION, method), &two, ddim, "--gamma");
     }
-    Plan { gamma: Some(4.0), reschedule: true, ..good.clone() }.check(8).unwrap();
-    let compat = Plan { reference_compat: true, ..good };
-    refused(with_sampler(compat.clone(), Sampler::Euler, 0.0), "--reference-compat");
-    refused(Plan { stages: compat.stages[..1].to_vec(), method: Method::Plain, ..compat }, "--reference-compat");
+    of(MegaFusion { gamma: Some(4.0), reschedule: true, ..mega() }.into(), &two, ddim).unwrap();
+    let compat = MegaFusion { reference_compat: true, ..mega() };
+    refused(compat.into(), &two, Sampler::Euler, "--reference-compat");
+    let scheduler = Scheduler::new(&config("leading"), ddim, 9, 0.0).unwrap();
+    let stages = two.map(|stage| stage.parse().unwrap()).to_vec();
+    let error = Run::new(mega().into(), stages, scheduler, None, 8).unwrap_err().to_string();
+    assert!(error.contains("10 steps") && error.contains("the scheduler 9"), "{error}");
+}
+
+#[test]
+fn options_have_one_definition() {
+    let plus = Method::named("megafusion++").unwrap();
+    let listed: Vec<&str> = plus.spec().options.iter().map(|option| option.name).collect();
+    let with_gamma = plus.with("gamma", 2.0).unwrap();
+    assert_eq!(with_gamma.options().keys().collect::<Vec<_>>(), listed, "in the order of the struct's fields");
+    assert_eq!(plus, MegaFusion::plus().into());
+    assert_eq!(plus.replaced_by(&MEGAFUSION).unwrap(), Method::default());
+    assert_eq!(with_gamma.replaced_by(&MEGAFUSION).unwrap().option("gamma"), Some(&2.0.into()));
+    assert_ne!(plus, plus.with("dilation", 3).unwrap());
+    for spec in methods::METHODS {
+        for option in spec.options {
+            assert_eq!(option.flag, format!("--{}", option.name.replace('_', "-")));
+        }
+    }
+    let error = |result: Result<Method>| result.unwrap_err().to_string();
+    let unknown = error(Method::named("plain").unwrap().with("dilation", 2));
+    assert!(unknown.contains("--dilation 2") && unknown.contains("megafusion or megafusion++ has it"), "{unknown}");
+    let wrong = error(plus.with("upsampler", "cubic"));
+    assert!(wrong.contains("--upsampler cubic") && wrong.contains("bicubic-edge"), "{wrong}");
+    assert!(error(Method::named("magic")).contains("plain, megafusion or megafusion++"));
+    assert_eq!(Method::of(&MEGAFUSION_PLUS, MegaFusion::default()).name(), "megafusion++");
 }
 
 fn listed(stages: &[Stage]) -> Vec<String> {
@@ -480,23 +541,39 @@ fn listed(stages: &[Stage]) -> Vec<String> {
 
 #[test]
 fn default_stages_are_the_papers() {
-    let stages = |method, size: &str, native: usize, factor, steps| {
-        let native = Size::new(native, native);
-        listed(&methods::default_stages(method, size.parse().unwrap(), native, factor, steps).unwrap())
+    let stages = |method: &dyn GenerationMethod, size: &str, native: usize, factor, steps| {
+        let (size, native) = (size.parse().unwrap(), Size::new(native, native));
+        listed(&method.stages(&Geometry { size, native, factor, steps, relay_growth: 0.5 }).unwrap())
     };
-    let mega = Method::MegaFusion;
+    let mega = &mega();
     assert_eq!(stages(mega, "1024x1024", 512, 8, 50), ["512x512:40", "768x768:5", "1024x1024:5"]);
     assert_eq!(stages(mega, "768x768", 512, 8, 50), ["512x512:40", "768x768:10"]);
     assert_eq!(stages(mega, "512x512", 512, 8, 50), ["512x512:50"]);
     assert_eq!(stages(mega, "384x512", 512, 8, 50), ["384x512:50"]);
-    assert_eq!(stages(Method::Plain, "1024x1024", 512, 8, 50), ["1024x1024:50"]);
+    assert_eq!(stages(&Plain {}, "1024x1024", 512, 8, 50), ["1024x1024:50"]);
     assert_eq!(stages(mega, "256x256", 64, 4, 50), ["64x64:40", "128x128:4", "192x192:3", "256x256:3"]);
     assert_eq!(stages(mega, "2048x2048", 512, 8, 50), ["512x512:40", "1024x1024:4", "1536x1536:3", "2048x2048:3"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 3), ["512x512:1", "768x768:1", "1024x1024:1"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 2), ["512x512:1", "1024x1024:1"]);
     assert_eq!(stages(mega, "1024x1024", 512, 8, 1), ["1024x1024:1"]);
-    let odd = methods::default_stages(mega, Size::new(1000, 1001), Size::new(512, 512), 8, 50).unwrap_err();
+    let odd = methods::relay_stages(&sd(Size::new(1000, 1001), 512, 50)).unwrap_err();
     assert!(odd.to_string().contains("1000x1000"), "{odd}");
+}
+
+#[test]
+fn sdxl_relays_once_to_twice_its_sides() {
+    let stages = |size: &str, steps| {
+        let geometry = Geometry { relay_growth: 1.0, ..sd(size.parse().unwrap(), 1024, steps) };
+        listed(&methods::relay_stages(&geometry).unwrap())
+    };
+    assert_eq!(stages("2048x2048", 50), ["1024x1024:40", "2048x2048:10"]);
+    assert_eq!(stages("3072x3072", 50), ["1024x1024:40", "2048x2048:5", "3072x3072:5"]);
+    assert_eq!(stages("1024x1024", 50), ["1024x1024:50"]);
+}
+
+/// Of an SD 1.x model with this native side.
+fn sd(size: Size, native: usize, steps: usize) -> Geometry {
+    Geometry { size, native: Size::new(native, native), factor: 8, steps, relay_growth: 0.5 }
 }
 
 /// The sizes of the paper's appendix on SDXL's and SD 1.5's native areas.
@@ -519,8 +596,7 @@ fn the_ten_aspect_ratios_start_from_the_native_area() {
         assert_eq!(methods::base_size(size, Size::new(1024, 1024), 8).to_string(), base);
         for native in [512, 768, 1024] {
             for steps in [10, 28, 50] {
-                let stages =
-                    methods::default_stages(Method::MegaFusion, size, Size::new(native, native), 8, steps).unwrap();
+                let stages = methods::relay_stages(&sd(size, native, steps)).unwrap();
                 assert_eq!(stages.iter().map(|stage| stage.steps).sum::<usize>(), steps);
                 assert_eq!(stages[stages.len() - 1].size, size);
                 let listed = listed(&stages);

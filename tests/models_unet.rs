@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use megafuse::models::{Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
-use megafuse::ops::StepIndex;
+use megafuse::models::{
+    AddedConditioning, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+};
+use megafuse::ops::{self, StepIndex};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Tensor};
 use safetensors::SafeTensors;
@@ -73,31 +75,145 @@ fn load_vae(folder: &Path, device: &Device, dtype: DType) -> Vae {
     Vae::load(store, &config).expect("loads")
 }
 
-const OPTIONS: [&str; 4] =
-    ["only-cross-attention", "no-mid-block", "one-resnet-mid-block", "transformer-layers-per-resnet"];
+const OPTIONS: [&str; 6] = [
+    "only-cross-attention",
+    "no-mid-block",
+    "one-resnet-mid-block",
+    "transformer-layers-per-resnet",
+    "text-time",
+    "guidance-embedding",
+];
+
+/// `expected.safetensors` of a small model with options.
+struct OptionCase {
+    unet: Unet,
+    expected: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    text: Tensor,
+    pooled: Option<Tensor>,
+    time_ids: Vec<[f32; 6]>,
+    guidance: Option<f32>,
+}
+
+impl OptionCase {
+    fn load(name: &str, dtype: DType) -> OptionCase {
+        let device = Device::cpu();
+        let folder = data("unet-options").join(name);
+        let expected = arrays(&folder.join("expected.safetensors"));
+        let tensor = |(shape, values): &(Vec<usize>, Vec<f32>)| {
+            Tensor::from_f32(&device, shape, dtype, values).expect("a tensor")
+        };
+        OptionCase {
+            unet: load_unet(&folder, &device, dtype),
+            text: tensor(&expected["prompt_embeds"]),
+            pooled: expected.get("pooled_prompt_embeds").map(tensor),
+            time_ids: expected.get("time_ids").map_or(Vec::new(), |(_, ids)| ids.as_chunks().0.to_vec()),
+            guidance: expected.get("guidance").map(|(_, guidance)| guidance[0]),
+            expected,
+        }
+    }
+
+    fn added(&self) -> Option<AddedConditioning<'_>> {
+        self.pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &self.time_ids })
+    }
+
+    fn text(&self) -> TextConditioning<'_> {
+        TextConditioning { text: &self.text, added: self.added(), guidance: self.guidance }
+    }
+
+    fn timestep(&self) -> f32 {
+        self.expected["timestep"].1[0]
+    }
+
+    fn array(&self, name: &str) -> Tensor {
+        channels_last(self.unet.device(), DType::F32, &self.expected[name])
+    }
+
+    fn forward(&self, conditioning: &UnetConditioning, step: &StepIndex) -> Tensor {
+        let sample = channels_last(self.unet.device(), self.unet.dtype(), &self.expected["sample"]);
+        self.unet.forward(&sample, step, conditioning, &UnetOptions::default()).expect("runs")
+    }
+}
 
 /// f32 sums of at most a few hundred products in each of some fifty layers; 3e-6 is what comes out.
 const F32_TOLERANCE: f64 = 1e-5;
 
 #[test]
 fn rare_options_agree_with_the_published_class() {
-    let device = Device::cpu();
     for name in OPTIONS {
-        let folder = data("unet-options").join(name);
-        let unet = load_unet(&folder, &device, DType::F32);
-        let expected = arrays(&folder.join("expected.safetensors"));
-        let (shape, embeds) = &expected["prompt_embeds"];
-        let context = Tensor::from_f32(&device, shape, DType::F32, embeds).expect("a tensor");
-        let conditioning = unet.condition(&context, &expected["timestep"].1).expect("conditions");
-        let sample = channels_last(&device, DType::F32, &expected["sample"]);
-        let got = unet.forward(&sample, &at(&device, 0), &conditioning, &UnetOptions::default()).expect("runs");
-        let (worst, _) = errors(&got, &channels_last(&device, DType::F32, &expected["out"]));
+        let case = OptionCase::load(name, DType::F32);
+        let conditioning = case.unet.condition(case.text(), &[case.timestep()]).expect("conditions");
+        let got = case.forward(&conditioning, &at(case.unet.device(), 0));
+        let (worst, _) = errors(&got, &case.array("out"));
         assert!(worst < F32_TOLERANCE, "{name}: off by {worst:.1e}");
     }
 }
 
+/// SDXL's rows are of a step and of a prompt; with other sizes or timesteps only they are made again.
+#[test]
+fn added_conditioning_is_of_each_row_and_can_change() {
+    let case = OptionCase::load("text-time", DType::F32);
+    let (unet, device, [first, second]) = (&case.unet, case.unet.device(), [case.time_ids[0], case.time_ids[1]]);
+    let timesteps = [3.0, case.timestep(), 999.0];
+    let got = case.forward(&unet.condition(case.text(), &timesteps).expect("conditions"), &at(device, 1));
+    assert!(errors(&got, &case.array("out")).0 < F32_TOLERANCE);
+
+    // Each image at a step of its own: the other image at a step leaves an image's bits.
+    let conditioning = unet.condition(case.text(), &timesteps).expect("conditions");
+    let mixed = case.forward(&conditioning, &StepIndex::new(device, &[1, 2]).expect("steps"));
+    let half = |x: &Tensor| x.rows(0..1).expect("a row").to_f32_vec().expect("cpu");
+    assert_eq!(half(&mixed), half(&got));
+    assert!(mixed.to_f32_vec().expect("cpu") != got.to_f32_vec().expect("cpu"), "the second image is at another step");
+
+    // The wrong sizes for all, then the right ones.
+    let pooled = case.pooled.as_ref().expect("pooled");
+    let wrong = TextConditioning { added: Some(AddedConditioning { pooled, time_ids: &[second] }), ..case.text() };
+    let wrong = unet.condition(wrong, &[7.0]).expect("conditions");
+    let right = unet.recondition(&wrong, case.added(), &timesteps).expect("conditions");
+    assert_eq!((right.text_rows(), right.steps()), (2, 3));
+    let again = case.forward(&right, &at(device, 1));
+    assert_eq!(again.to_f32_vec().expect("cpu"), got.to_f32_vec().expect("cpu"));
+    let sizes = AddedConditioning { pooled, time_ids: &[first, first] };
+    let other = case.forward(&unet.recondition(&wrong, Some(sizes), &timesteps).expect("conditions"), &at(device, 1));
+    assert_eq!(half(&other), half(&got), "the first row's sizes are the same");
+    assert!(errors(&other, &got).0 > 1e-3, "the second row's are others");
+}
+
+#[test]
+fn guidance_embedding_may_be_left_out_and_recondition_keeps_it() {
+    let case = OptionCase::load("guidance-embedding", DType::F32);
+    let (unet, step) = (&case.unet, at(case.unet.device(), 0));
+    let with = unet.condition(case.text(), &[1.0]).expect("conditions");
+    let with = case.forward(&unet.recondition(&with, None, &[case.timestep()]).expect("conditions"), &step);
+    assert!(errors(&with, &case.array("out")).0 < F32_TOLERANCE);
+    let without = case.forward(&unet.condition(&case.text, &[case.timestep()]).expect("conditions"), &step);
+    assert!(errors(&without, &with).0 > 1e-3);
+}
+
+#[test]
+fn added_conditioning_that_does_not_fit_is_named() {
+    let case = OptionCase::load("text-time", DType::F32);
+    let pooled = case.pooled.as_ref().expect("pooled");
+    let fails = |text: TextConditioning, want: &str| {
+        let error = case.unet.condition(text, &[1.0]).map(drop).expect_err("wrong").to_string();
+        assert!(error.contains(want), "{error} does not contain {want}");
+    };
+    fails((&case.text).into(), "added conditioning is missing");
+    fails(TextConditioning { guidance: Some(1.0), ..case.text() }, "guidance is 1, expected none");
+    let narrow = Tensor::zeros(case.unet.device(), &[2, 9], DType::F32).expect("a tensor");
+    let added = |pooled, time_ids| TextConditioning {
+        added: Some(AddedConditioning { pooled, time_ids }),
+        ..TextConditioning::from(&case.text)
+    };
+    fails(added(&narrow, &case.time_ids), "pooled has shape [2, 9], expected [2, 10]");
+    fails(added(pooled, &[]), "number of time_ids is 0, expected 1 for all rows of the text, or 2");
+    let plain = OptionCase::load("guidance-embedding", DType::F32);
+    let text = TextConditioning { text: &plain.text, ..case.text() };
+    let error = plain.unet.condition(text, &[1.0]).map(drop).expect_err("wrong").to_string();
+    assert!(error.contains("added conditioning is given, expected none"), "{error}");
+}
+
 fn at(device: &Device, step: usize) -> StepIndex {
-    StepIndex::new(device, step).expect("a step")
+    StepIndex::one(device, step).expect("a step")
 }
 
 /// One of the small models with an input.
@@ -163,6 +279,32 @@ fn low_precision_vae_stays_within_its_rounding() {
     }
 }
 
+/// Images of one batch at steps of their own, with prompts of their own or one prompt for all: the bits of each image alone.
+#[test]
+fn images_have_their_own_steps_and_prompts() {
+    let case = Case::load("sd21", "unet-batch", DType::F32);
+    let timesteps = [999.0, case.timestep, 3.5];
+    let steps = [2, 0];
+    let index = StepIndex::new(case.unet.device(), &steps).expect("steps");
+    let sample = ops::scale_cast(&case.sample, 1.0, 0.0, DType::F32, 2).expect("four samples");
+    for text_rows in [1, 2] {
+        let context = case.context.rows(0..text_rows).expect("rows");
+        let conditioning = case.unet.condition(&context, &timesteps).expect("conditions");
+        let all = case.unet.forward(&sample, &index, &conditioning, &UnetOptions::default()).expect("runs");
+        for i in 0..4 {
+            let context = case.context.rows(i * text_rows / 4..i * text_rows / 4 + 1).expect("a row");
+            let conditioning = case.unet.condition(&context, &[timesteps[steps[i % 2]]]).expect("conditions");
+            let alone = case.forward(&sample.rows(i..i + 1).expect("a row"), &conditioning, 0);
+            let same = all.rows(i..i + 1).expect("a row");
+            assert_eq!(
+                alone.to_f32_vec().expect("cpu"),
+                same.to_f32_vec().expect("cpu"),
+                "{text_rows} texts, image {i}"
+            );
+        }
+    }
+}
+
 /// Neither the other rows of a batch nor the other timesteps of a run change a result, bit for bit.
 #[test]
 fn a_sample_depends_on_itself_alone() {
@@ -205,10 +347,14 @@ fn wrong_arguments_are_errors() {
         "unet: step is 1, expected below 1, the number of timesteps of the conditioning"
     );
     assert_eq!(forward(&x, 0, &UnetOptions { mid_dilation: 0 }), "unet: mid_dilation is 0, expected 1 or more");
-    for shape in [[2, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
+    for shape in [[0, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
         let error = forward(&tensor(&shape, DType::F32), 0, &options);
         assert!(error.starts_with(&format!("unet: x has shape {shape:?}")), "{error}");
     }
+    let three = StepIndex::new(case.unet.device(), &[0; 3]).expect("steps");
+    let error = case.unet.forward(&tensor(&[2, 8, 8, 4], DType::F32), &three, &conditioning, &options);
+    let error = error.map(drop).expect_err("wrong").to_string();
+    assert!(error.contains("a multiple of the 3 images with a step of their own"), "{error}");
     assert!(forward(&tensor(&[1, 8, 8, 4], DType::F16), 0, &options).starts_with("unet: x is f16, expected f32"));
     let elsewhere = Tensor::zeros(&Device::meta(), &[1, 8, 8, 4], DType::F32).expect("a tensor");
     assert!(forward(&elsewhere, 0, &options).starts_with("unet: x is on meta"));

@@ -4,8 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use megafuse::methods::{Method, Stage};
-use megafuse::ops::Upsampler;
+use megafuse::methods::{METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
 use megafuse::pipeline::{self, Event, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Silent};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
@@ -58,15 +57,19 @@ fn read(path: &Path) -> Tensors {
 /// The request of a command line of `megafuse generate`.
 fn request(args: &[String]) -> Request {
     let mut request = Request { prompt: args[0].clone(), ..Request::default() };
+    let (mut method, mut options) = (request.method.spec(), serde_json::Map::new());
     let mut rest = args[1..].iter();
     while let Some(flag) = rest.next() {
-        if flag == "--reference-compat" {
-            request.reference_compat = true;
+        let name = flag.trim_start_matches('-').replace('-', "_");
+        let option = METHODS.iter().find_map(|spec| spec.option(&name));
+        if let Some(option) = option {
+            let value = if matches!(option.kind, OptionKind::Switch) { "" } else { rest.next().unwrap() };
+            options.insert(name, option.kind.parse(value).unwrap());
             continue;
         }
         let value = rest.next().unwrap().as_str();
         match flag.as_str() {
-            "--method" => request.method = value.parse().unwrap(),
+            "--method" => method = MethodSpec::find(value).unwrap(),
             "--size" => request.size = Some(value.parse().unwrap()),
             "--stages" => request.stages = value.split(',').map(|s| s.parse::<Stage>().unwrap()).collect(),
             "--steps" => request.steps = Some(value.parse().unwrap()),
@@ -74,24 +77,17 @@ fn request(args: &[String]) -> Request {
             "--seed" => request.seed = value.parse().unwrap(),
             "--guidance" => request.guidance = value.parse().unwrap(),
             "--eta" => request.eta = value.parse().unwrap(),
-            "--negative" => request.negative_prompt = value.into(),
-            "--reschedule" => request.reschedule = Some(value.parse().unwrap()),
-            "--dilation" => request.dilation = Some(value.parse().unwrap()),
-            "--relay-noise-offset" => request.relay_noise_offset = value.parse().unwrap(),
-            "--relay-clamp" => request.relay_clamp = value.parse().unwrap(),
-            "--upsampler" => {
-                request.upsampler = match value {
-                    "bilinear" => Upsampler::Bilinear,
-                    "bicubic" => Upsampler::Bicubic,
-                    "bicubic-torch" => Upsampler::BicubicTorch,
-                    "bicubic-gaussian" => Upsampler::BicubicGaussian,
-                    "bicubic-edge" => Upsampler::BicubicEdge,
-                    _ => panic!("{value}"),
-                }
+            "--negative" => request.negative_prompt = Some(value.into()),
+            "--original-size" => request.size_ids.original = Some(value.parse().unwrap()),
+            "--target-size" => request.size_ids.target = Some(value.parse().unwrap()),
+            "--crop" => {
+                let (x, y) = value.split_once(',').unwrap();
+                request.size_ids.crop = Some((x.parse().unwrap(), y.parse().unwrap()));
             }
             _ => panic!("{flag}"),
         }
     }
+    request.method = Method::with_options(method, options).unwrap();
     request
 }
 
@@ -154,7 +150,7 @@ fn compare(got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
 fn small() -> Request {
     Request {
         prompt: "a photo of a cat".into(),
-        method: Method::MegaFusionPlus,
+        method: MegaFusion::plus().into(),
         stages: vec!["16x16:2".parse().unwrap(), "24x20:1".parse().unwrap()],
         seed: 5,
         ..Request::default()
@@ -178,7 +174,7 @@ fn a_picture_depends_on_its_own_seed_alone() {
 #[test]
 fn parameters_say_how_to_make_the_picture_again() {
     let pipeline = load("sd15", DType::F32);
-    let request = Request { negative_prompt: "blurry, dark".into(), ..small() };
+    let request = Request { negative_prompt: Some("blurry, dark".into()), ..small() };
     let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
     let text = &picture.parameters.text;
     assert!(text.starts_with("a photo of a cat\nNegative prompt: blurry, dark\nSteps: 3, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 24x20, Model: sd15,"), "{text}");
@@ -231,7 +227,7 @@ fn requests_that_cannot_be_met_name_the_flag() {
     refused(Request { guidance: f32::NAN, ..small() }, "--guidance");
     refused(Request { steps: Some(4), ..small() }, "--steps");
     refused(Request { size: Some("16x16".parse().unwrap()), ..small() }, "--size");
-    refused(Request { method: Method::Plain, ..small() }, "--stages");
+    refused(Request { method: Plain {}.into(), ..small() }, "--stages");
     refused(Request { stages: Vec::new(), size: Some("17x16".parse().unwrap()), ..small() }, "--size");
     refused(Request { eta: 2.0, ..small() }, "--eta");
     refused(Request { stages: Vec::new(), steps: Some(2000), ..small() }, "--steps");
@@ -310,7 +306,7 @@ fn sd15_at_1024_costs_what_the_paper_says() {
         let counted = kinds.filter(|(kind, ..)| attention || **kind != OpKind::Attention);
         counted.map(|(_, work, repeats)| work.macs * repeats as u64).sum::<u64>() as f64
     };
-    let ratio = |attention| denoising(Method::MegaFusion, attention) / denoising(Method::Plain, attention);
+    let ratio = |attention| denoising(Method::default(), attention) / denoising(Plain {}.into(), attention);
     assert!((ratio(false) - 0.35625).abs() < 1e-3, "{}", ratio(false));
     assert!((0.25..0.30).contains(&ratio(true)), "{}", ratio(true));
 
@@ -338,7 +334,7 @@ fn the_embedded_model_draws_what_it_is_asked_for() {
         ("a large red ball on the left, on a grey ground", red, blue),
         ("a large blue cube to the left of a large red ball, on a sand ground", blue, red),
     ] {
-        let plain = Request { prompt: prompt.into(), method: Method::Plain, ..usual.clone() };
+        let plain = Request { prompt: prompt.into(), method: Plain {}.into(), ..usual.clone() };
         let picture = pipeline.generate(&plain, &mut Silent).unwrap().remove(0);
         assert_eq!((picture.width, picture.height), (64, 64));
         let shares = [left, right].map(|colour| halves(&picture, colour));

@@ -177,5 +177,5 @@ fn kinds_parse() {
     assert_eq!("torch-cpu".parse::<RngKind>().unwrap(), RngKind::default());
     assert_eq!("torch-cuda".parse::<RngKind>().unwrap(), RngKind::TorchCuda);
     let error = "numpy".parse::<RngKind>().unwrap_err().to_string();
-    assert!(error.contains("--rng numpy") && error.contains("torch-cuda"), "{error}");
+    assert!(error.contains("numpy") && error.contains("torch-cuda"), "{error}");
 }

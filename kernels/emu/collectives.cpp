@@ -137,7 +137,11 @@ static void execute_ldmatrix(Machine& m, Warp& warp, unsigned warp_index, const 
                 }
             }
         }
-        if constexpr (kRace) {  // the lane that receives an element reads it, not the one that named the row
+        if constexpr (kRace) {  // an element is read both for the lane that receives it and for the one that named its row
+            for (unsigned k = 0; k < 8; k++) {
+                const unsigned thread = warp_index * 32 + unsigned(i) * 8 + k;
+                race::touch_as(thread, warp.row[unsigned(i) * 8 + k], 16, race::Access::Read, r.where);
+            }
             for (unsigned lane = 0; lane < 32; lane++) {
                 const unsigned k = lane / 4, pair = lane % 4, thread = warp_index * 32 + lane;
                 const auto read = [&](unsigned row, unsigned column, size_t bytes) {

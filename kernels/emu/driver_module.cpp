@@ -438,7 +438,7 @@ EMU_EXPORT CUresult cuFuncGetModule(CUmodule* module, CUfunction function) {
     });
 }
 
-// CUDA_ERROR_INVALID_VALUE past the last parameter, which is how a caller counts them.
+// CUDA_ERROR_INVALID_VALUE past the last parameter.
 EMU_EXPORT CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t* offset, size_t* size) {
     return api(Needs::Context, [&]() -> CUresult {
         if (!known(function)) return unknown_function("cuFuncGetParamInfo");

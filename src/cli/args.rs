@@ -53,7 +53,7 @@ pub enum Command {
 #[command(after_long_help = PROBE_EXAMPLES)]
 pub struct ProbeArgs {
     /// Model directory in the layout of diffusers (default: the small model inside the program)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
     /// Which module to run
@@ -69,15 +69,15 @@ pub struct ProbeArgs {
     pub prompt: Option<String>,
 
     /// Input tensors (every module but text)
-    #[arg(long = "in", value_name = "FILE")]
+    #[arg(long = "in", value_name = "FILE", value_parser = values::path())]
     pub input: Option<PathBuf>,
 
     /// Where the output tensors go; replaced when it exists
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub out: PathBuf,
 
     /// Element type of weights and activations
-    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32")]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "f32")]
     pub dtype: DType,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu
@@ -87,9 +87,11 @@ pub struct ProbeArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Module {
-    /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds
+    /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds; of SDXL clip1.*, clip2.*,
+    /// prompt_embeds, pooled_prompt_embeds
     Text,
-    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] -> out [N,C,H,W]
+    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6])
+    /// -> out [N,C,H,W]
     Unet,
     /// image [N,3,H,W] in [-1,1] -> mean, logvar [N,c,h,w] (not scaled; logvar clamped to [-30,20])
     VaeEncode,
@@ -109,11 +111,11 @@ Inputs are f32, f16, bf16 or f64 (timestep also i32 or i64); outputs are f32, in
 #[command(after_long_help = RESIZE_EXAMPLES)]
 pub struct ResizeArgs {
     /// A PNG or JPEG file
-    #[arg(value_name = "IN")]
+    #[arg(value_name = "IN", value_parser = values::path())]
     pub input: PathBuf,
 
     /// The PNG file to write; replaced when it exists
-    #[arg(value_name = "OUT")]
+    #[arg(value_name = "OUT", value_parser = values::path())]
     pub output: PathBuf,
 
     /// Size of the result, width x height in pixels
@@ -121,7 +123,7 @@ pub struct ResizeArgs {
     pub size: Size,
 
     /// Which upsampler
-    #[arg(long, value_name = "U", value_parser = upsampler_parser(),
+    #[arg(long, value_name = "U", value_parser = named::<Upsampler>(Upsampler::NAMES.iter().copied()),
           default_value = "bicubic")]
     pub upsampler: Upsampler,
 }
@@ -192,7 +194,7 @@ pub struct BenchArgs {
     pub filter: String,
 
     /// Element type of weights and activations
-    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
     pub dtype: DType,
 
     /// Print a JSON object a line instead of a table
@@ -240,28 +242,9 @@ repetition; on the cpu nothing is, so what fits its caches may have a share abov
 emulated card runs a few small cases once: its times say nothing about a card and are not printed.";
 
 /// One of these names, listed in the help, parsed by the library.
-pub fn named<T, const N: usize>(names: [&'static str; N]) -> impl TypedValueParser<Value = T>
+pub fn named<T>(names: impl IntoIterator<Item = &'static str>) -> impl TypedValueParser<Value = T>
 where
     T: std::str::FromStr<Err = Error> + Clone + Send + Sync + 'static,
 {
     PossibleValuesParser::new(names).try_map(|name| values::library::<T>(&name))
-}
-
-const UPSAMPLERS: [(&str, Upsampler); 5] = [
-    ("bilinear", Upsampler::Bilinear),
-    ("bicubic", Upsampler::Bicubic),
-    ("bicubic-torch", Upsampler::BicubicTorch),
-    ("bicubic-gaussian", Upsampler::BicubicGaussian),
-    ("bicubic-edge", Upsampler::BicubicEdge),
-];
-
-pub fn upsampler_parser() -> impl TypedValueParser<Value = Upsampler> {
-    PossibleValuesParser::new(UPSAMPLERS.map(|(name, _)| name)).map(|wanted| {
-        let known = UPSAMPLERS.iter().find(|(name, _)| *name == wanted);
-        known.expect("one of the possible values").1
-    })
-}
-
-pub fn upsampler_name(upsampler: Upsampler) -> &'static str {
-    UPSAMPLERS.iter().find(|(_, known)| *known == upsampler).map_or("?", |(name, _)| name)
 }

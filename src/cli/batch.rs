@@ -4,18 +4,18 @@ use std::path::Path;
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{ModelFiles, Pipeline, Request, RngKind, Stage};
+use megafuse::pipeline::{ModelFiles, Picture, Pipeline, Request, SizeIds, Stage};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
 
-use super::args::upsampler_name;
+use super::console::say;
 use super::manifest::{self, Line, Shard};
 use super::output;
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{PicturesProgress, seconds_text};
 use super::run_folder::{Found, RunFolder};
-use super::session::{Costs, Session};
+use super::session::{Costs, Session, batches};
 
 pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     if args.picture.count != 1 {
@@ -27,6 +27,9 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let session = Session::open(&args.run)?;
     let mut costs = check(&session, manifest, &lines, &flags)?;
     let out = args.out.as_deref().ok_or_else(|| conflict("--manifest", manifest.display(), "needs --out, a folder"))?;
+    if output::is_stdout(out) {
+        return Err(conflict("--out", out.display(), "--manifest writes a folder of pictures, which needs a name"));
+    }
     let folder = RunFolder::inspect(out, description(&session, &flags)?, args.resume)?;
     folder.check_names(&lines)?;
 
@@ -36,25 +39,34 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let present = part.len() - todo.len();
     if todo.is_empty() {
         folder.begin()?; // a shard without lines, too, leaves its folder
-        eprintln!("{} of {} pictures are there already, nothing to make", present, part.len());
+        say!("{} of {} pictures are there already, nothing to make", present, part.len());
         return Ok(());
     }
     output::advise_on_interrupt("; the same command with --resume makes the missing ones");
-    let cost = |line| Ok((line, costs.of(&session, &Line::request(line, &flags))?));
-    let todo: Vec<(&Line, u64)> = todo.into_iter().map(cost).collect::<Result<_>>()?;
+    let mut item = |line: &'_ Line| {
+        let request = line.request(&flags)?;
+        Ok(Item { line: line.clone(), cost: costs.of(&session, &request)?, request })
+    };
+    let todo: Vec<Item> = todo.into_iter().map(&mut item).collect::<Result<_>>()?;
+    let batch = session.batch(args.run.batch, &todo[0].request, todo.len())?;
     let pipeline = session.load()?;
     let writing = folder.begin()?;
     if writing.shared && shard.is_whole() {
-        eprintln!("warning: another run writes into {}; they share the work only with --shard", out.display());
+        say!("warning: another run writes into {}; they share the work only with --shard", out.display());
     }
-    Batch { pipeline, folder, flags, manifest, shard }.make(&todo, present)
+    Pictures { pipeline, folder, batch, manifest, shard }.make(&todo, present)
 }
 
 /// Every line's request against the model, before weights are read: what each picture costs.
 fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) -> Result<Costs> {
     let mut costs = Costs::default();
     for line in lines {
-        costs.of(session, &line.request(flags)).map_err(|error| match error {
+        let request = line.request(flags)?;
+        if line.negative_prompt.as_ref().is_some_and(|negative| !negative.is_empty()) && request.guidance <= 1.0 {
+            let reason = format!("negative_prompt has no effect with a guidance of {}", request.guidance);
+            return Err(Error::file(&manifest::place(manifest, line.number), reason));
+        }
+        costs.of(session, &request).map_err(|error| match error {
             // What the line does not say, the flags do: their error is theirs.
             Error::Request { .. } if line.has_geometry() => {
                 Error::file(&manifest::place(manifest, line.number), error.to_string())
@@ -77,22 +89,29 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         }
         other => other.to_string(),
     };
-    let rng = match flags.rng {
-        RngKind::TorchCpu => "torch-cpu",
-        RngKind::TorchCuda => "torch-cuda",
-    };
-    Ok(json!({
+    let mut description = json!({
         "version": concat!("megafuse ", env!("CARGO_PKG_VERSION")),
         "model": files.name(), "model_digest": files.digest()?,
         "method": flags.method.name(), "size": flags.size.map(|size| size.to_string()), "stages": stages,
-        "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt,
+        "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt.as_deref().unwrap_or_default(),
         "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta,
-        "upsampler": upsampler_name(flags.upsampler), "relay_clamp": flags.relay_clamp.name(),
-        "reschedule": flags.reschedule, "dilation": flags.dilation, "gamma": flags.gamma,
-        "relay_noise_offset": flags.relay_noise_offset,
-        "reference_compat": flags.reference_compat, "seed": flags.seed, "rng": rng,
+        "seed": flags.seed, "rng": flags.rng.name(),
         "dtype": session.dtype.name(), "device": device,
-    }))
+    });
+    let SizeIds { original, crop, target } = flags.size_ids;
+    for (name, value) in [
+        ("original_size", original.map(|size| size.to_string())),
+        ("crop", crop.map(|(x, y)| format!("{x},{y}"))),
+        ("target_size", target.map(|size| size.to_string())),
+    ] {
+        if let Some(value) = value {
+            description[name] = value.into();
+        }
+    }
+    for (name, value) in flags.method.options() {
+        description[name] = value.clone();
+    }
+    Ok(description)
 }
 
 /// The lines whose pictures are not there.
@@ -103,11 +122,11 @@ fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Line], flags: 
             todo.push(line);
             continue;
         }
-        let parameters = session.planner.pipeline().parameters(&line.request(flags))?.json;
+        let parameters = session.planner.pipeline().parameters(&line.request(flags)?)?.json;
         match folder.find(line, &parameters)? {
             Found::Picture => {}
             Found::Damaged => {
-                eprintln!("warning: {} is no whole PNG and is made again", folder.picture(line).display());
+                say!("warning: {} is no whole PNG and is made again", folder.picture(line).display());
                 todo.push(line);
             }
         }
@@ -115,17 +134,26 @@ fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Line], flags: 
     Ok(todo)
 }
 
-struct Batch<'a> {
+/// A picture to make.
+struct Item {
+    line: Line,
+    request: Request,
+    /// In MACs.
+    cost: u64,
+}
+
+struct Pictures<'a> {
     pipeline: Pipeline,
     folder: RunFolder,
-    flags: Request,
+    /// Pictures that are made at once, at most.
+    batch: usize,
     manifest: &'a Path,
     shard: Shard,
 }
 
-impl Batch<'_> {
-    /// `todo`: lines and what their pictures cost; `present`: how many are there already.
-    fn make(&self, todo: &[(&Line, u64)], present: usize) -> Result<()> {
+impl Pictures<'_> {
+    /// `todo`: the pictures to make; `present`: how many are there already.
+    fn make(&self, todo: &[Item], present: usize) -> Result<()> {
         let failed = self.folder.path().join(self.shard.file_name("failed", "jsonl"));
         // Of an earlier run; its lines are tried again.
         match std::fs::remove_file(&failed) {
@@ -133,33 +161,26 @@ impl Batch<'_> {
             _ => {}
         }
         let (begin, mut failures) = (Instant::now(), Vec::new());
-        let mut progress = PicturesProgress::new(todo.len(), todo.iter().map(|(_, cost)| cost).sum());
-        for &(line, cost) in todo {
-            progress.picture(manifest::place(self.manifest, line.number).display().to_string());
-            match self.one(line, &mut progress) {
+        let mut progress = PicturesProgress::new(todo.len(), todo.iter().map(|item| item.cost).sum());
+        let requests: Vec<&Request> = todo.iter().map(|item| &item.request).collect();
+        for group in batches(&requests, self.batch) {
+            let items: Vec<&Item> = group.iter().map(|&at| &todo[at]).collect();
+            match self.together(&items, &mut progress, &failed, &mut failures) {
                 Ok(()) => {}
-                // The numbers of this picture, not the machine: the others may well come out.
-                Err(error @ Error::NonFinite { .. }) => {
-                    let record = json!({"line": line.number, "id": line.id, "error": error.to_string()});
-                    output::append_line(&failed, &record.to_string())?;
-                    progress.line(&format!("{}: {error}", manifest::place(self.manifest, line.number).display()));
-                    failures.push(error.to_string());
-                }
                 Err(error) => {
                     progress.finish();
                     let made = progress.done() - failures.len();
-                    eprintln!("{made} pictures made, {} there before; --resume makes the others", present);
+                    say!("{made} pictures made, {} there before; --resume makes the others", present);
                     return Err(error);
                 }
             }
-            progress.picture_done(cost);
         }
         progress.finish();
         let (made, seconds) = (todo.len() - failures.len(), begin.elapsed().as_secs_f64());
         let time = seconds_text(seconds);
         let rate = progress.rate_text();
         let whole = made + present;
-        eprintln!(
+        say!(
             "{whole} pictures in {}: {made} made in {time} ({rate}), {present} there before",
             self.folder.path().display()
         );
@@ -173,9 +194,42 @@ impl Batch<'_> {
         }
     }
 
-    fn one(&self, line: &Line, progress: &mut PicturesProgress) -> Result<()> {
-        let pictures = self.pipeline.generate(&line.request(&self.flags), progress)?;
-        let picture = pictures.first().ok_or_else(|| Error::config("generate", "the run ended without a picture"))?;
+    /// Makes pictures in one batch. Where one comes out not finite, each is made alone, so that the others are not lost.
+    fn together(
+        &self,
+        items: &[&Item],
+        progress: &mut PicturesProgress,
+        failed: &Path,
+        failures: &mut Vec<String>,
+    ) -> Result<()> {
+        let place = |item: &Item| manifest::place(self.manifest, item.line.number).display().to_string();
+        progress.picture(place(items[0]));
+        let requests: Vec<Request> = items.iter().map(|item| item.request.clone()).collect();
+        match (self.pipeline.generate_batch(&requests, progress), items) {
+            (Ok(pictures), _) => {
+                for (item, picture) in items.iter().zip(&pictures) {
+                    self.write(&item.line, picture, progress)?;
+                    progress.picture_done(item.cost);
+                }
+                Ok(())
+            }
+            // The numbers of this picture, not the machine: the others may well come out.
+            (Err(error @ Error::NonFinite { .. }), [item]) => {
+                let record = json!({"line": item.line.number, "id": item.line.id, "error": error.to_string()});
+                output::append_line(failed, &record.to_string())?;
+                progress.line(&format!("{}: {error}", place(item)));
+                failures.push(error.to_string());
+                progress.picture_done(item.cost);
+                Ok(())
+            }
+            (Err(Error::NonFinite { .. }), items) => {
+                items.iter().try_for_each(|item| self.together(&[item], progress, failed, failures))
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn write(&self, line: &Line, picture: &Picture, progress: &mut PicturesProgress) -> Result<()> {
         let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
         let path = self.folder.picture(line);
         output::replace(&path, &encode_png(&picture.rgb, picture.width, picture.height, text)?)?;

@@ -231,7 +231,7 @@ fn conv2d(inputs: &mut Inputs, conv: Conv) -> Result<Vec<Tensor>> {
     let bias = inputs.uniform(&[conv.outputs], 2.0)?;
     let (gamma, beta) = (inputs.shifted(&[channels], 1.0, 0.2)?, inputs.uniform(&[channels], 0.2)?);
     let rows = inputs.uniform(&[2 * N, conv.outputs], 2.0)?;
-    let step = StepIndex::new(inputs.device, 1)?;
+    let step = StepIndex::one(inputs.device, 1)?;
     let norm =
         conv.norm.map(|norm| ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: norm == Norm::Silu });
     let reach = conv.dilation * (conv.kernel / 2);
@@ -249,7 +249,7 @@ fn conv2d(inputs: &mut Inputs, conv: Conv) -> Result<Vec<Tensor>> {
         return Ok(vec![ops::conv2d(args)?]);
     }
     let residual = inputs.uniform(&[N, h, w, conv.outputs], 4.0)?;
-    let row = Some(StepRows { table: &rows, step: &step });
+    let row = Some(StepRows { table: &rows, step: &step, rows: N });
     Ok(vec![ops::conv2d(Conv2d { row, residual: Some(&residual), scale: 0.7, ..args })?])
 }
 

@@ -87,8 +87,8 @@ fn row(name: &str, value: impl std::fmt::Display) {
 fn check_embedded() -> Result<String> {
     let files = ModelFiles::open(&ModelSource::Embedded)?;
     let (device, dtype) = (Device::cpu(), DType::F32);
-    files.tokenizer()?;
-    files.text_encoder(&device, dtype)?;
+    files.tokenizer("tokenizer")?;
+    files.clip("text_encoder", &device, dtype)?;
     files.unet(&device, dtype)?;
     files.vae(&device, dtype)?;
     let native = files.unet_config()?.sample_size.map(|[h, w]| {

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use megafuse::Result;
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{Pipeline, PlanReport, Request};
-use megafuse::{Error, Result};
+use megafuse::pipeline::{Pipeline, PlanReport, Request, text_of};
 
-use super::output::{self, Target};
+use super::console::say;
+use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, Progress, seconds_text};
 use super::session::Session;
@@ -19,23 +20,23 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
     let session = Session::open(&args.run)?;
-    let targets = targets(args, &request)?;
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
     check_strip(args, &plan)?;
+    let targets = targets(args, &request)?;
+    let batch = session.batch(args.run.batch, &request, targets.len())?;
     let pipeline = session.load()?;
-    for (index, files) in targets.iter().enumerate() {
+    for (index, files) in targets.chunks(batch).enumerate() {
+        let first = index * batch;
         if targets.len() > 1 {
-            eprintln!("picture {} of {}", index + 1, targets.len());
+            match files.len() {
+                1 => say!("picture {} of {}", first + 1, targets.len()),
+                n => say!("pictures {} to {} of {}", first + 1, first + n, targets.len()),
+            }
         }
-        one_picture(&pipeline, &picture_request(&request, index), files, &plan)?;
+        make(&pipeline, &request, first, files, &plan)?;
     }
     Ok(())
-}
-
-/// Pictures are made one by one, so that each is on disk as soon as it is done: a picture depends on its own seed only.
-fn picture_request(request: &Request, index: usize) -> Request {
-    Request { seed: request.seed + index as u64, count: 1, ..request.clone() }
 }
 
 /// Where the files of one picture go.
@@ -45,29 +46,36 @@ struct Files {
     strip: Option<PathBuf>,
 }
 
-fn one_picture(pipeline: &Pipeline, request: &Request, files: &Files, plan: &PlanReport) -> Result<()> {
+/// Makes the pictures from number `first` on in one batch and writes them: so each is on disk as soon as it is done.
+fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], plan: &PlanReport) -> Result<()> {
     let begin = Instant::now();
-    let keep = match (&files.dump, &files.strip) {
-        (Some(_), _) => Keep::All,
-        (None, Some(_)) => Keep::Pictures,
-        (None, None) => Keep::Nothing,
+    let keep = match &files[0] {
+        Files { dump: Some(_), .. } => Keep::All,
+        Files { strip: Some(_), .. } => Keep::Pictures,
+        _ => Keep::Nothing,
     };
     let mut progress = Progress::new(keep);
-    let pictures = pipeline.generate(request, &mut progress)?;
+    let of = |index: usize| Request { seed: request.seed + (first + index) as u64, count: 1, ..request.clone() };
+    let requests: Vec<Request> = (0..files.len()).map(of).collect();
+    let pictures = pipeline.generate_batch(&requests, &mut progress)?;
     progress.finish();
-    let picture = pictures.first().ok_or_else(|| Error::config("generate", "the run ended without a picture"))?;
-    let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
-    let path = files.picture.write(&encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
     let time = seconds_text(begin.elapsed().as_secs_f64());
-    eprintln!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
-    output::print_line(path.display());
-    if let Some(path) = &files.dump {
-        safetensors_file::write(path, &progress.tensors)?;
-        output::print_line(path.display());
-    }
-    if let Some(path) = &files.strip {
-        output::replace(path, &strip::png(picture, &progress.tensors, &plan.stages, request.upsampler)?)?;
-        output::print_line(path.display());
+    let mut tensors = std::mem::take(&mut progress.tensors);
+    tensors.resize_with(files.len(), Default::default);
+    for ((picture, files), tensors) in pictures.iter().zip(files).zip(&tensors) {
+        let text = PngText { parameters: &picture.parameters.text, json: &picture.parameters.json.to_string() };
+        let path = files.picture.write(&encode_png(&picture.rgb, picture.width, picture.height, text)?)?;
+        say!("{}x{}, seed {}, {time}", picture.width, picture.height, picture.seed);
+        output::print_name(&path);
+        if let Some(path) = &files.dump {
+            safetensors_file::write(path, tensors)?;
+            output::print_name(path);
+        }
+        if let Some(path) = &files.strip {
+            let upsampler = request.method.option("upsampler").map(text_of).unwrap_or_default();
+            output::replace(path, &strip::png(picture, tensors, &plan.stages, &upsampler)?)?;
+            output::print_name(path);
+        }
     }
     Ok(())
 }
@@ -76,25 +84,21 @@ fn one_picture(pipeline: &Pipeline, request: &Request, files: &Files, plan: &Pla
 fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
     output::check_png("--out", args.out.as_deref())?;
     output::check_png("--strip", args.strip.as_deref())?;
-    let same = |flag, path: &Option<PathBuf>, others: &[(&str, &Option<PathBuf>)]| {
-        let other = path.is_some().then(|| others.iter().find(|(_, other)| *other == path)).flatten();
-        match (path, other) {
-            (Some(path), Some((name, _))) => Err(conflict(flag, path.display(), format!("is the same file as {name}"))),
-            _ => Ok(()),
-        }
-    };
-    same("--dump", &args.dump, &[("--out", &args.out)])?;
-    same("--strip", &args.strip, &[("--out", &args.out), ("--dump", &args.dump)])?;
+    let mut outputs = Outputs::default();
     let one = |index: usize| {
         let seed = request.seed + index as u64;
         let picture = Target::picture(args.out.as_deref(), index, request.count, seed);
-        picture.check()?;
-        let place = |path: Option<&Path>| {
+        outputs.target("--out", &picture)?;
+        let mut place = |flag, path: Option<&Path>| -> Result<Option<PathBuf>> {
             let path = path.map(|path| output::numbered(path, index, request.count));
-            path.as_deref().map_or(Ok(()), output::check_writable)?;
+            path.as_deref().map_or(Ok(()), |path| outputs.file(flag, path))?;
             Ok(path)
         };
-        Ok(Files { picture, dump: place(args.dump.as_deref())?, strip: place(args.strip.as_deref())? })
+        Ok(Files {
+            picture,
+            dump: place("--dump", args.dump.as_deref())?,
+            strip: place("--strip", args.strip.as_deref())?,
+        })
     };
     (0..request.count).map(one).collect()
 }

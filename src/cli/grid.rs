@@ -5,16 +5,17 @@ use std::fmt;
 
 use clap::ValueEnum;
 use megafuse::image::{PngText, encode_png, infotext};
-use megafuse::pipeline::{Method, Pipeline, Request, Size};
+use megafuse::pipeline::{MethodSpec, Pipeline, Request, Size};
 use megafuse::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::canvas::Canvas;
+use super::console::say;
 use super::manifest::{self, Line};
 use super::output::{self, Target};
 use super::picture_args::{GridArgs, by_method, conflict};
 use super::progress::PicturesProgress;
-use super::session::{Costs, Session};
+use super::session::{Costs, Session, batches};
 use super::sheet::{Sheet, common_cell, scaled};
 use super::values;
 
@@ -32,9 +33,9 @@ impl Axis {
 }
 
 /// One of `--methods`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct MethodAt {
-    pub method: Method,
+    pub method: &'static MethodSpec,
     /// In place of the other pictures' size.
     pub size: Option<Size>,
 }
@@ -46,7 +47,7 @@ impl MethodAt {
             Some((method, size)) => (method, Some(values::library::<Size>(size)?)),
             None => (text, None),
         };
-        Ok(MethodAt { method: values::library(method)?, size })
+        Ok(MethodAt { method: values::method(method)?, size })
     }
 }
 
@@ -70,7 +71,7 @@ struct Cell {
 
 pub fn run(args: &GridArgs) -> Result<()> {
     output::check_png("--out", args.out.as_deref())?;
-    let methods: Vec<Method> = args.methods.iter().map(|method| method.method).collect();
+    let methods: Vec<&MethodSpec> = args.methods.iter().map(|method| method.method).collect();
     args.run.check_effect(&methods)?;
     let grid = Grid::new(args)?;
     let target = Target::named(args.out.clone(), "megafuse-grid");
@@ -88,30 +89,35 @@ pub fn run(args: &GridArgs) -> Result<()> {
     };
     sheet.check()?;
 
+    let batch = cells.first().map_or(Ok(1), |cell| session.batch(args.run.batch, &cell.request, cells.len()))?;
     let pipeline = session.load()?;
-    sheet.cells = pictures(&pipeline, &cells, sheet.cell)?;
+    sheet.cells = pictures(&pipeline, &cells, batch, sheet.cell)?;
     let drawn = sheet.draw();
     let parameters = grid.infotext(&common);
     let json = grid.json(&sheet, &common, &cells).to_string();
     let text = PngText { parameters: &parameters, json: &json };
     let path = target.write(&encode_png(&drawn.rgb, drawn.width, drawn.height, text)?)?;
-    eprintln!("{}x{}, {} pictures", drawn.width, drawn.height, sheet.cells.len());
-    output::print_line(path.display());
+    say!("{}x{}, {} pictures", drawn.width, drawn.height, sheet.cells.len());
+    output::print_name(&path);
     Ok(())
 }
 
-fn pictures(pipeline: &Pipeline, cells: &[Cell], cell: [usize; 2]) -> Result<Vec<Canvas>> {
+fn pictures(pipeline: &Pipeline, cells: &[Cell], batch: usize, cell: [usize; 2]) -> Result<Vec<Canvas>> {
     let mut progress = PicturesProgress::new(cells.len(), cells.iter().map(|cell| cell.cost).sum());
-    let mut pictures = Vec::new();
-    for Cell { request, cost, .. } in cells {
-        progress.picture(format!("{:?}", request.prompt));
-        let mut made = pipeline.generate(request, &mut progress)?;
-        let picture = made.pop().ok_or_else(|| Error::config("grid", "the run ended without a picture"))?;
-        let picture = Canvas { width: picture.width, height: picture.height, rgb: picture.rgb };
-        pictures.push(scaled(picture, cell)?);
-        progress.picture_done(*cost);
+    let mut canvases: Vec<Option<Canvas>> = cells.iter().map(|_| None).collect();
+    let requests: Vec<&Request> = cells.iter().map(|cell| &cell.request).collect();
+    for group in batches(&requests, batch) {
+        progress.picture(format!("{:?}", requests[group[0]].prompt));
+        let together: Vec<Request> = group.iter().map(|&at| requests[at].clone()).collect();
+        let made = pipeline.generate_batch(&together, &mut progress)?;
+        for (at, picture) in group.into_iter().zip(made) {
+            let picture = Canvas { width: picture.width, height: picture.height, rgb: picture.rgb };
+            canvases[at] = Some(scaled(picture, cell)?);
+            progress.picture_done(cells[at].cost);
+        }
     }
-    Ok(pictures)
+    let missing = || Error::config("grid", "the run ended without a picture");
+    canvases.into_iter().map(|canvas| canvas.ok_or_else(missing)).collect()
 }
 
 /// A prompt and what a manifest says about it.
@@ -199,10 +205,10 @@ impl Grid {
         let mut costs = Costs::default();
         let mut one = |place: Place| {
             let request = self.request(place, args, session)?;
-            let plan = session.planner.pipeline().resolve(&request)?;
+            let run = session.planner.pipeline().resolve(&request)?;
             let cost = costs.of(session, &request)?;
             let parameters = session.planner.pipeline().parameters(&request)?.json;
-            let size = plan.stages[plan.stages.len() - 1].size;
+            let size = run.last_stage().size;
             Ok(Cell { request, parameters, size, cost })
         };
         self.places(&axes).into_iter().map(&mut one).collect()
@@ -210,25 +216,25 @@ impl Grid {
 
     fn request(&self, place: Place, args: &GridArgs, session: &Session) -> Result<Request> {
         let (subject, wanted) = (&self.subjects[place.subject], self.methods[place.method]);
-        // What plain is compared with.
-        let relayed = self.methods.iter().map(|method| method.method).find(|&method| method != Method::Plain);
-        let flags = args.run.request(relayed.unwrap_or(Method::Plain));
+        // What a method of one stage is compared with.
+        let relayed = self.methods.iter().map(|method| method.method).find(|spec| spec.relays);
+        let flags = args.run.request(relayed.unwrap_or(wanted.method))?;
         let mut request = match &subject.line {
-            Some(line) => line.request(&flags),
+            Some(line) => line.request(&flags)?,
             None => Request { prompt: subject.prompt.clone(), ..flags },
         };
         if let Some(seeds) = &self.seeds {
             request.seed = seeds[place.seed];
         }
-        if wanted.method == Method::Plain {
-            let stages = session.planner.pipeline().resolve(&request)?.stages;
-            request.steps = Some(stages.iter().map(|stage| stage.steps).sum());
-            request.size = stages.last().map(|stage| stage.size);
+        if !wanted.method.relays {
+            let run = session.planner.pipeline().resolve(&request)?;
+            request.steps = Some(run.stages().iter().map(|stage| stage.steps).sum());
+            request.size = Some(run.last_stage().size);
         }
         if wanted.size.is_some() {
             request.size = wanted.size;
         }
-        Ok(by_method(&request, wanted.method))
+        Ok(Request { method: args.run.options.of(wanted.method)?, ..by_method(&request, wanted.method)? })
     }
 
     /// Of every column or row: what its axes say there, where they have more than one value.
@@ -250,7 +256,7 @@ impl Grid {
             Axis::Methods if several => {
                 let wanted = self.methods[place.method];
                 let of_method = |cell: &&Cell| {
-                    cell.request.method == wanted.method && wanted.size.is_none_or(|size| cell.size == size)
+                    cell.request.method.name() == wanted.method.name && wanted.size.is_none_or(|size| cell.size == size)
                 };
                 // Its stages, where all its pictures have the same.
                 let stages = common(cells.iter().filter(of_method).map(|cell| &cell.parameters)).remove("stages");
@@ -361,8 +367,8 @@ mod tests {
 
     #[test]
     fn methods_with_sizes() {
-        let plain = MethodAt { method: Method::Plain, size: Some(Size::new(64, 48)) };
-        assert_eq!(MethodAt::parse("plain@64x48"), Ok(plain));
+        let plain = MethodAt::parse("plain@64x48").unwrap();
+        assert_eq!((plain.method.name, plain.size), ("plain", Some(Size::new(64, 48))));
         assert_eq!(MethodAt::parse("megafusion++").unwrap().to_string(), "megafusion++");
         assert_eq!(plain.to_string(), "plain@64x48");
         for text in ["", "magic", "plain@", "plain@64", "@64x64"] {

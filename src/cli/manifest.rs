@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use megafuse::pipeline::{Method, Request, Size};
+use megafuse::pipeline::{MethodSpec, Request, Size};
 use megafuse::{Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use super::picture_args::by_method;
 use super::values::{self, Stages};
 
 /// One line; `None`: as the flags say.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Line {
     /// From 1, blank lines counted.
     pub number: usize,
@@ -25,7 +25,7 @@ pub struct Line {
     named: bool,
     pub seed: Option<u64>,
     pub negative_prompt: Option<String>,
-    pub method: Option<Method>,
+    pub method: Option<&'static MethodSpec>,
     pub size: Option<Size>,
     pub stages: Option<Stages>,
     pub steps: Option<usize>,
@@ -114,10 +114,7 @@ fn parse(number: usize, text: &str) -> std::result::Result<Line, String> {
         }
     })?;
     let key = |key: &str, value: &dyn std::fmt::Debug, reason: String| format!("{key} {value:?}: {reason}");
-    let method = written
-        .method
-        .as_ref()
-        .map(|text| values::library::<Method>(text).map_err(|reason| key("method", text, reason)));
+    let method = written.method.as_ref().map(|text| values::method(text).map_err(|reason| key("method", text, reason)));
     let size = written.size.as_ref().map(|text| values::library(text).map_err(|reason| key("size", text, reason)));
     let stages = written.stages.as_ref().map(|text| values::stages(text).map_err(|reason| key("stages", text, reason)));
     let steps = written.steps.map(|n| values::steps(&n.to_string()).map_err(|reason| key("steps", &n, reason)));
@@ -180,7 +177,10 @@ impl Line {
     }
 
     /// The flags, with what the line says in their place.
-    pub fn request(&self, flags: &Request) -> Request {
+    ///
+    /// # Errors
+    /// [`Error::Request`]: an option of the flags does not fit the line's method.
+    pub fn request(&self, flags: &Request) -> Result<Request> {
         // Stages have their sizes and steps: the flags' do not go on top of them.
         let flags = match self.stages {
             Some(_) => &Request { size: None, steps: None, ..flags.clone() },
@@ -188,7 +188,7 @@ impl Line {
         };
         let request = Request {
             prompt: self.prompt.clone(),
-            negative_prompt: self.negative_prompt.clone().unwrap_or_else(|| flags.negative_prompt.clone()),
+            negative_prompt: self.negative_prompt.clone().or_else(|| flags.negative_prompt.clone()),
             seed: self.seed(flags.seed),
             size: self.size.or(flags.size),
             stages: self.stages.as_ref().map_or_else(|| flags.stages.clone(), |stages| stages.0.clone()),
@@ -198,8 +198,8 @@ impl Line {
             ..flags.clone()
         };
         match self.method {
-            Some(method) if method != flags.method => by_method(&request, method),
-            _ => request,
+            Some(spec) if spec.name != flags.method.name() => by_method(&request, spec),
+            _ => Ok(request),
         }
     }
 
@@ -253,7 +253,7 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
-    use megafuse::pipeline::Stage;
+    use megafuse::pipeline::{Method, Stage};
 
     use super::*;
 
@@ -277,14 +277,18 @@ mod tests {
         assert_eq!(lines[2].seed(u64::MAX), u64::from(fnv1a_32(b"x.Y_z-1")) - 1);
 
         let stages = vec![Stage { size: Size::new(64, 64), steps: 4 }, Stage { size: Size::new(96, 64), steps: 2 }];
-        let flags = Request { negative_prompt: "f".into(), stages, dilation: Some(2), ..Request::default() };
-        let of = |line: usize| lines[line].request(&flags);
-        assert_eq!((of(1).prompt.as_str(), of(1).guidance, of(1).negative_prompt.as_str()), ("b", 7.1, "f"));
+        let flagged = Method::default().with("dilation", 2).unwrap();
+        let flags = Request { negative_prompt: Some("f".into()), stages, method: flagged, ..Request::default() };
+        let of = |line: usize| lines[line].request(&flags).unwrap();
+        assert_eq!((of(1).prompt.as_str(), of(1).guidance, of(1).negative_prompt.as_deref()), ("b", 7.1, Some("f")));
         assert_eq!(of(1).stages, flags.stages);
         // Beside the stages of the others, plain makes their steps at their last size.
         let plain = of(2);
-        assert_eq!((plain.method, plain.size, plain.steps), (Method::Plain, Some(Size::new(96, 64)), Some(6)));
-        assert_eq!((plain.stages.len(), plain.dilation, plain.negative_prompt.as_str()), (0, None, "n"));
+        assert_eq!((plain.method.name(), plain.size, plain.steps), ("plain", Some(Size::new(96, 64)), Some(6)));
+        assert_eq!(
+            (plain.stages.len(), plain.method.option("dilation"), plain.negative_prompt.as_deref()),
+            (0, None, Some("n"))
+        );
     }
 
     /// The published test values of the hash.

@@ -6,11 +6,13 @@ mod bench;
 mod canvas;
 mod cases;
 mod check;
+mod console;
 mod doctor;
 mod generate;
 mod grid;
 mod manifest;
 mod memory;
+mod method_options;
 mod output;
 mod picture_args;
 mod plan;
@@ -26,27 +28,58 @@ mod values;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use megafuse::{Error, Result};
 
 use args::{Cli, Command};
+use console::say;
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 const INTERRUPTED: u8 = 130;
 
 pub fn main() -> ExitCode {
-    let cli = Cli::parse(); // prints help and wrong usage itself, with status 0 and 2
-    match run(cli) {
+    let cli = match parse() {
+        Ok(cli) => cli,
+        Err(message) => return help_or_wrong_usage(&message),
+    };
+    match run(cli).and_then(|()| console::check_lost()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", with_causes(&error));
+            output::remove_made_folders();
+            say!("error: {}{}", with_causes(&error), flags_for(&error));
             ExitCode::from(match error {
                 Error::Request { .. } => WRONG_USAGE,
                 Error::Interrupted => INTERRUPTED,
                 _ => FAILED,
             })
         }
+    }
+}
+
+/// Numbers may be negative: `--seed -1` is a flag and its value, as `--seed=-1` is.
+fn parse() -> std::result::Result<Cli, clap::Error> {
+    let takes_negative = |arg: clap::Arg| {
+        let takes_values = arg.get_action().takes_values();
+        arg.allow_negative_numbers(takes_values)
+    };
+    let command = Cli::command().mut_subcommands(|command| command.mut_args(takes_negative));
+    Cli::from_arg_matches(&command.try_get_matches()?)
+}
+
+/// Help and the version on standard output, with status 0; wrong usage on standard error, with status 2.
+fn help_or_wrong_usage(message: &clap::Error) -> ExitCode {
+    let printed = message.print();
+    match printed {
+        Err(error) if !message.use_stderr() => console::lose(error),
+        _ => {}
+    }
+    match console::check_lost() {
+        Err(error) => {
+            say!("error: {}", with_causes(&error));
+            ExitCode::from(FAILED)
+        }
+        Ok(()) => ExitCode::from(message.exit_code().clamp(0, 255) as u8),
     }
 }
 
@@ -73,6 +106,16 @@ fn run(cli: Cli) -> Result<()> {
         Command::Check(args) => check::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor => doctor::run(),
+    }
+}
+
+/// The library's errors say what would help; these are the flags for it.
+fn flags_for(error: &Error) -> &'static str {
+    match error {
+        Error::DeviceUnavailable { .. } => " (--device cpu)",
+        Error::OutOfMemory { .. } => " (a smaller --size, or --dtype bf16)",
+        Error::NonFinite { .. } => " (--dtype f32)",
+        _ => "",
     }
 }
 

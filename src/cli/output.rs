@@ -1,16 +1,19 @@
 //! Where files go, and that an interrupt never leaves half of one.
 
+use std::collections::HashMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+pub use super::console::print_line;
 pub use megafuse::image::is_part;
 use megafuse::image::write_atomically;
 use megafuse::{Error, Result};
 
 use super::INTERRUPTED;
+use super::console::{self, say};
 
 /// Held while a file is written, so that an interrupt waits for the file to be complete.
 static WRITING: Mutex<()> = Mutex::new(());
@@ -18,6 +21,8 @@ static WRITING: Mutex<()> = Mutex::new(());
 static WRITTEN: AtomicUsize = AtomicUsize::new(0);
 /// What an interrupt says beside what is complete.
 static ADVICE: Mutex<&str> = Mutex::new("");
+/// Folders that this run has made, parents first.
+static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// From now on an interrupt also says this.
 pub fn advise_on_interrupt(advice: &'static str) {
@@ -34,9 +39,10 @@ pub fn end_at_once_on_interrupt() -> Result<()> {
         let advice = *ADVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // The newline leaves the terminal's "^C" and the progress line alone.
         match WRITTEN.load(Ordering::Relaxed) {
-            0 => eprintln!("\ninterrupted; nothing was written{advice}"),
-            files => eprintln!("\ninterrupted; the {files} file(s) named above are complete{advice}"),
+            0 => say!("\ninterrupted; nothing was written{advice}"),
+            files => say!("\ninterrupted; the {files} file(s) named above are complete{advice}"),
         }
+        remove_made_folders();
         std::process::exit(i32::from(INTERRUPTED));
     })
     .map_err(|error| Error::config("Ctrl-C", format!("the system refuses a handler: {error}")))
@@ -88,20 +94,63 @@ pub fn remove_parts(folder: &Path) {
 }
 
 fn write_locked(path: &Path, bytes: &[u8]) -> Result<()> {
-    if is_special(path) {
+    if is_stdout(path) {
+        console::write_file(bytes)
+    } else if is_special(path) {
         let written = fs::OpenOptions::new().write(true).open(path).and_then(|mut file| file.write_all(bytes));
-        written.map_err(|error| Error::io(path, error))?;
+        written.map_err(|error| Error::io(path, error))
     } else {
         // Through a link to the file behind it, which is what is replaced.
-        let behind = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        write_atomically(&behind, |file| file.write_all(bytes))?;
+        write_atomically(&behind(path)?, |file| file.write_all(bytes))
     }
-    Ok(())
+}
+
+/// `-`, or another name of what standard output is, such as /dev/stdout.
+pub fn is_stdout(path: &Path) -> bool {
+    path == Path::new("-") || is_open_as_stdout(path)
+}
+
+#[cfg(unix)]
+fn is_open_as_stdout(path: &Path) -> bool {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+    let place = |file: fs::Metadata| (file.dev(), file.ino());
+    // What goes to /dev/null may be of any number of files.
+    let Ok(named) = fs::metadata(path).map(place) else { return false };
+    let stdout = io::stdout().as_fd().try_clone_to_owned().and_then(|file| fs::File::from(file).metadata()).map(place);
+    stdout.is_ok_and(|stdout| stdout == named) && fs::metadata("/dev/null").map(place).is_ok_and(|null| null != named)
+}
+
+#[cfg(not(unix))]
+fn is_open_as_stdout(_path: &Path) -> bool {
+    false
 }
 
 /// A device or pipe, such as /dev/null: written into, never replaced.
 fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
+}
+
+/// A folder, or named as one: `new/` is a folder also before it is made.
+pub fn is_folder(path: &Path) -> bool {
+    path.is_dir()
+        || path.as_os_str().as_encoded_bytes().last().is_some_and(|&byte| std::path::is_separator(byte.into()))
+}
+
+/// Where a symbolic link leads, also to a file that is not there yet.
+///
+/// # Errors
+/// [`Error::File`]: links that lead to each other.
+fn behind(path: &Path) -> Result<PathBuf> {
+    const MOST_LINKS: usize = 40; // Linux follows as many
+    let mut place = path.to_path_buf();
+    for _ in 0..MOST_LINKS {
+        match fs::read_link(&place) {
+            Ok(target) => place = folder(&place).join(target),
+            Err(_) => return Ok(place),
+        }
+    }
+    Err(Error::file(path, "is a symbolic link that leads in a circle"))
 }
 
 fn folder(path: &Path) -> &Path {
@@ -111,24 +160,147 @@ fn folder(path: &Path) -> &Path {
     }
 }
 
-/// Can `path` be written? Asked before the computing starts, not after an hour of it.
+/// Can `path` be written? Found out before the computing starts, not after an hour of it, by doing what writing it will
+/// do: its folder is made where it is missing, and a file of that name. An existing file stays as it is. For standard
+/// output, which then carries nothing else: is it no terminal?
 ///
 /// # Errors
-/// [`Error::File`]: the folder is missing or not writable, or `path` is a folder itself.
+/// [`Error::File`]: `path` is a folder, or why it cannot be written.
 pub fn check_writable(path: &Path) -> Result<()> {
-    if path.is_dir() {
+    if is_stdout(path) {
+        if io::stdout().is_terminal() {
+            let reason = "is standard output, a terminal here; send it to a file or a program, or name a file";
+            return Err(Error::file(path, reason));
+        }
+        console::keep_for_a_file();
+        return Ok(());
+    }
+    if is_folder(path) {
         return Err(Error::file(path, "is a folder, a file name is needed"));
     }
     if is_special(path) {
+        return check_special(path);
+    }
+    let place = behind(path)?;
+    make_folder(folder(&place)).map_err(|reason| Error::file(path, reason))?;
+    let fails = |error: io::Error| Error::file(path, format!("cannot be written: {error}"));
+    match fs::symlink_metadata(&place) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let made = fs::OpenOptions::new().write(true).create_new(true).open(&place);
+            drop(made.map_err(fails)?);
+            fs::remove_file(&place).map_err(fails)
+        }
+        other => other.map(drop).map_err(fails),
+    }
+}
+
+/// A pipe is not opened: that would wait for its reader.
+fn check_special(path: &Path) -> Result<()> {
+    #[cfg(unix)]
+    if fs::metadata(path).is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_fifo(&metadata.file_type())) {
         return Ok(());
     }
-    let folder = folder(path);
+    let opened = fs::OpenOptions::new().write(true).open(path);
+    opened.map(drop).map_err(|error| Error::file(path, format!("cannot be written: {error}")))
+}
+
+/// Can files be made in this folder? It is made itself where it is missing, with its parents.
+///
+/// # Errors
+/// [`Error::File`]: why it cannot be made or written.
+pub fn check_folder(folder: &Path) -> Result<()> {
+    make_folder(folder).map_err(|reason| Error::file(folder, reason))
+}
+
+fn make_folder(folder: &Path) -> std::result::Result<(), String> {
     if !folder.is_dir() {
-        return Err(Error::file(path, format!("the folder {} does not exist; create it first", folder.display())));
+        let missing = folder.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists());
+        let missing: Vec<PathBuf> = missing.map(Path::to_path_buf).collect();
+        let mut made = MADE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let done = fs::create_dir_all(folder);
+        made.extend(missing.into_iter().rev());
+        done.map_err(|error| format!("the folder {} cannot be made: {error}", folder.display()))?;
     }
-    tempfile::tempfile_in(folder)
-        .map(drop)
-        .map_err(|error| Error::file(path, format!("the folder {} cannot be written: {error}", folder.display())))
+    let temporary = tempfile::tempfile_in(folder);
+    temporary.map(drop).map_err(|error| format!("the folder {} cannot be written: {error}", folder.display()))
+}
+
+/// A run that ends without a file leaves no folder either. Folders with something in them stay.
+pub fn remove_made_folders() {
+    let mut made = MADE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    for folder in made.drain(..).rev() {
+        let _ = fs::remove_dir(folder);
+    }
+}
+
+/// The files that a run will write: each can be written, and no two are one.
+#[derive(Default)]
+pub struct Outputs {
+    /// Flag and path of each file, by where it really is; `None`: standard output.
+    files: HashMap<Option<PathBuf>, String>,
+    /// The same by folder and stem, with and without a number at its end: a default name could be that one.
+    stems: HashMap<(PathBuf, String), String>,
+    /// Folders and stems of pictures that get the first free name.
+    free: HashMap<(PathBuf, String), String>,
+}
+
+impl Outputs {
+    /// # Errors
+    /// As [`check_writable`]; [`Error::Request`]: another output is the same file, by whatever name.
+    pub fn file(&mut self, flag: &'static str, path: &Path) -> Result<()> {
+        check_writable(path)?;
+        let refuse = |reason: String| Err(Error::Request { flag, value: path.display().to_string(), reason });
+        let place = match is_stdout(path) {
+            true => None,
+            false if is_special(path) => return Ok(()),
+            false => Some(place_of(&behind(path)?)?),
+        };
+        let name = format!("{flag} {}", path.display());
+        if let Some(other) = self.files.insert(place.clone(), name.clone()) {
+            return refuse(format!("is the same file as {other}"));
+        }
+        for stem in place.iter().flat_map(|place| default_stems(place)) {
+            if let Some(other) = self.free.get(&stem) {
+                return refuse(format!("could be the default name of {other}; name another file"));
+            }
+            self.stems.insert(stem, name.clone());
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// As [`Outputs::file`].
+    pub fn target(&mut self, flag: &'static str, target: &Target) -> Result<()> {
+        target.check()?;
+        match target {
+            Target::Chosen(path) => self.file(flag, path),
+            Target::Free { folder, stem } => {
+                let place = fs::canonicalize(folder).map_err(|error| Error::io(folder, error))?;
+                let key = (place, stem.clone());
+                let name = format!("{flag} {}", folder.join(default_name(stem, 1)).display());
+                if let Some(other) = self.stems.get(&key) {
+                    let reason = format!("could be the same file as {other}; name another file");
+                    return Err(Error::Request { flag, value: folder.display().to_string(), reason });
+                }
+                self.free.insert(key, name);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A file's name in its real folder, which is there.
+fn place_of(path: &Path) -> Result<PathBuf> {
+    let folder = fs::canonicalize(folder(path)).map_err(|error| Error::io(path, error))?;
+    Ok(folder.join(path.file_name().unwrap_or_default()))
+}
+
+/// Of which stems could this be a default name? `a/b-2.png`: of `b-2` and `b`.
+fn default_stems(place: &Path) -> Vec<(PathBuf, String)> {
+    let name = place.file_name().unwrap_or_default().to_string_lossy();
+    let Some(stem) = name.strip_suffix(".png") else { return Vec::new() };
+    let unnumbered = stem.rsplit_once('-').filter(|(_, number)| number.parse::<u64>().is_ok()).map(|(stem, _)| stem);
+    [stem].into_iter().chain(unnumbered).map(|stem| (folder(place).to_path_buf(), stem.to_string())).collect()
 }
 
 /// Where `--out` and `--dump` go, one path per picture.
@@ -150,7 +322,7 @@ impl Target {
     pub fn named(out: Option<PathBuf>, stem: &str) -> Target {
         match out {
             None => Target::Free { folder: PathBuf::from("."), stem: stem.into() },
-            Some(path) if path.is_dir() => Target::Free { folder: path, stem: stem.into() },
+            Some(path) if is_folder(&path) => Target::Free { folder: path, stem: stem.into() },
             Some(path) => Target::Chosen(path),
         }
     }
@@ -194,14 +366,14 @@ fn default_name(stem: &str, number: u64) -> String {
 
 /// [`numbered`], unless `path` is a folder.
 fn numbered_file(path: &Path, index: usize, count: usize) -> PathBuf {
-    if path.is_dir() { path.to_path_buf() } else { numbered(path, index, count) }
+    if is_folder(path) { path.to_path_buf() } else { numbered(path, index, count) }
 }
 
 /// # Errors
 /// [`Error::Request`]: the name after `flag` ends like no PNG's.
 pub fn check_png(flag: &'static str, path: Option<&Path>) -> Result<()> {
     match path {
-        Some(path) if !path.is_dir() && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png")) => {
+        Some(path) if !is_folder(path) && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png")) => {
             let reason = "pictures are written as PNG; give a name that ends in .png";
             Err(Error::Request { flag, value: path.display().to_string(), reason: reason.into() })
         }
@@ -211,7 +383,7 @@ pub fn check_png(flag: &'static str, path: Option<&Path>) -> Result<()> {
 
 /// `a/b.png` as picture 2 of 12: `a/b-02.png`; of 1: as it is.
 pub fn numbered(path: &Path, index: usize, count: usize) -> PathBuf {
-    if count == 1 {
+    if count == 1 || is_stdout(path) {
         return path.to_path_buf();
     }
     let width = count.to_string().len();
@@ -223,9 +395,11 @@ pub fn numbered(path: &Path, index: usize, count: usize) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// A line on standard output; a closed pipe is not an error of ours.
-pub fn print_line(line: impl std::fmt::Display) {
-    let _ = writeln!(io::stdout(), "{line}");
+/// The name of a file that was written, on standard output, unless the file itself went there.
+pub fn print_name(path: &Path) {
+    if !is_stdout(path) {
+        print_line(path.display());
+    }
 }
 
 #[cfg(test)]
@@ -286,8 +460,13 @@ mod tests {
     #[test]
     fn unwritable_places() {
         let folder = tempfile::tempdir().unwrap();
-        let error = check_writable(&folder.path().join("no/such/a.png")).unwrap_err().to_string();
-        assert!(error.contains("does not exist"), "{error}");
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = check_writable(&file.join("a.png")).unwrap_err().to_string();
+        assert!(error.contains("cannot be made"), "{error}");
+        fs::remove_file(file).unwrap();
+        let error = check_writable(&folder.path().join(format!("{}.png", "x".repeat(300)))).unwrap_err().to_string();
+        assert!(error.contains("cannot be written"), "{error}");
         let error = check_writable(folder.path()).unwrap_err().to_string();
         assert!(error.contains("is a folder"), "{error}");
         check_writable(&folder.path().join("a.png")).unwrap();

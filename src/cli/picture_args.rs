@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use megafuse::pipeline::{Method, ModelSource, RelayClamp, Request, RngKind, Sampler, Size, Upsampler};
+use megafuse::pipeline::{METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, Size, SizeIds, without_effect};
 use megafuse::{DType, Device, Error, Result};
 
-use super::args::{named, upsampler_name, upsampler_parser};
+use super::args::named;
 use super::grid::{Axis, MethodAt};
 use super::manifest::Shard;
-use super::values::{self, DeviceChoice, Seeds, Stages};
+use super::method_options::{MethodChoice, MethodOptions};
+use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
 
 #[derive(Args)]
 #[command(after_long_help = GENERATE_EXAMPLES)]
@@ -28,8 +29,8 @@ pub struct GenerateArgs {
     ///
     /// Without it: megafuse-SEED.png in the current directory, or megafuse-SEED-2.png and so on where that exists.
     /// A file named here is replaced, and only once the new picture is complete. A directory gets the default name.
-    /// With --count N the names get -1 to -N before the ending.
-    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    /// With --count N the names get -1 to -N before the ending. A missing folder is made. - is standard output.
+    #[arg(long, value_name = "PATH", value_parser = values::path(), help_heading = "Output")]
     pub out: Option<PathBuf>,
 
     /// Write the run's intermediate tensors to a safetensors file
@@ -37,13 +38,13 @@ pub struct GenerateArgs {
     /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
     /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), latent, image. Replaced when it
     /// exists; with --count N the names get -1 to -N before the ending.
-    #[arg(long, value_name = "FILE", help_heading = "Output", conflicts_with = "manifest")]
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub dump: Option<PathBuf>,
 
     /// Write the run stage by stage to a labelled PNG: x0 at every relay, before and after the upsampler, and the picture
     ///
     /// Replaced when it exists; with --count N the names get -1 to -N before the ending.
-    #[arg(long, value_name = "FILE", help_heading = "Output", conflicts_with = "manifest")]
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub strip: Option<PathBuf>,
 
     /// Make a picture for every line of this file, into the folder --out
@@ -53,7 +54,7 @@ pub struct GenerateArgs {
     /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", each in place of the flag. A line without a seed gets --seed plus the
     /// line's number less 1, or with an id --seed plus the id's FNV-1a hash of 32 bits; so its picture depends on the
     /// line and the flags alone. A picture that comes out not finite is noted in failed.jsonl and the others go on.
-    #[arg(long, value_name = "FILE", requires = "out", help_heading = "Many pictures")]
+    #[arg(long, value_name = "FILE", value_parser = values::path(), requires = "out", help_heading = "Many pictures")]
     pub manifest: Option<PathBuf>,
 
     /// Make what is missing in the folder --out
@@ -139,7 +140,7 @@ pub struct GridArgs {
     pub prompts: Vec<String>,
 
     /// Prompts from a file as generate --manifest reads it, each with its own seed unless --seeds is given
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub manifest: Option<PathBuf>,
 
     /// Methods, separated by commas, each where wanted with a size of its own: plain@64x64
@@ -149,7 +150,7 @@ pub struct GridArgs {
           default_value = "plain,megafusion,megafusion++")]
     pub methods: Vec<MethodAt>,
 
-    /// Seeds: numbers and ranges, separated by commas; 0..3 is 0,1,2 (default: 0)
+    /// Seeds: numbers and ranges, separated by commas; 0..3 is 0,1,2; random draws one (default: 0)
     #[arg(long, value_name = "N,A..B,...", value_parser = values::seeds)]
     pub seeds: Option<Seeds>,
 
@@ -175,7 +176,7 @@ pub struct GridArgs {
     pub cell: Option<usize>,
 
     /// The PNG file to write, replaced when it exists (default: megafuse-grid.png, megafuse-grid-2.png and so on)
-    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    #[arg(long, value_name = "PATH", value_parser = values::path(), help_heading = "Output")]
     pub out: Option<PathBuf>,
 }
 
@@ -196,17 +197,11 @@ What all cells have in common stands above them; the PNG also carries every cell
 /// The method and the seeds of one request.
 #[derive(Args)]
 pub struct PictureArgs {
-    /// How the picture gets its size
-    ///
-    /// plain: every step at the final size. megafusion: the first steps at the model's own size, then relays to larger
-    /// ones (arXiv:2408.11001). megafusion++: with noise re-scheduling and dilated convolutions in the later stages.
-    /// Default: megafusion++; for the small model inside the program, which they bend out of shape, megafusion with one
-    /// relay and the last fiftieth of the steps after it.
-    #[arg(long, value_parser = named::<Method, 3>(Method::ALL.map(Method::name)))]
-    pub method: Option<Method>,
+    #[command(flatten)]
+    pub method: MethodChoice,
 
-    /// Seed of the first picture; picture i of --count uses seed + i
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    /// Seed of the first picture; picture i of --count uses seed + i; random (also -1) draws one
+    #[arg(long, value_name = "N", value_parser = values::seed, default_value = "0")]
     pub seed: u64,
 
     /// How many pictures
@@ -219,11 +214,12 @@ pub struct PictureArgs {
 pub struct RunArgs {
     /// Model directory in the layout of diffusers (default: the small model inside the program)
     ///
-    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights.
-    #[arg(long, value_name = "DIR")]
+    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights; or it is a
+    /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME).
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
-    /// What guidance steers away from (default: the empty prompt)
+    /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
 
@@ -240,7 +236,7 @@ pub struct RunArgs {
     pub guidance: Option<f32>,
 
     /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
-    #[arg(long, value_parser = named::<Sampler, 4>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
+    #[arg(long, value_parser = named::<Sampler>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
     pub scheduler: Option<Sampler>,
 
     /// DDIM's share of fresh noise per step, 0 to 1
@@ -251,58 +247,40 @@ pub struct RunArgs {
     #[arg(long, value_name = "WxH:STEPS,...", value_parser = values::stages, help_heading = "MegaFusion")]
     pub stages: Option<Stages>,
 
-    /// How a relay enlarges its picture (default: bicubic)
+    #[command(flatten)]
+    pub options: MethodOptions,
+
+    /// What the model is told of the original picture's size (default: the stage's size)
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>, help_heading = "SDXL")]
+    pub original_size: Option<Size>,
+
+    /// What the model is told of the crop: pixels cut off at the left and at the top (default: 0,0)
+    #[arg(long, value_name = "X,Y", value_parser = values::crop, help_heading = "SDXL")]
+    pub crop: Option<(usize, usize)>,
+
+    /// What the model is told of the target's size (default: the stage's size)
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>, help_heading = "SDXL")]
+    pub target_size: Option<Size>,
+
+    /// How many pictures are made at once, at most: a number, or auto
     ///
-    /// bilinear, bicubic: as PIL; bicubic-torch: as torch without antialias; bicubic-gaussian: then a 5x5 Gaussian;
-    /// bicubic-edge: then a 3x3 edge enhancement.
-    #[arg(long, value_name = "U", value_parser = upsampler_parser(),
-          help_heading = "MegaFusion")]
-    pub upsampler: Option<Upsampler>,
-
-    /// Where a relay clamps its picture to the valid range (default: both)
-    ///
-    /// none; decode: after the decoder; both: after the decoder and after the upsampler.
-    #[arg(long, value_name = "C", value_parser = named::<RelayClamp, 3>(RelayClamp::ALL.map(RelayClamp::name)),
-          help_heading = "MegaFusion")]
-    pub relay_clamp: Option<RelayClamp>,
-
-    /// Noise re-scheduling in stages 2 and later (default: true for megafusion++)
-    #[arg(long, value_name = "BOOL", help_heading = "MegaFusion")]
-    pub reschedule: Option<bool>,
-
-    /// Dilation of the UNet's middle block in stages 2 and later (default: 2 for megafusion++, else 1)
-    #[arg(long, value_name = "N", value_parser = values::dilation, help_heading = "MegaFusion")]
-    pub dilation: Option<usize>,
-
-    /// gamma of the re-scheduling (default: a stage's area over the first stage's)
-    #[arg(long, value_name = "X", value_parser = values::gamma, help_heading = "MegaFusion")]
-    pub gamma: Option<f64>,
-
-    /// How many steps less noisy a relay's noise is than the step that follows it (default: 0)
-    ///
-    /// -1: as noisy as the step before the relay, which is the level in the paper's text.
-    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "MegaFusion")]
-    pub relay_noise_offset: Option<i32>,
-
-    /// Do as the published code of MegaFusion does where it differs from the paper
-    ///
-    /// x0 from the updated latents, relay pictures through 8-bit RGB (without --relay-clamp), a posterior sample, the
-    /// dilation in every stage, the first schedule re-scheduled too; with ddim only.
-    #[arg(long, help_heading = "MegaFusion")]
-    pub reference_compat: bool,
+    /// A picture has the same bytes at every batch size. auto: one on the cpu; on a card as many as its memory holds, up
+    /// to 8.
+    #[arg(long, value_name = "N", value_parser = values::batch, default_value = "1", help_heading = "Machine")]
+    pub batch: Batch,
 
     /// Which generator draws the noise
     ///
     /// torch-cpu: the noise of torch.randn on a seeded CPU generator, bit for bit; torch-cuda: on a CUDA generator
     /// (Philox), to rounding.
-    #[arg(long, value_parser = named::<RngKind, 2>(["torch-cpu", "torch-cuda"]), value_name = "R",
+    #[arg(long, value_parser = named::<RngKind>(RngKind::NAMES.iter().copied()), value_name = "R",
           default_value = "torch-cpu", help_heading = "Machine")]
     pub rng: RngKind,
 
     /// Element type of weights and activations [default: f32, bf16 on a card]
     ///
     /// Statistics and sums are f32 always.
-    #[arg(long, value_parser = named::<DType, 3>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
     pub dtype: Option<DType>,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
@@ -319,13 +297,9 @@ impl PictureArgs {
             let reason = format!("with --count {} the last seed would exceed 2^64 - 1", self.count);
             return Err(conflict("--seed", self.seed, reason));
         }
-        let method = self.method(run);
-        run.check_effect(&[method])?;
-        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, ..run.request(method) })
-    }
-
-    pub fn method(&self, run: &RunArgs) -> Method {
-        self.method.unwrap_or(Request::suited_to(&run.source()).method)
+        let spec = self.method.0.unwrap_or_else(|| Request::suited_to(&run.source()).method.spec());
+        run.check_effect(&[spec])?;
+        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, ..run.request(spec)? })
     }
 }
 
@@ -340,88 +314,75 @@ impl RunArgs {
         values::source(self.model.as_deref())
     }
 
-    /// These flags as a request without a prompt, for seed 0.
-    pub fn request(&self, method: Method) -> Request {
-        Request {
+    /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: an option's value does not fit.
+    pub fn request(&self, spec: &'static MethodSpec) -> Result<Request> {
+        Ok(Request {
             prompt: String::new(),
-            negative_prompt: self.negative.clone().unwrap_or_default(),
-            method,
+            negative_prompt: self.negative.clone(),
+            method: self.options.of(spec)?,
             size: self.size,
             stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
-            upsampler: self.upsampler.unwrap_or_default(),
-            relay_clamp: self.relay_clamp.unwrap_or_default(),
-            reschedule: self.reschedule,
-            dilation: self.dilation,
-            gamma: self.gamma,
-            relay_noise_offset: self.relay_noise_offset.unwrap_or(0),
-            reference_compat: self.reference_compat,
             scheduler: self.scheduler,
             eta: self.eta,
             steps: self.steps,
             guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),
+            size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,
+            batch: 1,
             rng: self.rng,
-        }
+        })
     }
 
     /// A flag that would change nothing is a misunderstanding; better said before an hour of computing than after.
     ///
     /// # Errors
     /// [`Error::Request`]: the flag has no effect with any of these methods.
-    pub fn check_effect(&self, methods: &[Method]) -> Result<()> {
+    pub fn check_effect(&self, methods: &[&'static MethodSpec]) -> Result<()> {
         if self.eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
             return Err(conflict("--eta", self.eta, "only --scheduler ddim has an eta"));
         }
-        if methods.iter().any(|&method| method != Method::Plain) {
-            return Ok(());
+        let guidance = self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance);
+        if let Some(negative) = self.negative.as_ref().filter(|negative| !negative.is_empty() && guidance <= 1.0) {
+            let reason = format!("has no effect with --guidance {guidance}; up to 1 there is no guidance");
+            return Err(conflict("--negative", format!("{negative:?}"), reason));
         }
-        let relay_only = |flag, value: String| {
-            Err(conflict(flag, value, "has no effect with --method plain, which has no relay; choose megafusion"))
-        };
-        match self {
-            RunArgs { stages: Some(stages), .. } if stages.0.len() > 1 => {
-                let reason = "--method plain has one stage; choose megafusion or megafusion++";
-                Err(conflict("--stages", stages, reason))
-            }
-            RunArgs { upsampler: Some(upsampler), .. } => relay_only("--upsampler", upsampler_name(*upsampler).into()),
-            RunArgs { relay_clamp: Some(clamp), .. } => relay_only("--relay-clamp", clamp.to_string()),
-            RunArgs { reschedule: Some(true), .. } => relay_only("--reschedule", "true".into()),
-            RunArgs { dilation: Some(dilation @ 2..), .. } => relay_only("--dilation", dilation.to_string()),
-            RunArgs { gamma: Some(gamma), .. } => relay_only("--gamma", gamma.to_string()),
-            RunArgs { relay_noise_offset: Some(offset), .. } if *offset != 0 => {
-                relay_only("--relay-noise-offset", offset.to_string())
-            }
-            _ => Ok(()),
+        if let Some(stages) = self.stages.as_ref().filter(|stages| stages.0.len() > 1)
+            && !methods.iter().any(|spec| spec.relays)
+        {
+            let relaying: Vec<&str> = METHODS.iter().filter(|spec| spec.relays).map(|spec| spec.name).collect();
+            let reason = format!("--method {} has one stage; choose {}", methods[0], relaying.join(" or "));
+            return Err(conflict("--stages", stages, reason));
+        }
+        let unused = |name: &&String| methods.iter().all(|spec| spec.option(name).is_none());
+        match self.options.given.keys().find(unused) {
+            Some(name) => Err(without_effect(name, &self.options.given[name], methods)),
+            None => Ok(()),
         }
     }
 }
 
-/// `request` by `method`, beside other methods: `plain` makes all steps of the stages at the last one's size and has no
-/// use for the options of a relay.
-pub fn by_method(request: &Request, method: Method) -> Request {
-    let request = Request { method, ..request.clone() };
-    if method != Method::Plain {
-        return request;
+/// `request` by the method `spec`, beside other methods: it keeps the options that it has, and a method with one stage
+/// makes all steps of the others' stages at the last one's size.
+///
+/// # Errors
+/// [`Error::Request`]: an option's value does not fit.
+pub fn by_method(request: &Request, spec: &'static MethodSpec) -> Result<Request> {
+    let request = Request { method: request.method.replaced_by(spec)?, ..request.clone() };
+    if spec.relays || request.stages.is_empty() {
+        return Ok(request);
     }
     let steps = request.stages.iter().map(|stage| stage.steps).sum();
-    let (size, steps) = match request.stages.last() {
-        Some(last) => (Some(request.size.unwrap_or(last.size)), Some(request.steps.unwrap_or(steps))),
-        None => (request.size, request.steps),
-    };
-    Request {
-        size,
-        steps,
+    let last = request.stages.last().map(|last| last.size);
+    Ok(Request {
+        size: request.size.or(last),
+        steps: Some(request.steps.unwrap_or(steps)),
         stages: Vec::new(),
-        upsampler: Upsampler::default(),
-        relay_clamp: RelayClamp::default(),
-        reschedule: None,
-        dilation: None,
-        gamma: None,
-        relay_noise_offset: 0,
-        reference_compat: false,
         ..request
-    }
+    })
 }
 
 pub fn conflict(flag: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {

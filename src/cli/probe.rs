@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use megafuse::models::{Unet, UnetOptions, Vae};
+use megafuse::models::{
+    AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, TextEmbeddings, Unet, UnetOptions, Vae,
+};
 use megafuse::ops::StepIndex;
 use megafuse::pipeline::ModelFiles;
 use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
+use super::console::say;
 use super::safetensors_file::{self, Array, Inputs, Values};
 use super::{output, values};
 
@@ -33,7 +36,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         Module::VaeDecode => vae_decode(&files.vae(&device, args.dtype)?, &input("vae-decode")?)?,
     };
     safetensors_file::write(&args.out, &arrays)?;
-    output::print_line(args.out.display());
+    output::print_name(&args.out);
     Ok(())
 }
 
@@ -60,26 +63,59 @@ fn missing(flag: &'static str, reason: String) -> Error {
     Error::Request { flag, value: "is missing".into(), reason }
 }
 
-/// `prompt_embeds` is what the UNet of the SD 1.x/2.x family reads: the last hidden state.
+/// One encoder: `input_ids`, `last_hidden_state`, `penultimate`, `pooled`, and `prompt_embeds`, which is what the UNet of the
+/// SD 1.x/2.x family reads, the last hidden state. Two (SDXL): the same of each as `clip1.*` and `clip2.*`, `prompt_embeds`, both
+/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection.
 fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Result<Arrays> {
-    let config = files.text_config()?;
-    let tokens = files.tokenizer()?.fitted(config.vocab_size, config.max_position_embeddings)?.encode(prompt)?;
-    if let Some(rest) = &tokens.truncated {
-        eprintln!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
+    if !files.has_part("text_encoder_2") {
+        let mut arrays = Arrays::new();
+        let (last, _) = encode(files, ["tokenizer", "text_encoder"], prompt, device, dtype, "", &mut arrays)?;
+        arrays.insert("prompt_embeds".into(), Array::f32(last.hidden.shape(), last.hidden.to_f32_vec()?));
+        return Ok(arrays);
     }
-    let embeddings = files.text_encoder(device, dtype)?.forward(std::slice::from_ref(&tokens.ids))?;
-    let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();
     let mut arrays = Arrays::new();
-    arrays.insert("input_ids".into(), Array { shape: vec![1, ids.len()], values: Values::I64(ids) });
-    for (name, tensor) in [
-        ("last_hidden_state", &embeddings.last_hidden_state),
-        ("penultimate", &embeddings.penultimate),
-        ("pooled", &embeddings.pooled),
-        ("prompt_embeds", &embeddings.last_hidden_state),
-    ] {
-        arrays.insert(name.into(), Array::f32(tensor.shape(), tensor.to_f32_vec()?));
+    let mut part = |folders, prefix| encode(files, folders, prompt, device, dtype, prefix, &mut arrays);
+    let (_, first) = part(["tokenizer", "text_encoder"], "clip1.")?;
+    let (last, second) = part(["tokenizer_2", "text_encoder_2"], "clip2.")?;
+    let embeds = Tensor::concat_channels(&first, &second)?;
+    arrays.insert("prompt_embeds".into(), Array::f32(embeds.shape(), embeds.to_f32_vec()?));
+    if let Some(projected) = &last.projected {
+        arrays.insert("pooled_prompt_embeds".into(), Array::f32(projected.shape(), projected.to_f32_vec()?));
     }
     Ok(arrays)
+}
+
+/// The last hidden state with its pooled outputs, and the penultimate one, of one encoder; what is written of it gets `prefix`.
+fn encode(
+    files: &ModelFiles,
+    [tokenizer, encoder]: [&'static str; 2],
+    prompt: &str,
+    device: &Device,
+    dtype: DType,
+    prefix: &str,
+    arrays: &mut Arrays,
+) -> Result<(TextEmbeddings, Tensor)> {
+    let config = files.clip_config(encoder)?;
+    let tokenizer = files.tokenizer(tokenizer)?.fitted(config.vocab_size, config.max_position_embeddings)?;
+    let tokens = tokenizer.encode(prompt)?;
+    if let Some(rest) = &tokens.truncated {
+        say!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
+    }
+    let (encoder, rows) = (files.clip(encoder, device, dtype)?.0, std::slice::from_ref(&tokens.ids));
+    let last = encoder.forward(rows, ClipOutput::LAST.with_pooled())?;
+    let penultimate = encoder.forward(rows, ClipOutput::PENULTIMATE)?.hidden;
+    let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();
+    arrays.insert(format!("{prefix}input_ids"), Array { shape: vec![1, ids.len()], values: Values::I64(ids) });
+    for (name, tensor) in [
+        ("last_hidden_state", Some(&last.hidden)),
+        ("penultimate", Some(&penultimate)),
+        ("pooled", last.pooled.as_ref()),
+    ] {
+        if let Some(tensor) = tensor {
+            arrays.insert(format!("{prefix}{name}"), Array::f32(tensor.shape(), tensor.to_f32_vec()?));
+        }
+    }
+    Ok((last, penultimate))
 }
 
 fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dtype: DType) -> Result<Arrays> {
@@ -103,8 +139,27 @@ fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dty
 
     let x = from_nchw(device, dtype, sample_shape, &sample)?;
     let text = Tensor::from_f32(device, &[n, length, width], dtype, &text)?;
-    let conditioning = unet.condition(&text, &timesteps[..1])?;
-    let out = unet.forward(&x, &StepIndex::new(device, 0)?, &conditioning, options)?;
+    let added = match unet.config().added {
+        None => None,
+        Some(config) => {
+            let wanted = format!("[{n}, {}] (or [1, {0}], used for every sample)", config.pooled_dim);
+            let (pooled_shape, pooled) = input.get_shaped::<2>("pooled_prompt_embeds", &wanted)?;
+            if pooled_shape[1] != config.pooled_dim || ![1, n].contains(&pooled_shape[0]) {
+                return Err(input.mismatch("pooled_prompt_embeds", &pooled_shape, &wanted));
+            }
+            let pooled = if pooled_shape[0] == n { pooled } else { pooled.repeat(n) };
+            let wanted = format!("[{n}, {TIME_IDS}] (or [1, {TIME_IDS}], used for every sample)");
+            let (ids_shape, ids) = input.get_shaped::<2>("time_ids", &wanted)?;
+            if ids_shape[1] != TIME_IDS || ![1, n].contains(&ids_shape[0]) {
+                return Err(input.mismatch("time_ids", &ids_shape, &wanted));
+            }
+            let ids: Vec<[f32; TIME_IDS]> = ids.as_chunks().0.to_vec();
+            Some((Tensor::from_f32(device, &[n, config.pooled_dim], dtype, &pooled)?, ids))
+        }
+    };
+    let added = added.as_ref().map(|(pooled, time_ids)| AddedConditioning { pooled, time_ids });
+    let conditioning = unet.condition(TextConditioning { text: &text, added, guidance: None }, &timesteps[..1])?;
+    let out = unet.forward(&x, &StepIndex::one(device, 0)?, &conditioning, options)?;
     Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
 }
 

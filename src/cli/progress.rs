@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use megafuse::Result;
 use megafuse::pipeline::{Event, Observer, StepProgress};
 
+use super::console::say;
 use super::safetensors_file::Array;
 
 /// Which intermediate tensors a run's files need.
@@ -28,8 +29,8 @@ pub struct Progress {
     stage_begin: Instant,
     last_line: Instant,
     keep: Keep,
-    /// The intermediate tensors by name, those that are wanted.
-    pub tensors: BTreeMap<String, Array>,
+    /// The intermediate tensors of each picture by name, those that are wanted.
+    pub tensors: Vec<BTreeMap<String, Array>>,
 }
 
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -43,15 +44,15 @@ impl Progress {
             stage_begin: Instant::now(),
             last_line: Instant::now(),
             keep,
-            tensors: BTreeMap::new(),
+            tensors: Vec::new(),
         }
     }
 
     /// One line above whatever is being drawn.
     pub fn line(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| say!("{text}")),
+            None => say!("{text}"),
         }
     }
 
@@ -69,7 +70,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             self.bar = Some(bar);
         } else {
-            eprintln!("{}: {steps} steps", self.stage);
+            say!("{}: {steps} steps", self.stage);
         }
     }
 
@@ -80,11 +81,11 @@ impl Progress {
             bar.set_message(format!("{rate:.*} steps/s", if rate < 1.0 { 3 } else { 2 }));
             bar.set_position(at.step as u64);
         } else if at.step == at.stage_steps {
-            eprintln!("{}: {} steps in {}, {}", self.stage, at.step, seconds_text(seconds), rate_text(rate));
+            say!("{}: {} steps in {}, {}", self.stage, at.step, seconds_text(seconds), rate_text(rate));
         } else if self.last_line.elapsed() >= LINE_INTERVAL {
             self.last_line = Instant::now();
             let left = seconds_text((at.stage_steps - at.step) as f64 / rate);
-            eprintln!("{}: {}/{} steps, {}, ETA {left}", self.stage, at.step, at.stage_steps, rate_text(rate));
+            say!("{}: {}/{} steps, {}, ETA {left}", self.stage, at.step, at.stage_steps, rate_text(rate));
         }
     }
 
@@ -116,10 +117,13 @@ impl Observer for Progress {
         self.keep != Keep::Nothing
     }
 
-    fn tensor(&mut self, _index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
+    fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
         let picture = name.ends_with(".decoded") || name.ends_with(".upsampled");
         if self.keep == Keep::All || self.keep == Keep::Pictures && picture {
-            self.tensors.insert(name.to_string(), Array::f32(shape, values));
+            if self.tensors.len() <= index {
+                self.tensors.resize_with(index + 1, BTreeMap::new);
+            }
+            self.tensors[index].insert(name.to_string(), Array::f32(shape, values));
         }
         Ok(())
     }
@@ -160,7 +164,7 @@ impl PicturesProgress {
             bar
         });
         if bar.is_none() {
-            eprintln!("{count} pictures");
+            say!("{count} pictures");
         }
         let now = Instant::now();
         let (done, cost_done, name, warnings) = (0, 0, String::new(), 0);
@@ -183,7 +187,7 @@ impl PicturesProgress {
             bar.set_prefix(format!("{}, ETA {}", self.rate_text(), seconds_text(left)));
         } else if self.last_line.elapsed() >= LINE_INTERVAL && self.done < self.count {
             self.last_line = Instant::now();
-            eprintln!("{}/{} pictures, {}, ETA {}", self.done, self.count, self.rate_text(), seconds_text(left));
+            say!("{}/{} pictures, {}, ETA {}", self.done, self.count, self.rate_text(), seconds_text(left));
         }
     }
 
@@ -200,7 +204,7 @@ impl PicturesProgress {
 
     /// One line above whatever is being drawn.
     pub fn line(&self, text: &str) {
-        self.suspend(|| eprintln!("{text}"));
+        self.suspend(|| say!("{text}"));
     }
 
     /// Prints without the bar in the way.
@@ -217,7 +221,7 @@ impl PicturesProgress {
             bar.abandon();
         }
         if self.warnings > MOST_WARNINGS {
-            eprintln!("{} further warnings of this kind", self.warnings - MOST_WARNINGS);
+            say!("{} further warnings of this kind", self.warnings - MOST_WARNINGS);
             self.warnings = 0;
         }
     }

@@ -18,7 +18,7 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
     let y = resize(&x, [args.size.height, args.size.width], args.upsampler, Some((-1.0, 1.0)), None)?;
     let pixels = to_bytes(&y.to_f32_vec()?)?;
     output::replace(&args.output, &encode_png(&pixels, args.size.width, args.size.height, PngText::default())?)?;
-    output::print_line(args.output.display());
+    output::print_name(&args.output);
     Ok(())
 }
 

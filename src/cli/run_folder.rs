@@ -39,7 +39,7 @@ impl RunFolder {
     pub fn inspect(path: &Path, description: Value, resume: bool) -> Result<RunFolder> {
         let mut folder = RunFolder { path: path.to_path_buf(), description, pictures: HashSet::new() };
         if fs::symlink_metadata(path).is_err() {
-            output::check_writable(path)?;
+            output::check_folder(path)?;
             return Ok(folder);
         }
         if !path.is_dir() {

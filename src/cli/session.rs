@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use megafuse::pipeline::{Method, ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
+use megafuse::pipeline::{ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
 use megafuse::{DType, Device, Error, Result};
 
+use super::console::say;
 use super::memory::{available_bytes, bytes_text};
 use super::picture_args::RunArgs;
 use super::progress::seconds_text;
-use super::values;
+use super::values::{self, Batch};
 
 /// A model that has not been loaded yet, where it will run, and what its requests would cost.
 pub struct Session {
@@ -28,6 +29,16 @@ impl Session {
         let device = run.device.open()?;
         let (source, dtype) = (run.source(), run.dtype_on(&device));
         let planner = Planner::new(&source, dtype)?;
+        let scheduler = planner.pipeline().scheduler();
+        if let (None, false, Some(class)) =
+            (run.scheduler, run.options.given.contains_key("reference_compat"), scheduler.class_without_sampler())
+        {
+            let sampler = scheduler.sampler();
+            say!(
+                "the model's scheduler is {class}, for which there is no sampler here; {sampler} runs instead \
+                 (--scheduler chooses another)"
+            );
+        }
         Ok(Session { source, device, dtype, planner })
     }
 
@@ -43,6 +54,27 @@ impl Session {
         Ok(plan)
     }
 
+    /// How many of `count` pictures like `request`'s are made at once.
+    ///
+    /// # Errors
+    /// As [`Planner::plan`].
+    pub fn batch(&self, asked: Batch, request: &Request, count: usize) -> Result<usize> {
+        let most = count.clamp(1, AUTO_BATCH);
+        let card = match (asked, &self.device) {
+            (Batch::Of(batch), _) => return Ok(batch.min(count.max(1))),
+            (Batch::Auto, Device::Cuda(card)) => card,
+            (Batch::Auto, _) => return Ok(1),
+        };
+        let free = card.memory()?.free_bytes;
+        for batch in (2..=most).rev() {
+            let request = Request { count: batch, batch, ..request.clone() };
+            if self.planner.plan(&request)?.peak_bytes <= free {
+                return Ok(batch);
+            }
+        }
+        Ok(1)
+    }
+
     /// Reads the weights and says so.
     ///
     /// # Errors
@@ -54,10 +86,10 @@ impl Session {
         let pipeline = Pipeline::load(self.source.clone(), device.clone(), *dtype)?;
         let loading = seconds_text(begin.elapsed().as_secs_f64());
         match device {
-            Device::Cuda(card) => eprintln!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
+            Device::Cuda(card) => say!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
             _ => {
                 let threads = rayon::current_num_threads();
-                eprintln!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
+                say!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
             }
         }
         Ok(pipeline)
@@ -66,6 +98,34 @@ impl Session {
     pub fn source(&self) -> &ModelSource {
         &self.source
     }
+}
+
+/// Pictures that `--batch auto` makes at once, at most: beyond it a card has little left to gain.
+const AUTO_BATCH: usize = 8;
+
+/// The requests by index, in groups of at most `most` that can be made in one batch; in the order of their first ones.
+pub fn batches(requests: &[&Request], most: usize) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    // Groups with room, one of a kind.
+    let mut open: Vec<usize> = Vec::new();
+    for (index, request) in requests.iter().enumerate() {
+        match open.iter().position(|&group| request.fits_into_batch_of(requests[groups[group][0]])) {
+            Some(at) => {
+                let group = open[at];
+                groups[group].push(index);
+                if groups[group].len() >= most {
+                    open.remove(at);
+                }
+            }
+            None => {
+                groups.push(vec![index]);
+                if most > 1 {
+                    open.push(groups.len() - 1);
+                }
+            }
+        }
+    }
+    groups
 }
 
 /// What many requests cost, worked out once for those of the same stages.
@@ -79,7 +139,7 @@ pub struct Costs {
 /// What of a request decides its cost, beside the flags that all have in common.
 #[derive(PartialEq, Eq, Hash)]
 struct Asked {
-    method: Method,
+    method: String,
     size: Option<Size>,
     stages: Vec<Stage>,
     steps: Option<usize>,
@@ -93,12 +153,13 @@ impl Costs {
     /// As [`Session::check`].
     pub fn of(&mut self, session: &Session, request: &Request) -> Result<u64> {
         let guided = request.guidance > 1.0;
-        let Request { method, size, steps, .. } = *request;
+        let Request { size, steps, .. } = *request;
+        let method = format!("{} {:?}", request.method, request.method.options());
         let asked = Asked { method, size, stages: request.stages.clone(), steps, guided };
         if let Some(&cost) = self.asked.get(&asked) {
             return Ok(cost);
         }
-        let planned = (session.planner.pipeline().resolve(request)?.stages, guided);
+        let planned = (session.planner.pipeline().resolve(request)?.stages().to_vec(), guided);
         let cost = match self.planned.get(&planned) {
             Some(&cost) => cost,
             None => session.check(request)?.total.macs,
@@ -135,6 +196,20 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+
+    #[test]
+    fn batches_hold_requests_that_differ_in_words_and_seed_alone() {
+        let of = |prompt: &str, seed: u64, steps: usize| Request {
+            prompt: prompt.into(),
+            seed,
+            steps: Some(steps),
+            ..Request::default()
+        };
+        let requests = [of("a", 0, 5), of("b", 1, 5), of("a", 0, 6), of("c", 2, 5), of("d", 3, 6), of("e", 4, 5)];
+        let requests: Vec<&Request> = requests.iter().collect();
+        assert_eq!(batches(&requests, 3), [vec![0, 1, 3], vec![2, 4], vec![5]]);
+        assert_eq!(batches(&requests, 1), [[0], [1], [2], [3], [4], [5]]);
+    }
 
     #[test]
     fn a_run_beyond_the_memory_is_refused_with_figures_and_a_size_that_fits() {

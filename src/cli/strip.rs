@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use megafuse::image::{PngText, encode_png, to_bytes};
-use megafuse::pipeline::{Picture, Stage, Upsampler};
+use megafuse::pipeline::{Picture, Stage};
 use megafuse::{Error, Result};
 
-use super::args::upsampler_name;
 use super::canvas::Canvas;
 use super::safetensors_file::{Array, Values};
 use super::sheet::{Sheet, common_cell, scaled};
@@ -19,12 +18,7 @@ const WIDEST: usize = 30_000;
 ///
 /// # Errors
 /// [`Error::Config`]: a tensor is missing; [`Error::NonFinite`].
-pub fn png(
-    picture: &Picture,
-    tensors: &BTreeMap<String, Array>,
-    stages: &[Stage],
-    upsampler: Upsampler,
-) -> Result<Vec<u8>> {
+pub fn png(picture: &Picture, tensors: &BTreeMap<String, Array>, stages: &[Stage], upsampler: &str) -> Result<Vec<u8>> {
     let all: usize = stages.iter().map(|stage| stage.steps).sum();
     let (mut columns, mut pictures, mut done) = (Vec::new(), Vec::new(), 0);
     for (index, stage) in stages.iter().enumerate() {
@@ -38,7 +32,7 @@ pub fn png(
         pictures.push(canvas(tensors, &format!("relay{relay}.decoded"))?);
         columns.push(of_stage("x0 at step"));
         pictures.push(canvas(tensors, &format!("relay{relay}.upsampled"))?);
-        columns.push(vec![format!("relay {relay} {}", next.size), upsampler_name(upsampler).to_string()]);
+        columns.push(vec![format!("relay {relay} {}", next.size), upsampler.to_string()]);
     }
     pictures.push(Canvas { width: picture.width, height: picture.height, rgb: picture.rgb.clone() });
 

@@ -1,10 +1,13 @@
 //! The values of flags: each parser says what is accepted; clap puts the flag and the value in front.
 
 use std::fmt;
-use std::path::Path;
+use std::hash::{BuildHasher, Hasher};
+use std::path::{MAIN_SEPARATOR, Path, PathBuf};
 use std::str::FromStr;
 
-use megafuse::pipeline::{ModelSource, Stage};
+use clap::builder::{PathBufValueParser, TypedValueParser};
+
+use megafuse::pipeline::{MethodSpec, ModelSource, Stage};
 use megafuse::runtime::CudaOptions;
 use megafuse::{Device, Error};
 
@@ -16,10 +19,51 @@ pub fn library<T: FromStr<Err = Error>>(text: &str) -> Result<T, String> {
     text.parse().map_err(reason)
 }
 
+/// `--method`, and a line's.
+pub fn method(name: &str) -> Result<&'static MethodSpec, String> {
+    MethodSpec::find(name).map_err(reason)
+}
+
 fn reason(error: Error) -> String {
     match error {
         Error::Request { reason, .. } => reason,
+        Error::Argument { want, .. } => format!("expected {want}"),
         other => other.to_string(),
+    }
+}
+
+/// A path; `~` at its beginning is the home folder also where the shell leaves it as it is, as in `--model=~/models`.
+pub fn path() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().map(|path| at_home(path, std::env::home_dir()))
+}
+
+/// `./~/x` is not taken for one at home.
+fn at_home(path: PathBuf, home: Option<PathBuf>) -> PathBuf {
+    match (path.strip_prefix("~"), home) {
+        (Ok(rest), Some(home)) if rest.as_os_str().is_empty() => home,
+        (Ok(rest), Some(home)) => {
+            let mut place = home.join(rest).into_os_string();
+            // A separator at the end says that a folder is meant.
+            if path.as_os_str().as_encoded_bytes().last().is_some_and(|&byte| std::path::is_separator(byte.into())) {
+                place.push(MAIN_SEPARATOR.to_string());
+            }
+            place.into()
+        }
+        _ => path,
+    }
+}
+
+/// A seed, or `-1` or `random` for one that nobody chose: of 32 bits, as torch's CPU generator uses no more.
+pub fn seed(text: &str) -> Result<u64, String> {
+    match text {
+        "-1" | "random" => {
+            // The standard library's keys come from the system's source of randomness.
+            let drawn = std::collections::hash_map::RandomState::new().build_hasher().finish();
+            Ok(drawn & u64::from(u32::MAX))
+        }
+        _ => text.parse().map_err(|_| {
+            format!("expected a whole number from 0 to {}, or random (also -1) for one that is drawn", u64::MAX)
+        }),
     }
 }
 
@@ -87,14 +131,6 @@ pub fn guidance(text: &str) -> Result<f32, String> {
     }
 }
 
-/// The area's share in the re-scheduling: positive.
-pub fn gamma(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(gamma) if gamma > 0.0 && gamma <= 1e6 => Ok(gamma),
-        _ => Err("expected a number above 0; 4 is that of twice the side length, 1 changes nothing".into()),
-    }
-}
-
 /// DDIM's eta.
 pub fn eta(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -119,6 +155,32 @@ pub fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// `X,Y`: pixels from the left and from the top.
+pub fn crop(text: &str) -> Result<(usize, usize), String> {
+    let side = |text: &str| text.trim().parse::<usize>().ok().filter(|&side| side <= MOST_CROPPED);
+    let parsed = text.split_once(',').and_then(|(x, y)| Some((side(x)?, side(y)?)));
+    parsed.ok_or_else(|| format!("expected X,Y, pixels from the left and from the top, each 0 to {MOST_CROPPED}"))
+}
+
+/// The largest side of a picture.
+const MOST_CROPPED: usize = 1 << 14;
+
+/// `--batch`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    Auto,
+    Of(usize),
+}
+
+/// A number of pictures, or auto.
+pub fn batch(text: &str) -> Result<Batch, String> {
+    match text.parse::<usize>() {
+        _ if text == "auto" => Ok(Batch::Auto),
+        Ok(count) if (1..=256).contains(&count) => Ok(Batch::Of(count)),
+        _ => Err("expected auto, or a number of pictures from 1 to 256".into()),
+    }
+}
+
 /// All of `--seeds`, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seeds(pub Vec<u64>);
@@ -128,12 +190,16 @@ const MOST_SEEDS: u64 = 10_000;
 
 /// `7`, `0..3` (0, 1, 2), `0..=3` (0, 1, 2, 3), or several of these separated by commas.
 pub fn seeds(text: &str) -> Result<Seeds, String> {
-    const WANTED: &str = "expected numbers and ranges separated by commas, like 0..3 (which is 0,1,2) or 5,7,9";
+    const WANTED: &str =
+        "expected numbers and ranges separated by commas, like 0..3 (which is 0,1,2) or 5,7,9; random draws one";
     let number = |text: &str| text.parse::<u64>().map_err(|_| WANTED.to_string());
     let mut list = Vec::new();
     for part in text.split(',') {
         let (first, last) = match part.split_once("..") {
-            None => (number(part)?, number(part)?),
+            None => {
+                let seed = seed(part).map_err(|_| WANTED.to_string())?;
+                (seed, seed)
+            }
             Some((first, last)) => match last.strip_prefix('=') {
                 Some(last) => (number(first)?, number(last)?),
                 None => (number(first)?, number(last)?.checked_sub(1).ok_or(format!("{part} is empty; {WANTED}"))?),
@@ -232,6 +298,17 @@ mod tests {
     }
 
     #[test]
+    fn homes() {
+        let home = || Some(PathBuf::from("/home/x"));
+        for (text, want) in
+            [("~", "/home/x"), ("~/a", "/home/x/a"), ("~/a/", "/home/x/a/"), ("~a", "~a"), ("./~/a", "./~/a")]
+        {
+            assert_eq!(at_home(text.into(), home()).as_os_str(), want, "{text}");
+        }
+        assert_eq!(at_home("~/a".into(), None), Path::new("~/a"));
+    }
+
+    #[test]
     fn stage_lists() {
         let list = stages("512x512:40,768x768:5,1024x1024:5").unwrap();
         assert_eq!(list.total_steps(), 50);
@@ -257,7 +334,10 @@ mod tests {
         assert_eq!(seeds("0..3"), Ok(Seeds(vec![0, 1, 2])));
         assert_eq!(seeds("0..=2,9"), Ok(Seeds(vec![0, 1, 2, 9])));
         assert_eq!(seeds("18446744073709551615"), Ok(Seeds(vec![u64::MAX])));
-        for text in ["", "3..3", "3..2", "0..0", "5..=4", "..", "0..", "a", "1,", "-1", "0...3", "1e3"] {
+        assert_ne!(seeds("random,-1").map(|seeds| seeds.0[0]), seeds("random,-1").map(|seeds| seeds.0[0]));
+        for text in
+            ["", "3..3", "3..2", "0..0", "5..=4", "..", "0..", "a", "1,", "-2", "0..random", "-1..3", "0...3", "1e3"]
+        {
             assert!(seeds(text).is_err(), "{text}");
         }
         for text in ["0..18446744073709551615", "0..=18446744073709551615", "0..10001", "0..10000,0..9999,1"] {

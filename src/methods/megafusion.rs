@@ -15,32 +15,46 @@
 //! Draws, in order: the first stage's noise; then per step, where the sampler draws, one; per relay one (with
 //! `reference_compat` two: the posterior's, then the relay's).
 
+use serde::{Deserialize, Serialize};
+
+use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
-use super::{DiffusionModel, Event, Method, NoiseSource, RelayClamp, Stage, StepProgress, Watch, check_size};
+use super::{Event, Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, relay_stages};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::{self, SampleState, StepCoefficients, StepRow, StepTable, Upsampler};
-use crate::runtime::{DType, Repeated, Tensor};
+use crate::ops::{self, StepCoefficients, Upsampler};
+use crate::runtime::Tensor;
 use crate::schedulers::{Sampler, Scheduler};
 
-/// A run, fully decided.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    pub method: Method,
-    /// At least one; one for [`Method::Plain`].
-    pub stages: Vec<Stage>,
-    /// The base schedule, with as many steps as the stages together.
-    pub scheduler: Scheduler,
-    /// Classifier-free guidance scale; `None`: the model has no unconditional row.
-    pub guidance: Option<f32>,
+pub static MEGAFUSION: MethodSpec = MethodSpec {
+    name: "megafusion",
+    summary: "the first steps at the model's own size, then relays to larger ones (arXiv:2408.11001)",
+    relays: true,
+    options: OPTIONS,
+    parse: |given| from_options(MegaFusion::default(), given),
+};
+
+pub static MEGAFUSION_PLUS: MethodSpec = MethodSpec {
+    name: "megafusion++",
+    summary: "the same, with noise re-scheduling and dilated convolutions in the later stages",
+    relays: true,
+    options: OPTIONS,
+    parse: |given| from_options(MegaFusion::plus(), given),
+};
+
+/// Truncate and relay: Wu et al., WACV 2025, arXiv:2408.11001, sec. 3.2; with [`plus`](MegaFusion::plus) sec. 3.3.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MegaFusion {
     pub upsampler: Upsampler,
     pub relay_clamp: RelayClamp,
     /// Re-schedule stages 2 and later.
     pub reschedule: bool,
-    /// Dilation of the middle block in stages 2 and later.
-    pub dilation: usize,
-    /// gamma of the re-scheduled stages; `None`: each one's area over the first stage's.
+    /// gamma of the re-scheduled stages; `None`: each one's area over the first stage's (figure 8 of the paper varies it).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gamma: Option<f64>,
+    /// Dilation of the middle block in stages 2 and later; 1: none.
+    pub dilation: usize,
     /// The relay noises to the level of the timestep this many steps after the next one; -1 is the level of the step just
     /// done, which the paper's text has (equation 4), and which the next step does not expect.
     pub relay_noise_offset: i32,
@@ -55,30 +69,212 @@ pub struct Plan {
     pub reference_compat: bool,
 }
 
+const HEADING: &str = "MegaFusion";
+
+/// In the order of the struct's fields.
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "upsampler",
+        flag: "--upsampler",
+        heading: HEADING,
+        value_name: "U",
+        help: "How a relay enlarges its picture (default: bicubic)\n\n\
+               bilinear, bicubic: as PIL; bicubic-torch: as torch without antialias; bicubic-gaussian: then a 5x5 \
+               Gaussian; bicubic-edge: then a 3x3 edge enhancement.",
+        kind: OptionKind::Choice(Upsampler::NAMES),
+    },
+    OptionSpec {
+        name: "relay_clamp",
+        flag: "--relay-clamp",
+        heading: HEADING,
+        value_name: "C",
+        help: "Where a relay clamps its picture to the valid range (default: both)\n\n\
+               none; decode: after the decoder; both: after the decoder and after the upsampler.",
+        kind: OptionKind::Choice(RelayClamp::NAMES),
+    },
+    OptionSpec {
+        name: "reschedule",
+        flag: "--reschedule",
+        heading: HEADING,
+        value_name: "BOOL",
+        help: "Noise re-scheduling in stages 2 and later (default: true for megafusion++)",
+        kind: OptionKind::Bool,
+    },
+    OptionSpec {
+        name: "gamma",
+        flag: "--gamma",
+        heading: HEADING,
+        value_name: "X",
+        help: "gamma of the re-scheduling (default: a stage's area over the first stage's)",
+        kind: OptionKind::Number {
+            above: 0.0,
+            most: 1e6,
+            expected: "expected a number above 0; 4 is that of twice the side length, 1 changes nothing",
+        },
+    },
+    OptionSpec {
+        name: "dilation",
+        flag: "--dilation",
+        heading: HEADING,
+        value_name: "N",
+        help: "Dilation of the UNet's middle block in stages 2 and later (default: 2 for megafusion++, else 1)",
+        kind: OptionKind::Integer {
+            least: 1,
+            most: 64,
+            expected: "expected a dilation from 1 (none) to 64; the paper's is 2",
+        },
+    },
+    OptionSpec {
+        name: "relay_noise_offset",
+        flag: "--relay-noise-offset",
+        heading: HEADING,
+        value_name: "N",
+        help: "How many steps less noisy a relay's noise is than the step that follows it (default: 0)\n\n\
+               -1: as noisy as the step before the relay, which is the level in the paper's text.",
+        kind: OptionKind::Integer { least: -1000, most: 1000, expected: "expected a number of steps, like 1 or -1" },
+    },
+    OptionSpec {
+        name: "reference_compat",
+        flag: "--reference-compat",
+        heading: HEADING,
+        value_name: "",
+        help: "Do as the published code of MegaFusion does where it differs from the paper\n\n\
+               x0 from the updated latents, relay pictures through 8-bit RGB (without --relay-clamp), a posterior \
+               sample, the dilation in every stage, the first schedule re-scheduled too; with ddim only.",
+        kind: OptionKind::Switch,
+    },
+];
+
 /// gamma of the published code's base schedule: `reschedule_res` 768 against 512.
 const REFERENCE_BASE_GAMMA: f64 = 2.25;
+/// Pixels of the longer side: the pictures of models trained below it are four times as wide by default, others' twice.
+const SMALL_NATIVE_SIDE: usize = 128;
 
-impl Plan {
-    /// # Errors
-    /// [`Error::Request`], naming the flag: no or superfluous stages, sizes that are not multiples of `factor`, a
-    /// dilation of 0, a noise offset beyond the first or last step, a `gamma` that is no positive number or is not used,
-    /// `reference_compat` with what the published code does not have.
-    pub fn check(&self, factor: usize) -> Result<()> {
+impl Default for MegaFusion {
+    fn default() -> MegaFusion {
+        MegaFusion {
+            upsampler: Upsampler::default(),
+            relay_clamp: RelayClamp::default(),
+            reschedule: false,
+            gamma: None,
+            dilation: 1,
+            relay_noise_offset: 0,
+            reference_compat: false,
+        }
+    }
+}
+
+/// As `megafusion++` where it re-schedules and dilates, else as `megafusion`.
+impl From<MegaFusion> for Method {
+    fn from(options: MegaFusion) -> Method {
+        let plus = options.reschedule && options.dilation > 1;
+        Method::of(if plus { &MEGAFUSION_PLUS } else { &MEGAFUSION }, options)
+    }
+}
+
+impl MegaFusion {
+    /// MegaFusion++: with re-scheduling and a dilation of 2.
+    pub fn plus() -> MegaFusion {
+        MegaFusion { reschedule: true, dilation: 2, ..MegaFusion::default() }
+    }
+
+    /// The schedule of every stage.
+    pub fn schedulers(&self, run: &Run) -> Vec<Scheduler> {
+        (0..run.stages().len())
+            .map(|stage| run.scheduler().rescheduled(self.stage_gamma(run.stages(), stage)))
+            .collect()
+    }
+
+    fn stage_gamma(&self, stages: &[Stage], stage: usize) -> f64 {
+        let rescheduled = self.reschedule && stage > 0;
+        if self.reference_compat && !rescheduled {
+            return REFERENCE_BASE_GAMMA;
+        }
+        if !rescheduled {
+            return 1.0;
+        }
+        if let Some(gamma) = self.gamma {
+            return gamma;
+        }
+        let size = stages[stage].size;
+        match (size.width, size.height) {
+            (512, 512) if self.reference_compat => 1.0,
+            (768, 768) if self.reference_compat => 2.25,
+            (1024, 1024) if self.reference_compat => 4.0,
+            _ => size.area() as f64 / stages[0].size.area() as f64,
+        }
+    }
+
+    fn unet_options(&self, stage: usize) -> UnetOptions {
+        let dilated = stage > 0 || self.reference_compat;
+        UnetOptions { mid_dilation: if dilated { self.dilation } else { 1 } }
+    }
+
+    /// From the clean samples that leave stage `to - 1` to the noised ones that enter `to`.
+    fn relay(&self, sampling: &mut Sampling, to: usize, x0: Tensor) -> Result<Tensor> {
+        let stages = sampling.run().stages();
+        let (from, size) = (stages[to - 1].size, stages[to].size);
+        sampling.begin(Event::Relay { stage: to, from, to: size })?;
+        sampling.dump(&format!("relay{to}.x0"), &x0)?;
+        let decoded = sampling.decode(&x0)?;
+        drop(x0);
+        sampling.dump_each(&format!("relay{to}.decoded"), &decoded)?;
+        for picture in &decoded {
+            check_finite(picture, || format!("the decoded picture of the relay to stage {} ({size})", to + 1))?;
+        }
+
+        sampling.begin(Event::RelayUpsample { stage: to })?;
+        let upsample = |picture| self.upsample(picture, [size.height, size.width]);
+        let upsampled = decoded.into_iter().map(upsample).collect::<Result<Vec<_>>>()?;
+        sampling.dump_each(&format!("relay{to}.upsampled"), &upsampled)?;
+
+        sampling.begin(Event::RelayEncode { stage: to })?;
+        let shape = sampling.sample_shape(size);
+        let posterior_noise = if self.reference_compat { Some(sampling.draw(shape)?) } else { None };
+        let encoded = sampling.encode(&upsampled, posterior_noise.as_ref())?;
+        drop((upsampled, posterior_noise));
+        sampling.dump(&format!("relay{to}.encoded"), &encoded)?;
+
+        let level = sampling.done().saturating_add_signed(self.relay_noise_offset as isize);
+        let (signal, sigma) = sampling.scheduler(to).noise_level(level);
+        let noise = sampling.draw(shape)?;
+        let noised = ops::add_noise(&encoded, &noise, signal as f32, sigma as f32)?;
+        sampling.dump(&format!("relay{to}.noised"), &noised)?;
+        Ok(noised)
+    }
+
+    fn upsample(&self, mut picture: Tensor, size: [usize; 2]) -> Result<Tensor> {
+        if self.reference_compat {
+            return ops::resize_u8(&picture, size, self.upsampler);
+        }
+        if self.relay_clamp != RelayClamp::None {
+            picture = ops::clamp(&picture, -1.0, 1.0)?;
+        }
+        let clamp = (self.relay_clamp == RelayClamp::Both).then_some((-1.0, 1.0));
+        ops::resize(&picture, size, self.upsampler, clamp, None)
+    }
+}
+
+impl GenerationMethod for MegaFusion {
+    fn sampler(&self, config: &crate::schedulers::SchedulerConfig) -> Sampler {
+        if self.reference_compat { Sampler::Ddim } else { config.sampler() }
+    }
+
+    fn default_size(&self, native: Size) -> Size {
+        let scale = if native.width.max(native.height) < SMALL_NATIVE_SIDE { 4 } else { 2 };
+        Size::new(scale * native.width, scale * native.height)
+    }
+
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
+        relay_stages(geometry)
+    }
+
+    fn check(&self, run: &Run) -> Result<()> {
         let refuse = |flag, value: String, reason: &str| Err(Error::Request { flag, value, reason: reason.into() });
-        let listed: Vec<String> = self.stages.iter().map(Stage::to_string).collect();
-        if self.stages.is_empty() || self.stages.iter().any(|stage| stage.steps == 0) {
-            return refuse("--stages", listed.join(","), "expected at least one stage, and one step in each");
-        }
-        if self.method == Method::Plain && self.stages.len() > 1 {
-            return refuse("--stages", listed.join(","), "the plain method has one stage; use --method megafusion");
-        }
-        for stage in &self.stages {
-            check_size("--stages", stage.size, factor)?;
-        }
         if self.dilation == 0 {
             return refuse("--dilation", "0".into(), "expected 1 (none) or more");
         }
-        if let [first, .., last] = &self.stages[..] {
+        if let [first, .., last] = run.stages() {
             let (low, high) = (-(first.steps as i64), last.steps as i64 - 1);
             if !(low..=high).contains(&i64::from(self.relay_noise_offset)) {
                 let reason = format!("expected {low} to {high}: a step of the first stage to one after the last relay");
@@ -94,228 +290,24 @@ impl Plan {
                 return refuse("--gamma", gamma.to_string(), reason);
             }
         }
-        if self.reference_compat && self.method == Method::Plain {
-            return refuse("--reference-compat", "with --method plain".into(), "is for megafusion and megafusion++");
-        }
-        if self.reference_compat && self.scheduler.sampler() != Sampler::Ddim {
-            let value = format!("with --scheduler {}", self.scheduler.sampler().name());
+        if self.reference_compat && run.scheduler().sampler() != Sampler::Ddim {
+            let value = format!("with --scheduler {}", run.scheduler().sampler().name());
             return refuse("--reference-compat", value, "the published code samples with ddim");
         }
         Ok(())
     }
 
-    /// The schedule of every stage.
-    pub fn schedulers(&self) -> Vec<Scheduler> {
-        (0..self.stages.len()).map(|stage| self.scheduler.rescheduled(self.gamma(stage))).collect()
-    }
-
-    fn gamma(&self, stage: usize) -> f64 {
-        let rescheduled = self.reschedule && stage > 0;
-        if self.reference_compat && !rescheduled {
-            return REFERENCE_BASE_GAMMA;
-        }
-        if !rescheduled {
-            return 1.0;
-        }
-        if let Some(gamma) = self.gamma {
-            return gamma;
-        }
-        let size = self.stages[stage].size;
-        match (size.width, size.height) {
-            (512, 512) if self.reference_compat => 1.0,
-            (768, 768) if self.reference_compat => 2.25,
-            (1024, 1024) if self.reference_compat => 4.0,
-            _ => size.area() as f64 / self.stages[0].size.area() as f64,
-        }
-    }
-
-    /// Of every step of the run, each on its stage's schedule.
-    fn step_rows(&self, schedulers: &[Scheduler]) -> Vec<StepRow> {
-        let stages = self.stages.iter().zip(schedulers);
-        let of_stage = stages.flat_map(|(stage, scheduler)| std::iter::repeat_n(scheduler, stage.steps));
-        let row = |(step, scheduler): (usize, &Scheduler)| {
-            let step = scheduler.step(step);
-            let coefficients = StepCoefficients { x0_from_next: self.reference_compat, ..step.coefficients };
-            StepRow { input_scale: step.input_scale, coefficients }
-        };
-        of_stage.enumerate().map(row).collect()
-    }
-
-    fn options(&self, stage: usize) -> UnetOptions {
-        let dilated = stage > 0 || self.reference_compat;
-        UnetOptions { mid_dilation: if dilated { self.dilation } else { 1 } }
-    }
-}
-
-/// Runs a checked plan: the picture, f32, `[1, H, W, 3]`, not clamped.
-///
-/// # Errors
-/// [`Error::Interrupted`]; [`Error::NonFinite`], naming the stage; those of the model.
-pub fn generate<'a>(
-    model: &'a dyn DiffusionModel,
-    plan: &'a Plan,
-    noise: &'a mut dyn NoiseSource,
-    watch: Watch<'a>,
-) -> Result<Tensor> {
-    let schedulers = plan.schedulers();
-    let steps = StepTable::new(model.device(), plan.step_rows(&schedulers))?;
-    let mut run = Run { model, plan, schedulers, steps, noise, watch, draws: 0 };
-    run.dump_tables()?;
-    let latent = run.denoise()?;
-    run.watch.dump("latent", &latent)?;
-    run.watch.begin(Event::Decode)?;
-    let image = model.decode(&latent)?;
-    run.watch.dump("image", &image)?;
-    check_finite(&image, || "the decoded picture".into())?;
-    Ok(image)
-}
-
-struct Run<'a> {
-    model: &'a dyn DiffusionModel,
-    plan: &'a Plan,
-    /// One per stage.
-    schedulers: Vec<Scheduler>,
-    /// Of all stages; the current one is the number of steps done.
-    steps: StepTable,
-    noise: &'a mut dyn NoiseSource,
-    watch: Watch<'a>,
-    draws: usize,
-}
-
-impl Run<'_> {
-    /// All stages: the sample to decode.
-    fn denoise(&mut self) -> Result<Tensor> {
-        let plan = self.plan;
-        let mut x = self.initial_noise()?;
-        for (stage, &Stage { size, steps }) in plan.stages.iter().enumerate() {
-            self.watch.begin(Event::StageBegins { stage, stages: plan.stages.len(), size, steps })?;
-            let (last, x0) = self.stage(stage, x)?.into_parts();
-            let done = self.done();
-            check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {done}", stage + 1))?;
-            x = if stage + 1 < plan.stages.len() {
-                drop(last);
-                self.relay(stage + 1, x0)?
-            } else if plan.method != Method::Plain {
-                x0
-            } else {
-                last
-            };
+    /// The clean samples of the last step.
+    fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
+        let stages = sampling.run().stages();
+        let x0_from_next = self.reference_compat;
+        sampling.prepare(self.schedulers(sampling.run()), |step| StepCoefficients { x0_from_next, ..step })?;
+        let mut x = sampling.initial_noise(stages[0].size)?;
+        for stage in 0..stages.len() {
+            let (last, x0) = sampling.stage(stage, x, &|_| self.unet_options(stage))?;
+            drop(last);
+            x = if stage + 1 < stages.len() { self.relay(sampling, stage + 1, x0)? } else { x0 };
         }
         Ok(x)
-    }
-
-    /// Steps done over all stages.
-    fn done(&self) -> usize {
-        self.steps.index().get()
-    }
-
-    /// All steps of a stage. On a card they are one recorded step, replayed: everything that changes is read from the
-    /// step table, and the noise is always in the same place.
-    fn stage(&mut self, stage: usize, x: Tensor) -> Result<SampleState> {
-        let Stage { size, steps } = self.plan.stages[stage];
-        let (model, plan, options) = (self.model, self.plan, self.plan.options(stage));
-        let shape = model.sample_shape(size);
-        let mut noise = match self.steps.adds_noise() {
-            true => Some(Tensor::uninit(model.device(), &shape, DType::F32)?),
-            false => None,
-        };
-        let mut state = SampleState::new(x)?;
-        let mut step_on_device = Repeated::new(model.device());
-        for step in 1..=steps {
-            self.watch.check_cancelled()?;
-            if self.schedulers[stage].step(self.done()).draws_noise {
-                self.draw_for_step(shape, noise.as_mut())?;
-            }
-            let table = &mut self.steps;
-            let replayed = step_on_device.run(|| {
-                let output = model.denoise(state.x(), table, &options)?;
-                ops::sampler_step(&mut state, &output, plan.guidance, table, noise.as_ref())?;
-                table.index_mut().advance()
-            })?;
-            if replayed {
-                table.index_mut().replayed();
-            }
-            let (run_step, run_steps) = (self.done(), self.steps.len());
-            self.watch.dump(&format!("step{run_step}"), state.x())?;
-            let progress = StepProgress { stage, step, stage_steps: steps, run_step, run_steps };
-            self.watch.observer.event(&Event::Step(progress));
-        }
-        Ok(state)
-    }
-
-    /// A step's draw: into the place that the step reads, or, where no step of the run reads one, drawn for the order of
-    /// draws alone.
-    fn draw_for_step(&mut self, shape: [usize; 4], to: Option<&mut Tensor>) -> Result<()> {
-        let Some(to) = to else {
-            return self.draw(shape).map(drop);
-        };
-        self.noise.normal_into(to)?;
-        self.watch.dump(&format!("noise{}", self.draws), to)?;
-        self.draws += 1;
-        Ok(())
-    }
-
-    fn initial_noise(&mut self) -> Result<Tensor> {
-        let noise = self.draw(self.model.sample_shape(self.plan.stages[0].size))?;
-        match self.schedulers[0].init_noise_sigma() {
-            1.0 => Ok(noise),
-            sigma => ops::scale_cast(&noise, sigma as f32, 0.0, DType::F32, 1),
-        }
-    }
-
-    /// From the clean sample that leaves stage `to - 1` to the noised one that enters `to`.
-    fn relay(&mut self, to: usize, x0: Tensor) -> Result<Tensor> {
-        let plan = self.plan;
-        let (from, size) = (plan.stages[to - 1].size, plan.stages[to].size);
-        self.watch.begin(Event::Relay { stage: to, from, to: size })?;
-        self.watch.dump(&format!("relay{to}.x0"), &x0)?;
-        let decoded = self.model.decode(&x0)?;
-        drop(x0);
-        self.watch.dump(&format!("relay{to}.decoded"), &decoded)?;
-        check_finite(&decoded, || format!("the decoded picture of the relay to stage {} ({size})", to + 1))?;
-
-        self.watch.begin(Event::RelayUpsample { stage: to })?;
-        let upsampled = self.upsample(decoded, [size.height, size.width])?;
-        self.watch.dump(&format!("relay{to}.upsampled"), &upsampled)?;
-
-        self.watch.begin(Event::RelayEncode { stage: to })?;
-        let shape = self.model.sample_shape(size);
-        let posterior_noise = if plan.reference_compat { Some(self.draw(shape)?) } else { None };
-        let encoded = self.model.encode(&upsampled, posterior_noise.as_ref())?;
-        drop((upsampled, posterior_noise));
-        self.watch.dump(&format!("relay{to}.encoded"), &encoded)?;
-
-        let (signal, sigma) =
-            self.schedulers[to].noise_level(self.done().saturating_add_signed(plan.relay_noise_offset as isize));
-        let noise = self.draw(shape)?;
-        let noised = ops::add_noise(&encoded, &noise, signal as f32, sigma as f32)?;
-        self.watch.dump(&format!("relay{to}.noised"), &noised)?;
-        Ok(noised)
-    }
-
-    fn upsample(&self, mut picture: Tensor, size: [usize; 2]) -> Result<Tensor> {
-        if self.plan.reference_compat {
-            return ops::resize_u8(&picture, size, self.plan.upsampler);
-        }
-        if self.plan.relay_clamp != RelayClamp::None {
-            picture = ops::clamp(&picture, -1.0, 1.0)?;
-        }
-        let clamp = (self.plan.relay_clamp == RelayClamp::Both).then_some((-1.0, 1.0));
-        ops::resize(&picture, size, self.plan.upsampler, clamp, None)
-    }
-
-    fn draw(&mut self, shape: [usize; 4]) -> Result<Tensor> {
-        let noise = self.noise.normal(shape)?;
-        self.watch.dump(&format!("noise{}", self.draws), &noise)?;
-        self.draws += 1;
-        Ok(noise)
-    }
-
-    fn dump_tables(&mut self) -> Result<()> {
-        let timesteps = self.schedulers[0].timesteps();
-        self.watch.dump_values("timesteps", &[timesteps.len()], timesteps.iter().copied())?;
-        let tables: Vec<&[f64]> = self.schedulers.iter().map(Scheduler::alphas_cumprod).collect();
-        let shape = [tables.len(), tables[0].len()];
-        self.watch.dump_values("alpha_bar", &shape, tables.into_iter().flatten().map(|&abar| abar as f32))
     }
 }

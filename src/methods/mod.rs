@@ -1,75 +1,35 @@
 //! The generation methods: plain sampling and MegaFusion. A method talks to a [`DiffusionModel`] and fills the options
 //! that the model offers per call; it never edits a model.
+//!
+//! A method is one file: a struct of its options with serde and a [`MethodSpec`], which [`METHODS`] lists. Its flags, their
+//! help, JSON, a picture's text and the grid's labels follow from these (docs/architecture.md shows a whole one).
 
 mod megafusion;
+mod method;
 mod model;
 mod observer;
+mod plain;
+mod recorded;
+mod run;
+mod sampling;
 mod size;
 mod stages;
 
-pub use megafusion::{Plan, generate};
-pub use model::{DiffusionModel, NoiseSource};
+pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
+pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
+pub use model::{Denoiser, DiffusionModel, NoiseSource};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch};
+pub use plain::{PLAIN, Plain};
+pub use recorded::{RecordedSteps, StageSteps, StepKey};
+pub use run::Run;
+pub use sampling::{Sampling, generate, images};
 pub use size::{Size, Stage};
-pub use stages::{base_size, check_size, default_stages};
+pub use stages::{Geometry, base_size, check_size, relay_stages};
 
-use std::fmt;
-use std::str::FromStr;
+use crate::names::named;
 
-use crate::error::Error;
-
-/// Which method makes the picture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum Method {
-    /// All steps at the final size.
-    Plain,
-    /// Truncate and relay. Wu et al., WACV 2025, arXiv:2408.11001, sec. 3.2.
-    #[default]
-    MegaFusion,
-    /// With dilated convolutions and noise re-scheduling: the same paper, sec. 3.3.
-    MegaFusionPlus,
-}
-
-impl Method {
-    pub const ALL: [Method; 3] = [Method::Plain, Method::MegaFusion, Method::MegaFusionPlus];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Method::Plain => "plain",
-            Method::MegaFusion => "megafusion",
-            Method::MegaFusionPlus => "megafusion++",
-        }
-    }
-}
-
-impl Method {
-    /// Does the method re-schedule the noise of later stages when not told otherwise?
-    pub fn reschedules(self) -> bool {
-        self == Method::MegaFusionPlus
-    }
-
-    /// The dilation of later stages when not told otherwise.
-    pub fn dilation(self) -> usize {
-        if self == Method::MegaFusionPlus { 2 } else { 1 }
-    }
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Method {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Method, Error> {
-        Method::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| Error::Request {
-            flag: "--method",
-            value: s.into(),
-            reason: "expected plain, megafusion or megafusion++".into(),
-        })
-    }
-}
+/// Every method, in the order of the help.
+pub static METHODS: &[&MethodSpec] = &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -82,31 +42,4 @@ pub enum RelayClamp {
     Both,
 }
 
-impl RelayClamp {
-    pub const ALL: [RelayClamp; 3] = [RelayClamp::None, RelayClamp::Decode, RelayClamp::Both];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            RelayClamp::None => "none",
-            RelayClamp::Decode => "decode",
-            RelayClamp::Both => "both",
-        }
-    }
-}
-
-impl fmt::Display for RelayClamp {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for RelayClamp {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<RelayClamp, Error> {
-        RelayClamp::ALL.into_iter().find(|c| c.name() == s).ok_or_else(|| Error::Request {
-            flag: "--relay-clamp",
-            value: s.into(),
-            reason: "expected none, decode or both".into(),
-        })
-    }
-}
+named!(RelayClamp, [None => "none", Decode => "decode", Both => "both"]);

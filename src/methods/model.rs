@@ -1,37 +1,67 @@
-use super::Size;
+use std::any::Any;
+
+use super::{RecordedSteps, Size};
 use crate::error::Result;
 use crate::models::UnetOptions;
 use crate::ops::StepTable;
 use crate::runtime::{Device, Tensor};
 
-/// What a method needs of a model, conditioned on its prompt. A latent model decodes to and encodes from pictures; for a
-/// pixel model the two are the identity.
+/// What a method needs of a model, conditioned on the prompts of a batch. A latent model decodes to and encodes from
+/// pictures; for a pixel model the two are the identity.
 ///
-/// Samples are f32, `[1, h, w, C]`; pictures f32, `[1, H, W, 3]`, in [-1, 1].
+/// Samples are f32, `[N, h, w, C]` with the images of the batch along N; pictures f32, `[1, H, W, 3]`, in [-1, 1].
 pub trait DiffusionModel {
     /// Where samples live.
     fn device(&self) -> &Device;
 
-    /// Shape of the sample of a picture.
+    /// Shape of the samples of the batch's pictures.
     fn sample_shape(&self, size: Size) -> [usize; 4];
 
-    /// The network's output at the current step for `x` times the step's input scale: one row, or with guidance two, the
-    /// unconditional one first; any float dtype. Work that a card can record: nothing is waited for, and what depends on
-    /// the step is read on the device.
-    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor>;
+    /// The network with what it is told in a stage of this size. `timesteps`: those of the run's step table, in its order;
+    /// `reuse`: the denoiser of an earlier stage of the same [`conditioning_key`](DiffusionModel::conditioning_key), whose
+    /// memory must then be used again: a recorded step reads it.
+    ///
+    /// # Errors
+    /// Those of the model.
+    fn begin_stage(&self, size: Size, timesteps: &[f32], reuse: Option<Box<dyn Denoiser>>)
+    -> Result<Box<dyn Denoiser>>;
 
-    /// The picture of a clean sample, not clamped.
+    /// Tells apart the shapes of conditionings: two stages with equal keys, samples and numbers of timesteps have
+    /// conditionings of equal shapes.
+    fn conditioning_key(&self) -> Vec<usize>;
+
+    /// The picture of one clean sample `[1, h, w, C]`, not clamped.
     fn decode(&self, x0: &Tensor) -> Result<Tensor>;
 
-    /// The clean sample of a picture: the posterior's mode, or with `noise` (of the sample's shape) a sample of it.
+    /// The clean sample of one picture: the posterior's mode, or with `noise` (of the sample's shape) a sample of it.
     fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor>;
+
+    /// The model's recorded steps, kept from one run to the next.
+    fn recorded_steps(&self) -> &RecordedSteps;
+}
+
+/// A network in a stage.
+pub trait Denoiser: Any + Send {
+    /// The network's output at the current step for `x` times the step's input scale: N rows, or with guidance 2 N, the
+    /// unconditional ones first; any float dtype. Work that a card can record: nothing is waited for, and what depends on
+    /// the step is read on the device.
+    ///
+    /// # Errors
+    /// Those of the model.
+    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor>;
 }
 
 /// Where a method's noise comes from.
 pub trait NoiseSource {
-    /// The next draw: independent N(0, 1), f32, of `shape` (NHWC).
+    /// The next draw: independent N(0, 1), f32, of `shape` (NHWC), each image of the batch from its own generator.
+    ///
+    /// # Errors
+    /// Those of the device.
     fn normal(&mut self, shape: [usize; 4]) -> Result<Tensor>;
 
     /// The next draw, of the shape of `to`, into its memory.
+    ///
+    /// # Errors
+    /// Those of the device.
     fn normal_into(&mut self, to: &mut Tensor) -> Result<()>;
 }

@@ -1,4 +1,4 @@
-use super::Size;
+use super::{Size, images};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::runtime::{DType, Device, Tensor};
@@ -24,6 +24,8 @@ pub enum Event {
     EncodeText,
     /// Picture `index` (from 0) of `count` begins.
     PictureBegins { index: usize, count: usize, seed: u64 },
+    /// What the network is told in a stage is computed next; `stage` from 0.
+    Condition { stage: usize },
     /// The steps of a stage begin; `stage` from 0.
     StageBegins { stage: usize, stages: usize, size: Size, steps: usize },
     /// A step is done.
@@ -74,10 +76,11 @@ pub struct Silent;
 
 impl Observer for Silent {}
 
-/// An observer and the picture it is told about.
+/// An observer and the pictures of the batch that it is told about.
 pub struct Watch<'a> {
     pub observer: &'a mut dyn Observer,
-    pub index: usize,
+    /// Index of the batch's first picture.
+    pub first: usize,
 }
 
 impl Watch<'_> {
@@ -90,27 +93,37 @@ impl Watch<'_> {
         if self.observer.cancelled() { Err(Error::Interrupted) } else { Ok(()) }
     }
 
-    /// `[N, H, W, C]` to the observer as `[N, C, H, W]`, if it wants tensors and there are data.
+    /// `[N, H, W, C]`: every image to the observer as `[1, C, H, W]`, if it wants tensors and there are data.
     pub(super) fn dump(&mut self, name: &str, x: &Tensor) -> Result<()> {
-        if !self.observer.wants_tensors(self.index) || matches!(x.device(), Device::Meta(_)) {
+        images(x)?.iter().enumerate().try_for_each(|(index, x)| self.dump_of(index, name, x))
+    }
+
+    /// `[1, H, W, C]` of image `index` of the batch to the observer as `[1, C, H, W]`.
+    pub(super) fn dump_of(&mut self, index: usize, name: &str, x: &Tensor) -> Result<()> {
+        let index = self.first + index;
+        if !self.observer.wants_tensors(index) || matches!(x.device(), Device::Meta(_)) {
             return Ok(());
         }
         let [n, h, w, c] = x.dims("dump", "x")?;
         let (values, plane) = (x.to_f32_vec()?, h * w);
-        let mut planar = Vec::with_capacity(values.len());
-        for image in values.chunks_exact((plane * c).max(1)) {
-            for channel in 0..c {
-                planar.extend((0..plane).map(|i| image[i * c + channel]));
-            }
-        }
-        self.observer.tensor(self.index, name, &[n, c, h, w], planar)
+        let planar = (0..c).flat_map(|channel| values[channel..].iter().step_by(c).copied().take(plane)).collect();
+        self.observer.tensor(index, name, &[n, c, h, w], planar)
     }
 
-    pub(super) fn dump_values(&mut self, name: &str, shape: &[usize], values: impl Iterator<Item = f32>) -> Result<()> {
-        if !self.observer.wants_tensors(self.index) {
-            return Ok(());
+    /// A table that the `images` pictures of the batch have in common.
+    pub(super) fn dump_values(
+        &mut self,
+        images: usize,
+        name: &str,
+        shape: &[usize],
+        values: impl Iterator<Item = f32> + Clone,
+    ) -> Result<()> {
+        for index in self.first..self.first + images {
+            if self.observer.wants_tensors(index) {
+                self.observer.tensor(index, name, shape, values.clone().collect())?;
+            }
         }
-        self.observer.tensor(self.index, name, shape, values.collect())
+        Ok(())
     }
 }
 

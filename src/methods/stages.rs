@@ -1,6 +1,6 @@
 //! Which sizes and how many steps, when the user names only the final size.
 
-use super::{Method, Size, Stage};
+use super::{Size, Stage};
 use crate::error::{Error, Result};
 
 /// Up to this ratio of sides to the native ones, one stage at the final size makes the picture.
@@ -11,24 +11,40 @@ const LARGEST_DIRECT_SCALE: f64 = 1.1;
 const MOST_RELAYS: usize = 3;
 const RELAYED_SHARE: f64 = 0.2;
 
-/// The stages for `size` from a model trained at `native`, whose sizes are multiples of `factor` pixels.
+/// What a request and a model say of sizes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Geometry {
+    /// Of the picture.
+    pub size: Size,
+    /// That the model was trained at.
+    pub native: Size,
+    /// Pixels per latent cell, along a side.
+    pub factor: usize,
+    /// Of the whole run.
+    pub steps: usize,
+    /// By how much of the native sides a relay enlarges a picture, at most.
+    pub relay_growth: f64,
+}
+
+/// The stages of a relay to a size.
 ///
-/// `plain`, and sizes up to 1.1 times the native sides (by area): one stage. Else the first stage has the native area and
-/// the final aspect ratio; the sides then grow linearly, by about half the native ones per relay, in at most three
+/// Sizes up to 1.1 times the native sides (by area): one stage. Else the first stage has the native area and the final
+/// aspect ratio; the sides then grow linearly, by about `relay_growth` of the native ones per relay, in at most three
 /// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later share a fifth of the steps.
-/// So for SD 1.5 at 1024x1024 and 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1): 512x512:40, 768x768:5,
-/// 1024x1024:5.
+/// So in 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1), SD 1.5 goes to 1024x1024 by 512x512:40, 768x768:5,
+/// 1024x1024:5 (growth 0.5) and SDXL to 2048x2048 by 1024x1024:40, 2048x2048:10 (growth 1).
 ///
 /// # Errors
 /// [`Error::Request`]: `size` is not made of multiples of `factor`.
-pub fn default_stages(method: Method, size: Size, native: Size, factor: usize, steps: usize) -> Result<Vec<Stage>> {
+pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
+    let &Geometry { size, native, factor, steps, relay_growth } = geometry;
     check_size("--size", size, factor)?;
     let scale = (size.area() as f64 / native.area() as f64).sqrt();
-    if method == Method::Plain || scale <= LARGEST_DIRECT_SCALE || steps < 2 {
+    if scale <= LARGEST_DIRECT_SCALE || steps < 2 {
         return Ok(vec![Stage { size, steps }]);
     }
     let first = base_size(size, native, factor);
-    let relays = ((2.0 * (scale - 1.0) - 1e-9).ceil() as usize).clamp(1, MOST_RELAYS).min(steps - 1);
+    let relays = (((scale - 1.0) / relay_growth - 1e-9).ceil() as usize).clamp(1, MOST_RELAYS).min(steps - 1);
     let relayed_steps = ((steps as f64 * RELAYED_SHARE).round() as usize).max(relays);
     let mut stages = vec![Stage { size: first, steps: steps - relayed_steps }];
     for relay in 1..=relays {

@@ -1,5 +1,6 @@
-//! CLIP text encoder as transformers' `CLIPTextModel` stores it: a causal transformer with the norm before each block.
-//! Radford et al. 2021, arXiv:2103.00020, sec. 2.4; Cherti et al. 2022, arXiv:2212.07143 for the one of SD 2.x.
+//! CLIP text encoder as transformers' `CLIPTextModel` and `CLIPTextModelWithProjection` store it: a causal transformer with
+//! the norm before each block. Radford et al. 2021, arXiv:2103.00020, sec. 2.4; Cherti et al. 2022, arXiv:2212.07143 for
+//! those of SD 2.x and SDXL.
 
 use serde_json::Value;
 
@@ -20,10 +21,13 @@ pub struct ClipTextConfig {
     pub num_attention_heads: usize,
     /// Longest prompt in tokens, start and end included.
     pub max_position_embeddings: usize,
-    /// `quick_gelu` (SD 1.x) or `gelu` (SD 2.x).
+    /// `quick_gelu` (SD 1.x, SDXL's first) or `gelu` (SD 2.x, SDXL's second).
     pub hidden_act: Activation,
     pub layer_norm_eps: f32,
     pub eos_token_id: u32,
+    /// Width of the projection of the pooled output: `projection_dim`, where `architectures` has
+    /// `CLIPTextModelWithProjection` (SDXL's second encoder).
+    pub projection_dim: Option<usize>,
 }
 
 impl ClipTextConfig {
@@ -46,6 +50,9 @@ impl ClipTextConfig {
             Some(Value::Array(list)) if list.len() == 1 => token_id(&list[0]).ok_or_else(|| id_error(&keys))?,
             Some(value) => token_id(value).ok_or_else(|| id_error(&keys))?,
         };
+        // Configurations of the plain class hold a projection_dim too.
+        let projects = keys.names("architectures", &[])?.iter().any(|name| name == "CLIPTextModelWithProjection");
+        let projection_dim = if projects { Some(keys.count("projection_dim", 512)?) } else { None };
         let config = ClipTextConfig {
             vocab_size: keys.count("vocab_size", 49408)?,
             hidden_size: keys.count("hidden_size", 512)?,
@@ -56,6 +63,7 @@ impl ClipTextConfig {
             hidden_act,
             layer_norm_eps: keys.positive("layer_norm_eps", 1e-5)? as f32,
             eos_token_id,
+            projection_dim,
         };
         if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             let reason = format!("expected a number that divides hidden_size = {}", config.hidden_size);
@@ -81,19 +89,46 @@ pub struct ClipTextModel {
     token_embedding: Tensor,    // [V, C]
     position_embedding: Tensor, // [P, C]
     layers: Vec<EncoderLayer>,
-    final_layer_norm: LayerNorm, // [C]
+    final_layer_norm: LayerNorm,     // [C]
+    text_projection: Option<Linear>, // [P, C], no bias; beside `text_model.`
     /// Position 0 for every row: makes the embedding op pick rows. `[1, C]`
     zero: Tensor,
 }
 
+/// What [`forward`](ClipTextModel::forward) is asked for; layers that nothing of it needs are not computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClipOutput {
+    /// Which hidden state, counted from the last as in transformers' `hidden_states[-hidden]`: 1 is the last layer's output,
+    /// 2 the last layer's input, up to `num_hidden_layers + 1`, the embeddings.
+    pub hidden: usize,
+    /// The hidden state goes through the final layer norm.
+    pub final_layer_norm: bool,
+    /// The pooled output too, of the last layer whichever `hidden` is.
+    pub pooled: bool,
+}
+
+impl ClipOutput {
+    /// `last_hidden_state`, which SD 1.x and 2.x read. Clip skip n there is `ClipOutput { hidden: n + 1, ..LAST }`.
+    pub const LAST: ClipOutput = ClipOutput { hidden: 1, final_layer_norm: true, pooled: false };
+
+    /// `hidden_states[-2]`, which SDXL reads, without the final norm. Clip skip n there is
+    /// `ClipOutput { hidden: n + 2, ..PENULTIMATE }`.
+    pub const PENULTIMATE: ClipOutput = ClipOutput { hidden: 2, final_layer_norm: false, pooled: false };
+
+    /// With the pooled output.
+    pub fn with_pooled(self) -> ClipOutput {
+        ClipOutput { pooled: true, ..self }
+    }
+}
+
 /// What the encoder says of `N` prompts of `L` tokens, in the weights' dtype.
 pub struct TextEmbeddings {
-    /// After the final layer norm: `[N, L, C]`.
-    pub last_hidden_state: Tensor,
-    /// Input of the last layer, `hidden_states[-2]`: `[N, L, C]`.
-    pub penultimate: Tensor,
-    /// `last_hidden_state` at each row's first end-of-text token: `[N, C]`.
-    pub pooled: Tensor,
+    /// The hidden state asked for: `[N, L, C]`.
+    pub hidden: Tensor,
+    /// If asked for: the last layer's output after the final norm, at each row's first end-of-text token: `[N, C]`.
+    pub pooled: Option<Tensor>,
+    /// `text_embeds`, the projection of `pooled`, of a model that has one: `[N, P]`.
+    pub projected: Option<Tensor>,
 }
 
 struct EncoderLayer {
@@ -140,18 +175,29 @@ impl EncoderLayer {
 
 impl ClipTextModel {
     /// Takes every tensor of `store`: keys with or without `text_model.`; `position_ids` (0, 1, 2, ... in older files)
-    /// and a `text_projection` (of `CLIPTextModelWithProjection`, which this family does not use) are let go.
+    /// and a `text_projection` that `config` does not ask for are let go.
     ///
     /// # Errors
     /// [`Error::Weight`]: missing, extra, of another shape, not finite; [`Error::OutOfMemory`].
-    pub fn load(mut store: WeightStore, config: &ClipTextConfig) -> Result<ClipTextModel> {
-        store.rename(|key| {
-            let unused = key.ends_with("embeddings.position_ids") || key == "text_projection.weight";
-            (!unused).then(|| key.to_string())
-        })?;
+    pub fn load(store: WeightStore, config: &ClipTextConfig) -> Result<ClipTextModel> {
+        let store = ClipTextModel::prepared(store, config)?;
         let model = ClipTextModel::from_weights(&store.root(), config)?;
         store.finish()?;
         Ok(model)
+    }
+
+    /// A store without the tensors that files have and the model does not read, for
+    /// [`from_weights`](ClipTextModel::from_weights).
+    ///
+    /// # Errors
+    /// As [`WeightStore::rename`].
+    pub fn prepared(mut store: WeightStore, config: &ClipTextConfig) -> Result<WeightStore> {
+        store.rename(|key| {
+            let projection = key == "text_projection.weight" && config.projection_dim.is_none();
+            let unused = key.ends_with("embeddings.position_ids") || projection;
+            (!unused).then(|| key.to_string())
+        })?;
+        Ok(store)
     }
 
     /// Takes the model's tensors and leaves it to the caller to look for others ([`WeightStore::finish`]) or at what was
@@ -160,6 +206,10 @@ impl ClipTextModel {
     /// # Errors
     /// As [`load`](ClipTextModel::load).
     pub fn from_weights(w: &Weights, config: &ClipTextConfig) -> Result<ClipTextModel> {
+        let text_projection = match config.projection_dim {
+            None => None,
+            Some(dim) => Some(Linear::load_without_bias(&w.at("text_projection"), dim, config.hidden_size)?),
+        };
         // Older transformers put the whole model below one name; a manifest is of the published, older files.
         let prefixed = w.at("text_model");
         let w = if prefixed.contains("final_layer_norm.weight") { &prefixed } else { w };
@@ -173,6 +223,7 @@ impl ClipTextModel {
             position_embedding: embeddings.tensor("position_embedding.weight", &[config.max_position_embeddings, c])?,
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&w.at("final_layer_norm"), c, eps)?,
+            text_projection,
             zero: Tensor::zeros(w.device(), &[1, c], w.dtype())?,
             config: config.clone(),
         })
@@ -195,18 +246,28 @@ impl ClipTextModel {
     ///
     /// # Errors
     /// [`Error::Argument`]: no rows or no tokens, rows of different lengths, a row longer than the encoder's positions,
-    /// an id that is not below `vocab_size`; [`Error::OutOfMemory`].
-    pub fn forward(&self, ids: &[Vec<u32>]) -> Result<TextEmbeddings> {
+    /// an id that is not below `vocab_size`, a hidden state that the model does not have; [`Error::OutOfMemory`].
+    pub fn forward(&self, ids: &[Vec<u32>], output: ClipOutput) -> Result<TextEmbeddings> {
+        let Some(layers) = (self.layers.len() + 1).checked_sub(output.hidden).filter(|_| output.hidden > 0) else {
+            let want = format!("1 to {}, the model's hidden states counted from the last", self.layers.len() + 1);
+            return Err(Error::argument("ClipTextModel", "hidden", output.hidden, want));
+        };
         let tokens = self.checked(ids)?;
         let mut x = ops::embedding(&tokens, &self.token_embedding, &self.position_embedding)?; // [N, L, C]
-        let mut penultimate = x.clone();
-        for layer in &self.layers {
-            penultimate = x;
-            x = layer.forward(&penultimate)?;
+        for layer in &self.layers[..layers] {
+            x = layer.forward(&x)?;
         }
-        let last_hidden_state = self.final_layer_norm.forward(&x)?;
-        let pooled = self.pool(&last_hidden_state, ids)?;
-        Ok(TextEmbeddings { last_hidden_state, penultimate, pooled })
+        let hidden = if output.final_layer_norm { self.final_layer_norm.forward(&x)? } else { x.clone() };
+        if !output.pooled {
+            return Ok(TextEmbeddings { hidden, pooled: None, projected: None });
+        }
+        for layer in &self.layers[layers..] {
+            x = layer.forward(&x)?;
+        }
+        // Rows are normed one by one, so only those that are read need it.
+        let pooled = self.final_layer_norm.forward(&self.pool(&x, ids)?)?;
+        let projected = self.text_projection.as_ref().map(|projection| projection.forward(&pooled)).transpose()?;
+        Ok(TextEmbeddings { hidden, pooled: Some(pooled), projected })
     }
 
     /// The ids as a tensor `[N, L]`.

@@ -139,7 +139,7 @@ impl ResnetBlock {
         })
     }
 
-    /// `x: [N, H, W, C_in]`, one source or two; `row: [steps * N, C_out]`, the timesteps'; to `[N, H, W, C_out]`. `dilation` is
+    /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps'; to `[N, H, W, C_out]`. `dilation` is
     /// that of both 3x3 convs, padded so that the size stays.
     ///
     /// # Errors

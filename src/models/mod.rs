@@ -11,8 +11,8 @@ pub mod vae;
 pub mod weights;
 
 pub use adapters::Adapters;
-pub use clip::{ClipTextConfig, ClipTextModel, TextEmbeddings};
+pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
 pub use single_file::{Family, SingleFile};
-pub use unet::{Unet, UnetConditioning, UnetConfig, UnetOptions};
+pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Vae, VaeConfig};
 pub use weights::{Part, WeightStore, Weights};

@@ -14,7 +14,8 @@ use crate::runtime::{Device, Element, OpKind, Work};
 pub enum Attention<'a> {
     /// Self-attention on the fused projection `[N, L, 3, heads, head_dim]` (q, k, v).
     Packed { qkv: &'a Tensor, causal: bool },
-    /// Cross-attention: q `[N, L_q, heads, head_dim]`, kv `[N, L_k, 2, heads, head_dim]`.
+    /// Cross-attention: q `[N, L_q, heads, head_dim]`, kv `[R, L_k, 2, heads, head_dim]`. R divides N, and image i attends to
+    /// row `i / (N / R)`: to keys and values of its own where R is N, to those that all images share where R is 1.
     Cross { q: &'a Tensor, kv: &'a Tensor },
 }
 
@@ -24,7 +25,8 @@ pub enum Attention<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
-/// which argument; [`Error::Argument`](crate::Error::Argument): queries but no keys; on a card, a head wider than 512.
+/// which argument; [`Error::Argument`](crate::Error::Argument): queries but no keys, rows of kv that do not divide the
+/// images; on a card, a head wider than 512.
 pub fn attention(args: Attention) -> Result<Tensor> {
     const OP: &str = "attention";
     let (q, causal, dims) = match args {
@@ -34,24 +36,32 @@ pub fn attention(args: Attention) -> Result<Tensor> {
             if three != 3 {
                 return Err(Error::shape(OP, "qkv", qkv, "[N, L, 3, heads, head_dim]"));
             }
-            (qkv, causal, Dims { n, queries: l, keys: l, heads, head_dim })
+            (qkv, causal, Dims { n, images_per_kv: 1, queries: l, keys: l, heads, head_dim })
         }
         Attention::Cross { q, kv } => {
             let [n, queries, heads, head_dim] = q.dims(OP, "q")?;
-            let [_, keys, _, _, _] = kv.dims(OP, "kv")?;
+            let [rows, keys, _, _, _] = kv.dims(OP, "kv")?;
             float(OP, "q", q)?;
-            kv.expect(OP, "kv", &[n, keys, 2, heads, head_dim], q.dtype(), q.device())?;
-            (q, false, Dims { n, queries, keys, heads, head_dim })
+            kv.expect(OP, "kv", &[rows, keys, 2, heads, head_dim], q.dtype(), q.device())?;
+            if n > 0 && (rows == 0 || !n.is_multiple_of(rows)) {
+                return Err(Error::argument(
+                    OP,
+                    "rows of kv",
+                    rows,
+                    format!("a number that divides the {n} images of q"),
+                ));
+            }
+            (q, false, Dims { n, images_per_kv: n / rows.max(1), queries, keys, heads, head_dim })
         }
     };
-    let Dims { n, queries, keys, heads, head_dim } = dims;
+    let Dims { n, images_per_kv, queries, keys, heads, head_dim } = dims;
     let _timed = super::profile::scope(OP, &[n, queries, heads, head_dim]);
     let mut y = Tensor::uninit(q.device(), &[n, queries, heads, head_dim], q.dtype())?;
     if y.numel() > 0 && keys == 0 {
         return Err(Error::argument(OP, "L_k", keys, "at least one key"));
     }
     if let Device::Meta(meta) = y.device() {
-        let kv_bytes = 2 * (n * keys * heads * head_dim * y.dtype().size_bytes()) as u64;
+        let kv_bytes = 2 * (n / images_per_kv.max(1) * keys * heads * head_dim * y.dtype().size_bytes()) as u64;
         meta.record(OP, OpKind::Attention, y.shape(), dims.work(causal, 2 * y.bytes() + kv_bytes));
         return Ok(y);
     }
@@ -83,6 +93,8 @@ pub fn attention(args: Attention) -> Result<Tensor> {
 #[derive(Clone, Copy)]
 pub(super) struct Dims {
     pub n: usize,
+    /// Images that share a row of keys and values.
+    pub images_per_kv: usize,
     pub queries: usize,
     pub keys: usize,
     pub heads: usize,
@@ -231,7 +243,7 @@ impl Scratch {
         let seen = if causal { rows.end } else { dims.keys };
         for first in (0..seen).step_by(KEYS) {
             let keys = KEYS.min(seen - first);
-            let token = batch * dims.keys + first;
+            let token = batch / dims.images_per_kv * dims.keys + first;
             self.pack_keys(k.from(token, head, self.head_dim), k.stride, keys);
             self.pack_values(v.from(token, head, self.head_dim), v.stride, keys);
             for tile in (0..count).step_by(self.kernel.rows) {

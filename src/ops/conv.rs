@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -28,7 +29,7 @@ pub struct Conv2d<'a> {
     pub norm: Option<ConvNorm<'a>>,
     /// The (normalised) input is resized to this height and width by nearest neighbour (the upsampler's conv).
     pub resize_to: Option<[usize; 2]>,
-    /// `[steps * N, O]`: the timestep's row, added to every pixel.
+    /// `[steps * R, O]`: the row of each image's timestep and conditioning, added to every pixel.
     pub row: Option<StepRows<'a>>,
     /// `[N, H_out, W_out, O]`, added before `scale`.
     pub residual: Option<&'a Tensor>,
@@ -201,7 +202,10 @@ fn work(args: &Conv2d, g: &Geometry, plan: &Plan, y: &Tensor) -> Work {
         macs,
         flops: 2 * macs + epilogue * values + norm,
         bytes: bytes_of(&[x, x2, Some(args.weight), args.bias, gamma, beta, args.residual, Some(y)])
-            + args.row.map_or(0, |_| (g.images * g.outputs * y.dtype().size_bytes()) as u64),
+            + args.row.map_or(0, |row| {
+                let rows: BTreeSet<usize> = row.indices(g.images).collect();
+                (rows.len() * g.outputs * y.dtype().size_bytes()) as u64
+            }),
         launches: plan.launches(),
     }
 }
@@ -215,7 +219,9 @@ fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
     }
     let epilogue = Epilogue {
         bias: args.bias.map(cpu::to_f32::<T>),
-        row: args.row.map(|row| cpu::to_f32::<T>(&row.current(g.images).expect("checked"))),
+        row: args
+            .row
+            .map(|row| row.indices(g.images).map(|i| &row.table.cpu::<T>()[i * g.outputs..][..g.outputs]).collect()),
         residual: args.residual.map(|r| r.cpu::<T>()),
         scale: args.scale,
         outputs: g.outputs,
@@ -427,8 +433,8 @@ impl<T: Element> Rows for Taps<'_, T> {
 struct Epilogue<'a, T> {
     /// `[O]`
     bias: Option<Vec<f32>>,
-    /// `[N, O]`
-    row: Option<Vec<f32>>,
+    /// `[O]` of each image
+    row: Option<Vec<&'a [T]>>,
     /// `[N * H_out * W_out, O]`
     residual: Option<&'a [T]>,
     scale: f32,
@@ -448,7 +454,7 @@ impl<T: Element> Store for Epilogue<'_, T> {
             math::add(sums, &bias[column..][..len]);
         }
         if let Some(rows) = &self.row {
-            math::add(sums, &rows[row / self.pixels * self.outputs + column..][..len]);
+            math::add(sums, &rows[row / self.pixels][column..][..len]);
         }
         if let Some(residual) = self.residual {
             math::add(sums, &residual[row * self.outputs + column..][..len]);

@@ -55,7 +55,7 @@ pub fn embedding(ids: &Tensor, table: &Tensor, positions: &Tensor) -> Result<Ten
 }
 
 /// The UNet's sinusoid, as config.json describes it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TimestepEmbedding {
     /// Width of the result; an odd width gets a zero column.
     pub dim: usize,
@@ -90,7 +90,8 @@ pub fn timestep_embedding(timesteps: &[f32], e: TimestepEmbedding, device: &Devi
     if let Device::Meta(meta) = device {
         let y = Tensor::uninit(device, &shape, dtype)?;
         let bytes = y.bytes() + size_of_val(timesteps) as u64;
-        meta.record(OP, OpKind::Elementwise, &shape, Work { macs: 0, flops: 2 * y.numel() as u64, bytes, launches: 1 });
+        // Computed on the host and uploaded: bytes, but no launch and none of the device's operations.
+        meta.record(OP, OpKind::Elementwise, &shape, Work { macs: 0, flops: 0, bytes, launches: 0 });
         return Ok(y);
     }
     let frequencies: Vec<f32> = (0..half)

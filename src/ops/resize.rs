@@ -3,6 +3,7 @@ use rayon::prelude::*;
 use super::elementwise::{map, ordered};
 use super::{Tensor, by_dtype, bytes_of, cuda, float};
 use crate::error::{Error, Result};
+use crate::names::named;
 use crate::runtime::{DType, Device, OpKind, Work};
 
 /// The relay's upsampler Phi (MegaFusion, arXiv:2408.11001, table 4).
@@ -20,6 +21,14 @@ pub enum Upsampler {
     /// Configuration D: `Bicubic`, then 1/2 [[-1,-1,-1],[-1,10,-1],[-1,-1,-1]]; border pixels as they are.
     BicubicEdge,
 }
+
+named!(Upsampler, [
+    Bilinear => "bilinear",
+    Bicubic => "bicubic",
+    BicubicTorch => "bicubic-torch",
+    BicubicGaussian => "bicubic-gaussian",
+    BicubicEdge => "bicubic-edge",
+]);
 
 /// The noise of a relay in pixel space, where nothing is encoded between the resize and the next stage:
 /// `signal * resized + sigma * noise`.

@@ -8,83 +8,122 @@ use super::{Tensor, by_dtype, bytes_of, cuda, float};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
-/// Which step of a run is next, on the host and on the device: kernels read the device's, so that work recorded in a graph
-/// finds the right row of every table at each replay.
+/// Which step of a run each of n images takes next, on the host and on the device: kernels read the device's, so that work
+/// recorded in a graph finds the right row of every table at each replay. A batch of k n images is k times the n images in
+/// their order (with classifier-free guidance: all unconditional, then all conditional), so its image i takes step i mod n.
 #[derive(Debug)]
 pub struct StepIndex {
-    host: usize,
-    /// `[1]`, u32
+    /// At least one.
+    host: Vec<usize>,
+    /// `[n]`, u32
     device: Tensor,
 }
 
 impl StepIndex {
+    /// The steps of n images that advance together, each from its own.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: no steps; [`Error::TooLarge`]; [`Error::OutOfMemory`].
+    pub fn new(device: &Device, steps: &[usize]) -> Result<StepIndex> {
+        if steps.is_empty() {
+            return Err(Error::argument("StepIndex", "steps", 0, "one for each image, at least one"));
+        }
+        let device = Tensor::from_u32(device, &[steps.len()], &as_u32(steps)?)?;
+        Ok(StepIndex { host: steps.to_vec(), device })
+    }
+
+    /// One step for all images of a batch.
+    ///
     /// # Errors
     /// [`Error::TooLarge`]; [`Error::OutOfMemory`].
-    pub fn new(device: &Device, step: usize) -> Result<StepIndex> {
-        let device = Tensor::from_u32(device, &[1], &[as_u32(step)?])?;
-        Ok(StepIndex { host: step, device })
+    pub fn one(device: &Device, step: usize) -> Result<StepIndex> {
+        StepIndex::new(device, &[step])
     }
 
-    pub fn get(&self) -> usize {
-        self.host
+    /// The images with a step of their own, n.
+    pub fn images(&self) -> usize {
+        self.host.len()
     }
 
-    /// `[1]`, u32, on the device.
+    /// The step of image `image` of a batch, whose images 0, n, 2 n, ... are the same one.
+    pub fn get(&self, image: usize) -> usize {
+        self.host[image % self.host.len()]
+    }
+
+    /// The largest of the images' steps.
+    pub fn last(&self) -> usize {
+        self.host.iter().copied().max().unwrap_or(0)
+    }
+
+    /// `[n]`, u32, on the device.
     pub fn tensor(&self) -> &Tensor {
         &self.device
     }
 
-    /// The index on a card stays where it is, so recorded work reads the new step.
+    /// The index on a card stays where it is, so recorded work reads the new steps.
     ///
     /// # Errors
-    /// [`Error::TooLarge`]; [`Error::Driver`].
-    pub fn set(&mut self, step: usize) -> Result<()> {
-        self.device.write_u32(&[as_u32(step)?])?;
-        self.host = step;
+    /// [`Error::Argument`]: other than n steps; [`Error::TooLarge`]; [`Error::Driver`].
+    pub fn set(&mut self, steps: &[usize]) -> Result<()> {
+        if steps.len() != self.images() {
+            let want = format!("{}, one for each image of the index", self.images());
+            return Err(Error::argument("StepIndex", "steps", steps.len(), want));
+        }
+        self.device.write_u32(&as_u32(steps)?)?;
+        self.host.copy_from_slice(steps);
         Ok(())
     }
 
-    /// To the next step; on a card by a kernel, after the work launched before.
+    /// All images to their next step; on a card by one launch, after the work launched before.
     ///
     /// # Errors
-    /// [`Error::Driver`]
+    /// [`Error::TooLarge`]; [`Error::Driver`]
     pub fn advance(&mut self) -> Result<()> {
+        let next: Vec<usize> = self.host.iter().map(|step| step + 1).collect();
         match self.device.device().clone() {
             Device::Meta(meta) => {
-                let work = Work { macs: 0, flops: 0, bytes: 8, launches: 1 };
-                meta.record("advance_step", OpKind::Elementwise, &[1], work);
+                let work = Work { macs: 0, flops: 0, bytes: 2 * self.device.bytes(), launches: 1 };
+                meta.record("advance_step", OpKind::Elementwise, &[next.len()], work);
             }
-            Device::Cpu(_) => self.device.write_u32(&[as_u32(self.host + 1)?])?,
+            Device::Cpu(_) => self.device.write_u32(&as_u32(&next)?)?,
             Device::Cuda(card) => cuda::step::advance(&card, &mut self.device)?,
         }
-        self.host += 1;
+        self.host = next;
         Ok(())
     }
 
     /// Tells the host of an [`advance`](StepIndex::advance) that a replay did on the device.
     pub fn replayed(&mut self) {
-        self.host += 1;
+        self.host.iter_mut().for_each(|step| *step += 1);
     }
 }
 
-fn as_u32(step: usize) -> Result<u32> {
+fn as_u32(steps: &[usize]) -> Result<Vec<u32>> {
     let limit = u128::from(u32::MAX);
-    u32::try_from(step).map_err(|_| Error::TooLarge { op: "StepIndex", what: "step", got: step as u128, limit })
+    let checked = |&step: &usize| {
+        u32::try_from(step).map_err(|_| Error::TooLarge { op: "StepIndex", what: "step", got: step as u128, limit })
+    };
+    steps.iter().map(checked).collect()
 }
 
-/// Rows of a table for the images of a batch, chosen by the step: `step * N .. (step + 1) * N`.
+/// Rows of a table for the images of a batch, chosen by each image's step. Of every step the table has R conditioning rows
+/// (1: the same for all; 2: of one negative prompt and one prompt; N: of every image's own). Of a batch of N images, image
+/// i takes row `step[i mod n] * R + i / (N / R)`: R and n both divide N. Rows are read where they are, never copied.
 #[derive(Clone, Copy, Debug)]
 pub struct StepRows<'a> {
-    /// `[steps * N, C]`
+    /// `[steps * R, C]`
     pub table: &'a Tensor,
     pub step: &'a StepIndex,
+    /// R, the conditioning rows of a step.
+    pub rows: usize,
 }
 
 impl StepRows<'_> {
-    /// `[images, columns]` of the current step.
+    /// Fit for a batch of `images` images and `columns` channels?
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: the table; [`Error::Argument`]: a step beyond it.
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: the table; [`Error::Argument`]: a step beyond it, R or n that
+    /// does not divide the images.
     pub(super) fn check(
         &self,
         op: &'static str,
@@ -93,30 +132,35 @@ impl StepRows<'_> {
         dtype: DType,
         with: &Device,
     ) -> Result<()> {
-        let [rows, _] = self.table.dims(op, "row")?;
-        self.table.expect(op, "row", &[rows, columns], dtype, with)?;
-        if images == 0 {
-            return Ok(());
-        }
-        if rows % images != 0 {
-            let want = format!("a multiple of {images} rows, the images of each step");
-            return Err(Error::shape(op, "row", self.table, want));
-        }
-        if self.step.get() >= rows / images {
-            let want = format!("below {}, the steps that the table has", rows / images);
-            return Err(Error::argument(op, "step", self.step.get(), want));
-        }
+        let [table_rows, _] = self.table.dims(op, "row")?;
+        self.table.expect(op, "row", &[table_rows, columns], dtype, with)?;
         if !self.step.tensor().device().same(with) {
             let got = self.step.tensor().device().to_string();
             return Err(Error::Device { op, arg: "step", got, want: with.to_string() });
         }
+        if self.rows == 0 || !images.is_multiple_of(self.rows) {
+            let want = format!("1 or more that divide the {images} images of the batch");
+            return Err(Error::argument(op, "conditioning rows", self.rows, want));
+        }
+        if !images.is_multiple_of(self.step.images()) {
+            let want = format!("a number that divides the {images} images of the batch");
+            return Err(Error::argument(op, "images with a step of their own", self.step.images(), want));
+        }
+        if table_rows % self.rows != 0 {
+            let want = format!("a multiple of {} rows, those of each step", self.rows);
+            return Err(Error::shape(op, "row", self.table, want));
+        }
+        if images > 0 && self.step.last() >= table_rows / self.rows {
+            let want = format!("below {}, the steps that the table has", table_rows / self.rows);
+            return Err(Error::argument(op, "step", self.step.last(), want));
+        }
         Ok(())
     }
 
-    /// The rows of the current step: `[images, C]`.
-    pub(super) fn current(&self, images: usize) -> Result<Tensor> {
-        let first = self.step.get() * images;
-        self.table.rows(first..first + images)
+    /// The table's row of each of `images` images.
+    pub(super) fn indices(&self, images: usize) -> impl Iterator<Item = usize> {
+        let images_per_row = images / self.rows;
+        (0..images).map(move |image| self.step.get(image) * self.rows + image / images_per_row)
     }
 }
 
@@ -158,6 +202,21 @@ pub struct StepTable {
 
 const COLUMNS: usize = 12;
 
+/// The table's elements, `[steps, COLUMNS]`.
+fn values(rows: &[StepRow]) -> Result<Vec<f32>> {
+    let mut values = Vec::with_capacity(rows.len() * COLUMNS);
+    for StepRow { input_scale, coefficients: k } in rows {
+        let clip = k.clip.unwrap_or(f32::INFINITY);
+        if clip.is_nan() || clip < 0.0 {
+            return Err(Error::argument("StepTable", "clip", clip, "0 or more"));
+        }
+        let x0_from_next = f32::from(u8::from(k.x0_from_next));
+        values.extend([*input_scale, k.x0_from_x, k.x0_from_e, clip, k.next_from_x, k.next_from_e, k.next_from_x0]);
+        values.extend([k.next_from_noise, x0_from_next, 0.0, 0.0, 0.0]);
+    }
+    Ok(values)
+}
+
 impl StepTable {
     /// The first row is next.
     ///
@@ -168,18 +227,23 @@ impl StepTable {
         if rows.is_empty() {
             return Err(Error::argument(OP, "rows", 0, "at least one step"));
         }
-        let mut values = Vec::with_capacity(rows.len() * COLUMNS);
-        for StepRow { input_scale, coefficients: k } in &rows {
-            let clip = k.clip.unwrap_or(f32::INFINITY);
-            if clip.is_nan() || clip < 0.0 {
-                return Err(Error::argument(OP, "clip", clip, "0 or more"));
-            }
-            let x0_from_next = f32::from(u8::from(k.x0_from_next));
-            values.extend([*input_scale, k.x0_from_x, k.x0_from_e, clip, k.next_from_x, k.next_from_e, k.next_from_x0]);
-            values.extend([k.next_from_noise, x0_from_next, 0.0, 0.0, 0.0]);
+        let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values(&rows)?)?;
+        Ok(StepTable { rows, table, index: StepIndex::one(device, 0)? })
+    }
+
+    /// Other rows, as many, in the same place; `first` is next.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: another count of rows; as [`new`](StepTable::new).
+    pub fn rewrite(&mut self, rows: Vec<StepRow>, first: usize) -> Result<()> {
+        if rows.len() != self.rows.len() {
+            let want = format!("{}, as before", self.rows.len());
+            return Err(Error::argument("StepTable", "rows", rows.len(), want));
         }
-        let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values)?;
-        Ok(StepTable { rows, table, index: StepIndex::new(device, 0)? })
+        self.table.write_f32(&values(&rows)?)?;
+        self.rows = rows;
+        let steps = vec![first; self.index.images()];
+        self.index.set(&steps)
     }
 
     pub fn len(&self) -> usize {
@@ -203,8 +267,8 @@ impl StepTable {
     /// # Errors
     /// [`Error::Argument`] when all are done.
     pub fn current(&self) -> Result<&StepRow> {
-        let want = || format!("below {}, the steps of the table", self.len());
-        self.rows.get(self.index.get()).ok_or_else(|| Error::argument("StepTable", "step", self.index.get(), want()))
+        let (step, want) = (self.index.get(0), || format!("below {}, the steps of the table", self.len()));
+        self.rows.get(step).ok_or_else(|| Error::argument("StepTable", "step", step, want()))
     }
 
     /// Does any step add noise?
@@ -264,6 +328,19 @@ impl SampleState {
         }
         let x0 = Tensor::uninit(x.device(), x.shape(), DType::F32)?;
         Ok(SampleState { x, x0 })
+    }
+
+    /// Other samples of the same shape, in the same place.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Driver`].
+    pub fn restart(&mut self, x: &Tensor) -> Result<()> {
+        self.x.copy_from(x)
+    }
+
+    /// Does nobody else hold the samples?
+    pub fn is_unshared(&self) -> bool {
+        self.x.is_unshared() && self.x0.is_unshared()
     }
 
     pub fn x(&self) -> &Tensor {

@@ -1,7 +1,8 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use super::embedded;
+use super::families::{Defaults, FamilySpec, Part, load_part, vae_dtype};
+use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
 use crate::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
 use crate::runtime::{DType, Device};
@@ -20,6 +21,7 @@ pub enum ModelSource {
 /// The files of a model, read part by part: configurations and weights when asked for.
 pub struct ModelFiles {
     place: Place,
+    family: &'static FamilySpec,
 }
 
 enum Place {
@@ -28,25 +30,57 @@ enum Place {
     Embedded(embedded::Files),
 }
 
+/// Where the model is in a folder `models--ORG--NAME` of the Hugging Face hub's cache, which keeps every version in
+/// `snapshots/REVISION` and the revision of each branch in `refs/BRANCH`: that of `main`, or the only one. Any other
+/// directory as it is.
+///
+/// # Errors
+/// [`Error::File`]: no snapshot, or several and no `main` among them.
+fn hub_snapshot(path: &Path) -> Result<PathBuf> {
+    let snapshots = path.join("snapshots");
+    if !snapshots.is_dir() || path.join("unet").is_dir() {
+        return Ok(path.to_path_buf());
+    }
+    let main = std::fs::read_to_string(path.join("refs/main")).ok().map(|revision| snapshots.join(revision.trim()));
+    if let Some(main) = main.filter(|main| main.is_dir()) {
+        return Ok(main);
+    }
+    let entries = std::fs::read_dir(&snapshots).map_err(|error| Error::io(&snapshots, error))?;
+    let mut found: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    found.sort();
+    match found.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => Err(Error::file(&snapshots, "holds no snapshot; the download did not end, start it again")),
+        several => {
+            let reason = format!("holds {} snapshots, and refs/main names none of them; name one", several.len());
+            Err(Error::file(&snapshots, reason))
+        }
+    }
+}
+
+/// `ORG/NAME` of `.../models--ORG--NAME/snapshots/REVISION`.
+fn hub_name(path: &Path) -> Option<String> {
+    let snapshots = path.parent().filter(|folder| folder.ends_with("snapshots"))?;
+    let name = snapshots.parent()?.file_name()?.to_string_lossy().into_owned();
+    Some(name.strip_prefix("models--")?.replace("--", "/"))
+}
+
+/// What a saved pipeline is made of.
+const INDEX: &str = "model_index.json";
 /// What a directory must have, for messages.
 const LAYOUT: &str =
     "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
-/// What decides a picture beside the weights; not every model has all of them.
-const CONFIGURATIONS: [&str; 10] = [
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "tokenizer/added_tokens.json",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    "vae/config.json",
+/// What decides a picture beside the weights, in each part's folder; not every model has all of them.
+const CONFIGURATIONS: [&str; 8] = [
+    "added_tokens.json",
+    "config.json",
+    "merges.txt",
+    "scheduler_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
 ];
-/// Parts with weights, and how their files begin.
-const WEIGHTS: [(&str, &str); 3] =
-    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")];
 /// What stands for the directory of the embedded model.
 const EMBEDDED_NAME: &str = "pocket";
 
@@ -57,8 +91,8 @@ impl ModelFiles {
     /// [`Error::File`]: what is missing and what the directory should look like; [`Error::Config`]: a model of another
     /// family.
     pub fn open(source: &ModelSource) -> Result<ModelFiles> {
-        let files = match source {
-            ModelSource::Embedded => ModelFiles { place: Place::Embedded(embedded::files()?) },
+        let place = match source {
+            ModelSource::Embedded => Place::Embedded(embedded::files()?),
             ModelSource::Directory(path) => {
                 if path.is_file() {
                     let reason = format!(
@@ -69,12 +103,18 @@ impl ModelFiles {
                 if !path.is_dir() {
                     return Err(Error::file(path, format!("no such directory; {LAYOUT}")));
                 }
-                ModelFiles { place: Place::Directory(path.clone()) }
+                Place::Directory(hub_snapshot(path)?)
             }
         };
+        let family = FamilySpec::of(|folder| match &place {
+            Place::Directory(path) => path.join(folder).is_dir(),
+            Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
+        });
+        let files = ModelFiles { place, family };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
-            for part in ["text_encoder", "unet", "vae", "scheduler"] {
+            let parts = files.family.parts.iter().filter(|part| part.weights.is_some()).map(|part| part.folder);
+            for part in parts.chain(["scheduler"]) {
                 let folder = path.join(part);
                 if !folder.is_dir() {
                     return Err(Error::file(&folder, format!("no such directory; {LAYOUT}")));
@@ -84,12 +124,15 @@ impl ModelFiles {
         Ok(files)
     }
 
-    /// What the model is called: its directory's name.
+    /// What the model is called: its directory's name, or ORG/NAME where that is in a cache of the Hugging Face hub.
     pub fn name(&self) -> String {
         match &self.place {
             Place::Embedded(_) => EMBEDDED_NAME.into(),
             Place::Directory(path) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                if let Some(name) = hub_name(&path) {
+                    return name;
+                }
                 path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
             }
         }
@@ -105,21 +148,28 @@ impl ModelFiles {
         let mut add = |bytes: &[u8]| {
             hasher.update_rayon(bytes).update(&(bytes.len() as u64).to_le_bytes());
         };
-        for name in CONFIGURATIONS {
-            add(name.as_bytes());
-            add(&self.read(name)?.unwrap_or_default());
+        let folders = || self.family.parts.iter().map(|part| part.folder).chain(["scheduler"]);
+        for (folder, file) in folders().flat_map(|folder| CONFIGURATIONS.map(|file| (folder, file))) {
+            if let Some(bytes) = self.read(&format!("{folder}/{file}"))? {
+                add(format!("{folder}/{file}").as_bytes());
+                add(&bytes);
+            }
         }
-        for (part, stem) in WEIGHTS {
-            self.weights(part, stem, &Device::cpu(), DType::F32)?.file_bytes().for_each(&mut add);
+        for part in self.family.parts.iter().filter(|part| part.weights.is_some()) {
+            self.weights(part.folder, &Device::cpu(), DType::F32)?.file_bytes().for_each(&mut add);
         }
         Ok(hasher.finalize().to_hex()[..16].to_string())
     }
 
-    pub fn tokenizer(&self) -> Result<ClipTokenizer> {
+    /// The tokenizer in `folder` (`tokenizer`, `tokenizer_2`).
+    ///
+    /// # Errors
+    /// As [`ClipTokenizer::load`].
+    pub fn tokenizer(&self, folder: &str) -> Result<ClipTokenizer> {
         match &self.place {
-            Place::Directory(path) => ClipTokenizer::load(&path.join("tokenizer")),
+            Place::Directory(path) => ClipTokenizer::load(&path.join(folder)),
             Place::Embedded(files) => {
-                let file = |name: &str| files.get(&format!("tokenizer/{name}"));
+                let file = |name: &str| files.get(&format!("{folder}/{name}"));
                 let files = TokenizerFiles {
                     vocab: file("vocab.json"),
                     merges: file("merges.txt"),
@@ -128,7 +178,7 @@ impl ModelFiles {
                     special_tokens_map: file("special_tokens_map.json"),
                     added_tokens: file("added_tokens.json"),
                 };
-                ClipTokenizer::from_bytes(&self.path("tokenizer"), &files)
+                ClipTokenizer::from_bytes(&self.path(folder), &files)
             }
         }
     }
@@ -138,8 +188,12 @@ impl ModelFiles {
         SchedulerConfig::from_json(&what, &json)
     }
 
-    pub fn text_config(&self) -> Result<ClipTextConfig> {
-        let (what, json) = self.json("text_encoder/config.json")?;
+    /// Of the CLIP text encoder in `folder` (`text_encoder`, `text_encoder_2`).
+    ///
+    /// # Errors
+    /// [`Error::File`]; as [`ClipTextConfig::from_json`].
+    pub fn clip_config(&self, folder: &str) -> Result<ClipTextConfig> {
+        let (what, json) = self.json(&format!("{folder}/config.json"))?;
         ClipTextConfig::from_json(&what, &json)
     }
 
@@ -153,39 +207,93 @@ impl ModelFiles {
         VaeConfig::from_json(&what, &json)
     }
 
-    /// The text encoder; on the meta device from its configuration alone. So the other two.
-    pub fn text_encoder(&self, device: &Device, dtype: DType) -> Result<ClipTextModel> {
-        ClipTextModel::load(self.weights("text_encoder", "model", device, dtype)?, &self.text_config()?)
+    /// The text encoder in `folder`, and its weights' report; on the meta device from its configuration alone.
+    ///
+    /// # Errors
+    /// Those of the files; as [`ClipTextModel::load`].
+    pub fn clip(&self, folder: &'static str, device: &Device, dtype: DType) -> Result<(ClipTextModel, WeightReport)> {
+        let config = self.clip_config(folder)?;
+        let store = ClipTextModel::prepared(self.weights(folder, device, dtype)?, &config)?;
+        load_part(folder, store, |w| ClipTextModel::from_weights(w, &config))
     }
 
+    /// The UNet; on the meta device from its configuration alone.
+    ///
+    /// # Errors
+    /// Those of the files; as [`Unet::load`].
     pub fn unet(&self, device: &Device, dtype: DType) -> Result<Unet> {
-        Unet::load(self.weights("unet", "diffusion_pytorch_model", device, dtype)?, &self.unet_config()?)
+        Unet::load(self.weights("unet", device, dtype)?, &self.unet_config()?)
     }
 
-    /// In f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it).
+    /// The VAE, in f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it).
+    ///
+    /// # Errors
+    /// Those of the files; as [`Vae::load`].
     pub fn vae(&self, device: &Device, dtype: DType) -> Result<Vae> {
         let config = self.vae_config()?;
-        let store = self.weights("vae", "diffusion_pytorch_model", device, vae_dtype(&config, dtype))?;
-        Vae::load(store, &config)
+        Vae::load(self.weights("vae", device, vae_dtype(&config, dtype))?, &config)
     }
 
-    fn weights(&self, part: &str, stem: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+    /// The weights of the part in `folder`.
+    ///
+    /// # Errors
+    /// As [`WeightStore::open`]; [`Error::File`]: the family has no such part with weights.
+    pub(super) fn weights(&self, folder: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+        let Some(stem) = self.family.part(folder).and_then(|part| part.weights) else {
+            return Err(Error::file(&self.path(folder), format!("{} has no such part", self.family.name)));
+        };
         if matches!(device, Device::Meta(_)) {
             return Ok(WeightStore::meta(device, dtype));
         }
         match &self.place {
-            Place::Directory(path) => WeightStore::open(&path.join(part), stem, device, dtype),
+            Place::Directory(path) => WeightStore::open(&path.join(folder), stem, device, dtype),
             Place::Embedded(files) => {
-                let name = format!("{part}/{stem}.safetensors");
+                let name = format!("{folder}/{stem}.safetensors");
                 let bytes = files.get(&name).ok_or_else(|| self.missing(&name))?;
                 WeightStore::from_bytes(&self.path(&name).display().to_string(), bytes, device, dtype)
             }
         }
     }
 
+    /// What requests get that do not say it: the family's, or those of distilled models for one that is named turbo or whose
+    /// scheduler is Euler-ancestral with trailing timesteps.
+    pub(super) fn defaults(&self) -> Defaults {
+        let turbo = self.name().to_ascii_lowercase().contains("turbo");
+        match turbo || self.scheduler_config().is_ok_and(|config| config.is_for_few_steps()) {
+            true => Defaults::DISTILLED,
+            false => self.family.defaults,
+        }
+    }
+
+    /// A true or false of model_index.json.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Io`]: the file cannot be read; [`Error::Config`]: the value is neither.
+    pub(super) fn index_flag(&self, key: &str, default: bool) -> Result<bool> {
+        let path = self.path(INDEX);
+        let Some(bytes) = self.read(INDEX)? else { return Ok(default) };
+        let index: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
+        match index.get(key) {
+            None | Some(serde_json::Value::Null) => Ok(default),
+            Some(serde_json::Value::Bool(value)) => Ok(*value),
+            Some(other) => {
+                Err(Error::config(path.display().to_string(), format!("{key} is {other}, expected true or false")))
+            }
+        }
+    }
+
+    /// Has the model's family a part in this folder (`text_encoder_2`)?
+    pub fn has_part(&self, folder: &str) -> bool {
+        self.family.part(folder).is_some()
+    }
+
+    pub(super) fn family(&self) -> &'static FamilySpec {
+        self.family
+    }
+
     /// Refuses models of other families before their parts give riddles.
     fn check_index(&self) -> Result<()> {
-        const INDEX: &str = "model_index.json";
         let Some(bytes) = self.read(INDEX)? else { return Ok(()) };
         let path = self.path(INDEX);
         let index: serde_json::Value =
@@ -194,21 +302,20 @@ impl ModelFiles {
         let has = |part: &str| index.get(part).is_some_and(|entry| !entry[1].is_null());
         let refuse = |why: String| {
             let what = path.display().to_string();
-            Err(Error::config(what, format!("a {class} {why}; expected a Stable Diffusion 1.x or 2.x pipeline")))
+            Err(Error::config(what, format!("a {class} {why}; expected a {} pipeline", FamilySpec::names())))
         };
-        for part in ["text_encoder_2", "transformer", "controlnet", "image_encoder"] {
+        let extra = ["text_encoder_2", "text_encoder_3", "transformer", "controlnet", "image_encoder"];
+        for part in extra.into_iter().filter(|part| self.family.part(part).is_none()) {
             // SD 1.x lists an image_encoder of null for IP-Adapter.
             if has(part) {
                 return refuse(format!("with a part {part}"));
             }
         }
-        for (part, wanted) in
-            [("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")]
-        {
-            if let Some(found) = index[part][1].as_str()
+        for &Part { folder, class: wanted, .. } in self.family.parts.iter().filter(|part| part.weights.is_some()) {
+            if let Some(found) = index[folder][1].as_str()
                 && found != wanted
             {
-                return refuse(format!("whose {part} is a {found}, not a {wanted}"));
+                return refuse(format!("whose {folder} is a {found}, not a {wanted}"));
             }
         }
         Ok(())
@@ -246,9 +353,4 @@ impl ModelFiles {
             Place::Directory(path) => path.join(name),
         }
     }
-}
-
-/// A decoder with `force_upcast` may leave the range of f16; bf16 has the range of f32.
-pub(super) fn vae_dtype(config: &VaeConfig, dtype: DType) -> DType {
-    if config.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
 }

@@ -1,18 +1,22 @@
 //! Prompt to picture: tokenize, encode, denoise with a method, decode.
 
 mod embedded;
+mod families;
 mod files;
 mod parameters;
 mod plan;
 mod request;
 mod run;
 
-pub use crate::methods::{Event, Method, Observer, RelayClamp, Silent, Size, Stage, StepProgress};
+pub use crate::methods::{
+    Event, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent,
+    Size, Stage, StepProgress, text_of, without_effect,
+};
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::Sampler;
 pub use files::{ModelFiles, ModelSource};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
-pub use request::Request;
+pub use request::{Request, SizeIds};
 pub use run::{Picture, Pipeline};

@@ -1,9 +1,8 @@
 use serde_json::json;
 
-use super::{Pipeline, Request};
+use super::{Pipeline, Request, SizeIds};
 use crate::image::infotext;
-use crate::methods::{Method, Plan, Stage};
-use crate::ops::Upsampler;
+use crate::methods::{Run, Stage, text_of};
 use crate::rng::RngKind;
 use crate::schedulers::Sampler;
 
@@ -17,62 +16,60 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    pub(super) fn new(request: &Request, plan: &Plan, pipeline: &Pipeline, seed: u64) -> Parameters {
-        let last = plan.stages[plan.stages.len() - 1];
-        let stages: Vec<String> = plan.stages.iter().map(Stage::to_string).collect();
-        let steps: usize = plan.stages.iter().map(|stage| stage.steps).sum();
+    pub(super) fn new(request: &Request, run: &Run, pipeline: &Pipeline, seed: u64) -> Parameters {
+        let last = run.last_stage();
+        let stages: Vec<String> = run.stages().iter().map(Stage::to_string).collect();
+        let steps: usize = run.stages().iter().map(|stage| stage.steps).sum();
         let version = concat!("megafuse ", env!("CARGO_PKG_VERSION"));
-        let megafusion = plan.method != Method::Plain;
+        let method = run.method();
+        let sampler = run.scheduler().sampler();
+        // Without guidance nothing steers away from it.
+        let negative = request.negative_prompt.as_deref().filter(|_| run.guidance().is_some()).unwrap_or_default();
 
         let mut fields = vec![
-            ("Steps", steps.to_string()),
-            ("Sampler", webui_name(plan.scheduler.sampler()).to_string()),
-            ("CFG scale", request.guidance.to_string()),
-            ("Seed", seed.to_string()),
-            ("Size", last.size.to_string()),
-            ("Model", pipeline.name().to_string()),
-            ("Method", plan.method.to_string()),
+            ("Steps".to_string(), steps.to_string()),
+            ("Sampler".to_string(), webui_sampler(sampler).0.to_string()),
+            ("CFG scale".to_string(), request.guidance.to_string()),
+            ("Seed".to_string(), seed.to_string()),
+            ("Size".to_string(), last.size.to_string()),
+            ("Model".to_string(), pipeline.name().to_string()),
+            ("Method".to_string(), method.to_string()),
         ];
-        if request.eta != 0.0 {
-            fields.push(("Eta", request.eta.to_string()));
+        let eta = webui_sampler(sampler).1.unwrap_or(request.eta);
+        if eta != 0.0 {
+            fields.push(("Eta DDIM".into(), eta.to_string()));
         }
-        if megafusion {
-            fields.push(("Stages", stages.join(" ")));
-            fields.push(("Upsampler", upsampler_name(plan.upsampler).to_string()));
-            fields.push(("Relay clamp", plan.relay_clamp.to_string()));
-            fields.push(("Reschedule", plan.reschedule.to_string()));
-            if let Some(gamma) = plan.gamma {
-                fields.push(("Gamma", gamma.to_string()));
-            }
-            fields.push(("Dilation", plan.dilation.to_string()));
-            fields.push(("Relay noise offset", plan.relay_noise_offset.to_string()));
-            if plan.reference_compat {
-                fields.push(("Reference compat", "true".into()));
-            }
+        if method.spec().relays {
+            fields.push(("Stages".into(), stages.join(" ")));
         }
-        fields.push(("RNG", rng_name(request.rng).to_string()));
-        fields.push(("Dtype", pipeline.dtype().to_string()));
-        fields.push(("Version", version.to_string()));
+        fields.extend(method.options().iter().map(|(name, value)| (title(name), text_of(value))));
+        fields.push(("RNG".into(), webui_rng(request.rng).to_string()));
+        fields.push(("Dtype".into(), pipeline.dtype().to_string()));
+        fields.push(("Version".into(), version.to_string()));
 
         let mut json = json!({
-            "prompt": request.prompt, "negative_prompt": request.negative_prompt, "model": pipeline.name(),
-            "method": plan.method.name(), "size": last.size.to_string(), "stages": stages, "steps": steps,
-            "scheduler": plan.scheduler.sampler().name(), "eta": request.eta,
-            "guidance": decimal(request.guidance), "seed": seed, "rng": rng_name(request.rng),
+            "prompt": request.prompt, "negative_prompt": negative, "model": pipeline.name(),
+            "method": method.name(), "size": last.size.to_string(), "stages": stages, "steps": steps,
+            "scheduler": sampler.name(), "eta": request.eta,
+            "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });
-        if megafusion {
-            json["upsampler"] = upsampler_name(plan.upsampler).into();
-            json["relay_clamp"] = plan.relay_clamp.name().into();
-            json["reschedule"] = plan.reschedule.into();
-            if let Some(gamma) = plan.gamma {
-                json["gamma"] = gamma.into();
+        let SizeIds { original, crop, target } = request.size_ids;
+        for (name, value) in [
+            ("original_size", original.map(|size| size.to_string())),
+            ("crop", crop.map(|(x, y)| format!("{x},{y}"))),
+            ("target_size", target.map(|size| size.to_string())),
+        ] {
+            if let Some(value) = value {
+                fields.push((title(name), value.clone()));
+                json[name] = value.into();
             }
-            json["dilation"] = plan.dilation.into();
-            json["relay_noise_offset"] = plan.relay_noise_offset.into();
-            json["reference_compat"] = plan.reference_compat.into();
         }
-        Parameters { text: infotext(&request.prompt, &request.negative_prompt, &fields), json }
+        for (name, value) in method.options() {
+            json[name] = value.clone();
+        }
+        let fields: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+        Parameters { text: infotext(&request.prompt, negative, &fields), json }
     }
 }
 
@@ -81,28 +78,28 @@ fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn webui_name(sampler: Sampler) -> &'static str {
+/// A sampler's name in stable-diffusion-webui, and its eta where the name alone does not say it: DDPM is there DDIM with
+/// an eta of 1 (Song et al. 2020, arXiv:2010.02502, section 4.1).
+fn webui_sampler(sampler: Sampler) -> (&'static str, Option<f64>) {
     match sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Ddpm => "DDPM",
-        Sampler::Euler => "Euler",
-        Sampler::EulerAncestral => "Euler a",
+        Sampler::Ddim => ("DDIM", None),
+        Sampler::Ddpm => ("DDIM", Some(1.0)),
+        Sampler::Euler => ("Euler", None),
+        Sampler::EulerAncestral => ("Euler a", None),
     }
 }
 
-fn rng_name(rng: RngKind) -> &'static str {
+/// The source of noise as stable-diffusion-webui names it; `NV` is its copy of the generator of NVIDIA's cards.
+fn webui_rng(rng: RngKind) -> &'static str {
     match rng {
-        RngKind::TorchCpu => "torch-cpu",
-        RngKind::TorchCuda => "torch-cuda",
+        RngKind::TorchCpu => "CPU",
+        RngKind::TorchCuda => "NV",
     }
 }
 
-fn upsampler_name(upsampler: Upsampler) -> &'static str {
-    match upsampler {
-        Upsampler::Bilinear => "bilinear",
-        Upsampler::Bicubic => "bicubic",
-        Upsampler::BicubicTorch => "bicubic-torch",
-        Upsampler::BicubicGaussian => "bicubic-gaussian",
-        Upsampler::BicubicEdge => "bicubic-edge",
-    }
+/// `relay_clamp` as `Relay clamp`.
+fn title(name: &str) -> String {
+    let words = name.replace('_', " ");
+    let mut letters = words.chars();
+    letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
 }

@@ -1,16 +1,14 @@
 use serde_json::{Value, json};
 
-use super::files::vae_dtype;
-use super::{ModelFiles, ModelSource, Pipeline, Request};
+use super::{ModelSource, Pipeline, Request};
 use crate::error::Result;
 use crate::methods::{Event, Observer, Size, Stage};
-use crate::models::{ClipTextModel, Unet, Vae, WeightStore, Weights};
 use crate::runtime::{DType, Device, MetaDevice, OpKind, Report, Work};
 
 /// The cost of one phase of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PhaseReport {
-    /// `text`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`.
+    /// `text`, `condition`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`.
     pub name: &'static str,
     /// The stage that the phase belongs to, from 0; a relay belongs to the stage it leads to.
     pub stage: Option<usize>,
@@ -42,7 +40,7 @@ pub struct PlanReport {
     /// In the order of the run.
     pub phases: Vec<PhaseReport>,
     pub weights: Vec<WeightReport>,
-    /// Over all phases and repeats, for one picture.
+    /// Over all phases and repeats, for one batch.
     pub by_kind: Vec<(OpKind, Work)>,
     pub total: Work,
     pub peak_bytes: u64,
@@ -83,7 +81,7 @@ fn cost(by_kind: &[(OpKind, Work)], total: Work) -> Value {
     value
 }
 
-/// Runs the request on the meta device: the code of the real run, for one picture.
+/// Runs the request on the meta device: the code of the real run, for one batch.
 ///
 /// # Errors
 /// As [`Pipeline::load`] and [`Pipeline::generate`], except for those of weight files and the tokenizer.
@@ -95,7 +93,6 @@ pub fn plan(source: &ModelSource, dtype: DType, request: &Request) -> Result<Pla
 pub struct Planner {
     meta: MetaDevice,
     pipeline: Pipeline,
-    weights: Vec<WeightReport>,
 }
 
 impl Planner {
@@ -104,7 +101,7 @@ impl Planner {
     pub fn new(source: &ModelSource, dtype: DType) -> Result<Planner> {
         let meta = MetaDevice::default();
         let pipeline = Pipeline::load(source.clone(), Device::Meta(meta.clone()), dtype)?;
-        Ok(Planner { meta, pipeline, weights: weights(source, dtype)? })
+        Ok(Planner { meta, pipeline })
     }
 
     /// The model, without data.
@@ -115,11 +112,12 @@ impl Planner {
     /// # Errors
     /// As [`Pipeline::generate`].
     pub fn plan(&self, request: &Request) -> Result<PlanReport> {
-        let stages = self.pipeline.resolve(request)?.stages;
+        let stages = self.pipeline.resolve(request)?.stages().to_vec();
         let meta = self.meta.clone();
         meta.take_report(); // loading does no work, but sets the peak to the weights
         let mut recorder = Recorder { meta, stages: stages.clone(), current: None, phases: Vec::new() };
-        self.pipeline.generate(&Request { count: 1, ..request.clone() }, &mut recorder)?;
+        self.pipeline
+            .generate(&Request { count: request.count.min(request.batch), ..request.clone() }, &mut recorder)?;
 
         let phases = recorder.phases;
         let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
@@ -135,27 +133,9 @@ impl Planner {
             })
             .filter(|(_, work)| work.launches > 0)
             .collect();
-        let weights = self.weights.clone();
+        let weights = self.pipeline.weights().to_vec();
         Ok(PlanReport { dtype: self.pipeline.dtype(), stages, phases, weights, by_kind, total, peak_bytes })
     }
-}
-
-/// What the modules ask of a manifest.
-fn weights(source: &ModelSource, dtype: DType) -> Result<Vec<WeightReport>> {
-    let files = ModelFiles::open(source)?;
-    let (text, unet, vae) = (files.text_config()?, files.unet_config()?, files.vae_config()?);
-    let device = Device::meta();
-    let report = |module, dtype: DType, ask: &dyn Fn(&Weights) -> Result<()>| {
-        let store = WeightStore::meta(&device, dtype);
-        ask(&store.root())?;
-        let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-        Ok(WeightReport { module, parameters, bytes: parameters * dtype.size_bytes() as u64 })
-    };
-    Ok(vec![
-        report("text_encoder", dtype, &|w| ClipTextModel::from_weights(w, &text).map(drop))?,
-        report("unet", dtype, &|w| Unet::from_weights(w, &unet).map(drop))?,
-        report("vae", vae_dtype(&vae, dtype), &|w| Vae::from_weights(w, &vae).map(drop))?,
-    ])
 }
 
 /// Cuts the meta device's record at the run's events.
@@ -176,6 +156,7 @@ impl Observer for Recorder {
         let last = self.stages.len() - 1;
         self.current = match *event {
             Event::EncodeText => Some(("text", None)),
+            Event::Condition { stage } => Some(("condition", Some(stage))),
             Event::StageBegins { stage, .. } => Some(("denoise", Some(stage))),
             Event::Step(progress) if progress.step < progress.stage_steps => Some(("denoise", Some(progress.stage))),
             Event::Relay { stage, .. } => Some(("relay decode", Some(stage))),
@@ -190,6 +171,9 @@ impl Observer for Recorder {
 impl Recorder {
     fn add(&mut self, name: &'static str, stage: Option<usize>, report: &Report) {
         let once = report.total();
+        if name == "condition" && once.launches == 0 {
+            return; // what it needs was made with the text
+        }
         if let Some(last) = self.phases.last_mut()
             && (last.name, last.stage, last.once) == (name, stage, once)
         {

@@ -1,24 +1,23 @@
+use std::cell::RefCell;
 use std::sync::Mutex;
 
+use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions};
 use super::parameters::Parameters;
 use super::plan::Planner;
-use super::{ModelFiles, ModelSource, Request};
+use super::{ModelFiles, ModelSource, Request, SizeIds, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
-use crate::methods::{self, DiffusionModel, Event, NoiseSource, Observer, Plan, Size, Watch};
-use crate::models::{ClipTextModel, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
-use crate::ops::{self, StepTable};
+use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
-use crate::text::ClipTokenizer;
 
 /// A finished picture.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Picture {
     pub width: usize,
     pub height: usize,
-    /// 8 bits, row-major, 3 bytes a pixel.
+    /// 8 bits, row-major, 3 bytes per pixel.
     pub rgb: Vec<u8>,
     pub seed: u64,
     pub parameters: Parameters,
@@ -29,14 +28,12 @@ pub struct Pipeline {
     name: String,
     device: Device,
     dtype: DType,
-    /// `None` on the meta device, where nobody reads the ids.
-    tokenizer: Option<ClipTokenizer>,
-    /// Ids of a prompt, padding included.
-    tokens: usize,
-    text_encoder: ClipTextModel,
-    unet: Unet,
-    vae: Vae,
+    family: Box<dyn Family>,
     scheduler: SchedulerConfig,
+    defaults: Defaults,
+    recorded: RecordedSteps,
+    /// The prompts that were encoded last: pictures of one prompt encode it once.
+    encoded: Mutex<Option<(Vec<PromptText>, PromptEmbeds)>>,
     /// On a card: says how much memory a request wants.
     planner: Option<Box<Planner>>,
     /// The request that was planned last, without what costs nothing, and its bytes beside the weights.
@@ -53,26 +50,14 @@ impl Pipeline {
     pub fn load(source: ModelSource, device: Device, dtype: DType) -> Result<Pipeline> {
         let files = ModelFiles::open(&source)?;
         let scheduler = files.scheduler_config()?.for_latents();
-        let (text_config, unet_config, vae_config) = (files.text_config()?, files.unet_config()?, files.vae_config()?);
-        check_fit(&files.name(), text_config.hidden_size, &unet_config, &vae_config)?;
-        let (tokenizer, tokens) = match device {
-            Device::Meta(_) => (None, text_config.max_position_embeddings),
-            _ => {
-                let tokenizer =
-                    files.tokenizer()?.fitted(text_config.vocab_size, text_config.max_position_embeddings)?;
-                let tokens = tokenizer.max_length();
-                (Some(tokenizer), tokens)
-            }
-        };
-        let text_encoder = files.text_encoder(&device, dtype)?;
-        let unet = files.unet(&device, dtype)?;
-        let vae = files.vae(&device, dtype)?;
+        let family = (files.family().load)(&files, &device, dtype)?;
         let planner = match device {
             Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
             _ => None,
         };
-        let (name, planned) = (files.name(), Mutex::new(None));
-        Ok(Pipeline { name, device, dtype, tokenizer, tokens, text_encoder, unet, vae, scheduler, planner, planned })
+        let (name, defaults, recorded) = (files.name(), files.defaults(), RecordedSteps::default());
+        let (encoded, planned) = (Mutex::new(None), Mutex::new(None));
+        Ok(Pipeline { name, device, dtype, family, scheduler, defaults, recorded, encoded, planner, planned })
     }
 
     pub fn name(&self) -> &str {
@@ -87,17 +72,39 @@ impl Pipeline {
         self.dtype
     }
 
+    /// The model's scheduler_config.json.
+    pub fn scheduler(&self) -> &SchedulerConfig {
+        &self.scheduler
+    }
+
     /// The size that the model was trained at, if its configuration says so.
     pub fn native_size(&self) -> Option<Size> {
-        native_size(self.unet.config(), self.vae.config())
+        self.family.native_size()
+    }
+
+    /// The weights of every part.
+    pub fn weights(&self) -> &[WeightReport] {
+        self.family.weights()
     }
 
     /// What a request comes to with this model.
     ///
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Config`] for the model's scheduler.
-    pub fn resolve(&self, request: &Request) -> Result<Plan> {
-        request.resolve(&self.scheduler, self.native_size(), self.vae.config().factor())
+    pub fn resolve(&self, request: &Request) -> Result<Run> {
+        let SizeIds { original, crop, target } = request.size_ids;
+        if !self.family.reads_size_ids() {
+            let given = [
+                ("--original-size", original.map(|size| size.to_string())),
+                ("--crop", crop.map(|(x, y)| format!("{x},{y}"))),
+                ("--target-size", target.map(|size| size.to_string())),
+            ];
+            if let Some((flag, value)) = given.into_iter().find_map(|(flag, value)| Some((flag, value?))) {
+                let reason = format!("has no effect with {}, which is told no sizes; SDXL is", self.name);
+                return Err(Error::Request { flag, value, reason });
+            }
+        }
+        request.resolve(&self.scheduler, self.native_size(), self.family.factor(), self.defaults)
     }
 
     /// What the first picture of a request says about itself.
@@ -108,47 +115,77 @@ impl Pipeline {
         Ok(Parameters::new(request, &self.resolve(request)?, self, request.seed))
     }
 
-    /// One picture after another; a picture depends on the request and its own seed alone. On the meta device: the ops'
-    /// record, and no picture.
+    /// The request's pictures, `batch` at a time; a picture depends on the request and its own seed alone. On the meta
+    /// device: the ops' record, and no picture.
     ///
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Interrupted`]; [`Error::NonFinite`], naming the
     /// stage; [`Error::OutOfMemory`].
     pub fn generate(&self, request: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
-        let plan = self.resolve(request)?;
-        self.reserve(request)?;
+        let of = |index: usize| Request { seed: request.seed.wrapping_add(index as u64), count: 1, ..request.clone() };
+        let requests: Vec<Request> = (0..request.count).map(of).collect();
+        let mut pictures = Vec::new();
+        for (index, batch) in requests.chunks(request.batch.max(1)).enumerate() {
+            let watch = Watch { observer, first: index * request.batch.max(1) };
+            pictures.extend(self.batch(batch, request.count, watch)?);
+        }
+        Ok(pictures)
+    }
+
+    /// One picture per request, in one batch: the requests differ in prompt, negative prompt and seed alone, and each
+    /// picture has the same bytes as when it is made alone. `count` of a request is not read.
+    ///
+    /// # Errors
+    /// As [`generate`](Pipeline::generate); [`Error::Request`]: requests that differ in something else.
+    pub fn generate_batch(&self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>> {
+        self.batch(requests, requests.len(), Watch { observer, first: 0 })
+    }
+
+    fn batch(&self, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
+        let Some(first) = requests.first() else { return Ok(Vec::new()) };
+        if let Some(other) = requests.iter().find(|other| !other.fits_into_batch_of(first)) {
+            let (flag, value) = ("--batch", format!("with the prompt {:?}", other.prompt));
+            let reason = "pictures of one batch differ in prompt, negative prompt and seed alone".into();
+            return Err(Error::Request { flag, value, reason });
+        }
+        let run = self.resolve(first)?;
+        self.reserve(first, requests.len())?;
+        let Watch { observer, first: first_index } = watch;
         observer.event(&Event::EncodeText);
         if observer.cancelled() {
             return Err(Error::Interrupted);
         }
-        let text = self.encode_prompts(request, plan.guidance.is_some(), observer)?;
-        let conditioning = self.unet.condition(&text, plan.scheduler.timesteps())?;
-        drop(text);
-        let model = Conditioned { pipeline: self, conditioning: &conditioning };
+        let guided = run.guidance().is_some();
+        let prompts = self.encode_prompts(requests, guided, observer)?;
+        let rows = prompts.embeds.shape().to_vec();
+        let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 }, &first.size_ids);
+        conditions.prepare(run.scheduler().timesteps())?;
+        let model = Conditioned { pipeline: self, images: requests.len(), rows, conditions: RefCell::new(conditions) };
 
+        for (index, request) in requests.iter().enumerate() {
+            observer.event(&Event::PictureBegins { index: first_index + index, count, seed: request.seed });
+        }
+        let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
+        let mut noise = Noise { rngs, device: &self.device };
+        let images = methods::generate(&model, &run, &mut noise, Watch { observer, first: first_index })?;
         let mut pictures = Vec::new();
-        for index in 0..request.count {
-            let seed = request.seed.wrapping_add(index as u64);
-            observer.event(&Event::PictureBegins { index, count: request.count, seed });
-            let mut noise = Noise { rng: Rng::new(request.rng, seed), device: &self.device };
-            let picture = methods::generate(&model, &plan, &mut noise, Watch { observer, index })?;
+        for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
             if !matches!(self.device, Device::Meta(_)) {
-                let [_, height, width, _] = picture.dims("generate", "picture")?;
-                let rgb = image::to_bytes(&picture.to_f32_vec()?)?;
-                let parameters = Parameters::new(request, &plan, self, seed);
-                pictures.push(Picture { width, height, rgb, seed, parameters });
+                let [_, height, width, _] = image.dims("generate", "picture")?;
+                let rgb = image::to_bytes(&image.to_f32_vec()?)?;
+                let parameters = Parameters::new(request, &run, self, request.seed);
+                pictures.push(Picture { width, height, rgb, seed: request.seed, parameters });
             }
-            observer.event(&Event::PictureEnds { index });
+            observer.event(&Event::PictureEnds { index: first_index + index });
         }
         Ok(pictures)
     }
 
     /// On a card, what the planner counts beside the weights, in one piece: nothing is asked of the driver while steps run,
     /// and what does not fit fails before the first of them. Pictures that differ in words and seed are planned once.
-    fn reserve(&self, request: &Request) -> Result<()> {
+    fn reserve(&self, request: &Request, images: usize) -> Result<()> {
         let (Device::Cuda(card), Some(planner)) = (&self.device, &self.planner) else { return Ok(()) };
-        let (prompt, negative_prompt) = (String::new(), String::new());
-        let request = Request { prompt, negative_prompt, seed: 0, count: 1, ..request.clone() };
+        let request = Request { count: images, batch: images, ..request.without_words() };
         let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let bytes = match &*planned {
             Some((last, bytes)) if *last == request => *bytes,
@@ -162,65 +199,49 @@ impl Pipeline {
         card.reserve(bytes)
     }
 
-    /// `[rows, tokens, hidden]`: the negative prompt's row first, when there is guidance.
-    fn encode_prompts(&self, request: &Request, guided: bool, observer: &mut dyn Observer) -> Result<Tensor> {
-        let negative = guided.then_some(("negative prompt", &request.negative_prompt));
-        let mut ids = Vec::new();
-        for (what, prompt) in negative.into_iter().chain([("prompt", &request.prompt)]) {
-            let Some(tokenizer) = &self.tokenizer else {
-                ids.push(vec![0; self.tokens]);
-                continue;
-            };
-            let encoding = tokenizer.encode(prompt)?;
-            if let Some(rest) = encoding.truncated {
-                let length = self.tokens;
-                observer.warning(&format!("the {what} is longer than the model's {length} tokens; not read: {rest:?}"));
+    /// The rows of the network's batch, the negative prompts' first when there is guidance: one per picture, or one for
+    /// all pictures where they have the same words.
+    fn encode_prompts(&self, requests: &[Request], guided: bool, observer: &mut dyn Observer) -> Result<PromptEmbeds> {
+        let same = requests.iter().all(|other| {
+            (&other.prompt, &other.negative_prompt) == (&requests[0].prompt, &requests[0].negative_prompt)
+        });
+        let requests = if same { &requests[..1] } else { requests };
+        let negative = requests.iter().filter(|_| guided).map(|request| (true, request.negative_prompt.clone()));
+        let rows: Vec<PromptText> = negative
+            .chain(requests.iter().map(|request| (false, Some(request.prompt.clone()))))
+            .map(|(negative, text)| PromptText { text, negative })
+            .collect();
+        let mut distinct: Vec<PromptText> = Vec::new();
+        for row in &rows {
+            if !distinct.contains(row) {
+                distinct.push(row.clone());
             }
-            ids.push(encoding.ids);
         }
-        Ok(self.text_encoder.forward(&ids)?.last_hidden_state)
+        let mut encoded = self.encoded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // The planner counts the work of every run.
+        let kept = !matches!(self.device, Device::Meta(_));
+        let embeds = match &*encoded {
+            Some((texts, embeds)) if kept && *texts == distinct => embeds.clone(),
+            _ => {
+                *encoded = None;
+                self.family.encode_prompts(&distinct, &mut |message| observer.warning(message))?
+            }
+        };
+        if kept {
+            *encoded = Some((distinct.clone(), embeds.clone()));
+        }
+        let index = |row: &PromptText| distinct.iter().position(|other| other == row).unwrap_or(0);
+        embeds.rows(&rows.iter().map(index).collect::<Vec<_>>())
     }
 }
 
-/// Pixels of the UNet's `sample_size`, else the VAE's.
-pub(super) fn native_size(unet: &UnetConfig, vae: &VaeConfig) -> Option<Size> {
-    let cells = unet.sample_size.map(|[h, w]| Size::new(w * vae.factor(), h * vae.factor()));
-    cells.or_else(|| vae.sample_size.map(|[h, w]| Size::new(w, h)))
-}
-
-fn check_fit(name: &str, text_width: usize, unet: &UnetConfig, vae: &VaeConfig) -> Result<()> {
-    let refuse = |reason: String| Err(Error::config(format!("model {name}"), reason));
-    if unet.cross_attention_dim != text_width {
-        return refuse(format!(
-            "unet/config.json has cross_attention_dim {}, text_encoder/config.json hidden_size {text_width}; they must \
-             be equal",
-            unet.cross_attention_dim
-        ));
-    }
-    if unet.in_channels != vae.latent_channels {
-        return refuse(format!(
-            "unet/config.json has in_channels {}, vae/config.json latent_channels {}; they must be equal (inpainting and \
-             other UNets with extra input channels are not supported)",
-            unet.in_channels, vae.latent_channels
-        ));
-    }
-    if unet.out_channels != unet.in_channels {
-        let (found, wanted) = (unet.out_channels, unet.in_channels);
-        return refuse(format!(
-            "unet/config.json has out_channels {found} and in_channels {wanted}; they must be equal"
-        ));
-    }
-    if (vae.in_channels, vae.out_channels) != (3, 3) {
-        let (input, output) = (vae.in_channels, vae.out_channels);
-        return refuse(format!("vae/config.json has in_channels {input} and out_channels {output}, expected 3 (RGB)"));
-    }
-    Ok(())
-}
-
-/// The model with its prompts.
+/// The model with the prompts of a batch.
 struct Conditioned<'a> {
     pipeline: &'a Pipeline,
-    conditioning: &'a UnetConditioning,
+    images: usize,
+    /// Shape of the prompts' embeddings.
+    rows: Vec<usize>,
+    conditions: RefCell<Box<dyn RunConditions>>,
 }
 
 impl DiffusionModel for Conditioned<'_> {
@@ -229,51 +250,58 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn sample_shape(&self, size: Size) -> [usize; 4] {
-        let vae = self.pipeline.vae.config();
-        [1, size.height / vae.factor(), size.width / vae.factor(), vae.latent_channels]
+        let family = &self.pipeline.family;
+        [self.images, size.height / family.factor(), size.width / family.factor(), family.channels()]
     }
 
-    fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let unet = &self.pipeline.unet;
-        let input = ops::scale_input(x, steps, unet.dtype(), self.conditioning.batch())?;
-        unet.forward(&input, steps.index(), self.conditioning, options)
+    fn conditioning_key(&self) -> Vec<usize> {
+        self.rows.clone()
+    }
+
+    fn begin_stage(
+        &self,
+        size: Size,
+        timesteps: &[f32],
+        reuse: Option<Box<dyn Denoiser>>,
+    ) -> Result<Box<dyn Denoiser>> {
+        self.conditions.borrow_mut().begin_stage(size, timesteps, reuse)
     }
 
     fn decode(&self, x0: &Tensor) -> Result<Tensor> {
-        let vae = &self.pipeline.vae;
-        let (scale, shift) = (1.0 / vae.config().scaling_factor, vae.config().shift_factor);
-        let picture = vae.decode(&ops::scale_cast(x0, scale as f32, shift as f32, vae.dtype(), 1)?)?;
-        as_f32(picture)
+        self.pipeline.family.decode(x0)
     }
 
     fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
-        let vae = &self.pipeline.vae;
-        let (scale, shift) = (vae.config().scaling_factor, vae.config().shift_factor);
-        let moments = match picture.dtype() == vae.dtype() {
-            true => vae.encode(picture)?,
-            false => vae.encode(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?)?,
-        };
-        let latent = ops::diagonal_gaussian(&moments, noise)?;
-        ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)
+        self.pipeline.family.encode(picture, noise)
+    }
+
+    fn recorded_steps(&self) -> &RecordedSteps {
+        &self.pipeline.recorded
     }
 }
 
-fn as_f32(x: Tensor) -> Result<Tensor> {
-    if x.dtype() == DType::F32 { Ok(x) } else { ops::scale_cast(&x, 1.0, 0.0, DType::F32, 1) }
-}
-
-/// The draws of one picture.
+/// The draws of a batch: every picture has its own generator.
 struct Noise<'a> {
-    rng: Rng,
+    rngs: Vec<Rng>,
     device: &'a Device,
 }
 
 impl NoiseSource for Noise<'_> {
-    fn normal(&mut self, shape: [usize; 4]) -> Result<Tensor> {
-        self.rng.normal_nhwc(self.device, shape)
+    fn normal(&mut self, [_, h, w, c]: [usize; 4]) -> Result<Tensor> {
+        let device = self.device;
+        let parts: Vec<Tensor> =
+            self.rngs.iter_mut().map(|rng| rng.normal_nhwc(device, [1, h, w, c])).collect::<Result<_>>()?;
+        match &parts[..] {
+            [one] => Ok(one.clone()),
+            parts => Tensor::concat(parts),
+        }
     }
 
     fn normal_into(&mut self, to: &mut Tensor) -> Result<()> {
-        self.rng.normal_nhwc_into(to)
+        let shape = to.dims("normal_into", "to")?;
+        match &mut self.rngs[..] {
+            [rng] => rng.normal_nhwc_into(to),
+            _ => to.copy_from(&self.normal(shape)?),
+        }
     }
 }

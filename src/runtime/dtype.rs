@@ -62,7 +62,7 @@ impl FromStr for DType {
             "f32" => Ok(DType::F32),
             "f16" => Ok(DType::F16),
             "bf16" => Ok(DType::BF16),
-            _ => Err(Error::Request { flag: "--dtype", value: s.into(), reason: "expected f32, f16 or bf16".into() }),
+            _ => Err(Error::argument("DType", "the name", format!("{s:?}"), "f32, f16 or bf16")),
         }
     }
 }

@@ -280,9 +280,11 @@ impl Tensor {
     /// Rows `range` of the first dimension, sharing the storage: `[N, ...]` to `[range.len(), ...]`.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the range is not within the first dimension.
+    /// [`Error::Shape`] when there is no first dimension, [`Error::Argument`] when the range is not within it.
     pub fn rows(&self, range: Range<usize>) -> Result<Tensor> {
-        let first = self.shape.first().copied().unwrap_or(0);
+        let Some(&first) = self.shape.first() else {
+            return Err(Error::shape("rows", "x", self, "a first dimension"));
+        };
         if range.start > range.end || range.end > first {
             return Err(Error::argument("rows", "range", format!("{range:?}"), format!("within 0..{first}")));
         }
@@ -290,6 +292,103 @@ impl Tensor {
         let mut shape = self.shape.clone();
         shape[0] = range.len();
         Ok(Tensor { offset: self.offset + range.start * row, shape, ..self.clone() })
+    }
+
+    /// A tensor with the same elements and storage of its own.
+    ///
+    /// # Errors
+    /// As [`uninit`](Tensor::uninit); [`Error::Driver`].
+    pub fn duplicate(&self) -> Result<Tensor> {
+        Tensor::concat(std::slice::from_ref(self))
+    }
+
+    /// Tensors of one device, dtype and trailing shape, one after the other on the first dimension.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: no parts; [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: a part that does not fit the
+    /// first; as [`uninit`](Tensor::uninit).
+    pub fn concat(parts: &[Tensor]) -> Result<Tensor> {
+        const OP: &str = "concat";
+        let Some(first) = parts.first() else {
+            return Err(Error::argument(OP, "parts", 0, "at least one"));
+        };
+        let Some((_, rest)) = first.shape.split_first() else {
+            return Err(Error::shape(OP, "parts", first, "at least one dimension"));
+        };
+        let mut rows = 0;
+        for part in parts {
+            let own = part.shape.first().copied().unwrap_or(0);
+            part.expect(OP, "parts", &[&[own], rest].concat(), first.dtype, &first.device)?;
+            rows += own;
+        }
+        let mut y = Tensor::uninit(&first.device, &[&[rows], rest].concat(), first.dtype)?;
+        let mut at = 0;
+        for part in parts {
+            y.copy_into(at, part)?;
+            at += part.numel();
+        }
+        Ok(y)
+    }
+
+    /// `[..., A]` and `[..., B]` of one device, dtype and leading shape side by side: `[..., A + B]`. A copy for each row of
+    /// each, for what is made once per prompt.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `b` does not fit `a`; as [`uninit`](Tensor::uninit).
+    pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        const OP: &str = "concat_channels";
+        let (Some((&width_a, leading)), Some(&width_b)) = (a.shape.split_last(), b.shape.last()) else {
+            return Err(Error::shape(OP, "a", a, "at least one dimension"));
+        };
+        b.expect(OP, "b", &[leading, &[width_b]].concat(), a.dtype, &a.device)?;
+        let rows: usize = leading.iter().product();
+        let (flat_a, flat_b) = (a.reshape(&[rows, width_a])?, b.reshape(&[rows, width_b])?);
+        let mut y = Tensor::uninit(&a.device, &[leading, &[width_a + width_b]].concat(), a.dtype)?;
+        for row in 0..rows {
+            let at = row * (width_a + width_b);
+            y.copy_into(at, &flat_a.rows(row..row + 1)?)?;
+            y.copy_into(at + width_a, &flat_b.rows(row..row + 1)?)?;
+        }
+        Ok(y)
+    }
+
+    /// Overwrites every element with those of `from`, of the same shape, dtype and device: on a card the address stays,
+    /// and the copy comes after the work launched before. A tensor that others hold changes for them too, on a card.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `from`; [`Error::Driver`].
+    pub fn copy_from(&mut self, from: &Tensor) -> Result<()> {
+        from.expect("copy_from", "from", &self.shape, self.dtype, &self.device)?;
+        self.copy_into(0, from)
+    }
+
+    /// The elements of `from` to those from `at` on; checked: one device and dtype, and there is room.
+    fn copy_into(&mut self, at: usize, from: &Tensor) -> Result<()> {
+        match self.device.clone() {
+            Device::Meta(_) => Ok(()),
+            Device::Cpu(_) => {
+                let size = self.dtype.size_bytes();
+                let bytes = from.cpu_bytes();
+                let first = (self.offset + at) * size;
+                match Arc::get_mut(&mut self.storage) {
+                    Some(Storage::Cpu { data, .. }) => {
+                        data.as_bytes_mut()[first..first + bytes.len()].copy_from_slice(bytes);
+                        Ok(())
+                    }
+                    _ => Err(Error::argument("copy_from", "self", "shared", "a tensor that nobody else holds")),
+                }
+            }
+            Device::Cuda(cuda) => {
+                let to = self.cuda().0 + (at * self.dtype.size_bytes()) as u64;
+                cuda.copy(to, from.cuda().0, from.bytes())
+            }
+        }
+    }
+
+    /// Do both have the same elements of one storage?
+    pub fn is_same(&self, other: &Tensor) -> bool {
+        let place = |tensor: &Tensor| (tensor.offset, tensor.shape.clone(), tensor.dtype);
+        Arc::ptr_eq(&self.storage, &other.storage) && place(self) == place(other)
     }
 
     /// Does nobody else hold the storage?
@@ -420,7 +519,7 @@ fn allocate<T: bytemuck::Pod>(cpu: &CpuDevice, count: usize, shape: &[usize], va
         what: format!("a tensor of shape {shape:?}"),
         requested_bytes: (count * size_of::<T>()) as u64,
         in_use_bytes: cpu.in_use_bytes(),
-        hint: "choose a smaller --size or fewer --count, or --dtype bf16".into(),
+        hint: "a smaller shape or a type of two bytes (bf16) needs less".into(),
     })
 }
 

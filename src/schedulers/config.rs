@@ -121,18 +121,34 @@ impl SchedulerConfig {
     /// The sampler of the file's own class; DDIM, which continues their idea, for classes without one here (PNDM, LMS,
     /// DPM-Solver).
     pub fn sampler(&self) -> Sampler {
+        self.own_sampler().unwrap_or(Sampler::Ddim)
+    }
+
+    fn own_sampler(&self) -> Option<Sampler> {
         match self.class_name.as_str() {
-            "DDPMScheduler" => Sampler::Ddpm,
-            "EulerDiscreteScheduler" => Sampler::Euler,
-            "EulerAncestralDiscreteScheduler" => Sampler::EulerAncestral,
-            _ => Sampler::Ddim,
+            "DDIMScheduler" => Some(Sampler::Ddim),
+            "DDPMScheduler" => Some(Sampler::Ddpm),
+            "EulerDiscreteScheduler" => Some(Sampler::Euler),
+            "EulerAncestralDiscreteScheduler" => Some(Sampler::EulerAncestral),
+            _ => None,
         }
+    }
+
+    /// The file's class, if [`sampler`](SchedulerConfig::sampler) is not that class's own; its pictures will differ from
+    /// those of the class.
+    pub fn class_without_sampler(&self) -> Option<&str> {
+        Some(self.class_name.as_str()).filter(|name| !name.is_empty() && self.own_sampler().is_none())
     }
 
     /// As the published Stable Diffusion pipelines read the file, whatever it says or leaves out: `steps_offset` is 1,
     /// and `clip_sample`, which is for pictures and would cut latents at 1, is off.
     pub fn for_latents(self) -> SchedulerConfig {
         SchedulerConfig { steps_offset: 1, clip_sample: Some(false), ..self }
+    }
+
+    /// Is it the configuration that models distilled to a few steps come with: Euler-ancestral, trailing timesteps?
+    pub fn is_for_few_steps(&self) -> bool {
+        self.class_name == "EulerAncestralDiscreteScheduler" && self.timestep_spacing == Some(Spacing::Trailing)
     }
 
     pub fn prediction(&self) -> Prediction {

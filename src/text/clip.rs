@@ -11,6 +11,7 @@ use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
 use super::files::{Description, TokenizerFiles};
+use super::textual_inversion::LearnedWords;
 use crate::error::{Error, Result};
 
 /// Words, one digit at a time, runs of anything else but white space; contractions and the special tokens whole.
@@ -39,6 +40,18 @@ pub struct ClipTokenizer {
     vocab_size: usize,
     /// The folder, for messages.
     name: String,
+    learned: Vec<LearnedWord>,
+}
+
+/// A word of textual inversion as the tokenizer knows it.
+#[derive(Clone)]
+pub(super) struct LearnedWord {
+    pub word: String,
+    /// The ids of the word's own text, by which webui finds it.
+    pub tokens: Vec<u32>,
+    /// Its first row among the learned ones, and how many it has.
+    first: u32,
+    rows: u32,
 }
 
 /// A prompt's ids.
@@ -132,7 +145,17 @@ impl ClipTokenizer {
         let ends = RobertaProcessing::new((d.eos.clone(), eos), (d.bos.clone(), bos));
         tokenizer.with_post_processor(Some(ends.trim_offsets(false).add_prefix_space(false)));
         let (max_length, pad_left, name) = (d.max_length, d.pad_left, place.display().to_string());
-        Ok(ClipTokenizer { tokenizer, max_length, bos, eos, pad, pad_left, vocab_size: usize::MAX, name })
+        Ok(ClipTokenizer {
+            tokenizer,
+            max_length,
+            bos,
+            eos,
+            pad,
+            pad_left,
+            vocab_size: usize::MAX,
+            name,
+            learned: Vec::new(),
+        })
     }
 
     /// Fits the tokenizer to its text encoder: the length becomes at most `max_positions` (exactly that when the config
@@ -145,6 +168,76 @@ impl ClipTokenizer {
         self.vocab_size = vocab_size;
         self.check(&[self.bos, self.eos, self.pad])?;
         Ok(self)
+    }
+
+    /// Knows the words of textual inversion from here on, in [`encode_chunks`](ClipTokenizer::encode_chunks): row k of
+    /// their table is the id `vocab_size + k`. To be called after [`fitted`](ClipTokenizer::fitted).
+    ///
+    /// # Errors
+    /// [`Error::Config`]: the tokenizer is not fitted, or a word has more vectors than a prompt has room for.
+    pub fn with_learned_words(mut self, words: &LearnedWords) -> Result<ClipTokenizer> {
+        if self.vocab_size > u32::MAX as usize / 2 {
+            let reason = "learned words need the text encoder's vocab_size; call fitted first";
+            return Err(Error::config(&self.name, reason));
+        }
+        let (room, mut first) = (self.max_length() - 2, 0);
+        let mut learned = Vec::new();
+        for (word, rows) in words.words() {
+            if *rows > room {
+                let reason =
+                    format!("the learned word {word:?} has {rows} vectors; a prompt has room for {room} tokens");
+                return Err(Error::config(&self.name, reason));
+            }
+            let rows = *rows as u32;
+            learned.push(LearnedWord { word: word.clone(), tokens: self.tokens(word)?, first, rows });
+            first += rows;
+        }
+        self.learned = learned;
+        Ok(self)
+    }
+
+    pub(super) fn learned_words(&self) -> &[LearnedWord] {
+        &self.learned
+    }
+
+    /// A learned word, its first id and the number of its ids.
+    pub(super) fn learned(&self, index: usize) -> (&String, u32, u32) {
+        let word = &self.learned[index];
+        (&word.word, self.vocab_size as u32 + word.first, word.rows)
+    }
+
+    /// The learned word that has `id`.
+    pub(super) fn learned_of(&self, id: u32) -> Option<&str> {
+        let row = (id as usize).checked_sub(self.vocab_size)? as u32;
+        let word = self.learned.iter().find(|word| (word.first..word.first + word.rows).contains(&row));
+        word.map(|word| word.word.as_str())
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn pads_left(&self) -> bool {
+        self.pad_left
+    }
+
+    pub(super) fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// Ids of `text` without start and end. A token beyond the text encoder's embeddings is an error here, before the
+    /// learned words' ids, which are beyond them too, come in.
+    pub(super) fn tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let failed = |error: tokenizers::Error| Error::config(&self.name, format!("cannot encode {text:?}: {error}"));
+        let ids = self.tokenizer.encode(text, false).map_err(failed)?.get_ids().to_vec();
+        self.check(&ids)?;
+        Ok(ids)
+    }
+
+    /// Ids as text, a space after each word.
+    pub(super) fn decoded(&self, ids: &[u32]) -> Result<String> {
+        let failed = |error: tokenizers::Error| Error::config(&self.name, format!("cannot decode {ids:?}: {error}"));
+        Ok(self.tokenizer.decode(ids, false).map_err(failed)?.replace(END_OF_WORD, " "))
     }
 
     fn check(&self, ids: &[u32]) -> Result<()> {
@@ -190,8 +283,7 @@ impl ClipTokenizer {
         let length = self.max_length();
         let mut truncated = None;
         if ids.len() > length {
-            let dropped = self.tokenizer.decode(&ids[length - 1..ids.len() - 1], false).map_err(failed)?;
-            truncated = Some(dropped.replace(END_OF_WORD, " ").trim_matches(is_space).to_string());
+            truncated = Some(self.decoded(&ids[length - 1..ids.len() - 1])?.trim_matches(is_space).to_string());
             ids.truncate(length - 1);
             ids.push(self.eos);
         }
@@ -204,6 +296,6 @@ impl ClipTokenizer {
 }
 
 /// White space as Python's `strip` has it: the four separators U+001C to U+001F too.
-fn is_space(c: char) -> bool {
+pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }

@@ -1,9 +1,17 @@
-//! Prompts to token ids.
+//! Prompts to token ids: syntax, chunks, learned words.
 
+mod chunks;
 mod clip;
+mod emphasis;
 mod files;
+mod prompt;
+mod textual_inversion;
 mod vocabulary;
 
+pub use chunks::{Chunks, LongPrompt};
 pub use clip::{ClipTokenizer, Encoding};
+pub use emphasis::{ClipSkip, emphasize};
 pub use files::TokenizerFiles;
+pub use prompt::{Part, Prompt, Syntax, syntax_hint};
+pub use textual_inversion::{Encoder, LearnedWords, TextualInversion};
 pub use vocabulary::ClipVocabulary;

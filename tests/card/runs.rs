@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use megafuse::methods::Method;
+use megafuse::methods::{MegaFusion, Plain};
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent};
@@ -44,8 +44,8 @@ fn run(model: &str, device: &Device, dtype: DType, request: &Request) -> Dump {
 /// The requests of four stored runs (tests/data/runs/runs.json); between them: both methods, noise in every step, a sampler
 /// that scales its input, guidance and none, self- and cross-attention of all the models' head sizes.
 fn stored() -> [(&'static str, &'static str, Request); 4] {
-    let plain = Request { prompt: "a photo of a cat".into(), method: Method::Plain, ..Request::default() };
-    let plus = Request { method: Method::MegaFusionPlus, ..plain.clone() };
+    let plain = Request { prompt: "a photo of a cat".into(), method: Plain {}.into(), ..Request::default() };
+    let plus = Request { method: MegaFusion::plus().into(), ..plain.clone() };
     let stages = |stages: [&str; 2]| stages.map(|stage| stage.parse().unwrap()).to_vec();
     let fox = "The quick brown fox, oil on canvas".to_string();
     [
@@ -104,10 +104,24 @@ fn rms(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     (values.map(|v| v * v).sum::<f64>() / count).sqrt()
 }
 
+/// SDXL's run of tests/data/runs/runs.json: two text encoders, size ids of each stage, a negative prompt of zeros.
+fn stored_sdxl() -> (&'static str, &'static str, Request) {
+    let request = Request {
+        prompt: "a photo of a cat".into(),
+        method: MegaFusion::plus().into(),
+        stages: ["16x16:3", "24x24:2"].map(|stage| stage.parse().unwrap()).to_vec(),
+        scheduler: Some(Sampler::Ddim),
+        guidance: 1.5,
+        seed: 32,
+        ..Request::default()
+    };
+    ("sdxl-mega-plus-v-zero-snr", "sdxl-v-zero-snr", request)
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
-        for (name, model, request) in stored() {
+        for (name, model, request) in stored().into_iter().chain([stored_sdxl()]) {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
             let want = SafeTensors::deserialize(&bytes).unwrap();
@@ -178,13 +192,13 @@ fn a_run_asks_the_driver_for_memory_once() {
     let pipeline = Pipeline::load(source, Device::Cuda(card.clone()), DType::F32).unwrap();
     // Another request before: what was planned for it is not what the next one gets.
     let small =
-        Request { method: Method::Plain, size: Some("32x32".parse().unwrap()), steps: Some(1), ..Request::default() };
+        Request { method: Plain {}.into(), size: Some("32x32".parse().unwrap()), steps: Some(1), ..Request::default() };
     pipeline.generate(&small, &mut Silent).unwrap();
     let memory = card.memory().unwrap();
     let (loaded, free) = (memory.reserved_bytes, memory.reserved_bytes - memory.in_use_bytes);
     let _filled = Tensor::uninit(&Device::Cuda(card.clone()), &[(free as usize - (1 << 20)) / 4], DType::U32).unwrap();
     let stages = ["128x128:3", "384x384:1"].map(|stage| stage.parse().unwrap()).to_vec();
-    let request = Request { method: Method::MegaFusionPlus, stages, guidance: 1.0, ..Request::default() };
+    let request = Request { method: MegaFusion::plus().into(), stages, guidance: 1.0, ..Request::default() };
     let mut reserved = Reserved(&card, Vec::new());
     pipeline.generate(&request, &mut reserved).unwrap();
     let Reserved(_, reserved) = reserved;
@@ -253,5 +267,31 @@ fn a_recorded_step_is_what_the_planner_counts() {
         let foreign: Vec<&String> =
             kernels.iter().filter(|kernel| !families.iter().any(|family| kernel.starts_with(family))).collect();
         assert!(foreign.is_empty(), "{device}: {foreign:?}");
+    }
+}
+
+/// Recorded steps live on between pictures. Whatever changes from one picture to the next (words, seed, guidance, options,
+/// sampler, and back), the picture is that of a pipeline that has made none before.
+#[test]
+fn a_picture_does_not_depend_on_those_made_before() {
+    for device in cards() {
+        let load = || Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), DType::F32).unwrap();
+        let stages = ["16x16:3", "24x24:3"].map(|stage| stage.parse().unwrap()).to_vec();
+        let base = Request { stages, prompt: "a cat".into(), guidance: 2.5, ..Request::default() };
+        let plus = Request { method: MegaFusion::plus().into(), ..base.clone() };
+        let requests = [
+            base.clone(),
+            Request { seed: 5, prompt: "two dogs".into(), negative_prompt: Some("red".into()), ..base.clone() },
+            plus.clone(),
+            Request { guidance: 6.0, ..base.clone() },
+            Request { method: MegaFusion { dilation: 3, ..MegaFusion::plus() }.into(), ..base.clone() },
+            Request { scheduler: Some(Sampler::EulerAncestral), ..plus },
+            base,
+        ];
+        let used = load();
+        for (i, request) in requests.iter().enumerate() {
+            let fresh = load().generate(request, &mut Silent).unwrap();
+            assert!(used.generate(request, &mut Silent).unwrap() == fresh, "{device}: request {i}");
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Shared by the ops' tests: seeded inputs, textbook loops in f64, and a comparison of every element.
 #![allow(dead_code)] // each test binary uses a part
 
+mod skip;
+
 use std::fmt::Display;
 
 use megafuse::Error;
@@ -16,9 +18,13 @@ pub fn devices() -> Vec<Device> {
     listed.split(',').map(device).collect()
 }
 
-/// The cards among [`devices`].
+/// The cards among [`devices`]; a test without one says that it checks nothing.
 pub fn cards() -> Vec<Device> {
-    devices().into_iter().filter(|device| matches!(device, Device::Cuda(_))).collect()
+    let cards: Vec<Device> = devices().into_iter().filter(|device| matches!(device, Device::Cuda(_))).collect();
+    if cards.is_empty() {
+        skip::skipped("no card among MEGAFUSE_TEST_DEVICES");
+    }
+    cards
 }
 
 fn device(name: &str) -> Device {
@@ -257,13 +263,18 @@ pub fn conv2d(args: &Conv2d) -> Expected {
     };
     let (out_h, out_w) = (size(in_h, top + bottom, kh), size(in_w, left + right, kw));
     let (bias, residual) = (args.bias.map(f64s), args.residual.map(f64s));
-    let row = args.row.map(|row| f64s(row.table)[row.step.get() * n * outputs..].to_vec());
+    let row = args.row.map(|row| (f64s(row.table), f64s(row.step.tensor()), row.rows));
+    // Image i of n: the step of i modulo the steps given, the conditioning row of its part of the batch.
+    let row = row.map(|(table, steps, rows)| {
+        let first = |image: usize| (steps[image % steps.len()] as usize * rows + image / (n / rows)) * outputs;
+        (0..n).map(|image| table[first(image)..][..outputs].to_vec()).collect::<Vec<_>>()
+    });
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
     for (image, out_y, out_x) in product3(n, out_h, out_w) {
         for o in 0..outputs {
             let mut terms = vec![
                 bias.as_ref().map_or(0.0, |b| b[o]),
-                row.as_ref().map_or(0.0, |r| r[image * outputs + o]),
+                row.as_ref().map_or(0.0, |r| r[image][o]),
                 residual.as_ref().map_or(0.0, |r| r[((image * out_h + out_y) * out_w + out_x) * outputs + o]),
             ];
             for (ky, kx, i) in product3(kh, kw, c) {

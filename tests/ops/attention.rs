@@ -96,6 +96,29 @@ fn cross_attention_matches_f64() {
     }
 }
 
+/// Images that share keys and values, on every kind of tile: narrow and long, of any width, wide.
+#[test]
+fn images_share_the_rows_of_kv() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for [queries, keys, heads, d] in [[40, 77, 2, 40], [5, 9, 1, 7], [17, 33, 128, 64], [3, 33, 1, 176]] {
+            let mut random = Random::new(12);
+            let n = if heads > 2 { 2 } else { 6 };
+            let q = random.randn(&device, &[n, queries, heads, d], dtype);
+            for rows in [1, 2, 3, 6].into_iter().filter(|rows| n % rows == 0) {
+                let kv = random.randn(&device, &[rows, keys, 2, heads, d], dtype);
+                let got = ops::attention(Attention::Cross { q: &q, kv: &kv }).unwrap();
+                let (q, kv) = (f64s(&q), f64s(&kv));
+                let shape = [n, queries, keys, heads, d];
+                let want = reference(shape, false, weights(&device, dtype), |part, b, i, h| match part {
+                    0 => row(&q, d, (b * queries + i) * heads + h),
+                    _ => row(&kv, d, ((b / (n / rows) * keys + i) * 2 + part - 1) * heads + h),
+                });
+                assert_close(&got, &want, 8.0, format!("{device} {shape:?} {rows} rows"));
+            }
+        }
+    }
+}
+
 fn row(x: &[f64], d: usize, index: usize) -> &[f64] {
     &x[index * d..][..d]
 }
@@ -324,7 +347,11 @@ fn errors_name_the_argument() {
     assert!(matches!(packed(&zeros(&[2, 5, 2, 3, 8], DType::F32)), Error::Shape { arg: "qkv", .. }));
     assert!(matches!(packed(&zeros(&[2, 5, 3, 3, 8], DType::U32)), Error::Dtype { arg: "qkv", .. }));
     assert!(matches!(cross(&q, &q), Error::Shape { arg: "kv", .. }));
-    for shape in [[1, 7, 2, 3, 8], [2, 7, 3, 3, 8], [2, 7, 2, 2, 8], [2, 7, 2, 3, 9]] {
+    for rows in [0, 3, 4] {
+        let error = cross(&q, &zeros(&[rows, 7, 2, 3, 8], DType::F32));
+        assert!(matches!(error, Error::Argument { arg: "rows of kv", .. }), "{rows}: {error}");
+    }
+    for shape in [[2, 7, 3, 3, 8], [2, 7, 2, 2, 8], [2, 7, 2, 3, 9]] {
         assert!(matches!(cross(&q, &zeros(&shape, DType::F32)), Error::Shape { arg: "kv", .. }), "{shape:?}");
     }
     assert!(matches!(cross(&q, &zeros(&[2, 7, 2, 3, 8], DType::F16)), Error::Dtype { arg: "kv", .. }));

@@ -53,6 +53,8 @@ struct Inputs {
     bias: Tensor,
     row: Tensor,
     step: StepIndex,
+    /// Conditioning rows of a step.
+    rows: usize,
     residual: Tensor,
 }
 
@@ -73,7 +75,8 @@ impl Inputs {
             bias: random.randn(device, &[case.outputs], dtype),
             // The second of three steps.
             row: random.randn(device, &[3 * n, case.outputs], dtype),
-            step: StepIndex::new(device, 1).unwrap(),
+            step: StepIndex::one(device, 1).unwrap(),
+            rows: n.max(1),
             residual: Tensor::zeros(device, &[0], dtype).unwrap(),
         };
         let plain = Case { residual: false, ..*case };
@@ -98,7 +101,7 @@ impl Inputs {
                 silu: case.silu,
             }),
             resize_to: case.resize_to,
-            row: case.row.then_some(StepRows { table: &self.row, step: &self.step }),
+            row: case.row.then_some(StepRows { table: &self.row, step: &self.step, rows: self.rows }),
             residual: case.residual.then_some(&self.residual),
             scale: case.scale,
         }
@@ -230,6 +233,30 @@ fn every_fused_option_alone_and_together() {
     }
 }
 
+/// Every image finds the row of its own step and of its conditioning, however many of either there are; with the sums in
+/// one part and in several.
+#[test]
+fn rows_by_step_and_conditioning() {
+    let case = Case { input: [6, 5, 3], channels: [8, 0], outputs: 24, bias: true, row: true, ..PLAIN };
+    for (device, dtype) in devices().into_iter().flat_map(|d| DType::FLOATS.map(|dtype| (d.clone(), dtype))) {
+        let mut inputs = Inputs::new(&device, &case, dtype);
+        for steps in [&[2][..], &[0, 3], &[4, 0, 2], &[1, 1, 1], &[5, 4, 3, 2, 1, 0]] {
+            for rows in [1, 2, 3, 6] {
+                inputs.step = StepIndex::new(&device, steps).unwrap();
+                inputs.rows = rows;
+                inputs.row = Random::new(8).randn(&device, &[6 * rows, case.outputs], dtype);
+                let args = inputs.args(&case);
+                let want = crate::common::conv2d(&args);
+                for splits in [1, 3] {
+                    let variant = Variant { splits: Some(splits), ..Variant::default() };
+                    let got = ops::with_variant(variant, || ops::conv2d(args)).unwrap();
+                    assert_close(&got, &want, 8.0, format!("{device} steps {steps:?} rows {rows} splits {splits}"));
+                }
+            }
+        }
+    }
+}
+
 /// Every tile of the card, with sums in one part and in several, at shapes that end inside its edges; without a split all
 /// tiles make the same bits, with one too.
 #[test]
@@ -276,7 +303,7 @@ fn tensors_may_begin_at_any_element() {
         let tensors =
             [&inputs.a, &inputs.b, &inputs.weight, &inputs.bias, &inputs.row, &inputs.residual, &inputs.gamma];
         let [a, b, weight, bias, row, residual, gamma] = &tensors.map(unaligned);
-        let row = StepRows { table: row, step: &inputs.step };
+        let row = StepRows { table: row, step: &inputs.step, rows: inputs.rows };
         for (what, args) in [
             ("x", Conv2d { x: Source::Two(a, &inputs.b), ..args }),
             ("x2", Conv2d { x: Source::Two(&inputs.a, b), ..args }),
@@ -419,7 +446,7 @@ fn meta_records_the_fused_kernel() {
     let (a, b) = (zeros(&[2, 32, 32, 640]), zeros(&[2, 32, 32, 320]));
     let (weight, gamma, bias) = (zeros(&[640, 3, 3, 960]), zeros(&[960]), zeros(&[640]));
     let (row, residual) = (zeros(&[2, 640]), zeros(&[2, 32, 32, 640]));
-    let step = StepIndex::new(&device, 0).unwrap();
+    let step = StepIndex::one(&device, 0).unwrap();
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
     let plain = Conv2d::new(Source::Two(&a, &b), &weight);
@@ -427,22 +454,25 @@ fn meta_records_the_fused_kernel() {
     let fused = Conv2d {
         bias: Some(&bias),
         norm: Some(norm),
-        row: Some(StepRows { table: &row, step: &step }),
+        row: Some(StepRows { table: &row, step: &step, rows: 2 }),
         residual: Some(&residual),
         ..plain
     };
+    let shared = Conv2d { row: Some(StepRows { table: &row, step: &step, rows: 1 }), ..plain };
     assert_eq!(ops::conv2d(plain).unwrap().shape(), [2, 32, 32, 640]);
     assert_eq!(ops::conv2d(fused).unwrap().shape(), [2, 32, 32, 640]);
     assert_eq!(ops::conv2d(Conv2d { stride: 2, padding: [0, 1, 0, 1], ..plain }).unwrap().shape(), [2, 16, 16, 640]);
     assert_eq!(ops::conv2d(Conv2d { resize_to: Some([63, 64]), ..plain }).unwrap().shape(), [2, 63, 64, 640]);
+    ops::conv2d(shared).unwrap();
     let report = meta.take_report();
     let (pixels, k) = (2 * 32 * 32, 9 * 960);
-    let macs: Vec<u64> = report.ops.iter().map(|op| op.work.macs).collect();
+    let macs: Vec<u64> = report.ops[..4].iter().map(|op| op.work.macs).collect();
     assert_eq!(macs, [pixels, pixels, pixels / 4, 2 * 63 * 64].map(|pixels| pixels * 640 * k));
     let (plain, fused) = (report.ops[0].work, report.ops[1].work);
     assert_eq!((plain.flops, plain.launches), (2 * macs[0], 1));
     assert_eq!(plain.bytes, 2 * (pixels * 960 + 640 * k + pixels * 640));
     assert_eq!(fused.bytes - plain.bytes, 2 * (640 + 2 * 960 + 2 * 640 + pixels * 640));
+    assert_eq!(report.ops[4].work.bytes - plain.bytes, 2 * 640, "one row for both images");
     assert_eq!(fused.flops - plain.flops, 3 * pixels * 640 + 12 * pixels * 960);
     assert_eq!(fused.launches, 2);
     assert_eq!((report.ops[0].op, report.ops[0].kind), ("conv2d", OpKind::Conv));
@@ -469,12 +499,24 @@ fn arguments_that_do_not_fit_are_named() {
     fails(Conv2d::new(&x, &zeros(&[7, 0, 3, 6], f)), "a kernel of at least 1 x 1");
     fails(Conv2d { weight: &zeros(&[7, 3, 3, 6], DType::F16), ..ok }, "weight is f16, expected f32");
     fails(Conv2d { bias: Some(&six), ..ok }, "bias has shape [6], expected [7]");
-    let step = StepIndex::new(&device, 1).unwrap();
+    let step = StepIndex::one(&device, 1).unwrap();
     let tables = [[5, 7], [4, 6], [2, 7]].map(|shape| zeros(&shape, f));
-    let [odd, narrow, short] = tables.each_ref().map(|table| Some(StepRows { table, step: &step }));
-    fails(Conv2d { row: odd, ..ok }, "row has shape [5, 7], expected a multiple of 2 rows");
-    fails(Conv2d { row: narrow, ..ok }, "row has shape [4, 6], expected [4, 7]");
-    fails(Conv2d { row: short, ..ok }, "step is 1, expected below 1");
+    let [odd, narrow, short] = tables.each_ref().map(|table| StepRows { table, step: &step, rows: 2 });
+    fails(Conv2d { row: Some(odd), ..ok }, "row has shape [5, 7], expected a multiple of 2 rows");
+    fails(Conv2d { row: Some(narrow), ..ok }, "row has shape [4, 6], expected [4, 7]");
+    fails(Conv2d { row: Some(short), ..ok }, "step is 1, expected below 1");
+    for rows in [0, 3] {
+        let row = Some(StepRows { rows, ..odd });
+        fails(
+            Conv2d { row, ..ok },
+            &format!("conditioning rows is {rows}, expected 1 or more that divide the 2 images"),
+        );
+    }
+    let three = StepIndex::new(&device, &[0; 3]).unwrap();
+    let row = Some(StepRows { step: &three, rows: 1, ..odd });
+    fails(Conv2d { row, ..ok }, "images with a step of their own is 3, expected a number that divides the 2 images");
+    let late = StepIndex::new(&device, &[0, 5]).unwrap();
+    fails(Conv2d { row: Some(StepRows { step: &late, rows: 1, ..odd }), ..ok }, "step is 5, expected below 5");
     fails(Conv2d { residual: Some(&x), ..ok }, "residual has shape [2, 4, 5, 6], expected [2, 4, 5, 7]");
     let seven = zeros(&[7], f);
     let norm = ConvNorm { gamma: &six, beta: &six, groups: 3, eps: 1e-5, silu: true };

@@ -222,12 +222,13 @@ fn meta_records_what_cpu_would_do() {
     let table = Tensor::uninit(&device, &[11, 6], DType::F32).unwrap();
     let e = TimestepEmbedding { dim: 8, flip_sin_to_cos: true, freq_shift: 0.0 };
     let calls = [
-        ("activation", ops::activation(&x, Activation::Gelu), vec![2, 3, 5, 4], 2 * 240),
-        ("add", ops::add(&x, &x), vec![2, 3, 5, 4], 3 * 240),
-        ("clamp", ops::clamp(&x, 0.0, 1.0), vec![2, 3, 5, 4], 2 * 240),
-        ("scale_cast", ops::scale_cast(&x, 2.0, 0.0, DType::F32, 3), vec![6, 3, 5, 4], 240 + 3 * 480),
-        ("embedding", ops::embedding(&ids, &table, &table), vec![2, 7, 6], 56 + 2 * 336 + 168),
-        ("timestep_embedding", ops::timestep_embedding(&[1.0; 5], e, &device, DType::BF16), vec![5, 8], 20 + 80),
+        ("activation", ops::activation(&x, Activation::Gelu), vec![2, 3, 5, 4], 2 * 240, 1),
+        ("add", ops::add(&x, &x), vec![2, 3, 5, 4], 3 * 240, 1),
+        ("clamp", ops::clamp(&x, 0.0, 1.0), vec![2, 3, 5, 4], 2 * 240, 1),
+        ("scale_cast", ops::scale_cast(&x, 2.0, 0.0, DType::F32, 3), vec![6, 3, 5, 4], 240 + 3 * 480, 1),
+        ("embedding", ops::embedding(&ids, &table, &table), vec![2, 7, 6], 56 + 2 * 336 + 168, 1),
+        // On the host, then uploaded.
+        ("timestep_embedding", ops::timestep_embedding(&[1.0; 5], e, &device, DType::BF16), vec![5, 8], 20 + 80, 0),
     ];
     let report = meta.take_report();
     assert_eq!(ops::count_non_finite(&x).unwrap(), 0);
@@ -235,14 +236,28 @@ fn meta_records_what_cpu_would_do() {
     assert_eq!((counted.op, counted.work.bytes, counted.work.launches), ("count_non_finite", 240, 1));
     assert_eq!(report.ops.len(), calls.len());
     let mut records = report.ops.iter();
-    for (op, y, shape, bytes) in calls {
+    for (op, y, shape, bytes, launches) in calls {
         let y = y.unwrap();
         let record = records.next().unwrap();
         assert_eq!((record.op, record.kind), (op, OpKind::Elementwise));
         assert_eq!((y.shape(), record.output.as_slice()), (shape.as_slice(), shape.as_slice()), "{op}");
-        assert_eq!((record.work.macs, record.work.launches, record.work.bytes), (0, 1, bytes), "{op}");
-        assert!(record.work.flops >= y.numel() as u64, "{op}");
+        assert_eq!((record.work.macs, record.work.launches, record.work.bytes), (0, launches, bytes), "{op}");
+        assert!(launches == 0 || record.work.flops >= y.numel() as u64, "{op}");
     }
+}
+
+#[test]
+fn rows_are_those_of_a_first_dimension() {
+    let device = Device::cpu();
+    let number = Tensor::from_f32(&device, &[], DType::F32, &[7.0]).unwrap();
+    let table = Tensor::from_f32(&device, &[3, 2], DType::F32, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+    assert_eq!(table.rows(1..3).unwrap().to_f32_vec().unwrap(), [2.0, 3.0, 4.0, 5.0]);
+    assert_eq!(table.rows(3..3).unwrap().shape(), [0, 2]);
+    for range in [0..0, 0..1] {
+        let error = number.rows(range).unwrap_err();
+        assert!(matches!(error, Error::Shape { op: "rows", .. }), "{error}");
+    }
+    assert!(matches!(table.rows(2..4).unwrap_err(), Error::Argument { op: "rows", .. }));
 }
 
 #[test]

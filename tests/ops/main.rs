@@ -4,6 +4,7 @@
 mod common;
 
 mod attention;
+mod batch;
 mod conformance;
 mod conv;
 mod elementwise;

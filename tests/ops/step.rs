@@ -47,7 +47,7 @@ fn steps_follow_the_table() {
                     let rows = if guidance.is_some() { 2 * shape[0] } else { shape[0] };
                     let output = random.randn(&device, &[rows, shape[1], shape[2], shape[3]], dtype);
                     let want = expected(k, &f64s(state.x()), &f64s(&output), guidance, &f64s(&noise));
-                    assert_eq!(steps.index().get(), step);
+                    assert_eq!(steps.index().get(0), step);
                     ops::sampler_step(&mut state, &output, guidance, &steps, Some(&noise)).unwrap();
                     steps.index_mut().advance().unwrap();
                     let what = format!("{device} {dtype} {shape:?} guidance {guidance:?} step {step}");
@@ -171,6 +171,33 @@ fn a_replayed_step_finds_its_row() {
     }
 }
 
+/// Each image has its own step; all advance in one launch, and a batch's images take them in turn.
+#[test]
+fn images_have_steps_of_their_own() {
+    for device in devices() {
+        let mut steps = StepIndex::new(&device, &[7, 0, 300]).unwrap();
+        let on_device = |steps: &StepIndex| steps.tensor().to_f32_vec().unwrap();
+        steps.advance().unwrap();
+        assert_eq!((on_device(&steps), steps.images(), steps.last()), (vec![8.0, 1.0, 301.0], 3, 301), "{device}");
+        assert_eq!([0, 1, 2, 3, 5].map(|image| steps.get(image)), [8, 1, 301, 8, 301]);
+        steps.set(&[2, 2, 1]).unwrap();
+        assert_eq!(on_device(&steps), [2.0, 2.0, 1.0], "{device}");
+        if let Device::Cuda(card) = &device {
+            let graph = card.capture(0, || steps.advance()).unwrap();
+            assert_eq!(graph.kernels(), ["advance_step"]);
+            let before = on_device(&steps);
+            graph.replay().unwrap();
+            let moved: Vec<f32> = on_device(&steps).iter().zip(before).map(|(after, before)| after - before).collect();
+            assert_eq!(moved, [1.0; 3], "{device}");
+        }
+        for wrong in [&[][..], &[1, 2]] {
+            assert!(matches!(steps.set(wrong).unwrap_err(), Error::Argument { arg: "steps", .. }));
+        }
+        assert!(matches!(StepIndex::new(&device, &[]).unwrap_err(), Error::Argument { arg: "steps", .. }));
+        assert!(matches!(steps.set(&[0, 1, 1 << 40]).unwrap_err(), Error::TooLarge { .. }));
+    }
+}
+
 #[test]
 fn meta_records_what_the_card_launches() {
     let meta = MetaDevice::default();
@@ -220,7 +247,7 @@ fn errors_name_the_argument() {
         }
         assert!(StepTable::new(&device, Vec::new()).is_err());
         assert!(ops::scale_input(&x, &plain, DType::F32, 0).is_err());
-        assert!(matches!(StepIndex::new(&device, 1 << 40).unwrap_err(), Error::TooLarge { .. }));
+        assert!(matches!(StepIndex::one(&device, 1 << 40).unwrap_err(), Error::TooLarge { .. }));
         let mut done = table(&device, &[COEFFICIENTS]);
         done.index_mut().advance().unwrap();
         assert!(matches!(step(&x, None, &done, None), Error::Argument { arg: "step", .. }));

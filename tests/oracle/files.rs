@@ -8,8 +8,11 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// The small models: directories of tests/data.
-pub const MODELS: [&str; 7] = ["sd15", "sd21", "four-levels", "no-quant", "defaults", "mixed", "wide"];
+/// The small Stable Diffusion models: directories of tests/data.
+pub const MODELS: [&str; 8] = ["sd15", "sd21", "four-levels", "no-quant", "defaults", "mixed", "wide", "zero-snr"];
+/// The small SDXL models.
+pub const SDXL_MODELS: [&str; 6] =
+    ["sdxl", "sdxl-encoded-negative", "sdxl-turbo", "sdxl-v-zero-snr", "sdxl-shards", "sdxl-odd"];
 
 pub fn data(path: impl AsRef<Path>) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)

@@ -1,5 +1,5 @@
 //! The product against diffusers, transformers, torch and PIL: the files of tests/data that tools/oracle/generate.py
-//! writes from seven small random Stable Diffusion models. Modules and whole runs go through the command line, as a
+//! writes from fourteen small random Stable Diffusion models, six of them SDXL. Modules and whole runs go through the command line, as a
 //! user's do; randn, tokenizers and resizing through the library.
 
 mod files;

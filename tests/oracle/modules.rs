@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::files::{self, Array, Arrays, MODELS, all_passed, compare, data, megafuse};
+use crate::files::{self, Array, Arrays, MODELS, SDXL_MODELS, all_passed, compare, data, megafuse};
 
 /// The expected values are f64's; f32 on torch is within 1e-5 of them.
 const TOLERANCE: f64 = 2e-5;
@@ -13,38 +13,89 @@ const ILL_CONDITIONED: (&str, f64) = ("four-levels unet-square.out", 5e-5);
 
 /// A module of a model: its list in oracle.json, what it is run on, and what is compared (the main output first).
 struct Module {
+    models: &'static [&'static str],
     list: &'static str,
     run: fn(model: &str, case: &Value, stored: &Arrays, dtype: &str) -> Result<Arrays, String>,
     outputs: &'static [&'static str],
 }
 
+fn run_text(model: &str, case: &Value, _: &Arrays, dtype: &str) -> Result<Arrays, String> {
+    probe(model, "text", dtype, &["--prompt", case["prompt"].as_str().unwrap()])
+}
+
 const TEXT: Module = Module {
+    models: &MODELS,
     list: "text",
-    run: |model, case, _, dtype| probe(model, "text", dtype, &["--prompt", case["prompt"].as_str().unwrap()]),
+    run: run_text,
     outputs: &["last_hidden_state", "penultimate", "pooled", "prompt_embeds"],
 };
 
+/// Both text encoders, and what the UNet gets of them.
+const SDXL_TEXT: Module = Module {
+    models: &SDXL_MODELS,
+    list: "text",
+    run: run_text,
+    outputs: &[
+        "prompt_embeds",
+        "pooled_prompt_embeds",
+        "clip1.last_hidden_state",
+        "clip1.penultimate",
+        "clip2.last_hidden_state",
+        "clip2.penultimate",
+    ],
+};
+
 const UNET: Module = Module {
+    models: &MODELS,
+    list: "unet",
+    run: |model, case, stored, dtype| run_unet(model, case, stored, dtype, &["prompt_embeds"]),
+    outputs: &["out"],
+};
+
+const SDXL_UNET: Module = Module {
+    models: &SDXL_MODELS,
     list: "unet",
     run: |model, case, stored, dtype| {
-        let inputs = ["sample", "timestep", "prompt_embeds"].map(|name| (name, stored.get(&key(case, name)).clone()));
-        let dilation = case["dilation"].to_string();
-        let run = |inputs: &[(&str, Array)]| probe_with(model, "unet", dtype, inputs, &["--dilation", &dilation]);
-        let timesteps = &inputs[1].1.values;
-        if timesteps.iter().all(|t| *t == timesteps[0]) {
-            return run(&inputs);
-        }
-        // The program takes one timestep for a batch: sample by sample.
-        let mut out = Array { shape: inputs[0].1.shape.clone(), values: Vec::new() };
-        for n in 0..timesteps.len() {
-            out.values.extend(&run(&inputs.each_ref().map(|(name, x)| (*name, row(x, n))))?.get("out").values);
-        }
-        Ok(Arrays([("out".to_string(), out)].into()))
+        run_unet(model, case, stored, dtype, &["prompt_embeds", "pooled_prompt_embeds", "time_ids"])
     },
     outputs: &["out"],
 };
 
+fn run_unet(
+    model: &str,
+    case: &Value,
+    stored: &Arrays,
+    dtype: &str,
+    conditioning: &[&'static str],
+) -> Result<Arrays, String> {
+    let names = ["sample", "timestep"].iter().chain(conditioning);
+    let inputs: Vec<(&str, Array)> = names.map(|&name| (name, stored.get(&key(case, name)).clone())).collect();
+    let dilation = case["dilation"].to_string();
+    let run = |inputs: &[(&str, Array)]| probe_with(model, "unet", dtype, inputs, &["--dilation", &dilation]);
+    let timesteps = &inputs[1].1.values;
+    if timesteps.iter().all(|t| *t == timesteps[0]) {
+        return run(&inputs);
+    }
+    // The program takes one timestep for a batch: sample by sample.
+    let mut out = Array { shape: inputs[0].1.shape.clone(), values: Vec::new() };
+    for n in 0..timesteps.len() {
+        let rows: Vec<_> = inputs.iter().map(|(name, x)| (*name, row(x, n))).collect();
+        out.values.extend(&run(&rows)?.get("out").values);
+    }
+    Ok(Arrays([("out".to_string(), out)].into()))
+}
+
+/// Every small model's VAE is of one kind.
+const VAES: [&str; MODELS.len() + SDXL_MODELS.len()] = {
+    let mut all = [""; MODELS.len() + SDXL_MODELS.len()];
+    let (first, second) = all.split_at_mut(MODELS.len());
+    first.copy_from_slice(&MODELS);
+    second.copy_from_slice(&SDXL_MODELS);
+    all
+};
+
 const VAE_ENCODE: Module = Module {
+    models: &VAES,
     list: "vae_encode",
     run: |model, case, stored, dtype| {
         probe_with(model, "vae-encode", dtype, &[("image", stored.get(&key(case, "image")).clone())], &[])
@@ -53,6 +104,7 @@ const VAE_ENCODE: Module = Module {
 };
 
 const VAE_DECODE: Module = Module {
+    models: &VAES,
     list: "vae_decode",
     run: |model, case, stored, dtype| {
         probe_with(model, "vae-decode", dtype, &[("latent", stored.get(&key(case, "latent")).clone())], &[])
@@ -100,7 +152,7 @@ impl Module {
     /// All outputs of every case of every model, in f32.
     fn check(&self) {
         let mut results = Vec::new();
-        for model in MODELS {
+        for &model in self.models {
             let (cases, stored) = self.cases(model);
             for case in &cases {
                 let what = |output: &str| format!("{model} {}", key(case, output));
@@ -120,7 +172,7 @@ impl Module {
     /// The main output in f16 and bf16: within twice of what torch commits on this model's worst case.
     fn check_half(&self) {
         let mut results = Vec::new();
-        for model in MODELS {
+        for &model in self.models {
             let (cases, stored) = self.cases(model);
             for dtype in ["f16", "bf16"] {
                 let error = |case: &Value| case["torch_error"][dtype].as_f64().unwrap();
@@ -155,14 +207,28 @@ fn text_encoders_in_half_precision() {
 }
 
 #[test]
+fn sdxl_text_encoders() {
+    SDXL_TEXT.check();
+}
+
+#[test]
+fn sdxl_text_encoders_in_half_precision() {
+    SDXL_TEXT.check_half();
+}
+
+#[test]
 fn probed_token_ids() {
     let mut results = Vec::new();
-    for model in MODELS {
-        let (cases, stored) = TEXT.cases(model);
-        for case in &cases {
-            let ids = key(case, "input_ids");
-            let got = (TEXT.run)(model, case, &stored, "f32").unwrap();
-            results.push(compare(&format!("{model} {ids}"), got.get("input_ids"), stored.get(&ids), 0.0));
+    for (module, names) in [(&TEXT, &["input_ids"] as &[&str]), (&SDXL_TEXT, &["clip1.input_ids", "clip2.input_ids"])] {
+        for &model in module.models {
+            let (cases, stored) = module.cases(model);
+            for case in &cases {
+                let got = (module.run)(model, case, &stored, "f32").unwrap();
+                results.extend(names.iter().map(|name| {
+                    let ids = key(case, name);
+                    compare(&format!("{model} {ids}"), got.get(name), stored.get(&ids), 0.0)
+                }));
+            }
         }
     }
     all_passed(results);
@@ -176,6 +242,16 @@ fn unets() {
 #[test]
 fn unets_in_half_precision() {
     UNET.check_half();
+}
+
+#[test]
+fn sdxl_unets() {
+    SDXL_UNET.check();
+}
+
+#[test]
+fn sdxl_unets_in_half_precision() {
+    SDXL_UNET.check_half();
 }
 
 #[test]

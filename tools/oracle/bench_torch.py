@@ -1,8 +1,8 @@
-"""Times one guided UNet step (batch 2: unconditional and conditional) with diffusers on torch's CPU backend.
+"""Times one UNet step (with guidance batch 2: unconditional and conditional) with diffusers on torch's CPU backend.
 
     tools/oracle/venv tools/oracle/bench_torch.py DIR [--threads N] [--size 512] [--runs N] [--dtype f32|bf16]
 
-DIR: a model directory as full_size.py writes. Prints one JSON line: median and all times in seconds, peak resident
+DIR: a model directory as full_size.py writes; SDXL's takes --size 1024, and --guidance 1 for one UNet call of batch 1. Prints one JSON line: median and all times in seconds, peak resident
 memory of the process in bytes, and what was run. One untimed step goes first.
 """
 
@@ -40,10 +40,20 @@ def main():
     scheduler.set_timesteps(50)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, options.size // 8, options.size // 8, generator=generator).to(dtype)
-    embeds = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator).to(dtype)
+    batch = 2 if options.guidance > 1 else 1
+    embeds = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator).to(dtype)
+    more = {}
+    if unet.config.addition_embed_type == "text_time":
+        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        ids = torch.tensor([[options.size, options.size, 0, 0, options.size, options.size]] * batch, dtype=torch.float32)
+        pooled = torch.randn(batch, width, generator=generator).to(dtype)
+        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
 
     def step(latents, t):
-        e_u, e_c = unet(torch.cat([latents, latents]), t, encoder_hidden_states=embeds).sample.chunk(2)
+        output = unet(torch.cat([latents] * batch), t, encoder_hidden_states=embeds, **more).sample
+        if batch == 1:
+            return scheduler.step(output, t, latents).prev_sample
+        e_u, e_c = output.chunk(2)
         return scheduler.step(e_u + options.guidance * (e_c - e_u), t, latents).prev_sample
 
     times = []
@@ -55,7 +65,7 @@ def main():
                 times.append(time.perf_counter() - start)
     assert torch.isfinite(latents).all()
     print(json.dumps({
-        "what": "guided UNet step, batch 2", "size": options.size, "dtype": options.dtype, "threads": options.threads,
+        "what": f"UNet step, batch {batch}", "size": options.size, "dtype": options.dtype, "threads": options.threads,
         "median_s": statistics.median(times), "times_s": times,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine(),

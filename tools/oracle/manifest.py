@@ -48,6 +48,28 @@ UNET_21 = UNET | {
     "upcast_attention": True,
     "use_linear_projection": True,
 }
+UNET_XL = UNET_21 | {
+    "_diffusers_version": "0.19.0.dev0",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "class_embed_type": None,
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+}
 VAE = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.6.0",
@@ -96,6 +118,7 @@ TEXT_21 = TEXT | {
 MODELS = {
     "sd15-unet": (UNET, 859_520_964),
     "sd21-unet": (UNET_21, 865_910_724),
+    "sdxl-unet": (UNET_XL, 2_567_463_684),
     "sd15-vae": (VAE, 83_653_863),
     "sd21-vae": (VAE | {"_diffusers_version": "0.10.0.dev0", "sample_size": 768}, 83_653_863),
     "sd15-text": (TEXT, 123_060_480),

@@ -30,7 +30,7 @@ import sys
 import torch
 
 import resize
-from module_values import encode_prompt, set_mid_dilation
+from module_values import encode_prompt, run_unet, set_mid_dilation
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -44,7 +44,7 @@ class Settings:
     """The options of `megafuse generate` that change numbers, with their defaults."""
 
     prompt = ""
-    negative = ""
+    negative = None  # not given: the same as "", except where SDXL takes zeros
     method = "megafusion"
     size = (16, 16)  # width, height
     stages = ()  # ((width, height), steps) each
@@ -58,6 +58,9 @@ class Settings:
     steps = 4
     guidance = 7.0
     seed = 0
+    original_size = None  # SDXL's size ids, (width, height); None: the size of the stage
+    target_size = None
+    crop = (0, 0)  # pixels cut off at the left and at the top
     reference_compat = False
 
     def __init__(self, **changes):
@@ -80,8 +83,10 @@ class Settings:
             value, option = getattr(self, key), "--" + key.replace("_", "-")
             if key == "prompt":
                 continue
-            if key == "size":
+            if key.endswith("size"):
                 value = "x".join(map(str, value))
+            if key == "crop":
+                value = ",".join(map(str, value))
             if key == "stages":
                 value = ",".join(f"{w}x{h}:{n}" for (w, h), n in value)
             if isinstance(value, bool) and key != "reschedule":
@@ -126,18 +131,35 @@ def make_scheduler(class_name, config, gamma=1.0):
 
 
 class Guided:
-    """The UNet with classifier-free guidance: e_u + w (e_c - e_u) when w > 1, else the prompt's prediction alone."""
+    """The UNet with classifier-free guidance: e_u + w (e_c - e_u) when w > 1, else the prompt's prediction alone.
+
+    SDXL without a negative prompt: zeros in place of its embeddings, unless model_index.json asks for an encoded "".
+    """
 
     def __init__(self, model, settings):
-        self.unet, self.w = model.unet, settings.guidance
-        self.cond = encode_prompt(model, settings.prompt)
-        self.uncond = encode_prompt(model, settings.negative)
+        self.model, self.settings, self.w = model, settings, settings.guidance
+        rows = [encode_prompt(model, settings.prompt)]
+        if self.w > 1:
+            if settings.negative is None and model.force_zeros:
+                rows.insert(0, [torch.zeros_like(x) for x in rows[0]])
+            else:
+                rows.insert(0, encode_prompt(model, settings.negative or ""))
+        self.embeds = torch.cat([embeds for embeds, _ in rows])
+        self.pooled = None if model.text_2 is None else torch.cat([pooled for _, pooled in rows])
+
+    def enter(self, size):
+        """Begins a stage of `size` (width, height): SDXL's size ids are its own unless set, the same in every row."""
+        (ow, oh), (tw, th) = (given or size for given in (self.settings.original_size, self.settings.target_size))
+        left, top = self.settings.crop
+        self.time_ids = torch.tensor([[oh, ow, top, left, th, tw]] * len(self.embeds), dtype=torch.float32)
 
     def __call__(self, x, t):
+        n = len(self.embeds)
+        ids = None if self.pooled is None else self.time_ids
+        output = run_unet(self.model.unet, torch.cat([x] * n), t, self.embeds, self.pooled, ids)
         if self.w <= 1:
-            return self.unet(x, t, encoder_hidden_states=self.cond).sample
-        both = self.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([self.uncond, self.cond])).sample
-        e_u, e_c = both.chunk(2)
+            return output
+        e_u, e_c = output.chunk(2)
         return e_u + self.w * (e_c - e_u)
 
 
@@ -153,6 +175,7 @@ def plain(model, settings, tensors):
     width, height = settings.size
     shape = (1, 4, height // model.vae_factor, width // model.vae_factor)
     predict = Guided(model, settings)
+    predict.enter(settings.size)
     x = draws.normal(shape) * scheduler.init_noise_sigma
     for n, t in enumerate(scheduler.timesteps):
         output = predict(scheduler.scale_model_input(x, t), t)
@@ -193,8 +216,8 @@ def megafusion(model, settings, tensors):
     schedulers = []
     for s, ((w, h), _) in enumerate(settings.stages):
         # --reference-compat: the published base scheduler carries gamma 2.25 from its default argument, and it is the
-        # one used in every stage that is not re-scheduled by itself.
-        gamma = 2.25 if compat else 1.0
+        # one used in every stage that is not re-scheduled by itself. Not for SDXL: its code knows other sizes.
+        gamma = 2.25 if compat and model.text_2 is None else 1.0
         if reschedule and s > 0:
             gamma = (w * h) / (first_w * first_h)
         scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config, gamma)
@@ -214,6 +237,7 @@ def megafusion(model, settings, tensors):
             z = relay(model, settings, tensors, draws, s, x0, scheduler, sampler,
                       done + settings.relay_noise_offset)
             assert z.shape == shape(size)
+        predict.enter(size)
         # The paper dilates above the native size only; the published code builds its UNet once, so everywhere.
         set_mid_dilation(model.unet, dilation if s > 0 or compat else 1)
         for t in timesteps[done : done + steps]:
@@ -271,7 +295,8 @@ def run(model, settings):
 def double(model):
     """The same model in f64."""
     out = copy.copy(model)
-    out.text, out.unet, out.vae = (copy.deepcopy(m).double() for m in (model.text, model.unet, model.vae))
+    for name in model.modules():
+        setattr(out, name, copy.deepcopy(getattr(model, name)).double())
     return out
 
 
@@ -280,7 +305,7 @@ def load(folder):
     import json
 
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     import small_models
 
@@ -289,13 +314,18 @@ def load(folder):
     model.name, model.folder = folder.name, folder
     variant = {"variant": "fp16"} if list(folder.glob("unet/*.fp16*safetensors")) else {}
     options = {"torch_dtype": torch.float32, **variant}
-    model.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32,
-                                               attn_implementation="sdpa", **variant)
+    text = {"dtype": torch.float32, "attn_implementation": "sdpa", **variant}
+    model.text = CLIPTextModel.from_pretrained(folder / "text_encoder", **text)
+    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    if (folder / "text_encoder_2").exists():
+        model.text_2 = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **text)
+        model.tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        index = json.loads((folder / "model_index.json").read_text())
+        model.force_zeros = index.get("force_zeros_for_empty_prompt", True)
     model.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
     model.vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
-    for module in (model.text, model.unet, model.vae):
-        module.eval().requires_grad_(False)
-    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    for name in model.modules():
+        getattr(model, name).eval().requires_grad_(False)
     model.vae_factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     model.scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     return model
@@ -307,7 +337,8 @@ def main():
     size = lambda text: tuple(int(n) for n in text.split("x"))
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
     types = {"size": size, "stages": stages, "scheduler": str, "reschedule": lambda text: {"true": True, "false": False}[text],
-             "dilation": int}
+             "dilation": int, "negative": str, "original_size": size, "target_size": size,
+             "crop": lambda text: tuple(int(n) for n in text.split(","))}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="")
     parser.add_argument("--model", required=True)

@@ -12,8 +12,11 @@ CAT = "a photo of a cat"
 TWO = (((16, 16), 3), ((24, 24), 2))
 THREE = (((16, 16), 2), ((20, 20), 2), ((24, 24), 1))
 FOX = "The quick brown fox, oil on canvas"
-# The most f32 may differ from f64 in a run that is kept: a test that allows 1e-4 then has room for one more program.
-F32_LIMIT = 4e-5
+# The most f32 may differ from f64 in a run that is kept: a test that allows 1e-4 then has room for one more program. How
+# far it is depends on the processor: mega-plus-four-levels is 2.7e-5 on one and 6e-5 on another.
+F32_LIMIT = 7e-5
+# Except here: the first of these steps takes a difference of numbers near sigma = 4096. Tests allow 2.5 times f32_error.
+ILL_CONDITIONED = {"sdxl-plain-v-zero-snr-euler", "zero-snr-plain-euler"}
 
 
 def runs():
@@ -110,25 +113,99 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
+    return out | sdxl_runs() | zero_snr_runs()
+
+
+def sdxl_runs():
+    """Guidance is always named, and stays small: it multiplies rounding."""
+    plain = {"method": "plain", "size": (16, 16), "steps": 3, "guidance": 2.0, "seed": 31}
+    mega = {"method": "megafusion", "stages": TWO, "scheduler": "ddim", "guidance": 1.5, "seed": 32}
+    plus = mega | {"method": "megafusion++"}
+    ids = {"original_size": (40, 24), "crop": (5, 3), "target_size": (32, 48)}
+    out = {
+        # Without --scheduler: Euler, as the config says.
+        "sdxl-plain": ("sdxl", plain),
+        "sdxl-plain-ddim": ("sdxl", plain | {"scheduler": "ddim"}),
+        "sdxl-plain-wide": ("sdxl", plain | {"size": (24, 16), "prompt": FOX}),
+        "sdxl-plain-odd": ("sdxl", plain | {"size": (18, 26), "scheduler": "ddim"}),
+        "sdxl-plain-guidance-1": ("sdxl", plain | {"guidance": 1.0}),
+        "sdxl-plain-negative": ("sdxl", plain | {"negative": "blurry, low quality"}),
+        "sdxl-plain-negative-empty": ("sdxl", plain | {"negative": ""}),
+        "sdxl-plain-original-size": ("sdxl", plain | {"original_size": (40, 24)}),
+        "sdxl-plain-crop": ("sdxl", plain | {"crop": (5, 3)}),
+        "sdxl-plain-target-size": ("sdxl", plain | {"target_size": (32, 48)}),
+        "sdxl-plain-encoded-negative": ("sdxl-encoded-negative", plain),
+        "sdxl-plain-encoded-negative-given": ("sdxl-encoded-negative", plain | {"negative": "text, watermark", **ids}),
+        "sdxl-plain-turbo": ("sdxl-turbo", plain | {"steps": 2, "guidance": 0.0}),
+        "sdxl-plain-turbo-one-step": ("sdxl-turbo", plain | {"steps": 1, "guidance": 0.0, "scheduler": "euler"}),
+        "sdxl-plain-v-zero-snr": ("sdxl-v-zero-snr", plain | {"scheduler": "ddim"}),
+        "sdxl-plain-v-zero-snr-euler": ("sdxl-v-zero-snr", plain),
+        "sdxl-plain-shards": ("sdxl-shards", plain | {"size": (32, 24)}),
+        "sdxl-plain-shards-euler": ("sdxl-shards", plain | {"size": (24, 32), "scheduler": "euler"}),
+        "sdxl-plain-odd-model": ("sdxl-odd", plain | {"size": (24, 16)}),
+        # MegaFusion, one option at a time.
+        "sdxl-mega": ("sdxl", mega),
+        "sdxl-mega-three": ("sdxl", mega | {"stages": THREE}),
+        "sdxl-mega-ids": ("sdxl", mega | ids),
+        "sdxl-mega-negative": ("sdxl", mega | {"negative": "blurry"}),
+        "sdxl-mega-guidance-1": ("sdxl", mega | {"guidance": 1.0}),
+        "sdxl-mega-reschedule": ("sdxl", mega | {"reschedule": True}),
+        "sdxl-mega-dilation": ("sdxl", mega | {"dilation": 2}),
+        "sdxl-mega-offset": ("sdxl", mega | {"relay_noise_offset": 1}),
+        "sdxl-mega-bilinear": ("sdxl", mega | {"upsampler": "bilinear"}),
+        "sdxl-mega-clamp-none": ("sdxl", mega | {"relay_clamp": "none"}),
+        "sdxl-mega-eta": ("sdxl", mega | {"eta": 0.5}),
+        "sdxl-mega-euler": ("sdxl", mega | {"scheduler": "euler"}),
+        "sdxl-mega-plus": ("sdxl", plus),
+        "sdxl-mega-plus-three-ids": ("sdxl", plus | {"stages": (((16, 16), 2), ((24, 16), 1), ((36, 20), 1)), **ids}),
+        "sdxl-mega-plus-euler": ("sdxl", plus | {"scheduler": "euler"}),
+        "sdxl-mega-plus-offset": ("sdxl", plus | {"relay_noise_offset": 1}),
+        # Every other model once.
+        "sdxl-mega-plus-encoded-negative": ("sdxl-encoded-negative", plus | {"prompt": FOX}),
+        "sdxl-mega-plus-turbo": ("sdxl-turbo", plus | {"scheduler": "euler-ancestral"}),
+        "sdxl-mega-plus-v-zero-snr": ("sdxl-v-zero-snr", plus),
+        "sdxl-mega-plus-shards": ("sdxl-shards", plus | {"stages": (((24, 24), 2), ((32, 40), 1))}),
+        "sdxl-mega-plus-odd-model": ("sdxl-odd", plus),
+        # The published code's quirks; a seed with which no value comes close to half a level.
+        "sdxl-compat": ("sdxl", plus | {"reference_compat": True, "stages": (((8, 8), 2), ((12, 12), 2)), "seed": 3}),
+    }
     return out
 
 
-def check_against_pipeline(model, settings, tensors):
+def zero_snr_runs():
+    plain = {"method": "plain", "size": (16, 16), "steps": 3, "guidance": 2.0, "seed": 41}
+    return {
+        "zero-snr-plain": ("zero-snr", plain),
+        "zero-snr-plain-euler": ("zero-snr", plain | {"scheduler": "euler"}),
+        "zero-snr-mega-plus": ("zero-snr", {"method": "megafusion++", "stages": TWO, "scheduler": "ddim", "guidance": 1.5,
+                                            "seed": 42}),
+    }
+
+
+def check_against_pipeline(model, settings, tensors, limit):
     """A plain run is what diffusers' own pipeline makes of the same modules."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     sampler = settings.sampler(model.scheduler_config)
     scheduler = reference.make_scheduler(reference.SAMPLERS[sampler], model.scheduler_config)
-    pipe = StableDiffusionPipeline(vae=model.vae, text_encoder=model.text, tokenizer=model.tokenizer, unet=model.unet,
-                                   scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+    parts = {"vae": model.vae, "text_encoder": model.text, "tokenizer": model.tokenizer, "unet": model.unet,
+             "scheduler": scheduler, "feature_extractor": None}
+    more = {}
+    if model.text_2 is None:
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    else:
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=model.text_2, tokenizer_2=model.tokenizer_2,
+                                         force_zeros_for_empty_prompt=model.force_zeros, add_watermarker=False)
+        swapped = lambda pair: pair and pair[::-1]  # ours: width or x first; theirs: height or y first
+        more = {"original_size": swapped(settings.original_size), "target_size": swapped(settings.target_size),
+                "crops_coords_top_left": swapped(settings.crop)}
     pipe.set_progress_bar_config(disable=True)
     out = pipe(settings.prompt, height=settings.size[1], width=settings.size[0], num_inference_steps=settings.steps,
                guidance_scale=settings.guidance, negative_prompt=settings.negative, eta=settings.eta,
                generator=torch.Generator().manual_seed(settings.seed), latents=tensors["noise0"].clone(),
-               output_type="latent")
+               output_type="latent", **more)
     error = (out.images - tensors["latent"]).abs().max().item() / tensors["latent"].abs().max().item()
-    assert error < 1e-5, error
+    assert error < limit, error
 
 
 def write(root, models):
@@ -146,11 +223,11 @@ def write(root, models):
         assert doubles[model].u8_margin > 2e-3, (name, doubles[model].u8_margin)
         single = reference.run(models[model], settings)
         error = max(relative(single[key], tensors[key]) for key in tensors)
-        assert error < F32_LIMIT, (name, error)
+        assert error < (1e-3 if name in ILL_CONDITIONED else F32_LIMIT), (name, error)
         # The pipeline wants multiples of 8 and draws its own initial latents, so noise of steps would differ: only
         # runs without either are compared.
         if settings.method == "plain" and "noise1" not in tensors and all(s % 8 == 0 for s in settings.size):
-            check_against_pipeline(models[model], settings, tensors)
+            check_against_pipeline(models[model], settings, tensors, max(1e-5, error))
         save_file(tensors, folder / f"{name}.safetensors")
         listed.append({"name": name, "model": model, "args": settings.args(changes),
                        "f32_error": float(f"{error:.1e}")})

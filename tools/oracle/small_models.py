@@ -1,4 +1,5 @@
-"""The small random Stable Diffusion directories: which configurations there are, and how they are written.
+"""The small random Stable Diffusion directories: which configurations there are (those of SDXL: small_sdxl.py), and how
+they are written.
 
 Every weight is drawn (nothing stays at zero or one), rounded to the precision it is stored in, and only then used:
 file and reference hold the same numbers. A draw depends on the model's seed and the tensor's name alone.
@@ -12,17 +13,12 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
+import small_sdxl
 import small_tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-SD_SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "steps_offset": 1,
-}
+SD_SCHEDULE = small_sdxl.SD_SCHEDULE
 
 # A model: seed; tokenizer settings; overrides of each config.json; how the files are written.
 #   dtype: of the stored weights;  shard: bytes a file (with an index), none: one file
@@ -162,7 +158,27 @@ MODELS = {
                       "lower_order_final": True, "trained_betas": None},
         "files": {"dtype": "f16", "prefix": True, "shard": 60_000},
     },
+    # SD 2.1 fine-tuned with v-prediction down to no signal at all.
+    "zero-snr": {
+        "covers": "v_prediction with rescale_betas_zero_snr and trailing spacing, DDIM config, f16",
+        "seed": 9,
+        "tokenizer": {"merges": 0, "form": "files", "pad": "!", "max_length": 16, "added_tokens": "string"},
+        "text": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "hidden_act": "gelu", "projection_dim": 16, "max_position_embeddings": 16, "eos_token_id": "eos"},
+        "unet": {"sample_size": 16, "block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": [1, 2],
+                 "cross_attention_dim": 16, "norm_num_groups": 2, "use_linear_projection": True,
+                 "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+                 "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        "vae": {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 32,
+                "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+        "scheduler": {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": False, "set_alpha_to_one": False,
+                      "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+                      "timestep_spacing": "trailing"},
+        "files": {"dtype": "f16", "prefix": True},
+    },
 }
+
+MODELS |= small_sdxl.MODELS
 
 FIRST_CLASSES = {
     "_class_name": "StableDiffusionPipeline",
@@ -213,27 +229,31 @@ def old_vae_name(key: str) -> str:
 
 
 def write_weights(folder: pathlib.Path, stem: str, state: dict, shard: int | None, variant: str | None):
-    state = {k: v.contiguous() for k, v in sorted(state.items())}
+    write_shards(folder, stem, state, lambda _, tensor: tensor, shard, variant)
+
+
+def write_shards(folder: pathlib.Path, stem: str, state: dict, value, shard: int | None, variant: str | None):
+    """One file, or with `shard` files of about that many bytes and their index.
+
+    `state` may hold tensors without values: value(name, tensor) is what is written, asked for when its file is.
+    """
+    size_of = lambda tensor: tensor.numel() * tensor.element_size()
     dot = f".{variant}" if variant else ""
-    if not shard:
-        save_file(state, folder / f"{stem}{dot}.safetensors", metadata={"format": "pt"})
-        return
     shards, size = [{}], 0
-    for name, tensor in state.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + bytes_ > shard:
+    for name, tensor in sorted(state.items()):
+        if shard and shards[-1] and size + size_of(tensor) > shard:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += bytes_
+        size += size_of(tensor)
     weight_map = {}
     for i, part in enumerate(shards):
-        file = f"{stem}{dot}-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(part, folder / file, metadata={"format": "pt"})
+        file = f"{stem}{dot}-{i + 1:05}-of-{len(shards):05}.safetensors" if shard else f"{stem}{dot}.safetensors"
+        save_file({k: value(k, t).contiguous() for k, t in part.items()}, folder / file, metadata={"format": "pt"})
         weight_map |= {name: file for name in part}
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps(index, indent=2) + "\n")
+    if shard:
+        index = {"metadata": {"total_size": sum(map(size_of, state.values()))}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_json(path: pathlib.Path, tree):
@@ -241,35 +261,74 @@ def write_json(path: pathlib.Path, tree):
 
 
 class Model:
-    """The reference modules of one directory, in f32, and its settings."""
+    """The reference modules of one directory, in f32, and its settings. `text_2`, `tokenizer_2`: of SDXL, else None."""
+
+    text_2 = tokenizer_2 = None
+    force_zeros = False  # SDXL: no negative prompt means zeros in place of an encoded ""
+
+    def modules(self):
+        """The names of the attributes that hold modules."""
+        return [name for name in ("text", "text_2", "unet", "vae") if getattr(self, name) is not None]
+
+
+def write_text_encoder(folder: pathlib.Path, config: dict, seed: int, files: dict, dtype, projection: bool):
+    """Writes a text encoder; its class is CLIPTextModelWithProjection where `projection` is set. Returns the module."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    cls = CLIPTextModelWithProjection if projection else CLIPTextModel
+    text = cls(CLIPTextConfig(**config, attn_implementation="sdpa"))
+    fill(text, seed, folder.name, dtype)
+    folder.mkdir()
+    write_json(folder / "config.json", {"architectures": [cls.__name__], "model_type": "clip_text_model", **config})
+    state = {k: v for k, v in text.state_dict().items() if v.is_floating_point()}
+    outer = {k: v.to(dtype) for k, v in state.items() if k == "text_projection.weight"}
+    state = {k.removeprefix("text_model."): v.to(dtype) for k, v in state.items() if k not in outer}
+    if files.get("position_ids"):
+        state["embeddings.position_ids"] = torch.arange(text.config.max_position_embeddings)[None]
+    if files["prefix"]:
+        state = {f"text_model.{k}": v for k, v in state.items()}
+    write_weights(folder, "model", state | outer, files.get("shard"), files.get("variant"))
+    return text
+
+
+def text_config(overrides: dict, vocab_size: int, eos: int) -> dict:
+    config = {"vocab_size": vocab_size, **overrides}
+    if config["eos_token_id"] == "eos":
+        config |= {"eos_token_id": eos, "bos_token_id": eos - 1, "pad_token_id": eos}
+    return config
 
 
 def build(name: str, root: pathlib.Path) -> Model:
     """Writes the directory `root/name` and returns its modules, holding the stored values."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     spec = MODELS[name]
     files = spec["files"]
     dtype, shard, variant = DTYPES[files["dtype"]], files.get("shard"), files.get("variant")
     folder = root / name
     folder.mkdir(parents=True)
-
-    vocab_size, eos, _ = small_tokenizer.write(folder / "tokenizer", **spec["tokenizer"])
-    text_config = {"vocab_size": vocab_size, **spec["text"]}
-    if text_config["eos_token_id"] == "eos":
-        text_config |= {"eos_token_id": eos, "bos_token_id": eos - 1, "pad_token_id": eos}
+    model = Model()
+    model.name, model.folder, model.spec = name, folder, spec
 
     # Classes are built from exactly the keys the config.json carries, so an absent key is the class's default.
     torch.manual_seed(0)
-    text = CLIPTextModel(CLIPTextConfig(**text_config, attn_implementation="sdpa"))
+    vocab_size, eos, _ = small_tokenizer.write(folder / "tokenizer", **spec["tokenizer"])
+    model.text = write_text_encoder(folder / "text_encoder", text_config(spec["text"], vocab_size, eos), spec["seed"],
+                                    files, dtype, projection=False)
+    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    if "text_2" in spec:
+        vocab_size, eos, _ = small_tokenizer.write(folder / "tokenizer_2", **spec["tokenizer_2"])
+        model.text_2 = write_text_encoder(folder / "text_encoder_2", text_config(spec["text_2"], vocab_size, eos),
+                                          spec["seed"], files, dtype, projection=True)
+        model.tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        model.force_zeros = spec["index"].get("force_zeros_for_empty_prompt", True)
     unet = UNet2DConditionModel(**spec["unet"])
     vae = AutoencoderKL(**spec["vae"])
-    fill(text, spec["seed"], "text_encoder", dtype)
     fill(unet, spec["seed"], "unet", dtype)
     fill(vae, spec["seed"], "vae", dtype)
 
-    index = dict(FIRST_CLASSES)
+    index = dict(FIRST_CLASSES) if "text_2" not in spec else small_sdxl.CLASSES | spec["index"]
     index["scheduler"] = ["diffusers", spec["scheduler"]["_class_name"]]
     if name == "sd15":  # published directories list a safety checker; copies often lack the folder
         index |= {"feature_extractor": ["transformers", "CLIPFeatureExtractor"],
@@ -277,19 +336,6 @@ def build(name: str, root: pathlib.Path) -> Model:
     if name == "sd21":
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
     write_json(folder / "model_index.json", index)
-
-    (folder / "text_encoder").mkdir()
-    write_json(folder / "text_encoder/config.json",
-               {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text_config})
-    state = {k: v for k, v in text.state_dict().items() if v.is_floating_point()}
-    if any(k.startswith("text_model.") for k in state):
-        state = {k.removeprefix("text_model."): v for k, v in state.items()}
-    state = {k: v.to(dtype) for k, v in state.items()}
-    if files.get("position_ids"):
-        state["embeddings.position_ids"] = torch.arange(text.config.max_position_embeddings)[None]
-    if files["prefix"]:
-        state = {f"text_model.{k}": v for k, v in state.items()}
-    write_weights(folder / "text_encoder", "model", state, shard, variant)
 
     (folder / "unet").mkdir()
     write_json(folder / "unet/config.json",
@@ -308,10 +354,7 @@ def build(name: str, root: pathlib.Path) -> Model:
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler/scheduler_config.json", {"_diffusers_version": "0.6.0", **spec["scheduler"]})
 
-    model = Model()
-    model.name, model.folder, model.spec = name, folder, spec
-    model.text, model.unet, model.vae = text, unet, vae
-    model.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    model.unet, model.vae = unet, vae
     model.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     model.scheduler_config = dict(spec["scheduler"])
     return model

@@ -1,16 +1,18 @@
-"""Writes tests/data/unet-options: one tiny UNet for each group of options that no published SD 1.x/2.x model sets.
+"""Writes tests/data/unet-options: one tiny UNet for each group of options that no published SD 1.x/2.x model sets, those
+of SDXL and of LCM among them.
 
     tools/oracle/venv tools/oracle/unet_options.py
 
 NAME/config.json and weights as diffusers writes them (f16, every one drawn), and expected.safetensors with input and
-output: sample [N, C, H, W], timestep [], prompt_embeds [N, L, 16], out, computed in f64.
+output: sample [N, C, H, W], timestep [], prompt_embeds [N, L, 16], out, computed in f64; with added conditioning
+pooled_prompt_embeds [N, P] and time_ids [N, 6], with a guidance embedding guidance [1].
 """
 
 import json
 import pathlib
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 import small_models
@@ -47,6 +49,14 @@ OPTIONS = {
          "reverse_transformer_layers_per_block": [[2, 1], [1, 1, 2]]},
         (1, 4, 6),
     ),
+    "text-time": (
+        {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "attention_head_dim": [1, 2],
+         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2],
+         "use_linear_projection": True, "upcast_attention": None, "addition_embed_type": "text_time",
+         "addition_time_embed_dim": 6, "projection_class_embeddings_input_dim": 46},
+        (2, 6, 5),
+    ),
+    "guidance-embedding": ({"time_cond_proj_dim": 14}, (1, 6, 5)),
 }
 
 
@@ -67,9 +77,24 @@ def main():
         sample = torch.randn(n, unet.config.in_channels, h, w, generator=generator)
         embeds = torch.randn(n, 7, 16, generator=generator)
         timestep = torch.tensor(621.0)
+        tensors = {"sample": sample, "timestep": timestep, "prompt_embeds": embeds}
+        added, guidance = None, None
+        if "addition_embed_type" in config:
+            pooled = torch.randn(n, 10, generator=generator)
+            ids = torch.tensor([[512.0, 768, 0, 64, 1024, 1024], [1000, 333, 16, 0, 256, 1536]])
+            tensors |= {"pooled_prompt_embeds": pooled, "time_ids": ids}
+            added = {"text_embeds": pooled.double(), "time_ids": ids}
+        if "time_cond_proj_dim" in config:
+            tensors |= {"guidance": torch.tensor([6.5])}
+            # The published method reads nothing of its object.
+            embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+            guidance = embedding(None, tensors["guidance"], config["time_cond_proj_dim"]).double()
         with torch.no_grad():
-            out = unet.double()(sample.double(), timestep, encoder_hidden_states=embeds.double()).sample
-        tensors = {"sample": sample, "timestep": timestep, "prompt_embeds": embeds, "out": out.float()}
+            out = unet.double()(
+                sample.double(), timestep, encoder_hidden_states=embeds.double(), timestep_cond=guidance,
+                added_cond_kwargs=added,
+            ).sample
+        tensors |= {"out": out.float()}
         save_file(tensors, folder / "expected.safetensors")
 
 

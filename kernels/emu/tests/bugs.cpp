@@ -326,6 +326,34 @@ TEST(a_missing_syncwarp_before_ldmatrix) {
     });
 }
 
+// Each lane replaces just those elements that ldmatrix gave it; but another lane named their row, and read it too.
+KERNEL(replaces_rows, 32, 1)(uint32_t* out, int left_out) {
+    SHARED_DYNAMIC(Rows, s);
+    for (unsigned i = 0; i < 4; i++) s.at[threadIdx.x][i] = threadIdx.x * 4 + i;
+    __syncwarp();
+    uint32_t r[4];
+    ldmatrix_x4(r, s.at[threadIdx.x]);
+    if (!left_out) __syncwarp();
+    for (unsigned i = 0; i < 4; i++) s.at[i * 8 + threadIdx.x / 4][threadIdx.x % 4] = r[i] + 1;
+    __syncwarp();
+    for (unsigned i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = s.at[threadIdx.x][i];
+}
+REGISTER_KERNEL(replaces_rows)
+
+TEST(a_missing_syncwarp_after_ldmatrix) {
+    in_every_mode([] {
+        Buffer<uint32_t> out(128);
+        CLEAN("replaces_rows", dim3(1), dim3(32), sizeof(Rows), out.data, 0);
+        for (unsigned i = 0; i < 128; i++) CHECK(out[i] == i + 1);
+        const int result = run("replaces_rows", dim3(1), dim3(32), sizeof(Rows), out.data, 1);
+        if (kRaceBuild) {
+            REPORTS(result, "RACE", "write after read", "bugs.cpp:");
+        } else {
+            expect_clean(result, __LINE__);
+        }
+    });
+}
+
 KERNEL(reads_unwritten, 32, 1)(float* y, int from) {
     SHARED_STATIC(float, value, [64]);
     value[threadIdx.x] = 1.f;

@@ -3,7 +3,7 @@ use super::{UnetConditioning, UnetConfig};
 use crate::error::{Error, Result};
 use crate::models::layers::{Conv2d, Downsample, GroupNorm, LayerNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use crate::models::weights::Weights;
-use crate::ops::{self, Activation, Attention, Source, StepIndex, StepRows};
+use crate::ops::{self, Activation, Attention, Source, StepIndex};
 use crate::runtime::Tensor;
 
 /// Layers whose input is the same in every step of a run: they are applied by `condition`, and the blocks know the index
@@ -21,7 +21,7 @@ pub(super) struct ToKv {
 }
 
 impl ToKv {
-    /// `text: [N, L, cross_attention_dim]` to `[N, L, 2, heads, head_dim]`.
+    /// `text: [R, L, cross_attention_dim]` to `[R, L, 2, heads, head_dim]`.
     pub(super) fn forward(&self, text: &Tensor) -> Result<Tensor> {
         let [n, l, _] = text.dims("unet", "text")?;
         let kv = ops::linear(ops::Linear::new(text, &self.weight))?;
@@ -51,7 +51,7 @@ pub(super) struct Resnet {
 
 impl Resnet {
     fn forward<'a>(&'a self, x: impl Into<Source<'a>>, call: Call<'a>, dilation: usize) -> Result<Tensor> {
-        let row = StepRows { table: call.conditioning.rows(self.row), step: call.step };
+        let row = call.conditioning.rows(self.row, call.step);
         self.block.forward(x, Some(row), dilation)
     }
 }

@@ -28,6 +28,10 @@ pub struct UnetConfig {
     pub timestep: TimestepEmbedding,
     /// Width of the timestep's embedding.
     pub time_embed_dim: usize,
+    /// `addition_embed_type` is "text_time": the timestep's embedding gets one of pooled text and sizes added (SDXL).
+    pub added: Option<AddedConfig>,
+    /// `time_cond_proj_dim`: width of the guidance scale's embedding, of models distilled from guided ones (LCM).
+    pub time_cond_proj_dim: Option<usize>,
     /// Symmetric padding of the downsampling convs; 0 pads bottom and right by one.
     pub downsample_padding: usize,
     pub norm_num_groups: usize,
@@ -36,6 +40,50 @@ pub struct UnetConfig {
     pub use_linear_projection: bool,
     pub conv_in_kernel: usize,
     pub conv_out_kernel: usize,
+}
+
+/// SDXL's second embedding. Podell et al. 2023, arXiv:2307.01952, sec. 2.2.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AddedConfig {
+    /// Width of the pooled text embedding.
+    pub pooled_dim: usize,
+    /// Each of the [`TIME_IDS`] numbers becomes a sinusoid like the timestep's, of another width.
+    pub time_id: TimestepEmbedding,
+}
+
+/// Numbers that SDXL reads beside the text: height and width of the original image, top and left of the crop, height and
+/// width of the target, all in pixels.
+pub const TIME_IDS: usize = 6;
+
+impl AddedConfig {
+    /// `timestep`: the timestep's sinusoid.
+    fn read(c: &JsonConfig, timestep: TimestepEmbedding) -> Result<Option<AddedConfig>> {
+        const INPUT: &str = "projection_class_embeddings_input_dim";
+        match c.get("addition_embed_type") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::String(name)) if name == "text_time" => {}
+            Some(_) => return Err(c.error("addition_embed_type", "not supported, only null or \"text_time\" is")),
+        }
+        let required = |key: &str| {
+            let wanted = "addition_embed_type = \"text_time\" needs a number of at least 1";
+            c.optional_count(key)?.ok_or_else(|| c.error(key, wanted))
+        };
+        let (dim, input) = (required("addition_time_embed_dim")?, required(INPUT)?);
+        if dim < 2 {
+            return Err(c.error("addition_time_embed_dim", "expected at least 2: one sine and one cosine"));
+        }
+        if input <= TIME_IDS * dim {
+            let wanted = format!("expected more than {}: {TIME_IDS} sizes of addition_time_embed_dim", TIME_IDS * dim);
+            return Err(c.error(INPUT, wanted));
+        }
+        let time_id = TimestepEmbedding { dim, ..timestep };
+        Ok(Some(AddedConfig { pooled_dim: input - TIME_IDS * dim, time_id }))
+    }
+
+    /// Width of what the embedding reads: pooled text, then the sinusoids.
+    pub(super) fn input_dim(&self) -> usize {
+        self.pooled_dim + TIME_IDS * self.time_id.dim
+    }
 }
 
 /// One level on the way down or up.
@@ -76,12 +124,10 @@ fn unsupported() -> Vec<(&'static str, Vec<Value>)> {
         ("class_embed_type", vec![Value::Null]),
         ("num_class_embeds", vec![Value::Null]),
         ("class_embeddings_concat", vec![json!(false), Value::Null]),
-        ("addition_embed_type", vec![Value::Null]),
         ("resnet_time_scale_shift", vec![json!("default")]),
         ("time_embedding_type", vec![json!("positional")]),
         ("time_embedding_act_fn", vec![Value::Null]),
         ("timestep_post_act", vec![Value::Null]),
-        ("time_cond_proj_dim", vec![Value::Null]),
         ("attention_type", vec![json!("default")]),
     ]
 }
@@ -91,7 +137,7 @@ impl UnetConfig {
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) with key and value: of the wrong type, lists of unequal length, or a part of the published class
-    /// that the SD 1.x/2.x family does not use.
+    /// that the SD 1.x/2.x and SDXL families do not use.
     pub fn from_json(what: &str, json: &str) -> Result<UnetConfig> {
         let c = JsonConfig::parse(what, json, "UNet2DConditionModel")?;
         for (key, values) in unsupported() {
@@ -107,6 +153,11 @@ impl UnetConfig {
         }
         let blocks = Blocks::read(&c, &block_out_channels)?;
         let dim = block_out_channels[0];
+        let timestep = TimestepEmbedding {
+            dim,
+            flip_sin_to_cos: c.flag("flip_sin_to_cos", true)?,
+            freq_shift: c.number("freq_shift", 0.0)?,
+        };
         let config = UnetConfig {
             in_channels: c.count("in_channels", 4)?,
             out_channels: c.count("out_channels", 4)?,
@@ -116,11 +167,9 @@ impl UnetConfig {
             mid_block: blocks.mid,
             up_blocks: blocks.up,
             center_input_sample: c.flag("center_input_sample", false)?,
-            timestep: TimestepEmbedding {
-                dim,
-                flip_sin_to_cos: c.flag("flip_sin_to_cos", true)?,
-                freq_shift: c.number("freq_shift", 0.0)?,
-            },
+            timestep,
+            added: AddedConfig::read(&c, timestep)?,
+            time_cond_proj_dim: c.optional_count("time_cond_proj_dim")?,
             time_embed_dim: c.optional_count("time_embedding_dim")?.unwrap_or(4 * dim),
             downsample_padding: padding(&c)?,
             norm_num_groups,
@@ -130,7 +179,9 @@ impl UnetConfig {
             conv_out_kernel: odd(&c, "conv_out_kernel")?,
             block_out_channels,
         };
-        c.flag("upcast_attention", false)?; // nothing to do: the softmax is f32 always
+        if !matches!(c.get("upcast_attention"), Some(Value::Null)) {
+            c.flag("upcast_attention", false)?; // nothing to do: the softmax is f32 always
+        }
         Ok(config)
     }
 

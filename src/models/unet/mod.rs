@@ -1,17 +1,20 @@
-//! UNet2DConditionModel of the SD 1.x/2.x family. Rombach et al. 2022, arXiv:2112.10752; the convolutional frame is that
-//! of Ho et al. 2020, arXiv:2006.11239.
+//! UNet2DConditionModel of the SD 1.x/2.x and SDXL families. Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023,
+//! arXiv:2307.01952; the convolutional frame is that of Ho et al. 2020, arXiv:2006.11239.
 
 mod blocks;
+mod conditioning;
 mod config;
 
-pub use config::{AttentionConfig, BlockConfig, MidBlockConfig, UnetConfig};
+pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
+pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
 
-use super::layers::{Conv2d, GroupNorm, Linear};
+use super::layers::{Conv2d, GroupNorm};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, StepIndex};
+use crate::ops::{self, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
+use conditioning::TimeEmbedding;
 
 /// What a method may ask of a call.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,43 +29,13 @@ impl Default for UnetOptions {
     }
 }
 
-/// What is the same for every step of a run, computed once: K and V of the text for every cross-attention, and each
-/// ResNet's projection of every timestep's embedding.
-pub struct UnetConditioning {
-    rows: Vec<Tensor>, // one a ResNet: [steps * N, C_out], the N rows of a step together
-    kv: Vec<Tensor>,   // one a cross-attention: [N, L, 2, heads, head_dim]
-    batch: usize,
-    steps: usize,
-}
-
-impl UnetConditioning {
-    /// Samples a call must have: the rows of the text.
-    pub fn batch(&self) -> usize {
-        self.batch
-    }
-
-    /// Timesteps it was made for.
-    pub fn steps(&self) -> usize {
-        self.steps
-    }
-
-    fn rows(&self, resnet: usize) -> &Tensor {
-        &self.rows[resnet]
-    }
-
-    fn kv(&self, attention: usize) -> &Tensor {
-        &self.kv[attention]
-    }
-}
-
 /// The denoiser.
 pub struct Unet {
     config: UnetConfig,
     device: Device,
     dtype: DType,
-    conv_in: Conv2d,       // [C_0, k, k, in_channels]
-    time_linear_1: Linear, // [T, C_0]
-    time_linear_2: Linear, // [T, T]
+    conv_in: Conv2d, // [C_0, k, k, in_channels]
+    time_embedding: TimeEmbedding,
     projections: Projections,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
@@ -113,13 +86,11 @@ impl Unet {
             up_blocks.push(loader.up_block(&w.at(format!("up_blocks.{i}")), input, &read, block, last)?);
             input = block.channels;
         }
-        let time = w.at("time_embedding");
         Ok(Unet {
             device: w.device().clone(),
             dtype: w.dtype(),
             conv_in: Conv2d::load(&w.at("conv_in"), first, config.in_channels, config.conv_in_kernel)?,
-            time_linear_1: Linear::load(&time.at("linear_1"), config.time_embed_dim, first)?,
-            time_linear_2: Linear::load(&time.at("linear_2"), config.time_embed_dim, config.time_embed_dim)?,
+            time_embedding: TimeEmbedding::load(w, config)?,
             projections: loader.projections,
             down_blocks,
             mid_block,
@@ -142,27 +113,9 @@ impl Unet {
         self.dtype
     }
 
-    /// `text: [N, L, cross_attention_dim]`, the rows in the order of the samples' (unconditional first);
-    /// `timesteps`: all of the run, in the order in which [`forward`](Unet::forward) will name them by index.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `text`; [`Error::OutOfMemory`].
-    pub fn condition(&self, text: &Tensor, timesteps: &[f32]) -> Result<UnetConditioning> {
-        let [batch, length, _] = text.dims("unet", "text")?;
-        text.expect("unet", "text", &[batch, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
-        // Each timestep N times, so that the rows of a step are the N that its convs want.
-        let repeated: Vec<f32> = timesteps.iter().flat_map(|&t| std::iter::repeat_n(t, batch)).collect();
-        let emb = ops::timestep_embedding(&repeated, self.config.timestep, &self.device, self.dtype)?;
-        let emb = self.time_linear_1.fused(&emb, Activation::Silu, None)?;
-        // The ResNets read nothing but silu(emb): [steps * N, T].
-        let emb = self.time_linear_2.fused(&emb, Activation::Silu, None)?;
-        let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
-        let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
-        Ok(UnetConditioning { rows, kv, batch, steps: timesteps.len() })
-    }
-
-    /// `x: [N, H, W, in_channels]` at timestep `timesteps[step]` to `[N, H, W, out_channels]`: the predicted noise, or
-    /// whatever the checkpoint was trained to predict. Any H, W; N rows as the text has.
+    /// `x: [N, H, W, in_channels]` to `[N, H, W, out_channels]`: the predicted noise, or whatever the checkpoint was trained
+    /// to predict. Any H, W. Of n images with a step of their own, sample i is at timestep `timesteps[step.get(i)]`; it
+    /// reads row `i / (N / R)` of the text. N is a multiple of n and of R.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, `mid_dilation`;
@@ -171,22 +124,19 @@ impl Unet {
         &self,
         x: &Tensor,
         step: &StepIndex,
-        text: &UnetConditioning,
+        conditioning: &UnetConditioning,
         options: &UnetOptions,
     ) -> Result<Tensor> {
-        let [_, h, w, _] = x.dims("unet", "x")?;
-        x.expect("unet", "x", &[text.batch, h, w, self.config.in_channels], self.dtype, &self.device)?;
+        let [n, h, w, _] = x.dims("unet", "x")?;
+        x.expect("unet", "x", &[n, h, w, self.config.in_channels], self.dtype, &self.device)?;
         if h == 0 || w == 0 {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
-        if step.get() >= text.steps {
-            let want = format!("below {}, the number of timesteps of the conditioning", text.steps);
-            return Err(Error::argument("unet", "step", step.get(), want));
-        }
+        conditioning.check(x, n, step)?;
         if options.mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
         }
-        let call = Call { conditioning: text, step, mid_dilation: options.mid_dilation };
+        let call = Call { conditioning, step, mid_dilation: options.mid_dilation };
 
         let mut x = match self.config.center_input_sample {
             true => self.conv_in.forward(&ops::scale_cast(x, 2.0, -1.0, self.dtype, 1)?)?,

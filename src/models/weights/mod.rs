@@ -192,6 +192,11 @@ impl WeightStore {
         self.taken().in_order.clone()
     }
 
+    /// Of the tensors that it hands out.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// The files' bytes, in the order of their names.
     pub fn file_bytes(&self) -> impl Iterator<Item = &[u8]> {
         self.files.iter().map(|file| file.as_bytes())
@@ -297,7 +302,7 @@ impl WeightStore {
         file.release(entry);
         let Some(bad) = bad else { return Ok(()) };
         let what = if bad.value.is_finite() {
-            let hint = if self.dtype == DType::F16 { ": try --dtype f32 or bf16" } else { "" };
+            let hint = if self.dtype == DType::F16 { ": f32 and bf16 can hold them" } else { "" };
             format!("too large for {}{hint}", self.dtype)
         } else {
             String::from("not finite: the file is damaged or its training diverged; download it again")

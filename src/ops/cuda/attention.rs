@@ -1,6 +1,6 @@
 use std::sync::OnceLock;
 
-use super::entry;
+use super::{entry, tiles};
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Dims};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
@@ -20,6 +20,7 @@ struct Size {
     kv_stride: i32,
     scale: f32,
     causal: i32,
+    images_per_kv: i32,
 }
 
 /// One instantiation of a kernel of attention.cu.
@@ -125,7 +126,7 @@ impl Tile {
 
 pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims, y: &mut Tensor) -> Result<()> {
     const OP: &str = "attention";
-    let &Dims { n, queries, keys, heads, head_dim } = dims;
+    let &Dims { n, images_per_kv, queries, keys, heads, head_dim } = dims;
     let dtype = y.dtype();
     let width = heads * head_dim;
     let part = |tensor: &Tensor, part: usize| DevicePtr(tensor.cuda().0 + (part * width * dtype.size_bytes()) as u64);
@@ -156,6 +157,7 @@ pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims
         kv_stride: (kv_parts * width) as i32,
         scale: (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32,
         causal: i32::from(causal),
+        images_per_kv: tiles::count(OP, "images of a row of kv", images_per_kv)?,
     };
     let launch = Launch::grid([queries.div_ceil(tile.rows), heads, n]).block(tile.threads).shared(tile.shared_bytes);
     let entry = entry(&format!("attention_{}", tile.name), dtype);
@@ -169,7 +171,7 @@ mod tests {
     use super::*;
 
     fn choose(queries: usize, heads: usize, head_dim: usize, plain: bool, dtype: DType) -> Option<&'static str> {
-        let dims = Dims { n: 1, queries, keys: queries, heads, head_dim };
+        let dims = Dims { n: 1, images_per_kv: 1, queries, keys: queries, heads, head_dim };
         Tile::choose(&dims, plain, dtype).map(|tile| tile.name)
     }
 

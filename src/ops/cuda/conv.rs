@@ -5,6 +5,7 @@ use super::norm::{self, Statistics};
 use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry};
 use crate::error::{Error, Result};
+use crate::ops::StepRows;
 use crate::ops::conv::{Conv2d, Geometry, OP};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
@@ -21,6 +22,28 @@ enum Norm {
     OnLoad,
     /// By the group norm's own kernels, into a scratch tensor.
     Pass,
+}
+
+/// `StepRows` of conv2d.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct KernelStepRows {
+    images: i32,
+    rows: i32,
+    images_per_row: i32,
+}
+
+impl KernelStepRows {
+    /// One row for all without a table, which the kernel does not read then.
+    fn new(row: Option<StepRows>, images: usize) -> Result<KernelStepRows> {
+        let (steps, rows) = row.map_or((1, 1), |row| (row.step.images(), row.rows));
+        let count = |what, value| tiles::count(OP, what, value);
+        Ok(KernelStepRows {
+            images: count("images with a step of their own", steps)?,
+            rows: count("conditioning rows", rows)?,
+            images_per_row: count("N / conditioning rows", images / rows)?,
+        })
+    }
 }
 
 /// The launches that a convolution is made of.
@@ -232,7 +255,7 @@ pub fn conv2d(
     let norm = on_load.map(|(_, norm)| norm);
     let group_channels = norm.map_or(1, |norm| g.channels / norm.groups);
     let step = pointer(args.row.map(|row| row.step.tensor()));
-    let step_stride = (g.images * g.outputs) as i64;
+    let step_rows = KernelStepRows::new(args.row, g.images)?;
     // SAFETY: arguments as the entry has them; the op checked that they fit together, `wide` says what is aligned; the
     // partial sums have room for every split.
     unsafe {
@@ -254,7 +277,7 @@ pub fn conv2d(
                 pointer(args.bias),
                 pointer(table),
                 step,
-                step_stride,
+                step_rows,
                 pointer(args.residual),
                 args.scale,
                 geometry,
@@ -279,7 +302,7 @@ pub fn conv2d(
                 pointer(args.bias),
                 pointer(table),
                 step,
-                step_stride,
+                step_rows,
                 pointer(args.residual),
                 args.scale,
                 geometry,

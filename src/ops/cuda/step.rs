@@ -8,8 +8,9 @@ use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 const THREADS: usize = 256;
 
 pub fn advance(device: &CudaDevice, index: &mut Tensor) -> Result<()> {
-    // SAFETY: the index is one u32.
-    unsafe { device.launch("step", "advance_step", Launch::grid([1, 1, 1]).block(1), args![index.cuda()]) }
+    let launch = Launch::grid([index.numel(), 1, 1]).block(1);
+    // SAFETY: the index has as many u32 as there are blocks.
+    unsafe { device.launch("step", "advance_step", launch, args![index.cuda()]) }
 }
 
 pub fn scale_input(device: &CudaDevice, x: &Tensor, steps: &StepTable, repeats: usize, y: &mut Tensor) -> Result<()> {

@@ -8,8 +8,25 @@ use cudarc::driver::sys::{self, CUresult};
 
 use crate::error::{Error, Result};
 
-/// CUDA 13.0, the version whose nvcc compiles the kernels: an older driver does not load them.
-const OLDEST_DRIVER: i32 = 13_000;
+/// Of the driver's functions that this program calls, `cuEventElapsedTime_v2` is the newest; it came with CUDA 12.8.
+const OLDEST_WITH_ITS_FUNCTIONS: i32 = 12_080;
+
+/// The oldest driver that can run kernels which this nvcc compiled (`13.0.88`; empty: none were), 1000 major + 10 minor as
+/// the driver says it. Machine code runs on every driver of nvcc's major version (NVIDIA calls it minor version
+/// compatibility); whether PTX does, the driver says at load.
+fn oldest_driver(nvcc: &str) -> i32 {
+    let major = nvcc.split('.').next().and_then(|major| major.parse::<i32>().ok()).unwrap_or(0);
+    OLDEST_WITH_ITS_FUNCTIONS.max(1000 * major)
+}
+
+/// The release branch of the driver that first supported this version of CUDA.
+fn driver_branch(version: i32) -> &'static str {
+    match version {
+        ..=12_080 => "570",
+        12_081..=13_000 => "580",
+        _ => "590",
+    }
+}
 
 /// The library that took the driver's place, once there is one.
 static REPLACED: Mutex<Option<PathBuf>> = Mutex::new(None);
@@ -50,7 +67,7 @@ pub fn emulated_library() -> Result<PathBuf> {
     let built = env!("MEGAFUSE_EMU_DIR");
     if built.is_empty() {
         let reason = "this program was built without the emulated card, which needs a C++20 compiler (g++ 12, clang++ 16 \
-                      or newer); install one and build again, or use --device cpu";
+                      or newer); install one and build again, or use the cpu";
         return refuse(reason.into());
     }
     let path = Path::new(built).join("plain/libcuda.so.1");
@@ -85,19 +102,21 @@ pub fn driver_version() -> Option<i32> {
 pub(super) fn start(device: &str) -> Result<usize> {
     let refuse = |reason: String| Err(Error::DeviceUnavailable { device: device.into(), reason });
     let Some(version) = driver_version() else {
-        let reason = "no NVIDIA driver: libcuda.so.1 is not on this machine; install the driver, or use --device cpu";
+        let reason = "no NVIDIA driver: libcuda.so.1 is not on this machine; install the driver, or use the cpu";
         return refuse(reason.into());
     };
-    if version < OLDEST_DRIVER {
-        let (major, minor) = (version / 1000, version % 1000 / 10);
+    let oldest = oldest_driver(env!("MEGAFUSE_NVCC"));
+    if version < oldest {
+        let text = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+        let (supported, needed, branch) = (text(version), text(oldest), driver_branch(oldest));
         return refuse(format!(
-            "the NVIDIA driver is too old: it supports CUDA {major}.{minor}, 13.0 is needed; install driver 580 or newer, \
-             or use --device cpu"
+            "the NVIDIA driver is too old: it supports CUDA {supported}, {needed} is needed; install driver {branch} or \
+             newer, or use the cpu"
         ));
     }
     let no_card = || {
         let reason = "the NVIDIA driver finds no card (a card that is there may be hidden by CUDA_VISIBLE_DEVICES); use \
-                      --device cpu";
+                      the cpu";
         refuse(reason.into())
     };
     // SAFETY: the library is there.
@@ -122,4 +141,24 @@ pub(super) fn failure(device: &str, call: &'static str, error: DriverError) -> E
         result.map_or_else(|_| format!("error {}", error.0 as u32), |text| text.to_string_lossy().into_owned())
     };
     Error::Driver { device: device.into(), call, name: text(error.error_name()), text: text(error.error_string()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Kernels of any toolkit run on the first driver of its major version, if that has the functions that are called.
+    #[test]
+    fn the_driver_must_suit_the_toolkit_that_built_the_kernels() {
+        for (nvcc, oldest) in [
+            ("12.0.140", 12_080),
+            ("12.8.93", 12_080),
+            ("12.9.86", 12_080),
+            ("13.0.88", 13_000),
+            ("13.2.51", 13_000),
+            ("", 12_080),
+        ] {
+            assert_eq!(oldest_driver(nvcc), oldest, "nvcc {nvcc}");
+        }
+    }
 }

@@ -250,7 +250,9 @@ impl Pool {
             what: what(),
             requested_bytes: bytes,
             in_use_bytes: self.counters.in_use(),
-            hint: format!("{free}; choose a smaller --size or --dtype bf16, or end other programs on the card"),
+            hint: format!(
+                "{free}; smaller tensors or a type of two bytes (bf16) need less, or end other programs on the card"
+            ),
         }
     }
 }

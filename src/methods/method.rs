@@ -1,0 +1,305 @@
+//! What a method is to the rest of the program: a name, options that are defined once, and the run that they make.
+
+use std::fmt::{self, Debug};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::{Geometry, METHODS, Run, Sampling, Size, Stage};
+use crate::error::{Error, Result};
+use crate::names::one_of;
+use crate::runtime::Tensor;
+use crate::schedulers::{Sampler, SchedulerConfig};
+
+/// A way to make a picture, usually larger than those that the model was trained with. The implementation is a struct of
+/// the method's options; serde gives them their names in JSON, [`MethodSpec::options`] their flags and help.
+pub trait GenerationMethod: Debug + Send + Sync {
+    /// The sampler of a request that names none.
+    fn sampler(&self, config: &SchedulerConfig) -> Sampler {
+        config.sampler()
+    }
+
+    /// The final size of a request that names none, for a model trained at `native`.
+    fn default_size(&self, native: Size) -> Size {
+        native
+    }
+
+    /// The stages of a request that names only its final size.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the size is not made of whole cells.
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>>;
+
+    /// Can a run be made as the options and `run` say? What every method asks (stages with steps, sizes of whole cells)
+    /// has been checked.
+    ///
+    /// # Errors
+    /// [`Error::Request`], naming the option's flag.
+    fn check(&self, run: &Run) -> Result<()>;
+
+    /// All phases of a run: the samples to decode, `[N, h, w, C]`, f32.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]; [`Error::NonFinite`], naming the phase; those of the model.
+    fn sample(&self, sampling: &mut Sampling) -> Result<Tensor>;
+}
+
+/// A method as it is listed: its name, its help, its options and their defaults.
+#[derive(Debug)]
+pub struct MethodSpec {
+    pub name: &'static str,
+    /// What it does, in half a sentence, and its paper.
+    pub summary: &'static str,
+    /// Can a run have several sizes (`--stages`)?
+    pub relays: bool,
+    /// The options that it reads, in the order of the struct's fields.
+    pub options: &'static [OptionSpec],
+    /// From options as JSON, the rest being the defaults; made by [`from_options`].
+    pub parse: fn(&Map<String, Value>) -> serde_json::Result<(Arc<dyn GenerationMethod>, Map<String, Value>)>,
+}
+
+/// An option of a method. Its name is that of the struct's field, so that of JSON.
+#[derive(Debug)]
+pub struct OptionSpec {
+    /// `relay_clamp`
+    pub name: &'static str,
+    /// `--relay-clamp`
+    pub flag: &'static str,
+    /// The help's heading: the method's name for people.
+    pub heading: &'static str,
+    /// Stands for the value in the help.
+    pub value_name: &'static str,
+    /// Line 1 is the summary; further lines are the long help.
+    pub help: &'static str,
+    pub kind: OptionKind,
+}
+
+/// Which values an option takes.
+#[derive(Clone, Copy, Debug)]
+pub enum OptionKind {
+    /// Given or not.
+    Switch,
+    Bool,
+    Choice(&'static [&'static str]),
+    Integer {
+        least: i64,
+        most: i64,
+        /// What the error says.
+        expected: &'static str,
+    },
+    /// Above `above`, at most `most`.
+    Number {
+        above: f64,
+        most: f64,
+        expected: &'static str,
+    },
+}
+
+impl OptionKind {
+    /// The JSON value of a text on the command line.
+    ///
+    /// # Errors
+    /// What is expected, in words.
+    pub fn parse(self, text: &str) -> std::result::Result<Value, String> {
+        match self {
+            OptionKind::Switch => Ok(Value::Bool(true)),
+            OptionKind::Bool => text.parse().map(Value::Bool).map_err(|_| "expected true or false".into()),
+            OptionKind::Choice(names) => match names.contains(&text) {
+                true => Ok(text.into()),
+                false => Err(format!("expected {}", one_of(names))),
+            },
+            OptionKind::Integer { least, most, expected } => match text.parse::<i64>() {
+                Ok(n) if (least..=most).contains(&n) => Ok(n.into()),
+                _ => Err(expected.into()),
+            },
+            OptionKind::Number { above, most, expected } => match text.parse::<f64>() {
+                Ok(x) if x > above && x <= most => Ok(x.into()),
+                _ => Err(expected.into()),
+            },
+        }
+    }
+}
+
+/// A method with its options, decided. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Method {
+    spec: &'static MethodSpec,
+    implementation: Arc<dyn GenerationMethod>,
+    /// Every option, defaults included.
+    options: Map<String, Value>,
+    /// The options that were given.
+    given: Map<String, Value>,
+}
+
+/// [`MethodSpec::parse`] of a struct with serde: the default, with the given options in its place.
+///
+/// # Errors
+/// An option that is unknown or whose value does not fit.
+pub fn from_options<M>(
+    default: M,
+    given: &Map<String, Value>,
+) -> serde_json::Result<(Arc<dyn GenerationMethod>, Map<String, Value>)>
+where
+    M: GenerationMethod + Serialize + DeserializeOwned + 'static,
+{
+    let mut all = to_map(&default)?;
+    all.extend(given.clone());
+    let method: M = serde_json::from_value(Value::Object(all))?;
+    let options = to_map(&method)?;
+    Ok((Arc::new(method), options))
+}
+
+fn to_map<M: Serialize>(method: &M) -> serde_json::Result<Map<String, Value>> {
+    match serde_json::to_value(method)? {
+        Value::Object(map) => Ok(map),
+        _ => Ok(Map::new()),
+    }
+}
+
+impl Method {
+    /// A method with its default options.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: no method has this name.
+    pub fn named(name: &str) -> Result<Method> {
+        Method::with_options(MethodSpec::find(name)?, Map::new())
+    }
+
+    /// # Errors
+    /// [`Error::Request`]: an option that the method does not have, and which methods have it; a value that does not fit.
+    pub fn with_options(spec: &'static MethodSpec, given: Map<String, Value>) -> Result<Method> {
+        for name in given.keys() {
+            if spec.option(name).is_none() {
+                return Err(without_effect(name, &given[name], &[spec]));
+            }
+        }
+        match (spec.parse)(&given) {
+            Ok((implementation, options)) => Ok(Method { spec, implementation, options, given }),
+            Err(error) => {
+                // Which of them?
+                let alone = |(name, value): (&String, &Value)| Map::from_iter([(name.clone(), value.clone())]);
+                let wrong = given.iter().find(|option| (spec.parse)(&alone(*option)).is_err());
+                let (name, value) = wrong.map_or(("options", Value::Null), |(name, value)| (name, value.clone()));
+                let flag = spec.option(name).map_or("--method", |option| option.flag);
+                Err(Error::Request { flag, value: text_of(&value), reason: error.to_string() })
+            }
+        }
+    }
+
+    /// The method `spec` with these options, all of them taken as given.
+    pub fn of<M: GenerationMethod + Serialize + 'static>(spec: &'static MethodSpec, options: M) -> Method {
+        let all = to_map(&options).expect("a method's options are a JSON object");
+        Method { spec, implementation: Arc::new(options), given: all.clone(), options: all }
+    }
+
+    /// `self` with a further option, or another value of one.
+    ///
+    /// # Errors
+    /// As [`with_options`](Method::with_options).
+    pub fn with(&self, name: &str, value: impl Into<Value>) -> Result<Method> {
+        let mut given = self.given.clone();
+        given.insert(name.into(), value.into());
+        Method::with_options(self.spec, given)
+    }
+
+    /// Another method, with those of the options given here that it has.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: a value that does not fit.
+    pub fn replaced_by(&self, spec: &'static MethodSpec) -> Result<Method> {
+        let known = self.given.iter().filter(|(name, _)| spec.option(name).is_some());
+        Method::with_options(spec, known.map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.spec.name
+    }
+
+    pub fn spec(&self) -> &'static MethodSpec {
+        self.spec
+    }
+
+    /// Every option by its name, defaults included; those that are unset and have no default are left out.
+    pub fn options(&self) -> &Map<String, Value> {
+        &self.options
+    }
+
+    /// `option`, if the method has it and it is set.
+    pub fn option(&self, name: &str) -> Option<&Value> {
+        self.options.get(name)
+    }
+
+    pub(crate) fn implementation(&self) -> &dyn GenerationMethod {
+        &*self.implementation
+    }
+}
+
+impl Default for Method {
+    /// MegaFusion with its default options.
+    fn default() -> Method {
+        Method::with_options(&super::MEGAFUSION, Map::new()).expect("a method has valid defaults")
+    }
+}
+
+impl PartialEq for Method {
+    fn eq(&self, other: &Method) -> bool {
+        self.name() == other.name() && self.options == other.options
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Method {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Method> {
+        Method::named(name)
+    }
+}
+
+impl MethodSpec {
+    /// # Errors
+    /// [`Error::Request`]: no method has this name.
+    pub fn find(name: &str) -> Result<&'static MethodSpec> {
+        METHODS.iter().copied().find(|spec| spec.name == name).ok_or_else(|| {
+            let names: Vec<&str> = METHODS.iter().map(|spec| spec.name).collect();
+            Error::Request { flag: "--method", value: name.into(), reason: format!("expected {}", one_of(&names)) }
+        })
+    }
+
+    pub fn option(&self, name: &str) -> Option<&'static OptionSpec> {
+        self.options.iter().find(|option| option.name == name)
+    }
+}
+
+impl fmt::Display for MethodSpec {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// The error for an option that none of `methods` reads: it names the methods that do.
+pub fn without_effect(name: &str, value: &Value, methods: &[&'static MethodSpec]) -> Error {
+    let with: Vec<&str> = METHODS.iter().filter(|spec| spec.option(name).is_some()).map(|spec| spec.name).collect();
+    let flag = METHODS.iter().find_map(|spec| spec.option(name)).map_or("--method", |option| option.flag);
+    let chosen: Vec<&str> = methods.iter().map(|spec| spec.name).collect();
+    let reason = match with.is_empty() {
+        true => format!("{name} is no option of any method"),
+        false => format!("has no effect with --method {}; {} has it", one_of(&chosen), one_of(&with)),
+    };
+    Error::Request { flag, value: text_of(value), reason }
+}
+
+/// An option's value as it is written on the command line.
+pub fn text_of(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    }
+}

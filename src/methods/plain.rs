@@ -1,0 +1,54 @@
+//! Plain sampling: every step at the final size, as the model's own pipeline does.
+
+use serde::{Deserialize, Serialize};
+
+use super::method::{GenerationMethod, MethodSpec, from_options};
+use super::{Geometry, Method, Run, Sampling, Stage, check_size};
+use crate::error::{Error, Result};
+use crate::models::UnetOptions;
+use crate::runtime::Tensor;
+
+pub static PLAIN: MethodSpec = MethodSpec {
+    name: "plain",
+    summary: "every step at the final size",
+    relays: false,
+    options: &[],
+    parse: |given| from_options(Plain {}, given),
+};
+
+/// Plain sampling has no options.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plain {}
+
+impl From<Plain> for Method {
+    fn from(options: Plain) -> Method {
+        Method::of(&PLAIN, options)
+    }
+}
+
+impl GenerationMethod for Plain {
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
+        let &Geometry { size, factor, steps, .. } = geometry;
+        check_size("--size", size, factor)?;
+        Ok(vec![Stage { size, steps }])
+    }
+
+    fn check(&self, run: &Run) -> Result<()> {
+        if run.stages().len() > 1 {
+            let (flag, value) = ("--stages", run.stages_text());
+            let reason = "the plain method has one stage; use --method megafusion".into();
+            return Err(Error::Request { flag, value, reason });
+        }
+        Ok(())
+    }
+
+    /// The last latents, as in diffusers.
+    fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
+        let stage = sampling.run().stages()[0];
+        sampling.prepare(vec![sampling.run().scheduler().clone()], |coefficients| coefficients)?;
+        let x = sampling.initial_noise(stage.size)?;
+        let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
+        Ok(x)
+    }
+}

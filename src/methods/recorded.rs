@@ -1,0 +1,150 @@
+use std::sync::{Mutex, MutexGuard};
+
+use super::Denoiser;
+use crate::error::{Error, Result};
+use crate::models::UnetOptions;
+use crate::ops::{self, SampleState, StepRow, StepTable};
+use crate::runtime::{DType, Device, Repeated, Tensor};
+
+/// Steps that a card has recorded, kept with all the memory that they read and write: a later stage of the same kind
+/// replays them from its first step on. They belong to one model; other devices keep nothing.
+///
+/// A step is found by everything that is recorded in it: [`StepKey`], and among the graphs of one key by the network's
+/// options. The rest stands in memory that the step owns and that [`begin`](RecordedSteps::begin) writes anew. So a replay
+/// cannot have other options than those it is asked for.
+#[derive(Default)]
+pub struct RecordedSteps {
+    kept: Mutex<Vec<(StepKey, StageSteps)>>,
+}
+
+/// What a recorded step depends on, beside the model and the network's options.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepKey {
+    /// `[N, h, w, C]` of the samples.
+    pub sample: [usize; 4],
+    /// [`DiffusionModel::conditioning_key`](super::DiffusionModel::conditioning_key).
+    pub conditioning: Vec<usize>,
+    /// Rows of the step table.
+    pub rows: usize,
+    pub guidance: Option<f32>,
+    pub adds_noise: bool,
+}
+
+/// Stages whose steps are kept: those of a run with three relays, for two kinds of runs.
+const MOST_KEPT: usize = 8;
+
+/// The steps of a stage: all that they read and write, and on a card what was recorded of them.
+pub struct StageSteps {
+    denoiser: Box<dyn Denoiser>,
+    state: SampleState,
+    noise: Option<Tensor>,
+    table: StepTable,
+    guidance: Option<f32>,
+    /// By the network's options.
+    recorded: Vec<(UnetOptions, Repeated)>,
+}
+
+impl RecordedSteps {
+    /// Steps for a stage that begins with `x` at row `first` of `rows`. `denoiser` makes the network's side, in the memory
+    /// of the one that it is given.
+    ///
+    /// # Errors
+    /// Those of `denoiser`; [`Error::OutOfMemory`], once nothing is kept any more.
+    pub fn begin(
+        &self,
+        key: &StepKey,
+        x: Tensor,
+        rows: &[StepRow],
+        first: usize,
+        denoiser: &dyn Fn(Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>>,
+    ) -> Result<StageSteps> {
+        if let Some(mut steps) = self.take(key) {
+            steps.denoiser = denoiser(Some(steps.denoiser))?;
+            steps.state.restart(&x)?;
+            steps.table.rewrite(rows.to_vec(), first)?;
+            return Ok(steps);
+        }
+        let device = x.device().clone();
+        let parts = || -> Result<_> {
+            let mut table = StepTable::new(&device, rows.to_vec())?;
+            table.index_mut().set(&[first])?;
+            let noise = match key.adds_noise {
+                true => Some(Tensor::uninit(&device, &key.sample, DType::F32)?),
+                false => None,
+            };
+            Ok((denoiser(None)?, table, noise))
+        };
+        let (denoiser, table, noise) = match parts() {
+            Err(Error::OutOfMemory { .. }) if self.clear() > 0 => parts()?,
+            parts => parts?,
+        };
+        // Steps overwrite x, which the caller may still hold.
+        let x = if x.is_unshared() { x } else { x.duplicate()? };
+        let (state, guidance, recorded) = (SampleState::new(x)?, key.guidance, Vec::new());
+        Ok(StageSteps { denoiser, state, noise, table, guidance, recorded })
+    }
+
+    /// Keeps the steps of a stage that is done, if its device records.
+    pub fn end(&self, key: StepKey, steps: StageSteps) {
+        if !matches!(steps.state.x().device(), Device::Cuda(_)) {
+            return;
+        }
+        let mut kept = self.kept();
+        kept.push((key, steps));
+        if kept.len() > MOST_KEPT {
+            kept.remove(0);
+        }
+    }
+
+    /// Drops all that is kept, with its memory; how many stages there were.
+    pub fn clear(&self) -> usize {
+        let kept = std::mem::take(&mut *self.kept());
+        kept.len()
+    }
+
+    fn take(&self, key: &StepKey) -> Option<StageSteps> {
+        let mut kept = self.kept();
+        let at = kept.iter().position(|(other, steps)| other == key && steps.state.is_unshared())?;
+        Some(kept.remove(at).1)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<(StepKey, StageSteps)>> {
+        self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl StageSteps {
+    /// Where the step's draw goes, if a step of the run reads one.
+    pub fn noise_mut(&mut self) -> Option<&mut Tensor> {
+        self.noise.as_mut()
+    }
+
+    /// The samples and, after a step, its clean samples.
+    pub fn state(&self) -> &SampleState {
+        &self.state
+    }
+
+    /// One step with these options: computed, recorded or replayed.
+    ///
+    /// # Errors
+    /// Those of the network and the ops.
+    pub fn step(&mut self, options: &UnetOptions) -> Result<()> {
+        let StageSteps { denoiser, state, noise, table, guidance, recorded } = self;
+        let at = match recorded.iter().position(|(recorded, _)| recorded == options) {
+            Some(at) => at,
+            None => {
+                recorded.push((options.clone(), Repeated::new(state.x().device())));
+                recorded.len() - 1
+            }
+        };
+        let replayed = recorded[at].1.run(|| {
+            let output = denoiser.denoise(state.x(), table, options)?;
+            ops::sampler_step(state, &output, *guidance, table, noise.as_ref())?;
+            table.index_mut().advance()
+        })?;
+        if replayed {
+            table.index_mut().replayed();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,75 @@
+use super::{Method, Stage, check_size};
+use crate::error::{Error, Result};
+use crate::schedulers::Scheduler;
+
+/// A run, fully decided and checked: what a method makes pictures by.
+#[derive(Clone, Debug)]
+pub struct Run {
+    method: Method,
+    stages: Vec<Stage>,
+    scheduler: Scheduler,
+    guidance: Option<f32>,
+}
+
+impl Run {
+    /// * `stages`: at least one
+    /// * `scheduler`: the base schedule, with as many steps as the stages together
+    /// * `guidance`: classifier-free guidance scale; `None`: the model has no unconditional rows
+    /// * `factor`: pixels per latent cell, which divides every side
+    ///
+    /// # Errors
+    /// [`Error::Request`], naming the flag: no stage, a stage without steps, several stages for a method that has one,
+    /// sides that `factor` does not divide; what the method's own check says of its options.
+    pub fn new(
+        method: Method,
+        stages: Vec<Stage>,
+        scheduler: Scheduler,
+        guidance: Option<f32>,
+        factor: usize,
+    ) -> Result<Run> {
+        let run = Run { method, stages, scheduler, guidance };
+        let refuse = |reason: String| Err(Error::Request { flag: "--stages", value: run.stages_text(), reason });
+        if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
+            return refuse("expected at least one stage, and one step in each".into());
+        }
+        for stage in &run.stages {
+            check_size("--stages", stage.size, factor)?;
+        }
+        let (steps, scheduled) =
+            (run.stages.iter().map(|stage| stage.steps).sum::<usize>(), run.scheduler.timesteps().len());
+        if steps != scheduled {
+            return refuse(format!("the stages have {steps} steps, the scheduler {scheduled}; they must be equal"));
+        }
+        run.method.implementation().check(&run)?;
+        Ok(run)
+    }
+
+    pub fn method(&self) -> &Method {
+        &self.method
+    }
+
+    /// At least one.
+    pub fn stages(&self) -> &[Stage] {
+        &self.stages
+    }
+
+    /// The last stage, whose size is the picture's.
+    pub fn last_stage(&self) -> Stage {
+        self.stages[self.stages.len() - 1]
+    }
+
+    /// The base schedule, with as many steps as the stages together.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// Classifier-free guidance scale; `None`: the model has no unconditional rows.
+    pub fn guidance(&self) -> Option<f32> {
+        self.guidance
+    }
+
+    /// `512x512:40,1024x1024:10`
+    pub fn stages_text(&self) -> String {
+        self.stages.iter().map(Stage::to_string).collect::<Vec<_>>().join(",")
+    }
+}

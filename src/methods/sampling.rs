@@ -1,0 +1,223 @@
+//! What every method's run is made of: draws, stages of steps, decoding and encoding, and telling the observer.
+
+use super::observer::check_finite;
+use super::{DiffusionModel, Event, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
+use crate::error::Result;
+use crate::models::UnetOptions;
+use crate::ops::{self, StepCoefficients, StepRow};
+use crate::runtime::{DType, Tensor};
+use crate::schedulers::Scheduler;
+
+/// A run on its way, for a batch of pictures. A method's `sample` first calls [`prepare`](Sampling::prepare), then the
+/// phases in its own order.
+pub struct Sampling<'a> {
+    model: &'a dyn DiffusionModel,
+    run: &'a Run,
+    noise: &'a mut dyn NoiseSource,
+    watch: Watch<'a>,
+    /// One per stage.
+    schedulers: Vec<Scheduler>,
+    /// Of all steps of the run.
+    rows: Vec<StepRow>,
+    timesteps: Vec<f32>,
+    done: usize,
+    draws: usize,
+}
+
+/// Runs a method: the pictures, f32, `[1, H, W, 3]` each, not clamped.
+///
+/// # Errors
+/// [`Error::Interrupted`]; [`Error::NonFinite`], naming the phase; those of the model.
+pub fn generate<'a>(
+    model: &'a dyn DiffusionModel,
+    run: &'a Run,
+    noise: &'a mut dyn NoiseSource,
+    watch: Watch<'a>,
+) -> Result<Vec<Tensor>> {
+    let (schedulers, rows, timesteps) = (Vec::new(), Vec::new(), Vec::new());
+    let mut sampling = Sampling { model, run, noise, watch, schedulers, rows, timesteps, done: 0, draws: 0 };
+    let latent = run.method().implementation().sample(&mut sampling)?;
+    sampling.watch.dump("latent", &latent)?;
+    sampling.watch.begin(Event::Decode)?;
+    let images = sampling.decode(&latent)?;
+    for (index, image) in images.iter().enumerate() {
+        sampling.watch.dump_of(index, "image", image)?;
+        check_finite(image, || "the decoded picture".into())?;
+    }
+    Ok(images)
+}
+
+impl<'a> Sampling<'a> {
+    pub fn run(&self) -> &'a Run {
+        self.run
+    }
+
+    /// Sets the schedule of every stage; `adapt` may change what the sampler makes of each step.
+    ///
+    /// # Errors
+    /// Those of the observer.
+    pub fn prepare(
+        &mut self,
+        schedulers: Vec<Scheduler>,
+        adapt: impl Fn(StepCoefficients) -> StepCoefficients,
+    ) -> Result<()> {
+        let stages = self.run.stages().iter().zip(&schedulers);
+        let of_stage = stages.flat_map(|(stage, scheduler)| std::iter::repeat_n(scheduler, stage.steps));
+        let row = |(step, scheduler): (usize, &Scheduler)| {
+            let step = scheduler.step(step);
+            StepRow { input_scale: step.input_scale, coefficients: adapt(step.coefficients) }
+        };
+        self.rows = of_stage.enumerate().map(row).collect();
+        self.timesteps = self.run.scheduler().timesteps().to_vec();
+        self.schedulers = schedulers;
+        self.dump_tables()
+    }
+
+    /// Steps done over all stages.
+    pub fn done(&self) -> usize {
+        self.done
+    }
+
+    pub fn scheduler(&self, stage: usize) -> &Scheduler {
+        &self.schedulers[stage]
+    }
+
+    pub fn sample_shape(&self, size: Size) -> [usize; 4] {
+        self.model.sample_shape(size)
+    }
+
+    /// The samples that the first stage begins with.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn initial_noise(&mut self, size: Size) -> Result<Tensor> {
+        let noise = self.draw(self.model.sample_shape(size))?;
+        match self.schedulers[0].init_noise_sigma() {
+            1.0 => Ok(noise),
+            sigma => ops::scale_cast(&noise, sigma as f32, 0.0, DType::F32, 1),
+        }
+    }
+
+    /// All steps of stage `index`, from `x` on: the last samples and the clean samples of the last step.
+    /// `options_at`: the network's options in each step of the stage, counted from 0.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]; [`Error::NonFinite`], naming the stage; those of the model.
+    pub fn stage(
+        &mut self,
+        index: usize,
+        x: Tensor,
+        options_at: &dyn Fn(usize) -> UnetOptions,
+    ) -> Result<(Tensor, Tensor)> {
+        let (model, stages) = (self.model, self.run.stages());
+        let Stage { size, steps } = stages[index];
+        self.watch.begin(Event::Condition { stage: index })?;
+        let key = StepKey {
+            sample: model.sample_shape(size),
+            conditioning: model.conditioning_key(),
+            rows: self.rows.len(),
+            guidance: self.run.guidance(),
+            adds_noise: self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0),
+        };
+        let begin = |reuse| model.begin_stage(size, &self.timesteps, reuse);
+        let mut on_device = model.recorded_steps().begin(&key, x, &self.rows, self.done, &begin)?;
+        self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
+        for step in 1..=steps {
+            self.watch.check_cancelled()?;
+            if self.schedulers[index].step(self.done).draws_noise {
+                self.draw_for_step(key.sample, on_device.noise_mut())?;
+            }
+            on_device.step(&options_at(step - 1))?;
+            self.done += 1;
+            let (run_step, run_steps) = (self.done, self.rows.len());
+            self.watch.dump(&format!("step{run_step}"), on_device.state().x())?;
+            let progress = StepProgress { stage: index, step, stage_steps: steps, run_step, run_steps };
+            self.watch.observer.event(&Event::Step(progress));
+        }
+        let (x, x0) = (on_device.state().x().clone(), on_device.state().x0().clone());
+        model.recorded_steps().end(key, on_device);
+        let done = self.done;
+        check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {done}", index + 1))?;
+        Ok((x, x0))
+    }
+
+    /// A step's draw: into the place that the step reads, or, where no step of the run reads one, drawn for the order of
+    /// draws alone.
+    fn draw_for_step(&mut self, shape: [usize; 4], to: Option<&mut Tensor>) -> Result<()> {
+        let Some(to) = to else {
+            return self.draw(shape).map(drop);
+        };
+        self.noise.normal_into(to)?;
+        self.watch.dump(&format!("noise{}", self.draws), to)?;
+        self.draws += 1;
+        Ok(())
+    }
+
+    /// The next draw, `[N, h, w, C]`.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn draw(&mut self, shape: [usize; 4]) -> Result<Tensor> {
+        let noise = self.noise.normal(shape)?;
+        self.watch.dump(&format!("noise{}", self.draws), &noise)?;
+        self.draws += 1;
+        Ok(noise)
+    }
+
+    /// The pictures of clean samples, one by one: a batch needs no more memory than one picture.
+    ///
+    /// # Errors
+    /// Those of the model.
+    pub fn decode(&self, x0: &Tensor) -> Result<Vec<Tensor>> {
+        images(x0)?.iter().map(|x0| self.model.decode(x0)).collect()
+    }
+
+    /// The clean samples of pictures: the posterior's mode, or with `noise` a sample of it.
+    ///
+    /// # Errors
+    /// Those of the model.
+    pub fn encode(&self, pictures: &[Tensor], noise: Option<&Tensor>) -> Result<Tensor> {
+        let noise = noise.map(images).transpose()?;
+        let of = |(i, picture)| self.model.encode(picture, noise.as_ref().map(|noise| &noise[i]));
+        Tensor::concat(&pictures.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// A phase begins.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]
+    pub fn begin(&mut self, event: Event) -> Result<()> {
+        self.watch.begin(event)
+    }
+
+    /// Shows the observer an intermediate tensor of every image of the batch.
+    ///
+    /// # Errors
+    /// Those of the observer.
+    pub fn dump(&mut self, name: &str, x: &Tensor) -> Result<()> {
+        self.watch.dump(name, x)
+    }
+
+    /// The same of a tensor per image.
+    ///
+    /// # Errors
+    /// Those of the observer.
+    pub fn dump_each(&mut self, name: &str, tensors: &[Tensor]) -> Result<()> {
+        tensors.iter().enumerate().try_for_each(|(index, x)| self.watch.dump_of(index, name, x))
+    }
+
+    fn dump_tables(&mut self) -> Result<()> {
+        let images = self.model.sample_shape(self.run.stages()[0].size)[0];
+        let timesteps = self.schedulers[0].timesteps();
+        self.watch.dump_values(images, "timesteps", &[timesteps.len()], timesteps.iter().copied())?;
+        let tables: Vec<&[f64]> = self.schedulers.iter().map(Scheduler::alphas_cumprod).collect();
+        let shape = [tables.len(), tables[0].len()];
+        self.watch.dump_values(images, "alpha_bar", &shape, tables.into_iter().flatten().map(|&abar| abar as f32))
+    }
+}
+
+/// The images of a batch, `[1, ...]` each, sharing its memory.
+pub fn images(x: &Tensor) -> Result<Vec<Tensor>> {
+    let n = x.shape().first().copied().unwrap_or(0);
+    (0..n).map(|i| x.rows(i..i + 1)).collect()
+}

@@ -1,0 +1,268 @@
+//! What the UNet is told beside its sample: the text, the timestep, and for SDXL the pooled text and the picture's sizes.
+
+use super::{TIME_IDS, Unet, UnetConfig};
+use crate::error::{Error, Result};
+use crate::models::layers::Linear;
+use crate::models::weights::Weights;
+use crate::ops::{self, Activation, Source, StepIndex, StepRows, TimestepEmbedding};
+use crate::runtime::Tensor;
+
+/// The conditioning of R prompts. A batch of N samples is R equal parts in this order, so with classifier-free guidance the
+/// unconditional row or rows come first.
+#[derive(Clone, Copy, Debug)]
+pub struct TextConditioning<'a> {
+    /// `[R, L, cross_attention_dim]`
+    pub text: &'a Tensor,
+    /// Given exactly when the model has [`UnetConfig::added`].
+    pub added: Option<AddedConditioning<'a>>,
+    /// The number that a model with [`UnetConfig::time_cond_proj_dim`] was trained to read as its guidance scale (the
+    /// published pipelines pass the guidance scale minus 1). Without one the embedding is left out.
+    pub guidance: Option<f32>,
+}
+
+impl<'a> From<&'a Tensor> for TextConditioning<'a> {
+    fn from(text: &'a Tensor) -> TextConditioning<'a> {
+        TextConditioning { text, added: None, guidance: None }
+    }
+}
+
+/// What SDXL's UNet reads beside the text. Podell et al. 2023, arXiv:2307.01952, sec. 2.2.
+#[derive(Clone, Copy, Debug)]
+pub struct AddedConditioning<'a> {
+    /// `[R, pooled_dim]`, in the model's dtype.
+    pub pooled: &'a Tensor,
+    /// Height and width of the original image, top and left of the crop, height and width of the target, in pixels; one
+    /// entry for all rows, or R.
+    pub time_ids: &'a [[f32; TIME_IDS]],
+}
+
+/// What is the same for every step of a run, computed once: K and V of the text for every cross-attention, and each
+/// ResNet's projection of every timestep's embedding.
+#[derive(Clone, Debug)]
+pub struct UnetConditioning {
+    rows: Vec<Tensor>,    // one a ResNet: [steps * rows_per_step, C_out], those of a step together
+    rows_per_step: usize, // R with added conditioning, else 1
+    kv: Vec<Tensor>,      // one a cross-attention: [R, L, 2, heads, head_dim]
+    text_rows: usize,     // R
+    steps: usize,
+    guidance: Option<f32>,
+}
+
+impl UnetConditioning {
+    /// Rows of the text, R; a call has a multiple of them as its samples.
+    pub fn text_rows(&self) -> usize {
+        self.text_rows
+    }
+
+    /// Timesteps it was made for.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// The same in memory of its own.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Driver`].
+    pub fn duplicate(&self) -> Result<UnetConditioning> {
+        let all = |tensors: &[Tensor]| tensors.iter().map(Tensor::duplicate).collect::<Result<Vec<_>>>();
+        Ok(UnetConditioning { rows: all(&self.rows)?, kv: all(&self.kv)?, ..self.clone() })
+    }
+
+    /// Another conditioning of the same shapes, in the memory of this one: a recorded step then reads it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `from` has other shapes; [`Error::Driver`].
+    pub fn copy_from(&mut self, from: &UnetConditioning) -> Result<()> {
+        let (to, from) = (self.rows.iter_mut().chain(&mut self.kv), from.rows.iter().chain(&from.kv));
+        to.zip(from).try_for_each(|(to, from)| to.copy_from(from))
+    }
+
+    pub(super) fn rows<'a>(&'a self, resnet: usize, step: &'a StepIndex) -> StepRows<'a> {
+        StepRows { table: &self.rows[resnet], step, rows: self.rows_per_step }
+    }
+
+    pub(super) fn kv(&self, attention: usize) -> &Tensor {
+        &self.kv[attention]
+    }
+
+    /// Made for `n` samples `x` at these steps?
+    ///
+    /// # Errors
+    /// [`Error::Shape`]: N; [`Error::Argument`]: a step.
+    pub(super) fn check(&self, x: &Tensor, n: usize, step: &StepIndex) -> Result<()> {
+        if n == 0 || self.text_rows == 0 || !n.is_multiple_of(self.text_rows) {
+            let want = format!("N as a multiple of the text's {} rows", self.text_rows);
+            return Err(Error::shape("unet", "x", x, want));
+        }
+        if !n.is_multiple_of(step.images()) {
+            let want = format!("N as a multiple of the {} images with a step of their own", step.images());
+            return Err(Error::shape("unet", "x", x, want));
+        }
+        if step.last() >= self.steps {
+            let want = format!("below {}, the number of timesteps of the conditioning", self.steps);
+            return Err(Error::argument("unet", "step", step.last(), want));
+        }
+        Ok(())
+    }
+}
+
+/// Sinusoid of the timestep, two linear layers, and what is added to them.
+pub(super) struct TimeEmbedding {
+    linear_1: Linear,          // [T, C_0]
+    linear_2: Linear,          // [T, T]
+    cond_proj: Option<Linear>, // [C_0, time_cond_proj_dim], no bias
+    add_embedding: Option<AddEmbedding>,
+}
+
+/// `add_embedding`: of the pooled text and the sizes.
+struct AddEmbedding {
+    linear_1: Linear, // [T, pooled_dim + TIME_IDS * time_id.dim]
+    linear_2: Linear, // [T, T]
+}
+
+impl TimeEmbedding {
+    pub(super) fn load(w: &Weights, config: &UnetConfig) -> Result<TimeEmbedding> {
+        let (time, added) = (w.at("time_embedding"), w.at("add_embedding"));
+        let (t, first) = (config.time_embed_dim, config.block_out_channels[0]);
+        let cond_proj = match config.time_cond_proj_dim {
+            None => None,
+            Some(dim) => Some(Linear::load_without_bias(&time.at("cond_proj"), first, dim)?),
+        };
+        let add_embedding = match &config.added {
+            None => None,
+            Some(config) => Some(AddEmbedding {
+                linear_1: Linear::load(&added.at("linear_1"), t, config.input_dim())?,
+                linear_2: Linear::load(&added.at("linear_2"), t, t)?,
+            }),
+        };
+        Ok(TimeEmbedding {
+            linear_1: Linear::load(&time.at("linear_1"), t, first)?,
+            linear_2: Linear::load(&time.at("linear_2"), t, t)?,
+            cond_proj,
+            add_embedding,
+        })
+    }
+}
+
+impl AddEmbedding {
+    /// `pooled: [R, P]`, `ids: [R, TIME_IDS * dim]` to `[R, T]`.
+    fn forward(&self, pooled: &Tensor, ids: &Tensor) -> Result<Tensor> {
+        let ([r, p], [_, i]) = (pooled.dims("unet", "pooled")?, ids.dims("unet", "time_ids")?);
+        let t = self.linear_2.weight.shape()[0];
+        // As a 1x1 convolution of two sources, so that pooled text and sinusoids lie side by side without a copy.
+        let (pooled, ids) = (pooled.reshape(&[r, 1, 1, p])?, ids.reshape(&[r, 1, 1, i])?);
+        let weight = self.linear_1.weight.reshape(&[t, 1, 1, p + i])?;
+        let bias = self.linear_1.bias.as_ref();
+        let h = ops::conv2d(ops::Conv2d { bias, ..ops::Conv2d::new(Source::Two(&pooled, &ids), &weight) })?;
+        self.linear_2.forward(&ops::activation(&h.reshape(&[r, t])?, Activation::Silu)?)
+    }
+}
+
+impl Unet {
+    /// What a run needs of the text and of its timesteps. `timesteps`: all of the run, in the order in which
+    /// [`forward`](Unet::forward) will name them by index. Without added conditioning `&Tensor` is enough:
+    /// `unet.condition(&text, &timesteps)`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `text`, `pooled`; [`Error::Argument`]: `added` or `guidance`
+    /// missing or superfluous, other than 1 or R `time_ids`; [`Error::OutOfMemory`].
+    pub fn condition<'a>(
+        &self,
+        conditioning: impl Into<TextConditioning<'a>>,
+        timesteps: &[f32],
+    ) -> Result<UnetConditioning> {
+        let TextConditioning { text, added, guidance } = conditioning.into();
+        let [text_rows, length, _] = text.dims("unet", "text")?;
+        text.expect("unet", "text", &[text_rows, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
+        let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
+        self.with_rows(kv, text_rows, added, guidance, timesteps)
+    }
+
+    /// As [`condition`](Unet::condition) with the text and the guidance of `conditioning`, whose K and V stay: for a stage
+    /// with other timesteps, or with other sizes in SDXL's added conditioning.
+    ///
+    /// # Errors
+    /// As [`condition`](Unet::condition).
+    pub fn recondition(
+        &self,
+        conditioning: &UnetConditioning,
+        added: Option<AddedConditioning>,
+        timesteps: &[f32],
+    ) -> Result<UnetConditioning> {
+        let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
+        self.with_rows(kv.clone(), text_rows, added, guidance, timesteps)
+    }
+
+    fn with_rows(
+        &self,
+        kv: Vec<Tensor>,
+        text_rows: usize,
+        added: Option<AddedConditioning>,
+        guidance: Option<f32>,
+        timesteps: &[f32],
+    ) -> Result<UnetConditioning> {
+        let steps = timesteps.len();
+        let added = self.added(text_rows, added)?;
+        let rows_per_step = if added.is_some() { text_rows } else { 1 };
+        // Of a step R times the same, with the rows of the added conditioning.
+        let repeated: Vec<f32> = timesteps.iter().flat_map(|&t| std::iter::repeat_n(t, rows_per_step)).collect();
+        let mut emb = ops::timestep_embedding(&repeated, self.config.timestep, &self.device, self.dtype)?; // [rows, C_0]
+        if let Some((cond_proj, guidance)) = self.guidance(guidance, repeated.len())? {
+            emb = cond_proj.forward_residual(&guidance, &emb)?;
+        }
+        let time = &self.time_embedding;
+        let emb = time.linear_1.fused(&emb, Activation::Silu, None)?;
+        // The ResNets read nothing but silu(emb): [rows, T].
+        let emb = match added {
+            Some(added) if steps > 0 => {
+                let added = ops::scale_cast(&added, 1.0, 0.0, self.dtype, steps)?; // [R, T] of each step
+                ops::activation(&time.linear_2.forward_residual(&emb, &added)?, Activation::Silu)?
+            }
+            _ => time.linear_2.fused(&emb, Activation::Silu, None)?,
+        };
+        let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
+        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance })
+    }
+
+    /// The embedding of the added conditioning, `[R, T]`.
+    fn added(&self, text_rows: usize, added: Option<AddedConditioning>) -> Result<Option<Tensor>> {
+        let (config, embedding, AddedConditioning { pooled, time_ids }) =
+            match (self.config.added, &self.time_embedding.add_embedding, added) {
+                (Some(config), Some(embedding), Some(added)) => (config, embedding, added),
+                (Some(_), _, None) => {
+                    let want = "pooled text and time ids: addition_embed_type is \"text_time\"";
+                    return Err(Error::argument("unet", "added conditioning", "missing", want));
+                }
+                (None, _, Some(_)) => {
+                    let want = "none: the model has no addition_embed_type";
+                    return Err(Error::argument("unet", "added conditioning", "given", want));
+                }
+                _ => return Ok(None),
+            };
+        pooled.expect("unet", "pooled", &[text_rows, config.pooled_dim], self.dtype, &self.device)?;
+        if ![1, text_rows].contains(&time_ids.len()) {
+            let want = format!("1 for all rows of the text, or {text_rows}, one for each");
+            return Err(Error::argument("unet", "number of time_ids", time_ids.len(), want));
+        }
+        let ids: Vec<f32> = time_ids.iter().cycle().take(text_rows).flatten().copied().collect();
+        let ids = ops::timestep_embedding(&ids, config.time_id, &self.device, self.dtype)?;
+        embedding.forward(pooled, &ids.reshape(&[text_rows, TIME_IDS * config.time_id.dim])?).map(Some)
+    }
+
+    /// The guidance scale's projection and its sinusoid `[rows, time_cond_proj_dim]`, every row the same. Meng et al. 2023,
+    /// arXiv:2210.03142, sec. 3; Luo et al. 2023, arXiv:2310.04378.
+    fn guidance(&self, guidance: Option<f32>, rows: usize) -> Result<Option<(&Linear, Tensor)>> {
+        match (&self.time_embedding.cond_proj, self.config.time_cond_proj_dim, guidance) {
+            (Some(cond_proj), Some(dim), Some(guidance)) => {
+                // The published sinusoid: of a thousand times the scale, sines first, the last frequency exactly 1e-4.
+                let sinusoid = TimestepEmbedding { dim, flip_sin_to_cos: false, freq_shift: 1.0 };
+                let guidance = vec![guidance * 1000.0; rows];
+                Ok(Some((cond_proj, ops::timestep_embedding(&guidance, sinusoid, &self.device, self.dtype)?)))
+            }
+            (None, _, Some(guidance)) => {
+                Err(Error::argument("unet", "guidance", guidance, "none: the model has no time_cond_proj_dim"))
+            }
+            _ => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! What a model family is to the pipeline: its parts and files, how prompts are encoded, what its network is told in a
+//! stage, and how samples become pictures. A family is one file, listed in [`FAMILIES`].
+
+mod latent;
+mod sd;
+mod sdxl;
+
+pub(super) use latent::vae_dtype;
+
+use super::{ModelFiles, Size, SizeIds, WeightReport};
+use crate::error::{Error, Result};
+use crate::methods::Denoiser;
+use crate::models::{WeightStore, Weights};
+use crate::runtime::{DType, Device, Tensor};
+
+/// Every family. A model is of the last one whose parts it has.
+static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
+
+/// A family as it is listed.
+pub(super) struct FamilySpec {
+    /// `Stable Diffusion 1.x or 2.x`, for messages.
+    pub name: &'static str,
+    /// Beside the scheduler, which every family has.
+    pub parts: &'static [Part],
+    pub defaults: Defaults,
+    /// Loads the parts and checks that they fit together; on the meta device from the configurations alone.
+    pub load: fn(&ModelFiles, &Device, DType) -> Result<Box<dyn Family>>,
+}
+
+/// What a request gets that does not say it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Defaults {
+    pub steps: usize,
+    /// Classifier-free guidance scale.
+    pub guidance: f32,
+    /// By how much of the native sides a relay enlarges a picture, at most.
+    pub relay_growth: f64,
+}
+
+impl Defaults {
+    /// Of the latent families (MegaFusion, arXiv:2408.11001, sec. 4.1).
+    pub const LATENT: Defaults = Defaults { steps: 50, guidance: 7.0, relay_growth: 0.5 };
+
+    /// Of models distilled to a few steps without guidance (SDXL-Turbo; Sauer et al. 2023, arXiv:2311.17042).
+    pub const DISTILLED: Defaults = Defaults { steps: 4, guidance: 1.0, ..Defaults::LATENT };
+}
+
+/// A part of a model: a folder of its directory.
+pub(super) struct Part {
+    pub folder: &'static str,
+    /// Its class in model_index.json, for parts with weights.
+    pub class: &'static str,
+    /// How the names of its weight files begin; `None`: it has no weights (a tokenizer).
+    pub weights: Option<&'static str>,
+}
+
+impl Part {
+    const fn tokenizer(folder: &'static str) -> Part {
+        Part { folder, class: "", weights: None }
+    }
+
+    const fn text_encoder(folder: &'static str, class: &'static str) -> Part {
+        Part { folder, class, weights: Some("model") }
+    }
+
+    const fn network(folder: &'static str, class: &'static str) -> Part {
+        Part { folder, class, weights: Some("diffusion_pytorch_model") }
+    }
+}
+
+impl FamilySpec {
+    /// The family of a model, by the parts that `has` says it has.
+    pub fn of(has: impl Fn(&str) -> bool) -> &'static FamilySpec {
+        let fits = |family: &&&FamilySpec| family.parts.iter().all(|part| has(part.folder));
+        FAMILIES.iter().rev().find(fits).copied().unwrap_or(FAMILIES[0])
+    }
+
+    pub fn part(&self, folder: &str) -> Option<&'static Part> {
+        self.parts.iter().find(|part| part.folder == folder)
+    }
+
+    /// The names of all families, for messages.
+    pub fn names() -> String {
+        let names: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
+        crate::names::one_of(&names)
+    }
+}
+
+/// A loaded model.
+pub(super) trait Family: Send + Sync {
+    /// The size that the model was trained at, if its configuration says so.
+    fn native_size(&self) -> Option<Size>;
+
+    /// Pixels per cell of a sample, along a side.
+    fn factor(&self) -> usize;
+
+    /// Channels of a sample.
+    fn channels(&self) -> usize;
+
+    /// Is the network told sizes of the original picture, the crop and the target ([`SizeIds`])?
+    fn reads_size_ids(&self) -> bool {
+        false
+    }
+
+    /// Encodes prompts, each once.
+    ///
+    /// # Errors
+    /// Those of the tokenizer and the text encoder.
+    fn encode_prompts(&self, prompts: &[PromptText], warn: &mut dyn FnMut(&str)) -> Result<PromptEmbeds>;
+
+    /// What the network is told in a run. `prompts`: rows in the order of the network's batch, unconditional ones first;
+    /// each row serves as many consecutive images. `repeats`: how often every sample stands in the network's batch, twice
+    /// under guidance.
+    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, sizes: &SizeIds) -> Box<dyn RunConditions>;
+
+    /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped.
+    ///
+    /// # Errors
+    /// Those of the decoder.
+    fn decode(&self, x0: &Tensor) -> Result<Tensor>;
+
+    /// The clean sample of a picture: the posterior's mode, or with `noise` a sample of it.
+    ///
+    /// # Errors
+    /// Those of the encoder.
+    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor>;
+
+    /// The weights of every part.
+    fn weights(&self) -> &[WeightReport];
+}
+
+/// A prompt to encode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PromptText {
+    /// `None`: nothing was given, which is not for every family the empty text.
+    pub text: Option<String>,
+    /// Is it what guidance steers away from?
+    pub negative: bool,
+}
+
+impl PromptText {
+    /// What messages call it.
+    pub fn kind(&self) -> &'static str {
+        if self.negative { "negative prompt" } else { "prompt" }
+    }
+}
+
+/// Encoded prompts, a row each.
+#[derive(Clone, Debug)]
+pub(super) struct PromptEmbeds {
+    /// What attention reads: `[R, L, D]`.
+    pub embeds: Tensor,
+    /// What is added to the time embedding, for families that do so: `[R, P]`.
+    pub pooled: Option<Tensor>,
+}
+
+impl PromptEmbeds {
+    /// The rows of all, in this order.
+    ///
+    /// # Errors
+    /// Those of the device; [`Error::Argument`]: no parts.
+    pub fn concat(parts: &[PromptEmbeds]) -> Result<PromptEmbeds> {
+        let embeds: Vec<Tensor> = parts.iter().map(|part| part.embeds.clone()).collect();
+        let pooled: Vec<Tensor> = parts.iter().filter_map(|part| part.pooled.clone()).collect();
+        let pooled = if pooled.is_empty() { None } else { Some(Tensor::concat(&pooled)?) };
+        Ok(PromptEmbeds { embeds: Tensor::concat(&embeds)?, pooled })
+    }
+
+    /// Rows of these, in this order.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn rows(&self, rows: &[usize]) -> Result<PromptEmbeds> {
+        if rows.iter().copied().eq(0..self.embeds.shape()[0]) {
+            return Ok(self.clone());
+        }
+        let part = |&row: &usize| -> Result<PromptEmbeds> {
+            let pooled = self.pooled.as_ref().map(|pooled| pooled.rows(row..row + 1)).transpose()?;
+            Ok(PromptEmbeds { embeds: self.embeds.rows(row..row + 1)?, pooled })
+        };
+        PromptEmbeds::concat(&rows.iter().map(part).collect::<Result<Vec<_>>>()?)
+    }
+}
+
+/// What a family's network is told in a run.
+pub(super) trait RunConditions {
+    /// Computes what the stages have in common, for a run of these timesteps.
+    ///
+    /// # Errors
+    /// Those of the network.
+    fn prepare(&mut self, timesteps: &[f32]) -> Result<()>;
+
+    /// The network with its conditioning for a stage; `reuse` as in
+    /// [`DiffusionModel::begin_stage`](crate::methods::DiffusionModel::begin_stage).
+    ///
+    /// # Errors
+    /// Those of the network.
+    fn begin_stage(
+        &mut self,
+        size: Size,
+        timesteps: &[f32],
+        reuse: Option<Box<dyn Denoiser>>,
+    ) -> Result<Box<dyn Denoiser>>;
+}
+
+/// Loads one part: its layers from its store, which must then be empty. The report comes from what the layers asked for.
+pub(super) fn load_part<T>(
+    module: &'static str,
+    store: WeightStore,
+    load: impl FnOnce(&Weights) -> Result<T>,
+) -> Result<(T, WeightReport)> {
+    let part = load(&store.root())?;
+    let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+    let bytes = parameters * store.dtype().size_bytes() as u64;
+    store.finish()?;
+    Ok((part, WeightReport { module, parameters, bytes }))
+}
+
+/// # Errors
+/// [`Error::Config`] naming the model.
+fn misfit<T>(files: &ModelFiles, reason: String) -> Result<T> {
+    Err(Error::config(format!("model {}", files.name()), reason))
+}
