@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use megafuse::models::{ClipTextConfig, ClipTextModel, WeightStore};
+use megafuse::models::{ClipOutput, ClipTextConfig, ClipTextModel, WeightStore};
 use megafuse::text::{
     ClipSkip, ClipTokenizer, Encoder, LearnedWords, LongPrompt, Part, Prompt, Syntax, TextualInversion, emphasize,
     syntax_hint,
@@ -118,7 +118,7 @@ fn emphasized_embeddings_equal_torch() {
         let tokenizer = tokenizer(&case.model, case.learned);
         let chunks = tokenizer.encode_chunks(&Prompt::parse(&case.text, syntax(case)), long(case)).unwrap();
         let width = width(&case.model);
-        let mut got = encoder.forward(&chunks.ids).unwrap().last_hidden_state.to_f32_vec().unwrap();
+        let mut got = encoder.forward(&chunks.ids, ClipOutput::LAST).unwrap().hidden.to_f32_vec().unwrap();
         for (chunk, weights) in got.chunks_exact_mut(77 * width).zip(&chunks.weights) {
             emphasize(chunk, [77, width], weights).unwrap();
         }
