@@ -135,8 +135,7 @@ fn described_file(model: &str, to: &Path) -> ModelSource {
         }
     }
     let path = to.join(format!("{model}.safetensors"));
-    let tensors = file.tensors().into_iter().map(|(name, view)| (name, view));
-    std::fs::write(&path, safetensors::serialize(tensors, Some(metadata)).expect("serializes")).expect("writes");
+    std::fs::write(&path, safetensors::serialize(file.tensors(), Some(metadata)).expect("serializes")).expect("writes");
     let source = ModelSource::at(&path);
     assert_eq!(source, ModelSource::File(path));
     source
@@ -242,4 +241,34 @@ fn the_weights_of_another_vae_stand_for_the_models_own() {
         tensors.map(|(key, view)| if key == "decoder.conv_out.bias" { (key, red.clone()) } else { (key, view) });
     std::fs::write(&path, safetensors::serialize(tensors, None).expect("serializes")).expect("writes");
     assert_ne!(picture(&own.clone().with(Vec::new(), Some(path))).rgb, picture(&own).rgb);
+}
+
+#[test]
+fn the_command_line_warns_of_unused_keys_and_describes_loras_in_run_json() {
+    let place = tempfile::tempdir().expect("a folder");
+    // The second key is for a module that sd15 does not have.
+    let bytes = std::fs::read(data("single-file/lora-kohya.safetensors")).expect("a LoRA");
+    let lora = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let mut tensors: Vec<(String, TensorView)> = lora.tensors();
+    let extra = tensors[0].1.clone();
+    tensors.push(("lora_unet_elsewhere.lora_up.weight".into(), extra));
+    let path = place.path().join("style.safetensors");
+    let written = safetensors::serialize(tensors, None).expect("serializes");
+    std::fs::write(&path, &written).expect("writes");
+    std::fs::write(place.path().join("prompts.jsonl"), "{\"prompt\": \"a cat\"}\n").expect("writes");
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_megafuse"))
+        .current_dir(place.path())
+        .args(["generate", "--manifest", "prompts.jsonl", "--out", "pictures", "--method", "plain", "--size", "32x32"])
+        .args(["--steps", "1", "--device", "cpu", "--lora", "style.safetensors:0.5", "--model"])
+        .arg(data("sd15"))
+        .output()
+        .expect("runs");
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{messages}");
+    let wanted = "warning: style.safetensors: no part of the model uses 1 tensors: lora_unet_elsewhere.lora_up.weight";
+    assert_eq!(messages.matches(wanted).count(), 1, "{messages}");
+    let run = std::fs::read_to_string(place.path().join("pictures/run.json")).expect("a description");
+    let run: serde_json::Value = serde_json::from_str(&run).expect("JSON");
+    let digest = &blake3::hash(&written).to_hex()[..16];
+    assert_eq!(run["loras"], serde_json::json!([{"name": "style", "weight": "0.5", "digest": digest}]));
 }
