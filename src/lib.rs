@@ -26,6 +26,7 @@
 
 pub mod error;
 pub mod image;
+pub mod json;
 pub mod methods;
 pub mod models;
 mod names;

@@ -278,14 +278,19 @@ fn a_scheduler_that_is_not_here_is_named_with_what_runs() {
         fs::write(&config, json.to_string()).unwrap();
         let ended = output(&mut place.command(&[&args[..], further].concat()));
         assert!(ended.status.success(), "{ended:?}");
-        text(&ended.stderr).lines().find(|line| line.contains("scheduler")).map(String::from)
+        text(&ended.stderr).lines().find(|line| line.contains("runs instead")).map(String::from)
     };
-    for class in ["LCMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "PNDMScheduler"] {
+    for (class, instead) in
+        [("DEISMultistepScheduler", "dpm++-2m"), ("LMSDiscreteScheduler", "euler"), ("NewScheduler", "ddim")]
+    {
         let line = said(class, &[]).unwrap_or_else(|| panic!("nothing is said of {class}"));
-        assert!(line.contains(class) && line.contains("ddim"), "{line}");
+        assert!(line.contains(class) && line.contains(instead), "{line}");
         assert_eq!(said(class, &["--scheduler", "euler"]), None, "chosen");
     }
-    for class in ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"] {
+    let own = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"];
+    for class in
+        own.into_iter().chain(["LCMScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
+    {
         assert_eq!(said(class, &[]), None, "{class} runs itself");
     }
 }

@@ -4,19 +4,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module, and the modules of ours that it may import.
-const LAYERS: [(&str, &[&str]); 13] = [
+const LAYERS: [(&str, &[&str]); 14] = [
     ("main", &["cli"]),
-    ("cli", &["pipeline", "image", "models", "ops", "runtime"]),
-    ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime"]),
+    ("cli", &["pipeline", "image", "models", "ops", "runtime", "json"]),
+    ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime", "json"]),
     ("methods", &["schedulers", "models", "ops", "runtime"]),
-    ("schedulers", &["ops", "runtime"]),
-    ("models", &["ops", "runtime"]),
+    ("schedulers", &["ops", "runtime", "json"]),
+    ("models", &["ops", "runtime", "json"]),
     ("ops", &["runtime"]),
     ("runtime", &[]),
     ("rng", &[]),
-    ("text", &[]),
+    ("text", &["json"]),
     ("image", &[]),
     ("names", &[]),
+    ("json", &[]),
     ("error", &[]),
 ];
 

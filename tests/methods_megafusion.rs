@@ -426,7 +426,7 @@ fn guidance_extrapolates_from_the_unconditional_row() {
     let plan = checked(Plain {}, &["6x4:1"], Sampler::Ddim, 0.0, Some(7.0), 1).unwrap();
     let (_, r) = run_with(&model, &plan, &mut Draws::default());
     let x = to_nhwc(r.values("noise0"), 3, 24);
-    let c = plan.scheduler().step(0).coefficients;
+    let c = plan.scheduler().evaluations(0..1)[0].coefficients;
     let want: Vec<f32> = (x.iter().enumerate())
         .map(|(j, x)| {
             let (u, p) = (output(*x, 0, j, 0), output(*x, 0, j, 1));

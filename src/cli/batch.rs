@@ -94,7 +94,7 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         "model": files.name(), "model_digest": files.digest()?,
         "method": flags.method.name(), "size": flags.size.map(|size| size.to_string()), "stages": stages,
         "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt.as_deref().unwrap_or_default(),
-        "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta,
+        "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta, "sigmas": flags.sigmas.map(|spacing| spacing.to_string()),
         "seed": flags.seed, "rng": flags.rng.name(),
         "dtype": session.dtype.name(), "device": device,
     });

@@ -3,8 +3,8 @@
 
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
-    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RelayNoise, RmsNorm, SampleState,
-    Source, StepIndex, StepRows, Upsampler, Variant,
+    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RelayNoise, RmsNorm,
+    SampleState, Source, StepIndex, StepRows, Upsampler, Variant,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -401,7 +401,8 @@ fn steps(cases: &mut Vec<Case>) {
     cases.push(case("sampler_step", "guided", 20.0, |inputs| {
         let (x, output) = (inputs.f32(&SHAPE)?, inputs.uniform(&[4, 9, 11, 4], 1.0)?);
         let (mut state, steps) = (SampleState::new(x)?, step_table(inputs.device)?);
-        ops::sampler_step(&mut state, &output, Some(7.0), &steps, None)?;
+        let guidance = Guidance::uniform(inputs.device, state.x().shape()[0], 7.0)?;
+        ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
         let (x, x0) = state.into_parts();
         Ok(vec![x, x0])
     }));

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use megafuse::pipeline::{
-    Lora, METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, Size, SizeIds, without_effect,
+    Lora, METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, SigmaSpacing, Size, SizeIds, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -241,9 +241,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", value_parser = values::guidance)]
     pub guidance: Option<f32>,
 
-    /// Sampler (default: that of the model's scheduler class; ddim for a class without one here, such as PNDM)
+    /// Sampler (default: ddim; for --method plain that of the model's scheduler class)
     #[arg(long, value_parser = named::<Sampler>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
     pub scheduler: Option<Sampler>,
+
+    /// How the noise levels are spaced, for samplers with sigmas (default: as the model's configuration says)
+    #[arg(long, value_parser = named::<SigmaSpacing>(["uniform", "karras", "exponential"]), value_name = "S")]
+    pub sigmas: Option<SigmaSpacing>,
 
     /// DDIM's share of fresh noise per step, 0 to 1
     #[arg(long, value_name = "X", value_parser = values::eta, default_value = "0")]
@@ -354,6 +358,7 @@ impl RunArgs {
             size: self.size,
             stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
             scheduler: self.scheduler,
+            sigmas: self.sigmas,
             eta: self.eta,
             steps: self.steps,
             guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),

@@ -1,5 +1,6 @@
 //! What every command that makes pictures does first: device, model, and whether the run fits into memory.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -18,6 +19,8 @@ pub struct Session {
     pub device: Device,
     pub dtype: DType,
     pub planner: Planner,
+    /// Was it said that another sampler than the model's own runs?
+    told: Cell<bool>,
 }
 
 impl Session {
@@ -29,22 +32,22 @@ impl Session {
         let device = run.device.open()?;
         let (source, dtype) = (run.source(), run.dtype_on(&device));
         let planner = Planner::new(&source, dtype)?;
-        let scheduler = planner.pipeline().scheduler();
-        if let (None, false, Some(class)) =
-            (run.scheduler, run.options.given.contains_key("reference_compat"), scheduler.class_without_sampler())
-        {
-            let sampler = scheduler.sampler();
-            say!(
-                "the model's scheduler is {class}, for which there is no sampler here; {sampler} runs instead \
-                 (--scheduler chooses another)"
-            );
+        Ok(Session { source, device, dtype, planner, told: Cell::new(false) })
+    }
+
+    /// Once: a line when the model's own sampler would run, and there is none of its class here.
+    fn tell_substitution(&self, request: &Request) {
+        let own = request.scheduler.is_none() && !request.method.spec().relays;
+        let line = self.planner.pipeline().scheduler().substitution();
+        if let Some(line) = line.filter(|_| own && !self.told.replace(true)) {
+            say!("{line}");
         }
-        Ok(Session { source, device, dtype, planner })
     }
 
     /// # Errors
     /// As [`Planner::plan`]; [`Error::Request`] when the run needs more memory than there is, with a size that fits.
     pub fn check(&self, request: &Request) -> Result<PlanReport> {
+        self.tell_substitution(request);
         let plan = self.planner.plan(request)?;
         let available = match &self.device {
             Device::Cuda(card) => Some(card.memory()?.free_bytes),

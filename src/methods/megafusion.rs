@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, StepCoefficients, Upsampler};
 use crate::runtime::Tensor;
-use crate::schedulers::{Sampler, Scheduler};
+use crate::schedulers::{Sampler, Scheduler, SchedulerConfig};
 
 pub static MEGAFUSION: MethodSpec = MethodSpec {
     name: "megafusion",
@@ -256,8 +256,9 @@ impl MegaFusion {
 }
 
 impl GenerationMethod for MegaFusion {
-    fn sampler(&self, config: &crate::schedulers::SchedulerConfig) -> Sampler {
-        if self.reference_compat { Sampler::Ddim } else { config.sampler() }
+    /// DDIM, the paper's, whatever the model's own is.
+    fn sampler(&self, _config: &SchedulerConfig) -> Sampler {
+        Sampler::Ddim
     }
 
     fn default_size(&self, native: Size) -> Size {

@@ -58,8 +58,11 @@ pub struct MethodSpec {
     /// The options that it reads, in the order of the struct's fields.
     pub options: &'static [OptionSpec],
     /// From options as JSON, the rest being the defaults; made by [`from_options`].
-    pub parse: fn(&Map<String, Value>) -> serde_json::Result<(Arc<dyn GenerationMethod>, Map<String, Value>)>,
+    pub parse: fn(&Map<String, Value>) -> serde_json::Result<Parsed>,
 }
+
+/// A method's implementation and all of its options by name, defaults included.
+pub type Parsed = (Arc<dyn GenerationMethod>, Map<String, Value>);
 
 /// An option of a method. Its name is that of the struct's field, so that of JSON.
 #[derive(Debug)]
@@ -138,10 +141,7 @@ pub struct Method {
 ///
 /// # Errors
 /// An option that is unknown or whose value does not fit.
-pub fn from_options<M>(
-    default: M,
-    given: &Map<String, Value>,
-) -> serde_json::Result<(Arc<dyn GenerationMethod>, Map<String, Value>)>
+pub fn from_options<M>(default: M, given: &Map<String, Value>) -> serde_json::Result<Parsed>
 where
     M: GenerationMethod + Serialize + DeserializeOwned + 'static,
 {

@@ -3,7 +3,7 @@ use std::sync::{Mutex, MutexGuard};
 use super::Denoiser;
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::{self, SampleState, StepRow, StepTable};
+use crate::ops::{self, Guidance, SampleState, StepRow, StepTable, Thresholding, history};
 use crate::runtime::{DType, Device, Repeated, Tensor};
 
 /// Steps that a card has recorded, kept with all the memory that they read and write: a later stage of the same kind
@@ -17,6 +17,9 @@ pub struct RecordedSteps {
     kept: Mutex<Vec<(StepKey, StageSteps)>>,
 }
 
+/// Makes the network's side of a stage, in the memory of the one that it is given.
+type DenoiserFor<'a> = dyn Fn(Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>> + 'a;
+
 /// What a recorded step depends on, beside the model and the network's options.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepKey {
@@ -26,8 +29,10 @@ pub struct StepKey {
     pub conditioning: Vec<usize>,
     /// Rows of the step table.
     pub rows: usize,
-    pub guidance: Option<f32>,
+    /// `None`: there is no guidance; else whether it is rescaled.
+    pub rescales: Option<bool>,
     pub adds_noise: bool,
+    pub thresholding: Option<Thresholding>,
 }
 
 /// Stages whose steps are kept: those of a run with three relays, for two kinds of runs.
@@ -39,7 +44,7 @@ pub struct StageSteps {
     state: SampleState,
     noise: Option<Tensor>,
     table: StepTable,
-    guidance: Option<f32>,
+    guidance: Option<Guidance>,
     /// By the network's options.
     recorded: Vec<(UnetOptions, Repeated)>,
 }
@@ -56,9 +61,14 @@ impl RecordedSteps {
         x: Tensor,
         rows: &[StepRow],
         first: usize,
-        denoiser: &dyn Fn(Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>>,
+        guidance: Option<Guidance>,
+        denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
-        if let Some(mut steps) = self.take(key) {
+        let history = history(rows);
+        if let Some(mut steps) = self.take(key, history) {
+            if let (Some(to), Some(from)) = (&mut steps.guidance, &guidance) {
+                to.rewrite(from)?;
+            }
             steps.denoiser = denoiser(Some(steps.denoiser))?;
             steps.state.restart(&x)?;
             steps.table.rewrite(rows.to_vec(), first)?;
@@ -66,7 +76,7 @@ impl RecordedSteps {
         }
         let device = x.device().clone();
         let parts = || -> Result<_> {
-            let mut table = StepTable::new(&device, rows.to_vec())?;
+            let mut table = StepTable::new(&device, rows.to_vec())?.with_thresholding(key.thresholding)?;
             table.index_mut().set(&[first])?;
             let noise = match key.adds_noise {
                 true => Some(Tensor::uninit(&device, &key.sample, DType::F32)?),
@@ -80,7 +90,7 @@ impl RecordedSteps {
         };
         // Steps overwrite x, which the caller may still hold.
         let x = if x.is_unshared() { x } else { x.duplicate()? };
-        let (state, guidance, recorded) = (SampleState::new(x)?, key.guidance, Vec::new());
+        let (state, recorded) = (SampleState::with_history(x, history)?, Vec::new());
         Ok(StageSteps { denoiser, state, noise, table, guidance, recorded })
     }
 
@@ -102,9 +112,11 @@ impl RecordedSteps {
         kept.len()
     }
 
-    fn take(&self, key: &StepKey) -> Option<StageSteps> {
+    fn take(&self, key: &StepKey, history: usize) -> Option<StageSteps> {
         let mut kept = self.kept();
-        let at = kept.iter().position(|(other, steps)| other == key && steps.state.is_unshared())?;
+        let at = kept
+            .iter()
+            .position(|(other, steps)| other == key && steps.state.depth() == history && steps.state.is_unshared())?;
         Some(kept.remove(at).1)
     }
 
@@ -139,7 +151,7 @@ impl StageSteps {
         };
         let replayed = recorded[at].1.run(|| {
             let output = denoiser.denoise(state.x(), table, options)?;
-            ops::sampler_step(state, &output, *guidance, table, noise.as_ref())?;
+            ops::sampler_step(state, &output, guidance.as_ref(), table, noise.as_ref())?;
             table.index_mut().advance()
         })?;
         if replayed {

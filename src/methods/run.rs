@@ -63,6 +63,16 @@ impl Run {
         &self.scheduler
     }
 
+    /// What the network is told at every evaluation of the run, in order.
+    pub fn timesteps(&self) -> Vec<f32> {
+        let mut begin = 0;
+        let of_stage = |stage: &Stage| {
+            begin += stage.steps;
+            self.scheduler.evaluations(begin - stage.steps..begin)
+        };
+        self.stages.iter().flat_map(of_stage).map(|evaluation| evaluation.timestep).collect()
+    }
+
     /// Classifier-free guidance scale; `None`: the model has no unconditional rows.
     pub fn guidance(&self) -> Option<f32> {
         self.guidance

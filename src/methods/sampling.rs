@@ -4,9 +4,9 @@ use super::observer::check_finite;
 use super::{DiffusionModel, Event, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
 use crate::error::Result;
 use crate::models::UnetOptions;
-use crate::ops::{self, StepCoefficients, StepRow};
+use crate::ops::{self, Guidance, StepCoefficients, StepRow};
 use crate::runtime::{DType, Tensor};
-use crate::schedulers::Scheduler;
+use crate::schedulers::{Evaluation, Scheduler};
 
 /// A run on its way, for a batch of pictures. A method's `sample` first calls [`prepare`](Sampling::prepare), then the
 /// phases in its own order.
@@ -17,10 +17,14 @@ pub struct Sampling<'a> {
     watch: Watch<'a>,
     /// One per stage.
     schedulers: Vec<Scheduler>,
-    /// Of all steps of the run.
+    /// Of the whole run; most samplers have one per step.
+    evaluations: Vec<Evaluation>,
+    /// Of every evaluation.
     rows: Vec<StepRow>,
     timesteps: Vec<f32>,
+    /// Steps and evaluations done.
     done: usize,
+    evaluated: usize,
     draws: usize,
 }
 
@@ -34,8 +38,19 @@ pub fn generate<'a>(
     noise: &'a mut dyn NoiseSource,
     watch: Watch<'a>,
 ) -> Result<Vec<Tensor>> {
-    let (schedulers, rows, timesteps) = (Vec::new(), Vec::new(), Vec::new());
-    let mut sampling = Sampling { model, run, noise, watch, schedulers, rows, timesteps, done: 0, draws: 0 };
+    let mut sampling = Sampling {
+        model,
+        run,
+        noise,
+        watch,
+        schedulers: Vec::new(),
+        evaluations: Vec::new(),
+        rows: Vec::new(),
+        timesteps: Vec::new(),
+        done: 0,
+        evaluated: 0,
+        draws: 0,
+    };
     let latent = run.method().implementation().sample(&mut sampling)?;
     sampling.watch.dump("latent", &latent)?;
     sampling.watch.begin(Event::Decode)?;
@@ -61,14 +76,20 @@ impl<'a> Sampling<'a> {
         schedulers: Vec<Scheduler>,
         adapt: impl Fn(StepCoefficients) -> StepCoefficients,
     ) -> Result<()> {
-        let stages = self.run.stages().iter().zip(&schedulers);
-        let of_stage = stages.flat_map(|(stage, scheduler)| std::iter::repeat_n(scheduler, stage.steps));
-        let row = |(step, scheduler): (usize, &Scheduler)| {
-            let step = scheduler.step(step);
-            StepRow { input_scale: step.input_scale, coefficients: adapt(step.coefficients) }
+        let mut begin = 0;
+        let mut evaluations = Vec::new();
+        for (stage, scheduler) in self.run.stages().iter().zip(&schedulers) {
+            // A stage knows no evaluations of the one before.
+            evaluations.extend(scheduler.evaluations(begin..begin + stage.steps));
+            begin += stage.steps;
+        }
+        let row = |evaluation: &Evaluation| StepRow {
+            input_scale: evaluation.input_scale,
+            coefficients: adapt(evaluation.coefficients),
         };
-        self.rows = of_stage.enumerate().map(row).collect();
-        self.timesteps = self.run.scheduler().timesteps().to_vec();
+        self.rows = evaluations.iter().map(row).collect();
+        self.timesteps = evaluations.iter().map(|evaluation| evaluation.timestep).collect();
+        self.evaluations = evaluations;
         self.schedulers = schedulers;
         self.dump_tables()
     }
@@ -112,24 +133,36 @@ impl<'a> Sampling<'a> {
         let (model, stages) = (self.model, self.run.stages());
         let Stage { size, steps } = stages[index];
         self.watch.begin(Event::Condition { stage: index })?;
+        let sample = model.sample_shape(size);
+        let guidance =
+            self.run.guidance().map(|scale| Guidance::uniform(model.device(), sample[0], scale)).transpose()?;
         let key = StepKey {
-            sample: model.sample_shape(size),
+            sample,
             conditioning: model.conditioning_key(),
             rows: self.rows.len(),
-            guidance: self.run.guidance(),
+            rescales: guidance.as_ref().map(Guidance::rescales),
             adds_noise: self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0),
+            thresholding: self.run.scheduler().thresholding(),
         };
         let begin = |reuse| model.begin_stage(size, &self.timesteps, reuse);
-        let mut on_device = model.recorded_steps().begin(&key, x, &self.rows, self.done, &begin)?;
+        let (rows, first) = (&self.rows, self.evaluated);
+        let mut on_device = model.recorded_steps().begin(&key, x, rows, first, guidance, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
         for step in 1..=steps {
-            self.watch.check_cancelled()?;
-            if self.schedulers[index].step(self.done).draws_noise {
-                self.draw_for_step(key.sample, on_device.noise_mut())?;
+            loop {
+                self.watch.check_cancelled()?;
+                let Evaluation { draws_noise, ends_step, .. } = self.evaluations[self.evaluated];
+                if draws_noise {
+                    self.draw_for_step(key.sample, on_device.noise_mut())?;
+                }
+                on_device.step(&options_at(step - 1))?;
+                self.evaluated += 1;
+                if ends_step {
+                    break;
+                }
             }
-            on_device.step(&options_at(step - 1))?;
             self.done += 1;
-            let (run_step, run_steps) = (self.done, self.rows.len());
+            let (run_step, run_steps) = (self.done, self.run.scheduler().timesteps().len());
             self.watch.dump(&format!("step{run_step}"), on_device.state().x())?;
             let progress = StepProgress { stage: index, step, stage_steps: steps, run_step, run_steps };
             self.watch.observer.event(&Event::Step(progress));

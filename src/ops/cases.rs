@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    Activation, Attention, Conv2d, ConvNorm, GroupNorm, LayerNorm, Linear, RmsNorm, SampleState, Source,
+    Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RmsNorm, SampleState, Source,
     StepCoefficients, StepRow, StepTable, TimestepEmbedding, Upsampler,
 };
 use crate::error::Result;
@@ -408,8 +408,7 @@ pub fn step_table(device: &Device) -> Result<StepTable> {
         next_from_x: 0.0,
         next_from_e: 0.4,
         next_from_x0: 0.9,
-        next_from_noise: 0.0,
-        x0_from_next: false,
+        ..StepCoefficients::default()
     };
     StepTable::new(device, vec![StepRow { input_scale: 0.7, coefficients }])
 }
@@ -418,11 +417,11 @@ fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
     let fields = json!({ "n": n, "h": h, "w": w, "c": c, "guidance": 7.0 });
     case("sampler_step", format!("guided [{n},{h},{w},{c}]"), fields, move |device, dtype| {
         let (x, output) = (tensor(device, DType::F32, &[n, h, w, c])?, tensor(device, dtype, &[2 * n, h, w, c])?);
-        let steps = step_table(device)?;
+        let (steps, guidance) = (step_table(device)?, Guidance::uniform(device, n, 7.0)?);
         let state = RefCell::new(SampleState::new(x)?);
         Ok(Box::new(move || {
             let mut state = state.borrow_mut();
-            super::sampler_step(&mut state, &output, Some(7.0), &steps, None)?;
+            super::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
             Ok(state.x0().clone())
         }))
     })

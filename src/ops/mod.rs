@@ -32,7 +32,10 @@ pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
 pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
-pub use step::{SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, sampler_step, scale_input};
+pub use step::{
+    Guidance, GuidanceScale, HISTORY, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable,
+    Thresholding, history, sampler_step, scale_input,
+};
 
 use crate::error::{Error, Result};
 use crate::runtime::Tensor;

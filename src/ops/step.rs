@@ -164,13 +164,17 @@ impl StepRows<'_> {
     }
 }
 
-/// One sampler step as the affine map that every sampler of the family is, computed in f64 by the schedulers:
+/// How many earlier values a step can reach back to.
+pub const HISTORY: usize = 3;
+
+/// One evaluation of a sampler as the affine map that every sampler of the family is, computed in f64 by the schedulers:
 /// ```text
 /// e    = e_uncond + guidance (e_cond - e_uncond)            (the model's output: eps, v or x0)
 /// x0   = x0_from_x x + x0_from_e e,                          then clamped to [-clip, clip] if asked
-/// next = next_from_x x + next_from_e e + next_from_x0 x0 + next_from_noise n
+/// next = next_from_x x + next_from_e e + next_from_x0 x0 + sum_j next_from_history[j] h[j] + next_from_noise n
+/// h    = [kept.from_x x + kept.from_e e + kept.from_x0 x0, h[0], h[1]]   where something is kept
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub struct StepCoefficients {
     pub x0_from_x: f32,
     pub x0_from_e: f32,
@@ -179,8 +183,92 @@ pub struct StepCoefficients {
     pub next_from_e: f32,
     pub next_from_x0: f32,
     pub next_from_noise: f32,
+    /// Of the values kept by earlier evaluations, the latest first. One with weight 0 is not read.
+    pub next_from_history: [f32; HISTORY],
+    /// What becomes the latest value of the history; `None` leaves the history as it is.
+    pub kept: Option<Kept>,
     /// x0 is computed a second time, from `next` in the place of x: what the published MegaFusion code relays.
     pub x0_from_next: bool,
+}
+
+/// A value for the history.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub struct Kept {
+    pub from_x: f32,
+    pub from_e: f32,
+    pub from_x0: f32,
+}
+
+/// Dynamic thresholding of the clean sample, per image: with s the `ratio` quantile of |x0|, at least 1 and at most
+/// `max`, x0 becomes clamp(x0, -s, s) / s. Saharia et al. 2022, arXiv:2205.11487, sec. 2.3.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Thresholding {
+    /// 0 to 1.
+    pub ratio: f32,
+    /// Above 0.
+    pub max: f32,
+}
+
+/// Classifier-free guidance of every image of a batch, on the device: recorded work reads what is there at its replay.
+#[derive(Clone, Debug)]
+pub struct Guidance {
+    /// `[N, 2]`, f32: scale, rescale
+    table: Tensor,
+    rescales: bool,
+}
+
+/// Of one image.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GuidanceScale {
+    /// e = e_uncond + scale (e_cond - e_uncond). Ho & Salimans 2022, arXiv:2207.12598.
+    pub scale: f32,
+    /// phi of Lin et al. 2023, arXiv:2305.08891, eqs. (15), (16): e becomes phi std(e_cond) / std(e) e + (1 - phi) e,
+    /// with standard deviations over the image; 0 leaves e alone.
+    pub rescale: f32,
+}
+
+impl Guidance {
+    /// One per image of the batch.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: a `rescale` outside 0 to 1; [`Error::OutOfMemory`].
+    pub fn new(device: &Device, images: &[GuidanceScale]) -> Result<Guidance> {
+        if let Some(bad) = images.iter().find(|image| !(0.0..=1.0).contains(&image.rescale)) {
+            return Err(Error::argument("Guidance", "rescale", bad.rescale, "0 to 1"));
+        }
+        let values: Vec<f32> = images.iter().flat_map(|image| [image.scale, image.rescale]).collect();
+        let table = Tensor::from_f32(device, &[images.len(), 2], DType::F32, &values)?;
+        Ok(Guidance { table, rescales: images.iter().any(|image| image.rescale != 0.0) })
+    }
+
+    /// The same scale for `images`, without rescaling.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub fn uniform(device: &Device, images: usize, scale: f32) -> Result<Guidance> {
+        Guidance::new(device, &vec![GuidanceScale { scale, rescale: 0.0 }; images])
+    }
+
+    /// Other images' guidance in the same place, where a recorded step reads it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`]: another number of images; [`Error::Argument`]: one rescales and the other does not;
+    /// [`Error::Driver`].
+    pub fn rewrite(&mut self, from: &Guidance) -> Result<()> {
+        if self.rescales != from.rescales {
+            return Err(Error::argument("Guidance", "rescale", from.rescales, "as it was recorded"));
+        }
+        self.table.copy_from(&from.table)
+    }
+
+    /// Does any image rescale?
+    pub fn rescales(&self) -> bool {
+        self.rescales
+    }
+
+    pub(super) fn tensor(&self) -> &Tensor {
+        &self.table
+    }
 }
 
 /// What a step needs beside the model.
@@ -198,9 +286,10 @@ pub struct StepTable {
     /// `[steps, COLUMNS]`, f32, in the order of `Column` in kernels/step.cu.
     table: Tensor,
     index: StepIndex,
+    thresholding: Option<Thresholding>,
 }
 
-const COLUMNS: usize = 12;
+const COLUMNS: usize = 16;
 
 /// The table's elements, `[steps, COLUMNS]`.
 fn values(rows: &[StepRow]) -> Result<Vec<f32>> {
@@ -212,9 +301,18 @@ fn values(rows: &[StepRow]) -> Result<Vec<f32>> {
         }
         let x0_from_next = f32::from(u8::from(k.x0_from_next));
         values.extend([*input_scale, k.x0_from_x, k.x0_from_e, clip, k.next_from_x, k.next_from_e, k.next_from_x0]);
-        values.extend([k.next_from_noise, x0_from_next, 0.0, 0.0, 0.0]);
+        values.extend([k.next_from_noise, x0_from_next]);
+        values.extend(k.next_from_history);
+        let kept = k.kept.unwrap_or_default();
+        values.extend([f32::from(u8::from(k.kept.is_some())), kept.from_x, kept.from_e, kept.from_x0]);
     }
     Ok(values)
+}
+
+/// How many earlier values rows reach back to.
+pub fn history(rows: &[StepRow]) -> usize {
+    let of_row = |row: &StepRow| row.coefficients.next_from_history.iter().rposition(|&weight| weight != 0.0);
+    rows.iter().filter_map(of_row).max().map_or(0, |last| last + 1)
 }
 
 impl StepTable {
@@ -228,7 +326,7 @@ impl StepTable {
             return Err(Error::argument(OP, "rows", 0, "at least one step"));
         }
         let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values(&rows)?)?;
-        Ok(StepTable { rows, table, index: StepIndex::one(device, 0)? })
+        Ok(StepTable { rows, table, index: StepIndex::one(device, 0)?, thresholding: None })
     }
 
     /// Other rows, as many, in the same place; `first` is next.
@@ -244,6 +342,22 @@ impl StepTable {
         self.rows = rows;
         let steps = vec![first; self.index.images()];
         self.index.set(&steps)
+    }
+
+    /// The clean sample of every row is thresholded; a row's `clip` then says nothing.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: a ratio outside 0 to 1, a `max` that is not above 0.
+    pub fn with_thresholding(self, thresholding: Option<Thresholding>) -> Result<StepTable> {
+        if let Some(Thresholding { ratio, max }) = thresholding {
+            if !(0.0..=1.0).contains(&ratio) {
+                return Err(Error::argument("StepTable", "ratio", ratio, "0 to 1"));
+            }
+            if !(max > 0.0 && max.is_finite()) {
+                return Err(Error::argument("StepTable", "max", max, "above 0"));
+            }
+        }
+        Ok(StepTable { thresholding, ..self })
     }
 
     pub fn len(&self) -> usize {
@@ -274,6 +388,11 @@ impl StepTable {
     /// Does any step add noise?
     pub fn adds_noise(&self) -> bool {
         self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0)
+    }
+
+    /// How many earlier values the rows reach back to: what [`SampleState::with_history`] is to hold.
+    pub fn history(&self) -> usize {
+        history(&self.rows)
     }
 
     pub(super) fn tensor(&self) -> &Tensor {
@@ -307,11 +426,13 @@ pub fn scale_input(x: &Tensor, steps: &StepTable, dtype: DType, repeats: usize) 
     Ok(y)
 }
 
-/// The sample on its way, and the clean sample of the latest step.
+/// The sample on its way, the clean sample of the latest step, and what later steps need of earlier ones.
 #[derive(Debug)]
 pub struct SampleState {
     x: Tensor,
     x0: Tensor,
+    /// `[depth, N, H, W, C]`, f32, the latest first.
+    history: Option<Tensor>,
 }
 
 impl SampleState {
@@ -320,17 +441,34 @@ impl SampleState {
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`]: `x`; [`Error::Argument`]: it is shared; [`Error::OutOfMemory`].
     pub fn new(x: Tensor) -> Result<SampleState> {
+        SampleState::with_history(x, 0)
+    }
+
+    /// The same with room for `depth` earlier values, at first all 0: [`StepTable::history`]. A sampler that starts anew
+    /// takes a new state.
+    ///
+    /// # Errors
+    /// As [`new`](SampleState::new).
+    pub fn with_history(x: Tensor, depth: usize) -> Result<SampleState> {
         const OP: &str = "SampleState";
         x.dims::<4>(OP, "x")?;
         x.expect(OP, "x", x.shape(), DType::F32, x.device())?;
         if !x.is_unshared() {
             return Err(Error::argument(OP, "x", "shared", "a tensor that nobody else holds"));
         }
+        if depth > HISTORY {
+            return Err(Error::argument(OP, "depth", depth, format!("at most {HISTORY}")));
+        }
+        let history = match depth {
+            0 => None,
+            _ => Some(Tensor::zeros(x.device(), &[&[depth], x.shape()].concat(), DType::F32)?),
+        };
         let x0 = Tensor::uninit(x.device(), x.shape(), DType::F32)?;
-        Ok(SampleState { x, x0 })
+        Ok(SampleState { x, x0, history })
     }
 
-    /// Other samples of the same shape, in the same place.
+    /// Other samples of the same shape, in the same place. What the history holds is left: the first evaluation gives it the
+    /// weight 0, and what has that weight is not read.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Driver`].
@@ -355,32 +493,54 @@ impl SampleState {
     pub fn into_parts(self) -> (Tensor, Tensor) {
         (self.x, self.x0)
     }
+
+    /// Earlier values that there is room for.
+    pub fn depth(&self) -> usize {
+        self.history.as_ref().map_or(0, |history| history.shape()[0])
+    }
 }
 
-/// Guidance, x0 and update in one pass, in place, with the current row of `steps`.
+/// What is known of an evaluation's output before the step: all of it checked.
+pub(super) struct Output<'a> {
+    pub values: &'a Tensor,
+    pub guidance: Option<&'a Guidance>,
+    /// `[N]`, f32: what the guided output is multiplied by, where any image rescales.
+    pub factors: Option<&'a Tensor>,
+}
+
+/// Guidance, x0 and update in one pass, in place, with the current row of `steps`. An image's result does not depend on
+/// the others of the batch.
 ///
 /// * `model_output`: `[N, H, W, C]` without guidance, else `[2N, H, W, C]`, unconditional rows first; any float dtype
-/// * `guidance`: the scale w, `None` when the output has N rows
+/// * `guidance`: of N images; `None` when the output has N rows. Where an image rescales, a pass over the output before
+///   finds the standard deviations
 /// * `noise`: `[N, H, W, C]`, f32, required exactly when a row of the table has a `next_from_noise` other than 0; rows
 ///   with 0 do not read it
 ///
+/// With [thresholding](StepTable::with_thresholding), a pass before finds each image's quantile, exactly (torch.quantile's
+/// linear interpolation between the two nearest values).
+///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: which argument; [`Error::Argument`]: noise missing or
-/// superfluous, no step left.
+/// superfluous, no step left, a state without the history that the rows need; [`Error::TooLarge`]: 2^31 or more values
+/// per image with guidance rescale or thresholding.
 pub fn sampler_step(
     state: &mut SampleState,
     model_output: &Tensor,
-    guidance: Option<f32>,
+    guidance: Option<&Guidance>,
     steps: &StepTable,
     noise: Option<&Tensor>,
 ) -> Result<()> {
     const OP: &str = "sampler_step";
-    let SampleState { x, .. } = &*state;
+    let x = &state.x;
     let [n, h, w, c] = x.dims(OP, "x")?;
     x.expect(OP, "x", x.shape(), DType::F32, steps.table.device())?;
     float(OP, "model_output", model_output)?;
     let rows = if guidance.is_some() { 2 * n } else { n };
     model_output.expect(OP, "model_output", &[rows, h, w, c], model_output.dtype(), x.device())?;
+    if let Some(guidance) = guidance {
+        guidance.table.expect(OP, "guidance", &[n, 2], DType::F32, x.device())?;
+    }
     match (noise, steps.adds_noise()) {
         (Some(noise), true) => noise.expect(OP, "noise", x.shape(), DType::F32, x.device())?,
         (None, false) => {}
@@ -389,59 +549,246 @@ pub fn sampler_step(
         }
         (None, true) => return Err(Error::argument(OP, "noise", "missing", "a tensor: next_from_noise is not 0")),
     }
+    if state.depth() < steps.history() {
+        let want = format!("{}, which the steps reach back to", steps.history());
+        return Err(Error::argument(OP, "history", state.depth(), want));
+    }
     let coefficients = steps.current()?.coefficients;
+    let mut output = Output { values: model_output, guidance, factors: None };
+    let factors = match guidance {
+        Some(guidance) if guidance.rescales => Some(rescale_factors(&output, guidance, n)?),
+        _ => None,
+    };
+    output.factors = factors.as_ref();
+    let thresholds = match steps.thresholding {
+        Some(thresholding) => Some(dynamic_thresholds(x, &output, steps, thresholding)?),
+        None => None,
+    };
     match x.device().clone() {
         Device::Meta(meta) => {
-            let bytes = 4 * x.bytes() + bytes_of(&[Some(model_output), noise]);
+            let history = state.history.as_ref().map_or(0, |history| 2 * history.bytes());
+            let bytes = 4 * x.bytes() + history + bytes_of(&[Some(model_output), noise]);
             let flops = x.numel() as u64 * if guidance.is_some() { 13 } else { 10 };
             meta.record(OP, OpKind::Elementwise, x.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
-        Device::Cpu(_) => {
-            let mut next = Tensor::uninit(x.device(), x.shape(), DType::F32)?;
-            let mut x0 = Tensor::uninit(x.device(), x.shape(), DType::F32)?;
-            let noise = noise.map(|noise| noise.cpu::<f32>());
-            by_dtype!(model_output.dtype(), T => {
-                let (uncond, cond) = model_output.cpu::<T>().split_at(x.numel());
-                let guided = guidance.map(|scale| (scale, cond));
-                step_cpu(x.cpu(), uncond, guided, &coefficients, noise, next.cpu_mut(), x0.cpu_mut());
-            });
-            *state = SampleState { x: next, x0 };
-        }
-        Device::Cuda(card) => {
-            cuda::step::sampler_step(&card, &mut state.x, &mut state.x0, model_output, guidance, steps, noise)?;
-        }
+        Device::Cpu(_) => *state = step_cpu(state, &output, &coefficients, noise, thresholds.as_ref())?,
+        Device::Cuda(card) => cuda::step::sampler_step(&card, state, &output, steps, noise, thresholds.as_ref())?,
     }
     Ok(())
 }
 
-/// The loop of [`sampler_step`]; `guided` holds the guidance scale and the conditional half.
-fn step_cpu<T: Element>(
-    x: &[f32],
-    output: &[T],
-    guided: Option<(f32, &[T])>,
-    k: &StepCoefficients,
-    noise: Option<&[f32]>,
-    next: &mut [f32],
-    x0: &mut [f32],
-) {
-    let clip = k.clip.unwrap_or(f32::INFINITY);
-    next.par_chunks_mut(CHUNK).zip(x0.par_chunks_mut(CHUNK)).enumerate().for_each(|(chunk, (next, x0))| {
-        let start = chunk * CHUNK;
-        for (i, (next, x0)) in next.iter_mut().zip(x0).enumerate() {
-            let i = start + i;
-            let mut e = output[i].to_f32();
-            if let Some((scale, cond)) = guided {
-                e += scale * (cond[i].to_f32() - e);
-            }
-            let clean = |x: f32| (k.x0_from_x * x + k.x0_from_e * e).clamp(-clip, clip);
-            *x0 = clean(x[i]);
-            *next = k.next_from_x * x[i] + k.next_from_e * e + k.next_from_x0 * *x0;
-            if let Some(noise) = noise.filter(|_| k.next_from_noise != 0.0) {
-                *next += k.next_from_noise * noise[i];
-            }
-            if k.x0_from_next {
-                *x0 = clean(*next);
-            }
+impl SampleState {
+    /// `(x, x0, history)`, for the kernel that overwrites them.
+    pub(super) fn parts_mut(&mut self) -> (&mut Tensor, &mut Tensor, Option<&mut Tensor>) {
+        (&mut self.x, &mut self.x0, self.history.as_mut())
+    }
+}
+
+/// The values of an image, as kernels that reduce over them count.
+fn per_image(op: &'static str, x: &Tensor) -> Result<usize> {
+    let count = x.shape()[1..].iter().product();
+    match i32::try_from(count) {
+        Ok(_) => Ok(count),
+        Err(_) => Err(Error::TooLarge { op, what: "H * W * C", got: count as u128, limit: i32::MAX as u128 }),
+    }
+}
+
+/// `[N]`, f32: what the guided output of each image is multiplied by: arXiv:2305.08891, eqs. (15), (16). 1 for an image
+/// that does not rescale.
+fn rescale_factors(output: &Output, guidance: &Guidance, n: usize) -> Result<Tensor> {
+    const OP: &str = "guidance_rescale";
+    let values = output.values;
+    let count = per_image(OP, values)?;
+    let mut factors = Tensor::uninit(values.device(), &[n], DType::F32)?;
+    match values.device().clone() {
+        Device::Meta(meta) => {
+            let (flops, bytes) = (5 * values.numel() as u64, 2 * values.bytes() + factors.bytes());
+            meta.record(OP, OpKind::Elementwise, &[n], Work { macs: 0, flops, bytes, launches: 1 });
         }
+        Device::Cpu(_) => {
+            let scales = guidance.table.cpu::<f32>();
+            by_dtype!(values.dtype(), T => {
+                let (uncond, cond) = values.cpu::<T>().split_at(n * count);
+                for (image, factor) in factors.cpu_mut::<f32>().iter_mut().enumerate() {
+                    let (scale, rescale) = (scales[2 * image], scales[2 * image + 1]);
+                    let range = image * count..(image + 1) * count;
+                    let cond = || cond[range.clone()].iter().map(|v| v.to_f32());
+                    let guided = || uncond[range.clone()].iter().zip(cond()).map(|(e, cond)| {
+                        let e = e.to_f32();
+                        e + scale * (cond - e)
+                    });
+                    *factor = match rescale {
+                        0.0 => 1.0,
+                        _ => rescale * (deviation(cond) / deviation(guided)) + (1.0 - rescale),
+                    };
+                }
+            });
+        }
+        Device::Cuda(card) => cuda::step::guidance_rescale(&card, output, guidance, count, &mut factors)?,
+    }
+    Ok(factors)
+}
+
+/// Times the root of the count, which the ratio of two deviations does not see.
+fn deviation<I: Iterator<Item = f32>>(values: impl Fn() -> I) -> f32 {
+    let (sum, count) = values().fold((0.0, 0.0), |(sum, count), v| (sum + f64::from(v), count + 1.0));
+    let mean = sum / count;
+    values().map(|v| (f64::from(v) - mean).powi(2)).sum::<f64>().sqrt() as f32
+}
+
+/// `[N]`, f32: the bound of each image's clean sample.
+fn dynamic_thresholds(x: &Tensor, output: &Output, steps: &StepTable, thresholding: Thresholding) -> Result<Tensor> {
+    const OP: &str = "dynamic_threshold";
+    let (n, count) = (x.shape()[0], per_image(OP, x)?);
+    let mut thresholds = Tensor::uninit(x.device(), &[n], DType::F32)?;
+    if x.numel() == 0 {
+        return Ok(thresholds);
+    }
+    let rank = thresholding.ratio * (count - 1) as f32; // as torch computes it
+    let rank = Rank { below: rank as usize, above: (rank.ceil() as usize).min(count - 1), weight: rank.fract() };
+    match x.device().clone() {
+        Device::Meta(meta) => {
+            let (flops, bytes) = (8 * x.numel() as u64, 8 * (x.bytes() + output.values.bytes()) + thresholds.bytes());
+            meta.record(OP, OpKind::Elementwise, &[n], Work { macs: 0, flops, bytes, launches: 1 });
+        }
+        Device::Cpu(_) => {
+            let k = steps.current()?.coefficients;
+            let x = x.cpu::<f32>();
+            by_dtype!(output.values.dtype(), T => {
+                let output = CpuOutput::<T>::new(output, n * count);
+                for (image, threshold) in thresholds.cpu_mut::<f32>().iter_mut().enumerate() {
+                    let of = |i: usize| (k.x0_from_x * x[i] + k.x0_from_e * output.at(i, image)).abs();
+                    let mut magnitudes: Vec<f32> = (image * count..(image + 1) * count).map(of).collect();
+                    let (_, &mut below, larger) = magnitudes.select_nth_unstable_by(rank.below, f32::total_cmp);
+                    let above = match rank.above == rank.below {
+                        true => below,
+                        false => larger.iter().copied().min_by(f32::total_cmp).unwrap_or(below),
+                    };
+                    *threshold = rank.between(below, above).max(1.0).min(thresholding.max);
+                }
+            });
+        }
+        Device::Cuda(card) => {
+            cuda::step::dynamic_threshold(&card, x, output, steps, thresholding.max, rank, count, &mut thresholds)?;
+        }
+    }
+    Ok(thresholds)
+}
+
+/// Between which two values of the sorted ones a quantile lies, and how far from the first to the second.
+#[derive(Clone, Copy)]
+pub(super) struct Rank {
+    pub below: usize,
+    pub above: usize,
+    pub weight: f32,
+}
+
+impl Rank {
+    /// As torch's lerp, which is exact at both ends.
+    fn between(&self, below: f32, above: f32) -> f32 {
+        match self.weight < 0.5 {
+            true => below + self.weight * (above - below),
+            false => above - (above - below) * (1.0 - self.weight),
+        }
+    }
+}
+
+/// The output on the host, guided.
+struct CpuOutput<'a, T> {
+    uncond: &'a [T],
+    /// The other half, and scale and rescale per image.
+    guided: Option<(&'a [T], &'a [f32])>,
+    factors: Option<&'a [f32]>,
+}
+
+impl<'a, T: Element> CpuOutput<'a, T> {
+    fn new(output: &Output<'a>, count: usize) -> CpuOutput<'a, T> {
+        let (uncond, cond) = output.values.cpu::<T>().split_at(count);
+        let guided = output.guidance.map(|guidance| (cond, guidance.table.cpu::<f32>()));
+        CpuOutput { uncond, guided, factors: output.factors.map(|factors| factors.cpu()) }
+    }
+
+    fn at(&self, i: usize, image: usize) -> f32 {
+        let mut e = self.uncond[i].to_f32();
+        if let Some((cond, scales)) = self.guided {
+            e += scales[2 * image] * (cond[i].to_f32() - e);
+        }
+        if let Some(factors) = self.factors {
+            e *= factors[image];
+        }
+        e
+    }
+}
+
+/// The loop of [`sampler_step`]: the state after it.
+fn step_cpu(
+    state: &SampleState,
+    output: &Output,
+    k: &StepCoefficients,
+    noise: Option<&Tensor>,
+    thresholds: Option<&Tensor>,
+) -> Result<SampleState> {
+    let uninit = || Tensor::uninit(state.x.device(), state.x.shape(), DType::F32);
+    let (mut next, mut x0) = (uninit()?, uninit()?);
+    let (x, count) = (state.x.cpu::<f32>(), state.x.numel());
+    let per_image = count / state.x.shape()[0].max(1);
+    let thresholds = thresholds.map(|thresholds| thresholds.cpu::<f32>());
+    let noise = noise.filter(|_| k.next_from_noise != 0.0).map(|noise| noise.cpu::<f32>());
+    let clip = k.clip.unwrap_or(f32::INFINITY);
+    let history = state.history.as_ref().map_or(&[] as &[f32], |history| history.cpu());
+    let earlier: Vec<(f32, &[f32])> = k
+        .next_from_history
+        .iter()
+        .enumerate()
+        .filter(|(_, weight)| **weight != 0.0)
+        .map(|(j, &weight)| (weight, &history[j * count..(j + 1) * count]))
+        .collect();
+    // One value kept per element, or none: then the chunks are empty.
+    let keeps = k.kept.filter(|_| state.history.is_some());
+    let mut kept = keeps.map_or_else(Vec::new, |_| vec![0f32; count]);
+    let mut kept_chunks: Vec<&mut [f32]> = kept.chunks_mut(CHUNK).collect();
+    kept_chunks.resize_with(count.div_ceil(CHUNK), Default::default);
+    by_dtype!(output.values.dtype(), T => {
+        let output = CpuOutput::<T>::new(output, count);
+        let chunks = next.cpu_mut::<f32>().par_chunks_mut(CHUNK).zip(x0.cpu_mut::<f32>().par_chunks_mut(CHUNK));
+        chunks.zip(kept_chunks).enumerate().for_each(|(chunk, ((next, x0), kept))| {
+            for (j, (next, x0)) in next.iter_mut().zip(x0).enumerate() {
+                let i = chunk * CHUNK + j;
+                let image = i / per_image;
+                let e = output.at(i, image);
+                let clean = |x: f32| {
+                    let value = k.x0_from_x * x + k.x0_from_e * e;
+                    match thresholds {
+                        // Not clamp, which a NaN bound stops; a NaN value stays.
+                        Some(bounds) if value > bounds[image] => 1.0,
+                        Some(bounds) if value < -bounds[image] => -1.0,
+                        Some(bounds) => value / bounds[image],
+                        None => value.clamp(-clip, clip),
+                    }
+                };
+                *x0 = clean(x[i]);
+                *next = k.next_from_x * x[i] + k.next_from_e * e + k.next_from_x0 * *x0;
+                for (weight, values) in &earlier {
+                    *next += weight * values[i];
+                }
+                if let Some(noise) = noise {
+                    *next += k.next_from_noise * noise[i];
+                }
+                if let (Some(of), Some(kept)) = (keeps, kept.get_mut(j)) {
+                    *kept = of.from_x * x[i] + of.from_e * e + of.from_x0 * *x0;
+                }
+                if k.x0_from_next {
+                    *x0 = clean(*next);
+                }
+            }
+        });
     });
+    let history = match (&state.history, keeps) {
+        (Some(before), Some(_)) => {
+            kept.extend(&history[..history.len() - count]);
+            Some(Tensor::from_f32(before.device(), before.shape(), DType::F32, &kept)?)
+        }
+        (before, _) => before.clone(),
+    };
+    Ok(SampleState { x: next, x0, history })
 }

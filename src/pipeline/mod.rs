@@ -14,7 +14,7 @@ pub use crate::methods::{
 };
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
-pub use crate::schedulers::Sampler;
+pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use files::{Lora, ModelFiles, ModelSource};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};

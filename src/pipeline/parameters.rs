@@ -4,7 +4,7 @@ use super::{Lora, Pipeline, Request, SizeIds};
 use crate::image::infotext;
 use crate::methods::{Run, Stage, text_of};
 use crate::rng::RngKind;
-use crate::schedulers::Sampler;
+use crate::schedulers::{Sampler, SigmaSpacing};
 
 /// How a picture was made, for its file.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +35,10 @@ impl Parameters {
             ("Model".to_string(), pipeline.name().to_string()),
             ("Method".to_string(), method.to_string()),
         ];
+        let spacing = run.scheduler().sigma_spacing();
+        if spacing != SigmaSpacing::Uniform {
+            fields.push(("Schedule type".into(), spacing.webui_name().to_string()));
+        }
         let eta = webui_sampler(sampler).1.unwrap_or(request.eta);
         if eta != 0.0 {
             fields.push(("Eta DDIM".into(), eta.to_string()));
@@ -50,7 +54,7 @@ impl Parameters {
         let mut json = json!({
             "prompt": request.prompt, "negative_prompt": negative, "model": pipeline.name(),
             "method": method.name(), "size": last.size.to_string(), "stages": stages, "steps": steps,
-            "scheduler": sampler.name(), "eta": request.eta,
+            "scheduler": sampler.name(), "sigmas": spacing.to_string(), "eta": request.eta,
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });
@@ -92,10 +96,8 @@ fn decimal(value: f32) -> f64 {
 /// an eta of 1 (Song et al. 2020, arXiv:2010.02502, section 4.1).
 fn webui_sampler(sampler: Sampler) -> (&'static str, Option<f64>) {
     match sampler {
-        Sampler::Ddim => ("DDIM", None),
-        Sampler::Ddpm => ("DDIM", Some(1.0)),
-        Sampler::Euler => ("Euler", None),
-        Sampler::EulerAncestral => ("Euler a", None),
+        Sampler::Ddpm => (Sampler::Ddim.webui_name(), Some(1.0)),
+        sampler => (sampler.webui_name(), None),
     }
 }
 

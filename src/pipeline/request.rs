@@ -3,7 +3,7 @@ use super::{ModelFiles, ModelSource};
 use crate::error::{Error, Result};
 use crate::methods::{Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
 use crate::rng::RngKind;
-use crate::schedulers::{Sampler, Scheduler, SchedulerConfig};
+use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
 
 /// Everything that decides a picture, beside the model. `None` and an empty list mean: chosen from the model and the
 /// method. The other defaults are for Stable Diffusion; [`Request::suited_to`] has those of any model.
@@ -19,9 +19,10 @@ pub struct Request {
     pub size: Option<Size>,
     /// Sizes and steps, smallest first; empty: planned from `size` by the method.
     pub stages: Vec<Stage>,
-    /// Default: the sampler of the model's own scheduler class; `ddim` where that has none here (PNDM, as in SD 1.5's
-    /// files, DPM-Solver) and for `reference_compat`.
+    /// Default: the method's own: `ddim` for MegaFusion, the sampler of the model's scheduler class for `plain`.
     pub scheduler: Option<Sampler>,
+    /// How the noise levels of a sampler with sigmas are spaced. Default: as the model's configuration says.
+    pub sigmas: Option<SigmaSpacing>,
     /// DDIM's share of fresh noise per step, 0 to 1.
     pub eta: f64,
     /// Steps over all stages. Default: the sum of `stages`, else 50.
@@ -47,6 +48,7 @@ impl Default for Request {
             size: None,
             stages: Vec::new(),
             scheduler: None,
+            sigmas: None,
             eta: 0.0,
             steps: None,
             guidance: Defaults::LATENT.guidance,
@@ -120,7 +122,7 @@ impl Request {
             ));
         }
         let sampler = self.scheduler.unwrap_or_else(|| self.method.implementation().sampler(config));
-        let scheduler = Scheduler::new(config, sampler, steps, self.eta)?;
+        let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
         Run::new(self.method.clone(), stages, scheduler, (self.guidance > 1.0).then_some(self.guidance), factor)
     }
 

@@ -198,7 +198,7 @@ impl Pipeline {
         let prompts = self.encode_prompts(requests, guided, observer)?;
         let rows = prompts.embeds.shape().to_vec();
         let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 }, &first.size_ids);
-        conditions.prepare(run.scheduler().timesteps())?;
+        conditions.prepare(&run.timesteps())?;
         let model = Conditioned { pipeline: self, images: requests.len(), rows, conditions: RefCell::new(conditions) };
 
         for (index, request) in requests.iter().enumerate() {

@@ -1,15 +1,20 @@
 //! Schedulers: the noise schedule of scheduler_config.json, and the samplers' steps as coefficients computed in f64.
 
 mod config;
+mod levels;
+mod samplers;
 mod schedule;
 
-pub use config::{Prediction, SchedulerConfig, Spacing};
+pub use config::{Prediction, SchedulerConfig, SigmaSpacing, Spacing};
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
-use crate::ops::StepCoefficients;
+use crate::ops::{StepCoefficients, Thresholding};
+use config::Solver;
+use levels::Levels;
 use schedule::NoiseSchedule;
 
 /// How one step goes from a noise level to the next.
@@ -23,10 +28,33 @@ pub enum Sampler {
     Euler,
     /// Euler to a lower noise level, then fresh noise up to the wanted one (k-diffusion's `sample_euler_ancestral`).
     EulerAncestral,
+    /// DPM-Solver++ of order 2, multistep. Lu et al. 2022, arXiv:2211.01095, algorithm 2.
+    Dpm2M,
+    /// The same for the diffusion's stochastic equation: arXiv:2211.01095, appendix.
+    Dpm2MSde,
+    /// UniPC-2 with B(h) = e^h - 1, predicting x0. Zhao et al. 2023, arXiv:2302.04867.
+    UniPc,
+    /// Multistep consistency sampling of a distilled model. Luo et al. 2023, arXiv:2310.04378.
+    Lcm,
+    /// Karras et al. 2022, arXiv:2206.00364, algorithm 1 without churn: two evaluations per step, one in the last.
+    Heun,
+    /// Pseudo linear multistep of order 4. Liu et al. 2022, arXiv:2202.09778; its first step has two evaluations.
+    Pndm,
 }
 
 impl Sampler {
-    pub const ALL: [Sampler; 4] = [Sampler::Ddim, Sampler::Ddpm, Sampler::Euler, Sampler::EulerAncestral];
+    pub const ALL: [Sampler; 10] = [
+        Sampler::Ddim,
+        Sampler::Ddpm,
+        Sampler::Euler,
+        Sampler::EulerAncestral,
+        Sampler::Dpm2M,
+        Sampler::Dpm2MSde,
+        Sampler::UniPc,
+        Sampler::Lcm,
+        Sampler::Heun,
+        Sampler::Pndm,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -34,12 +62,45 @@ impl Sampler {
             Sampler::Ddpm => "ddpm",
             Sampler::Euler => "euler",
             Sampler::EulerAncestral => "euler-ancestral",
+            Sampler::Dpm2M => "dpm++-2m",
+            Sampler::Dpm2MSde => "dpm++-2m-sde",
+            Sampler::UniPc => "unipc",
+            Sampler::Lcm => "lcm",
+            Sampler::Heun => "heun",
+            Sampler::Pndm => "pndm",
+        }
+    }
+
+    /// As the "Sampler" of webui's infotext; the spacing of the sigmas is its "Schedule type"
+    /// ([`SigmaSpacing::webui_name`]).
+    pub fn webui_name(self) -> &'static str {
+        match self {
+            Sampler::Ddim => "DDIM",
+            Sampler::Ddpm => "DDPM",
+            Sampler::Euler => "Euler",
+            Sampler::EulerAncestral => "Euler a",
+            Sampler::Dpm2M => "DPM++ 2M",
+            Sampler::Dpm2MSde => "DPM++ 2M SDE",
+            Sampler::UniPc => "UniPC",
+            Sampler::Lcm => "LCM",
+            Sampler::Heun => "Heun",
+            Sampler::Pndm => "PLMS",
         }
     }
 
     /// Are latents `x0 + sigma noise` (variance exploding) rather than `sqrt(abar) x0 + sqrt(1 - abar) noise`?
     fn exploding(self) -> bool {
-        matches!(self, Sampler::Euler | Sampler::EulerAncestral)
+        matches!(self, Sampler::Euler | Sampler::EulerAncestral | Sampler::Heun)
+    }
+
+    /// Does it run on a list of sigmas, which can be spaced otherwise than the timesteps, rather than on the table?
+    pub fn has_sigmas(self) -> bool {
+        self.exploding() || self.multistep()
+    }
+
+    /// Does it use earlier clean samples, weighed by the steps' sizes?
+    fn multistep(self) -> bool {
+        matches!(self, Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc)
     }
 }
 
@@ -52,10 +113,9 @@ impl fmt::Display for Sampler {
 impl FromStr for Sampler {
     type Err = Error;
     fn from_str(s: &str) -> Result<Sampler> {
-        Sampler::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| Error::Request {
-            flag: "--scheduler",
-            value: s.into(),
-            reason: "expected ddim, ddpm, euler or euler-ancestral".into(),
+        Sampler::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| {
+            let names = Sampler::ALL.map(Sampler::name).join(", ");
+            Error::Request { flag: "--scheduler", value: s.into(), reason: format!("expected one of {names}") }
         })
     }
 }
@@ -66,20 +126,29 @@ impl FromStr for Sampler {
 pub struct Scheduler {
     sampler: Sampler,
     schedule: NoiseSchedule,
-    timesteps: Vec<f32>,
+    levels: Levels,
     prediction: Prediction,
     spacing: Spacing,
+    sigma_spacing: SigmaSpacing,
     clip: Option<f64>,
+    thresholding: Option<Thresholding>,
     eta: f64,
     /// DDIM's distance to the previous timestep, whatever the spacing: `num_train_timesteps / steps`, rounded down.
     stride: usize,
     fixed_large_variance: bool,
-    ends_at_smallest_sigma: bool,
+    solver: Solver,
+    /// LCM's: how fast the boundary condition's share of the clean sample goes to 1.
+    timestep_scaling: f64,
 }
 
-/// One step of a run.
+/// One evaluation of the network, and what it does to the sample. Most samplers have one per step; a Heun step has two,
+/// as has the first of PNDM.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Step {
+pub struct Evaluation {
+    /// The step of the run that it belongs to, from 0.
+    pub step: usize,
+    /// Is the step done after it?
+    pub ends_step: bool,
     /// What the network is told.
     pub timestep: f32,
     /// The network reads the latents times this.
@@ -95,35 +164,29 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`Error::Config`], naming the configuration's file: a key the sampler does not support, betas out of range;
-    /// [`Error::Request`]: `--steps` or `--eta` out of range.
+    /// [`Error::Request`]: `--steps`, `--eta` or `--sigmas` out of range or without effect.
     pub fn new(config: &SchedulerConfig, sampler: Sampler, steps: usize, eta: f64) -> Result<Scheduler> {
         config.check_for(sampler)?;
-        let n = config.num_train_timesteps;
-        if !(1..=n).contains(&steps) {
-            let reason = format!("expected 1 to {n}, the number of timesteps that the model was trained with");
-            return Err(Error::Request { flag: "--steps", value: steps.to_string(), reason });
-        }
         if !(0.0..=1.0).contains(&eta) || (eta != 0.0 && sampler != Sampler::Ddim) {
             let reason = "expected 0 to 1, and 0 for samplers other than ddim".to_string();
             return Err(Error::Request { flag: "--eta", value: eta.to_string(), reason });
         }
-        let mut schedule = NoiseSchedule::new(config, config.set_alpha_to_one(sampler))?;
-        if sampler.exploding() && config.rescale_betas_zero_snr {
-            // Not 0, so that the first sigma is finite: 4096.
-            *schedule.abar.last_mut().expect("a checked, non-empty table") = f64::from(2f32.powi(-24));
-        }
-        let spacing = config.spacing(sampler);
+        let schedule = NoiseSchedule::new(config, sampler)?;
+        let levels = Levels::new(config, sampler, &schedule, steps)?;
         let scheduler = Scheduler {
             sampler,
             schedule,
-            timesteps: timesteps(n, steps, spacing, config.steps_offset, sampler.exploding()),
+            levels,
             prediction: config.prediction(),
-            spacing,
+            spacing: config.spacing(sampler),
+            sigma_spacing: config.sigma_spacing(sampler)?,
             clip: config.clip(sampler),
+            thresholding: config.thresholding(sampler),
             eta,
-            stride: n / steps,
+            stride: config.num_train_timesteps / steps,
             fixed_large_variance: config.fixed_large_variance(),
-            ends_at_smallest_sigma: config.ends_at_smallest_sigma(),
+            solver: config.solver(),
+            timestep_scaling: config.timestep_scaling(),
         };
         scheduler.check(config)?;
         Ok(scheduler)
@@ -133,12 +196,12 @@ impl Scheduler {
         if self.sampler.exploding() {
             return Ok(()); // sigmas continue beyond the table's ends
         }
-        let first = self.timesteps[0] as usize;
+        let first = self.timesteps()[0] as usize;
         match self.schedule.abar.get(first) {
             None => Err(config.error(format!(
                 "steps_offset {} puts the first of {} steps at timestep {first}, beyond the {} trained ones; use fewer --steps",
                 config.steps_offset,
-                self.timesteps.len(),
+                self.timesteps().len(),
                 self.schedule.abar.len()
             ))),
             Some(&abar) if abar <= 0.0 && self.prediction == Prediction::Epsilon => Err(config.error(
@@ -152,9 +215,18 @@ impl Scheduler {
         self.sampler
     }
 
-    /// One per step, descending.
+    pub fn sigma_spacing(&self) -> SigmaSpacing {
+        self.sigma_spacing
+    }
+
+    /// For the step table of a run: the clean sample of every evaluation is thresholded so.
+    pub fn thresholding(&self) -> Option<Thresholding> {
+        self.thresholding
+    }
+
+    /// One per step, descending. The network is told those of the [`evaluations`](Scheduler::evaluations).
     pub fn timesteps(&self) -> &[f32] {
-        &self.timesteps
+        &self.levels.timesteps
     }
 
     /// alphas_cumprod, one per training timestep.
@@ -170,7 +242,9 @@ impl Scheduler {
     /// The same timesteps on the schedule for pictures of `gamma` times the area (MegaFusion, arXiv:2408.11001, sec.
     /// 3.3); every sigma grows by sqrt(gamma). `gamma` 1 changes nothing.
     pub fn rescheduled(&self, gamma: f64) -> Scheduler {
-        Scheduler { schedule: self.schedule.rescheduled(gamma), ..self.clone() }
+        let sigmas = self.levels.sigmas.iter().map(|sigma| sigma * gamma.sqrt()).collect();
+        let levels = Levels { timesteps: self.levels.timesteps.clone(), sigmas };
+        Scheduler { schedule: self.schedule.rescheduled(gamma), levels, ..self.clone() }
     }
 
     /// Standard deviation of the noise that a run starts from.
@@ -178,7 +252,7 @@ impl Scheduler {
         if !self.sampler.exploding() {
             return 1.0;
         }
-        let largest = (0..self.timesteps.len()).map(|i| self.sigma(i)).fold(0.0, f64::max);
+        let largest = self.levels.sigmas.iter().copied().fold(0.0, f64::max);
         match self.spacing {
             Spacing::Leading => largest.hypot(1.0),
             Spacing::Trailing | Spacing::Linspace => largest,
@@ -188,167 +262,19 @@ impl Scheduler {
     /// What a clean sample and noise are multiplied by to stand where step `i` begins: (signal, noise).
     pub fn noise_level(&self, i: usize) -> (f64, f64) {
         if self.sampler.exploding() {
-            return (1.0, self.sigma(i));
+            return (1.0, self.levels.sigmas[i]);
+        }
+        if self.sampler.has_sigmas() {
+            return samplers::preserving(self.levels.sigmas[i]);
         }
         let abar = self.abar(i);
         (abar.sqrt(), (1.0 - abar).sqrt())
     }
 
-    /// Step `i`, from 0.
-    pub fn step(&self, i: usize) -> Step {
-        let (coefficients, draws_noise) = match self.sampler {
-            Sampler::Ddim => (self.ddim(i), self.eta > 0.0),
-            Sampler::Ddpm => (self.ddpm(i), self.timesteps[i] > 0.0),
-            Sampler::Euler => (self.euler(i, 0.0), false),
-            Sampler::EulerAncestral => {
-                let (from, to) = (self.sigma(i), self.next_sigma(i));
-                let up = to * ((from - to) * (from + to)).max(0.0).sqrt() / from;
-                (self.euler(i, up), true)
-            }
-        };
-        let input_scale = if self.sampler.exploding() { 1.0 / self.sigma(i).hypot(1.0) } else { 1.0 };
-        Step {
-            timestep: self.timesteps[i],
-            input_scale: input_scale as f32,
-            coefficients: coefficients.rounded(self.clip),
-            draws_noise,
-        }
+    /// The evaluations of `steps` of the run, from 0, in order. The first of them knows no earlier ones: a stage that
+    /// begins anew, on another schedule or with another sample, is its own range, and its sample state a new one.
+    pub fn evaluations(&self, steps: Range<usize>) -> Vec<Evaluation> {
+        let begin = steps.start;
+        steps.flat_map(|i| self.step(i, i - begin)).collect()
     }
-
-    fn abar(&self, i: usize) -> f64 {
-        self.schedule.abar[self.timesteps[i] as usize]
-    }
-
-    fn sigma(&self, i: usize) -> f64 {
-        self.schedule.sigma(f64::from(self.timesteps[i]))
-    }
-
-    fn next_sigma(&self, i: usize) -> f64 {
-        match i + 1 < self.timesteps.len() {
-            true => self.sigma(i + 1),
-            false if self.ends_at_smallest_sigma && self.sampler == Sampler::Euler => self.schedule.sigma(0.0),
-            false => 0.0,
-        }
-    }
-
-    /// x0 as `(of x, of e)` where x = sqrt(abar) x0 + sqrt(1 - abar) noise.
-    fn x0(&self, abar: f64) -> (f64, f64) {
-        let (signal, sigma) = (abar.sqrt(), (1.0 - abar).sqrt());
-        match self.prediction {
-            Prediction::Epsilon => (1.0 / signal, -sigma / signal),
-            Prediction::Velocity => (signal, -sigma),
-            Prediction::Sample => (0.0, 1.0),
-        }
-    }
-
-    /// s = t - stride; std = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s);
-    /// x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - std^2) eps + std noise: arXiv:2010.02502, eqs. (12), (16). The eps is
-    /// the one of the x0 before it is clipped.
-    fn ddim(&self, i: usize) -> Affine {
-        let t = self.timesteps[i] as usize;
-        let abar = self.schedule.abar[t];
-        let previous = t.checked_sub(self.stride).map_or(self.schedule.final_abar, |s| self.schedule.abar[s]);
-        let variance = (1.0 - previous) / (1.0 - abar) * (1.0 - abar / previous);
-        let std = self.eta * variance.max(0.0).sqrt();
-        let direction = (1.0 - previous - std * std).max(0.0).sqrt();
-        let (signal, sigma) = (abar.sqrt(), (1.0 - abar).sqrt());
-        let (eps_from_x, eps_from_e) = match self.prediction {
-            Prediction::Epsilon => (0.0, 1.0),
-            Prediction::Velocity => (sigma, signal),
-            Prediction::Sample => (1.0 / sigma, -signal / sigma),
-        };
-        let (x0_from_x, x0_from_e) = self.x0(abar);
-        Affine {
-            x0_from_x,
-            x0_from_e,
-            next_from_x: direction * eps_from_x,
-            next_from_e: direction * eps_from_e,
-            next_from_x0: previous.sqrt(),
-            next_from_noise: std,
-        }
-    }
-
-    /// The posterior's mean and deviation: arXiv:2006.11239, eq. (7), from this timestep to the list's next one.
-    fn ddpm(&self, i: usize) -> Affine {
-        let abar = self.abar(i);
-        let previous = if i + 1 < self.timesteps.len() { self.abar(i + 1) } else { 1.0 };
-        let alpha = abar / previous;
-        let beta = 1.0 - alpha;
-        let variance = match self.fixed_large_variance {
-            true => beta,
-            false => ((1.0 - previous) / (1.0 - abar) * beta).max(1e-20),
-        };
-        let (x0_from_x, x0_from_e) = self.x0(abar);
-        Affine {
-            x0_from_x,
-            x0_from_e,
-            next_from_x: alpha.sqrt() * (1.0 - previous) / (1.0 - abar),
-            next_from_e: 0.0,
-            next_from_x0: previous.sqrt() * beta / (1.0 - abar),
-            next_from_noise: if self.timesteps[i] > 0.0 { variance.sqrt() } else { 0.0 },
-        }
-    }
-
-    /// dx/dsigma = (x - x0) / sigma, one Euler step to sqrt(to^2 - up^2), then noise of deviation `up`.
-    fn euler(&self, i: usize, up: f64) -> Affine {
-        let (from, to) = (self.sigma(i), self.next_sigma(i));
-        let down = (to * to - up * up).max(0.0).sqrt();
-        let (x0_from_x, x0_from_e) = match self.prediction {
-            Prediction::Epsilon => (1.0, -from),
-            Prediction::Velocity => (1.0 / (from * from + 1.0), -from / from.hypot(1.0)),
-            Prediction::Sample => (0.0, 1.0),
-        };
-        let keep = down / from;
-        Affine {
-            x0_from_x,
-            x0_from_e,
-            next_from_x: keep,
-            next_from_e: 0.0,
-            next_from_x0: 1.0 - keep,
-            next_from_noise: up,
-        }
-    }
-}
-
-/// [`StepCoefficients`] before they are rounded to f32.
-struct Affine {
-    x0_from_x: f64,
-    x0_from_e: f64,
-    next_from_x: f64,
-    next_from_e: f64,
-    next_from_x0: f64,
-    next_from_noise: f64,
-}
-
-impl Affine {
-    fn rounded(self, clip: Option<f64>) -> StepCoefficients {
-        StepCoefficients {
-            x0_from_x: self.x0_from_x as f32,
-            x0_from_e: self.x0_from_e as f32,
-            clip: clip.map(|bound| bound as f32),
-            next_from_x: self.next_from_x as f32,
-            next_from_e: self.next_from_e as f32,
-            next_from_x0: self.next_from_x0 as f32,
-            next_from_noise: self.next_from_noise as f32,
-            x0_from_next: false,
-        }
-    }
-}
-
-/// `steps` of `n` training timesteps, descending. Fractions stay where `fractional`, for the samplers that interpolate.
-fn timesteps(n: usize, steps: usize, spacing: Spacing, offset: usize, fractional: bool) -> Vec<f32> {
-    let at = |i: usize| match spacing {
-        Spacing::Leading => ((steps - 1 - i) * (n / steps) + offset) as f64,
-        Spacing::Trailing => {
-            let stride = n as f64 / steps as f64;
-            let delta = (n as f64 - stride) - n as f64; // as numpy's arange rounds it
-            (n as f64 + i as f64 * delta).round_ties_even() - 1.0
-        }
-        Spacing::Linspace => {
-            let stride = if steps > 1 { (n - 1) as f64 / (steps - 1) as f64 } else { 0.0 };
-            let t = if i == 0 && steps > 1 { (n - 1) as f64 } else { (steps - 1 - i) as f64 * stride };
-            if fractional { t } else { t.round_ties_even() }
-        }
-    };
-    (0..steps).map(|i| at(i).max(0.0) as f32).collect()
 }

@@ -1,6 +1,6 @@
 //! alphas_cumprod (abar) of a configuration, and its re-scheduling for larger pictures.
 
-use super::SchedulerConfig;
+use super::{Sampler, SchedulerConfig};
 use crate::error::Result;
 
 /// abar_t for every training timestep: the share of signal in the variance of the noised sample.
@@ -14,9 +14,11 @@ pub(super) struct NoiseSchedule {
 }
 
 impl NoiseSchedule {
-    pub fn new(config: &SchedulerConfig, set_alpha_to_one: bool) -> Result<NoiseSchedule> {
-        let mut betas = betas(config)?;
-        if config.rescale_betas_zero_snr {
+    /// Of the sampler's class, which decides over defaults.
+    pub fn new(config: &SchedulerConfig, sampler: Sampler) -> Result<NoiseSchedule> {
+        let set_alpha_to_one = config.set_alpha_to_one(sampler);
+        let mut betas = betas(config, sampler)?;
+        if config.rescales_to_zero_snr(sampler) {
             betas = with_zero_terminal_snr(&betas);
         }
         if let Some((t, beta)) = betas.iter().enumerate().find(|(_, beta)| !(0.0..=1.0).contains(*beta)) {
@@ -27,7 +29,11 @@ impl NoiseSchedule {
         if let Some(t) = abar[..abar.len() - 1].iter().position(|&a| a <= 0.0) {
             return Err(config.error(format!("alphas_cumprod is 0 from timestep {t} on; the betas are too large")));
         }
-        let abar: Vec<f64> = abar.into_iter().map(f64::from).collect();
+        let mut abar: Vec<f64> = abar.into_iter().map(f64::from).collect();
+        if sampler.has_sigmas() && config.rescales_to_zero_snr(sampler) {
+            // Not 0, so that the first sigma is finite: 4096.
+            *abar.last_mut().expect("a checked, non-empty table") = f64::from(2f32.powi(-24));
+        }
         let final_abar = if set_alpha_to_one { 1.0 } else { abar[0] };
         Ok(NoiseSchedule { abar, final_abar, set_alpha_to_one })
     }
@@ -42,17 +48,31 @@ impl NoiseSchedule {
 
     /// sqrt((1 - abar) / abar), between the integers linearly interpolated, outside the table its ends.
     pub fn sigma(&self, t: f64) -> f64 {
-        let at = |t: usize| ((1.0 - self.abar[t]) / self.abar[t]).sqrt();
         let last = self.abar.len() - 1;
         let t = t.clamp(0.0, last as f64);
         let below = (t.floor() as usize).min(last - 1);
         let fraction = t - below as f64;
-        at(below) + (at(below + 1) - at(below)) * fraction
+        self.at(below) + (self.at(below + 1) - self.at(below)) * fraction
+    }
+
+    /// sigma of a training timestep.
+    pub fn at(&self, t: usize) -> f64 {
+        ((1.0 - self.abar[t]) / self.abar[t]).sqrt()
+    }
+
+    /// The timestep of a sigma, between the integers linearly interpolated in log(sigma).
+    pub fn timestep(&self, sigma: f64) -> f64 {
+        let log_of = |sigma: f64| sigma.max(1e-10).ln();
+        let above = self.abar.partition_point(|&abar| ((1.0 - abar) / abar).sqrt() <= sigma);
+        let below = above.saturating_sub(1).min(self.abar.len() - 2);
+        let (low, high) = (log_of(self.at(below)), log_of(self.at(below + 1)));
+        let fraction = ((low - log_of(sigma)) / (low - high)).clamp(0.0, 1.0);
+        below as f64 + fraction
     }
 }
 
 /// In f32, as the models were trained.
-fn betas(config: &SchedulerConfig) -> Result<Vec<f32>> {
+fn betas(config: &SchedulerConfig, sampler: Sampler) -> Result<Vec<f32>> {
     let n = config.num_train_timesteps;
     if let Some(betas) = &config.trained_betas {
         if betas.len() != n {
@@ -61,8 +81,8 @@ fn betas(config: &SchedulerConfig) -> Result<Vec<f32>> {
         }
         return Ok(betas.iter().map(|&beta| beta as f32).collect());
     }
-    let (start, end) = (config.beta_start, config.beta_end);
-    match config.beta_schedule.as_str() {
+    let (start, end) = config.beta_range(sampler);
+    match config.beta_schedule(sampler) {
         "linear" => Ok(linspace(start as f32, end as f32, n)),
         "scaled_linear" => {
             let mut roots = linspace(start.sqrt() as f32, end.sqrt() as f32, n);
@@ -70,8 +90,13 @@ fn betas(config: &SchedulerConfig) -> Result<Vec<f32>> {
             Ok(roots)
         }
         "squaredcos_cap_v2" => Ok(cosine(n)),
+        "sigmoid" => {
+            let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+            let (start, end) = (start as f32, end as f32);
+            Ok(linspace(-6.0, 6.0, n).into_iter().map(|x| sigmoid(x) * (end - start) + start).collect())
+        }
         other => Err(config.error(format!(
-            "beta_schedule is {other:?}, expected \"linear\", \"scaled_linear\" or \"squaredcos_cap_v2\""
+            "beta_schedule is {other:?}, expected \"linear\", \"scaled_linear\", \"squaredcos_cap_v2\" or \"sigmoid\""
         ))),
     }
 }

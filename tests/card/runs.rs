@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use megafuse::methods::{MegaFusion, Plain};
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
-use megafuse::ops::{self, SampleState, StepCoefficients, StepRow, StepTable};
+use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent};
 use megafuse::runtime::{CudaDevice, CudaOptions, MetaDevice};
 use megafuse::schedulers::Sampler;
@@ -231,16 +231,16 @@ fn a_recorded_step_is_what_the_planner_counts() {
                 next_from_x: 0.0,
                 next_from_e: 0.5,
                 next_from_x0: 0.5,
-                next_from_noise: 0.0,
-                x0_from_next: false,
+                ..StepCoefficients::default()
             };
+            let guidance = Guidance::uniform(device, 1, 7.0).unwrap();
             let mut steps = StepTable::new(device, vec![StepRow { input_scale: 1.0, coefficients }; 2]).unwrap();
             let mut state =
                 SampleState::new(Tensor::zeros(device, &[1, 16, 16, config.in_channels], DType::F32).unwrap()).unwrap();
             work(&mut || {
                 let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
                 let output = unet.forward(&input, steps.index(), &conditioning, &UnetOptions::default())?;
-                ops::sampler_step(&mut state, &output, Some(7.0), &steps, None)?;
+                ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
                 steps.index_mut().advance()
             });
         };

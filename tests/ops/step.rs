@@ -2,7 +2,9 @@
 
 use crate::common::{Expected, Random, assert_close, cards, devices, f64s};
 use megafuse::Error;
-use megafuse::ops::{self, SampleState, StepCoefficients, StepIndex, StepRow, StepTable};
+use megafuse::ops::{
+    self, Guidance, GuidanceScale, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepTable, Thresholding,
+};
 use megafuse::runtime::{DType, Device, MetaDevice, Tensor};
 
 /// One element; primes; off a block's 256 elements; empty; off a cpu task's 8192.
@@ -16,8 +18,15 @@ const COEFFICIENTS: StepCoefficients = StepCoefficients {
     next_from_e: 0.4,
     next_from_x0: 0.9,
     next_from_noise: 0.0,
+    next_from_history: [0.0; 3],
+    kept: None,
     x0_from_next: false,
 };
+
+/// The same scale for every image.
+fn guide(device: &Device, images: usize, scale: Option<f32>) -> Option<Guidance> {
+    scale.map(|scale| Guidance::uniform(device, images, scale).unwrap())
+}
 
 fn row(coefficients: StepCoefficients) -> StepRow {
     StepRow { input_scale: 0.7, coefficients }
@@ -48,7 +57,8 @@ fn steps_follow_the_table() {
                     let output = random.randn(&device, &[rows, shape[1], shape[2], shape[3]], dtype);
                     let want = expected(k, &f64s(state.x()), &f64s(&output), guidance, &f64s(&noise));
                     assert_eq!(steps.index().get(0), step);
-                    ops::sampler_step(&mut state, &output, guidance, &steps, Some(&noise)).unwrap();
+                    let guided = guide(&device, shape[0], guidance);
+                    ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, Some(&noise)).unwrap();
                     steps.index_mut().advance().unwrap();
                     let what = format!("{device} {dtype} {shape:?} guidance {guidance:?} step {step}");
                     for (got, (values, magnitudes), name) in [(state.x(), &want.0, "x"), (state.x0(), &want.1, "x0")] {
@@ -110,7 +120,8 @@ fn guidance_picks_and_clip_keeps_nan() {
         let noise = tensor(&[f32::NAN, f32::NAN]);
         let run = |guidance| {
             let mut state = SampleState::new(tensor(&[0.0, 0.0])).unwrap();
-            ops::sampler_step(&mut state, &output, Some(guidance), &steps, Some(&noise)).unwrap();
+            let guided = guide(&device, 2, Some(guidance));
+            ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, Some(&noise)).unwrap();
             (state.x0().to_f32_vec().unwrap(), state.x().to_f32_vec().unwrap())
         };
         assert_eq!(run(1.0).0[0], -0.5);
@@ -154,8 +165,9 @@ fn a_replayed_step_finds_its_row() {
             let mut steps = table(&device, &kinds);
             let mut state = SampleState::new(random.randn(&device, &[1, 5, 7, 4], DType::F32)).unwrap();
             let output = random.randn(&device, &[2, 5, 7, 4], DType::BF16);
+            let guided = guide(&device, 1, Some(3.0));
             let mut step = || {
-                ops::sampler_step(&mut state, &output, Some(3.0), &steps, None)?;
+                ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, None)?;
                 steps.index_mut().advance()
             };
             if recorded {
@@ -206,10 +218,11 @@ fn meta_records_what_the_card_launches() {
     let output = Tensor::uninit(&device, &[4, 3, 5, 4], DType::F16).unwrap();
     let noise = Tensor::uninit(&device, &[2, 3, 5, 4], DType::F32).unwrap();
     let mut steps = table(&device, &[StepCoefficients { next_from_noise: 1.0, ..COEFFICIENTS }]);
+    let guided = guide(&device, 2, Some(7.0));
     meta.take_report();
     assert_eq!(ops::scale_input(&x, &steps, DType::F16, 2).unwrap().shape(), [4, 3, 5, 4]);
     let mut state = SampleState::new(x).unwrap();
-    ops::sampler_step(&mut state, &output, Some(7.0), &steps, Some(&noise)).unwrap();
+    ops::sampler_step(&mut state, &output, guided.as_ref(), &steps, Some(&noise)).unwrap();
     steps.index_mut().advance().unwrap();
     let records: Vec<(&str, u64)> = meta.take_report().ops.iter().map(|op| (op.op, op.work.bytes)).collect();
     // 120 elements of f32 are 480 bytes, as are 240 of f16.
@@ -225,7 +238,8 @@ fn errors_name_the_argument() {
             [0.0, 0.5].map(|next_from_noise| table(&device, &[StepCoefficients { next_from_noise, ..COEFFICIENTS }]));
         let step = |output: &Tensor, guidance, steps: &StepTable, noise: Option<&Tensor>| {
             let mut state = SampleState::new(zeros(&shape, DType::F32)).unwrap();
-            ops::sampler_step(&mut state, output, guidance, steps, noise).unwrap_err()
+            let guided = guide(&device, 2, guidance);
+            ops::sampler_step(&mut state, output, guided.as_ref(), steps, noise).unwrap_err()
         };
         let (x, two) = (zeros(&shape, DType::F32), zeros(&[4, 3, 5, 4], DType::F32));
         let (half, ids) = (zeros(&shape, DType::F16), zeros(&shape, DType::U32));
@@ -252,5 +266,56 @@ fn errors_name_the_argument() {
         done.index_mut().advance().unwrap();
         assert!(matches!(step(&x, None, &done, None), Error::Argument { arg: "step", .. }));
         assert!(matches!(ops::scale_input(&x, &done, DType::F32, 1).unwrap_err(), Error::Argument { arg: "step", .. }));
+    }
+}
+
+/// Each image has its own scale and rescale, deviations and quantile; the history goes back two steps.
+#[test]
+fn images_rescale_threshold_and_remember() {
+    let (n, size, f) = (3, 5 * 7 * 4, f64::from);
+    let scales = [(7.5, 0.7), (3.0, 0.0), (1.5, 1.0)].map(|(scale, rescale)| GuidanceScale { scale, rescale });
+    let limit = Thresholding { ratio: 0.83, max: 1.75 };
+    let kept = Some(Kept { from_x: 0.2, from_e: 0.3, from_x0: 0.5 });
+    let k = StepCoefficients { next_from_history: [0.4, -0.6, 0.0], kept, ..COEFFICIENTS };
+    for device in devices() {
+        let mut random = Random::new(9);
+        let mut steps = table(&device, &[k; 3]).with_thresholding(Some(limit)).unwrap();
+        let x = random.randn(&device, &[n, 5, 7, 4], DType::F32);
+        let (mut want, mut history) = (f64s(&x), [vec![0.0; n * size], vec![0.0; n * size]]);
+        let mut state = SampleState::with_history(x, steps.history()).unwrap();
+        let guidance = Guidance::new(&device, &scales).unwrap();
+        for step in 0..3 {
+            let output = random.randn(&device, &[2 * n, 5, 7, 4], DType::F32);
+            ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None).unwrap();
+            steps.index_mut().advance().unwrap();
+            let (uncond, cond) = (&f64s(&output)[..n * size], &f64s(&output)[n * size..]);
+            let mut latest = vec![0.0; n * size];
+            for (image, GuidanceScale { scale, rescale }) in scales.into_iter().enumerate() {
+                let range = image * size..(image + 1) * size;
+                let mut e: Vec<f64> = range.clone().map(|i| uncond[i] + f(scale) * (cond[i] - uncond[i])).collect();
+                let std = |v: &[f64]| {
+                    let mean = v.iter().sum::<f64>() / size as f64;
+                    v.iter().map(|v| (v - mean).powi(2)).sum::<f64>().sqrt()
+                };
+                let factor = f(rescale) * std(&cond[range.clone()]) / std(&e) + 1.0 - f(rescale);
+                e.iter_mut().for_each(|e| *e *= factor);
+                let of = |i: usize| f(k.x0_from_x) * want[i] + f(k.x0_from_e) * e[i - range.start];
+                let x0: Vec<f64> = range.clone().map(of).collect();
+                let mut sorted: Vec<f64> = x0.iter().map(|v| v.abs()).collect();
+                sorted.sort_by(f64::total_cmp);
+                let rank = f(limit.ratio * (size - 1) as f32);
+                let (low, high) = (sorted[rank as usize], sorted[rank.ceil() as usize]);
+                let bound = (low + rank.fract() * (high - low)).max(1.0).min(f(limit.max));
+                for (j, i) in range.enumerate() {
+                    let x0 = x0[j].clamp(-bound, bound) / bound;
+                    latest[i] = 0.2 * want[i] + 0.3 * e[j] + 0.5 * x0;
+                    want[i] = 0.3 * want[i] + 0.4 * e[j] + 0.9 * x0 + 0.4 * history[0][i] - 0.6 * history[1][i];
+                    let got = f(state.x().to_f32_vec().unwrap()[i]);
+                    assert!((got - want[i]).abs() < 2e-5, "{device} step {step} image {image}: {got}, {}", want[i]);
+                }
+            }
+            history.swap(0, 1);
+            history[0] = latest;
+        }
     }
 }

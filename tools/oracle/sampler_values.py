@@ -74,6 +74,75 @@ def cases():
         ("dpm-linspace", "DPMSolverMultistep", SD, 20, None),
         ("dpm-v", "DPMSolverMultistep", SD | {"prediction_type": "v_prediction"}, 8, None),
     ]
+    return out + more_cases(pndm)
+
+
+def more_cases(pndm):
+    """The multistep and two-evaluation samplers, and the spacings of sigmas."""
+    out = [(f"pndm-{spacing}", "PNDM", pndm | {"timestep_spacing": spacing}, 8, None)
+           for spacing in ("trailing", "linspace")]
+    out += [("pndm-one-step", "PNDM", pndm, 1, None), ("pndm-50", "PNDM", pndm, 50, None)]
+    v, sample = {"prediction_type": "v_prediction"}, {"prediction_type": "sample"}
+    offset = SD | {"steps_offset": 1}
+    for short, cls, extra in (("dpm", "DPMSolverMultistep", {}),
+                              ("dpm-sde", "DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
+                              ("unipc", "UniPCMultistep", {})):
+        base = offset | extra
+        for spacing in ("leading", "trailing", "linspace"):
+            out.append((f"{short}-{spacing}-7", cls, base | {"timestep_spacing": spacing}, 7, None))
+        out += [
+            (f"{short}-20", cls, base, 20, None),
+            (f"{short}-one-step", cls, base, 1, None),
+            (f"{short}-v-zero-snr", cls, base | v | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+             6, None),
+            (f"{short}-sample", cls, base | sample, 6, None),
+            (f"{short}-karras", cls, base | {"use_karras_sigmas": True}, 8, None),
+            (f"{short}-exponential", cls, base | {"use_exponential_sigmas": True}, 8, None),
+            (f"{short}-sigma-min", cls, base | {"final_sigmas_type": "sigma_min"}, 6, None),
+            (f"{short}-order-1", cls, base | {"solver_order": 1}, 6, None),
+            (f"{short}-cosine-threshold", cls, extra | {"beta_schedule": "squaredcos_cap_v2", "thresholding": True,
+                                                        "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
+             6, None),
+        ]
+    out += [
+        ("dpm-euler-at-final", "DPMSolverMultistep",
+         offset | {"euler_at_final": True, "final_sigmas_type": "sigma_min"}, 16, None),
+        ("dpm-no-lower-order", "DPMSolverMultistep",
+         offset | {"lower_order_final": False, "final_sigmas_type": "sigma_min"}, 6, None),
+        ("dpm-clipped", "DPMSolverMultistep",
+         {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}, 8, None),
+        ("unipc-no-corrector", "UniPCMultistep", offset | {"disable_corrector": [0, 2]}, 6, None),
+        ("unipc-no-lower-order", "UniPCMultistep",
+         offset | {"lower_order_final": False, "final_sigmas_type": "sigma_min"}, 6, None),
+    ]
+    for spacing in ("leading", "trailing", "linspace"):
+        out.append((f"heun-{spacing}", "HeunDiscrete", offset | {"timestep_spacing": spacing}, 6, None))
+    out += [
+        ("heun-karras", "HeunDiscrete", offset | {"use_karras_sigmas": True}, 6, None),
+        ("heun-v", "HeunDiscrete", offset | v, 6, None),
+        ("heun-sample", "HeunDiscrete", offset | sample, 6, None),
+        ("heun-clip", "HeunDiscrete", offset | {"clip_sample": True}, 6, None),
+        ("heun-one-step", "HeunDiscrete", offset, 1, None),
+        ("heun-defaults", "HeunDiscrete", {}, 5, None),
+        ("lcm-4", "LCM", offset, 4, None),
+        ("lcm-7", "LCM", offset | {"original_inference_steps": 40, "timestep_scaling": 0.01}, 7, None),
+        ("lcm-v", "LCM", offset | v, 4, None),
+        ("lcm-clip", "LCM", offset | {"clip_sample": True}, 4, None),
+        ("lcm-one-step", "LCM", {}, 1, None),
+        ("euler-karras", "EulerDiscrete", offset | {"use_karras_sigmas": True}, 8, None),
+        ("euler-karras-leading", "EulerDiscrete", offset | {"use_karras_sigmas": True, "timestep_spacing": "leading"},
+         8, None),
+        ("euler-exponential", "EulerDiscrete", offset | {"use_exponential_sigmas": True}, 8, None),
+        ("euler-log-linear", "EulerDiscrete", offset | {"interpolation_type": "log_linear"}, 8, None),
+        ("euler-sigma-min", "EulerDiscrete", offset | {"final_sigmas_type": "sigma_min"}, 5, None),
+        ("euler-zero-snr", "EulerDiscrete",
+         offset | v | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 5, None),
+        ("euler-turbo", "EulerDiscrete", offset | {"timestep_spacing": "trailing"}, 4, None),
+        ("euler-ancestral-turbo", "EulerAncestralDiscrete", offset | {"timestep_spacing": "trailing"}, 4, None),
+        ("ddim-threshold", "DDIM", {"beta_schedule": "squaredcos_cap_v2", "thresholding": True,
+                                    "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}, 6, 0.0),
+        ("ddpm-sigmoid", "DDPM", {"beta_schedule": "sigmoid", "clip_sample": False}, 6, None),
+    ]
     return out
 
 
@@ -92,7 +161,7 @@ def trajectory(name, cls, config, steps, eta, tensors):
         if cls == "DDIM":
             noise = torch.randn(shape, generator=generator) if eta > 0 else None
             step = scheduler.step(output, t, x, eta=eta, variance_noise=noise)
-        elif cls in ("PNDM", "DPMSolverMultistep"):
+        elif cls in ("PNDM", "UniPCMultistep", "HeunDiscrete"):
             noise = None
             step = scheduler.step(output, t, x)
         else:
@@ -114,7 +183,7 @@ def trajectory(name, cls, config, steps, eta, tensors):
             x0s.append(step.pred_original_sample)
     tensors |= {f"{name}.timesteps": scheduler.timesteps.float(), f"{name}.samples": torch.cat(samples),
                 f"{name}.model_outputs": torch.cat(outputs)}
-    if cls.startswith("Euler"):
+    if cls.startswith(("Euler", "Heun")):
         tensors[f"{name}.model_inputs"] = torch.cat(inputs)
         tensors[f"{name}.sigmas"] = scheduler.sigmas.float()
     if x0s:
@@ -122,6 +191,8 @@ def trajectory(name, cls, config, steps, eta, tensors):
     drawn = [n is not None for n in noises]
     if any(drawn):
         tensors[f"{name}.noise"] = torch.cat([torch.zeros(shape) if n is None else n for n in noises])
+    if torch.isnan(x).any():
+        raise ValueError(f"{name}: the published class makes NaN")
     return {"name": name, "class": f"{cls}Scheduler", "config": config, "steps": steps, "eta": eta, "draws": drawn,
             "init_noise_sigma": float(scheduler.init_noise_sigma)}
 

@@ -1,11 +1,14 @@
 use super::entry;
 use crate::error::Result;
-use crate::ops::StepTable;
+use crate::ops::step::{Output, Rank};
+use crate::ops::{Guidance, SampleState, StepTable};
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
 /// Threads a block: `kThreads` of step.cu.
 const THREADS: usize = 256;
+/// Of the kernels with a block per image: `kReduceThreads` of step.cu.
+const REDUCE_THREADS: usize = 512;
 
 pub fn advance(device: &CudaDevice, index: &mut Tensor) -> Result<()> {
     let launch = Launch::grid([index.numel(), 1, 1]).block(1);
@@ -22,28 +25,117 @@ pub fn scale_input(device: &CudaDevice, x: &Tensor, steps: &StepTable, repeats: 
     unsafe { device.launch("step", &entry, launch, args![y.cuda(), x.cuda(), table, step, count as i64, repeats]) }
 }
 
+/// Where each image's step stands: in its own place, or in the one place for all.
+fn own_steps(steps: &StepTable) -> i32 {
+    i32::from(steps.index().tensor().numel() > 1)
+}
+
 pub fn sampler_step(
     device: &CudaDevice,
-    x: &mut Tensor,
-    x0: &mut Tensor,
-    output: &Tensor,
-    guidance: Option<f32>,
+    state: &mut SampleState,
+    output: &Output,
     steps: &StepTable,
     noise: Option<&Tensor>,
+    thresholds: Option<&Tensor>,
 ) -> Result<()> {
-    let (count, entry) = (x.numel(), entry("sampler_step", output.dtype()));
+    let (x, x0, history) = state.parts_mut();
+    let (count, entry) = (x.numel(), entry("sampler_step", output.values.dtype()));
     let launch = Launch::grid([count.div_ceil(THREADS), 1, 1]).block(THREADS);
-    let (table, step) = (steps.tensor().cuda(), steps.index().tensor().cuda());
-    let (noise, scale, guided) = (DevicePtr::or_null(noise), guidance.unwrap_or(0.0), i32::from(guidance.is_some()));
-    // SAFETY: as the entry has them; x, x0 and noise have `count` elements, the output as many or with guidance twice; the
-    // table has the step, and noise is there when one of its rows wants it.
+    let (table, step, own_steps) = (steps.tensor().cuda(), steps.index().tensor().cuda(), own_steps(steps));
+    let depth = history.as_ref().map_or(0, |history| history.shape()[0] as i32);
+    let per_image = (count / x.shape()[0].max(1)) as i64;
+    let (guidance, factors) =
+        (DevicePtr::or_null(output.guidance.map(|g| g.tensor())), DevicePtr::or_null(output.factors));
+    let (noise, thresholds) = (DevicePtr::or_null(noise), DevicePtr::or_null(thresholds));
+    let history = DevicePtr::or_null(history.as_deref());
+    // SAFETY: as the entry has them; x, x0 and noise have `count` elements, the history `depth` times as many, the output
+    // as many or with guidance twice; guidance, factors and thresholds have a row per image; the table has the step, the
+    // history what its rows reach back to, and noise is there when one of its rows wants it.
     unsafe {
         let count = count as i64;
         device.launch(
             "step",
             &entry,
             launch,
-            args![x.cuda(), x0.cuda(), output.cuda(), noise, table, step, scale, guided, count],
+            args![
+                x.cuda(),
+                x0.cuda(),
+                history,
+                output.values.cuda(),
+                guidance,
+                factors,
+                thresholds,
+                noise,
+                table,
+                step,
+                own_steps,
+                depth,
+                per_image,
+                count
+            ],
+        )
+    }
+}
+
+pub fn guidance_rescale(
+    device: &CudaDevice,
+    output: &Output,
+    guidance: &Guidance,
+    per_image: usize,
+    factors: &mut Tensor,
+) -> Result<()> {
+    let images = factors.numel();
+    let launch = Launch::grid([images, 1, 1]).block(REDUCE_THREADS);
+    let (values, guidance, per_image) = (output.values, guidance.tensor().cuda(), per_image as i32);
+    // SAFETY: as the entry has them; the output has two halves of `images * per_image` elements, guidance a row per image.
+    unsafe {
+        let entry = entry("guidance_rescale", values.dtype());
+        device.launch("step", &entry, launch, args![factors.cuda(), values.cuda(), guidance, per_image, images as i32])
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // the kernel's
+pub fn dynamic_threshold(
+    device: &CudaDevice,
+    x: &Tensor,
+    output: &Output,
+    steps: &StepTable,
+    max: f32,
+    rank: Rank,
+    per_image: usize,
+    thresholds: &mut Tensor,
+) -> Result<()> {
+    let entry = entry("dynamic_threshold", output.values.dtype());
+    let launch = Launch::grid([thresholds.numel(), 1, 1]).block(REDUCE_THREADS);
+    let (table, step, own_steps) = (steps.tensor().cuda(), steps.index().tensor().cuda(), own_steps(steps));
+    let (guidance, factors) =
+        (DevicePtr::or_null(output.guidance.map(|g| g.tensor())), DevicePtr::or_null(output.factors));
+    let (below, above, images) = (rank.below as i32, rank.above as i32, thresholds.numel() as i32);
+    let (thresholds, values) = (thresholds.cuda(), output.values.cuda());
+    // SAFETY: as the entry has them; x has `images * per_image` elements, the output as many or with guidance twice;
+    // guidance and factors have a row per image; the table has the step, and the ranks are below `per_image`.
+    unsafe {
+        let (per_image, weight) = (per_image as i32, rank.weight);
+        device.launch(
+            "step",
+            &entry,
+            launch,
+            args![
+                thresholds,
+                x.cuda(),
+                values,
+                guidance,
+                factors,
+                table,
+                step,
+                own_steps,
+                max,
+                below,
+                above,
+                weight,
+                per_image,
+                images
+            ],
         )
     }
 }

@@ -124,7 +124,7 @@ impl UnetDenoiser {
     ///
     /// # Errors
     /// Those of the device; [`Error::Config`]: `reuse` is of another kind.
-    pub fn new(
+    pub fn begin(
         unet: &Arc<Unet>,
         conditioning: UnetConditioning,
         repeats: usize,

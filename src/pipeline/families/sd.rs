@@ -60,7 +60,7 @@ impl RunConditions for Conditions {
     ) -> Result<Box<dyn Denoiser>> {
         self.prepare(timesteps)?;
         match &self.made {
-            Some((_, conditioning)) => UnetDenoiser::new(&self.unet, conditioning.clone(), self.repeats, reuse),
+            Some((_, conditioning)) => UnetDenoiser::begin(&self.unet, conditioning.clone(), self.repeats, reuse),
             None => unreachable!("just prepared"),
         }
     }

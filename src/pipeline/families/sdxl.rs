@@ -228,7 +228,7 @@ impl RunConditions for Conditions {
             }
         };
         self.made = Some(conditioning.clone());
-        UnetDenoiser::new(&self.unet, conditioning, self.repeats, reuse)
+        UnetDenoiser::begin(&self.unet, conditioning, self.repeats, reuse)
     }
 }
 
