@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use megafuse::methods::{METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
-use megafuse::pipeline::{self, Event, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Silent};
+use megafuse::pipeline::{self, Event, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Sampler, Silent};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
 use safetensors::SafeTensors;
@@ -300,7 +300,9 @@ fn sd15_at_1024_costs_what_the_paper_says() {
     let report =
         |request: &Request| pipeline::plan(&ModelSource::Directory(dir.path().into()), DType::BF16, request).unwrap();
     let denoising = |method, attention: bool| {
-        let report = report(&Request { method, size: Some("1024x1024".parse().unwrap()), ..Request::default() });
+        // PNDM, the model's own sampler, evaluates one step twice.
+        let (size, scheduler) = (Some("1024x1024".parse().unwrap()), Some(Sampler::Ddim));
+        let report = report(&Request { method, size, scheduler, ..Request::default() });
         let steps = report.phases.iter().filter(|phase| phase.name == "denoise");
         let kinds = steps.flat_map(|phase| phase.by_kind.iter().map(move |(kind, work)| (kind, work, phase.repeats)));
         let counted = kinds.filter(|(kind, ..)| attention || **kind != OpKind::Attention);
@@ -358,4 +360,36 @@ fn halves(picture: &Picture, colour: Colour) -> [f64; 2] {
         found[right] += f64::from(u8::from(colour([pixel[0], pixel[1], pixel[2]])));
     }
     found.map(|count| count / (picture.rgb.len() / 6) as f64)
+}
+
+/// A picture has the same bytes alone and in a batch, whatever its neighbours' prompts and seeds.
+#[test]
+fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
+    for (model, size) in [("sd15", "16x24"), ("sdxl", "16x24")] {
+        let pipeline = Pipeline::load(ModelSource::Directory(data(model)), Device::cpu(), DType::F32).unwrap();
+        for method in [Plain {}.into(), MegaFusion::plus().into()] {
+            let base = Request { method, size: Some(size.parse().unwrap()), steps: Some(3), ..Request::default() };
+            let of = |prompt: &str, negative: Option<&str>, seed| Request {
+                prompt: prompt.into(),
+                negative_prompt: negative.map(String::from),
+                seed,
+                ..base.clone()
+            };
+            let requests = [of("a cat", None, 1), of("two dogs", Some("red"), 7), of("a cat", None, 2)];
+            let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
+            for (request, picture) in requests.iter().zip(&together) {
+                assert!(pipeline.generate(request, &mut Silent).unwrap()[0] == *picture, "{model} {request:?}");
+            }
+            // One prompt, several seeds: the rows of its conditioning are shared.
+            let counted = |batch| {
+                let request = Request { count: 5, batch, ..requests[0].clone() };
+                pipeline.generate(&request, &mut Silent).unwrap()
+            };
+            assert!(counted(1) == counted(2), "{model}");
+            assert_eq!(counted(3).iter().map(|picture| picture.seed).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+        }
+        let other = Request { steps: Some(2), ..Request::default() };
+        let error = pipeline.generate_batch(&[Request::default(), other], &mut Silent).unwrap_err().to_string();
+        assert!(error.contains("--batch") && error.contains("prompt, negative prompt and seed alone"), "{error}");
+    }
 }

@@ -59,9 +59,9 @@ pub struct MegaFusion {
     /// done, which the paper's text has (equation 4), and which the next step does not expect.
     pub relay_noise_offset: i32,
     /// Do as the published code (SDM-MegaFusion) does where it differs from the paper:
-    /// * the base schedule is re-scheduled with gamma 2.25 (its default argument) in the first stage, and in all stages
-    ///   without `reschedule`; with it, squares of 512, 768 and 1024 get gamma 1, 2.25 and 4 whatever the first stage
-    ///   (other sizes get theirs by area; the published code leaves them alone);
+    /// * the base schedule of SD is re-scheduled with gamma 2.25 (its default argument) in the first stage, and in all stages
+    ///   without `reschedule`; with it, squares of 512, 768 and 1024 (SDXL: 1024, 1536 and 2048) get gamma 1, 2.25 and 4
+    ///   whatever the first stage (other sizes get theirs by area; the published code leaves them alone);
     /// * a step's x0 is computed from the already updated latents, with the old output and timestep;
     /// * relay pictures pass through 8-bit RGB, each pass of the resize rounded (so `relay_clamp` says nothing);
     /// * the relay's encoder samples its posterior, a draw before the relay's own;
@@ -145,8 +145,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
 ];
 
-/// gamma of the published code's base schedule: `reschedule_res` 768 against 512.
-const REFERENCE_BASE_GAMMA: f64 = 2.25;
 /// Pixels of the longer side: the pictures of models trained below it are four times as wide by default, others' twice.
 const SMALL_NATIVE_SIDE: usize = 128;
 
@@ -180,15 +178,13 @@ impl MegaFusion {
 
     /// The schedule of every stage.
     pub fn schedulers(&self, run: &Run) -> Vec<Scheduler> {
-        (0..run.stages().len())
-            .map(|stage| run.scheduler().rescheduled(self.stage_gamma(run.stages(), stage)))
-            .collect()
+        (0..run.stages().len()).map(|stage| run.scheduler().rescheduled(self.stage_gamma(run, stage))).collect()
     }
 
-    fn stage_gamma(&self, stages: &[Stage], stage: usize) -> f64 {
+    fn stage_gamma(&self, run: &Run, stage: usize) -> f64 {
         let rescheduled = self.reschedule && stage > 0;
         if self.reference_compat && !rescheduled {
-            return REFERENCE_BASE_GAMMA;
+            return run.published().base_gamma;
         }
         if !rescheduled {
             return 1.0;
@@ -196,13 +192,9 @@ impl MegaFusion {
         if let Some(gamma) = self.gamma {
             return gamma;
         }
-        let size = stages[stage].size;
-        match (size.width, size.height) {
-            (512, 512) if self.reference_compat => 1.0,
-            (768, 768) if self.reference_compat => 2.25,
-            (1024, 1024) if self.reference_compat => 4.0,
-            _ => size.area() as f64 / stages[0].size.area() as f64,
-        }
+        let (size, first) = (run.stages()[stage].size, run.stages()[0].size);
+        let published = run.published().gamma(size).filter(|_| self.reference_compat);
+        published.unwrap_or(size.area() as f64 / first.area() as f64)
     }
 
     fn unet_options(&self, stage: usize) -> UnetOptions {

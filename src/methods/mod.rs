@@ -21,7 +21,7 @@ pub use model::{Denoiser, DiffusionModel, NoiseSource};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch};
 pub use plain::{PLAIN, Plain};
 pub use recorded::{RecordedSteps, StageSteps, StepKey};
-pub use run::Run;
+pub use run::{PublishedSchedule, Run};
 pub use sampling::{Sampling, generate, images};
 pub use size::{Size, Stage};
 pub use stages::{Geometry, base_size, check_size, relay_stages};

@@ -1,4 +1,4 @@
-use super::{Method, Stage, check_size};
+use super::{Method, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::schedulers::Scheduler;
 
@@ -9,6 +9,29 @@ pub struct Run {
     stages: Vec<Stage>,
     scheduler: Scheduler,
     guidance: Option<f32>,
+    published: PublishedSchedule,
+}
+
+/// What MegaFusion's published code has for the models of a family, whatever their sizes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PublishedSchedule {
+    /// gamma of the base schedule: its default argument `reschedule_res` is 768, which is a size of SD's and none of SDXL's.
+    pub base_gamma: f64,
+    /// Sides of the squares that get gamma 1, 2.25 and 4.
+    pub sides: [usize; 3],
+}
+
+impl PublishedSchedule {
+    /// SDM-MegaFusion.
+    pub const SD: PublishedSchedule = PublishedSchedule { base_gamma: 2.25, sides: [512, 768, 1024] };
+    /// SDXL-MegaFusion.
+    pub const SDXL: PublishedSchedule = PublishedSchedule { base_gamma: 1.0, sides: [1024, 1536, 2048] };
+
+    /// gamma of a stage's size, if the published code has one for it.
+    pub fn gamma(&self, size: Size) -> Option<f64> {
+        let at = self.sides.iter().position(|&side| (size.width, size.height) == (side, side))?;
+        Some([1.0, 2.25, 4.0][at])
+    }
 }
 
 impl Run {
@@ -27,7 +50,7 @@ impl Run {
         guidance: Option<f32>,
         factor: usize,
     ) -> Result<Run> {
-        let run = Run { method, stages, scheduler, guidance };
+        let run = Run { method, stages, scheduler, guidance, published: PublishedSchedule::SD };
         let refuse = |reason: String| Err(Error::Request { flag: "--stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -42,6 +65,15 @@ impl Run {
         }
         run.method.implementation().check(&run)?;
         Ok(run)
+    }
+
+    /// With another family's published schedule; without it SD's.
+    pub fn published_as(self, published: PublishedSchedule) -> Run {
+        Run { published, ..self }
+    }
+
+    pub fn published(&self) -> PublishedSchedule {
+        self.published
     }
 
     pub fn method(&self) -> &Method {

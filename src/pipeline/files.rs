@@ -429,7 +429,7 @@ impl ModelFiles {
     pub(super) fn defaults(&self) -> Defaults {
         let turbo = self.name().to_ascii_lowercase().contains("turbo");
         match turbo || self.scheduler_config().is_ok_and(|config| config.is_for_few_steps()) {
-            true => Defaults::DISTILLED,
+            true => self.family.defaults.distilled(),
             false => self.family.defaults,
         }
     }

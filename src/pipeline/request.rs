@@ -123,7 +123,9 @@ impl Request {
         }
         let sampler = self.scheduler.unwrap_or_else(|| self.method.implementation().sampler(config));
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
-        Run::new(self.method.clone(), stages, scheduler, (self.guidance > 1.0).then_some(self.guidance), factor)
+        let guidance = (self.guidance > 1.0).then_some(self.guidance);
+        let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
+        Ok(run.published_as(defaults.published))
     }
 
     /// Without what makes no difference to the cost: words and seed.

@@ -295,3 +295,24 @@ fn a_picture_does_not_depend_on_those_made_before() {
         }
     }
 }
+
+/// The same bytes alone and in a batch, recorded and replayed.
+#[test]
+fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
+    for device in cards() {
+        for dtype in [DType::F32, DType::BF16] {
+            let pipeline = Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), dtype).unwrap();
+            let stages = ["16x16:3", "24x16:2"].map(|stage| stage.parse().unwrap()).to_vec();
+            let base = Request { stages, guidance: 2.5, method: MegaFusion::plus().into(), ..Request::default() };
+            let of = |prompt: &str, seed| Request { prompt: prompt.into(), seed, ..base.clone() };
+            let requests = [of("a cat", 1), of("two dogs", 7), of("a cat", 2)];
+            let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
+            for (request, picture) in requests.iter().zip(&together) {
+                assert!(
+                    pipeline.generate(request, &mut Silent).unwrap()[0] == *picture,
+                    "{device} {dtype} {request:?}"
+                );
+            }
+        }
+    }
+}

@@ -69,12 +69,12 @@ class Settings:
             setattr(self, key, value)
 
     def sampler(self, scheduler_config):
-        """Without --scheduler: the class of scheduler_config.json; DDIM for a class that is none of these, and for
-        --reference-compat."""
-        if self.reference_compat:
+        """Without --scheduler: DDIM for MegaFusion; for plain the class of scheduler_config.json, which must be one of
+        these."""
+        if self.method != "plain":
             return self.scheduler or "ddim"
-        own = {v: k for k, v in SAMPLERS.items()}.get(scheduler_config["_class_name"], "ddim")
-        return self.scheduler or own
+        own = {v: k for k, v in SAMPLERS.items()}
+        return self.scheduler or own[scheduler_config["_class_name"]]
 
     def args(self, changed):
         """The command line that sets the `changed` names (prompt first)."""

@@ -9,7 +9,7 @@ pub(super) use latent::vae_dtype;
 
 use super::{ModelFiles, Size, SizeIds, WeightReport};
 use crate::error::{Error, Result};
-use crate::methods::Denoiser;
+use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{WeightStore, Weights};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -35,14 +35,19 @@ pub(super) struct Defaults {
     pub guidance: f32,
     /// By how much of the native sides a relay enlarges a picture, at most.
     pub relay_growth: f64,
+    /// Of MegaFusion's published code, for `reference_compat`.
+    pub published: PublishedSchedule,
 }
 
 impl Defaults {
     /// Of the latent families (MegaFusion, arXiv:2408.11001, sec. 4.1).
-    pub const LATENT: Defaults = Defaults { steps: 50, guidance: 7.0, relay_growth: 0.5 };
+    pub const LATENT: Defaults =
+        Defaults { steps: 50, guidance: 7.0, relay_growth: 0.5, published: PublishedSchedule::SD };
 
-    /// Of models distilled to a few steps without guidance (SDXL-Turbo; Sauer et al. 2023, arXiv:2311.17042).
-    pub const DISTILLED: Defaults = Defaults { steps: 4, guidance: 1.0, ..Defaults::LATENT };
+    /// The same for a model distilled to a few steps without guidance (SDXL-Turbo; Sauer et al. 2023, arXiv:2311.17042).
+    pub fn distilled(self) -> Defaults {
+        Defaults { steps: 4, guidance: 1.0, ..self }
+    }
 }
 
 /// A part of a model: a folder of its directory.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part, misfit};
 use crate::error::{Error, Result};
-use crate::methods::{Denoiser, Size};
+use crate::methods::{Denoiser, PublishedSchedule, Size};
 use crate::models::{AddedConditioning, ClipOutput, ClipTextModel, TIME_IDS, TextConditioning, Unet, UnetConditioning};
 use crate::pipeline::{ModelFiles, SizeIds, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
@@ -22,7 +22,7 @@ pub static SDXL: FamilySpec = FamilySpec {
         Part::network("unet", "UNet2DConditionModel"),
         Part::network("vae", "AutoencoderKL"),
     ],
-    defaults: Defaults { relay_growth: 1.0, ..Defaults::LATENT },
+    defaults: Defaults { relay_growth: 1.0, published: PublishedSchedule::SDXL, ..Defaults::LATENT },
     load: |files, device, dtype| Ok(Box::new(StableDiffusionXl::load(files, device, dtype)?)),
 };
 
