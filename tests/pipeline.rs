@@ -366,7 +366,7 @@ fn halves(picture: &Picture, colour: Colour) -> [f64; 2] {
 #[test]
 fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
     for (model, size) in [("sd15", "16x24"), ("sdxl", "16x24")] {
-        let pipeline = Pipeline::load(ModelSource::Directory(data(model)), Device::cpu(), DType::F32).unwrap();
+        let pipeline = Pipeline::load(ModelSource::Directory(data().join(model)), Device::cpu(), DType::F32).unwrap();
         for method in [Plain {}.into(), MegaFusion::plus().into()] {
             let base = Request { method, size: Some(size.parse().unwrap()), steps: Some(3), ..Request::default() };
             let of = |prompt: &str, negative: Option<&str>, seed| Request {
