@@ -140,7 +140,7 @@ fn directories() -> Vec<Case> {
                 m.remove("");
                 m.write("", b"");
             },
-            &["is one file", "a model is a directory with tokenizer/"],
+            &["model", "is empty", "download it again"],
         ),
         model("no UNet", |m| m.remove("unet"), &["model/unet", "no such directory"]),
         model("no scheduler", |m| m.remove("scheduler"), &["model/scheduler", "no such directory"]),
@@ -399,6 +399,80 @@ fn usage() -> Vec<Case> {
     ]
 }
 
+/// Single files, adapters and VAEs in files of their own.
+fn single_files() -> Vec<Case> {
+    const FILE: &str =
+        "generate cat --model MODEL/it.safetensors --method plain --size 32x32 --steps 1 --out DIR/o.png";
+    const LORA: &str = "generate cat --model MODEL --lora MODEL/it.safetensors:0.5 --method plain --size 32x32 --steps 1 \
+                        --out DIR/o.png";
+    fn data(name: &str) -> Vec<u8> {
+        fs::read(Path::new(MODEL).parent().unwrap().join("single-file").join(name)).unwrap()
+    }
+    vec![
+        input("no such single file", FILE, |_| {}, &["it.safetensors", "o such file"]),
+        input("a pickle", "plan cat --model MODEL/it.ckpt", |_| {}, &["it.ckpt", "pickle", "safetensors version"]),
+        input("a GGUF file", "plan cat --model MODEL/it.gguf", |_| {}, &["it.gguf", "GGUF", "safetensors version"]),
+        input(
+            "a LoRA as a model",
+            FILE,
+            |m| m.write("it.safetensors", data("lora-kohya.safetensors")),
+            &["it.safetensors", "is a LoRA", "beside a model"],
+        ),
+        input(
+            "a VAE as a model",
+            FILE,
+            |m| m.write("it.safetensors", one_tensor("first_stage_model.decoder.up.0.block.0.conv1.weight", &[1])),
+            &["it.safetensors", "a VAE alone"],
+        ),
+        input(
+            "half a single file",
+            FILE,
+            |m| {
+                m.write("it.safetensors", data("sd15.safetensors"));
+                m.keep_half("it.safetensors");
+            },
+            &["it.safetensors", "truncated or damaged"],
+        ),
+        input("no such LoRA", LORA, |_| {}, &["it.safetensors", "o such file"]),
+        input("a pickled LoRA", "plan cat --model MODEL --lora MODEL/it.pt", |_| {}, &["it.pt", "pickle"]),
+        input(
+            "a model as a LoRA",
+            LORA,
+            |m| m.write("it.safetensors", data("sd15.safetensors")),
+            &["it.safetensors", "is no LoRA"],
+        ),
+        input(
+            "a LoRA of another model",
+            LORA,
+            |m| m.write("it.safetensors", one_tensor("lora_unet_elsewhere.lora_up.weight", &[2, 2])),
+            &["it.safetensors", "lora_unet_elsewhere", "for another family"],
+        ),
+        input(
+            "half a LoRA",
+            LORA,
+            |m| m.write("it.safetensors", one_tensor("lora_unet_conv_in.lora_up.weight", &[2, 2])),
+            &["it.safetensors", "lora_unet_conv_in.lora_up.weight", "its down is missing", "conv_in.weight"],
+        ),
+        input(
+            "no such VAE",
+            "plan cat --model MODEL --vae MODEL/it.safetensors",
+            |_| {},
+            &["it.safetensors", "o such file"],
+        ),
+        input(
+            "a VAE without a VAE",
+            "plan cat --model MODEL --vae MODEL/unet/diffusion_pytorch_model.safetensors",
+            |_| {},
+            &[UNET, "is no VAE"],
+        ),
+        flags(
+            "generate cat --model MODEL --lora MODEL/it.safetensors:strong",
+            &["--lora", "\"strong\"", "FILE:WEIGHT"],
+        ),
+        flags("generate cat --model MODEL --lora :1", &["--lora", "names no file"]),
+    ]
+}
+
 fn files() -> Vec<Case> {
     const RESIZE: &str = "resize MODEL/in.png DIR/out.png --size 64x64";
     const PROBE: &str = "probe --model MODEL --module vae-decode --in MODEL/in.safetensors --out DIR/o.safetensors";
@@ -468,10 +542,10 @@ fn one_tensor(name: &str, shape: &[usize]) -> Vec<u8> {
 
 #[test]
 fn every_bad_input_has_its_clear_error() {
-    let groups = [directories(), configurations(), weights(), tokenizers(), usage(), files()].into_iter().flatten();
+    let groups = [directories(), configurations(), weights(), tokenizers(), usage(), single_files(), files()];
     let mut wrong = Vec::new();
     let mut count = 0;
-    for case in groups {
+    for case in groups.into_iter().flatten() {
         count += 1;
         if let Err(reason) = check(&case) {
             wrong.push(format!("{}: {reason}", case.name));

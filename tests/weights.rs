@@ -415,7 +415,7 @@ fn absent_files_say_what_is_there_instead() {
 #[test]
 fn files_of_another_family_are_recognised() {
     let hints = [
-        ("model.diffusion_model.out.2.bias", "from_single_file"),
+        ("model.diffusion_model.out.2.bias", "single-file checkpoint"),
         ("lora_unet_down_blocks_0.alpha", "LoRA"),
         ("down_blocks.0.attentions.0.to_q.lora_A.weight", "LoRA"),
     ];

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use megafuse::pipeline::{Size, Upsampler};
 use megafuse::{DType, Error};
 
-use super::picture_args::{GenerateArgs, GridArgs, PlanArgs};
+use super::picture_args::{AddedFiles, GenerateArgs, GridArgs, PlanArgs};
 use super::values::{self, DeviceChoice};
 
 #[derive(Parser)]
@@ -52,9 +52,12 @@ pub enum Command {
 #[derive(Args)]
 #[command(after_long_help = PROBE_EXAMPLES)]
 pub struct ProbeArgs {
-    /// Model directory in the layout of diffusers (default: the small model inside the program)
-    #[arg(long, value_name = "DIR", value_parser = values::path())]
+    /// Model directory in the layout of diffusers, or a single file (default: the small model inside the program)
+    #[arg(long, value_name = "PATH", value_parser = values::path())]
     pub model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub added: AddedFiles,
 
     /// Which module to run
     #[arg(long, value_enum, value_name = "M")]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{ModelFiles, Picture, Pipeline, Request, SizeIds, Stage};
+use megafuse::pipeline::{Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
@@ -98,6 +98,13 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         "seed": flags.seed, "rng": flags.rng.name(),
         "dtype": session.dtype.name(), "device": device,
     });
+    if !files.loras().is_empty() {
+        let lora = |(lora, digest): (&Lora, String)| json!({"name": lora.name(), "weight": lora.weight.to_string(), "digest": digest});
+        description["loras"] = files.loras().iter().zip(files.lora_digests()).map(lora).collect();
+    }
+    if let Some(vae) = session.planner.pipeline().vae_name() {
+        description["vae"] = vae.into();
+    }
     let SizeIds { original, crop, target } = flags.size_ids;
     for (name, value) in [
         ("original_size", original.map(|size| size.to_string())),

@@ -1,10 +1,10 @@
 //! The flags of the commands that make or plan pictures, and the requests that they become.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use megafuse::pipeline::{
-    METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, SigmaSpacing, Size, SizeIds, without_effect,
+    Lora, METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, SigmaSpacing, Size, SizeIds, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -214,12 +214,16 @@ pub struct PictureArgs {
 /// What decides a picture beside its prompt, method and seed: the same for every command that makes or plans pictures.
 #[derive(Args)]
 pub struct RunArgs {
-    /// Model directory in the layout of diffusers (default: the small model inside the program)
+    /// Model directory in the layout of diffusers, or a single file (default: the small model inside the program)
     ///
     /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights; or it is a
-    /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME).
-    #[arg(long, value_name = "DIR", value_parser = values::path())]
+    /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME). The file is a whole checkpoint of Stable
+    /// Diffusion 1.x, 2.x or XL in safetensors.
+    #[arg(long, value_name = "PATH", value_parser = values::path())]
     pub model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub added: AddedFiles,
 
     /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
@@ -295,6 +299,28 @@ pub struct RunArgs {
     pub device: DeviceChoice,
 }
 
+/// What is loaded beside the model's own files.
+#[derive(Args)]
+pub struct AddedFiles {
+    /// A LoRA to merge into the weights, where wanted with its weight: FILE:0.8 (default weight: 1)
+    ///
+    /// May be given several times. LoRA, LoHa, LoKr and DoRA in safetensors, with the keys of kohya's scripts, of
+    /// diffusers or of PEFT.
+    #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = values::library::<Lora>)]
+    pub lora: Vec<Lora>,
+
+    /// Weights of another VAE, of the same shapes, in a safetensors file
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    pub vae: Option<PathBuf>,
+}
+
+impl AddedFiles {
+    /// `--model` with what is added to it.
+    pub fn source(&self, model: Option<&Path>) -> ModelSource {
+        values::source(model).with(self.lora.clone(), self.vae.clone())
+    }
+}
+
 impl PictureArgs {
     /// # Errors
     /// [`Error::Request`] naming the flag, when two flags contradict each other or one would have no effect.
@@ -317,7 +343,7 @@ impl RunArgs {
     }
 
     pub fn source(&self) -> ModelSource {
-        values::source(self.model.as_deref())
+        self.added.source(self.model.as_deref())
     }
 
     /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.

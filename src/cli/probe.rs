@@ -11,8 +11,8 @@ use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
 use super::console::say;
+use super::output;
 use super::safetensors_file::{self, Array, Inputs, Values};
-use super::{output, values};
 
 type Arrays = BTreeMap<String, Array>;
 
@@ -20,7 +20,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
     check_flags(args)?;
     let device = args.device.open()?;
     output::check_writable(&args.out)?;
-    let files = ModelFiles::open(&values::source(args.model.as_deref()))?;
+    let files = ModelFiles::open(&args.added.source(args.model.as_deref()))?;
     let input = |module: &str| match &args.input {
         Some(path) => Inputs::open(path),
         None => Err(missing("--in", format!("--module {module} needs a safetensors file of inputs"))),

@@ -87,6 +87,7 @@ impl Session {
         let name = values::source_name(&self.source);
         let Session { device, dtype, .. } = &self;
         let pipeline = Pipeline::load(self.source.clone(), device.clone(), *dtype)?;
+        pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
         let loading = seconds_text(begin.elapsed().as_secs_f64());
         match device {
             Device::Cuda(card) => say!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),

@@ -69,14 +69,19 @@ pub fn seed(text: &str) -> Result<u64, String> {
 
 /// `--model`.
 pub fn source(model: Option<&Path>) -> ModelSource {
-    model.map_or(ModelSource::Embedded, |directory| ModelSource::Directory(directory.to_path_buf()))
+    model.map_or(ModelSource::Embedded, ModelSource::at)
 }
 
 /// How messages call the model.
 pub fn source_name(source: &ModelSource) -> String {
     match source {
-        ModelSource::Directory(directory) => directory.display().to_string(),
+        ModelSource::Directory(path) | ModelSource::File(path) => path.display().to_string(),
         ModelSource::Embedded => "pocket (the model inside the program)".into(),
+        ModelSource::Modified { model, loras, vae } => {
+            let loras = loras.iter().map(|lora| format!("LoRA {lora}"));
+            let vae = vae.iter().map(|vae| format!("VAE {}", vae.display()));
+            format!("{} with {}", source_name(model), loras.chain(vae).collect::<Vec<_>>().join(", "))
+        }
     }
 }
 

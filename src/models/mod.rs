@@ -1,13 +1,18 @@
 //! The networks: field names are checkpoint keys, shapes stand beside them, a forward reads like the figure.
 
+pub mod adapters;
 pub mod clip;
 mod config;
 pub mod layers;
+mod ldm;
+pub mod single_file;
 pub mod unet;
 pub mod vae;
 pub mod weights;
 
+pub use adapters::Adapters;
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
+pub use single_file::{Family, SingleFile};
 pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Vae, VaeConfig};
-pub use weights::{WeightStore, Weights};
+pub use weights::{Part, WeightStore, Weights};

@@ -4,28 +4,107 @@ use std::path::{Path, PathBuf};
 use super::families::{Defaults, FamilySpec, Part, load_part, vae_dtype};
 use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
-use crate::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore};
+use crate::models::single_file::{check_extension, open_vae};
+use crate::models::{
+    self, Adapters, ClipTextConfig, ClipTextModel, SingleFile, Unet, UnetConfig, Vae, VaeConfig, WeightStore,
+};
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
-use crate::text::{ClipTokenizer, TokenizerFiles};
+use crate::text::{ClipTokenizer, ClipVocabulary, TokenizerFiles};
 
 /// Where a model comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum ModelSource {
     /// A directory in the layout of diffusers: tokenizer/, text_encoder/, unet/, vae/, scheduler/.
     Directory(PathBuf),
+    /// A whole checkpoint in one safetensors file.
+    File(PathBuf),
     /// The small model that ships inside the program.
     Embedded,
+    /// Another one with adapters, which are applied in this order, and with the weights of another VAE.
+    Modified { model: Box<ModelSource>, loras: Vec<Lora>, vae: Option<PathBuf> },
+}
+
+impl ModelSource {
+    /// What is at `path`: a single file where that is a file or is named as one, else a directory.
+    pub fn at(path: &Path) -> ModelSource {
+        const FILES: [&str; 8] = ["safetensors", "sft", "ckpt", "pt", "pth", "bin", "pkl", "gguf"];
+        let end = path.extension().map(|end| end.to_string_lossy().to_lowercase());
+        let named = end.is_some_and(|end| FILES.contains(&end.as_str()));
+        match path.is_file() || (named && !path.is_dir()) {
+            true => ModelSource::File(path.to_path_buf()),
+            false => ModelSource::Directory(path.to_path_buf()),
+        }
+    }
+
+    /// This model with adapters and the weights of another VAE; itself without either.
+    pub fn with(self, loras: Vec<Lora>, vae: Option<PathBuf>) -> ModelSource {
+        match loras.is_empty() && vae.is_none() {
+            true => self,
+            false => ModelSource::Modified { model: Box::new(self), loras, vae },
+        }
+    }
+}
+
+/// A LoRA or one of its relatives ([`Adapters`]) and how strongly it is applied.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lora {
+    pub path: PathBuf,
+    /// 1 is full strength, 0 none; a negative one takes away.
+    pub weight: f32,
+}
+
+impl Lora {
+    /// The file's name without its ending.
+    pub fn name(&self) -> String {
+        stem(&self.path)
+    }
+}
+
+/// A file's name without its ending.
+pub(super) fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+impl std::fmt::Display for Lora {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{}:{}", self.path.display(), self.weight)
+    }
+}
+
+impl std::str::FromStr for Lora {
+    type Err = Error;
+
+    /// `FILE` or `FILE:WEIGHT`.
+    fn from_str(text: &str) -> Result<Lora> {
+        let refuse = |reason: String| Err(Error::Request { flag: "--lora", value: text.into(), reason });
+        let (path, weight) = match text.rsplit_once(':') {
+            None => (text, 1.0),
+            Some((path, weight)) => match weight.parse::<f32>() {
+                Ok(number) if number.is_finite() => (path, number),
+                _ => return refuse(format!("the weight {weight:?} is no number; expected FILE or FILE:WEIGHT (0.8)")),
+            },
+        };
+        if path.is_empty() {
+            return refuse("names no file; expected FILE or FILE:WEIGHT".into());
+        }
+        Ok(Lora { path: path.into(), weight })
+    }
 }
 
 /// The files of a model, read part by part: configurations and weights when asked for.
 pub struct ModelFiles {
     place: Place,
     family: &'static FamilySpec,
+    loras: Vec<Lora>,
+    adapters: Adapters,
+    /// Whose weights stand for those of the model's own VAE.
+    vae: Option<PathBuf>,
 }
 
 enum Place {
     Directory(PathBuf),
+    File(SingleFile),
     /// Path inside the model's directory, contents.
     Embedded(embedded::Files),
 }
@@ -85,20 +164,30 @@ const CONFIGURATIONS: [&str; 8] = [
 const EMBEDDED_NAME: &str = "pocket";
 
 impl ModelFiles {
-    /// Reads nothing but `model_index.json` (if there) and checks that the parts' directories exist.
+    /// Reads nothing but `model_index.json` (if there) and the headers of single files, and checks that the parts'
+    /// directories exist.
     ///
     /// # Errors
-    /// [`Error::File`]: what is missing and what the directory should look like; [`Error::Config`]: a model of another
-    /// family.
+    /// [`Error::File`]: what is missing and what the directory should look like; as [`SingleFile::open`],
+    /// [`check_extension`], [`Adapters::open`] and [`open_vae`]; [`Error::Config`]: a model of another family.
     pub fn open(source: &ModelSource) -> Result<ModelFiles> {
         let place = match source {
+            ModelSource::Modified { model, loras, vae } => {
+                let mut files = ModelFiles::open(model)?;
+                files.loras.extend(loras.iter().cloned());
+                let opened = files.loras.iter().map(|lora| Ok((check_extension(&lora.path)?, lora.weight)));
+                files.adapters = Adapters::open(&opened.collect::<Result<Vec<_>>>()?)?;
+                if let Some(path) = vae {
+                    open_vae(&check_extension(path)?, &Device::cpu(), DType::F32)?;
+                    files.vae = Some(path.clone());
+                }
+                return Ok(files);
+            }
             ModelSource::Embedded => Place::Embedded(embedded::files()?),
+            ModelSource::File(path) => Place::File(SingleFile::open(&check_extension(path)?)?),
             ModelSource::Directory(path) => {
                 if path.is_file() {
-                    let reason = format!(
-                        "is one file; {LAYOUT} (diffusers' convert_original_stable_diffusion_to_diffusers.py makes one)"
-                    );
-                    return Err(Error::file(path, reason));
+                    return Err(Error::file(path, format!("is one file, not a directory; {LAYOUT}")));
                 }
                 if !path.is_dir() {
                     return Err(Error::file(path, format!("no such directory; {LAYOUT}")));
@@ -108,9 +197,15 @@ impl ModelFiles {
         };
         let family = FamilySpec::of(|folder| match &place {
             Place::Directory(path) => path.join(folder).is_dir(),
+            Place::File(file) => match folder {
+                "tokenizer_2" => file.part_list().contains(&models::Part::TextEncoder2),
+                "tokenizer" => true,
+                _ => file.part_list().iter().any(|part| part.folder() == folder),
+            },
             Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
         });
-        let files = ModelFiles { place, family };
+        let adapters = Adapters::open(&[])?;
+        let files = ModelFiles { place, family, loras: Vec::new(), adapters, vae: None };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
             let parts = files.family.parts.iter().filter(|part| part.weights.is_some()).map(|part| part.folder);
@@ -124,10 +219,12 @@ impl ModelFiles {
         Ok(files)
     }
 
-    /// What the model is called: its directory's name, or ORG/NAME where that is in a cache of the Hugging Face hub.
+    /// What the model is called: its directory's name, or ORG/NAME where that is in a cache of the Hugging Face hub; a
+    /// single file's name without its ending.
     pub fn name(&self) -> String {
         match &self.place {
             Place::Embedded(_) => EMBEDDED_NAME.into(),
+            Place::File(file) => stem(file.path()),
             Place::Directory(path) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
                 if let Some(name) = hub_name(&path) {
@@ -139,7 +236,7 @@ impl ModelFiles {
     }
 
     /// Tells this model from others, also from those of its name: the first 16 hexadecimal digits of BLAKE3 over the
-    /// configurations, the tokenizer and the weights.
+    /// configurations, the tokenizer and the weights. Adapters are not in it: [`lora_digests`](ModelFiles::lora_digests).
     ///
     /// # Errors
     /// As [`WeightStore::open`]; [`Error::Io`].
@@ -155,10 +252,54 @@ impl ModelFiles {
                 add(&bytes);
             }
         }
-        for part in self.family.parts.iter().filter(|part| part.weights.is_some()) {
+        if let Place::File(file) = &self.place {
+            file.file_bytes().for_each(&mut add);
+        }
+        let in_file = |folder: &str| matches!(self.place, Place::File(_)) && !(folder == "vae" && self.vae.is_some());
+        for part in self.family.parts.iter().filter(|part| part.weights.is_some() && !in_file(part.folder)) {
             self.weights(part.folder, &Device::cpu(), DType::F32)?.file_bytes().for_each(&mut add);
         }
         Ok(hasher.finalize().to_hex()[..16].to_string())
+    }
+
+    /// The adapters, in the order in which they are applied.
+    pub fn loras(&self) -> &[Lora] {
+        &self.loras
+    }
+
+    /// The file whose weights stand for those of the model's own VAE.
+    pub fn vae_file(&self) -> Option<&Path> {
+        self.vae.as_deref()
+    }
+
+    /// The first 16 hexadecimal digits of BLAKE3 over each adapter's file.
+    pub fn lora_digests(&self) -> Vec<String> {
+        let digest = |bytes: &[u8]| {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_rayon(bytes).finalize().to_hex()[..16].to_string()
+        };
+        self.adapters.file_bytes().map(|(bytes, _)| digest(bytes)).collect()
+    }
+
+    /// To be called when every part is loaded: tensors of single files and of adapters that belong to no part, a sentence
+    /// per file.
+    ///
+    /// # Errors
+    /// As [`Adapters::finish`].
+    pub(super) fn warnings(&self) -> Result<Vec<String>> {
+        let list = |path: &Path, keys: &[String]| {
+            let shown: Vec<&str> = keys.iter().take(4).map(String::as_str).collect();
+            let more = if keys.len() > shown.len() { ", ..." } else { "" };
+            format!("{}: no part of the model uses {} tensors: {}{more}", path.display(), keys.len(), shown.join(", "))
+        };
+        let mut warnings = Vec::new();
+        if let Place::File(file) = &self.place
+            && !file.unused().is_empty()
+        {
+            warnings.push(list(file.path(), file.unused()));
+        }
+        warnings.extend(self.adapters.finish()?.iter().map(|(path, keys)| list(path, keys)));
+        Ok(warnings)
     }
 
     /// The tokenizer in `folder` (`tokenizer`, `tokenizer_2`).
@@ -168,6 +309,26 @@ impl ModelFiles {
     pub fn tokenizer(&self, folder: &str) -> Result<ClipTokenizer> {
         match &self.place {
             Place::Directory(path) => ClipTokenizer::load(&path.join(folder)),
+            Place::File(file) => {
+                let [vocab, merges, config, special] =
+                    ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+                        .map(|name| file.config(&format!("{folder}/{name}")).map(String::into_bytes));
+                let (vocab, merges) = match (vocab, merges) {
+                    (Some(vocab), Some(merges)) => (vocab, merges),
+                    _ => {
+                        let published = ClipVocabulary::published();
+                        (published.vocab, published.merges)
+                    }
+                };
+                let files = TokenizerFiles {
+                    vocab: Some(&vocab),
+                    merges: Some(&merges),
+                    config: config.as_deref(),
+                    special_tokens_map: special.as_deref(),
+                    ..TokenizerFiles::default()
+                };
+                ClipTokenizer::from_bytes(&self.path(folder), &files)
+            }
             Place::Embedded(files) => {
                 let file = |name: &str| files.get(&format!("{folder}/{name}"));
                 let files = TokenizerFiles {
@@ -234,10 +395,10 @@ impl ModelFiles {
         Vae::load(self.weights("vae", device, vae_dtype(&config, dtype))?, &config)
     }
 
-    /// The weights of the part in `folder`.
+    /// The weights of the part in `folder`, with the adapters' changes.
     ///
     /// # Errors
-    /// As [`WeightStore::open`]; [`Error::File`]: the family has no such part with weights.
+    /// As [`WeightStore::open`], [`SingleFile::store`], [`open_vae`] and [`WeightStore::with_adapters`]; [`Error::File`]: the family has no such part with weights.
     pub(super) fn weights(&self, folder: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
         let Some(stem) = self.family.part(folder).and_then(|part| part.weights) else {
             return Err(Error::file(&self.path(folder), format!("{} has no such part", self.family.name)));
@@ -245,13 +406,21 @@ impl ModelFiles {
         if matches!(device, Device::Meta(_)) {
             return Ok(WeightStore::meta(device, dtype));
         }
-        match &self.place {
-            Place::Directory(path) => WeightStore::open(&path.join(folder), stem, device, dtype),
-            Place::Embedded(files) => {
+        let part = models::Part::ALL.into_iter().find(|part| part.folder() == folder);
+        let store = match (&self.place, &self.vae, part) {
+            (_, Some(vae), Some(models::Part::Vae)) => open_vae(vae, device, dtype)?,
+            (Place::Directory(path), ..) => WeightStore::open(&path.join(folder), stem, device, dtype)?,
+            (Place::File(file), _, Some(part)) => file.store(part, device, dtype)?,
+            (Place::File(file), _, None) => return Err(Error::file(file.path(), format!("holds no {folder}"))),
+            (Place::Embedded(files), ..) => {
                 let name = format!("{folder}/{stem}.safetensors");
                 let bytes = files.get(&name).ok_or_else(|| self.missing(&name))?;
-                WeightStore::from_bytes(&self.path(&name).display().to_string(), bytes, device, dtype)
+                WeightStore::from_bytes(&self.path(&name).display().to_string(), bytes, device, dtype)?
             }
+        };
+        match part {
+            Some(part) if !self.adapters.is_empty() => store.with_adapters(part, &self.adapters),
+            _ => Ok(store),
         }
     }
 
@@ -332,6 +501,7 @@ impl ModelFiles {
     fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match &self.place {
             Place::Embedded(files) => Ok(files.get(name).map(Cow::Borrowed)),
+            Place::File(file) => Ok(file.config(name).map(|text| Cow::Owned(text.into_bytes()))),
             Place::Directory(path) => {
                 let path = path.join(name);
                 match std::fs::read(&path) {
@@ -351,6 +521,7 @@ impl ModelFiles {
         match &self.place {
             Place::Embedded(_) => Path::new(EMBEDDED_NAME).join(name),
             Place::Directory(path) => path.join(name),
+            Place::File(file) => file.path().join(name),
         }
     }
 }

@@ -1,6 +1,6 @@
 use serde_json::json;
 
-use super::{Pipeline, Request, SizeIds};
+use super::{Lora, Pipeline, Request, SizeIds};
 use crate::image::infotext;
 use crate::methods::{Run, Stage, text_of};
 use crate::rng::RngKind;
@@ -58,6 +58,16 @@ impl Parameters {
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });
+        if !pipeline.loras().is_empty() {
+            let lora = |lora: &Lora| format!("{}:{}", lora.name(), lora.weight);
+            fields.push(("Lora".into(), pipeline.loras().iter().map(lora).collect::<Vec<_>>().join(", ")));
+            let lora = |lora: &Lora| json!({"name": lora.name(), "weight": decimal(lora.weight)});
+            json["loras"] = pipeline.loras().iter().map(lora).collect();
+        }
+        if let Some(vae) = pipeline.vae_name() {
+            fields.push(("VAE".into(), vae.to_string()));
+            json["vae"] = vae.into();
+        }
         let SizeIds { original, crop, target } = request.size_ids;
         for (name, value) in [
             ("original_size", original.map(|size| size.to_string())),

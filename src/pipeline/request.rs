@@ -79,7 +79,8 @@ impl Request {
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
-            ModelSource::Directory(_) => {
+            ModelSource::Modified { model, .. } => Request::suited_to(model),
+            ModelSource::Directory(_) | ModelSource::File(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
                 let method = if defaults.guidance > 1.0 { MegaFusion::plus().into() } else { Plain {}.into() };
                 Request { method, guidance: defaults.guidance, ..Request::default() }

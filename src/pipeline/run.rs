@@ -2,9 +2,10 @@ use std::cell::RefCell;
 use std::sync::Mutex;
 
 use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions};
+use super::files::stem;
 use super::parameters::Parameters;
 use super::plan::Planner;
-use super::{ModelFiles, ModelSource, Request, SizeIds, WeightReport};
+use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
@@ -30,6 +31,10 @@ pub struct Pipeline {
     dtype: DType,
     family: Box<dyn Family>,
     scheduler: SchedulerConfig,
+    loras: Vec<Lora>,
+    /// The name of the file whose weights stand for those of the model's own VAE.
+    vae: Option<String>,
+    warnings: Vec<String>,
     defaults: Defaults,
     recorded: RecordedSteps,
     /// The prompts that were encoded last: pictures of one prompt encode it once.
@@ -51,17 +56,51 @@ impl Pipeline {
         let files = ModelFiles::open(&source)?;
         let scheduler = files.scheduler_config()?.for_latents();
         let family = (files.family().load)(&files, &device, dtype)?;
+        let warnings = match device {
+            Device::Meta(_) => Vec::new(),
+            _ => files.warnings()?,
+        };
+        let (loras, vae) = (files.loras().to_vec(), files.vae_file().map(stem));
         let planner = match device {
             Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
             _ => None,
         };
         let (name, defaults, recorded) = (files.name(), files.defaults(), RecordedSteps::default());
         let (encoded, planned) = (Mutex::new(None), Mutex::new(None));
-        Ok(Pipeline { name, device, dtype, family, scheduler, defaults, recorded, encoded, planner, planned })
+        Ok(Pipeline {
+            name,
+            device,
+            dtype,
+            family,
+            scheduler,
+            loras,
+            vae,
+            warnings,
+            defaults,
+            recorded,
+            encoded,
+            planner,
+            planned,
+        })
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The adapters that are merged into the weights.
+    pub fn loras(&self) -> &[Lora] {
+        &self.loras
+    }
+
+    /// The name of the file whose weights stand for those of the model's own VAE.
+    pub fn vae_name(&self) -> Option<&str> {
+        self.vae.as_deref()
+    }
+
+    /// What was odd about the files, a sentence each: tensors that belong to no part.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     pub fn device(&self) -> &Device {

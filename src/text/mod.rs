@@ -6,6 +6,7 @@ mod emphasis;
 mod files;
 mod prompt;
 mod textual_inversion;
+mod vocabulary;
 
 pub use chunks::{Chunks, LongPrompt};
 pub use clip::{ClipTokenizer, Encoding};
@@ -13,3 +14,4 @@ pub use emphasis::{ClipSkip, emphasize};
 pub use files::TokenizerFiles;
 pub use prompt::{Part, Prompt, Syntax, syntax_hint};
 pub use textual_inversion::{Encoder, LearnedWords, TextualInversion};
+pub use vocabulary::ClipVocabulary;

@@ -4,19 +4,46 @@
 //! A file is mapped, not read: a tensor goes from the mapping straight into its final layout and dtype, row by row, and
 //! its pages are given back, so loading holds the loaded tensors and little else.
 
+mod file;
+mod repack;
+
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
-use memmap2::Mmap;
-use rayon::prelude::*;
-use safetensors::{Dtype as FileDtype, SafeTensors};
+use half::{bf16, f16};
+use safetensors::Dtype as FileDtype;
 
+use self::file::{Bytes, not_found, read_index};
+pub(super) use self::file::{Entry, MappedFile, file_name};
+pub(super) use self::repack::read_f32;
+use self::repack::{Layout, repack};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, Tensor};
+
+/// A network of a model, by the folder that holds it in the layout of diffusers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    TextEncoder,
+    /// OpenCLIP bigG of SDXL.
+    TextEncoder2,
+    Unet,
+    Vae,
+}
+
+impl Part {
+    pub const ALL: [Part; 4] = [Part::TextEncoder, Part::TextEncoder2, Part::Unet, Part::Vae];
+
+    /// `text_encoder`, `text_encoder_2`, `unet`, `vae`.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Part::TextEncoder => "text_encoder",
+            Part::TextEncoder2 => "text_encoder_2",
+            Part::Unet => "unet",
+            Part::Vae => "vae",
+        }
+    }
+}
 
 /// All tensors of one model. Every key is consumed exactly once: [`finish`](WeightStore::finish) reports what is left.
 #[derive(Debug)]
@@ -25,7 +52,7 @@ pub struct WeightStore {
     dtype: DType,
     /// The file, or the index of the shards: stands in errors about keys that no file holds.
     origin: PathBuf,
-    files: Vec<MappedFile>,
+    files: Vec<Arc<MappedFile>>,
     /// By the key that layers ask for. `None`: a manifest, which has every tensor anybody asks for.
     entries: Option<BTreeMap<String, Entry>>,
     taken: Mutex<Taken>,
@@ -35,28 +62,6 @@ pub struct WeightStore {
 struct Taken {
     keys: HashSet<String>,
     in_order: Vec<(String, Vec<usize>)>,
-}
-
-#[derive(Debug)]
-struct MappedFile {
-    path: PathBuf,
-    bytes: Bytes,
-}
-
-#[derive(Debug)]
-enum Bytes {
-    Mapped(Mmap),
-    Static(&'static [u8]),
-}
-
-/// A tensor of a file; `start..start + len` are its bytes in the whole file.
-#[derive(Clone, Debug)]
-struct Entry {
-    file: usize,
-    dtype: FileDtype,
-    shape: Vec<usize>,
-    start: usize,
-    len: usize,
 }
 
 impl WeightStore {
@@ -71,7 +76,7 @@ impl WeightStore {
         for variant in ["", ".fp16"] {
             let single = at(format!("{stem}{variant}.safetensors"));
             if single.is_file() {
-                return WeightStore::of_files(single.clone(), vec![MappedFile::open(single)?], device, dtype);
+                return WeightStore::of_one_file(Arc::new(MappedFile::open(single)?), device, dtype);
             }
             let mut indices = vec![at(format!("{stem}{variant}.safetensors.index.json"))];
             if !variant.is_empty() {
@@ -89,8 +94,8 @@ impl WeightStore {
     /// # Errors
     /// [`Error::File`]: truncated or not safetensors.
     pub fn from_bytes(name: &str, bytes: &'static [u8], device: &Device, dtype: DType) -> Result<WeightStore> {
-        let file = MappedFile { path: PathBuf::from(name), bytes: Bytes::Static(bytes) };
-        WeightStore::of_files(file.path.clone(), vec![file], device, dtype)
+        let file = Arc::new(MappedFile { path: PathBuf::from(name), bytes: Bytes::Static(bytes) });
+        WeightStore::of_one_file(file, device, dtype)
     }
 
     /// No data: hands out meta tensors of the shapes asked for and remembers key and shape of each.
@@ -116,12 +121,12 @@ impl WeightStore {
                     format!("this shard is missing, {} asks for it: download it again", file_name(&index).display());
                 return Err(Error::file(&path, reason));
             }
-            files.push(MappedFile::open(path)?);
+            files.push(Arc::new(MappedFile::open(path)?));
         }
-        let store = WeightStore::of_files(index, files, device, dtype)?;
+        let mut store = WeightStore::of_files(index, files, device, dtype)?;
         for (key, name) in &weight_map {
             let entry = store.entries.iter().flatten().find_map(|(k, entry)| (k == key).then_some(entry));
-            let found = entry.map(|entry| file_name(&store.files[entry.file].path));
+            let found = entry.map(|entry| file_name(&entry.file.path));
             if found != Some(Path::new(name)) {
                 let elsewhere =
                     found.map_or(String::from("no shard has it"), |at| format!("it is in {}", at.display()));
@@ -131,19 +136,46 @@ impl WeightStore {
             }
         }
         if let Some((key, entry)) = store.entries.iter().flatten().find(|(key, _)| !weight_map.contains_key(*key)) {
-            let shard = file_name(&store.files[entry.file].path).display();
+            let shard = file_name(&entry.file.path).display();
             let reason = format!("the index does not name tensor {key} of {shard}: download all files again");
             return Err(Error::file(&store.origin, reason));
         }
+        store.entries = store.entries.map(attach_scales);
         Ok(store)
     }
 
-    fn of_files(origin: PathBuf, files: Vec<MappedFile>, device: &Device, dtype: DType) -> Result<WeightStore> {
+    fn of_one_file(file: Arc<MappedFile>, device: &Device, dtype: DType) -> Result<WeightStore> {
+        let mut store = WeightStore::of_files(file.path.clone(), vec![file], device, dtype)?;
+        store.entries = store.entries.map(attach_scales);
+        Ok(store)
+    }
+
+    /// A part of a file: its tensors under the keys that the layers ask for.
+    pub(super) fn view(
+        file: &Arc<MappedFile>,
+        entries: BTreeMap<String, Entry>,
+        device: &Device,
+        dtype: DType,
+    ) -> WeightStore {
+        let (origin, files, taken) = (file.path.clone(), vec![file.clone()], Mutex::default());
+        WeightStore { device: device.clone(), dtype, origin, files, entries: Some(entries), taken }
+    }
+
+    pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = (&String, &mut Entry)> {
+        self.entries.iter_mut().flatten()
+    }
+
+    /// Keys and shapes of the stored tensors; none for a manifest.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.entries.iter().flatten().map(|(key, entry)| (key.as_str(), entry.shape.as_slice()))
+    }
+
+    fn of_files(origin: PathBuf, files: Vec<Arc<MappedFile>>, device: &Device, dtype: DType) -> Result<WeightStore> {
         let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
-        for (index, file) in files.iter().enumerate() {
-            for (key, entry) in file.entries(index)? {
+        for file in &files {
+            for (key, entry) in file.entries()? {
                 if let Some(other) = entries.get(&key) {
-                    let other = file_name(&files[other.file].path).display();
+                    let other = file_name(&other.file.path).display();
                     let reason =
                         format!("tensor {key} is in {other} as well: keep one of the two, or download both again");
                     return Err(Error::file(&file.path, reason));
@@ -184,7 +216,7 @@ impl WeightStore {
         let mut renamed: BTreeMap<String, Entry> = BTreeMap::new();
         for (key, entry) in entries {
             let Some(new) = rename(&key) else { continue };
-            let file = self.files[entry.file].path.clone();
+            let file = entry.file.path.clone();
             if renamed.insert(new.clone(), entry).is_some() {
                 let reason = format!("a second tensor stands for {new}: the file mixes two naming schemes");
                 return Err(Error::Weight { file, key, reason });
@@ -218,7 +250,7 @@ impl WeightStore {
              belong together?",
             entry.shape
         );
-        Err(Error::Weight { file: self.files[entry.file].path.clone(), key: key.to_string(), reason })
+        Err(Error::Weight { file: entry.file.path.clone(), key: key.to_string(), reason })
     }
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
@@ -238,7 +270,7 @@ impl WeightStore {
                 some => some,
             },
         };
-        let path = entry.map_or(self.origin.as_path(), |entry| &self.files[entry.file].path);
+        let path = entry.map_or(self.origin.as_path(), |entry| &entry.file.path);
         let mut taken = self.taken();
         if !taken.keys.insert(key.to_string()) {
             return error(path, "two layers ask for it".into());
@@ -249,8 +281,8 @@ impl WeightStore {
             if entry.shape != shape && also != Some(entry.shape.as_slice()) {
                 return error(path, format!("has shape {:?}, wanted {shape:?}", entry.shape));
             }
-            if !matches!(entry.dtype, FileDtype::F64 | FileDtype::F32 | FileDtype::F16 | FileDtype::BF16) {
-                return error(path, format!("is {}, wanted F32, F16, BF16 or F64", entry.dtype));
+            if !entry.is_float() {
+                return error(path, format!("is {}, wanted F32, F16, BF16, F64, F8_E4M3 or F8_E5M2", entry.dtype));
             }
         }
         Ok(entry)
@@ -258,9 +290,15 @@ impl WeightStore {
 
     /// Writes a tensor of the file into `to` (elements of the store's dtype, on the cpu) in the layout asked for.
     fn fill(&self, key: &str, entry: &Entry, to: &mut [impl Element], layout: Layout) -> Result<()> {
-        let file = &self.files[entry.file];
+        let file = &entry.file;
         let bytes = &file.as_bytes()[entry.start..entry.start + entry.len];
-        let bad = repack(bytes, entry.dtype, to, layout);
+        let bad = if entry.is_plain() {
+            repack(bytes, entry.dtype, to, layout)
+        } else {
+            let mut values = read_f32(entry);
+            entry.adapters.iter().for_each(|delta| delta.apply(&mut values, &entry.shape));
+            repack(bytemuck::cast_slice(&values), FileDtype::F32, to, layout)
+        };
         file.release(entry);
         let Some(bad) = bad else { return Ok(()) };
         let what = if bad.value.is_finite() {
@@ -404,230 +442,40 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// How a checkpoint's tensor becomes ours.
-#[derive(Clone, Copy, Debug)]
-enum Layout {
-    Same,
-    /// Rows `[channels, pixels]` to `[pixels, channels]`.
-    ChannelsLast {
-        channels: usize,
-        pixels: usize,
-    },
-    /// Row `r` of ours is row `r / 2` of the first `n`, or of the second `n` for odd `r`.
-    Interleaved {
-        n: usize,
-        columns: usize,
-    },
-}
-
-/// Values that the dtype cannot hold.
-struct BadValues {
-    count: usize,
-    value: f64,
-}
-
-/// Elements a thread converts at a time.
-const CHUNK: usize = 1 << 15;
-
-/// Converts `bytes` (little-endian elements of `dtype`) into `to`; `Some` when a value is not finite after rounding.
-fn repack<T: Element>(bytes: &[u8], dtype: FileDtype, to: &mut [T], layout: Layout) -> Option<BadValues> {
-    let row = match layout {
-        Layout::Same => CHUNK,
-        Layout::ChannelsLast { channels, pixels } => channels * pixels,
-        Layout::Interleaved { columns, .. } => columns,
-    };
-    let rows_per_chunk = CHUNK.div_ceil(row.max(1));
-    let size = dtype.bitsize() / 8;
-    let convert = |(chunk_index, chunk): (usize, &mut [T])| {
-        let mut values = vec![0.0; row.min(chunk.len())];
-        let mut bad: Option<BadValues> = None;
-        for (i, to) in chunk.chunks_mut(row).enumerate() {
-            let r = chunk_index * rows_per_chunk + i;
-            let source_row = match layout {
-                Layout::Interleaved { n, .. } => r / 2 + (r % 2) * n,
-                _ => r,
-            };
-            let values = &mut values[..to.len()];
-            let first = source_row * row;
-            let source = &bytes[first * size..(first + to.len()) * size];
-            decode(source, dtype, values);
-            bad = merge(bad, out_of_range(source, dtype, values, T::DTYPE));
-            match layout {
-                Layout::ChannelsLast { channels, pixels } if pixels > 1 => {
-                    for (p, to) in to.chunks_mut(channels).enumerate() {
-                        to.iter_mut().enumerate().for_each(|(c, to)| *to = T::from_f32(values[c * pixels + p]));
-                    }
-                }
-                _ => to.iter_mut().zip(&*values).for_each(|(to, &value)| *to = T::from_f32(value)),
+/// Puts the scales of 8-bit floats to their tensors: `X.scale_weight` or `X.weight_scale` beside `X.weight`, in f32, one
+/// value or one per row. The marker `scaled_fp8` and the scales of activations (`scale_input`, `input_scale`), which
+/// serve 8-bit arithmetic, are let go.
+pub(super) fn attach_scales(entries: BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
+    let is_f8 = |entry: &Entry| matches!(entry.dtype, FileDtype::F8_E4M3 | FileDtype::F8_E5M2);
+    if !entries.values().any(is_f8) {
+        return entries;
+    }
+    let (mut scales, mut left) = (Vec::new(), BTreeMap::new());
+    for (key, entry) in entries {
+        let module = key.strip_suffix(".scale_weight").or_else(|| key.strip_suffix(".weight_scale"));
+        let unused = key.ends_with(".scale_input") || key.ends_with(".input_scale") || key.ends_with("scaled_fp8");
+        match module {
+            Some(module) => scales.push((format!("{module}.weight"), key.clone(), entry)),
+            None if unused => {}
+            None => drop(left.insert(key, entry)),
+        }
+    }
+    for (weight, key, scale) in scales {
+        match left.get_mut(&weight) {
+            Some(entry) if is_f8(entry) && scale.is_float() && scale.fits_rows_of(entry) => {
+                entry.scale = Some(Box::new(scale));
             }
-        }
-        bad
-    };
-    to.par_chunks_mut(rows_per_chunk * row.max(1)).enumerate().map(convert).reduce(|| None, merge)
-}
-
-fn merge(a: Option<BadValues>, b: Option<BadValues>) -> Option<BadValues> {
-    match (a, b) {
-        (Some(a), Some(b)) => Some(BadValues { count: a.count + b.count, value: a.value }),
-        (a, b) => a.or(b),
-    }
-}
-
-/// Little-endian file elements as f32. A file's data need not be aligned.
-fn decode(bytes: &[u8], dtype: FileDtype, to: &mut [f32]) {
-    fn each<const SIZE: usize>(to: &mut [f32], bytes: &[u8], value: impl Fn([u8; SIZE]) -> f32) {
-        let (elements, _) = bytes.as_chunks::<SIZE>();
-        to.iter_mut().zip(elements).for_each(|(to, &element)| *to = value(element));
-    }
-    match dtype {
-        FileDtype::F64 => each(to, bytes, |v| f64::from_le_bytes(v) as f32),
-        FileDtype::F32 => each(to, bytes, f32::from_le_bytes),
-        FileDtype::BF16 => each(to, bytes, |v| bf16::from_le_bytes(v).to_f32()),
-        FileDtype::F16 => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
-            Ok(values) if cfg!(target_endian = "little") => values.convert_to_f32_slice(to), // vector instructions
-            _ => each(to, bytes, |v| f16::from_le_bytes(v).to_f32()),
-        },
-        _ => unreachable!("take() lets only these through"),
-    }
-}
-
-/// The values of a row that become NaN or infinity in `dtype`: from half a unit above its largest value on.
-fn out_of_range(bytes: &[u8], file_dtype: FileDtype, values: &[f32], dtype: DType) -> Option<BadValues> {
-    let limit = match dtype {
-        DType::F16 => 65520.0,
-        DType::BF16 => f32::from_bits(0x7f7f_8000),
-        DType::F32 | DType::U32 => f32::INFINITY,
-    };
-    let count = values.iter().filter(|value| value.abs() >= limit || value.is_nan()).count();
-    if count == 0 {
-        return None;
-    }
-    let i = values.iter().position(|value| value.abs() >= limit || value.is_nan()).unwrap_or(0);
-    let value = match file_dtype {
-        FileDtype::F64 => bytemuck::cast_slice::<u8, [u8; 8]>(bytes).get(i).map_or(0.0, |&v| f64::from_le_bytes(v)),
-        _ => f64::from(values[i]),
-    };
-    Some(BadValues { count, value })
-}
-
-impl MappedFile {
-    fn open(path: PathBuf) -> Result<MappedFile> {
-        let file = File::open(&path).map_err(|source| Error::io(&path, source))?;
-        if file.metadata().map_err(|source| Error::io(&path, source))?.len() == 0 {
-            return Err(Error::file(&path, "is empty: download it again"));
-        }
-        // SAFETY: the mapping is private and read-only, and only ever seen as bytes. As with any mapped file, another
-        // process that shortens it while we load would end ours; weights are not rewritten in place.
-        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(&path, source))?;
-        Ok(MappedFile { path, bytes: Bytes::Mapped(map) })
-    }
-
-    fn as_bytes(&self) -> &[u8] {
-        match &self.bytes {
-            Bytes::Mapped(map) => map,
-            Bytes::Static(bytes) => bytes,
+            _ => drop(left.insert(key, scale)), // not a scale as we know it: a tensor that no layer has
         }
     }
-
-    /// Every key of the header, checked: offsets within the file, without holes or overlaps, as long as dtype and shape say.
-    fn entries(&self, file: usize) -> Result<Vec<(String, Entry)>> {
-        let bytes = self.as_bytes();
-        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            let reason = match sniff(bytes) {
-                Some(what) => what.to_string(),
-                None => format!("not a readable safetensors file ({error}): truncated or damaged, download it again"),
-            };
-            Error::file(&self.path, reason)
-        })?;
-        let data_start = 8 + header;
-        let entry = |info: &safetensors::tensor::TensorInfo| {
-            let (start, end) = info.data_offsets;
-            let (dtype, shape) = (info.dtype, info.shape.clone());
-            Entry { file, dtype, shape, start: data_start + start, len: end - start }
-        };
-        Ok(metadata.tensors().into_iter().map(|(key, info)| (key, entry(info))).collect())
-    }
-
-    /// Lets the system drop a tensor's pages, so that the mapping does not grow into a second copy of the model.
-    fn release(&self, entry: &Entry) {
-        #[cfg(unix)]
-        if let Bytes::Mapped(map) = &self.bytes {
-            // SAFETY: the pages are clean and backed by the file; a later read brings them back with the same contents.
-            let advice =
-                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, entry.start, entry.len) };
-            drop(advice); // advice only: without it the pages stay until the system wants them
-        }
-        #[cfg(not(unix))]
-        let _ = entry;
-    }
-}
-
-/// What a file that is not safetensors is, and what to do about it.
-fn sniff(bytes: &[u8]) -> Option<&'static str> {
-    let begins = |magic: &[u8]| bytes.starts_with(magic);
-    if begins(b"version https://git-lfs") {
-        Some("a Git LFS pointer, not the weights: run `git lfs pull` in the model's directory")
-    } else if begins(b"PK\x03\x04") || begins(b"\x80\x02") || begins(b"\x80\x04") {
-        Some("a PyTorch pickle, not safetensors: convert it (load it in diffusers, then save_pretrained)")
-    } else if begins(b"GGUF") {
-        Some("a GGUF file: safetensors in f32, f16 or bf16 are wanted")
-    } else if begins(b"<") {
-        Some("a web page, not weights: the download went wrong (is a login needed?), download it again")
-    } else {
-        None
-    }
-}
-
-/// `weight_map` of a shard index: key to file name.
-fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let mut text = String::new();
-    let file = File::open(index).map_err(|source| Error::io(index, source))?;
-    // 64 MiB hold the index of half a million tensors.
-    file.take(1 << 26).read_to_string(&mut text).map_err(|source| Error::io(index, source))?;
-    let parsed: Index = serde_json::from_str(&text)
-        .map_err(|error| Error::file(index, format!("not a safetensors index ({error}): download it again")))?;
-    if parsed.weight_map.is_empty() {
-        return Err(Error::file(index, "weight_map is empty: download it again"));
-    }
-    Ok(parsed.weight_map)
-}
-
-/// The weights are not where they should be: say what is there instead.
-fn not_found(dir: &Path, stem: &str) -> Error {
-    let wanted = dir.join(format!("{stem}.safetensors"));
-    if !dir.is_dir() {
-        return Error::file(dir, "no such directory: a model directory in the diffusers layout has it");
-    }
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .collect();
-    names.sort();
-    let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth", ".pkl"].iter().any(|end| name.ends_with(end));
-    let reason = if let Some(name) = names.iter().find(pickle) {
-        format!(
-            "not found; {name} is a PyTorch pickle, which can run code and is not read: download the safetensors version, \
-             or convert it (load the model in diffusers or transformers, then save_pretrained(dir))"
-        )
-    } else if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors")) {
-        format!("not found; the directory holds {name}: rename it if these are the weights")
-    } else {
-        "not found, nor an index of shards: download the weights".to_string()
-    };
-    Error::file(&wanted, reason)
+    left
 }
 
 /// A hint for a file whose keys are of another family altogether.
 fn foreign(entries: &BTreeMap<String, Entry>) -> &'static str {
     let any = |prefix: &str| entries.keys().any(|key| key.starts_with(prefix));
     if any("model.diffusion_model.") || any("first_stage_model.") || any("cond_stage_model.") {
-        "; this is a single-file checkpoint: convert it to the diffusers layout (StableDiffusionPipeline.from_single_file, \
-         then save_pretrained)"
+        "; this is a single-file checkpoint: give its own path as the model"
     } else if any("lora_") || entries.keys().any(|key| key.contains(".lora_")) {
         "; this is a LoRA, not a model"
     } else if entries.is_empty() {
@@ -635,8 +483,4 @@ fn foreign(entries: &BTreeMap<String, Entry>) -> &'static str {
     } else {
         ""
     }
-}
-
-fn file_name(path: &Path) -> &Path {
-    path.file_name().map_or(path, Path::new)
 }

@@ -1,0 +1,412 @@
+//! A whole model in one safetensors file, as the first Stable Diffusion code and the programs after it write it: Stable
+//! Diffusion 1.x, 2.x and XL. The family is read off the keys; configurations are the published ones.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::ldm;
+use super::weights::{Entry, MappedFile, Part, WeightStore, attach_scales};
+use crate::error::{Error, Result};
+use crate::runtime::{DType, Device};
+
+const UNET: &str = "model.diffusion_model.";
+const VAE: &str = "first_stage_model.";
+const CLIP: &str = "cond_stage_model.transformer.";
+const OPENCLIP: &str = "cond_stage_model.model.";
+const SDXL_CLIP: &str = "conditioner.embedders.0.transformer.";
+const SDXL_OPENCLIP: &str = "conditioner.embedders.1.model.";
+
+/// What a single file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// Stable Diffusion 1.x: CLIP-L.
+    Sd1,
+    /// Stable Diffusion 2.x: OpenCLIP-H.
+    Sd2,
+    /// Stable Diffusion XL: CLIP-L and OpenCLIP bigG.
+    Sdxl,
+}
+
+/// A mapped single file and where each part's tensors are in it.
+#[derive(Debug)]
+pub struct SingleFile {
+    file: Arc<MappedFile>,
+    family: Family,
+    parts: BTreeMap<Part, BTreeMap<String, Entry>>,
+    metadata: HashMap<String, String>,
+    v_prediction: bool,
+    zero_snr: bool,
+    unused: Vec<String>,
+}
+
+impl SingleFile {
+    /// Maps the file, recognises its family and finds its parts; reads no weights.
+    ///
+    /// Keys do not tell whether a Stable Diffusion 2.x predicts v at 768 pixels or noise at 512 (base). In this order:
+    /// `modelspec.prediction_type` of the file's metadata (`v`, `epsilon`), the marker tensor `v_pred` (`ztsnr`: zero
+    /// terminal SNR), and else v for 2.x and noise for the others, as diffusers assumes. The web UI runs the UNet once to
+    /// find out; a caller who knows better overrides the scheduler's `prediction_type`.
+    ///
+    /// # Errors
+    /// [`Error::File`]: not safetensors (and what to do), not a checkpoint of these families (and what it seems to be), a
+    /// part missing.
+    pub fn open(path: &Path) -> Result<SingleFile> {
+        let file = Arc::new(MappedFile::open(path.to_path_buf())?);
+        let entries = unwrapped(attach_scales(file.entries()?));
+        let refuse = |reason: &str| Err(Error::file(path, reason));
+        let has = |prefix: &str| entries.keys().any(|key| key.starts_with(prefix));
+        let any = |text: &str| entries.keys().any(|key| key.contains(text));
+        if any("joint_blocks.") {
+            return refuse("is a Stable Diffusion 3 checkpoint, not supported; Stable Diffusion 1.x, 2.x and XL are");
+        }
+        if any("double_blocks.") {
+            return refuse("is a Flux checkpoint, not supported; Stable Diffusion 1.x, 2.x and XL are");
+        }
+        if any("lora_") || any("hada_w1") || any("lokr_w1") {
+            return refuse("is a LoRA, not a model: give it beside a model");
+        }
+        let Some(conv_in) = entries.get("model.diffusion_model.input_blocks.0.0.weight") else {
+            if ldm::vae_levels(entries.keys().map(|key| key.strip_prefix(VAE).unwrap_or(key))) > 0 {
+                return refuse("is a VAE alone, not a whole model");
+            }
+            return refuse(
+                "is no Stable Diffusion checkpoint: no tensor model.diffusion_model.input_blocks.0.0.weight",
+            );
+        };
+        if let Some(&channels) = conv_in.shape.get(1)
+            && channels != 4
+        {
+            let reason =
+                format!("its UNet takes {channels} channels (inpainting or editing); only those of 4 are supported");
+            return refuse(&reason);
+        }
+        let family = if has(SDXL_OPENCLIP) {
+            Family::Sdxl
+        } else if has("conditioner.embedders.0.model.") {
+            return refuse("is the refiner of Stable Diffusion XL, not supported; the base model is");
+        } else if has(OPENCLIP) {
+            Family::Sd2
+        } else if has(CLIP) {
+            Family::Sd1
+        } else {
+            return refuse("holds a UNet but no text encoder: download the full checkpoint");
+        };
+        let flag = |name: &str| entries.contains_key(name);
+        let (v_marker, zero_snr) = (flag("v_pred"), flag("ztsnr"));
+        let metadata = file.metadata();
+        let v_prediction = match metadata.get("modelspec.prediction_type").map(String::as_str) {
+            Some("v") => true,
+            Some("epsilon") => false,
+            _ => v_marker || family == Family::Sd2,
+        };
+        let (parts, unused) = split(family, entries);
+        let file_of_parts = SingleFile { file, family, parts, metadata, v_prediction, zero_snr, unused };
+        for &part in file_of_parts.part_list() {
+            if !file_of_parts.parts.contains_key(&part) {
+                let reason = format!("holds no {}: download the full checkpoint", part.folder());
+                return Err(Error::file(path, reason));
+            }
+        }
+        Ok(file_of_parts)
+    }
+
+    pub fn family(&self) -> Family {
+        self.family
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// The parts that this family has.
+    pub fn part_list(&self) -> &'static [Part] {
+        match self.family {
+            Family::Sdxl => &Part::ALL,
+            Family::Sd1 | Family::Sd2 => &[Part::TextEncoder, Part::Unet, Part::Vae],
+        }
+    }
+
+    /// Tensors that belong to no part (optimiser states, EMA copies), for one warning.
+    pub fn unused(&self) -> &[String] {
+        &self.unused
+    }
+
+    /// The file's bytes, for a digest.
+    pub fn file_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        std::iter::once(self.file.as_bytes())
+    }
+
+    /// The weights of a part under the keys of diffusers, from the one mapping.
+    ///
+    /// # Errors
+    /// [`Error::File`]: the family has no such part.
+    pub fn store(&self, part: Part, device: &Device, dtype: DType) -> Result<WeightStore> {
+        let Some(entries) = self.parts.get(&part) else {
+            return Err(Error::file(&self.file.path, format!("holds no {}", part.folder())));
+        };
+        Ok(WeightStore::view(&self.file, entries.clone(), device, dtype))
+    }
+
+    /// The configuration that a directory in the layout of diffusers would hold as `name` (`unet/config.json`,
+    /// `scheduler/scheduler_config.json`, `tokenizer/tokenizer_config.json`, ...): from the file's metadata if that has an
+    /// entry of this name, else the published one of the family. The vocabulary is not among them.
+    pub fn config(&self, name: &str) -> Option<String> {
+        if let Some(text) = self.metadata.get(name) {
+            return Some(text.clone());
+        }
+        published(self.family, name, self.v_prediction, self.zero_snr).map(|config| config.to_string())
+    }
+}
+
+/// A VAE from a file of its own: keys of diffusers, or those of LDM with or without `first_stage_model.`.
+///
+/// # Errors
+/// [`Error::File`]: not safetensors, or no tensor of a VAE in it.
+pub fn open_vae(path: &Path, device: &Device, dtype: DType) -> Result<WeightStore> {
+    let file = Arc::new(MappedFile::open(path.to_path_buf())?);
+    let mut entries = unwrapped(attach_scales(file.entries()?));
+    if entries.keys().any(|key| key.starts_with(VAE)) {
+        entries.retain(|key, _| key.starts_with(VAE));
+    }
+    let entries = entries.into_iter().map(|(key, entry)| (String::from(key.strip_prefix(VAE).unwrap_or(&key)), entry));
+    let (vae, _) = vae_entries(entries.collect());
+    if !vae.keys().any(|key| key.starts_with("decoder.")) {
+        return Err(Error::file(path, "is no VAE: no tensor decoder.*, with or without first_stage_model. before it"));
+    }
+    Ok(WeightStore::view(&file, vae, device, dtype))
+}
+
+/// Without the prefix that compiled (`_orig_mod.`) or distributed (`module.`) models put before every key.
+pub(super) fn unwrapped(mut entries: BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
+    for prefix in ["_orig_mod.", "module."] {
+        if !entries.is_empty() && entries.keys().all(|key| key.starts_with(prefix)) {
+            entries = entries.into_iter().map(|(key, entry)| (key[prefix.len()..].to_string(), entry)).collect();
+        }
+    }
+    entries
+}
+
+type Entries = BTreeMap<String, Entry>;
+
+/// The parts' tensors under the keys of diffusers, and the keys that belong to none.
+fn split(family: Family, entries: Entries) -> (BTreeMap<Part, Entries>, Vec<String>) {
+    let level = ldm::unet_level(entries.keys().filter_map(|key| key.strip_prefix(UNET)));
+    let (encoders, others): (&[(&str, Part)], _) = match family {
+        Family::Sd1 => (&[(CLIP, Part::TextEncoder)], None),
+        Family::Sd2 => (&[], Some((OPENCLIP, Part::TextEncoder))),
+        Family::Sdxl => (&[(SDXL_CLIP, Part::TextEncoder)], Some((SDXL_OPENCLIP, Part::TextEncoder2))),
+    };
+    let mut parts: BTreeMap<Part, Entries> = BTreeMap::new();
+    let (mut vae, mut openclip, mut unused) = (Entries::new(), Entries::new(), Vec::new());
+    for (key, entry) in entries {
+        if let Some(rest) = key.strip_prefix(UNET) {
+            match ldm::unet_key(rest, level) {
+                Some(name) => drop(parts.entry(Part::Unet).or_default().insert(name, entry)),
+                None => unused.push(key),
+            }
+        } else if let Some(rest) = key.strip_prefix(VAE) {
+            vae.insert(rest.to_string(), entry);
+        } else if let Some((rest, part)) = encoders.iter().find_map(|(at, part)| Some((key.strip_prefix(at)?, *part))) {
+            parts.entry(part).or_default().insert(rest.to_string(), entry);
+        } else if let Some(rest) = others.and_then(|(at, _)| key.strip_prefix(at)) {
+            openclip.insert(rest.to_string(), entry);
+        } else if !matches!(key.as_str(), "v_pred" | "ztsnr") && !is_schedule(&key) {
+            unused.push(key);
+        }
+    }
+    let (vae, left) = vae_entries(vae);
+    unused.extend(left.into_iter().map(|key| format!("{VAE}{key}")));
+    if !vae.is_empty() {
+        parts.insert(Part::Vae, vae);
+    }
+    if let Some((_, part)) = others {
+        // Stable Diffusion 2.x was trained on the output of the last layer but one; its directory form lacks the last.
+        parts.insert(part, openclip_entries(openclip, family == Family::Sd2, &mut unused));
+    }
+    (parts, unused)
+}
+
+/// Tables of the noise schedule, which the scheduler computes itself.
+fn is_schedule(key: &str) -> bool {
+    let name = key.strip_prefix("denoiser.").unwrap_or(key);
+    matches!(
+        name,
+        "betas" | "sigmas" | "alphas_cumprod" | "alphas_cumprod_prev" | "logvar" | "scale_factor" | "global_step"
+    ) || ["sqrt_", "log_one_minus_", "posterior_", "model_ema.decay", "model_ema.num_updates", "lvlb_weights"]
+        .iter()
+        .any(|start| name.starts_with(start))
+}
+
+/// LDM keys renamed, keys of diffusers as they are; and keys that are neither.
+fn vae_entries(entries: Entries) -> (Entries, Vec<String>) {
+    let levels = ldm::vae_levels(entries.keys().map(String::as_str));
+    if levels == 0 {
+        return (entries, Vec::new());
+    }
+    let (mut vae, mut unused) = (Entries::new(), Vec::new());
+    for (key, entry) in entries {
+        match ldm::vae_key(&key, levels) {
+            Some(name) => drop(vae.insert(name, entry)),
+            None if key.starts_with("loss.") || key.starts_with("model_ema.") => {} // of the VAE's training
+            None => unused.push(key),
+        }
+    }
+    (vae, unused)
+}
+
+fn openclip_entries(entries: Entries, without_last_layer: bool, unused: &mut Vec<String>) -> Entries {
+    let layers = ldm::openclip_layers(entries.keys().map(String::as_str));
+    let last = format!("transformer.resblocks.{}.", layers.saturating_sub(1));
+    let mut named = Entries::new();
+    for (key, entry) in entries {
+        let of_2 = key.starts_with(&last) || key == "text_projection";
+        if without_last_layer && of_2
+            || matches!(key.as_str(), "logit_scale" | "attn_mask" | "transformer.text_model.embeddings.position_ids")
+        {
+            continue;
+        }
+        let Some(name) = ldm::openclip_key(&key) else {
+            unused.push(key);
+            continue;
+        };
+        match ldm::thirds(&name) {
+            Some(names) => {
+                for (i, name) in names.into_iter().enumerate() {
+                    match entry.third(i) {
+                        Some(third) => drop(named.insert(name, third)),
+                        None => unused.push(key.clone()), // the layers will miss it
+                    }
+                }
+            }
+            None if key == "text_projection" => drop(named.insert(name, entry.transpose())),
+            None => drop(named.insert(name, entry)),
+        }
+    }
+    named
+}
+
+/// The published configurations: runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and -2-1-base,
+/// stabilityai/stable-diffusion-xl-base-1.0.
+fn published(family: Family, name: &str, v_prediction: bool, zero_snr: bool) -> Option<Value> {
+    let blocks = |attention: &[bool], cross: &str, plain: &str| -> Vec<String> {
+        attention.iter().map(|&has| if has { cross } else { plain }.to_string()).collect()
+    };
+    let value = match (name, family) {
+        ("unet/config.json", _) => {
+            let (channels, down, up): (&[usize], &[bool], &[bool]) = match family {
+                Family::Sdxl => (&[320, 640, 1280], &[false, true, true], &[true, true, false]),
+                _ => (&[320, 640, 1280, 1280], &[true, true, true, false], &[false, true, true, true]),
+            };
+            let mut config = json!({
+                "_class_name": "UNet2DConditionModel", "act_fn": "silu", "in_channels": 4, "out_channels": 4,
+                "block_out_channels": channels, "layers_per_block": 2, "center_input_sample": false,
+                "down_block_types": blocks(down, "CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": blocks(up, "CrossAttnUpBlock2D", "UpBlock2D"),
+                "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0, "mid_block_scale_factor": 1,
+                "norm_eps": 1e-05, "norm_num_groups": 32,
+            });
+            let special = match family {
+                Family::Sd1 => json!({ "attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64 }),
+                Family::Sd2 => json!({
+                    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": true,
+                    "sample_size": if v_prediction { 96 } else { 64 }, "upcast_attention": v_prediction,
+                }),
+                Family::Sdxl => json!({
+                    "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "use_linear_projection": true,
+                    "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time",
+                    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816, "sample_size": 128,
+                }),
+            };
+            if let (Value::Object(config), Value::Object(special)) = (&mut config, special) {
+                config.extend(special);
+            }
+            config
+        }
+        ("vae/config.json", _) => {
+            let (size, scaling) = match family {
+                Family::Sd1 => (512, 0.18215),
+                Family::Sd2 => (if v_prediction { 768 } else { 512 }, 0.18215),
+                Family::Sdxl => (1024, 0.13025),
+            };
+            json!({
+                "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+                "latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+                "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+                "norm_num_groups": 32, "sample_size": size, "scaling_factor": scaling,
+                "force_upcast": family == Family::Sdxl,
+            })
+        }
+        ("text_encoder/config.json", Family::Sd2) => text_config("CLIPTextModel", [1024, 4096, 23, 16], "gelu", 512),
+        ("text_encoder/config.json", _) => text_config("CLIPTextModel", [768, 3072, 12, 12], "quick_gelu", 768),
+        ("text_encoder_2/config.json", Family::Sdxl) => {
+            text_config("CLIPTextModelWithProjection", [1280, 5120, 32, 20], "gelu", 1280)
+        }
+        ("scheduler/scheduler_config.json", _) => {
+            let class = match family {
+                Family::Sd1 => "PNDMScheduler",
+                Family::Sd2 => "DDIMScheduler",
+                Family::Sdxl => "EulerDiscreteScheduler",
+            };
+            let mut config = json!({
+                "_class_name": class, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                "num_train_timesteps": 1000, "steps_offset": 1, "set_alpha_to_one": false, "clip_sample": false,
+                "prediction_type": if v_prediction { "v_prediction" } else { "epsilon" },
+                "timestep_spacing": "leading",
+            });
+            if family == Family::Sd1 {
+                config["skip_prk_steps"] = true.into();
+            }
+            if zero_snr {
+                config["rescale_betas_zero_snr"] = true.into();
+                config["timestep_spacing"] = "trailing".into();
+            }
+            config
+        }
+        ("tokenizer/tokenizer_config.json", Family::Sd2) => tokenizer_config("!"),
+        ("tokenizer/tokenizer_config.json", _) => tokenizer_config("<|endoftext|>"),
+        ("tokenizer_2/tokenizer_config.json", Family::Sdxl) => tokenizer_config("!"),
+        _ => return None,
+    };
+    Some(value)
+}
+
+fn text_config(class: &str, [width, ff, layers, heads]: [usize; 4], act: &str, projection: usize) -> Value {
+    json!({
+        "architectures": [class], "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": width,
+        "intermediate_size": ff, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "max_position_embeddings": 77, "hidden_act": act, "layer_norm_eps": 1e-05, "projection_dim": projection,
+        "bos_token_id": 49406, "eos_token_id": 49407,
+    })
+}
+
+fn tokenizer_config(pad: &str) -> Value {
+    json!({
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": true,
+        "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad,
+    })
+}
+
+/// The published configuration of a family, without a file: `None` where it has none of this name.
+pub fn published_config(family: Family, name: &str) -> Option<String> {
+    published(family, name, family == Family::Sd2, false).map(|config| config.to_string())
+}
+
+/// Is this a file that could be a model (rather than a directory), and if it is of a kind that cannot be read, why?
+///
+/// # Errors
+/// [`Error::File`]: `.ckpt`, `.pt`, `.bin` (pickles can run code) and `.gguf`, with the way out.
+pub fn check_extension(path: &Path) -> Result<PathBuf> {
+    let extension = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
+    match extension.as_str() {
+        "ckpt" | "pt" | "pth" | "bin" | "pkl" => Err(Error::file(
+            path,
+            "is a PyTorch pickle, which can run code and is not read: download the safetensors version, or convert it \
+             (load it in diffusers with from_single_file, then save_pretrained)",
+        )),
+        "gguf" => Err(Error::file(path, "is a GGUF file, not supported: download the safetensors version")),
+        _ => Ok(path.to_path_buf()),
+    }
+}

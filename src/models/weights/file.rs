@@ -1,0 +1,207 @@
+//! A mapped safetensors file and its entries; indices of shards; what is wrong with a file, and what to do about it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::{Dtype as FileDtype, SafeTensors};
+
+use crate::error::{Error, Result};
+use crate::models::adapters::Delta;
+
+#[derive(Debug)]
+pub(in crate::models) struct MappedFile {
+    pub path: PathBuf,
+    pub bytes: Bytes,
+}
+
+#[derive(Debug)]
+pub(in crate::models) enum Bytes {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+/// A tensor of a file; `start..start + len` are its bytes in the whole file.
+#[derive(Clone, Debug)]
+pub(in crate::models) struct Entry {
+    pub file: Arc<MappedFile>,
+    pub dtype: FileDtype,
+    /// What a layer sees: of the slice, and after transposing.
+    pub shape: Vec<usize>,
+    pub start: usize,
+    pub len: usize,
+    /// The file holds the matrix `[shape[1], shape[0]]`.
+    pub transposed: bool,
+    /// What the values are multiplied by: one f32 tensor of one element, or of one per row.
+    pub scale: Option<Box<Entry>>,
+    /// Adapters that change the values, in the order in which they are applied.
+    pub adapters: Vec<Arc<Delta>>,
+}
+
+impl Entry {
+    /// Can the file's bytes be converted one by one?
+    pub fn is_plain(&self) -> bool {
+        !self.transposed && self.scale.is_none() && self.adapters.is_empty()
+    }
+
+    pub fn is_float(&self) -> bool {
+        use FileDtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64};
+        matches!(self.dtype, F64 | F32 | F16 | BF16 | F8_E4M3 | F8_E5M2)
+    }
+
+    /// Is this one scale for all of `weight`, or one per row?
+    pub fn fits_rows_of(&self, weight: &Entry) -> bool {
+        let count: usize = self.shape.iter().product();
+        count == 1 || (self.shape.first() == weight.shape.first() && self.shape.first() == Some(&count))
+    }
+
+    /// A third of the rows: `index` 0, 1, 2 of a matrix or vector that stacks three. `None`: the rows do not divide.
+    pub fn third(&self, index: usize) -> Option<Entry> {
+        let rows = self.shape.first()?;
+        if !rows.is_multiple_of(3) || self.transposed {
+            return None;
+        }
+        let mut third = self.clone();
+        (third.shape[0], third.len) = (rows / 3, self.len / 3);
+        third.start += index * third.len;
+        if let Some(scale) = self.scale.as_ref().filter(|scale| scale.shape.first() == Some(rows)) {
+            third.scale = Some(Box::new(scale.third(index)?));
+        }
+        Some(third)
+    }
+
+    /// The matrix with rows and columns exchanged; other tensors as they are.
+    pub fn transpose(mut self) -> Entry {
+        if let &[rows, columns] = &self.shape[..] {
+            self.shape = vec![columns, rows];
+            self.transposed = !self.transposed;
+        }
+        self
+    }
+}
+
+impl MappedFile {
+    pub fn open(path: PathBuf) -> Result<MappedFile> {
+        let file = File::open(&path).map_err(|source| Error::io(&path, source))?;
+        if file.metadata().map_err(|source| Error::io(&path, source))?.len() == 0 {
+            return Err(Error::file(&path, "is empty: download it again"));
+        }
+        // SAFETY: the mapping is private and read-only, and only ever seen as bytes. As with any mapped file, another
+        // process that shortens it while we load would end ours; weights are not rewritten in place.
+        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(&path, source))?;
+        Ok(MappedFile { path, bytes: Bytes::Mapped(map) })
+    }
+
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+
+    /// Every key of the header, checked: offsets within the file, without holes or overlaps, as long as dtype and shape say.
+    pub fn entries(self: &Arc<Self>) -> Result<BTreeMap<String, Entry>> {
+        let bytes = self.as_bytes();
+        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
+            let reason = match sniff(bytes) {
+                Some(what) => what.to_string(),
+                None => format!("not a readable safetensors file ({error}): truncated or damaged, download it again"),
+            };
+            Error::file(&self.path, reason)
+        })?;
+        let data_start = 8 + header;
+        let entry = |info: &safetensors::tensor::TensorInfo| {
+            let (start, end) = info.data_offsets;
+            let (dtype, shape) = (info.dtype, info.shape.clone());
+            let (file, start, len) = (self.clone(), data_start + start, end - start);
+            Entry { file, dtype, shape, start, len, transposed: false, scale: None, adapters: Vec::new() }
+        };
+        Ok(metadata.tensors().into_iter().map(|(key, info)| (key, entry(info))).collect())
+    }
+
+    /// `__metadata__` of the header: names and texts.
+    pub fn metadata(&self) -> HashMap<String, String> {
+        let read = SafeTensors::read_metadata(self.as_bytes()).ok();
+        read.and_then(|(_, metadata)| metadata.metadata().clone()).unwrap_or_default()
+    }
+
+    /// Lets the system drop a tensor's pages, so that the mapping does not grow into a second copy of the model.
+    pub fn release(&self, entry: &Entry) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map) = &self.bytes {
+            // SAFETY: the pages are clean and backed by the file; a later read brings them back with the same contents.
+            let advice =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, entry.start, entry.len) };
+            drop(advice); // advice only: without it the pages stay until the system wants them
+        }
+        #[cfg(not(unix))]
+        let _ = entry;
+    }
+}
+
+/// What a file that is not safetensors is, and what to do about it.
+fn sniff(bytes: &[u8]) -> Option<&'static str> {
+    let begins = |magic: &[u8]| bytes.starts_with(magic);
+    if begins(b"version https://git-lfs") {
+        Some("a Git LFS pointer, not the weights: run `git lfs pull` in the model's directory")
+    } else if begins(b"PK\x03\x04") || begins(b"\x80\x02") || begins(b"\x80\x04") {
+        Some("a PyTorch pickle, not safetensors: convert it (load it in diffusers, then save_pretrained)")
+    } else if begins(b"GGUF") {
+        Some("a GGUF file: safetensors in f32, f16 or bf16 are wanted")
+    } else if begins(b"<") {
+        Some("a web page, not weights: the download went wrong (is a login needed?), download it again")
+    } else {
+        None
+    }
+}
+
+/// `weight_map` of a shard index: key to file name.
+pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let mut text = String::new();
+    let file = File::open(index).map_err(|source| Error::io(index, source))?;
+    // 64 MiB hold the index of half a million tensors.
+    file.take(1 << 26).read_to_string(&mut text).map_err(|source| Error::io(index, source))?;
+    let parsed: Index = serde_json::from_str(&text)
+        .map_err(|error| Error::file(index, format!("not a safetensors index ({error}): download it again")))?;
+    if parsed.weight_map.is_empty() {
+        return Err(Error::file(index, "weight_map is empty: download it again"));
+    }
+    Ok(parsed.weight_map)
+}
+
+/// The weights are not where they should be: say what is there instead.
+pub(super) fn not_found(dir: &Path, stem: &str) -> Error {
+    let wanted = dir.join(format!("{stem}.safetensors"));
+    if !dir.is_dir() {
+        return Error::file(dir, "no such directory: a model directory in the diffusers layout has it");
+    }
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+        .collect();
+    names.sort();
+    let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth", ".pkl"].iter().any(|end| name.ends_with(end));
+    let reason = if let Some(name) = names.iter().find(pickle) {
+        format!(
+            "not found; {name} is a PyTorch pickle, which can run code and is not read: download the safetensors version, \
+             or convert it (load the model in diffusers or transformers, then save_pretrained(dir))"
+        )
+    } else if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors")) {
+        format!("not found; the directory holds {name}: rename it if these are the weights")
+    } else {
+        "not found, nor an index of shards: download the weights".to_string()
+    };
+    Error::file(&wanted, reason)
+}
+
+pub(in crate::models) fn file_name(path: &Path) -> &Path {
+    path.file_name().map_or(path, Path::new)
+}
