@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage};
+use megafuse::pipeline::{Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
@@ -105,6 +105,10 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
     if let Some(vae) = session.planner.pipeline().vae_name() {
         description["vae"] = vae.into();
     }
+    let TextOptions { syntax, long_prompt, clip_skip } = flags.text;
+    description["prompt_syntax"] = syntax.name().into();
+    description["long_prompt"] = long_prompt.name().into();
+    description["clip_skip"] = clip_skip.into();
     let SizeIds { original, crop, target } = flags.size_ids;
     for (name, value) in [
         ("original_size", original.map(|size| size.to_string())),

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use megafuse::pipeline::{
-    Lora, METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, SigmaSpacing, Size, SizeIds, without_effect,
+    LongPrompt, Lora, METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax,
+    TextOptions, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -229,6 +230,23 @@ pub struct RunArgs {
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
 
+    /// How prompts are read (default: plain)
+    ///
+    /// plain: as words. a1111: as stable-diffusion-webui reads them, (word:1.2), (word), [word], \\( and BREAK.
+    #[arg(long, value_parser = named::<Syntax>(Syntax::NAMES.iter().copied()), value_name = "S", help_heading = "Prompt")]
+    pub prompt_syntax: Option<Syntax>,
+
+    /// What becomes of a prompt beyond the text encoder's 77 tokens (default: truncate)
+    ///
+    /// truncate: its end is not read, and a warning says so. chunk: it is read in chunks of 75 tokens.
+    #[arg(long, value_parser = named::<LongPrompt>(LongPrompt::NAMES.iter().copied()), value_name = "L",
+          help_heading = "Prompt")]
+    pub long_prompt: Option<LongPrompt>,
+
+    /// Which layer of the text encoder is read, counted from the last, which is 1 (default: the model's own)
+    #[arg(long, value_name = "N", value_parser = values::clip_skip, help_heading = "Prompt")]
+    pub clip_skip: Option<usize>,
+
     /// Size of the final picture, width x height in pixels
     #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
     pub size: Option<Size>,
@@ -354,6 +372,11 @@ impl RunArgs {
         Ok(Request {
             prompt: String::new(),
             negative_prompt: self.negative.clone(),
+            text: TextOptions {
+                syntax: self.prompt_syntax.unwrap_or_default(),
+                long_prompt: self.long_prompt.unwrap_or_default(),
+                clip_skip: self.clip_skip,
+            },
             method: self.options.of(spec)?,
             size: self.size,
             stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),

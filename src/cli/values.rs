@@ -160,6 +160,14 @@ pub fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A layer of the text encoder, counted from the last.
+pub fn clip_skip(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(n) if (1..=64).contains(&n) => Ok(n),
+        _ => Err("expected 1 (the last layer) or more, at most the layers of the text encoder".into()),
+    }
+}
+
 /// `X,Y`: pixels from the left and from the top.
 pub fn crop(text: &str) -> Result<(usize, usize), String> {
     let side = |text: &str| text.trim().parse::<usize>().ok().filter(|&side| side <= MOST_CROPPED);

@@ -15,8 +15,9 @@ pub use crate::methods::{
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
+pub use crate::text::{LongPrompt, Syntax};
 pub use files::{Lora, ModelFiles, ModelSource};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
-pub use request::{Request, SizeIds};
+pub use request::{Request, SizeIds, TextOptions};
 pub use run::{Picture, Pipeline};

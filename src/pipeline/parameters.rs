@@ -1,10 +1,11 @@
 use serde_json::json;
 
-use super::{Lora, Pipeline, Request, SizeIds};
+use super::{Lora, Pipeline, Request, SizeIds, TextOptions};
 use crate::image::infotext;
 use crate::methods::{Run, Stage, text_of};
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, SigmaSpacing};
+use crate::text::{LongPrompt, Syntax};
 
 /// How a picture was made, for its file.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,6 +68,20 @@ impl Parameters {
         if let Some(vae) = pipeline.vae_name() {
             fields.push(("VAE".into(), vae.to_string()));
             json["vae"] = vae.into();
+        }
+        let TextOptions { syntax, long_prompt, clip_skip } = request.text;
+        if let Some(clip_skip) = clip_skip {
+            fields.push(("Clip skip".into(), clip_skip.to_string()));
+            json["clip_skip"] = clip_skip.into();
+        }
+        // Without these the JSON is that of a prompt read as words.
+        if syntax != Syntax::default() {
+            fields.push(("Prompt syntax".into(), syntax.to_string()));
+            json["prompt_syntax"] = syntax.name().into();
+        }
+        if long_prompt != LongPrompt::default() {
+            fields.push(("Long prompt".into(), long_prompt.to_string()));
+            json["long_prompt"] = long_prompt.name().into();
         }
         let SizeIds { original, crop, target } = request.size_ids;
         for (name, value) in [

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::methods::{Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
+use crate::text::{LongPrompt, Syntax};
 
 /// Everything that decides a picture, beside the model. `None` and an empty list mean: chosen from the model and the
 /// method. The other defaults are for Stable Diffusion; [`Request::suited_to`] has those of any model.
@@ -12,6 +13,8 @@ pub struct Request {
     pub prompt: String,
     /// What guidance steers away from. `None`: the empty prompt, or what the family has for none (zeros for SDXL).
     pub negative_prompt: Option<String>,
+    /// How the prompts are read.
+    pub text: TextOptions,
     /// The method with its options.
     pub method: Method,
     /// Size of the final picture. Default: the last of `stages`; without those the model's native size (plain) or twice
@@ -44,6 +47,7 @@ impl Default for Request {
         Request {
             prompt: String::new(),
             negative_prompt: None,
+            text: TextOptions::default(),
             method: Method::default(),
             size: None,
             stages: Vec::new(),
@@ -59,6 +63,17 @@ impl Default for Request {
             rng: RngKind::default(),
         }
     }
+}
+
+/// How prompts become what the network reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TextOptions {
+    pub syntax: Syntax,
+    /// What becomes of a prompt that is longer than the text encoder's context.
+    pub long_prompt: LongPrompt,
+    /// As webui counts: 1 is the last layer's output, n the n-th layer's from the end; then the final layer norm, which SDXL
+    /// does without. `None`: the family's own, the last for SD and the last but one for SDXL.
+    pub clip_skip: Option<usize>,
 }
 
 /// What SDXL is told of sizes, in pixels. `None`: the stage's own size, and no crop; a value holds for every stage. Podell

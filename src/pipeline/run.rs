@@ -5,13 +5,14 @@ use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions}
 use super::files::stem;
 use super::parameters::Parameters;
 use super::plan::Planner;
-use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, WeightReport};
+use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
+use crate::text::LongPrompt;
 
 /// A finished picture.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,7 +39,7 @@ pub struct Pipeline {
     defaults: Defaults,
     recorded: RecordedSteps,
     /// The prompts that were encoded last: pictures of one prompt encode it once.
-    encoded: Mutex<Option<(Vec<PromptText>, PromptEmbeds)>>,
+    encoded: Mutex<Option<(Vec<PromptText>, TextOptions, PromptEmbeds)>>,
     /// On a card: says how much memory a request wants.
     planner: Option<Box<Planner>>,
     /// The request that was planned last, without what costs nothing, and its bytes beside the weights.
@@ -177,7 +178,35 @@ impl Pipeline {
     /// # Errors
     /// As [`generate`](Pipeline::generate); [`Error::Request`]: requests that differ in something else.
     pub fn generate_batch(&self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>> {
-        self.batch(requests, requests.len(), Watch { observer, first: 0 })
+        // Prompts of one batch are padded to the same chunks, so those of different lengths are not neighbours.
+        let mut pictures: Vec<Option<Picture>> = requests.iter().map(|_| None).collect();
+        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (index, request) in requests.iter().enumerate() {
+            let chunks = self.chunks(request)?;
+            match groups.iter_mut().find(|(of_group, _)| *of_group == chunks) {
+                Some((_, group)) => group.push(index),
+                None => groups.push((chunks, vec![index])),
+            }
+        }
+        if let [_] = &groups[..] {
+            return self.batch(requests, requests.len(), Watch { observer, first: 0 });
+        }
+        for (_, group) in groups {
+            let together: Vec<Request> = group.iter().map(|&index| requests[index].clone()).collect();
+            let mut of_group = Group { observer: &mut *observer, pictures: &group };
+            let made = self.batch(&together, requests.len(), Watch { observer: &mut of_group, first: 0 })?;
+            group.into_iter().zip(made).for_each(|(index, picture)| pictures[index] = Some(picture));
+        }
+        Ok(pictures.into_iter().flatten().collect())
+    }
+
+    /// Chunks of the text encoder's context that a request's prompts fill.
+    fn chunks(&self, request: &Request) -> Result<usize> {
+        if request.text.long_prompt == LongPrompt::Truncate {
+            return Ok(1);
+        }
+        let of = |negative, text: Option<String>| self.family.chunks(&PromptText { text, negative }, &request.text);
+        Ok(of(false, Some(request.prompt.clone()))?.max(of(true, request.negative_prompt.clone())?))
     }
 
     fn batch(&self, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
@@ -250,6 +279,7 @@ impl Pipeline {
             .chain(requests.iter().map(|request| (false, Some(request.prompt.clone()))))
             .map(|(negative, text)| PromptText { text, negative })
             .collect();
+        let options = requests[0].text;
         let mut distinct: Vec<PromptText> = Vec::new();
         for row in &rows {
             if !distinct.contains(row) {
@@ -260,17 +290,50 @@ impl Pipeline {
         // The planner counts the work of every run.
         let kept = !matches!(self.device, Device::Meta(_));
         let embeds = match &*encoded {
-            Some((texts, embeds)) if kept && *texts == distinct => embeds.clone(),
+            Some((texts, with, embeds)) if kept && *texts == distinct && *with == options => embeds.clone(),
             _ => {
                 *encoded = None;
-                self.family.encode_prompts(&distinct, &mut |message| observer.warning(message))?
+                self.family.encode_prompts(&distinct, &options, &mut |message| observer.warning(message))?
             }
         };
         if kept {
-            *encoded = Some((distinct.clone(), embeds.clone()));
+            *encoded = Some((distinct.clone(), options, embeds.clone()));
         }
         let index = |row: &PromptText| distinct.iter().position(|other| other == row).unwrap_or(0);
         embeds.rows(&rows.iter().map(index).collect::<Vec<_>>())
+    }
+}
+
+/// Tells the observer of a whole batch about a part of it.
+struct Group<'a> {
+    observer: &'a mut dyn Observer,
+    /// The part's pictures by their index in the whole.
+    pictures: &'a [usize],
+}
+
+impl Observer for Group<'_> {
+    fn event(&mut self, event: &Event) {
+        let mut event = event.clone();
+        if let Event::PictureBegins { index, .. } | Event::PictureEnds { index } = &mut event {
+            *index = self.pictures[*index];
+        }
+        self.observer.event(&event);
+    }
+
+    fn cancelled(&self) -> bool {
+        self.observer.cancelled()
+    }
+
+    fn warning(&mut self, message: &str) {
+        self.observer.warning(message);
+    }
+
+    fn wants_tensors(&self, index: usize) -> bool {
+        self.observer.wants_tensors(self.pictures[index])
+    }
+
+    fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
+        self.observer.tensor(self.pictures[index], name, shape, values)
     }
 }
 

@@ -3,6 +3,7 @@
 use super::clip::{ClipTokenizer, is_space};
 use super::prompt::{Part, Prompt, Syntax};
 use crate::error::{Error, Result};
+use crate::names::named;
 
 /// What happens to a prompt that is longer than the text encoder's context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub enum LongPrompt {
     /// It is cut into chunks that are encoded one by one; the UNet attends to all of them.
     Chunk,
 }
+
+named!(LongPrompt, [Truncate => "truncate", Chunk => "chunk"]);
 
 /// A chunk that is full ends at its last comma when that is at most this many tokens back, as webui's default.
 const COMMA_BACKTRACK: usize = 20;

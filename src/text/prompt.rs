@@ -1,5 +1,7 @@
 //! What stands in a prompt beside words: weights, `BREAK`, tags of extra networks, as AUTOMATIC1111's webui reads them.
 
+use crate::names::named;
+
 /// How a prompt is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Syntax {
@@ -9,6 +11,8 @@ pub enum Syntax {
     /// `(word)`, `(word:1.2)`, `[word]`, `\(`, `BREAK`, `<lora:...>` have webui's meaning.
     A1111,
 }
+
+named!(Syntax, [Plain => "plain", A1111 => "a1111"]);
 
 /// A stretch of a prompt.
 #[derive(Clone, Debug, PartialEq)]

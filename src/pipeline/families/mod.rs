@@ -2,12 +2,13 @@
 //! stage, and how samples become pictures. A family is one file, listed in [`FAMILIES`].
 
 mod latent;
+mod prompts;
 mod sd;
 mod sdxl;
 
 pub(super) use latent::vae_dtype;
 
-use super::{ModelFiles, Size, SizeIds, WeightReport};
+use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{WeightStore, Weights};
@@ -107,11 +108,22 @@ pub(super) trait Family: Send + Sync {
         false
     }
 
-    /// Encodes prompts, each once.
+    /// How many chunks of the text encoder's context a prompt fills; 1 where long prompts are cut off.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize>;
+
+    /// Encodes prompts, each once; all are padded to the chunks of the longest.
     ///
     /// # Errors
     /// Those of the tokenizer and the text encoder.
-    fn encode_prompts(&self, prompts: &[PromptText], warn: &mut dyn FnMut(&str)) -> Result<PromptEmbeds>;
+    fn encode_prompts(
+        &self,
+        prompts: &[PromptText],
+        options: &TextOptions,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<PromptEmbeds>;
 
     /// What the network is told in a run. `prompts`: rows in the order of the network's batch, unconditional ones first;
     /// each row serves as many consecutive images. `repeats`: how often every sample stands in the network's batch, twice

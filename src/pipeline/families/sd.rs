@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
+use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, ClipTextModel, Unet, UnetConditioning};
-use crate::pipeline::{ModelFiles, SizeIds, WeightReport};
+use crate::models::{ClipOutput, Unet, UnetConditioning};
+use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
-use crate::text::ClipTokenizer;
 
 pub static SD: FamilySpec = FamilySpec {
     name: "Stable Diffusion 1.x or 2.x",
@@ -24,11 +24,7 @@ pub static SD: FamilySpec = FamilySpec {
 };
 
 struct StableDiffusion {
-    /// `None` on the meta device, where nobody reads the ids.
-    tokenizer: Option<ClipTokenizer>,
-    /// Ids of a prompt, padding included.
-    tokens: usize,
-    text_encoder: ClipTextModel,
+    text_encoder: TextEncoder,
     unet: Arc<Unet>,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
@@ -82,12 +78,13 @@ impl StableDiffusion {
                 (Some(tokenizer), tokens)
             }
         };
-        let (text_encoder, text_report) = files.clip("text_encoder", device, dtype)?;
+        let (model, text_report) = files.clip("text_encoder", device, dtype)?;
         let store = files.weights("unet", device, dtype)?;
         let (unet, unet_report) = load_part("unet", store, |w| Unet::from_weights(w, &unet_config))?;
         let (latents, vae_report) = LatentSpace::load(files, device, dtype)?;
         let weights = vec![text_report, unet_report, vae_report];
-        Ok(StableDiffusion { tokenizer, tokens, text_encoder, unet: Arc::new(unet), latents, weights })
+        let text_encoder = TextEncoder { tokenizer, tokens, model };
+        Ok(StableDiffusion { text_encoder, unet: Arc::new(unet), latents, weights })
     }
 }
 
@@ -104,21 +101,19 @@ impl Family for StableDiffusion {
         self.latents.config().latent_channels
     }
 
-    fn encode_prompts(&self, prompts: &[PromptText], warn: &mut dyn FnMut(&str)) -> Result<PromptEmbeds> {
-        let mut ids = Vec::new();
-        for prompt in prompts {
-            let Some(tokenizer) = &self.tokenizer else {
-                ids.push(vec![0; self.tokens]);
-                continue;
-            };
-            let encoding = tokenizer.encode(prompt.text.as_deref().unwrap_or_default())?;
-            if let Some(rest) = encoding.truncated {
-                let what = prompt.kind();
-                warn(&format!("the {what} is longer than the model's {} tokens; not read: {rest:?}", self.tokens));
-            }
-            ids.push(encoding.ids);
-        }
-        Ok(PromptEmbeds { embeds: self.text_encoder.forward(&ids, ClipOutput::LAST)?.hidden, pooled: None })
+    fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
+        self.text_encoder.chunks(prompt, options)
+    }
+
+    fn encode_prompts(
+        &self,
+        prompts: &[PromptText],
+        options: &TextOptions,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<PromptEmbeds> {
+        let prompts: Vec<&PromptText> = prompts.iter().collect();
+        let encoded = self.text_encoder.encode(&prompts, options, ClipOutput::LAST, warn)?;
+        Ok(PromptEmbeds { embeds: encoded.hidden, pooled: None })
     }
 
     fn conditions(&self, prompts: PromptEmbeds, repeats: usize, _sizes: &SizeIds) -> Box<dyn RunConditions> {

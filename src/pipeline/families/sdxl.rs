@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
+use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
-use crate::models::{AddedConditioning, ClipOutput, ClipTextModel, TIME_IDS, TextConditioning, Unet, UnetConditioning};
-use crate::pipeline::{ModelFiles, SizeIds, WeightReport};
+use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet, UnetConditioning};
+use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
 use crate::text::ClipTokenizer;
 
@@ -29,8 +30,6 @@ pub static SDXL: FamilySpec = FamilySpec {
 struct StableDiffusionXl {
     /// In the order of the channels of the prompts' embeddings.
     encoders: [TextEncoder; 2],
-    /// Ids of a prompt, padding included, of either encoder.
-    tokens: usize,
     /// Is a negative prompt that was not given all zeros, rather than the encoded empty text?
     zeros_for_no_prompt: bool,
     unet: Arc<Unet>,
@@ -38,12 +37,6 @@ struct StableDiffusionXl {
     weights: Vec<WeightReport>,
     device: Device,
     dtype: DType,
-}
-
-struct TextEncoder {
-    /// `None` on the meta device, where nobody reads the ids.
-    tokenizer: Option<ClipTokenizer>,
-    model: ClipTextModel,
 }
 
 impl StableDiffusionXl {
@@ -94,8 +87,10 @@ impl StableDiffusionXl {
         let (latents, vae_report) = LatentSpace::load(files, device, dtype)?;
         let [tokenizer, tokenizer_2] = tokenizers;
         Ok(StableDiffusionXl {
-            encoders: [TextEncoder { tokenizer, model: first }, TextEncoder { tokenizer: tokenizer_2, model: second }],
-            tokens: lengths[0],
+            encoders: [
+                TextEncoder { tokenizer, tokens: lengths[0], model: first },
+                TextEncoder { tokenizer: tokenizer_2, tokens: lengths[1], model: second },
+            ],
             zeros_for_no_prompt: files.index_flag("force_zeros_for_empty_prompt", true)?,
             unet: Arc::new(unet),
             latents,
@@ -105,29 +100,17 @@ impl StableDiffusionXl {
         })
     }
 
-    /// Ids of the prompts for one encoder; what is cut off is told once.
-    fn ids(&self, encoder: usize, prompts: &[&PromptText], warn: &mut dyn FnMut(&str)) -> Result<Vec<Vec<u32>>> {
-        let mut ids = Vec::new();
-        for prompt in prompts {
-            let Some(tokenizer) = &self.encoders[encoder].tokenizer else {
-                ids.push(vec![0; self.tokens]);
-                continue;
-            };
-            let encoding = tokenizer.encode(prompt.text.as_deref().unwrap_or_default())?;
-            if let Some(rest) = encoding.truncated.filter(|_| encoder == 0) {
-                let what = prompt.kind();
-                warn(&format!("the {what} is longer than the model's {} tokens; not read: {rest:?}", self.tokens));
-            }
-            ids.push(encoding.ids);
-        }
-        Ok(ids)
-    }
-
     /// Both encoders' hidden states side by side, and the second one's projection.
-    fn encode(&self, prompts: &[&PromptText], warn: &mut dyn FnMut(&str)) -> Result<PromptEmbeds> {
-        let first = self.encoders[0].model.forward(&self.ids(0, prompts, warn)?, ClipOutput::PENULTIMATE)?;
-        let ids = self.ids(1, prompts, warn)?;
-        let second = self.encoders[1].model.forward(&ids, ClipOutput::PENULTIMATE.with_pooled())?;
+    fn encode(
+        &self,
+        prompts: &[&PromptText],
+        options: &TextOptions,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<PromptEmbeds> {
+        let [first, second] = &self.encoders;
+        let first = first.encode(prompts, options, ClipOutput::PENULTIMATE, warn)?;
+        // What there is to say was said.
+        let second = second.encode(prompts, options, ClipOutput::PENULTIMATE.with_pooled(), &mut |_| {})?;
         let pooled = second.projected.ok_or_else(|| Error::config("text_encoder_2", "has no text_projection"))?;
         let embeds = Tensor::concat_channels(&first.hidden, &second.hidden)?;
         Ok(PromptEmbeds { embeds, pooled: Some(pooled) })
@@ -151,17 +134,28 @@ impl Family for StableDiffusionXl {
         true
     }
 
-    fn encode_prompts(&self, prompts: &[PromptText], warn: &mut dyn FnMut(&str)) -> Result<PromptEmbeds> {
+    /// The tokenizers differ in their padding alone.
+    fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
+        let [first, second] = &self.encoders;
+        Ok(first.chunks(prompt, options)?.max(second.chunks(prompt, options)?))
+    }
+
+    fn encode_prompts(
+        &self,
+        prompts: &[PromptText],
+        options: &TextOptions,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<PromptEmbeds> {
         let is_zero = |prompt: &&PromptText| prompt.negative && prompt.text.is_none() && self.zeros_for_no_prompt;
         let encoded: Vec<&PromptText> = prompts.iter().filter(|prompt| !is_zero(prompt)).collect();
-        let rows = self.encode(&encoded, warn)?;
+        let rows = self.encode(&encoded, options, warn)?;
         if encoded.len() == prompts.len() {
             return Ok(rows);
         }
         let pooled_dim = self.unet.config().added.map_or(0, |added| added.pooled_dim);
         let width = self.unet.config().cross_attention_dim;
         let zero = PromptEmbeds {
-            embeds: Tensor::zeros(&self.device, &[1, self.tokens, width], self.dtype)?,
+            embeds: Tensor::zeros(&self.device, &[1, rows.embeds.shape()[1], width], self.dtype)?,
             pooled: Some(Tensor::zeros(&self.device, &[1, pooled_dim], self.dtype)?),
         };
         let mut next = 0;

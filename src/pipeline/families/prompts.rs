@@ -1,0 +1,129 @@
+//! A CLIP tokenizer with its text encoder: prompts to hidden states, in chunks of the encoder's context.
+
+use super::super::TextOptions;
+use super::PromptText;
+use crate::error::{Error, Result};
+use crate::models::{ClipOutput, ClipTextModel};
+use crate::runtime::Tensor;
+use crate::text::{Chunks, ClipTokenizer, Prompt, Syntax, emphasize, syntax_hint};
+
+pub struct TextEncoder {
+    /// `None` on the meta device, where nobody reads the ids.
+    pub tokenizer: Option<ClipTokenizer>,
+    /// Ids of a chunk, padding included.
+    pub tokens: usize,
+    pub model: ClipTextModel,
+}
+
+/// What the encoder says of R prompts of c chunks of L tokens.
+pub struct EncodedText {
+    /// `[R, c L, C]`
+    pub hidden: Tensor,
+    /// The projection of each prompt's first chunk, `[R, P]`, if asked for and the encoder has one.
+    pub projected: Option<Tensor>,
+}
+
+impl TextEncoder {
+    fn read(&self, prompt: &PromptText, options: &TextOptions) -> Result<(Chunks, Prompt)> {
+        let parsed = Prompt::parse(prompt.text.as_deref().unwrap_or_default(), options.syntax);
+        let chunks = match &self.tokenizer {
+            Some(tokenizer) => tokenizer.encode_chunks(&parsed, options.long_prompt)?,
+            None => {
+                let (ids, weights) = (vec![vec![0; self.tokens]], vec![vec![1.0; self.tokens]]);
+                Chunks { ids, weights, truncated: None, learned: Vec::new() }
+            }
+        };
+        Ok((chunks, parsed))
+    }
+
+    /// Chunks of a prompt.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
+        Ok(self.read(prompt, options)?.0.ids.len())
+    }
+
+    /// `warn` is told what of a prompt is not read, or is read as words.
+    ///
+    /// # Errors
+    /// Those of the tokenizer and the model; [`Error::Request`]: a clip skip that the model has no layer for.
+    pub fn encode(
+        &self,
+        prompts: &[&PromptText],
+        options: &TextOptions,
+        output: ClipOutput,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<EncodedText> {
+        let layers = self.model.config().num_hidden_layers;
+        let hidden = options.clip_skip.unwrap_or(output.hidden);
+        if options.clip_skip.is_some_and(|hidden| !(1..=layers).contains(&hidden)) {
+            let (flag, value) = ("--clip-skip", hidden.to_string());
+            let reason = format!("expected 1 (the last layer) to {layers}, the layers of the text encoder");
+            return Err(Error::Request { flag, value, reason });
+        }
+        let mut all = Vec::new();
+        for prompt in prompts {
+            let (chunks, parsed) = self.read(prompt, options)?;
+            self.tell(prompt, options, &chunks, &parsed, warn);
+            all.push(chunks);
+        }
+        let count = all.iter().map(|chunks| chunks.ids.len()).max().unwrap_or(1);
+        if let Some(tokenizer) = &self.tokenizer {
+            all.iter_mut().for_each(|chunks| tokenizer.pad_chunks(chunks, count));
+        }
+        let ids: Vec<Vec<u32>> = all.iter().flat_map(|chunks| chunks.ids.iter().cloned()).collect();
+        let encoded = self.model.forward(&ids, ClipOutput { hidden, ..output })?;
+        let [rows, length, width] = encoded.hidden.dims("text", "hidden")?;
+        let hidden = emphasized(encoded.hidden, &all)?.reshape(&[rows / count, count * length, width])?;
+        let first = |projected: Tensor| -> Result<Tensor> {
+            let rows = (0..rows / count).map(|row| projected.rows(row * count..row * count + 1));
+            Tensor::concat(&rows.collect::<Result<Vec<_>>>()?)
+        };
+        let projected = match encoded.projected {
+            Some(projected) if count > 1 => Some(first(projected)?),
+            projected => projected,
+        };
+        Ok(EncodedText { hidden, projected })
+    }
+
+    fn tell(
+        &self,
+        prompt: &PromptText,
+        options: &TextOptions,
+        chunks: &Chunks,
+        parsed: &Prompt,
+        warn: &mut dyn FnMut(&str),
+    ) {
+        let what = prompt.kind();
+        parsed.warnings.iter().for_each(|warning| warn(&format!("the {what}: {warning}")));
+        if let Some(rest) = &chunks.truncated {
+            warn(&format!("the {what} is longer than the model's {} tokens; not read: {rest:?}", self.tokens));
+        }
+        let text = prompt.text.as_deref().unwrap_or_default();
+        if options.syntax == Syntax::Plain
+            && let Some(piece) = syntax_hint(text)
+        {
+            warn(&format!(
+                "the {what} has {piece:?}, which is read as words; --prompt-syntax a1111 gives it its meaning"
+            ));
+        }
+    }
+}
+
+/// `hidden: [chunks of all prompts, L, C]` with each token times its weight, the mean of each chunk kept; the same tensor
+/// where every weight is 1.
+fn emphasized(hidden: Tensor, all: &[Chunks]) -> Result<Tensor> {
+    let weights: Vec<&Vec<f32>> = all.iter().flat_map(|chunks| &chunks.weights).collect();
+    if weights.iter().all(|weights| weights.iter().all(|&weight| weight == 1.0)) {
+        return Ok(hidden);
+    }
+    let [_, length, width] = hidden.dims("text", "hidden")?;
+    let mut values = hidden.to_f32_vec()?;
+    for (chunk, weights) in values.chunks_exact_mut((length * width).max(1)).zip(weights) {
+        if weights.iter().any(|&weight| weight != 1.0) {
+            emphasize(chunk, [length, width], weights)?;
+        }
+    }
+    Tensor::from_f32(hidden.device(), hidden.shape(), hidden.dtype(), &values)
+}
