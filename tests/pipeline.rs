@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use megafuse::methods::{METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
-use megafuse::pipeline::{self, Event, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Sampler, Silent};
+use megafuse::pipeline::{
+    self, Event, LongPrompt, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Sampler, Silent, Syntax,
+    TextOptions,
+};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
 use safetensors::SafeTensors;
@@ -391,5 +394,41 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
         let other = Request { steps: Some(2), ..Request::default() };
         let error = pipeline.generate_batch(&[Request::default(), other], &mut Silent).unwrap_err().to_string();
         assert!(error.contains("--batch") && error.contains("prompt, negative prompt and seed alone"), "{error}");
+    }
+}
+
+/// Weights, chunks, clip skip and learned words reach the picture, and a neighbour with a longer prompt does not.
+#[test]
+fn prompts_are_read_as_asked() {
+    let words = data().join("prompts/sd15/toy.safetensors");
+    let source = ModelSource::Directory(data().join("sd15")).with(Vec::new(), vec![words], None);
+    let pipeline = Pipeline::load(source, Device::cpu(), DType::F32).unwrap();
+    let (size, steps) = (Some("16x16".parse().unwrap()), Some(1));
+    let plain = Request { method: Plain {}.into(), size, steps, ..Request::default() };
+    let picture = |prompt: &str, text: TextOptions| {
+        let request = Request { prompt: prompt.into(), text, ..plain.clone() };
+        pipeline.generate(&request, &mut Silent).unwrap().remove(0).rgb
+    };
+    let (default, a1111) = (TextOptions::default(), TextOptions { syntax: Syntax::A1111, ..TextOptions::default() });
+    let words = picture("a red cat", default);
+    assert!(words == picture("a (red:1.0) cat", a1111));
+    assert!(words != picture("a (red:1.6) cat", a1111));
+    assert!(picture("a toy cat", default) != picture("a cat", default));
+
+    let skip = |n| TextOptions { clip_skip: Some(n), ..TextOptions::default() };
+    assert!(words == picture("a red cat", skip(1)) && words != picture("a red cat", skip(2)));
+    let request = Request { text: skip(40), ..plain.clone() };
+    let error = pipeline.generate(&request, &mut Silent).unwrap_err().to_string();
+    assert!(error.contains("--clip-skip 40") && error.contains("expected 1"), "{error}");
+
+    let chunks = TextOptions { long_prompt: LongPrompt::Chunk, ..TextOptions::default() };
+    let long = format!("{}and a blue dog", "a red cat ".repeat(40));
+    assert!(picture(&long, chunks) != picture(&long, default));
+    assert!(picture("a red cat", chunks) == words);
+    let of = |prompt: &str, seed| Request { prompt: prompt.into(), seed, text: chunks, ..plain.clone() };
+    let requests = [of("a red cat", 0), of(&long, 1), of("a dog", 2)];
+    let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
+    for (request, picture) in requests.iter().zip(&together) {
+        assert!(pipeline.generate(request, &mut Silent).unwrap()[0] == *picture, "{:?}", request.prompt);
     }
 }

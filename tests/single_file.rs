@@ -209,7 +209,7 @@ fn a_lora_makes_the_picture_of_the_merged_weights_and_is_named_in_it() {
     let sd15 = || ModelSource::Directory(data("sd15"));
     let with = |weight| {
         let path = data("single-file/lora-kohya.safetensors");
-        picture(&sd15().with(vec![Lora { path, weight }], None))
+        picture(&sd15().with(vec![Lora { path, weight }], Vec::new(), None))
     };
     let distance = |a: &[u8], b: &[u8]| a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0);
     let (plain, merged, full) = (picture(&sd15()), picture(&merged_directory(place.path())), with(1.0));
@@ -226,7 +226,7 @@ fn a_lora_makes_the_picture_of_the_merged_weights_and_is_named_in_it() {
 fn the_weights_of_another_vae_stand_for_the_models_own() {
     let own = ModelSource::Directory(data("sd15"));
     let file = data("single-file/sd15.safetensors");
-    let same = picture(&own.clone().with(Vec::new(), Some(file)));
+    let same = picture(&own.clone().with(Vec::new(), Vec::new(), Some(file)));
     assert_eq!(same.rgb, picture(&own).rgb);
     assert_eq!(same.parameters.json["vae"], "sd15");
     // One value of the decoder's last bias moves a colour everywhere.
@@ -240,7 +240,7 @@ fn the_weights_of_another_vae_stand_for_the_models_own() {
     let tensors =
         tensors.map(|(key, view)| if key == "decoder.conv_out.bias" { (key, red.clone()) } else { (key, view) });
     std::fs::write(&path, safetensors::serialize(tensors, None).expect("serializes")).expect("writes");
-    assert_ne!(picture(&own.clone().with(Vec::new(), Some(path))).rgb, picture(&own).rgb);
+    assert_ne!(picture(&own.clone().with(Vec::new(), Vec::new(), Some(path))).rgb, picture(&own).rgb);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions};
+use megafuse::pipeline::{Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions, TextualInversion};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
@@ -101,6 +101,10 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
     if !files.loras().is_empty() {
         let lora = |(lora, digest): (&Lora, String)| json!({"name": lora.name(), "weight": lora.weight.to_string(), "digest": digest});
         description["loras"] = files.loras().iter().zip(files.lora_digests()).map(lora).collect();
+    }
+    if !files.embeddings().is_empty() {
+        let of = |file: &TextualInversion| json!({"word": file.word(), "digest": file.digest()});
+        description["embeddings"] = files.embeddings().iter().map(of).collect();
     }
     if let Some(vae) = session.planner.pipeline().vae_name() {
         description["vae"] = vae.into();

@@ -327,6 +327,13 @@ pub struct AddedFiles {
     #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = values::library::<Lora>)]
     pub lora: Vec<Lora>,
 
+    /// A file of textual inversion: its word in a prompt stands for its vectors
+    ///
+    /// May be given several times. Safetensors as stable-diffusion-webui (the word is the file's name) or diffusers (the word
+    /// is the tensor's) write them; for SDXL with clip_l and clip_g.
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    pub embedding: Vec<PathBuf>,
+
     /// Weights of another VAE, of the same shapes, in a safetensors file
     #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub vae: Option<PathBuf>,
@@ -335,7 +342,7 @@ pub struct AddedFiles {
 impl AddedFiles {
     /// `--model` with what is added to it.
     pub fn source(&self, model: Option<&Path>) -> ModelSource {
-        values::source(model).with(self.lora.clone(), self.vae.clone())
+        values::source(model).with(self.lora.clone(), self.embedding.clone(), self.vae.clone())
     }
 }
 

@@ -77,10 +77,11 @@ pub fn source_name(source: &ModelSource) -> String {
     match source {
         ModelSource::Directory(path) | ModelSource::File(path) => path.display().to_string(),
         ModelSource::Embedded => "pocket (the model inside the program)".into(),
-        ModelSource::Modified { model, loras, vae } => {
+        ModelSource::Modified { model, loras, embeddings, vae } => {
             let loras = loras.iter().map(|lora| format!("LoRA {lora}"));
             let vae = vae.iter().map(|vae| format!("VAE {}", vae.display()));
-            format!("{} with {}", source_name(model), loras.chain(vae).collect::<Vec<_>>().join(", "))
+            let embeddings = embeddings.iter().map(|file| format!("embedding {}", file.display()));
+            format!("{} with {}", source_name(model), loras.chain(embeddings).chain(vae).collect::<Vec<_>>().join(", "))
         }
     }
 }

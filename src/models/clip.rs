@@ -229,6 +229,17 @@ impl ClipTextModel {
         })
     }
 
+    /// With `count` further rows `[count, C]` of the embedding table, those of textual inversion (Gal et al. 2022,
+    /// arXiv:2208.01618): row k is the id `vocab_size + k`, which never ends a text.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: `rows` has another number of values; [`Error::OutOfMemory`].
+    pub fn with_learned(self, rows: &[f32], count: usize) -> Result<ClipTextModel> {
+        let rows = Tensor::from_f32(&self.device, &[count, self.config.hidden_size], self.dtype, rows)?;
+        let token_embedding = Tensor::concat(&[self.token_embedding, rows])?;
+        Ok(ClipTextModel { token_embedding, ..self })
+    }
+
     pub fn config(&self) -> &ClipTextConfig {
         &self.config
     }
@@ -280,8 +291,13 @@ impl ClipTextModel {
         if let Some(other) = ids.iter().find(|row| row.len() != length) {
             return error(format!("rows of {length} and of {} tokens", other.len()), "rows of equal length".into());
         }
-        if let Some(id) = ids.iter().flatten().find(|&&id| id as usize >= self.config.vocab_size) {
-            return error(format!("{id}"), format!("token ids below vocab_size = {}", self.config.vocab_size));
+        let rows = self.token_embedding.shape()[0];
+        if let Some(id) = ids.iter().flatten().find(|&&id| id as usize >= rows) {
+            let learned = match rows - self.config.vocab_size {
+                0 => String::new(),
+                learned => format!(" and {learned} learned rows"),
+            };
+            return error(format!("{id}"), format!("token ids below vocab_size = {}{learned}", self.config.vocab_size));
         }
         Tensor::from_u32(&self.device, &[ids.len(), length], &ids.concat())
     }
@@ -299,7 +315,10 @@ impl ClipTextModel {
         // Configs from before transformers 4.31 (SD 1.5 and 2.1 among them) hold a wrong id, 2; there the largest id is
         // taken for the end of text, which in the published vocabulary it is.
         let end = match self.config.eos_token_id {
-            2 => ids.iter().copied().max().unwrap_or_default(),
+            2 => {
+                let own = ids.iter().copied().filter(|&id| (id as usize) < self.config.vocab_size);
+                own.max().unwrap_or_default()
+            }
             id => id,
         };
         ids.iter().position(|&id| id == end).unwrap_or_default()

@@ -10,7 +10,7 @@ use crate::models::{
 };
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
-use crate::text::{ClipTokenizer, ClipVocabulary, TokenizerFiles};
+use crate::text::{ClipTokenizer, ClipVocabulary, TextualInversion, TokenizerFiles};
 
 /// Where a model comes from.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,8 +21,9 @@ pub enum ModelSource {
     File(PathBuf),
     /// The small model that ships inside the program.
     Embedded,
-    /// Another one with adapters, which are applied in this order, and with the weights of another VAE.
-    Modified { model: Box<ModelSource>, loras: Vec<Lora>, vae: Option<PathBuf> },
+    /// Another one with adapters, which are applied in this order, files of textual inversion, whose words its prompts then
+    /// know, and the weights of another VAE.
+    Modified { model: Box<ModelSource>, loras: Vec<Lora>, embeddings: Vec<PathBuf>, vae: Option<PathBuf> },
 }
 
 impl ModelSource {
@@ -37,11 +38,11 @@ impl ModelSource {
         }
     }
 
-    /// This model with adapters and the weights of another VAE; itself without either.
-    pub fn with(self, loras: Vec<Lora>, vae: Option<PathBuf>) -> ModelSource {
-        match loras.is_empty() && vae.is_none() {
+    /// This model with adapters, files of textual inversion and the weights of another VAE; itself without any.
+    pub fn with(self, loras: Vec<Lora>, embeddings: Vec<PathBuf>, vae: Option<PathBuf>) -> ModelSource {
+        match loras.is_empty() && embeddings.is_empty() && vae.is_none() {
             true => self,
-            false => ModelSource::Modified { model: Box::new(self), loras, vae },
+            false => ModelSource::Modified { model: Box::new(self), loras, embeddings, vae },
         }
     }
 }
@@ -98,6 +99,7 @@ pub struct ModelFiles {
     family: &'static FamilySpec,
     loras: Vec<Lora>,
     adapters: Adapters,
+    embeddings: Vec<TextualInversion>,
     /// Whose weights stand for those of the model's own VAE.
     vae: Option<PathBuf>,
 }
@@ -172,11 +174,14 @@ impl ModelFiles {
     /// [`check_extension`], [`Adapters::open`] and [`open_vae`]; [`Error::Config`]: a model of another family.
     pub fn open(source: &ModelSource) -> Result<ModelFiles> {
         let place = match source {
-            ModelSource::Modified { model, loras, vae } => {
+            ModelSource::Modified { model, loras, embeddings, vae } => {
                 let mut files = ModelFiles::open(model)?;
                 files.loras.extend(loras.iter().cloned());
                 let opened = files.loras.iter().map(|lora| Ok((check_extension(&lora.path)?, lora.weight)));
                 files.adapters = Adapters::open(&opened.collect::<Result<Vec<_>>>()?)?;
+                for path in embeddings {
+                    files.embeddings.push(TextualInversion::read(path)?);
+                }
                 if let Some(path) = vae {
                     open_vae(&check_extension(path)?, &Device::cpu(), DType::F32)?;
                     files.vae = Some(path.clone());
@@ -205,7 +210,7 @@ impl ModelFiles {
             Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
         });
         let adapters = Adapters::open(&[])?;
-        let files = ModelFiles { place, family, loras: Vec::new(), adapters, vae: None };
+        let files = ModelFiles { place, family, loras: Vec::new(), adapters, embeddings: Vec::new(), vae: None };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
             let parts = files.family.parts.iter().filter(|part| part.weights.is_some()).map(|part| part.folder);
@@ -265,6 +270,11 @@ impl ModelFiles {
     /// The adapters, in the order in which they are applied.
     pub fn loras(&self) -> &[Lora] {
         &self.loras
+    }
+
+    /// The files of textual inversion.
+    pub fn embeddings(&self) -> &[TextualInversion] {
+        &self.embeddings
     }
 
     /// The file whose weights stand for those of the model's own VAE.

@@ -15,7 +15,7 @@ pub use crate::methods::{
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
-pub use crate::text::{LongPrompt, Syntax};
+pub use crate::text::{LongPrompt, Syntax, TextualInversion};
 pub use files::{Lora, ModelFiles, ModelSource};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};

@@ -65,6 +65,10 @@ impl Parameters {
             let lora = |lora: &Lora| json!({"name": lora.name(), "weight": decimal(lora.weight)});
             json["loras"] = pipeline.loras().iter().map(lora).collect();
         }
+        if !pipeline.embeddings().is_empty() {
+            fields.push(("Embeddings".into(), pipeline.embeddings().join(", ")));
+            json["embeddings"] = pipeline.embeddings().into();
+        }
         if let Some(vae) = pipeline.vae_name() {
             fields.push(("VAE".into(), vae.to_string()));
             json["vae"] = vae.into();

@@ -33,6 +33,8 @@ pub struct Pipeline {
     family: Box<dyn Family>,
     scheduler: SchedulerConfig,
     loras: Vec<Lora>,
+    /// The words of textual inversion that prompts may hold.
+    embeddings: Vec<String>,
     /// The name of the file whose weights stand for those of the model's own VAE.
     vae: Option<String>,
     warnings: Vec<String>,
@@ -62,6 +64,7 @@ impl Pipeline {
             _ => files.warnings()?,
         };
         let (loras, vae) = (files.loras().to_vec(), files.vae_file().map(stem));
+        let embeddings = files.embeddings().iter().map(|file| file.word().to_string()).collect();
         let planner = match device {
             Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
             _ => None,
@@ -75,6 +78,7 @@ impl Pipeline {
             family,
             scheduler,
             loras,
+            embeddings,
             vae,
             warnings,
             defaults,
@@ -87,6 +91,11 @@ impl Pipeline {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The words of textual inversion that prompts may hold.
+    pub fn embeddings(&self) -> &[String] {
+        &self.embeddings
     }
 
     /// The adapters that are merged into the weights.

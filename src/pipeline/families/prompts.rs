@@ -1,11 +1,11 @@
 //! A CLIP tokenizer with its text encoder: prompts to hidden states, in chunks of the encoder's context.
 
-use super::super::TextOptions;
+use super::super::{ModelFiles, TextOptions, WeightReport};
 use super::PromptText;
 use crate::error::{Error, Result};
 use crate::models::{ClipOutput, ClipTextModel};
-use crate::runtime::Tensor;
-use crate::text::{Chunks, ClipTokenizer, Prompt, Syntax, emphasize, syntax_hint};
+use crate::runtime::{DType, Device, Tensor};
+use crate::text::{Chunks, ClipTokenizer, Encoder, LearnedWords, Prompt, Syntax, emphasize, syntax_hint};
 
 pub struct TextEncoder {
     /// `None` on the meta device, where nobody reads the ids.
@@ -24,6 +24,34 @@ pub struct EncodedText {
 }
 
 impl TextEncoder {
+    /// The tokenizer and the model in these folders, with the model's weights; they know the words of textual inversion.
+    ///
+    /// # Errors
+    /// Those of the files; as [`LearnedWords::new`].
+    pub fn load(
+        files: &ModelFiles,
+        [tokenizer, folder]: [&'static str; 2],
+        kind: Encoder,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<(TextEncoder, WeightReport)> {
+        let config = files.clip_config(folder)?;
+        let words = LearnedWords::new(files.embeddings(), kind, config.hidden_size)?;
+        let (tokenizer, tokens) = match device {
+            Device::Meta(_) => (None, config.max_position_embeddings),
+            _ => {
+                let fitted = files.tokenizer(tokenizer)?.fitted(config.vocab_size, config.max_position_embeddings)?;
+                let tokenizer = fitted.with_learned_words(&words)?;
+                let tokens = tokenizer.max_length();
+                (Some(tokenizer), tokens)
+            }
+        };
+        let (model, report) = files.clip(folder, device, dtype)?;
+        let (rows, [count, _]) = words.table();
+        let model = if count > 0 { model.with_learned(rows, count)? } else { model };
+        Ok((TextEncoder { tokenizer, tokens, model }, report))
+    }
+
     fn read(&self, prompt: &PromptText, options: &TextOptions) -> Result<(Chunks, Prompt)> {
         let parsed = Prompt::parse(prompt.text.as_deref().unwrap_or_default(), options.syntax);
         let chunks = match &self.tokenizer {

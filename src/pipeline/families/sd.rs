@@ -10,6 +10,7 @@ use crate::methods::{Denoiser, Size};
 use crate::models::{ClipOutput, Unet, UnetConditioning};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
+use crate::text::Encoder;
 
 pub static SD: FamilySpec = FamilySpec {
     name: "Stable Diffusion 1.x or 2.x",
@@ -68,22 +69,12 @@ impl StableDiffusion {
         let vae_config = files.vae_config()?;
         let text = ("text_encoder/config.json hidden_size", text_config.hidden_size);
         check_fit(files, text, &unet_config, &vae_config)?;
-        let (tokenizer, tokens) = match device {
-            Device::Meta(_) => (None, text_config.max_position_embeddings),
-            _ => {
-                let tokenizer = files
-                    .tokenizer("tokenizer")?
-                    .fitted(text_config.vocab_size, text_config.max_position_embeddings)?;
-                let tokens = tokenizer.max_length();
-                (Some(tokenizer), tokens)
-            }
-        };
-        let (model, text_report) = files.clip("text_encoder", device, dtype)?;
+        let folders = ["tokenizer", "text_encoder"];
+        let (text_encoder, text_report) = TextEncoder::load(files, folders, Encoder::Single, device, dtype)?;
         let store = files.weights("unet", device, dtype)?;
         let (unet, unet_report) = load_part("unet", store, |w| Unet::from_weights(w, &unet_config))?;
         let (latents, vae_report) = LatentSpace::load(files, device, dtype)?;
         let weights = vec![text_report, unet_report, vae_report];
-        let text_encoder = TextEncoder { tokenizer, tokens, model };
         Ok(StableDiffusion { text_encoder, unet: Arc::new(unet), latents, weights })
     }
 }

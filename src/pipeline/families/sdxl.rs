@@ -11,7 +11,7 @@ use crate::methods::{Denoiser, PublishedSchedule, Size};
 use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet, UnetConditioning};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
-use crate::text::ClipTokenizer;
+use crate::text::Encoder;
 
 pub static SDXL: FamilySpec = FamilySpec {
     name: "Stable Diffusion XL",
@@ -62,35 +62,19 @@ impl StableDiffusionXl {
                 return misfit(files, reason);
             }
         }
-        let tokenizers = match device {
-            Device::Meta(_) => [None, None],
-            _ => {
-                let fitted = |folder, at: usize| {
-                    files.tokenizer(folder)?.fitted(configs[at].vocab_size, configs[at].max_position_embeddings)
-                };
-                [Some(fitted("tokenizer", 0)?), Some(fitted("tokenizer_2", 1)?)]
-            }
-        };
-        let lengths = [0, 1].map(|at| {
-            let config = configs[at].max_position_embeddings;
-            tokenizers[at].as_ref().map_or(config, ClipTokenizer::max_length)
-        });
-        if lengths[0] != lengths[1] {
-            let [first, second] = lengths;
-            let reason = format!("tokenizer gives {first} tokens, tokenizer_2 {second}; they must be equal");
+        let (first, second) = (["tokenizer", "text_encoder"], ["tokenizer_2", "text_encoder_2"]);
+        let (first, first_report) = TextEncoder::load(files, first, Encoder::ClipL, device, dtype)?;
+        let (second, second_report) = TextEncoder::load(files, second, Encoder::ClipG, device, dtype)?;
+        if first.tokens != second.tokens {
+            let reason =
+                format!("tokenizer gives {} tokens, tokenizer_2 {}; they must be equal", first.tokens, second.tokens);
             return misfit(files, reason);
         }
-        let (first, first_report) = files.clip("text_encoder", device, dtype)?;
-        let (second, second_report) = files.clip("text_encoder_2", device, dtype)?;
         let store = files.weights("unet", device, dtype)?;
         let (unet, unet_report) = load_part("unet", store, |w| Unet::from_weights(w, &unet_config))?;
         let (latents, vae_report) = LatentSpace::load(files, device, dtype)?;
-        let [tokenizer, tokenizer_2] = tokenizers;
         Ok(StableDiffusionXl {
-            encoders: [
-                TextEncoder { tokenizer, tokens: lengths[0], model: first },
-                TextEncoder { tokenizer: tokenizer_2, tokens: lengths[1], model: second },
-            ],
+            encoders: [first, second],
             zeros_for_no_prompt: files.index_flag("force_zeros_for_empty_prompt", true)?,
             unet: Arc::new(unet),
             latents,
