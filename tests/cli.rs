@@ -223,6 +223,18 @@ fn a_plan_adds_up() {
     for part in ["16x16:2 24x24:1", "conv GMAC", "relay decode", "peak memory", "unet", "total"] {
         assert!(table.contains(part), "{part} in:\n{table}");
     }
+    // Of a batch: the denoiser's products for each picture, the text's once.
+    let batch = [&args[..], &["--count", "3", "--batch", "2"]].concat();
+    let of_batch: serde_json::Value = serde_json::from_str(&place.ok(&[&batch[..], &["--json"]].concat())).unwrap();
+    let macs = |json: &serde_json::Value, name: &str| {
+        let phases = json["phases"].as_array().unwrap().iter().filter(|phase| phase["name"] == name);
+        phases.map(|phase| phase["once"]["macs"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    let doubled: Vec<u64> = macs(&json, "denoise").iter().map(|macs| 2 * macs).collect();
+    assert_eq!(macs(&of_batch, "denoise"), doubled);
+    assert_eq!(macs(&of_batch, "text"), macs(&json, "text"));
+    assert!(of_batch["peak_bytes"].as_u64() > json["peak_bytes"].as_u64());
+    assert!(place.ok(&batch).contains("for 2 of 3 pictures in one batch"));
     assert!(place.names().is_empty());
 }
 

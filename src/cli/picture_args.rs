@@ -356,7 +356,12 @@ impl PictureArgs {
         }
         let spec = self.method.0.unwrap_or_else(|| Request::suited_to(&run.source()).method.spec());
         run.check_effect(&[spec])?;
-        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, ..run.request(spec)? })
+        // So that the memory of a whole batch is looked at before the run; auto is settled by what there is.
+        let batch = match run.batch {
+            Batch::Of(batch) => batch.min(self.count),
+            Batch::Auto => 1,
+        };
+        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, batch, ..run.request(spec)? })
     }
 }
 

@@ -21,8 +21,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();
     let model = values::source_name(&source);
     print_line(format!("{model}, {}, {}, stages {}", report.dtype, request.method, stages.join(" ")));
-    if request.count > 1 {
-        print_line(format!("for one of {} pictures", request.count));
+    match (request.count, request.batch) {
+        (1, _) => {}
+        (count, 1) => print_line(format!("for one of {count} pictures")),
+        (count, batch) => print_line(format!("for {batch} of {count} pictures in one batch")),
     }
     print_line("");
     table(&phases(&report)).iter().for_each(print_line);
