@@ -276,7 +276,7 @@ fn a_recorded_step_is_what_the_planner_counts() {
 fn a_picture_does_not_depend_on_those_made_before() {
     for device in cards() {
         let load = || Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), DType::F32).unwrap();
-        let stages = ["16x16:3", "24x24:3"].map(|stage| stage.parse().unwrap()).to_vec();
+        let stages = ["8x8:3", "12x12:3"].map(|stage| stage.parse().unwrap()).to_vec();
         let base = Request { stages, prompt: "a cat".into(), guidance: 2.5, ..Request::default() };
         let plus = Request { method: MegaFusion::plus().into(), ..base.clone() };
         let requests = [
@@ -302,7 +302,7 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
     for device in cards() {
         for dtype in [DType::F32, DType::BF16] {
             let pipeline = Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), dtype).unwrap();
-            let stages = ["16x16:3", "24x16:2"].map(|stage| stage.parse().unwrap()).to_vec();
+            let stages = ["8x8:3", "12x8:2"].map(|stage| stage.parse().unwrap()).to_vec();
             let base = Request { stages, guidance: 2.5, method: MegaFusion::plus().into(), ..Request::default() };
             let of = |prompt: &str, seed| Request { prompt: prompt.into(), seed, ..base.clone() };
             let requests = [of("a cat", 1), of("two dogs", 7), of("a cat", 2)];
@@ -324,7 +324,7 @@ fn every_sampler_makes_the_cpus_pictures() {
         let load =
             |device: &Device| Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), DType::F32).unwrap();
         let (card, cpu) = (load(&device), load(&Device::cpu()));
-        let stages = ["16x16:5", "24x16:4"].map(|stage| stage.parse().unwrap()).to_vec();
+        let stages = ["8x8:5", "12x8:4"].map(|stage| stage.parse().unwrap()).to_vec();
         for &sampler in &Sampler::ALL {
             let (scheduler, prompt) = (Some(sampler), "a photo of a cat".to_string());
             let request = Request { stages: stages.clone(), scheduler, prompt, guidance: 2.0, ..Request::default() };
