@@ -427,8 +427,14 @@ fn prompts_are_read_as_asked() {
     assert!(picture("a red cat", chunks) == words);
     let of = |prompt: &str, seed| Request { prompt: prompt.into(), seed, text: chunks, ..plain.clone() };
     let requests = [of("a red cat", 0), of(&long, 1), of("a dog", 2)];
-    let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
-    for (request, picture) in requests.iter().zip(&together) {
-        assert!(pipeline.generate(request, &mut Silent).unwrap()[0] == *picture, "{:?}", request.prompt);
+    // Without guidance a negative prompt is not read, however long it is.
+    let negative_prompt = Some(long.clone());
+    let unguided =
+        requests.clone().map(|request| Request { guidance: 1.0, negative_prompt: negative_prompt.clone(), ..request });
+    for requests in [requests, unguided] {
+        let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
+        for (request, picture) in requests.iter().zip(&together) {
+            assert!(pipeline.generate(request, &mut Silent).unwrap()[0] == *picture, "{:?}", request.prompt);
+        }
     }
 }

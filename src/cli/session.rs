@@ -156,7 +156,7 @@ impl Costs {
     /// # Errors
     /// As [`Session::check`].
     pub fn of(&mut self, session: &Session, request: &Request) -> Result<u64> {
-        let guided = request.guidance > 1.0;
+        let guided = request.is_guided();
         let Request { size, steps, .. } = *request;
         let method = format!("{} {:?}", request.method, request.method.options());
         let asked = Asked { method, size, stages: request.stages.clone(), steps, guided };

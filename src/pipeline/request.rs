@@ -138,7 +138,7 @@ impl Request {
         }
         let sampler = self.scheduler.unwrap_or_else(|| self.method.implementation().sampler(config));
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
-        let guidance = (self.guidance > 1.0).then_some(self.guidance);
+        let guidance = self.is_guided().then_some(self.guidance);
         let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
         Ok(run.published_as(defaults.published))
     }
@@ -146,6 +146,11 @@ impl Request {
     /// Without what makes no difference to the cost: words and seed.
     pub(super) fn without_words(&self) -> Request {
         Request { prompt: String::new(), negative_prompt: None, seed: 0, ..self.clone() }
+    }
+
+    /// Is there classifier-free guidance, and so a negative prompt?
+    pub fn is_guided(&self) -> bool {
+        self.guidance > 1.0
     }
 
     /// Do the two differ in words, seed and counts alone?

@@ -215,7 +215,11 @@ impl Pipeline {
             return Ok(1);
         }
         let of = |negative, text: Option<String>| self.family.chunks(&PromptText { text, negative }, &request.text);
-        Ok(of(false, Some(request.prompt.clone()))?.max(of(true, request.negative_prompt.clone())?))
+        let chunks = of(false, Some(request.prompt.clone()))?;
+        match request.is_guided() {
+            true => Ok(chunks.max(of(true, request.negative_prompt.clone())?)),
+            false => Ok(chunks), // the negative prompt is not read
+        }
     }
 
     fn batch(&self, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
