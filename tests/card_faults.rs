@@ -5,7 +5,10 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
 use megafuse::methods::MegaFusion;
-use megafuse::pipeline::{ModelSource, Picture, Pipeline, Request, Silent};
+use megafuse::pipeline::{
+    Event, LoadOptions, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request, Residency, Silent,
+    VaePasses,
+};
 use megafuse::runtime::{CudaDevice, CudaOptions, cuda};
 use megafuse::{DType, Device, Error, Result};
 
@@ -48,9 +51,17 @@ fn request() -> Request {
     }
 }
 
+fn source() -> ModelSource {
+    ModelSource::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sd15"))
+}
+
 fn load(device: &CudaDevice) -> Result<Pipeline> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sd15");
-    Pipeline::load(ModelSource::Directory(folder), Device::Cuda(device.clone()), DType::BF16)
+    load_with(device, MemoryOptions::default())
+}
+
+fn load_with(device: &CudaDevice, memory: MemoryOptions) -> Result<Pipeline> {
+    let options = LoadOptions { memory, ..LoadOptions::new(Device::Cuda(device.clone()), DType::BF16) };
+    Pipeline::load_with(source(), options)
 }
 
 fn picture(pipeline: &Pipeline) -> Result<Picture> {
@@ -115,7 +126,8 @@ fn a_run_beyond_the_cards_memory_says_how_much_there_is() {
     let _turn = turn();
     let emulated = Emulated::open();
     let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
-    let pipeline = load(&CudaDevice::open(options).unwrap()).unwrap();
+    let keep = MemoryOptions { residency: Residency::Keep, ..MemoryOptions::default() };
+    let pipeline = load_with(&CudaDevice::open(options).unwrap(), keep).unwrap();
     let want = picture(&pipeline).unwrap();
     let limit = emulated.call::<u64>("emu_live_bytes") + 10_000;
     emulated.set("emu_set_memory_limit", limit);
@@ -124,6 +136,118 @@ fn a_run_beyond_the_cards_memory_says_how_much_there_is() {
     let text = error.to_string();
     assert!(text.contains("out of memory on cuda:0") && text.contains(&limit.to_string()), "{text}");
     assert_eq!(picture(&pipeline).unwrap(), want, "the same pipeline serves the next run");
+}
+
+/// Takes all memory away when a phase begins, and gives it back after as many warnings as there shall be.
+struct Starved<'a> {
+    emulated: &'a Emulated,
+    phase: fn(&Event) -> bool,
+    rungs: usize,
+    said: Vec<String>,
+}
+
+impl Observer for Starved<'_> {
+    fn event(&mut self, event: &Event) {
+        if (self.phase)(event) {
+            self.emulated.set("emu_set_memory_limit", 1);
+        }
+    }
+
+    fn warning(&mut self, message: &str) {
+        self.said.push(message.into());
+        if self.said.len() == self.rungs {
+            self.emulated.set("emu_set_memory_limit", 0);
+        }
+    }
+}
+
+/// Whatever the VAE's work lacks memory for, the run gives up one thing after the other, says so, and makes the same picture.
+#[test]
+fn a_decode_that_does_not_fit_goes_down_the_ladder() {
+    let _turn = turn();
+    let emulated = Emulated::open();
+    let device =
+        CudaDevice::open(CudaOptions { separate_allocations: true, ..CudaOptions::default() }).expect("the card opens");
+    let want = picture(&load(&device).unwrap()).unwrap();
+    let steps = "the VAE finds no room: the recorded steps leave memory";
+    let ladder = [
+        "the VAE finds no room: text encoders leave memory once the prompts are encoded",
+        "the VAE finds no room: the denoiser leaves memory while the VAE works",
+        "the VAE finds no room: the VAE works by stripes of 128 rows, which gives the same picture",
+        "the VAE finds no room: the VAE works by stripes of 32 rows, which gives the same picture",
+    ];
+    let phases: [(&str, fn(&Event) -> bool); 3] = [
+        ("the relay's decode", |event| matches!(event, Event::Relay { .. })),
+        ("the relay's encode", |event| matches!(event, Event::RelayEncode { .. })),
+        ("the decode", |event| matches!(event, Event::Decode)),
+    ];
+    for (name, phase) in phases {
+        for rungs in 1..=5 {
+            let pipeline = load(&device).unwrap();
+            let mut starved = Starved { emulated: &emulated, phase, rungs, said: Vec::new() };
+            let made = pipeline.generate(&request(), &mut starved);
+            emulated.set("emu_set_memory_limit", 0);
+            let said: Vec<&str> = [steps].into_iter().chain(ladder).take(rungs).collect();
+            assert_eq!(starved.said, said, "{name}, {rungs}");
+            assert_eq!(made.unwrap(), [want.clone()], "{name}, {rungs}");
+            assert_eq!(picture(&pipeline).unwrap(), want, "{name}, {rungs}: the next picture");
+        }
+        let pipeline = load(&device).unwrap();
+        let mut starved = Starved { emulated: &emulated, phase, rungs: usize::MAX, said: Vec::new() };
+        let error = pipeline.generate(&request(), &mut starved).unwrap_err();
+        emulated.set("emu_set_memory_limit", 0);
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{name}: {error}");
+        assert_eq!(picture(&pipeline).unwrap(), want, "{name}: the next picture");
+    }
+}
+
+/// A card that cannot hold the run as it is: what is given up is decided, and said, before the first step.
+#[test]
+fn a_run_is_planned_for_the_memory_that_there_is() {
+    let _turn = turn();
+    let emulated = Emulated::open();
+    let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
+    let want = picture(&load(&CudaDevice::open(options).unwrap()).unwrap()).unwrap();
+    let before = emulated.call::<u64>("emu_live_bytes");
+    // Attention and a picture that outweigh the weights of a small model.
+    let planner = Planner::with(&source(), &LoadOptions::new(Device::meta(), DType::BF16)).unwrap();
+    let ladder = planner.ladder(&request()).unwrap();
+    assert!(ladder.windows(2).all(|pair| pair[1].1 <= pair[0].1), "{ladder:?}");
+    assert!(ladder[1].1 < ladder[0].1, "{ladder:?}");
+    println!("{ladder:?}, {before}");
+    let device = CudaDevice::open(options).unwrap();
+    emulated.set("emu_set_memory_limit", before + ladder[0].1 - 1);
+    let mut starved = Starved { emulated: &emulated, phase: |_| false, rungs: 0, said: Vec::new() };
+    let made = load(&device).and_then(|pipeline| pipeline.generate(&request(), &mut starved));
+    emulated.set("emu_set_memory_limit", 0);
+    println!("{:?}", starved.said);
+    assert_eq!(made.unwrap(), [want]);
+    assert_eq!(starved.said.len(), 1, "{:?}", starved.said);
+    assert!(starved.said[0].contains("text encoders leave memory"), "{:?}", starved.said);
+}
+
+/// Parts that come and go make the pictures that parts that stay make, picture after picture, and hold less.
+#[test]
+fn parts_that_leave_memory_come_back() {
+    let _turn = turn();
+    Emulated::open();
+    let peak = |memory: MemoryOptions| {
+        let device = CudaDevice::open(CudaOptions { separate_allocations: true, ..CudaOptions::default() })
+            .expect("the card opens");
+        let pipeline = load_with(&device, memory).unwrap();
+        let mut pictures = Vec::new();
+        for prompt in ["a cat", "a dog", "a dog"] {
+            let request = Request { prompt: prompt.into(), ..request() };
+            pictures.extend(pipeline.generate(&request, &mut Silent).unwrap());
+        }
+        (pictures, device.memory().unwrap().peak_bytes)
+    };
+    let (want, most) = peak(MemoryOptions { residency: Residency::Keep, vae: VaePasses::Whole });
+    for vae in [VaePasses::Auto, VaePasses::Stripes] {
+        let (pictures, least) = peak(MemoryOptions { residency: Residency::Low, vae });
+        assert_eq!(pictures, want);
+        assert!(least < most, "{least} of {most} bytes");
+    }
 }
 
 #[test]

@@ -80,12 +80,12 @@ impl DiffusionModel for Formula {
         &self.recorded
     }
 
-    fn decode(&self, x0: &Tensor) -> Result<Tensor> {
+    fn decode(&self, x0: &Tensor, _: &mut dyn FnMut(&str)) -> Result<Tensor> {
         let values: Vec<f32> = x0.to_f32_vec()?.iter().map(|v| v * self.contrast).collect();
         Tensor::from_f32(device(), x0.shape(), DType::F32, &values)
     }
 
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
+    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, _: &mut dyn FnMut(&str)) -> Result<Tensor> {
         let mut values = picture.to_f32_vec()?;
         if let Some(noise) = noise {
             values.iter_mut().zip(noise.to_f32_vec()?).for_each(|(v, n)| *v += 0.1 * n);

@@ -162,7 +162,7 @@ fn an_empty_vae_config_is_the_class_default() {
     assert_eq!((c.in_channels, c.out_channels, c.latent_channels, c.layers_per_block), (3, 3, 4, 1));
     assert_eq!((c.scaling_factor, c.shift_factor, c.norm_num_groups), (0.18215, 0.0, 32));
     assert_eq!((c.block_out_channels.as_slice(), c.factor(), c.sample_size), (&[64usize][..], 1, Some([32, 32])));
-    assert!(c.use_quant_conv && c.use_post_quant_conv && c.mid_block_add_attention && c.force_upcast);
+    assert!(c.use_quant_conv && c.use_post_quant_conv && c.mid_block_add_attention && c.force_upcast.is_none());
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn vae_values() {
             "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": false, "use_post_quant_conv": false,
             "latent_channels": 16, "layers_per_block": 2, "latents_mean": null, "force_upcast": false}"#);
     assert_eq!((c.factor(), c.latent_channels, c.scaling_factor, c.shift_factor), (4, 16, 1.5305, 0.0609));
-    assert!(!c.use_quant_conv && !c.use_post_quant_conv && !c.force_upcast);
+    assert!(!c.use_quant_conv && !c.use_post_quant_conv && c.force_upcast == Some(false));
     assert_eq!(vae(r#"{"shift_factor": null}"#).shift_factor, 0.0);
 }
 

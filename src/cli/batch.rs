@@ -82,7 +82,7 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
     let files = ModelFiles::open(session.source())?;
     let stages: Vec<String> = flags.stages.iter().map(Stage::to_string).collect();
     // Cards of one kind make the same pictures; other devices make others, to rounding.
-    let device = match &session.device {
+    let device = match session.device() {
         Device::Cuda(card) => {
             let (major, minor) = card.compute_capability();
             format!("{} sm_{major}{minor}", if cuda::is_emulated() { "emu" } else { "cuda" })
@@ -96,7 +96,7 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         "steps": flags.steps, "guidance": flags.guidance.to_string(), "negative_prompt": flags.negative_prompt.as_deref().unwrap_or_default(),
         "scheduler": flags.scheduler.map(|sampler| sampler.name()), "eta": flags.eta, "sigmas": flags.sigmas.map(|spacing| spacing.to_string()),
         "seed": flags.seed, "rng": flags.rng.name(),
-        "dtype": session.dtype.name(), "device": device,
+        "dtype": session.dtype().name(), "device": device,
     });
     if !files.loras().is_empty() {
         let lora = |(lora, digest): (&Lora, String)| json!({"name": lora.name(), "weight": lora.weight.to_string(), "digest": digest});

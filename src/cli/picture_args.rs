@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use megafuse::pipeline::{
-    LongPrompt, Lora, METHODS, MethodSpec, ModelSource, Request, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax,
-    TextOptions, without_effect,
+    LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource, Request, Residency, RngKind,
+    Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePasses, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -311,6 +311,26 @@ pub struct RunArgs {
     #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
     pub dtype: Option<DType>,
 
+    /// Element type of the VAE (default: as --dtype; bf16 for f16 where the model's VAE leaves the range of f16)
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
+    pub vae_dtype: Option<DType>,
+
+    /// Which parts of the model stay in memory
+    ///
+    /// auto: all of them, where the run fits, else as low. keep: all of them, always. low: each part is loaded when it is
+    /// needed, and text encoders leave memory once the prompts are encoded.
+    #[arg(long, value_parser = named::<Residency>(Residency::NAMES.iter().copied()), value_name = "M",
+          default_value = "auto", help_heading = "Machine")]
+    pub memory: Residency,
+
+    /// How the VAE decodes and encodes
+    ///
+    /// auto: whole, by stripes where that does not fit. stripes: the same picture in less memory. tiles: with a cross-fade
+    /// between tiles, in least memory; colours may differ a little from tile to tile.
+    #[arg(long, value_parser = named::<VaePasses>(VaePasses::NAMES.iter().copied()), value_name = "P",
+          default_value = "auto", help_heading = "Machine")]
+    pub vae_passes: VaePasses,
+
     /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
           help_heading = "Machine")]
@@ -374,6 +394,12 @@ impl RunArgs {
 
     pub fn source(&self) -> ModelSource {
         self.added.source(self.model.as_deref())
+    }
+
+    /// How the model is loaded on the device.
+    pub fn load_options(&self, device: &Device) -> LoadOptions {
+        let memory = MemoryOptions { residency: self.memory, vae: self.vae_passes };
+        LoadOptions { device: device.clone(), dtype: self.dtype_on(device), vae_dtype: self.vae_dtype, memory }
     }
 
     /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.

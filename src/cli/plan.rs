@@ -1,8 +1,9 @@
 //! `megafuse plan`: what a request would cost, from the configuration files alone.
 
 use megafuse::Result;
-use megafuse::pipeline::{self, PlanReport};
+use megafuse::pipeline::{PlanReport, Planner, Rung};
 use megafuse::runtime::{OpKind, Work};
+use serde_json::json;
 
 use super::memory::bytes_text;
 use super::output::print_line;
@@ -11,11 +12,17 @@ use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
     let request = args.picture.request(&args.run, &args.prompt)?;
-    let dtype = args.run.dtype_on(&args.run.device.open()?);
+    let device = args.run.device.open()?;
     let source = args.run.source();
-    let report = pipeline::plan(&source, dtype, &request)?;
+    let planner = Planner::with(&source, &args.run.load_options(&device))?;
+    // Without --memory and --vae-passes the fastest way is planned, wherever the command runs.
+    let report = planner.plan(&request)?;
+    let ladder = planner.ladder(&request)?;
     if args.json {
-        print_line(format!("{:#}", report.to_json()));
+        let mut json = report.to_json();
+        let rung = |(rung, peak): &(Rung, u64)| json!({"memory": rung.to_json(), "peak_bytes": peak});
+        json["ladder"] = ladder.iter().map(rung).collect();
+        print_line(format!("{json:#}"));
         return Ok(());
     }
     let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();
@@ -33,7 +40,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     print_line("");
     table(&weights(&report)).iter().for_each(print_line);
     print_line("");
-    print_line(format!("peak memory {} (weights and live activations)", bytes_text(report.peak_bytes)));
+    table(&peaks(&ladder)).iter().for_each(print_line);
     Ok(())
 }
 
@@ -82,6 +89,21 @@ fn weights(report: &PlanReport) -> Vec<Vec<String>> {
     let parameters: u64 = report.weights.iter().map(|module| module.parameters).sum();
     let bytes: u64 = report.weights.iter().map(|module| module.bytes).sum();
     rows.push(vec!["total".into(), parameters.to_string(), bytes_text(bytes)]);
+    rows
+}
+
+fn peaks(ladder: &[(Rung, u64)]) -> Vec<Vec<String>> {
+    let mut rows = vec![["peak memory, weights and live activations", "bytes"].map(String::from).to_vec()];
+    let mut before = Rung::FASTEST;
+    for &(rung, peak) in ladder {
+        let held = match rung.beyond(before) {
+            same if same.is_empty() => "all parts of the model stay in memory".into(),
+            given_up if rows.len() == 1 => given_up,
+            given_up => format!("also, {given_up}"),
+        };
+        rows.push(vec![held, bytes_text(peak)]);
+        before = rung;
+    }
     rows
 }
 

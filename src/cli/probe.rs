@@ -101,7 +101,7 @@ fn encode(
     if let Some(rest) = &tokens.truncated {
         say!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
     }
-    let (encoder, rows) = (files.clip(encoder, device, dtype)?.0, std::slice::from_ref(&tokens.ids));
+    let (encoder, rows) = (files.clip(encoder, device, dtype)?, std::slice::from_ref(&tokens.ids));
     let last = encoder.forward(rows, ClipOutput::LAST.with_pooled())?;
     let penultimate = encoder.forward(rows, ClipOutput::PENULTIMATE)?.hidden;
     let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();

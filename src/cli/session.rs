@@ -4,11 +4,11 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::time::Instant;
 
-use megafuse::pipeline::{ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
+use megafuse::pipeline::{LoadOptions, ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
 use megafuse::{DType, Device, Error, Result};
 
 use super::console::say;
-use super::memory::{available_bytes, bytes_text};
+use super::memory::bytes_text;
 use super::picture_args::RunArgs;
 use super::progress::seconds_text;
 use super::values::{self, Batch};
@@ -16,8 +16,7 @@ use super::values::{self, Batch};
 /// A model that has not been loaded yet, where it will run, and what its requests would cost.
 pub struct Session {
     source: ModelSource,
-    pub device: Device,
-    pub dtype: DType,
+    options: LoadOptions,
     pub planner: Planner,
     /// Was it said that another sampler than the model's own runs?
     told: Cell<bool>,
@@ -29,10 +28,17 @@ impl Session {
     /// # Errors
     /// Those of the device; as [`Planner::new`].
     pub fn open(run: &RunArgs) -> Result<Session> {
-        let device = run.device.open()?;
-        let (source, dtype) = (run.source(), run.dtype_on(&device));
-        let planner = Planner::new(&source, dtype)?;
-        Ok(Session { source, device, dtype, planner, told: Cell::new(false) })
+        let (source, options) = (run.source(), run.load_options(&run.device.open()?));
+        let planner = Planner::with(&source, &options)?;
+        Ok(Session { source, options, planner, told: Cell::new(false) })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.options.device
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.options.dtype
     }
 
     /// Once: a line when the model's own sampler would run, and there is none of its class here.
@@ -45,14 +51,11 @@ impl Session {
     }
 
     /// # Errors
-    /// As [`Planner::plan`]; [`Error::Request`] when the run needs more memory than there is, with a size that fits.
+    /// As [`Planner::plan_within`]; [`Error::Request`] when the run needs more memory than there is, with a size that fits.
     pub fn check(&self, request: &Request) -> Result<PlanReport> {
         self.tell_substitution(request);
-        let plan = self.planner.plan(request)?;
-        let available = match &self.device {
-            Device::Cuda(card) => Some(card.memory()?.free_bytes),
-            _ => available_bytes(),
-        };
+        let available = self.device().budget_bytes();
+        let plan = self.planner.plan_within(available, request)?;
         check_memory(&self.planner, request, &plan, available)?;
         Ok(plan)
     }
@@ -63,7 +66,7 @@ impl Session {
     /// As [`Planner::plan`].
     pub fn batch(&self, asked: Batch, request: &Request, count: usize) -> Result<usize> {
         let most = count.clamp(1, AUTO_BATCH);
-        let card = match (asked, &self.device) {
+        let card = match (asked, self.device()) {
             (Batch::Of(batch), _) => return Ok(batch.min(count.max(1))),
             (Batch::Auto, Device::Cuda(card)) => card,
             (Batch::Auto, _) => return Ok(1),
@@ -85,8 +88,8 @@ impl Session {
     pub fn load(self) -> Result<Pipeline> {
         let begin = Instant::now();
         let name = values::source_name(&self.source);
-        let Session { device, dtype, .. } = &self;
-        let pipeline = Pipeline::load(self.source.clone(), device.clone(), *dtype)?;
+        let LoadOptions { device, dtype, .. } = &self.options;
+        let pipeline = Pipeline::load_with(self.source.clone(), self.options.clone())?;
         pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
         let loading = seconds_text(begin.elapsed().as_secs_f64());
         match device {
@@ -183,7 +186,7 @@ fn check_memory(planner: &Planner, request: &Request, plan: &PlanReport, availab
         let side = |side: usize| (side * sixteenths / 16 / 64 * 64).max(64);
         let size = Size::new(side(wanted.width), side(wanted.height));
         let smaller = Request { size: Some(size), stages: Vec::new(), ..request.clone() };
-        planner.plan(&smaller).ok().filter(|plan| plan.peak_bytes <= available).map(|_| size)
+        planner.plan_within(Some(available), &smaller).ok().filter(|plan| plan.peak_bytes <= available).map(|_| size)
     });
     let advice = match fits {
         Some(size) => format!("--size {size} would fit"),

@@ -30,11 +30,12 @@ pub trait DiffusionModel {
     /// conditionings of equal shapes.
     fn conditioning_key(&self) -> Vec<usize>;
 
-    /// The picture of one clean sample `[1, h, w, C]`, not clamped.
-    fn decode(&self, x0: &Tensor) -> Result<Tensor>;
+    /// The picture of one clean sample `[1, h, w, C]`, not clamped. `warn` is told what had to be done otherwise than asked.
+    fn decode(&self, x0: &Tensor, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
     /// The clean sample of one picture: the posterior's mode, or with `noise` (of the sample's shape) a sample of it.
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor>;
+    /// `warn` as in [`decode`](DiffusionModel::decode).
+    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
     /// The model's recorded steps, kept from one run to the next.
     fn recorded_steps(&self) -> &RecordedSteps;

@@ -1,3 +1,4 @@
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::Denoiser;
@@ -15,6 +16,8 @@ use crate::runtime::{DType, Device, Repeated, Tensor};
 #[derive(Default)]
 pub struct RecordedSteps {
     kept: Mutex<Vec<(StepKey, StageSteps)>>,
+    /// Memory is short: nothing is kept.
+    short: AtomicBool,
 }
 
 /// Makes the network's side of a stage, in the memory of the one that it is given.
@@ -96,13 +99,38 @@ impl RecordedSteps {
 
     /// Keeps the steps of a stage that is done, if its device records.
     pub fn end(&self, key: StepKey, steps: StageSteps) {
-        if !matches!(steps.state.x().device(), Device::Cuda(_)) {
+        if !matches!(steps.state.x().device(), Device::Cuda(_)) || self.short.load(Ordering::Relaxed) {
             return;
         }
         let mut kept = self.kept();
         kept.push((key, steps));
         if kept.len() > MOST_KEPT {
             kept.remove(0);
+        }
+    }
+
+    /// From now on nothing is kept, if memory is short, and what is kept goes.
+    pub fn set_short_of_memory(&self, short: bool) {
+        self.short.store(short, Ordering::Relaxed);
+        if short {
+            self.clear();
+        }
+    }
+
+    /// One step of `steps` with these options; where there is no memory for it, what is kept of other stages goes.
+    ///
+    /// # Errors
+    /// Those of the network and the ops.
+    pub fn step(&self, steps: &mut StageSteps, options: &UnetOptions) -> Result<()> {
+        let at = |steps: &StageSteps| -> Vec<usize> {
+            let index = steps.table.index();
+            (0..index.images()).map(|image| index.get(image)).collect()
+        };
+        let before = at(steps);
+        match steps.step(options) {
+            // It failed before it changed the samples.
+            Err(Error::OutOfMemory { .. }) if at(steps) == before && self.clear() > 0 => steps.step(options),
+            done => done,
         }
     }
 
@@ -137,10 +165,7 @@ impl StageSteps {
     }
 
     /// One step with these options: computed, recorded or replayed.
-    ///
-    /// # Errors
-    /// Those of the network and the ops.
-    pub fn step(&mut self, options: &UnetOptions) -> Result<()> {
+    fn step(&mut self, options: &UnetOptions) -> Result<()> {
         let StageSteps { denoiser, state, noise, table, guidance, recorded } = self;
         let at = match recorded.iter().position(|(recorded, _)| recorded == options) {
             Some(at) => at,

@@ -155,7 +155,7 @@ impl<'a> Sampling<'a> {
                 if draws_noise {
                     self.draw_for_step(key.sample, on_device.noise_mut())?;
                 }
-                on_device.step(&options_at(step - 1))?;
+                model.recorded_steps().step(&mut on_device, &options_at(step - 1))?;
                 self.evaluated += 1;
                 if ends_step {
                     break;
@@ -201,17 +201,22 @@ impl<'a> Sampling<'a> {
     ///
     /// # Errors
     /// Those of the model.
-    pub fn decode(&self, x0: &Tensor) -> Result<Vec<Tensor>> {
-        images(x0)?.iter().map(|x0| self.model.decode(x0)).collect()
+    pub fn decode(&mut self, x0: &Tensor) -> Result<Vec<Tensor>> {
+        let (model, observer) = (self.model, &mut *self.watch.observer);
+        images(x0)?.iter().map(|x0| model.decode(x0, &mut |message| observer.warning(message))).collect()
     }
 
     /// The clean samples of pictures: the posterior's mode, or with `noise` a sample of it.
     ///
     /// # Errors
     /// Those of the model.
-    pub fn encode(&self, pictures: &[Tensor], noise: Option<&Tensor>) -> Result<Tensor> {
+    pub fn encode(&mut self, pictures: &[Tensor], noise: Option<&Tensor>) -> Result<Tensor> {
         let noise = noise.map(images).transpose()?;
-        let of = |(i, picture)| self.model.encode(picture, noise.as_ref().map(|noise| &noise[i]));
+        let (model, observer) = (self.model, &mut *self.watch.observer);
+        let of = |(i, picture)| {
+            let noise = noise.as_ref().map(|noise| &noise[i]);
+            model.encode(picture, noise, &mut |message| observer.warning(message))
+        };
         Tensor::concat(&pictures.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?)
     }
 

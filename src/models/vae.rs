@@ -33,8 +33,9 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
-    /// The weights overflow in f16: run the VAE in f32 or bf16.
-    pub force_upcast: bool,
+    /// Does the decoder leave the range of f16, so that it must run in f32 or bf16? `None`: the file does not say; the
+    /// published class then takes it for true, while no VAE of Stable Diffusion 1.x or 2.x does.
+    pub force_upcast: Option<bool>,
 }
 
 impl VaeConfig {
@@ -83,7 +84,10 @@ impl VaeConfig {
             use_quant_conv: c.flag("use_quant_conv", true)?,
             use_post_quant_conv: c.flag("use_post_quant_conv", true)?,
             mid_block_add_attention: c.flag("mid_block_add_attention", true)?,
-            force_upcast: c.flag("force_upcast", true)?,
+            force_upcast: match c.get("force_upcast") {
+                None | Some(Value::Null) => None,
+                Some(_) => Some(c.flag("force_upcast", true)?),
+            },
             block_out_channels,
         })
     }
@@ -105,6 +109,18 @@ impl VaeConfig {
     }
 }
 
+/// How a map goes through the VAE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passes {
+    Whole,
+    Stripes { rows: usize },
+    Tiles { side: usize, overlap: usize },
+}
+
+impl Passes {
+    pub const TILES: Passes = Passes::Tiles { side: 512, overlap: 128 };
+}
+
 /// Images to latents and back.
 pub struct Vae {
     config: VaeConfig,
@@ -117,6 +133,15 @@ pub struct Vae {
 }
 
 impl Vae {
+    #[allow(missing_docs)]
+    pub fn decode_in(&self, latent: &Tensor, _: Passes) -> Result<Tensor> {
+        self.decode(latent)
+    }
+
+    pub fn encode_in(&self, picture: &Tensor, _: Passes) -> Result<Tensor> {
+        self.encode(picture)
+    }
+
     /// Takes every tensor of `store`. Old attention names (query, key, value, proj_attn) are accepted.
     ///
     /// # Errors
@@ -365,5 +390,15 @@ impl PixelAttention {
         let y = ops::attention(Attention::Packed { qkv: &qkv, causal: false })?.reshape(&tokens)?;
         drop(qkv);
         self.to_out.forward_residual(&y, &x.reshape(&tokens)?)?.reshape(&[n, h, w, c])
+    }
+}
+
+impl std::fmt::Display for Passes {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Passes::Whole => f.write_str("whole"),
+            Passes::Stripes { rows } => write!(f, "stripes of {rows} rows"),
+            Passes::Tiles { .. } => f.write_str("tiles"),
+        }
     }
 }

@@ -1,8 +1,8 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use super::families::{Defaults, FamilySpec, Part, load_part, vae_dtype};
-use super::{WeightReport, embedded};
+use super::embedded;
+use super::families::{Defaults, FamilySpec, Part, load_part};
 use crate::error::{Error, Result};
 use crate::models::single_file::{check_extension, open_vae};
 use crate::models::{
@@ -291,7 +291,16 @@ impl ModelFiles {
         self.adapters.file_bytes().map(|(bytes, _)| digest(bytes)).collect()
     }
 
-    /// To be called when every part is loaded: tensors of single files and of adapters that belong to no part, a sentence
+    /// Opens the weight files of every part, so that what is missing is found before a run, and what adapters change is known.
+    ///
+    /// # Errors
+    /// Those of the files.
+    pub(super) fn open_weights(&self) -> Result<()> {
+        let parts = self.family.parts.iter().filter(|part| part.weights.is_some());
+        parts.into_iter().try_for_each(|part| self.weights(part.folder, &Device::cpu(), DType::F32).map(drop))
+    }
+
+    /// To be called when the weight files of every part are open: tensors of single files and of adapters that belong to no part, a sentence
     /// per file.
     ///
     /// # Errors
@@ -378,14 +387,14 @@ impl ModelFiles {
         VaeConfig::from_json(&what, &json)
     }
 
-    /// The text encoder in `folder`, and its weights' report; on the meta device from its configuration alone.
+    /// The text encoder in `folder`; on the meta device from its configuration alone.
     ///
     /// # Errors
     /// Those of the files; as [`ClipTextModel::load`].
-    pub fn clip(&self, folder: &'static str, device: &Device, dtype: DType) -> Result<(ClipTextModel, WeightReport)> {
+    pub fn clip(&self, folder: &str, device: &Device, dtype: DType) -> Result<ClipTextModel> {
         let config = self.clip_config(folder)?;
         let store = ClipTextModel::prepared(self.weights(folder, device, dtype)?, &config)?;
-        load_part(folder, store, |w| ClipTextModel::from_weights(w, &config))
+        load_part(store, |w| ClipTextModel::from_weights(w, &config))
     }
 
     /// The UNet; on the meta device from its configuration alone.
@@ -396,13 +405,12 @@ impl ModelFiles {
         Unet::load(self.weights("unet", device, dtype)?, &self.unet_config()?)
     }
 
-    /// The VAE, in f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it).
+    /// The VAE; on the meta device from its configuration alone.
     ///
     /// # Errors
     /// Those of the files; as [`Vae::load`].
     pub fn vae(&self, device: &Device, dtype: DType) -> Result<Vae> {
-        let config = self.vae_config()?;
-        Vae::load(self.weights("vae", device, vae_dtype(&config, dtype))?, &config)
+        Vae::load(self.weights("vae", device, dtype)?, &self.vae_config()?)
     }
 
     /// The weights of the part in `folder`, with the adapters' changes.

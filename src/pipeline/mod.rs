@@ -3,9 +3,11 @@
 mod embedded;
 mod families;
 mod files;
+mod memory;
 mod parameters;
 mod plan;
 mod request;
+mod resident;
 mod run;
 
 pub use crate::methods::{
@@ -17,6 +19,7 @@ pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use crate::text::{LongPrompt, Syntax, TextualInversion};
 pub use files::{Lora, ModelFiles, ModelSource};
+pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePasses};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use request::{Request, SizeIds, TextOptions};

@@ -1,5 +1,6 @@
 use serde_json::{Value, json};
 
+use super::memory::{LoadOptions, Rung};
 use super::{ModelSource, Pipeline, Request};
 use crate::error::Result;
 use crate::methods::{Event, Observer, Size, Stage};
@@ -21,6 +22,8 @@ pub struct PhaseReport {
     pub once: Work,
     /// Largest number of bytes alive at once during it, weights included.
     pub peak_bytes: u64,
+    /// Bytes of the weights that are in memory at its end.
+    pub weight_bytes: u64,
 }
 
 /// Weights of one module.
@@ -44,6 +47,8 @@ pub struct PlanReport {
     pub by_kind: Vec<(OpKind, Work)>,
     pub total: Work,
     pub peak_bytes: u64,
+    /// What of the model is in memory when.
+    pub memory: Rung,
 }
 
 impl PlanReport {
@@ -64,7 +69,19 @@ impl PlanReport {
             "weight_bytes": self.weight_bytes(),
             "total": cost(&self.by_kind, self.total),
             "peak_bytes": self.peak_bytes,
+            "memory": self.memory.to_json(),
         })
+    }
+
+    /// The most that a run holds beside the weights, in the phases between the text and, where the denoiser leaves memory
+    /// for it, the VAE's.
+    pub(super) fn beside_weights_bytes(&self) -> u64 {
+        let counted = self.phases.iter().filter(|phase| match phase.name {
+            "text" => self.memory.keeps_text,
+            "decode" | "relay decode" | "relay encode" => self.memory.keeps_network,
+            _ => true,
+        });
+        counted.map(|phase| phase.peak_bytes.saturating_sub(phase.weight_bytes)).max().unwrap_or(0)
     }
 
     /// Over all modules.
@@ -99,9 +116,17 @@ impl Planner {
     /// # Errors
     /// As [`Pipeline::load`], except for those of weight files and the tokenizer.
     pub fn new(source: &ModelSource, dtype: DType) -> Result<Planner> {
+        Planner::with(source, &LoadOptions::new(Device::meta(), dtype))
+    }
+
+    /// For a model that will be loaded with these options.
+    ///
+    /// # Errors
+    /// As [`new`](Planner::new).
+    pub fn with(source: &ModelSource, options: &LoadOptions) -> Result<Planner> {
         let meta = MetaDevice::default();
-        let pipeline = Pipeline::load(source.clone(), Device::Meta(meta.clone()), dtype)?;
-        Ok(Planner { meta, pipeline })
+        let options = LoadOptions { device: Device::Meta(meta.clone()), ..options.clone() };
+        Ok(Planner { meta, pipeline: Pipeline::load_with(source.clone(), options)? })
     }
 
     /// The model, without data.
@@ -109,15 +134,52 @@ impl Planner {
         &self.pipeline
     }
 
+    /// The run in the fastest way, whatever memory it takes.
+    ///
     /// # Errors
     /// As [`Pipeline::generate`].
     pub fn plan(&self, request: &Request) -> Result<PlanReport> {
+        self.plan_on(0, request)
+    }
+
+    /// The run in the fastest way for which `available` bytes are enough, else in the one that takes least memory. `None`:
+    /// there is no limit.
+    ///
+    /// # Errors
+    /// As [`plan`](Planner::plan).
+    pub fn plan_within(&self, available: Option<u64>, request: &Request) -> Result<PlanReport> {
+        let rungs = self.pipeline.ladder().len();
+        for rung in 0..rungs - 1 {
+            let plan = self.plan_on(rung, request)?;
+            if available.is_none_or(|available| plan.peak_bytes <= available) {
+                return Ok(plan);
+            }
+        }
+        self.plan_on(rungs - 1, request)
+    }
+
+    /// The peak of memory in every way in which the model may be held, the fastest way first.
+    ///
+    /// # Errors
+    /// As [`plan`](Planner::plan).
+    pub fn ladder(&self, request: &Request) -> Result<Vec<(Rung, u64)>> {
+        let rungs = self.pipeline.ladder().iter().enumerate();
+        rungs.map(|(index, &rung)| Ok((rung, self.plan_on(index, request)?.peak_bytes))).collect()
+    }
+
+    /// The run on a rung of the pipeline's ladder, from a model that is not in memory yet.
+    ///
+    /// # Errors
+    /// As [`plan`](Planner::plan).
+    pub(super) fn plan_on(&self, rung: usize, request: &Request) -> Result<PlanReport> {
         let stages = self.pipeline.resolve(request)?.stages().to_vec();
+        self.pipeline.release_all();
         let meta = self.meta.clone();
-        meta.take_report(); // loading does no work, but sets the peak to the weights
-        let mut recorder = Recorder { meta, stages: stages.clone(), current: None, phases: Vec::new() };
-        self.pipeline
-            .generate(&Request { count: request.count.min(request.batch), ..request.clone() }, &mut recorder)?;
+        meta.take_report(); // sets the peak to what is alive
+        let mut recorder =
+            Recorder { meta, pipeline: &self.pipeline, stages: stages.clone(), current: None, phases: Vec::new() };
+        let one_batch = Request { count: request.count.min(request.batch), ..request.clone() };
+        self.pipeline.generate_on(Some(rung), &one_batch, &mut recorder)?;
 
         let phases = recorder.phases;
         let peak_bytes = phases.iter().map(|phase| phase.peak_bytes).max().unwrap_or(0);
@@ -134,20 +196,22 @@ impl Planner {
             .filter(|(_, work)| work.launches > 0)
             .collect();
         let weights = self.pipeline.weights().to_vec();
-        Ok(PlanReport { dtype: self.pipeline.dtype(), stages, phases, weights, by_kind, total, peak_bytes })
+        let (dtype, memory) = (self.pipeline.dtype(), self.pipeline.ladder()[rung]);
+        Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes, memory })
     }
 }
 
 /// Cuts the meta device's record at the run's events.
-struct Recorder {
+struct Recorder<'a> {
     meta: MetaDevice,
+    pipeline: &'a Pipeline,
     stages: Vec<Stage>,
     /// The phase that the next record belongs to; `None`: not counted (the first noise).
     current: Option<(&'static str, Option<usize>)>,
     phases: Vec<PhaseReport>,
 }
 
-impl Observer for Recorder {
+impl Observer for Recorder<'_> {
     fn event(&mut self, event: &Event) {
         let report = self.meta.take_report();
         if let Some((name, stage)) = self.current.take() {
@@ -168,7 +232,7 @@ impl Observer for Recorder {
     }
 }
 
-impl Recorder {
+impl Recorder<'_> {
     fn add(&mut self, name: &'static str, stage: Option<usize>, report: &Report) {
         let once = report.total();
         if name == "condition" && once.launches == 0 {
@@ -179,6 +243,7 @@ impl Recorder {
         {
             last.repeats += 1;
             last.peak_bytes = last.peak_bytes.max(report.peak_bytes);
+            last.weight_bytes = self.pipeline.resident_bytes();
             return;
         }
         let size = stage.map(|stage| match name {
@@ -187,6 +252,7 @@ impl Recorder {
         });
         let by_kind =
             OpKind::ALL.into_iter().map(|kind| (kind, report.of(kind))).filter(|(_, w)| w.launches > 0).collect();
-        self.phases.push(PhaseReport { name, stage, size, repeats: 1, by_kind, once, peak_bytes: report.peak_bytes });
+        let (peak_bytes, weight_bytes) = (report.peak_bytes, self.pipeline.resident_bytes());
+        self.phases.push(PhaseReport { name, stage, size, repeats: 1, by_kind, once, peak_bytes, weight_bytes });
     }
 }

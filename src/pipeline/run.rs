@@ -1,16 +1,18 @@
-use std::cell::RefCell;
-use std::sync::Mutex;
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, Mutex};
 
 use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions};
 use super::files::stem;
+use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
 use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
+use crate::models::Passes;
 use crate::rng::Rng;
-use crate::runtime::{DType, Device, Tensor};
+use crate::runtime::{DType, Device, Tensor, bytes_text};
 use crate::schedulers::SchedulerConfig;
 use crate::text::LongPrompt;
 
@@ -42,51 +44,94 @@ pub struct Pipeline {
     recorded: RecordedSteps,
     /// The prompts that were encoded last: pictures of one prompt encode it once.
     encoded: Mutex<Option<(Vec<PromptText>, TextOptions, PromptEmbeds)>>,
-    /// On a card: says how much memory a request wants.
+    /// How the model may be held in memory, the fastest way first.
+    ladder: Vec<Rung>,
+    /// Says how much memory a request wants. `None` on the meta device.
     planner: Option<Box<Planner>>,
-    /// The request that was planned last, without what costs nothing, and its bytes beside the weights.
-    planned: Mutex<Option<(Request, u64)>>,
+    /// The request that was planned last, without what costs nothing, and what it needs on each rung looked at.
+    planned: Mutex<Option<(Request, Vec<Need>)>>,
+    /// The rung that was spoken of last.
+    told: Mutex<usize>,
+}
+
+/// Memory that a run needs on a rung.
+#[derive(Clone, Copy, Debug)]
+struct Need {
+    /// The modules' weights included.
+    peak_bytes: u64,
+    /// Beside the weights.
+    beside_weights_bytes: u64,
 }
 
 impl Pipeline {
-    /// Loads every part of the model and checks that the parts fit together. On the meta device only configurations are
-    /// read.
+    /// Loads every part of the model, as far as there is memory, and checks that the parts fit together. On the meta device
+    /// only configurations are read.
+    ///
+    /// # Errors
+    /// As [`load_with`](Pipeline::load_with).
+    pub fn load(source: ModelSource, device: Device, dtype: DType) -> Result<Pipeline> {
+        Pipeline::load_with(source, LoadOptions::new(device, dtype))
+    }
+
+    /// The same with [`MemoryOptions`](super::MemoryOptions): with [`Residency::Low`] the weight files are opened and
+    /// their parts loaded when a run needs them.
     ///
     /// # Errors
     /// Those of [`ModelFiles`] and of the weight files; [`Error::Config`] when two parts do not fit, naming both and
-    /// their widths.
-    pub fn load(source: ModelSource, device: Device, dtype: DType) -> Result<Pipeline> {
-        let files = ModelFiles::open(&source)?;
+    /// their widths; with [`Residency::Keep`] [`Error::OutOfMemory`].
+    pub fn load_with(source: ModelSource, options: LoadOptions) -> Result<Pipeline> {
+        let files = Arc::new(ModelFiles::open(&source)?);
         let scheduler = files.scheduler_config()?.for_latents();
-        let family = (files.family().load)(&files, &device, dtype)?;
-        let warnings = match device {
-            Device::Meta(_) => Vec::new(),
-            _ => files.warnings()?,
-        };
-        let (loras, vae) = (files.loras().to_vec(), files.vae_file().map(stem));
-        let embeddings = files.embeddings().iter().map(|file| file.word().to_string()).collect();
-        let planner = match device {
-            Device::Cuda(_) => Some(Box::new(Planner::new(&source, dtype)?)),
-            _ => None,
-        };
-        let (name, defaults, recorded) = (files.name(), files.defaults(), RecordedSteps::default());
-        let (encoded, planned) = (Mutex::new(None), Mutex::new(None));
-        Ok(Pipeline {
-            name,
-            device,
-            dtype,
+        let family = (files.family().open)(&files, &options)?;
+        let is_meta = matches!(options.device, Device::Meta(_));
+        let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };
+        let mut pipeline = Pipeline {
+            name: files.name(),
+            device: options.device,
+            dtype: options.dtype,
             family,
             scheduler,
-            loras,
-            embeddings,
-            vae,
-            warnings,
-            defaults,
-            recorded,
-            encoded,
+            loras: files.loras().to_vec(),
+            embeddings: files.embeddings().iter().map(|file| file.word().to_string()).collect(),
+            vae: files.vae_file().map(stem),
+            warnings: Vec::new(),
+            defaults: files.defaults(),
+            recorded: RecordedSteps::default(),
+            encoded: Mutex::new(None),
+            ladder: options.memory.ladder(),
             planner,
-            planned,
-        })
+            planned: Mutex::new(None),
+            told: Mutex::new(0),
+        };
+        if !is_meta {
+            pipeline.warnings = pipeline.load_parts(&files, options.memory.residency)?;
+        }
+        Ok(pipeline)
+    }
+
+    /// Brings the parts into memory as far as they shall be there before a run; what was odd, a sentence each.
+    fn load_parts(&self, files: &ModelFiles, residency: Residency) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        let modules = self.family.modules();
+        let loaded = match residency {
+            Residency::Low => false,
+            Residency::Keep => modules.iter().try_for_each(|module| module.load()).map(|()| true)?,
+            Residency::Auto => match modules.iter().try_for_each(|module| module.load()) {
+                Err(Error::OutOfMemory { .. }) => {
+                    self.release_all();
+                    warnings.push(
+                        "the parts of the model do not fit into memory together: each is loaded when needed".into(),
+                    );
+                    false
+                }
+                loaded => loaded.map(|()| true)?,
+            },
+        };
+        if !loaded {
+            files.open_weights()?;
+        }
+        warnings.extend(files.warnings()?);
+        Ok(warnings)
     }
 
     pub fn name(&self) -> &str {
@@ -171,12 +216,22 @@ impl Pipeline {
     /// [`Error::Request`]: an option and what it would accept; [`Error::Interrupted`]; [`Error::NonFinite`], naming the
     /// stage; [`Error::OutOfMemory`].
     pub fn generate(&self, request: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
+        self.generate_on(None, request, observer)
+    }
+
+    /// The same on a rung of the ladder. `None`: the first one that fits into memory.
+    pub(super) fn generate_on(
+        &self,
+        rung: Option<usize>,
+        request: &Request,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Picture>> {
         let of = |index: usize| Request { seed: request.seed.wrapping_add(index as u64), count: 1, ..request.clone() };
         let requests: Vec<Request> = (0..request.count).map(of).collect();
         let mut pictures = Vec::new();
         for (index, batch) in requests.chunks(request.batch.max(1)).enumerate() {
             let watch = Watch { observer, first: index * request.batch.max(1) };
-            pictures.extend(self.batch(batch, request.count, watch)?);
+            pictures.extend(self.batch(rung, batch, request.count, watch)?);
         }
         Ok(pictures)
     }
@@ -198,12 +253,12 @@ impl Pipeline {
             }
         }
         if let [_] = &groups[..] {
-            return self.batch(requests, requests.len(), Watch { observer, first: 0 });
+            return self.batch(None, requests, requests.len(), Watch { observer, first: 0 });
         }
         for (_, group) in groups {
             let together: Vec<Request> = group.iter().map(|&index| requests[index].clone()).collect();
             let mut of_group = Group { observer: &mut *observer, pictures: &group };
-            let made = self.batch(&together, requests.len(), Watch { observer: &mut of_group, first: 0 })?;
+            let made = self.batch(None, &together, requests.len(), Watch { observer: &mut of_group, first: 0 })?;
             group.into_iter().zip(made).for_each(|(index, picture)| pictures[index] = Some(picture));
         }
         Ok(pictures.into_iter().flatten().collect())
@@ -222,7 +277,7 @@ impl Pipeline {
         }
     }
 
-    fn batch(&self, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
+    fn batch(&self, rung: Option<usize>, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
         if let Some(other) = requests.iter().find(|other| !other.fits_into_batch_of(first)) {
             let (flag, value) = ("--batch", format!("with the prompt {:?}", other.prompt));
@@ -230,18 +285,35 @@ impl Pipeline {
             return Err(Error::Request { flag, value, reason });
         }
         let run = self.resolve(first)?;
-        self.reserve(first, requests.len())?;
         let Watch { observer, first: first_index } = watch;
+        let (rung, beside_weights) = match rung {
+            Some(rung) => (rung, 0),
+            None => self.choose_rung(first, requests.len(), observer)?,
+        };
+        let Rung { keeps_text, .. } = self.ladder[rung];
+        self.recorded.set_short_of_memory(rung > 0);
+        if keeps_text {
+            for role in Role::ALL {
+                self.bring(role, &mut |message| observer.warning(message))?;
+            }
+            self.reserve(beside_weights)?;
+        }
         observer.event(&Event::EncodeText);
         if observer.cancelled() {
             return Err(Error::Interrupted);
         }
         let guided = run.guidance().is_some();
         let prompts = self.encode_prompts(requests, guided, observer)?;
+        if !keeps_text {
+            self.release(Role::Text);
+            self.bring(Role::Network, &mut |message| observer.warning(message))?;
+            self.reserve(beside_weights)?;
+        }
         let rows = prompts.embeds.shape().to_vec();
         let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 }, &first.size_ids);
         conditions.prepare(&run.timesteps())?;
-        let model = Conditioned { pipeline: self, images: requests.len(), rows, conditions: RefCell::new(conditions) };
+        let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
+        let model = Conditioned { pipeline: self, images, rows, conditions, rung };
 
         for (index, request) in requests.iter().enumerate() {
             observer.event(&Event::PictureBegins { index: first_index + index, count, seed: request.seed });
@@ -262,22 +334,88 @@ impl Pipeline {
         Ok(pictures)
     }
 
-    /// On a card, what the planner counts beside the weights, in one piece: nothing is asked of the driver while steps run,
-    /// and what does not fit fails before the first of them. Pictures that differ in words and seed are planned once.
-    fn reserve(&self, request: &Request, images: usize) -> Result<()> {
-        let (Device::Cuda(card), Some(planner)) = (&self.device, &self.planner) else { return Ok(()) };
+    /// How the model may be held in memory, the fastest way first.
+    pub(super) fn ladder(&self) -> &[Rung] {
+        &self.ladder
+    }
+
+    /// Bytes of the modules that are in memory.
+    pub(super) fn resident_bytes(&self) -> u64 {
+        let loaded = self.family.modules().into_iter().zip(self.weights()).filter(|(module, _)| module.is_loaded());
+        loaded.map(|(_, weights)| weights.bytes).sum()
+    }
+
+    /// Takes modules out of memory, with what was recorded of the network; was one of them there?
+    fn release(&self, role: Role) -> bool {
+        if role == Role::Network {
+            self.recorded.clear(); // graphs hold the weights
+        }
+        let of_role = self.family.modules().into_iter().filter(|module| module.role() == role);
+        of_role.fold(false, |released, module| module.release() || released)
+    }
+
+    /// Nothing is in memory any more.
+    pub(super) fn release_all(&self) {
+        for role in Role::ALL {
+            self.release(role);
+        }
+    }
+
+    /// Loads the modules of a role; where there is no memory for them, those of the others leave it first.
+    fn bring(&self, role: Role, warn: &mut dyn FnMut(&str)) -> Result<()> {
+        let load = || self.family.modules().iter().filter(|module| module.role() == role).try_for_each(|m| m.load());
+        match load() {
+            Err(error @ Error::OutOfMemory { .. }) => {
+                let others = Role::ALL.into_iter().filter(|&other| other != role);
+                if !others.fold(false, |released, other| self.release(other) || released) {
+                    return Err(error);
+                }
+                warn(&format!("{error}; the other parts of the model leave memory"));
+                load()
+            }
+            loaded => loaded,
+        }
+    }
+
+    /// The first rung on which a batch fits into what memory there is, else the last; and what the batch needs there beside
+    /// the weights.
+    fn choose_rung(&self, request: &Request, images: usize, observer: &mut dyn Observer) -> Result<(usize, u64)> {
+        let Some(planner) = &self.planner else { return Ok((0, 0)) };
+        let budget = self.device.budget_bytes();
         let request = Request { count: images, batch: images, ..request.without_words() };
         let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let bytes = match &*planned {
-            Some((last, bytes)) if *last == request => *bytes,
-            _ => {
-                let plan = planner.plan(&request)?;
-                let bytes = plan.peak_bytes.saturating_sub(plan.weight_bytes());
-                *planned = Some((request, bytes));
-                bytes
+        if planned.as_ref().is_none_or(|(last, _)| *last != request) {
+            *planned = Some((request.clone(), Vec::new()));
+        }
+        let needs = planned.as_mut().map_or_else(|| unreachable!("just set"), |(_, needs)| needs);
+        let mut chosen = self.ladder.len() - 1;
+        for rung in 0..self.ladder.len() {
+            if needs.len() == rung {
+                let plan = planner.plan_on(rung, &request)?;
+                needs.push(Need { peak_bytes: plan.peak_bytes, beside_weights_bytes: plan.beside_weights_bytes() });
             }
-        };
-        card.reserve(bytes)
+            if budget.is_none_or(|budget| needs[rung].peak_bytes <= budget) {
+                chosen = rung;
+                break;
+            }
+        }
+        let mut told = self.told.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if *told != chosen && chosen > 0 {
+            let (need, budget) = (bytes_text(needs[0].peak_bytes), bytes_text(budget.unwrap_or_default()));
+            let given_up = self.ladder[chosen].beyond(self.ladder[0]);
+            observer.warning(&format!("this takes {need} and there are {budget}: {given_up}"));
+        }
+        *told = chosen;
+        Ok((chosen, needs[chosen].beside_weights_bytes))
+    }
+
+    /// On a card, memory for all that a run holds beside the weights, in one piece: nothing is asked of the driver while
+    /// steps run, and what does not fit fails before the first of them.
+    fn reserve(&self, bytes: u64) -> Result<()> {
+        match &self.device {
+            Device::Cuda(card) => card.reserve(bytes),
+            _ => Ok(()),
+        }
     }
 
     /// The rows of the network's batch, the negative prompts' first when there is guidance: one per picture, or one for
@@ -306,6 +444,7 @@ impl Pipeline {
             Some((texts, with, embeds)) if kept && *texts == distinct && *with == options => embeds.clone(),
             _ => {
                 *encoded = None;
+                self.bring(Role::Text, &mut |message| observer.warning(message))?;
                 self.family.encode_prompts(&distinct, &options, &mut |message| observer.warning(message))?
             }
         };
@@ -357,6 +496,37 @@ struct Conditioned<'a> {
     /// Shape of the prompts' embeddings.
     rows: Vec<usize>,
     conditions: RefCell<Box<dyn RunConditions>>,
+    /// Where on the pipeline's ladder the run is.
+    rung: Cell<usize>,
+}
+
+impl Conditioned<'_> {
+    /// What `work` does with the VAE, if need be further down the ladder.
+    fn with_vae(
+        &self,
+        warn: &mut dyn FnMut(&str),
+        work: &dyn Fn(Passes, &mut dyn FnMut(&str)) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let Pipeline { ladder, recorded, .. } = self.pipeline;
+        loop {
+            let rung = ladder[self.rung.get()];
+            if !rung.keeps_network {
+                self.pipeline.release(Role::Network);
+            }
+            let done = self.pipeline.bring(Role::Vae, warn).and_then(|()| work(rung.passes, warn));
+            let Err(Error::OutOfMemory { .. }) = &done else { return done };
+            if recorded.clear() > 0 {
+                warn("the VAE finds no room: the recorded steps leave memory");
+                continue;
+            }
+            let Some(&next) = ladder.get(self.rung.get() + 1) else { return done };
+            warn(&format!("the VAE finds no room: {}", next.beyond(rung)));
+            if !next.keeps_text {
+                self.pipeline.release(Role::Text);
+            }
+            self.rung.set(self.rung.get() + 1);
+        }
+    }
 }
 
 impl DiffusionModel for Conditioned<'_> {
@@ -379,15 +549,17 @@ impl DiffusionModel for Conditioned<'_> {
         timesteps: &[f32],
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
+        // It may have left memory for a relay.
+        self.pipeline.bring(Role::Network, &mut |_| {})?;
         self.conditions.borrow_mut().begin_stage(size, timesteps, reuse)
     }
 
-    fn decode(&self, x0: &Tensor) -> Result<Tensor> {
-        self.pipeline.family.decode(x0)
+    fn decode(&self, x0: &Tensor, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        self.with_vae(warn, &|passes, warn| self.pipeline.family.decode(x0, passes, warn))
     }
 
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
-        self.pipeline.family.encode(picture, noise)
+    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        self.with_vae(warn, &|passes, warn| self.pipeline.family.encode(picture, noise, passes, warn))
     }
 
     fn recorded_steps(&self) -> &RecordedSteps {

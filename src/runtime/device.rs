@@ -2,8 +2,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::MetaDevice;
 use super::cuda::{self, CudaDevice, CudaOptions};
+use super::{MetaDevice, available_bytes};
 use crate::error::Result;
 
 /// Where a tensor lives and where ops on it run. Cheap to clone; clones are the same device.
@@ -42,6 +42,16 @@ impl Device {
     pub fn emulated(options: CudaOptions) -> Result<Device> {
         cuda::use_library(&cuda::emulated_library()?)?;
         Ok(Device::Cuda(CudaDevice::open(options)?))
+    }
+
+    /// Bytes that this program can have in all: what its tensors hold already and what the device can still give. `None`
+    /// where the device does not say, and for meta.
+    pub fn budget_bytes(&self) -> Option<u64> {
+        match self {
+            Device::Cpu(cpu) => Some(available_bytes()?.saturating_add(cpu.in_use_bytes())),
+            Device::Cuda(card) => card.memory().ok().map(|memory| memory.free_bytes + memory.reserved_bytes),
+            Device::Meta(_) => None,
+        }
     }
 
     /// Are the two the same device, so that one op may read both?

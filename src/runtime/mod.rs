@@ -6,6 +6,7 @@
 pub mod cuda;
 mod device;
 mod dtype;
+mod host_memory;
 mod meta;
 mod repeat;
 mod tensor;
@@ -13,6 +14,7 @@ mod tensor;
 pub use cuda::{CudaDevice, CudaOptions};
 pub use device::{CpuDevice, Device};
 pub use dtype::{DType, Element};
+pub use host_memory::{available_bytes, bytes_text, total_bytes};
 pub use meta::{MetaDevice, OpKind, OpRecord, Report, Work};
 pub use repeat::Repeated;
 pub use tensor::{CpuData, Tensor};

@@ -1,25 +1,32 @@
 //! What the families with a UNet over the latents of a VAE have in common.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use super::super::memory::{LoadOptions, Role};
+use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, Size, WeightReport};
-use super::{load_part, misfit};
+use super::{load_part, misfit, report};
 use crate::error::{Error, Result};
 use crate::methods::Denoiser;
-use crate::models::{Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
+use crate::models::{Passes, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
 use crate::ops::{self, StepTable};
 use crate::runtime::{DType, Device, Tensor};
 
 /// The autoencoder between pictures and samples, which are scaled latents.
 pub struct LatentSpace {
-    vae: Vae,
+    config: VaeConfig,
+    /// Of the VAE, when it is loaded next.
+    dtype: Arc<Mutex<DType>>,
+    vae: Resident<Vae>,
 }
 
 impl LatentSpace {
+    /// `upcasts`: does the family's VAE leave the range of f16 where its configuration does not say so?
+    ///
     /// # Errors
     /// Those of the files; [`Error::Config`]: not a VAE of pictures.
-    pub fn load(files: &ModelFiles, device: &Device, dtype: DType) -> Result<(LatentSpace, WeightReport)> {
+    pub fn new(files: &Arc<ModelFiles>, options: &LoadOptions, upcasts: bool) -> Result<(LatentSpace, WeightReport)> {
         let config = files.vae_config()?;
         if (config.in_channels, config.out_channels) != (3, 3) {
             let (input, output) = (config.in_channels, config.out_channels);
@@ -28,47 +35,91 @@ impl LatentSpace {
                 format!("vae/config.json has in_channels {input} and out_channels {output}, expected 3 (RGB)"),
             );
         }
-        let store = files.weights("vae", device, vae_dtype(&config, dtype))?;
-        let (vae, report) = load_part("vae", store, |w| Vae::from_weights(w, &config))?;
-        Ok((LatentSpace { vae }, report))
+        let dtype = options.vae_dtype.unwrap_or(match options.dtype {
+            DType::F16 if config.force_upcast.unwrap_or(upcasts) => DType::BF16,
+            dtype => dtype,
+        });
+        let report = report("vae", dtype, |w| Vae::from_weights(w, &config))?;
+        let dtype = Arc::new(Mutex::new(dtype));
+        let load = {
+            let (files, device, config, dtype) = (files.clone(), options.device.clone(), config.clone(), dtype.clone());
+            move || {
+                let store = files.weights("vae", &device, *locked(&dtype))?;
+                load_part(store, |w| Vae::from_weights(w, &config))
+            }
+        };
+        Ok((LatentSpace { config, dtype, vae: Resident::new(Role::Vae, load) }, report))
     }
 
     pub fn config(&self) -> &VaeConfig {
-        self.vae.config()
+        &self.config
+    }
+
+    pub fn module(&self) -> &dyn Module {
+        &self.vae
     }
 
     /// f32, `[1, h, w, C]` to `[1, H, W, 3]`.
     ///
     /// # Errors
     /// Those of the decoder.
-    pub fn decode(&self, x0: &Tensor) -> Result<Tensor> {
-        let (scale, shift) = (1.0 / self.config().scaling_factor, self.config().shift_factor);
-        let latents = ops::scale_cast(x0, scale as f32, shift as f32, self.vae.dtype(), 1)?;
-        let picture = self.vae.decode(&latents)?;
-        match picture.dtype() {
-            DType::F32 => Ok(picture),
-            _ => ops::scale_cast(&picture, 1.0, 0.0, DType::F32, 1),
-        }
+    pub fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        let (scale, shift) = (1.0 / self.config.scaling_factor, self.config.shift_factor);
+        self.in_range("decoded picture", warn, &|vae| {
+            let latents = ops::scale_cast(x0, scale as f32, shift as f32, vae.dtype(), 1)?;
+            let picture = vae.decode_in(&latents, passes)?;
+            match picture.dtype() {
+                DType::F32 => Ok(picture),
+                _ => ops::scale_cast(&picture, 1.0, 0.0, DType::F32, 1),
+            }
+        })
     }
 
     /// f32, `[1, H, W, 3]` to `[1, h, w, C]`; with `noise` a sample of the posterior.
     ///
     /// # Errors
     /// Those of the encoder.
-    pub fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
-        let (scale, shift) = (self.config().scaling_factor, self.config().shift_factor);
-        let moments = match picture.dtype() == self.vae.dtype() {
-            true => self.vae.encode(picture)?,
-            false => self.vae.encode(&ops::scale_cast(picture, 1.0, 0.0, self.vae.dtype(), 1)?)?,
-        };
-        let latent = ops::diagonal_gaussian(&moments, noise)?;
-        ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)
+    pub fn encode(
+        &self,
+        picture: &Tensor,
+        noise: Option<&Tensor>,
+        passes: Passes,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Tensor> {
+        let (scale, shift) = (self.config.scaling_factor, self.config.shift_factor);
+        self.in_range("encoded picture", warn, &|vae| {
+            let moments = match picture.dtype() == vae.dtype() {
+                true => vae.encode_in(picture, passes)?,
+                false => vae.encode_in(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?, passes)?,
+            };
+            let latent = ops::diagonal_gaussian(&moments, noise)?;
+            ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)
+        })
+    }
+
+    /// What `work` makes with the VAE; where f16 has no room for it, once more with the VAE in bf16, which it keeps.
+    fn in_range(
+        &self,
+        what: &str,
+        warn: &mut dyn FnMut(&str),
+        work: &dyn Fn(&Vae) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let vae = self.vae.get()?;
+        let made = work(&vae)?;
+        let narrow = vae.dtype() == DType::F16 && !matches!(vae.device(), Device::Meta(_));
+        if !narrow || ops::count_non_finite(&made)? == 0 {
+            return Ok(made);
+        }
+        warn(&format!("the {what} is not finite in f16: the VAE runs in bf16 from here on"));
+        drop((vae, made));
+        *locked(&self.dtype) = DType::BF16;
+        self.vae.release();
+        work(&*self.vae.get()?)
     }
 }
 
-/// A decoder with `force_upcast` may leave the range of f16, so it runs in f32.
-pub fn vae_dtype(config: &VaeConfig, dtype: DType) -> DType {
-    if config.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
+fn locked(dtype: &Mutex<DType>) -> MutexGuard<'_, DType> {
+    dtype.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// Pixels of the UNet's `sample_size`, else the VAE's.
@@ -112,6 +163,21 @@ pub fn check_fit(files: &ModelFiles, text: (&str, usize), unet: &UnetConfig, vae
     Ok(())
 }
 
+/// The UNet as a module, and its weights.
+///
+/// # Errors
+/// Those of the configuration.
+pub fn unet(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<(Arc<Resident<Unet>>, WeightReport)> {
+    let config = files.unet_config()?;
+    let report = report("unet", options.dtype, |w| Unet::from_weights(w, &config))?;
+    let (files, device, dtype) = (files.clone(), options.device.clone(), options.dtype);
+    let load = move || {
+        let store = files.weights("unet", &device, dtype)?;
+        load_part(store, |w| Unet::from_weights(w, &config))
+    };
+    Ok((Arc::new(Resident::new(Role::Network, load)), report))
+}
+
 /// A UNet in a stage.
 pub struct UnetDenoiser {
     unet: Arc<Unet>,
@@ -125,17 +191,17 @@ impl UnetDenoiser {
     /// # Errors
     /// Those of the device; [`Error::Config`]: `reuse` is of another kind.
     pub fn begin(
-        unet: &Arc<Unet>,
+        unet: Arc<Unet>,
         conditioning: UnetConditioning,
         repeats: usize,
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         let Some(reuse) = reuse else {
             let conditioning = match unet.device() {
-                Device::Cuda(_) => conditioning.duplicate()?,
-                _ => conditioning,
+                Device::Cpu(_) => conditioning,
+                Device::Cuda(_) | Device::Meta(_) => conditioning.duplicate()?,
             };
-            return Ok(Box::new(UnetDenoiser { unet: unet.clone(), conditioning, repeats }));
+            return Ok(Box::new(UnetDenoiser { unet, conditioning, repeats }));
         };
         let reuse: Box<dyn Any> = reuse;
         let mut reuse = reuse

@@ -6,12 +6,14 @@ mod prompts;
 mod sd;
 mod sdxl;
 
-pub(super) use latent::vae_dtype;
+use std::sync::Arc;
 
+use super::memory::LoadOptions;
+use super::resident::Module;
 use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
-use crate::models::{WeightStore, Weights};
+use crate::models::{Passes, WeightStore, Weights};
 use crate::runtime::{DType, Device, Tensor};
 
 /// Every family. A model is of the last one whose parts it has.
@@ -24,8 +26,8 @@ pub(super) struct FamilySpec {
     /// Beside the scheduler, which every family has.
     pub parts: &'static [Part],
     pub defaults: Defaults,
-    /// Loads the parts and checks that they fit together; on the meta device from the configurations alone.
-    pub load: fn(&ModelFiles, &Device, DType) -> Result<Box<dyn Family>>,
+    /// Reads the configurations and checks that the parts fit together; weights are loaded when a module is asked for.
+    pub open: fn(&Arc<ModelFiles>, &LoadOptions) -> Result<Box<dyn Family>>,
 }
 
 /// What a request gets that does not say it.
@@ -92,7 +94,7 @@ impl FamilySpec {
     }
 }
 
-/// A loaded model.
+/// A model whose modules come into memory when they are asked for.
 pub(super) trait Family: Send + Sync {
     /// The size that the model was trained at, if its configuration says so.
     fn native_size(&self) -> Option<Size>;
@@ -130,19 +132,29 @@ pub(super) trait Family: Send + Sync {
     /// under guidance.
     fn conditions(&self, prompts: PromptEmbeds, repeats: usize, sizes: &SizeIds) -> Box<dyn RunConditions>;
 
-    /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped.
+    /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped. `warn` is told what had to be
+    /// done otherwise than asked.
     ///
     /// # Errors
     /// Those of the decoder.
-    fn decode(&self, x0: &Tensor) -> Result<Tensor>;
+    fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
     /// The clean sample of a picture: the posterior's mode, or with `noise` a sample of it.
     ///
     /// # Errors
     /// Those of the encoder.
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor>;
+    fn encode(
+        &self,
+        picture: &Tensor,
+        noise: Option<&Tensor>,
+        passes: Passes,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Tensor>;
 
-    /// The weights of every part.
+    /// What has weights, in the order of a run.
+    fn modules(&self) -> Vec<&dyn Module>;
+
+    /// The weights of every module, in the same order.
     fn weights(&self) -> &[WeightReport];
 }
 
@@ -220,17 +232,23 @@ pub(super) trait RunConditions {
     ) -> Result<Box<dyn Denoiser>>;
 }
 
-/// Loads one part: its layers from its store, which must then be empty. The report comes from what the layers asked for.
-pub(super) fn load_part<T>(
-    module: &'static str,
-    store: WeightStore,
-    load: impl FnOnce(&Weights) -> Result<T>,
-) -> Result<(T, WeightReport)> {
+/// Loads one part: its layers from its store, which must then be empty.
+pub(super) fn load_part<T>(store: WeightStore, load: impl FnOnce(&Weights) -> Result<T>) -> Result<T> {
     let part = load(&store.root())?;
-    let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-    let bytes = parameters * store.dtype().size_bytes() as u64;
     store.finish()?;
-    Ok((part, WeightReport { module, parameters, bytes }))
+    Ok(part)
+}
+
+/// The weights of a part in `dtype`: what its layers ask for.
+pub(super) fn report<T>(
+    module: &'static str,
+    dtype: DType,
+    load: impl FnOnce(&Weights) -> Result<T>,
+) -> Result<WeightReport> {
+    let store = WeightStore::meta(&Device::meta(), dtype);
+    load(&store.root())?;
+    let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+    Ok(WeightReport { module, parameters, bytes: parameters * dtype.size_bytes() as u64 })
 }
 
 /// # Errors

@@ -1,10 +1,14 @@
 //! A CLIP tokenizer with its text encoder: prompts to hidden states, in chunks of the encoder's context.
 
+use std::sync::Arc;
+
+use super::super::memory::{LoadOptions, Role};
+use super::super::resident::Resident;
 use super::super::{ModelFiles, TextOptions, WeightReport};
-use super::PromptText;
+use super::{PromptText, report};
 use crate::error::{Error, Result};
 use crate::models::{ClipOutput, ClipTextModel};
-use crate::runtime::{DType, Device, Tensor};
+use crate::runtime::{Device, Tensor};
 use crate::text::{Chunks, ClipTokenizer, Encoder, LearnedWords, Prompt, Syntax, emphasize, syntax_hint};
 
 pub struct TextEncoder {
@@ -12,7 +16,9 @@ pub struct TextEncoder {
     pub tokenizer: Option<ClipTokenizer>,
     /// Ids of a chunk, padding included.
     pub tokens: usize,
-    pub model: ClipTextModel,
+    /// Its layers.
+    layers: usize,
+    pub model: Resident<ClipTextModel>,
 }
 
 /// What the encoder says of R prompts of c chunks of L tokens.
@@ -24,20 +30,19 @@ pub struct EncodedText {
 }
 
 impl TextEncoder {
-    /// The tokenizer and the model in these folders, with the model's weights; they know the words of textual inversion.
+    /// The tokenizer and the model in these folders; they know the words of textual inversion.
     ///
     /// # Errors
     /// Those of the files; as [`LearnedWords::new`].
-    pub fn load(
-        files: &ModelFiles,
+    pub fn open(
+        files: &Arc<ModelFiles>,
         [tokenizer, folder]: [&'static str; 2],
         kind: Encoder,
-        device: &Device,
-        dtype: DType,
+        options: &LoadOptions,
     ) -> Result<(TextEncoder, WeightReport)> {
         let config = files.clip_config(folder)?;
         let words = LearnedWords::new(files.embeddings(), kind, config.hidden_size)?;
-        let (tokenizer, tokens) = match device {
+        let (tokenizer, tokens) = match options.device {
             Device::Meta(_) => (None, config.max_position_embeddings),
             _ => {
                 let fitted = files.tokenizer(tokenizer)?.fitted(config.vocab_size, config.max_position_embeddings)?;
@@ -46,10 +51,15 @@ impl TextEncoder {
                 (Some(tokenizer), tokens)
             }
         };
-        let (model, report) = files.clip(folder, device, dtype)?;
-        let (rows, [count, _]) = words.table();
-        let model = if count > 0 { model.with_learned(rows, count)? } else { model };
-        Ok((TextEncoder { tokenizer, tokens, model }, report))
+        let report = report(folder, options.dtype, |w| ClipTextModel::from_weights(w, &config))?;
+        let layers = config.num_hidden_layers;
+        let (files, device, dtype) = (files.clone(), options.device.clone(), options.dtype);
+        let load = move || {
+            let model = files.clip(folder, &device, dtype)?;
+            let (rows, [count, _]) = words.table();
+            if count > 0 { model.with_learned(rows, count) } else { Ok(model) }
+        };
+        Ok((TextEncoder { tokenizer, tokens, layers, model: Resident::new(Role::Text, load) }, report))
     }
 
     fn read(&self, prompt: &PromptText, options: &TextOptions) -> Result<(Chunks, Prompt)> {
@@ -83,7 +93,7 @@ impl TextEncoder {
         output: ClipOutput,
         warn: &mut dyn FnMut(&str),
     ) -> Result<EncodedText> {
-        let layers = self.model.config().num_hidden_layers;
+        let layers = self.layers;
         let hidden = options.clip_skip.unwrap_or(output.hidden);
         if options.clip_skip.is_some_and(|hidden| !(1..=layers).contains(&hidden)) {
             let (flag, value) = ("--clip-skip", hidden.to_string());
@@ -101,7 +111,7 @@ impl TextEncoder {
             all.iter_mut().for_each(|chunks| tokenizer.pad_chunks(chunks, count));
         }
         let ids: Vec<Vec<u32>> = all.iter().flat_map(|chunks| chunks.ids.iter().cloned()).collect();
-        let encoded = self.model.forward(&ids, ClipOutput { hidden, ..output })?;
+        let encoded = self.model.get()?.forward(&ids, ClipOutput { hidden, ..output })?;
         let [rows, length, width] = encoded.hidden.dims("text", "hidden")?;
         let hidden = emphasized(encoded.hidden, &all)?.reshape(&[rows / count, count * length, width])?;
         let first = |projected: Tensor| -> Result<Tensor> {

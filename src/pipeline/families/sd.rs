@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
+use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, unet};
 use super::prompts::TextEncoder;
-use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part};
+use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, Unet, UnetConditioning};
+use crate::models::{ClipOutput, Passes, Unet, UnetConditioning, UnetConfig};
+use crate::pipeline::memory::LoadOptions;
+use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
-use crate::runtime::{DType, Device, Tensor};
+use crate::runtime::Tensor;
 use crate::text::Encoder;
 
 pub static SD: FamilySpec = FamilySpec {
@@ -21,19 +23,20 @@ pub static SD: FamilySpec = FamilySpec {
         Part::network("vae", "AutoencoderKL"),
     ],
     defaults: Defaults::LATENT,
-    load: |files, device, dtype| Ok(Box::new(StableDiffusion::load(files, device, dtype)?)),
+    open: |files, options| Ok(Box::new(StableDiffusion::open(files, options)?)),
 };
 
 struct StableDiffusion {
     text_encoder: TextEncoder,
-    unet: Arc<Unet>,
+    unet: Arc<Resident<Unet>>,
+    unet_config: UnetConfig,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
 }
 
 /// A run's prompts. What the UNet is told is the same in every stage.
 struct Conditions {
-    unet: Arc<Unet>,
+    unet: Arc<Resident<Unet>>,
     embeds: Tensor,
     repeats: usize,
     /// Of the timesteps beside it, once they are known.
@@ -44,7 +47,7 @@ impl RunConditions for Conditions {
     fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
         if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
             self.made = None;
-            self.made = Some((timesteps.to_vec(), self.unet.condition(&self.embeds, timesteps)?));
+            self.made = Some((timesteps.to_vec(), self.unet.get()?.condition(&self.embeds, timesteps)?));
         }
         Ok(())
     }
@@ -57,31 +60,29 @@ impl RunConditions for Conditions {
     ) -> Result<Box<dyn Denoiser>> {
         self.prepare(timesteps)?;
         match &self.made {
-            Some((_, conditioning)) => UnetDenoiser::begin(&self.unet, conditioning.clone(), self.repeats, reuse),
+            Some((_, conditioning)) => UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, reuse),
             None => unreachable!("just prepared"),
         }
     }
 }
 
 impl StableDiffusion {
-    fn load(files: &ModelFiles, device: &Device, dtype: DType) -> Result<StableDiffusion> {
+    fn open(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<StableDiffusion> {
         let (text_config, unet_config) = (files.clip_config("text_encoder")?, files.unet_config()?);
-        let vae_config = files.vae_config()?;
         let text = ("text_encoder/config.json hidden_size", text_config.hidden_size);
-        check_fit(files, text, &unet_config, &vae_config)?;
+        check_fit(files, text, &unet_config, &files.vae_config()?)?;
         let folders = ["tokenizer", "text_encoder"];
-        let (text_encoder, text_report) = TextEncoder::load(files, folders, Encoder::Single, device, dtype)?;
-        let store = files.weights("unet", device, dtype)?;
-        let (unet, unet_report) = load_part("unet", store, |w| Unet::from_weights(w, &unet_config))?;
-        let (latents, vae_report) = LatentSpace::load(files, device, dtype)?;
+        let (text_encoder, text_report) = TextEncoder::open(files, folders, Encoder::Single, options)?;
+        let (unet, unet_report) = unet(files, options)?;
+        let (latents, vae_report) = LatentSpace::new(files, options, false)?;
         let weights = vec![text_report, unet_report, vae_report];
-        Ok(StableDiffusion { text_encoder, unet: Arc::new(unet), latents, weights })
+        Ok(StableDiffusion { text_encoder, unet, unet_config, latents, weights })
     }
 }
 
 impl Family for StableDiffusion {
     fn native_size(&self) -> Option<Size> {
-        native_size(self.unet.config(), self.latents.config())
+        native_size(&self.unet_config, self.latents.config())
     }
 
     fn factor(&self) -> usize {
@@ -111,12 +112,22 @@ impl Family for StableDiffusion {
         Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, made: None })
     }
 
-    fn decode(&self, x0: &Tensor) -> Result<Tensor> {
-        self.latents.decode(x0)
+    fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        self.latents.decode(x0, passes, warn)
     }
 
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
-        self.latents.encode(picture, noise)
+    fn encode(
+        &self,
+        picture: &Tensor,
+        noise: Option<&Tensor>,
+        passes: Passes,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Tensor> {
+        self.latents.encode(picture, noise, passes, warn)
+    }
+
+    fn modules(&self) -> Vec<&dyn Module> {
+        vec![&self.text_encoder.model, &*self.unet, self.latents.module()]
     }
 
     fn weights(&self) -> &[WeightReport] {

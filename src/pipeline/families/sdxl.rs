@@ -3,12 +3,15 @@
 
 use std::sync::Arc;
 
-use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size};
+use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, unet};
 use super::prompts::TextEncoder;
-use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part, misfit};
+use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
-use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet, UnetConditioning};
+use crate::models::{AddedConditioning, ClipOutput, Passes, TIME_IDS, TextConditioning, Unet};
+use crate::models::{UnetConditioning, UnetConfig};
+use crate::pipeline::memory::LoadOptions;
+use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
 use crate::text::Encoder;
@@ -24,7 +27,7 @@ pub static SDXL: FamilySpec = FamilySpec {
         Part::network("vae", "AutoencoderKL"),
     ],
     defaults: Defaults { relay_growth: 1.0, published: PublishedSchedule::SDXL, ..Defaults::LATENT },
-    load: |files, device, dtype| Ok(Box::new(StableDiffusionXl::load(files, device, dtype)?)),
+    open: |files, options| Ok(Box::new(StableDiffusionXl::open(files, options)?)),
 };
 
 struct StableDiffusionXl {
@@ -32,7 +35,8 @@ struct StableDiffusionXl {
     encoders: [TextEncoder; 2],
     /// Is a negative prompt that was not given all zeros, rather than the encoded empty text?
     zeros_for_no_prompt: bool,
-    unet: Arc<Unet>,
+    unet: Arc<Resident<Unet>>,
+    unet_config: UnetConfig,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
     device: Device,
@@ -40,7 +44,7 @@ struct StableDiffusionXl {
 }
 
 impl StableDiffusionXl {
-    fn load(files: &ModelFiles, device: &Device, dtype: DType) -> Result<StableDiffusionXl> {
+    fn open(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<StableDiffusionXl> {
         let configs = [files.clip_config("text_encoder")?, files.clip_config("text_encoder_2")?];
         let (unet_config, vae_config) = (files.unet_config()?, files.vae_config()?);
         let width = configs[0].hidden_size + configs[1].hidden_size;
@@ -63,24 +67,24 @@ impl StableDiffusionXl {
             }
         }
         let (first, second) = (["tokenizer", "text_encoder"], ["tokenizer_2", "text_encoder_2"]);
-        let (first, first_report) = TextEncoder::load(files, first, Encoder::ClipL, device, dtype)?;
-        let (second, second_report) = TextEncoder::load(files, second, Encoder::ClipG, device, dtype)?;
+        let (first, first_report) = TextEncoder::open(files, first, Encoder::ClipL, options)?;
+        let (second, second_report) = TextEncoder::open(files, second, Encoder::ClipG, options)?;
         if first.tokens != second.tokens {
             let reason =
                 format!("tokenizer gives {} tokens, tokenizer_2 {}; they must be equal", first.tokens, second.tokens);
             return misfit(files, reason);
         }
-        let store = files.weights("unet", device, dtype)?;
-        let (unet, unet_report) = load_part("unet", store, |w| Unet::from_weights(w, &unet_config))?;
-        let (latents, vae_report) = LatentSpace::load(files, device, dtype)?;
+        let (unet, unet_report) = unet(files, options)?;
+        let (latents, vae_report) = LatentSpace::new(files, options, true)?;
         Ok(StableDiffusionXl {
             encoders: [first, second],
             zeros_for_no_prompt: files.index_flag("force_zeros_for_empty_prompt", true)?,
-            unet: Arc::new(unet),
+            unet,
+            unet_config,
             latents,
             weights: vec![first_report, second_report, unet_report, vae_report],
-            device: device.clone(),
-            dtype,
+            device: options.device.clone(),
+            dtype: options.dtype,
         })
     }
 
@@ -103,7 +107,7 @@ impl StableDiffusionXl {
 
 impl Family for StableDiffusionXl {
     fn native_size(&self) -> Option<Size> {
-        native_size(self.unet.config(), self.latents.config())
+        native_size(&self.unet_config, self.latents.config())
     }
 
     fn factor(&self) -> usize {
@@ -136,8 +140,8 @@ impl Family for StableDiffusionXl {
         if encoded.len() == prompts.len() {
             return Ok(rows);
         }
-        let pooled_dim = self.unet.config().added.map_or(0, |added| added.pooled_dim);
-        let width = self.unet.config().cross_attention_dim;
+        let pooled_dim = self.unet_config.added.map_or(0, |added| added.pooled_dim);
+        let width = self.unet_config.cross_attention_dim;
         let zero = PromptEmbeds {
             embeds: Tensor::zeros(&self.device, &[1, rows.embeds.shape()[1], width], self.dtype)?,
             pooled: Some(Tensor::zeros(&self.device, &[1, pooled_dim], self.dtype)?),
@@ -160,12 +164,22 @@ impl Family for StableDiffusionXl {
         Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes: *sizes, made: None })
     }
 
-    fn decode(&self, x0: &Tensor) -> Result<Tensor> {
-        self.latents.decode(x0)
+    fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        self.latents.decode(x0, passes, warn)
     }
 
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
-        self.latents.encode(picture, noise)
+    fn encode(
+        &self,
+        picture: &Tensor,
+        noise: Option<&Tensor>,
+        passes: Passes,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Tensor> {
+        self.latents.encode(picture, noise, passes, warn)
+    }
+
+    fn modules(&self) -> Vec<&dyn Module> {
+        vec![&self.encoders[0].model, &self.encoders[1].model, &*self.unet, self.latents.module()]
     }
 
     fn weights(&self) -> &[WeightReport] {
@@ -175,7 +189,7 @@ impl Family for StableDiffusionXl {
 
 /// A run's prompts and sizes. K and V of the text are the same in every stage, the size ids follow it.
 struct Conditions {
-    unet: Arc<Unet>,
+    unet: Arc<Resident<Unet>>,
     prompts: PromptEmbeds,
     repeats: usize,
     sizes: SizeIds,
@@ -198,15 +212,16 @@ impl RunConditions for Conditions {
         let pooled = self.prompts.pooled.as_ref();
         let pooled = pooled.ok_or_else(|| Error::config("prompts", "SDXL reads pooled text, and there is none"))?;
         let added = Some(AddedConditioning { pooled, time_ids: &time_ids });
+        let unet = self.unet.get()?;
         let conditioning = match &self.made {
-            Some(made) => self.unet.recondition(made, added, timesteps)?,
+            Some(made) => unet.recondition(made, added, timesteps)?,
             None => {
                 let text = TextConditioning { text: &self.prompts.embeds, added, guidance: None };
-                self.unet.condition(text, timesteps)?
+                unet.condition(text, timesteps)?
             }
         };
         self.made = Some(conditioning.clone());
-        UnetDenoiser::begin(&self.unet, conditioning, self.repeats, reuse)
+        UnetDenoiser::begin(unet, conditioning, self.repeats, reuse)
     }
 }
 

@@ -1,0 +1,176 @@
+//! What of a model is in memory when: the ladder from the fastest way to the one that needs least.
+
+use serde_json::{Value, json};
+
+use crate::models::Passes;
+use crate::names::named;
+use crate::runtime::{DType, Device};
+
+/// How a model is loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    pub device: Device,
+    /// Of weights and activations.
+    pub dtype: DType,
+    /// Of the VAE. `None`: as `dtype`, but bf16 in place of f16 for models whose VAE leaves the range of f16
+    /// (`force_upcast`).
+    pub vae_dtype: Option<DType>,
+    pub memory: MemoryOptions,
+}
+
+impl LoadOptions {
+    /// Everything else is decided by what there is.
+    pub fn new(device: Device, dtype: DType) -> LoadOptions {
+        LoadOptions { device, dtype, vae_dtype: None, memory: MemoryOptions::default() }
+    }
+}
+
+/// What may be done to fit a run into memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryOptions {
+    pub residency: Residency,
+    pub vae: VaePasses,
+}
+
+/// Which parts of a model stay in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Residency {
+    /// All of them, where a run fits; else as `Low`.
+    #[default]
+    Auto,
+    /// All of them, always.
+    Keep,
+    /// Each part is loaded when a run first needs it; text encoders leave memory once the prompts are encoded.
+    Low,
+}
+named!(Residency, [Auto => "auto", Keep => "keep", Low => "low"]);
+
+/// How the VAE decodes and encodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum VaePasses {
+    /// Whole; by stripes where that does not fit.
+    #[default]
+    Auto,
+    Whole,
+    /// By horizontal stripes, with the norms' statistics of the whole map: the same picture.
+    Stripes,
+    /// By tiles with a cross-fade, each with statistics of its own: nearly the same picture.
+    Tiles,
+}
+named!(VaePasses, [Auto => "auto", Whole => "whole", Stripes => "stripes", Tiles => "tiles"]);
+
+/// What a module of a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Encodes prompts.
+    Text,
+    /// Denoises.
+    Network,
+    /// Is between samples and pictures.
+    Vae,
+}
+
+impl Role {
+    /// In the order of a run.
+    pub const ALL: [Role; 3] = [Role::Text, Role::Network, Role::Vae];
+}
+
+/// A rung of the ladder: how a run holds the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rung {
+    /// Do text encoders stay in memory once the prompts are encoded?
+    pub keeps_text: bool,
+    /// Does the network stay in memory while the VAE works?
+    pub keeps_network: bool,
+    pub passes: Passes,
+}
+
+/// Rows of a picture in a stripe, the faster one first.
+const STRIPE_ROWS: [usize; 2] = [128, 32];
+
+impl MemoryOptions {
+    /// From the fastest way to the one that needs least memory; at least one rung.
+    pub fn ladder(self) -> Vec<Rung> {
+        let held: &[(bool, bool)] = match self.residency {
+            Residency::Auto => &[(true, true), (false, true), (false, false)],
+            Residency::Keep => &[(true, true)],
+            Residency::Low => &[(false, true), (false, false)],
+        };
+        let stripes = STRIPE_ROWS.map(|rows| Passes::Stripes { rows });
+        let (first, further): (Passes, &[Passes]) = match self.vae {
+            VaePasses::Auto => (Passes::Whole, &stripes),
+            VaePasses::Whole => (Passes::Whole, &[]),
+            VaePasses::Stripes => (stripes[0], &stripes[1..]),
+            VaePasses::Tiles => (Passes::TILES, &[]),
+        };
+        let rung = |&(keeps_text, keeps_network): &(bool, bool), passes| Rung { keeps_text, keeps_network, passes };
+        let last = &held[held.len() - 1];
+        held.iter().map(|held| rung(held, first)).chain(further.iter().map(|&passes| rung(last, passes))).collect()
+    }
+}
+
+impl Rung {
+    /// Everything stays in memory and the VAE works on whole pictures.
+    pub const FASTEST: Rung = Rung { keeps_text: true, keeps_network: true, passes: Passes::Whole };
+
+    /// The same as JSON.
+    pub fn to_json(self) -> Value {
+        json!({
+            "keeps_text_encoders": self.keeps_text, "keeps_denoiser": self.keeps_network, "vae": self.passes.to_string(),
+        })
+    }
+
+    /// What is given up on this rung beside `before`, as the end of a sentence.
+    pub fn beyond(self, before: Rung) -> String {
+        let mut given_up = Vec::new();
+        if before.keeps_text && !self.keeps_text {
+            given_up.push("text encoders leave memory once the prompts are encoded".to_string());
+        }
+        if before.keeps_network && !self.keeps_network {
+            given_up.push("the denoiser leaves memory while the VAE works".to_string());
+        }
+        if before.passes != self.passes {
+            given_up.push(match self.passes {
+                Passes::Stripes { rows } => {
+                    format!("the VAE works by stripes of {rows} rows, which gives the same picture")
+                }
+                Passes::Tiles { .. } => "the VAE works by tiles".to_string(),
+                Passes::Whole => "the VAE works on whole pictures".to_string(),
+            });
+        }
+        given_up.join("; ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rung_gives_up_one_thing_more() {
+        let ladder = MemoryOptions::default().ladder();
+        assert_eq!(ladder[0], Rung::FASTEST);
+        let said: Vec<String> = ladder.windows(2).map(|pair| pair[1].beyond(pair[0])).collect();
+        assert_eq!(
+            said,
+            [
+                "text encoders leave memory once the prompts are encoded",
+                "the denoiser leaves memory while the VAE works",
+                "the VAE works by stripes of 128 rows, which gives the same picture",
+                "the VAE works by stripes of 32 rows, which gives the same picture",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_asked_for_is_on_every_rung() {
+        let of = |residency, vae| MemoryOptions { residency, vae }.ladder();
+        assert_eq!(of(Residency::Keep, VaePasses::Whole).len(), 1);
+        assert!(of(Residency::Keep, VaePasses::Auto).iter().all(|rung| rung.keeps_text && rung.keeps_network));
+        assert!(of(Residency::Low, VaePasses::Auto).iter().all(|rung| !rung.keeps_text));
+        assert!(of(Residency::Auto, VaePasses::Tiles).iter().all(|rung| rung.passes == Passes::TILES));
+        for rung in of(Residency::Auto, VaePasses::Stripes) {
+            assert!(matches!(rung.passes, Passes::Stripes { .. }));
+        }
+    }
+}
