@@ -239,6 +239,49 @@ fn a_plan_adds_up() {
 }
 
 #[test]
+fn a_plan_says_what_less_memory_costs() {
+    let place = Place::new();
+    let plan = |further: &[&str]| -> serde_json::Value {
+        let args = ["plan", "a cat", "--model", MODEL, "--stages", "16x16:2,24x24:1", "--json"];
+        serde_json::from_str(&place.ok(&[&args[..], further].concat())).expect("JSON on standard output")
+    };
+    let all = plan(&[]);
+    let peaks = |json: &serde_json::Value| -> Vec<u64> {
+        json["ladder"].as_array().unwrap().iter().map(|rung| rung["peak_bytes"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(peaks(&all).len(), 5);
+    assert_eq!(peaks(&all)[0], all["peak_bytes"].as_u64().unwrap());
+    assert!(peaks(&all).is_sorted_by(|a, b| a >= b), "{all}");
+    assert_eq!(all["memory"]["vae"], "whole");
+    let low = plan(&["--memory", "low", "--vae-passes", "stripes"]);
+    assert_eq!(low["memory"]["keeps_text_encoders"], false);
+    assert_eq!(low["memory"]["vae"], "stripes of 128 rows");
+    assert!(low["peak_bytes"].as_u64() < all["peak_bytes"].as_u64());
+    let table = place.ok(&["plan", "a cat", "--model", MODEL, "--size", "16x16"]);
+    for part in ["all parts of the model stay in memory", "and the denoiser leaves memory while the VAE works"] {
+        assert!(table.contains(part), "{part} in:\n{table}");
+    }
+}
+
+#[test]
+fn less_memory_makes_the_same_picture() {
+    let place = Place::new();
+    let json = |name: &str, further: &[&str]| {
+        place.ok(&generate(&[&["--out", name][..], further].concat()));
+        let png = read_png(&place.path(name));
+        let json = png.texts.iter().find(|(key, _)| key == "megafuse").expect("the parameters").1.clone();
+        (png.pixels, serde_json::from_str::<serde_json::Value>(&json).expect("JSON"))
+    };
+    let (pixels, usual) = json("a.png", &[]);
+    assert!(usual["vae_dtype"].is_null() && usual["vae_passes"].is_null(), "{usual}");
+    for further in [&["--memory", "low"][..], &["--memory", "keep", "--vae-passes", "stripes"]] {
+        assert_eq!(json("b.png", further), (pixels.clone(), usual.clone()), "{further:?}");
+    }
+    assert_eq!(json("c.png", &["--vae-dtype", "bf16"]).1["vae_dtype"], "bf16");
+    assert_eq!(json("d.png", &["--vae-passes", "tiles"]).1["vae_passes"], "tiles");
+}
+
+#[test]
 fn a_plan_needs_no_weights() {
     let place = Place::new();
     for part in ["text_encoder", "unet", "vae", "scheduler", "tokenizer"] {

@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use half::f16;
 use megafuse::methods::{METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
 use megafuse::pipeline::{
-    self, Event, LongPrompt, ModelSource, Observer, Picture, Pipeline, Request, RngKind, Sampler, Silent, Syntax,
-    TextOptions,
+    self, Event, LoadOptions, LongPrompt, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request,
+    Residency, RngKind, Sampler, Silent, Syntax, TextOptions, VaePasses,
 };
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
@@ -195,6 +196,92 @@ fn low_precision_runs_stay_near_f32() {
         let difference = |(a, b): (&u8, &u8)| f64::from(a.abs_diff(*b));
         let mean = got.rgb.iter().zip(&want.rgb).map(difference).sum::<f64>() / want.rgb.len() as f64;
         assert!(mean < levels, "{dtype}: {mean} levels off on average");
+    }
+}
+
+/// The weights of sd15's VAE, with those before the decoder's first ResNet so large that f16 has no room for what they give.
+fn loud_vae(path: &Path) {
+    let bytes = std::fs::read(data().join("sd15/vae/diffusion_pytorch_model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let loud = ["post_quant_conv.weight", "decoder.conv_in.weight"];
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            assert_eq!(view.dtype(), safetensors::Dtype::F16);
+            let factor = if loud.contains(&name.as_str()) { 1000.0 } else { 1.0 };
+            let values = view.data().chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f32());
+            (name, view.shape().to_vec(), values.flat_map(|value| (factor * value).to_le_bytes()).collect())
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+/// The VAE in f16 where its model allows it; what it cannot hold is decoded in bf16, and said.
+#[test]
+fn a_vae_that_leaves_the_range_of_f16_goes_on_in_bf16() {
+    let folder = tempfile::tempdir().unwrap();
+    let vae = folder.path().join("loud.safetensors");
+    loud_vae(&vae);
+    let source = ModelSource::Directory(data().join("sd15")).with(Vec::new(), Vec::new(), Some(vae));
+    let load = |vae_dtype| {
+        let options = LoadOptions { vae_dtype, ..LoadOptions::new(Device::cpu(), DType::F16) };
+        Pipeline::load_with(source.clone(), options).unwrap()
+    };
+    let plain = Request { method: Plain {}.into(), stages: vec!["16x16:2".parse().unwrap()], ..small() };
+    for request in [small(), plain] {
+        let want = load(Some(DType::BF16)).generate(&request, &mut Silent).unwrap();
+        let pipeline = load(None);
+        let mut recorded = Recorded::default();
+        assert_eq!(pipeline.generate(&request, &mut recorded).unwrap()[0].rgb, want[0].rgb);
+        let said = "is not finite in f16: the VAE runs in bf16 from here on";
+        assert_eq!(recorded.warnings.len(), 1, "{:?}", recorded.warnings);
+        assert!(recorded.warnings[0].ends_with(said), "{:?}", recorded.warnings);
+        let mut recorded = Recorded::default();
+        assert_eq!(pipeline.generate(&request, &mut recorded).unwrap()[0].rgb, want[0].rgb);
+        assert!(recorded.warnings.is_empty(), "{:?}", recorded.warnings);
+    }
+}
+
+/// Which dtype the VAE gets, by its bytes: two per parameter or four.
+#[test]
+fn the_vae_has_the_dtype_that_it_can_bear() {
+    let bytes = |model: &str, dtype, vae_dtype| {
+        let options = LoadOptions { vae_dtype, ..LoadOptions::new(Device::meta(), dtype) };
+        let planner = Planner::with(&ModelSource::Directory(data().join(model)), &options).unwrap();
+        let vae = planner.pipeline().weights().last().unwrap().clone();
+        assert_eq!(vae.module, "vae");
+        vae.bytes / vae.parameters
+    };
+    for model in ["sd15", "sdxl", "sdxl-odd"] {
+        assert_eq!(bytes(model, DType::F32, None), 4, "{model}");
+        assert_eq!(bytes(model, DType::F16, None), 2, "{model}");
+        assert_eq!(bytes(model, DType::BF16, None), 2, "{model}");
+        assert_eq!(bytes(model, DType::F16, Some(DType::F32)), 4, "{model}");
+    }
+}
+
+/// Parts that leave memory on the cpu: the same pictures, at a lower peak.
+#[test]
+fn parts_of_a_model_come_and_go() {
+    let made = |memory: MemoryOptions| {
+        let device = Device::cpu();
+        let options = LoadOptions { memory, ..LoadOptions::new(device.clone(), DType::F32) };
+        let pipeline = Pipeline::load_with(ModelSource::Directory(data().join("sdxl")), options).unwrap();
+        let stages = vec!["16x16:2".parse().unwrap(), "24x20:1".parse().unwrap()];
+        let request = Request { stages, count: 2, ..small() };
+        let pictures = pipeline.generate(&request, &mut Silent).unwrap();
+        let Device::Cpu(cpu) = &device else { unreachable!() };
+        (pictures, cpu.peak_bytes())
+    };
+    let (want, most) = made(MemoryOptions { residency: Residency::Keep, vae: VaePasses::Whole });
+    for vae in [VaePasses::Auto, VaePasses::Stripes] {
+        let (pictures, least) = made(MemoryOptions { residency: Residency::Low, vae });
+        assert_eq!(pictures, want, "{vae}");
+        assert!(least < most, "{vae}: {least} of {most} bytes");
     }
 }
 

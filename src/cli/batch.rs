@@ -109,6 +109,9 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
     if let Some(vae) = session.planner.pipeline().vae_name() {
         description["vae"] = vae.into();
     }
+    for (name, value) in session.planner.pipeline().options().named() {
+        description[name] = value.into();
+    }
     let TextOptions { syntax, long_prompt, clip_skip } = flags.text;
     description["prompt_syntax"] = syntax.name().into();
     description["long_prompt"] = long_prompt.name().into();

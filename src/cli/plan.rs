@@ -99,7 +99,7 @@ fn peaks(ladder: &[(Rung, u64)]) -> Vec<Vec<String>> {
         let held = match rung.beyond(before) {
             same if same.is_empty() => "all parts of the model stay in memory".into(),
             given_up if rows.len() == 1 => given_up,
-            given_up => format!("also, {given_up}"),
+            given_up => format!("and {given_up}"),
         };
         rows.push(vec![held, bytes_text(peak)]);
         before = rung;

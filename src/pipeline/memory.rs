@@ -25,6 +25,16 @@ impl LoadOptions {
     }
 }
 
+impl LoadOptions {
+    /// What of these decides a picture beside the device and the dtype, where it is not the default: name and value, as in a
+    /// picture's JSON.
+    pub fn named(&self) -> Vec<(&'static str, &'static str)> {
+        let dtype = self.vae_dtype.map(|dtype| ("vae_dtype", dtype.name()));
+        let tiles = (self.memory.vae == VaePasses::Tiles).then_some(("vae_passes", VaePasses::Tiles.name()));
+        dtype.into_iter().chain(tiles).collect()
+    }
+}
+
 /// What may be done to fit a run into memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryOptions {

@@ -73,6 +73,10 @@ impl Parameters {
             fields.push(("VAE".into(), vae.to_string()));
             json["vae"] = vae.into();
         }
+        for (name, value) in pipeline.options().named() {
+            fields.push((title(name), value.to_string()));
+            json[name] = value.into();
+        }
         let TextOptions { syntax, long_prompt, clip_skip } = request.text;
         if let Some(clip_skip) = clip_skip {
             fields.push(("Clip skip".into(), clip_skip.to_string()));

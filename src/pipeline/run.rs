@@ -30,8 +30,7 @@ pub struct Picture {
 /// A model ready to make pictures.
 pub struct Pipeline {
     name: String,
-    device: Device,
-    dtype: DType,
+    options: LoadOptions,
     family: Box<dyn Family>,
     scheduler: SchedulerConfig,
     loras: Vec<Lora>,
@@ -87,8 +86,8 @@ impl Pipeline {
         let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };
         let mut pipeline = Pipeline {
             name: files.name(),
-            device: options.device,
-            dtype: options.dtype,
+            ladder: options.memory.ladder(),
+            options,
             family,
             scheduler,
             loras: files.loras().to_vec(),
@@ -98,22 +97,21 @@ impl Pipeline {
             defaults: files.defaults(),
             recorded: RecordedSteps::default(),
             encoded: Mutex::new(None),
-            ladder: options.memory.ladder(),
             planner,
             planned: Mutex::new(None),
             told: Mutex::new(0),
         };
         if !is_meta {
-            pipeline.warnings = pipeline.load_parts(&files, options.memory.residency)?;
+            pipeline.warnings = pipeline.load_parts(&files)?;
         }
         Ok(pipeline)
     }
 
     /// Brings the parts into memory as far as they shall be there before a run; what was odd, a sentence each.
-    fn load_parts(&self, files: &ModelFiles, residency: Residency) -> Result<Vec<String>> {
+    fn load_parts(&self, files: &ModelFiles) -> Result<Vec<String>> {
         let mut warnings = Vec::new();
         let modules = self.family.modules();
-        let loaded = match residency {
+        let loaded = match self.options.memory.residency {
             Residency::Low => false,
             Residency::Keep => modules.iter().try_for_each(|module| module.load()).map(|()| true)?,
             Residency::Auto => match modules.iter().try_for_each(|module| module.load()) {
@@ -159,11 +157,16 @@ impl Pipeline {
     }
 
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.options.device
     }
 
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.options.dtype
+    }
+
+    /// As it was loaded.
+    pub fn options(&self) -> &LoadOptions {
+        &self.options
     }
 
     /// The model's scheduler_config.json.
@@ -319,11 +322,11 @@ impl Pipeline {
             observer.event(&Event::PictureBegins { index: first_index + index, count, seed: request.seed });
         }
         let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
-        let mut noise = Noise { rngs, device: &self.device };
+        let mut noise = Noise { rngs, device: self.device() };
         let images = methods::generate(&model, &run, &mut noise, Watch { observer, first: first_index })?;
         let mut pictures = Vec::new();
         for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
-            if !matches!(self.device, Device::Meta(_)) {
+            if !matches!(self.options.device, Device::Meta(_)) {
                 let [_, height, width, _] = image.dims("generate", "picture")?;
                 let rgb = image::to_bytes(&image.to_f32_vec()?)?;
                 let parameters = Parameters::new(request, &run, self, request.seed);
@@ -381,7 +384,7 @@ impl Pipeline {
     /// the weights.
     fn choose_rung(&self, request: &Request, images: usize, observer: &mut dyn Observer) -> Result<(usize, u64)> {
         let Some(planner) = &self.planner else { return Ok((0, 0)) };
-        let budget = self.device.budget_bytes();
+        let budget = self.options.device.budget_bytes();
         let request = Request { count: images, batch: images, ..request.without_words() };
         let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if planned.as_ref().is_none_or(|(last, _)| *last != request) {
@@ -412,7 +415,7 @@ impl Pipeline {
     /// On a card, memory for all that a run holds beside the weights, in one piece: nothing is asked of the driver while
     /// steps run, and what does not fit fails before the first of them.
     fn reserve(&self, bytes: u64) -> Result<()> {
-        match &self.device {
+        match &self.options.device {
             Device::Cuda(card) => card.reserve(bytes),
             _ => Ok(()),
         }
@@ -439,7 +442,7 @@ impl Pipeline {
         }
         let mut encoded = self.encoded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // The planner counts the work of every run.
-        let kept = !matches!(self.device, Device::Meta(_));
+        let kept = !matches!(self.options.device, Device::Meta(_));
         let embeds = match &*encoded {
             Some((texts, with, embeds)) if kept && *texts == distinct && *with == options => embeds.clone(),
             _ => {
@@ -531,7 +534,7 @@ impl Conditioned<'_> {
 
 impl DiffusionModel for Conditioned<'_> {
     fn device(&self) -> &Device {
-        &self.pipeline.device
+        self.pipeline.device()
     }
 
     fn sample_shape(&self, size: Size) -> [usize; 4] {
