@@ -44,8 +44,8 @@ pub struct Pipeline {
     encoded: Mutex<Option<(Vec<PromptText>, TextOptions, PromptEmbeds)>>,
     /// On a card: says how much memory a request wants.
     planner: Option<Box<Planner>>,
-    /// The request that was planned last, without what costs nothing, and its bytes beside the weights.
-    planned: Mutex<Option<(Request, u64)>>,
+    /// The request whose memory was reserved last, without what costs nothing.
+    planned: Mutex<Option<Request>>,
 }
 
 impl Pipeline {
@@ -268,16 +268,19 @@ impl Pipeline {
         let (Device::Cuda(card), Some(planner)) = (&self.device, &self.planner) else { return Ok(()) };
         let request = Request { count: images, batch: images, ..request.without_words() };
         let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let bytes = match &*planned {
-            Some((last, bytes)) if *last == request => *bytes,
-            _ => {
-                let plan = planner.plan(&request)?;
-                let bytes = plan.peak_bytes.saturating_sub(plan.weight_bytes());
-                *planned = Some((request, bytes));
-                bytes
-            }
-        };
-        card.reserve(bytes)
+        // What the picture before took is there still: kept by its steps, or free.
+        if planned.as_ref() == Some(&request) {
+            return Ok(());
+        }
+        let plan = planner.plan(&request)?;
+        let bytes = plan.peak_bytes.saturating_sub(plan.weight_bytes());
+        match card.reserve(bytes) {
+            // The steps of other requests may hold what this one needs.
+            Err(Error::OutOfMemory { .. }) if self.recorded.clear() > 0 => card.reserve(bytes)?,
+            reserved => reserved?,
+        }
+        *planned = Some(request);
+        Ok(())
     }
 
     /// The rows of the network's batch, the negative prompts' first when there is guidance: one per picture, or one for
