@@ -8,8 +8,9 @@
 // The same for 8-bit images, on levels 0..255 held in f32: resize_levels quantises, resize_fixed_* filter in integers with
 // weights in units of 2^-22 as PIL does, resize_picture goes back to [-1, 1].
 //
-// A filter is a table of 32-bit words, made on the host in f64: ends [to + 1] (the taps of output i are those from ends[i]
-// to ends[i + 1]), then the input index of every tap, then its weight (f32, or an integer for resize_fixed_*).
+// A filter is a table of 32-bit words, made by resize_filter in f64: counts [to] (the taps of each output), then the input
+// index of every tap, [to, taps], then its weight, [to, taps] (f32, or an integer for resize_fixed_*); `taps` is the most
+// that an output can have. So a resize uploads nothing, and a graph can record it.
 //
 // Memory bound: x and y once; the taps of one input are read from L1 or L2.
 // Launch, unless said otherwise: grid (rows of y over the whole batch, ceil(elements of a row / kThreads)), block kThreads.
@@ -29,10 +30,88 @@ struct Taps {
 // The taps of output i.
 template <class W>
 DEVICE Taps<W> taps_of(const unsigned* filter, int taps, int outputs, int i) {
-    const unsigned first = filter[i];
-    const unsigned* indices = filter + outputs + 1;
-    return {indices + first, reinterpret_cast<const W*>(indices + taps) + first, int(filter[i + 1] - first)};
+    const unsigned* index = filter + outputs + i * taps;
+    return {index, reinterpret_cast<const W*>(index + outputs * taps), int(filter[i])};
 }
+
+// As src/ops/cuda/resize.rs numbers them.
+enum FilterKind { kTriangle, kCubic, kTorchCubic, kGaussian };
+
+// Keys 1981, doi:10.1109/TASSP.1981.1163711: the piecewise cubic with slope `a` at 1.
+DEVICE double keys(double x, double a) {
+    x = fabs(x);
+    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
+    return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
+}
+
+// One output's taps as they are found. A weight of exactly 0 is left out, so that a pass between equal sizes is a copy.
+struct TapWriter {
+    unsigned* index;
+    unsigned* weight;
+    bool fixed;
+    int count;
+
+    __device__ void add(int input, double value) {
+        if (value == 0.0) return;
+        index[count] = unsigned(input);
+        // Rounded half away from zero, as PIL does.
+        weight[count] = fixed ? unsigned(int(round(value * (1 << kFixedShift)))) : __float_as_uint(float(value));
+        count++;
+    }
+};
+
+// PIL's filters: the kernel's support is widened by the scale when downscaling, taps outside the image are left out, and
+// the weights are normalised to sum 1.
+DEVICE void pil_taps(TapWriter& taps, bool triangle, int from, int to, int i) {
+    const double scale = double(from) / to, width = scale > 1.0 ? scale : 1.0;
+    const double support = (triangle ? 1.0 : 2.0) * width, center = (i + 0.5) * scale;
+    const int first = max(int(center - support + 0.5), 0), end = min(int(center + support + 0.5), from);
+    const auto weight = [=](int j) {
+        const double x = (j - center + 0.5) / width;
+        return triangle ? fmax(1.0 - fabs(x), 0.0) : keys(x, -0.5);
+    };
+    double sum = 0.0;
+    for (int j = first; j < end; j++) sum += weight(j);
+    for (int j = first; j < end; j++) taps.add(j, weight(j) / sum);
+}
+
+// torch's bicubic, with the source coordinate in f32 as there: at index 1000 its rounding shifts the phase by up to 6e-5.
+DEVICE void torch_taps(TapWriter& taps, int from, int to, int i) {
+    const float scale = float(from) / float(to);
+    // The product is rounded to f32 before the subtraction: in f64 it is exact, and no compiler joins the two.
+    const float at = float(double(scale) * (i + 0.5)) - 0.5f;
+    const int first = int(floorf(at)) - 1;
+    const double phase = at - floorf(at);
+    for (int j = 0; j < 4; j++) taps.add(min(max(first + j, 0), from - 1), keys(phase + 1.0 - j, -0.75));
+}
+
+// Five taps of a Gaussian of standard deviation 1.1 pixels, the image mirrored about its border pixels.
+DEVICE void gaussian_taps(TapWriter& taps, int length, int i) {
+    const int period = max(2 * length - 2, 1);
+    const auto weight = [](int offset) { return exp(-0.5 * (offset / 1.1) * (offset / 1.1)); };
+    const double sum = weight(0) + 2.0 * (weight(1) + weight(2));
+    for (int offset = -2; offset <= 2; offset++) {
+        const int at = ((i + offset) % period + period) % period;
+        taps.add(min(min(at, period - at), length - 1), weight(offset) / sum);
+    }
+}
+
+// The table of one dimension. Launch: grid ceil(to / kThreads), block kThreads.
+KERNEL(resize_filter, kThreads, 1)(unsigned* filter, int kind, int fixed, int taps, int from, int to) {
+    const int i = blockIdx.x * kThreads + threadIdx.x;
+    if (!GUARD(i < to)) return;
+    unsigned* index = filter + to + i * taps;
+    TapWriter writer = {index, index + to * taps, fixed != 0, 0};
+    if (kind == kTorchCubic) {
+        torch_taps(writer, from, to, i);
+    } else if (kind == kGaussian) {
+        gaussian_taps(writer, to, i);
+    } else {
+        pil_taps(writer, kind == kTriangle, from, to, i);
+    }
+    filter[i] = unsigned(writer.count);
+}
+REGISTER_KERNEL(resize_filter)
 
 // The weighted sum over inputs at `x`, `stride` apart. Starts with the first product: a copy stays a copy, -0 included.
 template <class T>

@@ -1,6 +1,9 @@
 //! A run on the card whose memory ends at any point: an error each time, nothing leaks, and the next run on the same device
 //! makes the picture. Needs the emulated card, which fails on demand; the tests take turns, since a fault has no address.
 
+#[path = "common/emulated.rs"]
+mod emulated;
+
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
@@ -9,35 +12,15 @@ use megafuse::pipeline::{
     Event, LoadOptions, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request, Residency, Silent,
     VaePasses,
 };
-use megafuse::runtime::{CudaDevice, CudaOptions, cuda};
+use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{DType, Device, Error, Result};
+
+use emulated::Emulated;
 
 static TURN: Mutex<()> = Mutex::new(());
 
 fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// What the emulated card's library offers to tests.
-struct Emulated(libloading::Library);
-
-impl Emulated {
-    fn open() -> Emulated {
-        let path = cuda::emulated_library().unwrap();
-        cuda::use_library(&path).unwrap();
-        // SAFETY: it is loaded already.
-        Emulated(unsafe { libloading::Library::new(&path) }.unwrap())
-    }
-
-    fn call<R>(&self, name: &str) -> R {
-        // SAFETY: driver.h declares these without parameters.
-        unsafe { self.0.get::<unsafe extern "C" fn() -> R>(name.as_bytes()).unwrap()() }
-    }
-
-    fn set(&self, name: &str, value: u64) {
-        // SAFETY: driver.h declares these with one 64-bit parameter.
-        unsafe { self.0.get::<unsafe extern "C" fn(u64)>(name.as_bytes()).unwrap()(value) }
-    }
 }
 
 fn request() -> Request {

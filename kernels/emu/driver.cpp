@@ -606,3 +606,13 @@ EMU_EXPORT uint64_t emu_launch_count() {
     std::lock_guard<std::mutex> lock(state().mutex);
     return state().launches;
 }
+
+// Calls that launch one kernel, but for those that were recorded; and calls that launch a graph.
+EMU_EXPORT uint64_t emu_single_launch_count() {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    return state().single_launches;
+}
+EMU_EXPORT uint64_t emu_graph_launch_count() {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    return state().graph_launches;
+}

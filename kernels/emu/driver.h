@@ -234,7 +234,9 @@ struct State {
     unsigned context_flags = 0;
     CUresult fault = CUDA_SUCCESS;  // the sticky error
     std::string last_error;         // the last text of say()
-    uint64_t launches = 0;
+    uint64_t launches = 0;         // kernels that ran
+    uint64_t single_launches = 0;  // asked for one by one, not to be recorded
+    uint64_t graph_launches = 0;
     size_t memory_limit = 0;
 };
 State& state();

@@ -260,6 +260,7 @@ static CUresult replay(CUgraphExec handle, CUstream stream_handle) {
     if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "cuGraphLaunch: no such stream");
     if (stream->capture) return record_replay(stream, *executable);
     if (const CUresult e = refuse_legacy_during_capture(stream)) return e;
+    state().graph_launches++;
     Hold hold;
     std::vector<OperationRef> start = stream_order(stream);
     start.push_back(executable->last);

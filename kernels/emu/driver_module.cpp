@@ -287,6 +287,7 @@ static CUresult launch(CUfunction function, dim3 grid, dim3 block, unsigned shar
     if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "cuLaunchKernel: no such stream");
     std::shared_ptr<LaunchWork> work;
     if (const CUresult e = prepare(function, grid, block, shared, params, extra, work)) return e;
+    if (!stream->capture) state().single_launches++;
     return submit(stream, work);
 }
 

@@ -131,10 +131,10 @@ fn on_device(
         return Ok(None);
     }
     let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims(op, "x")?, y.dims(op, "y")?);
-    let filters = [Filter::new(upsampler, h, to_h), Filter::new(upsampler, w, to_w)];
-    let taps = h * filters[1].taps.len() + to_w * filters[0].taps.len() + to_h * to_w * upsampler.sharpening_taps();
-    let passes = cuda::resize::Passes::new(x, y, upsampler, &filters, eight_bit)?;
+    let passes = cuda::resize::Passes::uninit(x, y, upsampler, eight_bit)?;
     if let Device::Meta(meta) = x.device() {
+        let taps = |len, out| Filter::new(upsampler, len, out).taps.len();
+        let taps = h * taps(w, to_w) + to_w * taps(h, to_h) + to_h * to_w * upsampler.sharpening_taps();
         let flops = (2 * n * c * taps) as u64 + if noise.is_some() { 3 * y.numel() as u64 } else { 0 };
         let bytes = x.bytes() + y.bytes() + bytes_of(&[noise]);
         meta.record(op, OpKind::Resize, y.shape(), Work { macs: 0, flops, bytes, launches: passes.launches() });
@@ -218,7 +218,7 @@ impl Upsampler {
 }
 
 /// One dimension's pass: output i is the sum of the inputs that `taps[ends[i - 1]..ends[i]]` name, times their weights.
-pub(super) struct Filter {
+struct Filter {
     ends: Vec<usize>,
     /// Index of the input, weight. The border's rule is already applied to the indices.
     taps: Vec<(usize, f64)>,
@@ -263,7 +263,7 @@ impl Filter {
     }
 
     /// Five taps of a Gaussian of standard deviation 1.1 pixels, the image mirrored about its border pixels.
-    pub(super) fn gaussian(len: usize) -> Filter {
+    fn gaussian(len: usize) -> Filter {
         let weight = |offset: isize| (-0.5 * (offset as f64 / 1.1).powi(2)).exp();
         let sum: f64 = (-2..=2).map(weight).sum();
         let period = (2 * len as isize - 2).max(1);
@@ -289,28 +289,8 @@ impl Filter {
         Filter { ends: self.ends.clone(), taps: self.taps.iter().map(|&(j, weight)| (j, rounded(weight))).collect() }
     }
 
-    pub(super) fn out(&self) -> usize {
+    fn out(&self) -> usize {
         self.ends.len()
-    }
-
-    pub(super) fn tap_count(&self) -> usize {
-        self.taps.len()
-    }
-
-    /// The table that kernels/resize.cu reads: ends, from 0; indices; weights, in f32.
-    pub(super) fn words(&self) -> Vec<u32> {
-        self.with_weights(|weight| (weight as f32).to_bits())
-    }
-
-    /// The same with the weights in units of 2^-22, as integers.
-    pub(super) fn fixed_point_words(&self) -> Vec<u32> {
-        self.fixed_point().with_weights(|weight| weight as i32 as u32)
-    }
-
-    fn with_weights(&self, bits: impl Fn(f64) -> u32) -> Vec<u32> {
-        let ends = [0].into_iter().chain(self.ends.iter().map(|&end| end as u32));
-        let indices = self.taps.iter().map(|&(index, _)| index as u32);
-        ends.chain(indices).chain(self.taps.iter().map(|&(_, weight)| bits(weight))).collect()
     }
 
     fn taps_of(&self, i: usize) -> &[(usize, f64)] {

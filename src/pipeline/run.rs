@@ -51,6 +51,8 @@ pub struct Pipeline {
     planned: Mutex<Option<(Request, Vec<Need>)>>,
     /// The rung that was spoken of last.
     told: Mutex<usize>,
+    /// The request whose memory was reserved last, as it was planned, and its rung.
+    reserved: Mutex<Option<(Request, usize)>>,
 }
 
 /// Memory that a run needs on a rung.
@@ -100,6 +102,7 @@ impl Pipeline {
             planner,
             planned: Mutex::new(None),
             told: Mutex::new(0),
+            reserved: Mutex::new(None),
         };
         if !is_meta {
             pipeline.warnings = pipeline.load_parts(&files)?;
@@ -293,13 +296,14 @@ impl Pipeline {
             Some(rung) => (rung, 0),
             None => self.choose_rung(first, requests.len(), observer)?,
         };
+        let reserve = || self.reserve(first, requests.len(), (rung, beside_weights));
         let Rung { keeps_text, .. } = self.ladder[rung];
         self.recorded.set_short_of_memory(rung > 0);
         if keeps_text {
             for role in Role::ALL {
                 self.bring(role, &mut |message| observer.warning(message))?;
             }
-            self.reserve(beside_weights)?;
+            reserve()?;
         }
         observer.event(&Event::EncodeText);
         if observer.cancelled() {
@@ -310,7 +314,7 @@ impl Pipeline {
         if !keeps_text {
             self.release(Role::Text);
             self.bring(Role::Network, &mut |message| observer.warning(message))?;
-            self.reserve(beside_weights)?;
+            reserve()?;
         }
         let rows = prompts.embeds.shape().to_vec();
         let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 }, &first.size_ids);
@@ -353,6 +357,7 @@ impl Pipeline {
         if role == Role::Network {
             self.recorded.clear(); // graphs hold the weights
         }
+        *self.reserved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
         let of_role = self.family.modules().into_iter().filter(|module| module.role() == role);
         of_role.fold(false, |released, module| module.release() || released)
     }
@@ -414,11 +419,22 @@ impl Pipeline {
 
     /// On a card, memory for all that a run holds beside the weights, in one piece: nothing is asked of the driver while
     /// steps run, and what does not fit fails before the first of them.
-    fn reserve(&self, bytes: u64) -> Result<()> {
-        match &self.options.device {
-            Device::Cuda(card) => card.reserve(bytes),
-            _ => Ok(()),
+    fn reserve(&self, request: &Request, images: usize, (rung, bytes): (usize, u64)) -> Result<()> {
+        let Device::Cuda(card) = &self.options.device else { return Ok(()) };
+        let mut reserved = self.reserved.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let of = Some((Request { count: images, batch: images, ..request.without_words() }, rung));
+        // What the batch before took is there still: kept by its steps, or free.
+        if *reserved == of && rung == 0 {
+            return Ok(());
         }
+        *reserved = None;
+        match card.reserve(bytes) {
+            // The steps of other requests may hold what this one needs.
+            Err(Error::OutOfMemory { .. }) if self.recorded.clear() > 0 => card.reserve(bytes)?,
+            done => done?,
+        }
+        *reserved = of;
+        Ok(())
     }
 
     /// The rows of the network's batch, the negative prompts' first when there is guidance: one per picture, or one for

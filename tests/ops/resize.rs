@@ -1,9 +1,9 @@
 //! resize against PIL, torch and plain f64 loops.
 
-use crate::common::{Expected, Random, assert_close, devices, f64s};
+use crate::common::{Expected, Random, assert_close, cards, devices, f64s};
 use megafuse::Error;
-use megafuse::ops::{self, RelayNoise, Upsampler};
-use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Tensor};
+use megafuse::ops::{self, RelayNoise, SampleState, StepCoefficients, StepRow, StepTable, Upsampler};
+use megafuse::runtime::{DType, Device, MetaDevice, OpKind, Repeated, Tensor};
 
 const ALL: [Upsampler; 5] = [
     Upsampler::Bilinear,
@@ -307,6 +307,68 @@ fn nearest_takes_the_floor_index() {
             let from = ((b * h + i * h / size[0]) * w + j * w / size[1]) * c;
             let to = ((b * size[0] + i) * size[1] + j) * c;
             assert_eq!(got[to..to + c], x[from..from + c], "{shape:?} {size:?} [{b}, {i}, {j}]");
+        }
+    }
+}
+
+/// A step whose network makes its input smaller and larger again: launched, recorded and replayed, bit for bit. Nothing of a
+/// resize comes from the host, so nothing has to be there before a step is recorded.
+#[test]
+fn a_recorded_step_may_resize() {
+    for (device, upsampler) in cards().into_iter().flat_map(|device| ALL.map(|upsampler| (device.clone(), upsampler))) {
+        let run = |recorded: bool| {
+            let row = |next_from_e| StepRow {
+                input_scale: 1.0,
+                coefficients: StepCoefficients { next_from_x: 0.75, next_from_e, ..StepCoefficients::default() },
+            };
+            let rows = [0.25, -0.5, 0.125, 0.5].map(row).to_vec();
+            let mut steps = StepTable::new(&device, rows).unwrap();
+            let x = Random::new(8).randn(&device, &[2, 13, 10, 4], DType::F32);
+            let mut state = SampleState::new(x).unwrap();
+            let mut repeated = Repeated::new(&device);
+            for step in 0..4 {
+                let mut step_of = || {
+                    let x = ops::scale_input(state.x(), &steps, DType::F16, 1)?;
+                    let smaller = ops::resize_u8(&ops::resize(&x, [5, 8], upsampler, None, None)?, [4, 6], upsampler)?;
+                    let output = ops::resize(&smaller, [13, 10], upsampler, Some((-0.9, 0.9)), None)?;
+                    ops::sampler_step(&mut state, &output, None, &steps, None)?;
+                    steps.index_mut().advance()
+                };
+                if !recorded {
+                    step_of().unwrap();
+                } else if repeated.run(step_of).unwrap() {
+                    steps.index_mut().replayed();
+                    assert!(step > 1, "the third is the first that is replayed");
+                }
+            }
+            assert_eq!(repeated.graph().is_some(), recorded);
+            state.x().to_f32_vec().unwrap()
+        };
+        assert!(run(true) == run(false), "{device} {upsampler}");
+    }
+}
+
+/// The meta device counts the launches that a card makes.
+#[test]
+fn a_card_launches_what_meta_counts() {
+    for (card, upsampler) in cards().into_iter().flat_map(|card| ALL.map(|upsampler| (card.clone(), upsampler))) {
+        for eight_bit in [false, true] {
+            let resize = |device: &Device| {
+                let x = Tensor::zeros(device, &[2, 16, 24, 3], DType::F16).unwrap();
+                move || match eight_bit {
+                    true => ops::resize_u8(&x, [40, 12], upsampler),
+                    false => ops::resize(&x, [40, 12], upsampler, None, None),
+                }
+            };
+            let meta = MetaDevice::default();
+            let counted = resize(&Device::Meta(meta.clone()));
+            meta.take_report();
+            counted().unwrap();
+            let launches = meta.take_report().ops[0].work.launches;
+            let Device::Cuda(cuda) = &card else { unreachable!() };
+            let launched = resize(&card);
+            let graph = cuda.capture(0, || launched().map(drop)).unwrap();
+            assert_eq!(graph.kernels().len() as u64, launches, "{card} {upsampler}: {:?}", graph.kernels());
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use super::{entry, int};
 use crate::error::Result;
-use crate::ops::resize::Filter;
 use crate::ops::{RelayNoise, Upsampler};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
@@ -21,16 +20,66 @@ pub struct Finish<'a> {
 /// Leaves a value as it is.
 const NOTHING: Finish = Finish { low: f32::NEG_INFINITY, high: f32::INFINITY, noise: None };
 
-/// A filter on the device.
+/// `FilterKind` of resize.cu.
+#[derive(Clone, Copy)]
+enum FilterKind {
+    Triangle,
+    Cubic,
+    TorchCubic,
+    Gaussian,
+}
+
+impl FilterKind {
+    fn of(upsampler: Upsampler) -> FilterKind {
+        match upsampler {
+            Upsampler::Bilinear => FilterKind::Triangle,
+            Upsampler::BicubicTorch => FilterKind::TorchCubic,
+            Upsampler::Bicubic | Upsampler::BicubicGaussian | Upsampler::BicubicEdge => FilterKind::Cubic,
+        }
+    }
+
+    /// The most taps that an output can have.
+    fn taps(self, from: usize, to: usize) -> usize {
+        // One more than the interval's length, which is computed with roundings.
+        let pil = |support: f64| (2.0 * support * (from as f64 / to as f64).max(1.0)).ceil() as usize + 1;
+        match self {
+            FilterKind::Triangle => pil(1.0).min(from),
+            FilterKind::Cubic => pil(2.0).min(from),
+            FilterKind::TorchCubic => 4,
+            FilterKind::Gaussian => 5,
+        }
+    }
+}
+
+/// A filter of one dimension, made on the device.
 struct Table {
-    words: Tensor,
+    kind: FilterKind,
+    fixed_point: bool,
+    from: usize,
+    to: usize,
     taps: usize,
+    /// `[to, 1 + 2 taps]` words, u32
+    words: Tensor,
 }
 
 impl Table {
-    fn new(device: &Device, filter: &Filter, fixed_point: bool) -> Result<Table> {
-        let words = if fixed_point { filter.fixed_point_words() } else { filter.words() };
-        Ok(Table { words: Tensor::from_u32(device, &[words.len()], &words)?, taps: filter.tap_count() })
+    fn uninit(device: &Device, kind: FilterKind, [from, to]: [usize; 2], fixed_point: bool) -> Result<Table> {
+        let taps = kind.taps(from, to);
+        let words = Tensor::uninit(device, &[to, 1 + 2 * taps], DType::U32)?;
+        Ok(Table { kind, fixed_point, from, to, taps, words })
+    }
+
+    fn compute(&self, device: &CudaDevice) -> Result<()> {
+        let launch = Launch::grid([self.to.div_ceil(THREADS), 1, 1]).block(THREADS);
+        // The kernel counts the table's words in 32 bits.
+        int("resize", "words of a filter", self.words.numel())?;
+        let (kind, fixed_point) = (self.kind as i32, i32::from(self.fixed_point));
+        let (taps, from, to) = (self.taps as i32, int("resize", "input size", self.from)?, self.to as i32);
+        // SAFETY: arguments as the entry has them; no output has more than `taps` taps.
+        unsafe {
+            let words = self.words.cuda();
+            device.launch("resize", "resize_filter", launch, args![words, kind, fixed_point, taps, from, to])
+        }
     }
 }
 
@@ -52,26 +101,27 @@ pub struct Passes {
 }
 
 impl Passes {
-    /// Uploads the tables and allocates, on any device. `filters`: of rows and columns.
+    /// Allocates, on any device.
     ///
     /// # Errors
     /// As [`Tensor::uninit`].
-    pub fn new(x: &Tensor, y: &Tensor, upsampler: Upsampler, filters: &[Filter; 2], eight_bit: bool) -> Result<Passes> {
+    pub fn uninit(x: &Tensor, y: &Tensor, upsampler: Upsampler, eight_bit: bool) -> Result<Passes> {
         let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
         let device = x.device();
         let fixed_point = eight_bit && upsampler != Upsampler::BicubicTorch;
         let sharpens = matches!(upsampler, Upsampler::BicubicGaussian | Upsampler::BicubicEdge);
         let image = |h: usize, w: usize| Tensor::uninit(device, &[n, h, w, c], DType::F32);
-        let [rows, columns] = filters;
+        let table = |kind, sizes, fixed_point| Table::uninit(device, kind, sizes, fixed_point);
+        let kind = FilterKind::of(upsampler);
         Ok(Passes {
             upsampler,
             eight_bit,
-            rows: Table::new(device, rows, fixed_point)?,
-            columns: Table::new(device, columns, fixed_point)?,
+            rows: table(kind, [h, to_h], fixed_point)?,
+            columns: table(kind, [w, to_w], fixed_point)?,
             gaussian: match upsampler {
                 Upsampler::BicubicGaussian => Some([
-                    Table::new(device, &Filter::gaussian(to_h), false)?,
-                    Table::new(device, &Filter::gaussian(to_w), false)?,
+                    table(FilterKind::Gaussian, [to_h; 2], false)?,
+                    table(FilterKind::Gaussian, [to_w; 2], false)?,
                 ]),
                 _ => None,
             },
@@ -92,13 +142,19 @@ impl Passes {
             Upsampler::BicubicGaussian => 2,
             Upsampler::BicubicEdge => 1,
         };
-        if self.eight_bit { 4 + sharpening } else { 2 + sharpening }
+        let passes = if self.eight_bit { 4 + sharpening } else { 2 + sharpening };
+        passes + self.tables().count() as u64
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &Table> {
+        [&self.rows, &self.columns].into_iter().chain(self.gaussian.iter().flatten())
     }
 
     pub fn resize(&self, device: &CudaDevice, x: &Tensor, finish: Finish, y: &mut Tensor) -> Result<()> {
         if y.numel() == 0 {
             return Ok(());
         }
+        self.tables().try_for_each(|table| table.compute(device))?;
         horizontal(device, "resize_horizontal", x, &self.columns, &self.narrow)?;
         match (self.upsampler, &self.wide, &self.sharpened, &self.gaussian) {
             (Upsampler::BicubicGaussian, Some(wide), Some(sharpened), Some([rows, columns])) => {
@@ -119,6 +175,7 @@ impl Passes {
         if y.numel() == 0 {
             return Ok(());
         }
+        self.tables().try_for_each(|table| table.compute(device))?;
         pointwise(device, &entry("resize_levels", x.dtype()), x, levels)?;
         if self.upsampler == Upsampler::BicubicTorch {
             horizontal(device, "resize_horizontal", levels, &self.columns, &self.narrow)?;

@@ -1,0 +1,100 @@
+//! What a pipeline's pictures launch, one by one and as graphs. Needs the emulated card, whose driver counts; its counters
+//! are those of the process, so there is one test.
+
+#[path = "common/emulated.rs"]
+mod emulated;
+
+use std::path::Path;
+
+use megafuse::methods::{MegaFusion, Method, Plain};
+use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request};
+use megafuse::runtime::{CudaDevice, CudaOptions};
+use megafuse::schedulers::Sampler;
+use megafuse::{DType, Device};
+
+use emulated::Emulated;
+
+/// Kernels and graphs that were launched up to now.
+type Launches = [u64; 2];
+
+/// What every step launches.
+struct PerStep<'a> {
+    emulated: &'a Emulated,
+    before: Launches,
+    steps: Vec<Launches>,
+}
+
+impl<'a> PerStep<'a> {
+    fn new(emulated: &'a Emulated) -> PerStep<'a> {
+        PerStep { emulated, before: [0; 2], steps: Vec::new() }
+    }
+
+    fn now(&self) -> Launches {
+        ["emu_single_launch_count", "emu_graph_launch_count"].map(|name| self.emulated.call(name))
+    }
+}
+
+impl Observer for PerStep<'_> {
+    fn event(&mut self, event: &Event) {
+        let now = self.now();
+        if let Event::Step(_) = event {
+            self.steps.push([0, 1].map(|i| now[i] - self.before[i]));
+        }
+        self.before = now;
+    }
+}
+
+/// From the second picture on all steps of all stages are replays, the first step included: with both methods, one and two
+/// pictures in a batch, one evaluation per step and two, with draws in every step and without.
+#[test]
+fn a_second_pictures_steps_are_graphs_from_the_first_on() {
+    let emulated = Emulated::open();
+    let card = Device::Cuda(CudaDevice::open(CudaOptions::default()).unwrap());
+    let stages = |stages: &[&str]| stages.iter().map(|stage| stage.parse().unwrap()).collect::<Vec<_>>();
+    let (plain, relay): (Method, Method) = (Plain {}.into(), MegaFusion::plus().into());
+    for batch in [1, 2] {
+        for (method, stages, scheduler) in [
+            (&plain, stages(&["8x8:4"]), Sampler::Ddim),
+            (&plain, stages(&["8x8:3"]), Sampler::EulerAncestral),
+            (&relay, stages(&["8x8:3", "12x8:2"]), Sampler::Ddim),
+            // The second stage has one step: it is launched for the first picture and recorded for the second.
+            (&relay, stages(&["8x8:2", "12x8:1"]), Sampler::Heun),
+        ] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sd15");
+            let pipeline = Pipeline::load(ModelSource::Directory(folder), card.clone(), DType::BF16).unwrap();
+            let base = Request { method: method.clone(), stages, scheduler: Some(scheduler), ..Request::default() };
+            let of = |prompt: &str, seed, guidance| Request {
+                prompt: prompt.into(),
+                seed,
+                guidance,
+                count: batch,
+                batch,
+                ..base.clone()
+            };
+            // Evaluations of each step.
+            let run = pipeline.resolve(&of("a cat", 1, 2.5)).unwrap();
+            let mut first_step = 0;
+            let mut evaluations: Vec<u64> = Vec::new();
+            for stage in run.stages() {
+                for step in first_step..first_step + stage.steps {
+                    let before = run.scheduler().evaluations(first_step..step).len();
+                    evaluations.push((run.scheduler().evaluations(first_step..step + 1).len() - before) as u64);
+                }
+                first_step += stage.steps;
+            }
+            let what = format!("{method} {scheduler}, batch {batch}");
+            let per_step = |request: Request| {
+                let mut counted = PerStep::new(&emulated);
+                assert_eq!(pipeline.generate(&request, &mut counted).unwrap().len(), batch, "{what}");
+                assert_eq!(counted.steps.len(), evaluations.len(), "{what}");
+                counted.steps
+            };
+            let first = per_step(of("a cat", 1, 2.5));
+            assert!(first[0][0] > 100, "{what}: the first step of all is launched: {first:?}");
+            for later in [of("a cat", 2, 2.5), of("two dogs", 7, 6.0)] {
+                let want: Vec<Launches> = evaluations.iter().map(|&evaluations| [0, evaluations]).collect();
+                assert_eq!(per_step(later), want, "{what}");
+            }
+        }
+    }
+}
