@@ -58,6 +58,7 @@ impl Pipeline {
     pub fn load(source: ModelSource, device: Device, dtype: DType) -> Result<Pipeline> {
         let files = ModelFiles::open(&source)?;
         let scheduler = files.scheduler_config()?.for_latents();
+        files.family().check_scheduler(&files, &scheduler)?;
         let family = (files.family().load)(&files, &device, dtype)?;
         let warnings = match device {
             Device::Meta(_) => Vec::new(),

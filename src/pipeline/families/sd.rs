@@ -21,6 +21,7 @@ pub static SD: FamilySpec = FamilySpec {
         Part::network("vae", "AutoencoderKL"),
     ],
     defaults: Defaults::LATENT,
+    flow_matching: false,
     load: |files, device, dtype| Ok(Box::new(StableDiffusion::load(files, device, dtype)?)),
 };
 

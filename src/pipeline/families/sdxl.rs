@@ -24,6 +24,7 @@ pub static SDXL: FamilySpec = FamilySpec {
         Part::network("vae", "AutoencoderKL"),
     ],
     defaults: Defaults { relay_growth: 1.0, published: PublishedSchedule::SDXL, ..Defaults::LATENT },
+    flow_matching: false,
     load: |files, device, dtype| Ok(Box::new(StableDiffusionXl::load(files, device, dtype)?)),
 };
 
