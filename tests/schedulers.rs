@@ -35,7 +35,12 @@ fn config(json: &serde_json::Value) -> SchedulerConfig {
     SchedulerConfig::from_json("scheduler_config.json", &json.to_string()).unwrap()
 }
 
-/// SD 1.5's and 2.1's.
+/// SD3's.
+fn sd3() -> serde_json::Value {
+    serde_json::json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
+}
+
+/// SD 1.5's and 2.1's, or for a sampler of flows SD3's.
 fn sd() -> serde_json::Value {
     serde_json::json!({
         "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -45,7 +50,8 @@ fn sd() -> serde_json::Value {
 }
 
 fn scheduler(sampler: Sampler, steps: usize) -> Scheduler {
-    Scheduler::new(&config(&sd()), sampler, steps, 0.0).unwrap()
+    let json = if sampler == Sampler::FlowEuler { sd3() } else { sd() };
+    Scheduler::new(&config(&json), sampler, steps, 0.0).unwrap()
 }
 
 /// torch.quantile of |x0| by its definition, then the bound: diffusers' `_threshold_sample`.
@@ -132,7 +138,7 @@ fn every_step_is_the_published_one() {
         for (got, want) in evaluations.iter().zip(&timesteps) {
             // Fractional ones are found in f32 tables of log(sigma), a few thousandths apart at most; where the class then
             // cuts them to integers, 998.9999 becomes 998.
-            let cut = name.ends_with("-exponential") && !name.starts_with("euler");
+            let cut = name.ends_with("-exponential") && !name.starts_with("euler") && !name.starts_with("flow");
             let tolerance = if cut {
                 1.0
             } else if want.fract() == 0.0 {
@@ -153,7 +159,7 @@ fn every_step_is_the_published_one() {
         let size = outputs.len() / evaluations.len();
         assert_eq!(shape[1..].iter().product::<usize>() * shape[0], outputs.len());
         let tolerance = match sampler {
-            Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc => 1e-5,
+            Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc | Sampler::Deis => 1e-5,
             Sampler::Pndm | Sampler::Heun => 4e-6,
             _ => 1e-6,
         };
@@ -190,7 +196,7 @@ fn every_step_is_the_published_one() {
         }
         compared += 1;
     }
-    assert!(compared >= 100, "only {compared} cases");
+    assert!(compared >= 140, "only {compared} cases");
 }
 
 /// A stage begins with an empty history: its first evaluation reads none, and the later ones no more than it has kept.
@@ -229,7 +235,8 @@ fn heun_and_pndm_count_their_second_evaluations_once() {
 /// Rescaled sigmas are those of the rescheduled table, for every sampler that has a list of them.
 #[test]
 fn rescheduling_multiplies_the_listed_sigmas() {
-    for sampler in Sampler::ALL.into_iter().filter(|sampler| sampler.has_sigmas()) {
+    let of_betas = Sampler::ALL.into_iter().filter(|&sampler| sampler != Sampler::FlowEuler);
+    for sampler in of_betas.filter(|sampler| sampler.has_sigmas()) {
         for spacing in SigmaSpacing::ALL {
             let base = Scheduler::new(&config(&sd()).with_sigmas(Some(spacing)), sampler, 12, 0.0).unwrap();
             assert_eq!(base.sigma_spacing(), spacing);
@@ -244,6 +251,35 @@ fn rescheduling_multiplies_the_listed_sigmas() {
     let asked = config(&sd()).with_sigmas(Some(SigmaSpacing::Karras));
     let error = Scheduler::new(&asked, Sampler::Ddim, 10, 0.0).unwrap_err();
     assert!(matches!(error, Error::Request { flag: "--sigmas", .. }), "{error}");
+}
+
+/// SD3's levels with 28 steps, and the same for pictures of four times the area: noise over signal is doubled, as by twice
+/// the shift, and the network is told so.
+#[test]
+fn flows_are_rescheduled_by_their_shift() {
+    let base = scheduler(Sampler::FlowEuler, 28);
+    let (four, one) = (base.rescheduled(4.0), base.rescheduled(1.0));
+    assert_eq!(base.evaluations(0..28), one.evaluations(0..28));
+    for (step, want) in [(0, 1.0), (1, 0.987381), (2, 0.974108), (19, 0.560625), (20, 0.515072), (27, 0.008929)] {
+        let (signal, noise) = base.noise_level(step);
+        assert!((noise - want).abs() < 1e-6 && (signal + noise - 1.0).abs() < 1e-15, "{step}: {noise} is not {want}");
+        let (signal_of_four, noise_of_four) = four.noise_level(step);
+        assert!((noise_of_four * signal - 2.0 * noise * signal_of_four).abs() < 1e-15, "{step}");
+        for scheduler in [&base, &four] {
+            let (got, want) = (f64::from(scheduler.timesteps()[step]), scheduler.noise_level(step).1 * 1000.0);
+            assert!((got / want - 1.0).abs() < 2e-7, "{step}: {got} is not {want}");
+        }
+    }
+    // abar of a level is what the level makes of signal and noise, before and after.
+    for scheduler in [&base, &four] {
+        let abar = scheduler.alphas_cumprod();
+        assert_eq!((abar.len(), abar[999], scheduler.final_alpha_cumprod()), (1000, 0.0, 1.0));
+    }
+    let half = 1.0 / 1.3f64.hypot(1.0);
+    let level = base.alphas_cumprod().iter().position(|abar| abar.sqrt() <= half).unwrap();
+    let ratio = |abar: f64| ((1.0 - abar) / abar).sqrt();
+    let grown = ratio(four.alphas_cumprod()[level]) / ratio(base.alphas_cumprod()[level]);
+    assert!((grown - 2.0).abs() < 1e-12, "{grown}");
 }
 
 /// A file with Python's -Infinity, as diffusers writes DPM-Solver's.
@@ -357,6 +393,8 @@ fn classes_choose_their_sampler() {
         ("DDIMScheduler", Sampler::Ddim),
         ("DPMSolverMultistepScheduler", Sampler::Dpm2M),
         ("UniPCMultistepScheduler", Sampler::UniPc),
+        ("DEISMultistepScheduler", Sampler::Deis),
+        ("FlowMatchEulerDiscreteScheduler", Sampler::FlowEuler),
         ("LCMScheduler", Sampler::Lcm),
         ("HeunDiscreteScheduler", Sampler::Heun),
         ("DDPMScheduler", Sampler::Ddpm),
@@ -368,7 +406,8 @@ fn classes_choose_their_sampler() {
     }
     for (class, sampler) in [
         ("LMSDiscreteScheduler", Sampler::Euler),
-        ("DEISMultistepScheduler", Sampler::Dpm2M),
+        ("DPMSolverSinglestepScheduler", Sampler::Dpm2M),
+        ("FlowMatchHeunDiscreteScheduler", Sampler::FlowEuler),
         ("TCDScheduler", Sampler::Ddim),
     ] {
         let config = config(&serde_json::json!({"_class_name": class}));
@@ -414,7 +453,18 @@ fn bad_configurations_name_the_key() {
     bad(json!({"use_karras_sigmas": true, "use_exponential_sigmas": true}), Sampler::Euler, "use_karras_sigmas");
     bad(json!({"interpolation_type": "cubic"}), Sampler::Euler, "interpolation_type");
     bad(json!({"prediction_type": "sample"}), Sampler::EulerAncestral, "prediction_type");
-    bad(json!({"_class_name": "FlowMatchEulerDiscreteScheduler"}), Sampler::Euler, "FlowMatch");
+    let flow = |more: serde_json::Value| {
+        let mut json = json!({"_class_name": "FlowMatchEulerDiscreteScheduler"});
+        json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json
+    };
+    bad(flow(json!({})), Sampler::Euler, "FlowMatch");
+    bad(json!({}), Sampler::FlowEuler, "flow-euler");
+    bad(flow(json!({"use_dynamic_shifting": true})), Sampler::FlowEuler, "use_dynamic_shifting");
+    bad(flow(json!({"invert_sigmas": true})), Sampler::FlowEuler, "invert_sigmas");
+    bad(flow(json!({"shift": 0.0})), Sampler::FlowEuler, "shift is 0");
+    bad(flow(json!({"shift_terminal": 1.0})), Sampler::FlowEuler, "shift_terminal");
+    bad(json!({"_class_name": "DEISMultistepScheduler", "solver_order": 3}), Sampler::Deis, "solver_order");
     bad(
         json!({"rescale_betas_zero_snr": true, "timestep_spacing": "trailing"}),
         Sampler::Ddim,

@@ -248,9 +248,9 @@ impl MegaFusion {
 }
 
 impl GenerationMethod for MegaFusion {
-    /// DDIM, the paper's, whatever the model's own is.
-    fn sampler(&self, _config: &SchedulerConfig) -> Sampler {
-        Sampler::Ddim
+    /// DDIM, the paper's, whatever the model's own is; of a flow its own.
+    fn sampler(&self, config: &SchedulerConfig) -> Sampler {
+        if config.is_flow_matching() { config.sampler() } else { Sampler::Ddim }
     }
 
     fn default_size(&self, native: Size) -> Size {

@@ -83,6 +83,7 @@ impl Pipeline {
     pub fn load_with(source: ModelSource, options: LoadOptions) -> Result<Pipeline> {
         let files = Arc::new(ModelFiles::open(&source)?);
         let scheduler = files.scheduler_config()?.for_latents();
+        files.family().check_scheduler(&files, &scheduler)?;
         let family = (files.family().open)(&files, &options)?;
         let is_meta = matches!(options.device, Device::Meta(_));
         let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };

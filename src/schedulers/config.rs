@@ -132,6 +132,11 @@ pub struct SchedulerConfig {
     lambda_min_clipped: Option<f64>,
     original_inference_steps: Option<usize>,
     timestep_scaling: Option<f64>,
+    shift: Option<f64>,
+    shift_terminal: Option<f64>,
+    use_dynamic_shifting: Option<bool>,
+    invert_sigmas: Option<bool>,
+    stochastic_sampling: Option<bool>,
 }
 
 mod defaults {
@@ -174,12 +179,6 @@ impl SchedulerConfig {
         let config =
             SchedulerConfig::deserialize(&file).map_err(|error| Error::config(what, unusable(file, &error)))?;
         let config = SchedulerConfig { what: what.into(), ..config };
-        if config.class_name.starts_with("FlowMatch") {
-            return Err(config.error(format!(
-                "{} is a flow-matching scheduler (SD3, Flux), this is for the noise schedules of SD 1.x and 2.x",
-                config.class_name
-            )));
-        }
         if !(2..=MOST_TIMESTEPS).contains(&config.num_train_timesteps) {
             let got = config.num_train_timesteps;
             return Err(config.error(format!("num_train_timesteps is {got}, expected 2 to {MOST_TIMESTEPS}")));
@@ -188,6 +187,7 @@ impl SchedulerConfig {
             ("clip_sample_range", config.clip_sample_range),
             ("sample_max_value", config.sample_max_value),
             ("timestep_scaling", config.timestep_scaling),
+            ("shift", config.shift),
         ] {
             if let Some(value) = value.filter(|value| !(*value > 0.0 && value.is_finite())) {
                 return Err(config.error(format!("{key} is {value}, expected a positive number")));
@@ -195,6 +195,9 @@ impl SchedulerConfig {
         }
         if let Some(ratio) = config.dynamic_thresholding_ratio.filter(|ratio| !(0.0..=1.0).contains(ratio)) {
             return Err(config.error(format!("dynamic_thresholding_ratio is {ratio}, expected 0 to 1")));
+        }
+        if let Some(terminal) = config.shift_terminal.filter(|terminal| !(0.0..1.0).contains(terminal)) {
+            return Err(config.error(format!("shift_terminal is {terminal}, expected 0 (none) to below 1")));
         }
         for (key, value) in [
             ("steps_offset", config.steps_offset),
@@ -249,6 +252,9 @@ impl SchedulerConfig {
             "LCMScheduler" => (Sampler::Lcm, true),
             "PNDMScheduler" => (Sampler::Pndm, true),
             "UniPCMultistepScheduler" => (Sampler::UniPc, true),
+            "DEISMultistepScheduler" => (Sampler::Deis, true),
+            "FlowMatchEulerDiscreteScheduler" => (Sampler::FlowEuler, true),
+            _ if self.is_flow_matching() => (Sampler::FlowEuler, false),
             "DPMSolverMultistepScheduler" => match self.algorithm_type.as_deref() {
                 None | Some("dpmsolver++" | "deis") => (Sampler::Dpm2M, true),
                 Some("sde-dpmsolver++") => (Sampler::Dpm2MSde, true),
@@ -256,7 +262,7 @@ impl SchedulerConfig {
                 Some(_) => (Sampler::Dpm2M, false),
             },
             "DPMSolverSDEScheduler" => (Sampler::Dpm2MSde, false),
-            "DPMSolverSinglestepScheduler" | "DEISMultistepScheduler" => (Sampler::Dpm2M, false),
+            "DPMSolverSinglestepScheduler" => (Sampler::Dpm2M, false),
             "LMSDiscreteScheduler" | "KDPM2DiscreteScheduler" => (Sampler::Euler, false),
             "KDPM2AncestralDiscreteScheduler" => (Sampler::EulerAncestral, false),
             _ => (Sampler::Ddim, false),
@@ -267,6 +273,11 @@ impl SchedulerConfig {
     /// and `clip_sample`, which is for pictures and would cut latents at 1, is off.
     pub fn for_latents(self) -> SchedulerConfig {
         SchedulerConfig { steps_offset: 1, clip_sample: Some(false), ..self }
+    }
+
+    /// Is it of a model trained by flow matching, which has no betas?
+    pub fn is_flow_matching(&self) -> bool {
+        self.class_name.starts_with("FlowMatch")
     }
 
     /// Is it the configuration that models distilled to a few steps come with: Euler-ancestral, trailing timesteps?
@@ -301,9 +312,9 @@ impl SchedulerConfig {
         self.beta_schedule.as_deref().unwrap_or(default)
     }
 
-    /// The classes of Heun and PNDM do not have the key.
+    /// The classes of Heun, PNDM and DEIS do not have the key.
     pub(super) fn rescales_to_zero_snr(&self, sampler: Sampler) -> bool {
-        self.rescale_betas_zero_snr && !matches!(sampler, Sampler::Heun | Sampler::Pndm)
+        self.rescale_betas_zero_snr && !matches!(sampler, Sampler::Heun | Sampler::Pndm | Sampler::Deis)
     }
 
     pub(super) fn spacing(&self, sampler: Sampler) -> Spacing {
@@ -357,8 +368,8 @@ impl SchedulerConfig {
 
     /// Dynamic thresholding, for the samplers whose class has it.
     pub(super) fn thresholding(&self, sampler: Sampler) -> Option<Thresholding> {
-        use Sampler::{Ddim, Ddpm, Dpm2M, Dpm2MSde, Lcm, UniPc};
-        let thresholds = matches!(sampler, Ddim | Ddpm | Lcm | Dpm2M | Dpm2MSde | UniPc);
+        use Sampler::{Ddim, Ddpm, Deis, Dpm2M, Dpm2MSde, Lcm, UniPc};
+        let thresholds = matches!(sampler, Ddim | Ddpm | Lcm | Dpm2M | Dpm2MSde | UniPc | Deis);
         (thresholds && self.thresholding == Some(true)).then(|| Thresholding {
             ratio: self.dynamic_thresholding_ratio.unwrap_or(0.995) as f32,
             max: self.sample_max_value.unwrap_or(1.0) as f32,
@@ -403,6 +414,20 @@ impl SchedulerConfig {
         self.timestep_scaling.unwrap_or(10.0)
     }
 
+    /// How many times a flow's noise over signal is larger than that of the timestep.
+    pub(super) fn shift(&self) -> f64 {
+        self.shift.unwrap_or(1.0)
+    }
+
+    /// The level before a flow's last step; `None`: as it comes.
+    pub(super) fn shift_terminal(&self) -> Option<f64> {
+        self.shift_terminal.filter(|&terminal| terminal != 0.0)
+    }
+
+    pub(super) fn stochastic_sampling(&self) -> bool {
+        self.stochastic_sampling == Some(true)
+    }
+
     /// Is there a key that would change the sampler's numbers and is not supported?
     pub(super) fn check_for(&self, sampler: Sampler) -> Result<()> {
         let unsupported = |key: &str, value: &str, instead: &str| {
@@ -414,7 +439,28 @@ impl SchedulerConfig {
             }
             _ => Ok(()),
         };
+        if self.is_flow_matching() != (sampler == Sampler::FlowEuler) {
+            let (class, of) = (&self.class_name, "a model trained by flow matching (SD3, Flux)");
+            return Err(self.error(match self.is_flow_matching() {
+                true => format!("{class} is of {of}, which {sampler} does not sample; use flow-euler"),
+                false => format!("flow-euler samples {of}; this one has a table of betas, use ddim or euler"),
+            }));
+        }
         match sampler {
+            Sampler::FlowEuler => {
+                for (key, value) in
+                    [("use_dynamic_shifting", self.use_dynamic_shifting), ("invert_sigmas", self.invert_sigmas)]
+                {
+                    if value == Some(true) {
+                        return unsupported(key, "true", "set it to false");
+                    }
+                }
+                Ok(())
+            }
+            Sampler::Deis if self.solver_order.is_some_and(|order| !(1..=2).contains(&order)) => {
+                unsupported("solver_order", &self.solver_order.unwrap_or(2).to_string(), "use 2 or 1")
+            }
+            Sampler::Deis => Ok(()),
             Sampler::Ddpm => match self.variance_type.as_deref() {
                 None | Some("fixed_small" | "fixed_small_log" | "fixed_large") => Ok(()),
                 Some(other) => unsupported("variance_type", other, "use --scheduler ddim"),

@@ -1,7 +1,7 @@
 //! Which timesteps and noise levels a run visits.
 
 use super::config::SchedulerConfig;
-use super::schedule::NoiseSchedule;
+use super::schedule::{NoiseSchedule, Noising, shifted};
 use super::{Sampler, SigmaSpacing, Spacing};
 use crate::error::{Error, Result};
 
@@ -27,6 +27,9 @@ impl Levels {
         if !(1..=n).contains(&steps) {
             return refuse(n, "the number of timesteps that the model was trained with");
         }
+        if sampler == Sampler::FlowEuler {
+            return flow(config, steps);
+        }
         let spacing = config.spacing(sampler);
         let mut timesteps = match sampler {
             Sampler::Lcm => {
@@ -36,7 +39,7 @@ impl Levels {
                 }
                 distilled(n, steps, original)
             }
-            Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc => {
+            _ if sampler.multistep() => {
                 let clipped = schedule.abar.iter().rev();
                 let lambda_min = config.lambda_min_clipped(sampler);
                 let clipped = clipped.take_while(|&&a| 0.5 * (a / (1.0 - a)).ln() < lambda_min).count();
@@ -45,7 +48,7 @@ impl Levels {
                 }
                 with_one_more(n, n - clipped, steps, spacing, config.steps_offset)
             }
-            _ => timesteps(n, steps, spacing, config.steps_offset, sampler.exploding()),
+            _ => timesteps(n, steps, spacing, config.steps_offset, Noising::of(sampler) == Noising::Exploding),
         };
         let sigma = |t: &f32| schedule.sigma(f64::from(*t));
         let mut sigmas: Vec<f64> = timesteps.iter().map(sigma).collect();
@@ -55,10 +58,12 @@ impl Levels {
         }
         let ends_at_smallest = config.ends_at_smallest_sigma()
             && matches!(sampler, Sampler::Euler | Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc);
+        // DEIS' integral of log(rho) ends above 0.
+        let ends_at_smallest = ends_at_smallest || sampler == Sampler::Deis;
         let mut last = if ends_at_smallest { schedule.at(0) } else { 0.0 };
-        let (mut largest, mut smallest) = match sampler.exploding() {
-            true => (sigmas[0], sigmas[steps - 1]),
-            false => (schedule.at(n - 1), schedule.at(0)),
+        let (mut largest, mut smallest) = match Noising::of(sampler) {
+            Noising::Exploding => (sigmas[0], sigmas[steps - 1]),
+            Noising::Preserving | Noising::Flow => (schedule.at(n - 1), schedule.at(0)),
         };
         if config.log_linear(sampler) {
             // One level more than steps, so the run ends at the smallest sigma.
@@ -69,10 +74,7 @@ impl Levels {
         }
         let chosen = config.sigma_spacing(sampler)?;
         if chosen != SigmaSpacing::Uniform {
-            sigmas = match chosen {
-                SigmaSpacing::Karras => karras(largest, smallest, steps),
-                _ => exponential(largest, smallest, steps),
-            };
+            sigmas = spaced(chosen, largest, smallest, steps);
             if config.log_linear(sampler) {
                 last = if ends_at_smallest { schedule.at(0) } else { 0.0 };
             }
@@ -80,16 +82,18 @@ impl Levels {
             timesteps = sigmas
                 .iter()
                 .map(|&sigma| schedule.timestep(sigma))
-                .map(|t| match (sampler, chosen) {
-                    (Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc, SigmaSpacing::Karras) => t.round_ties_even(),
-                    (Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc, _) => t.trunc(),
-                    _ => t,
+                .map(|t| match chosen {
+                    _ if !sampler.multistep() => t,
+                    SigmaSpacing::Karras => t.round_ties_even(),
+                    _ => t.trunc(),
                 } as f32)
                 .collect();
         }
         sigmas.push(last);
+        // DEIS' class ends a run of spaced sigmas with a step that changes nothing.
+        let listed = if sampler == Sampler::Deis { &sigmas[..steps] } else { &sigmas[..] };
         if sampler.multistep()
-            && let Some(i) = sigmas.windows(2).position(|pair| pair[0] <= pair[1])
+            && let Some(i) = listed.windows(2).position(|pair| pair[0] <= pair[1])
         {
             return Err(config.error(format!(
                 "steps {} and {} of {steps} have the same noise level, {}, on which {sampler} cannot step; use fewer --steps, or final_sigmas_type zero",
@@ -99,6 +103,37 @@ impl Levels {
             )));
         }
         Ok(Levels { timesteps, sigmas })
+    }
+}
+
+/// The levels of a rectified flow, sigma from 1 to the smallest trained one. The shift is there twice, as in the published
+/// class: the smallest level is a shifted one, and the levels between are shifted anew.
+fn flow(config: &SchedulerConfig, steps: usize) -> Result<Levels> {
+    let (n, shift) = (config.num_train_timesteps, config.shift());
+    let smallest = f64::from(shifted(1.0 / n as f64, shift) as f32);
+    let mut sigmas: Vec<f64> = (0..steps).map(|i| shifted(1.0 + ramp(i, steps) * (smallest - 1.0), shift)).collect();
+    if let Some(terminal) = config.shift_terminal() {
+        let stretch = (1.0 - terminal) / (1.0 - sigmas[steps - 1]);
+        sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - (1.0 - *sigma) * stretch);
+    }
+    let chosen = config.sigma_spacing(Sampler::FlowEuler)?;
+    if chosen != SigmaSpacing::Uniform {
+        sigmas = spaced(chosen, sigmas[0], sigmas[steps - 1], steps);
+    }
+    let timesteps = flow_timesteps(&sigmas, n);
+    sigmas.push(0.0);
+    Ok(Levels { timesteps, sigmas })
+}
+
+/// A flow's network is told sigma itself, times the number of training timesteps.
+pub(super) fn flow_timesteps(sigmas: &[f64], n: usize) -> Vec<f32> {
+    sigmas.iter().map(|&sigma| sigma as f32 * n as f32).collect()
+}
+
+fn spaced(spacing: SigmaSpacing, largest: f64, smallest: f64, steps: usize) -> Vec<f64> {
+    match spacing {
+        SigmaSpacing::Karras => karras(largest, smallest, steps),
+        SigmaSpacing::Exponential | SigmaSpacing::Uniform => exponential(largest, smallest, steps),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::ops::{StepCoefficients, Thresholding};
 use config::Solver;
 use levels::Levels;
-use schedule::NoiseSchedule;
+use schedule::{NoiseSchedule, Noising};
 
 /// How one step goes from a noise level to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,10 +40,14 @@ pub enum Sampler {
     Heun,
     /// Pseudo linear multistep of order 4. Liu et al. 2022, arXiv:2202.09778; its first step has two evaluations.
     Pndm,
+    /// DEIS of order 2, multistep, in log(rho). Zhang & Chen 2022, arXiv:2204.13902.
+    Deis,
+    /// Euler's steps of a rectified flow, for models trained by flow matching. Esser et al. 2024, arXiv:2403.03206.
+    FlowEuler,
 }
 
 impl Sampler {
-    pub const ALL: [Sampler; 10] = [
+    pub const ALL: [Sampler; 12] = [
         Sampler::Ddim,
         Sampler::Ddpm,
         Sampler::Euler,
@@ -54,6 +58,8 @@ impl Sampler {
         Sampler::Lcm,
         Sampler::Heun,
         Sampler::Pndm,
+        Sampler::Deis,
+        Sampler::FlowEuler,
     ];
 
     pub fn name(self) -> &'static str {
@@ -68,6 +74,8 @@ impl Sampler {
             Sampler::Lcm => "lcm",
             Sampler::Heun => "heun",
             Sampler::Pndm => "pndm",
+            Sampler::Deis => "deis",
+            Sampler::FlowEuler => "flow-euler",
         }
     }
 
@@ -85,22 +93,20 @@ impl Sampler {
             Sampler::Lcm => "LCM",
             Sampler::Heun => "Heun",
             Sampler::Pndm => "PLMS",
+            Sampler::Deis => "DEIS",
+            // There the kind of model decides.
+            Sampler::FlowEuler => "Euler",
         }
-    }
-
-    /// Are latents `x0 + sigma noise` (variance exploding) rather than `sqrt(abar) x0 + sqrt(1 - abar) noise`?
-    fn exploding(self) -> bool {
-        matches!(self, Sampler::Euler | Sampler::EulerAncestral | Sampler::Heun)
     }
 
     /// Does it run on a list of sigmas, which can be spaced otherwise than the timesteps, rather than on the table?
     pub fn has_sigmas(self) -> bool {
-        self.exploding() || self.multistep()
+        Noising::of(self) != Noising::Preserving || self.multistep()
     }
 
-    /// Does it use earlier clean samples, weighed by the steps' sizes?
+    /// Does it use earlier clean samples (DEIS: their noise), weighed by the steps' sizes?
     fn multistep(self) -> bool {
-        matches!(self, Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc)
+        matches!(self, Sampler::Dpm2M | Sampler::Dpm2MSde | Sampler::UniPc | Sampler::Deis)
     }
 }
 
@@ -139,6 +145,8 @@ pub struct Scheduler {
     solver: Solver,
     /// LCM's: how fast the boundary condition's share of the clean sample goes to 1.
     timestep_scaling: f64,
+    /// Does a flow's step take fresh noise?
+    stochastic_flow: bool,
 }
 
 /// One evaluation of the network, and what it does to the sample. Most samplers have one per step; a Heun step has two,
@@ -187,13 +195,14 @@ impl Scheduler {
             fixed_large_variance: config.fixed_large_variance(),
             solver: config.solver(),
             timestep_scaling: config.timestep_scaling(),
+            stochastic_flow: config.stochastic_sampling(),
         };
         scheduler.check(config)?;
         Ok(scheduler)
     }
 
     fn check(&self, config: &SchedulerConfig) -> Result<()> {
-        if self.sampler.exploding() {
+        if self.noising() != Noising::Preserving {
             return Ok(()); // sigmas continue beyond the table's ends
         }
         let first = self.timesteps()[0] as usize;
@@ -240,16 +249,22 @@ impl Scheduler {
     }
 
     /// The same timesteps on the schedule for pictures of `gamma` times the area (MegaFusion, arXiv:2408.11001, sec.
-    /// 3.3); every sigma grows by sqrt(gamma). `gamma` 1 changes nothing.
+    /// 3.3); every sigma grows by sqrt(gamma), in a flow noise over signal, and with it what the network is told. `gamma` 1
+    /// changes nothing.
     pub fn rescheduled(&self, gamma: f64) -> Scheduler {
-        let sigmas = self.levels.sigmas.iter().map(|sigma| sigma * gamma.sqrt()).collect();
-        let levels = Levels { timesteps: self.levels.timesteps.clone(), sigmas };
+        let sigmas: Vec<f64> =
+            self.levels.sigmas.iter().map(|&sigma| self.noising().rescheduled(sigma, gamma)).collect();
+        let timesteps = match self.noising() {
+            Noising::Flow => levels::flow_timesteps(&sigmas[..self.levels.timesteps.len()], self.schedule.abar.len()),
+            Noising::Preserving | Noising::Exploding => self.levels.timesteps.clone(),
+        };
+        let levels = Levels { timesteps, sigmas };
         Scheduler { schedule: self.schedule.rescheduled(gamma), levels, ..self.clone() }
     }
 
     /// Standard deviation of the noise that a run starts from.
     pub fn init_noise_sigma(&self) -> f64 {
-        if !self.sampler.exploding() {
+        if self.noising() != Noising::Exploding {
             return 1.0;
         }
         let largest = self.levels.sigmas.iter().copied().fold(0.0, f64::max);
@@ -261,14 +276,15 @@ impl Scheduler {
 
     /// What a clean sample and noise are multiplied by to stand where step `i` begins: (signal, noise).
     pub fn noise_level(&self, i: usize) -> (f64, f64) {
-        if self.sampler.exploding() {
-            return (1.0, self.levels.sigmas[i]);
-        }
         if self.sampler.has_sigmas() {
-            return samplers::preserving(self.levels.sigmas[i]);
+            return self.noising().level(self.levels.sigmas[i]);
         }
         let abar = self.abar(i);
         (abar.sqrt(), (1.0 - abar).sqrt())
+    }
+
+    fn noising(&self) -> Noising {
+        Noising::of(self.sampler)
     }
 
     /// The evaluations of `steps` of the run, from 0, in order. The first of them knows no earlier ones: a stage that

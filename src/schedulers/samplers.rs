@@ -1,14 +1,9 @@
 //! The steps of every sampler, in the notation of their papers: abar_t, sigma = sqrt((1 - abar) / abar), and for those
 //! of variance-preserving latents x = signal x0 + noise_level n with signal = sqrt(abar).
 
+use super::schedule::{Noising, noise_preserving, x0_preserving};
 use super::{Evaluation, Prediction, Sampler, Scheduler};
 use crate::ops::{HISTORY, Kept, StepCoefficients};
-
-/// (signal, noise level) with signal^2 + noise^2 = 1, of their ratio.
-pub(super) fn preserving(sigma: f64) -> (f64, f64) {
-    let signal = 1.0 / sigma.hypot(1.0);
-    (signal, sigma * signal)
-}
 
 /// [`StepCoefficients`] before they are rounded to f32.
 #[derive(Clone, Copy, Default)]
@@ -65,12 +60,17 @@ impl Scheduler {
             Sampler::UniPc => (vec![self.unipc(i, done)], false),
             Sampler::Lcm => (vec![self.lcm(i)], !last),
             Sampler::Pndm => (self.pndm(i, done), false),
+            Sampler::Deis => (vec![self.deis(i, done)], false),
+            Sampler::FlowEuler => (vec![self.flow_euler(i)], self.stochastic_flow),
         };
         let count = affines.len();
         let evaluation = |(k, affine): (usize, Affine)| {
             // A second evaluation is made where the step ends.
             let level = i + k;
-            let input_scale = if self.sampler.exploding() { 1.0 / self.sigma(level).hypot(1.0) } else { 1.0 };
+            let input_scale = match self.noising() {
+                Noising::Exploding => 1.0 / self.sigma(level).hypot(1.0),
+                Noising::Preserving | Noising::Flow => 1.0,
+            };
             Evaluation {
                 step: i,
                 ends_step: k + 1 == count,
@@ -87,6 +87,10 @@ impl Scheduler {
         self.schedule.abar[self.timesteps()[i] as usize]
     }
 
+    fn level(&self, sigma: f64) -> (f64, f64) {
+        self.noising().level(sigma)
+    }
+
     /// Where step `i` begins; of the number of steps: where the last ends.
     fn sigma(&self, i: usize) -> f64 {
         self.levels.sigmas[i]
@@ -97,22 +101,14 @@ impl Scheduler {
         t.checked_sub(self.stride).map_or(self.schedule.final_abar, |s| self.schedule.abar[s])
     }
 
-    /// x0 as `(of x, of e)` where x = signal x0 + sigma noise, signal^2 + sigma^2 = 1.
-    fn x0_preserving(&self, (signal, sigma): (f64, f64)) -> (f64, f64) {
-        match self.prediction {
-            Prediction::Epsilon => (1.0 / signal, -sigma / signal),
-            Prediction::Velocity => (signal, -sigma),
-            Prediction::Sample => (0.0, 1.0),
-        }
+    /// x0 as `(of x, of e)` where step `i` begins, for the samplers with a list of sigmas.
+    fn x0(&self, i: usize) -> (f64, f64) {
+        self.noising().x0(self.sigma(i), self.prediction)
     }
 
-    /// x0 as `(of x, of e)` where x = x0 + sigma noise.
-    fn x0_exploding(&self, sigma: f64) -> (f64, f64) {
-        match self.prediction {
-            Prediction::Epsilon => (1.0, -sigma),
-            Prediction::Velocity => (1.0 / (sigma * sigma + 1.0), -sigma / sigma.hypot(1.0)),
-            Prediction::Sample => (0.0, 1.0),
-        }
+    /// x0 as `(of x, of e)` at a timestep of this abar.
+    fn x0_at(&self, abar: f64) -> (f64, f64) {
+        x0_preserving((abar.sqrt(), (1.0 - abar).sqrt()), self.prediction)
     }
 
     /// s = t - stride; std = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s);
@@ -126,12 +122,8 @@ impl Scheduler {
         let std = self.eta * variance.max(0.0).sqrt();
         let direction = (1.0 - previous - std * std).max(0.0).sqrt();
         let (signal, sigma) = (abar.sqrt(), (1.0 - abar).sqrt());
-        let (eps_from_x, eps_from_e) = match self.prediction {
-            Prediction::Epsilon => (0.0, 1.0),
-            Prediction::Velocity => (sigma, signal),
-            Prediction::Sample => (1.0 / sigma, -signal / sigma),
-        };
-        let (x0_from_x, x0_from_e) = self.x0_preserving((signal, sigma));
+        let (eps_from_x, eps_from_e) = noise_preserving((signal, sigma), self.prediction);
+        let (x0_from_x, x0_from_e) = self.x0_at(abar);
         Affine {
             x0_from_x,
             x0_from_e,
@@ -153,7 +145,7 @@ impl Scheduler {
             true => beta,
             false => ((1.0 - previous) / (1.0 - abar) * beta).max(1e-20),
         };
-        let (x0_from_x, x0_from_e) = self.x0_preserving((abar.sqrt(), (1.0 - abar).sqrt()));
+        let (x0_from_x, x0_from_e) = self.x0_at(abar);
         Affine {
             x0_from_x,
             x0_from_e,
@@ -168,7 +160,7 @@ impl Scheduler {
     fn euler(&self, i: usize, up: f64) -> Affine {
         let (from, to) = (self.sigma(i), self.sigma(i + 1));
         let down = (to * to - up * up).max(0.0).sqrt();
-        let (x0_from_x, x0_from_e) = self.x0_exploding(from);
+        let (x0_from_x, x0_from_e) = self.x0(i);
         let keep = down / from;
         Affine {
             x0_from_x,
@@ -190,7 +182,7 @@ impl Scheduler {
         }
         let half = (to - from) / 2.0;
         let kept = Some([1.0 + half / from, 0.0, -half / from]);
-        let (x0_from_x, x0_from_e) = self.x0_exploding(to);
+        let (x0_from_x, x0_from_e) = self.x0(i + 1);
         let second = Affine {
             x0_from_x,
             x0_from_e,
@@ -209,9 +201,9 @@ impl Scheduler {
     fn dpm_solver(&self, i: usize, done: usize, stochastic: bool) -> Affine {
         let steps = self.timesteps().len();
         let (from, to) = (self.sigma(i), self.sigma(i + 1));
-        let ((_, noise_s), (signal_t, noise_t)) = (preserving(from), preserving(to));
+        let ((_, noise_s), (signal_t, noise_t)) = (self.level(from), self.level(to));
         let decay = to / from; // e^-h
-        let (x0_from_x, x0_from_e) = self.x0_preserving(preserving(from));
+        let (x0_from_x, x0_from_e) = self.x0(i);
         let short = self.solver.lower_order_final && steps < 15;
         let lower = i + 1 == steps && (self.solver.euler_at_final || short || to == 0.0);
         let second_order = self.solver.order > 1 && done > 0 && !lower;
@@ -237,6 +229,59 @@ impl Scheduler {
         }
     }
 
+    /// Adams-Bashforth in rho = noise / signal along the noise eps, of order 2 with eps between its last two values taken
+    /// linearly in log(rho): x_t = alpha_t (x / alpha_s + w0 eps_0 + w1 eps_1). Zhang & Chen 2022, arXiv:2204.13902, eqs.
+    /// (14), (15), in their rho of sec. 3.3.
+    fn deis(&self, i: usize, done: usize) -> Affine {
+        let steps = self.timesteps().len();
+        let (from, to) = (self.sigma(i), self.sigma(i + 1));
+        let ((signal_s, noise_s), (signal_t, _)) = (self.level(from), self.level(to));
+        let lower = i + 1 == steps && self.solver.lower_order_final && steps < 15;
+        let [now, before] = match self.solver.order > 1 && done > 0 && !lower {
+            false => [to - from, 0.0],
+            true => {
+                let earlier = self.sigma(i - 1);
+                // The integral of (log rho - log b) / (log a - log b) from `from` to `to`.
+                let weight = |a: f64, b: f64| {
+                    let integral = |rho: f64| rho * (rho.ln() - b.ln() - 1.0) / (a / b).ln();
+                    integral(to) - integral(from)
+                };
+                [weight(from, earlier), weight(earlier, from)]
+            }
+        };
+        let (x0_from_x, x0_from_e) = self.x0(i);
+        // eps as (of x, of e, of x0), which thresholding changes with x0.
+        let eps = match self.thresholding {
+            Some(_) => [1.0 / noise_s, 0.0, -signal_s / noise_s],
+            None => {
+                let (of_x, of_e) = noise_preserving((signal_s, noise_s), self.prediction);
+                [of_x, of_e, 0.0]
+            }
+        };
+        let [of_x, of_e, of_x0] = eps.map(|weight| signal_t * now * weight);
+        Affine {
+            x0_from_x,
+            x0_from_e,
+            next_from_x: signal_t / signal_s + of_x,
+            next_from_e: of_e,
+            next_from_x0: of_x0,
+            next_from_history: [signal_t * before, 0.0, 0.0],
+            kept: Some(eps),
+            ..Affine::default()
+        }
+    }
+
+    /// dx/dsigma = e: x + (sigma' - sigma) e. Stochastic: the clean sample with fresh noise, (1 - sigma') x0 + sigma' noise.
+    fn flow_euler(&self, i: usize) -> Affine {
+        let (from, to) = (self.sigma(i), self.sigma(i + 1));
+        let (x0_from_x, x0_from_e) = self.x0(i);
+        let step = Affine { x0_from_x, x0_from_e, ..Affine::default() };
+        match self.stochastic_flow {
+            false => Affine { next_from_x: 1.0, next_from_e: to - from, ..step },
+            true => Affine { next_from_x0: 1.0 - to, next_from_noise: to, ..step },
+        }
+    }
+
     /// The order of UniPC's step `i`.
     fn unipc_order(&self, i: usize, done: usize) -> usize {
         let left = self.timesteps().len() - i;
@@ -254,7 +299,7 @@ impl Scheduler {
         if done > 0 && !self.solver.disable_corrector.contains(&(i - 1)) {
             let h = (sigma(i - 1) / sigma(i)).ln();
             let b = (-h).exp_m1();
-            let gain = -preserving(sigma(i)).0 * b;
+            let gain = -self.level(sigma(i)).0 * b;
             if self.unipc_order(i - 1, done - 1) == 1 {
                 (c0, c1) = (0.5 * gain, -0.5 * gain);
             } else {
@@ -270,14 +315,14 @@ impl Scheduler {
             }
         }
         let (from, to) = (sigma(i), sigma(i + 1));
-        let ((_, noise_s), (signal_t, noise_t)) = (preserving(from), preserving(to));
+        let ((_, noise_s), (signal_t, noise_t)) = (self.level(from), self.level(to));
         let (keep, gain) = (noise_t / noise_s, signal_t * (1.0 - to / from));
         let before = match self.unipc_order(i, done) {
             1 => 0.0,
             // 1 / 2 of (m1 - m0) / r, r < 0
             _ => 0.5 / (-(sigma(i - 1) / from).ln() / (from / to).ln()),
         };
-        let (x0_from_x, x0_from_e) = self.x0_preserving(preserving(from));
+        let (x0_from_x, x0_from_e) = self.x0(i);
         Affine {
             x0_from_x,
             x0_from_e,
@@ -299,7 +344,7 @@ impl Scheduler {
             true => (self.abar(i + 1).sqrt(), (1.0 - self.abar(i + 1)).sqrt()),
             false => (1.0, 0.0),
         };
-        let (x0_from_x, x0_from_e) = self.x0_preserving((abar.sqrt(), (1.0 - abar).sqrt()));
+        let (x0_from_x, x0_from_e) = self.x0_at(abar);
         Affine {
             x0_from_x,
             x0_from_e,
@@ -325,7 +370,7 @@ impl Scheduler {
     fn pndm(&self, i: usize, done: usize) -> Vec<Affine> {
         let at = |t: usize| {
             let abar = self.schedule.abar[t.min(self.schedule.abar.len() - 1)];
-            let (x0_from_x, x0_from_e) = self.x0_preserving((abar.sqrt(), (1.0 - abar).sqrt()));
+            let (x0_from_x, x0_from_e) = self.x0_at(abar);
             (abar, Affine { x0_from_x, x0_from_e, ..Affine::default() })
         };
         let t = self.timesteps()[i] as usize;

@@ -1,7 +1,86 @@
-//! alphas_cumprod (abar) of a configuration, and its re-scheduling for larger pictures.
+//! What a sample is at a noise level, alphas_cumprod (abar) of a configuration, and its re-scheduling for larger pictures.
 
-use super::{Sampler, SchedulerConfig};
+use super::{Prediction, Sampler, SchedulerConfig};
 use crate::error::Result;
+
+/// How a clean sample and noise make up a sample, `x = signal x0 + noise n`, at a level sigma of a sampler's list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Noising {
+    /// Variance preserving: signal^2 + noise^2 = 1, sigma = noise / signal. Song et al. 2020, arXiv:2011.13456, sec. 3.4.
+    Preserving,
+    /// Variance exploding: signal 1, noise sigma. Karras et al. 2022, arXiv:2206.00364.
+    Exploding,
+    /// Rectified flow: signal 1 - sigma, noise sigma. Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024,
+    /// arXiv:2403.03206, sec. 3.1.
+    Flow,
+}
+
+impl Noising {
+    pub fn of(sampler: Sampler) -> Noising {
+        match sampler {
+            Sampler::Euler | Sampler::EulerAncestral | Sampler::Heun => Noising::Exploding,
+            Sampler::FlowEuler => Noising::Flow,
+            _ => Noising::Preserving,
+        }
+    }
+
+    /// (signal, noise)
+    pub fn level(self, sigma: f64) -> (f64, f64) {
+        match self {
+            Noising::Preserving => {
+                let signal = 1.0 / sigma.hypot(1.0);
+                (signal, sigma * signal)
+            }
+            Noising::Exploding => (1.0, sigma),
+            Noising::Flow => (1.0 - sigma, sigma),
+        }
+    }
+
+    /// The clean sample as `(of x, of e)`, e being the network's output.
+    pub fn x0(self, sigma: f64, prediction: Prediction) -> (f64, f64) {
+        match self {
+            Noising::Preserving => x0_preserving(self.level(sigma), prediction),
+            Noising::Exploding => match prediction {
+                Prediction::Epsilon => (1.0, -sigma),
+                Prediction::Velocity => (1.0 / (sigma * sigma + 1.0), -sigma / sigma.hypot(1.0)),
+                Prediction::Sample => (0.0, 1.0),
+            },
+            // Such a network's output is dx/dsigma = n - x0.
+            Noising::Flow => (1.0, -sigma),
+        }
+    }
+
+    /// The level whose signal-to-noise ratio is the one of sigma divided by `gamma`.
+    pub fn rescheduled(self, sigma: f64, gamma: f64) -> f64 {
+        match self {
+            Noising::Preserving | Noising::Exploding => sigma * gamma.sqrt(),
+            Noising::Flow => shifted(sigma, gamma.sqrt()),
+        }
+    }
+}
+
+/// The clean sample as `(of x, of e)` where x = signal x0 + noise n with signal^2 + noise^2 = 1.
+pub(super) fn x0_preserving((signal, noise): (f64, f64), prediction: Prediction) -> (f64, f64) {
+    match prediction {
+        Prediction::Epsilon => (1.0 / signal, -noise / signal),
+        Prediction::Velocity => (signal, -noise),
+        Prediction::Sample => (0.0, 1.0),
+    }
+}
+
+/// The noise in the same.
+pub(super) fn noise_preserving((signal, noise): (f64, f64), prediction: Prediction) -> (f64, f64) {
+    match prediction {
+        Prediction::Epsilon => (0.0, 1.0),
+        Prediction::Velocity => (noise, signal),
+        Prediction::Sample => (1.0 / noise, -signal / noise),
+    }
+}
+
+/// A flow's level, noise over signal times `shift`. Esser et al. 2024, arXiv:2403.03206, eq. (23).
+pub(super) fn shifted(sigma: f64, shift: f64) -> f64 {
+    shift * sigma / (1.0 + (shift - 1.0) * sigma)
+}
 
 /// abar_t for every training timestep: the share of signal in the variance of the noised sample.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +95,9 @@ pub(super) struct NoiseSchedule {
 impl NoiseSchedule {
     /// Of the sampler's class, which decides over defaults.
     pub fn new(config: &SchedulerConfig, sampler: Sampler) -> Result<NoiseSchedule> {
+        if sampler == Sampler::FlowEuler {
+            return Ok(NoiseSchedule::of_flow(config));
+        }
         let set_alpha_to_one = config.set_alpha_to_one(sampler);
         let mut betas = betas(config, sampler)?;
         if config.rescales_to_zero_snr(sampler) {
@@ -36,6 +118,16 @@ impl NoiseSchedule {
         }
         let final_abar = if set_alpha_to_one { 1.0 } else { abar[0] };
         Ok(NoiseSchedule { abar, final_abar, set_alpha_to_one })
+    }
+
+    /// (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2) for every trained level of a flow, the last of which is all noise.
+    fn of_flow(config: &SchedulerConfig) -> NoiseSchedule {
+        let n = config.num_train_timesteps;
+        let abar = |t: usize| {
+            let (signal, noise) = Noising::Flow.level(shifted((t + 1) as f64 / n as f64, config.shift()));
+            signal * signal / (signal * signal + noise * noise)
+        };
+        NoiseSchedule { abar: (0..n).map(abar).collect(), final_abar: 1.0, set_alpha_to_one: true }
     }
 
     /// abar' = abar / (gamma - (gamma - 1) abar): the signal-to-noise ratio divided by `gamma`, for pictures of gamma

@@ -325,7 +325,8 @@ fn every_sampler_makes_the_cpus_pictures() {
             |device: &Device| Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), DType::F32).unwrap();
         let (card, cpu) = (load(&device), load(&Device::cpu()));
         let stages = ["8x8:5", "12x8:4"].map(|stage| stage.parse().unwrap()).to_vec();
-        for &sampler in &Sampler::ALL {
+        // A flow's sampler is for other models.
+        for &sampler in Sampler::ALL.iter().filter(|&&sampler| sampler != Sampler::FlowEuler) {
             let (scheduler, prompt) = (Some(sampler), "a photo of a cat".to_string());
             let request = Request { stages: stages.clone(), scheduler, prompt, guidance: 2.0, ..Request::default() };
             let [mut got, mut want] = [Dump::default(), Dump::default()];

@@ -13,6 +13,7 @@ from module_values import compact, normal
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (1, 4, 3, 5)
+SMALL = (1, 2, 2, 3)
 
 
 def cases():
@@ -146,22 +147,86 @@ def more_cases(pndm):
     return out
 
 
-def trajectory(name, cls, config, steps, eta, tensors):
+def small_cases():
+    """DEIS, flow matching, and no signal at the last training timestep; of a few values each."""
+    v, sample = {"prediction_type": "v_prediction"}, {"prediction_type": "sample"}
+    offset = SD | {"steps_offset": 1}
+    out = [(f"deis-{spacing}", "DEISMultistep", offset | {"timestep_spacing": spacing}, 7, None)
+           for spacing in ("leading", "trailing", "linspace")]
+    out += [
+        ("deis-20", "DEISMultistep", offset, 20, None),
+        ("deis-one-step", "DEISMultistep", offset, 1, None),
+        ("deis-v", "DEISMultistep", offset | v, 6, None),
+        ("deis-sample", "DEISMultistep", offset | sample, 6, None),
+        ("deis-karras", "DEISMultistep", offset | {"use_karras_sigmas": True}, 8, None),
+        ("deis-exponential", "DEISMultistep", offset | {"use_exponential_sigmas": True}, 16, None),
+        ("deis-order-1", "DEISMultistep", offset | {"solver_order": 1}, 6, None),
+        ("deis-no-lower-order", "DEISMultistep", offset | {"lower_order_final": False}, 6, None),
+        ("deis-cosine-threshold", "DEISMultistep",
+         {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "dynamic_thresholding_ratio": 0.9,
+          "sample_max_value": 1.5}, 6, None),
+    ]
+    flow = {"num_train_timesteps": 1000, "shift": 3.0}
+    out += [
+        ("flow-28", "FlowMatchEulerDiscrete", flow, 28, None),
+        ("flow-defaults", "FlowMatchEulerDiscrete", {}, 5, None),
+        ("flow-one-step", "FlowMatchEulerDiscrete", flow, 1, None),
+        ("flow-karras", "FlowMatchEulerDiscrete", flow | {"use_karras_sigmas": True}, 6, None),
+        ("flow-exponential", "FlowMatchEulerDiscrete", flow | {"use_exponential_sigmas": True}, 6, None),
+        ("flow-terminal", "FlowMatchEulerDiscrete", flow | {"shift_terminal": 0.1}, 6, None),
+        ("flow-stochastic", "FlowMatchEulerDiscrete", flow | {"stochastic_sampling": True}, 6, None),
+    ]
+    zero = offset | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    for short, cls in ZERO_SNR:
+        out.append((f"{short}-v-zero-snr-trailing", cls, zero | v, 5, 0.0 if cls == "DDIM" else None))
+        if cls not in DIVIDE_BY_ALPHA:
+            out.append((f"{short}-eps-zero-snr-trailing", cls, zero, 5, None))
+    # Not from the timestep without signal on, so that any class can.
+    for short, cls in ZERO_SNR:
+        if cls in DIVIDE_BY_ALPHA and cls != "LCM":
+            out.append((f"{short}-eps-zero-snr-leading", cls, zero | {"timestep_spacing": "leading"}, 5,
+                        0.0 if cls == "DDIM" else None))
+    return out
+
+
+ZERO_SNR = (("ddim", "DDIM"), ("ddpm", "DDPM"), ("lcm", "LCM"), ("euler", "EulerDiscrete"),
+            ("euler-ancestral", "EulerAncestralDiscrete"), ("heun", "HeunDiscrete"), ("dpm", "DPMSolverMultistep"),
+            ("unipc", "UniPCMultistep"), ("deis", "DEISMultistep"))
+# Their table ends at abar = 0, so that x0 = (x - eps) / 0. The others' ends at 2^-24, or (Heun, DEIS) is not rescaled.
+DIVIDE_BY_ALPHA = ("DDIM", "DDPM", "LCM")
+
+
+def check_what_divides_by_zero():
+    """These classes make no picture of an epsilon where there is no signal."""
+    config = SD | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    for short, cls in ZERO_SNR:
+        if cls in DIVIDE_BY_ALPHA:
+            try:
+                trajectory(short, cls, config, 5, 0.0 if cls == "DDIM" else None, {})
+            except ValueError:
+                continue
+            raise AssertionError(f"{cls} does")
+
+
+def trajectory(name, cls, config, steps, eta, tensors, shape=SHAPE):
     import diffusers
 
     scheduler = getattr(diffusers, f"{cls}Scheduler").from_config(dict(config))
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    shape = SHAPE if steps < 20 else (1, 4, 1, 2)
-    x = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    shape = shape if steps < 20 else (1, 4, 1, 2)
+    # A flow's class has neither: it starts from the noise, which the network reads as it is.
+    init_noise_sigma = getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    x = torch.randn(shape, generator=generator) * init_noise_sigma
     inputs, outputs, samples, x0s, noises = [], [], [x], [], []
     for i, t in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(x, t)
+        model_input = scale(x, t)
         output = 0.1 * torch.tanh(model_input) + 0.9 * normal(5000 + i, *shape)
         if cls == "DDIM":
             noise = torch.randn(shape, generator=generator) if eta > 0 else None
             step = scheduler.step(output, t, x, eta=eta, variance_noise=noise)
-        elif cls in ("PNDM", "UniPCMultistep", "HeunDiscrete"):
+        elif cls in ("PNDM", "UniPCMultistep", "HeunDiscrete", "DEISMultistep"):
             noise = None
             step = scheduler.step(output, t, x)
         else:
@@ -191,10 +256,10 @@ def trajectory(name, cls, config, steps, eta, tensors):
     drawn = [n is not None for n in noises]
     if any(drawn):
         tensors[f"{name}.noise"] = torch.cat([torch.zeros(shape) if n is None else n for n in noises])
-    if torch.isnan(x).any():
-        raise ValueError(f"{name}: the published class makes NaN")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name}: the published class makes NaN or infinity")
     return {"name": name, "class": f"{cls}Scheduler", "config": config, "steps": steps, "eta": eta, "draws": drawn,
-            "init_noise_sigma": float(scheduler.init_noise_sigma)}
+            "init_noise_sigma": float(init_noise_sigma)}
 
 
 def tables(tensors):
@@ -215,7 +280,9 @@ def write(root):
     folder = root / "schedulers"
     folder.mkdir(parents=True)
     tensors = {}
+    check_what_divides_by_zero()
     listed = [trajectory(*case, tensors) for case in cases()]
+    listed += [trajectory(*case, tensors, SMALL) for case in small_cases()]
     tables(tensors)
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "oracle.safetensors")
     (folder / "oracle.json").write_text(compact(json.dumps({"cases": listed}, indent=1)))

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{Passes, WeightStore, Weights};
 use crate::runtime::{DType, Device, Tensor};
+use crate::schedulers::SchedulerConfig;
 
 /// Every family. A model is of the last one whose parts it has.
 static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
@@ -26,6 +27,8 @@ pub(super) struct FamilySpec {
     /// Beside the scheduler, which every family has.
     pub parts: &'static [Part],
     pub defaults: Defaults,
+    /// Are the models trained by flow matching, rather than on a table of betas?
+    pub flow_matching: bool,
     /// Reads the configurations and checks that the parts fit together; weights are loaded when a module is asked for.
     pub open: fn(&Arc<ModelFiles>, &LoadOptions) -> Result<Box<dyn Family>>,
 }
@@ -81,6 +84,21 @@ impl FamilySpec {
     pub fn of(has: impl Fn(&str) -> bool) -> &'static FamilySpec {
         let fits = |family: &&&FamilySpec| family.parts.iter().all(|part| has(part.folder));
         FAMILIES.iter().rev().find(fits).copied().unwrap_or(FAMILIES[0])
+    }
+
+    /// # Errors
+    /// [`Error::Config`]: the scheduler is not of such models.
+    pub fn check_scheduler(&self, files: &ModelFiles, scheduler: &SchedulerConfig) -> Result<()> {
+        if scheduler.is_flow_matching() == self.flow_matching {
+            return Ok(());
+        }
+        let (class, family) = (scheduler.class_name(), self.name);
+        let class = if class.is_empty() { "of no class" } else { class };
+        let (found, trained) = match self.flow_matching {
+            true => ("is not for flow matching", "by flow matching"),
+            false => ("is for models trained by flow matching (SD3, Flux)", "on a table of betas"),
+        };
+        misfit(files, format!("the scheduler, {class}, {found}, but {family} is trained {trained}"))
     }
 
     pub fn part(&self, folder: &str) -> Option<&'static Part> {

@@ -23,6 +23,7 @@ pub static SD: FamilySpec = FamilySpec {
         Part::network("vae", "AutoencoderKL"),
     ],
     defaults: Defaults::LATENT,
+    flow_matching: false,
     open: |files, options| Ok(Box::new(StableDiffusion::open(files, options)?)),
 };
 

@@ -27,6 +27,7 @@ pub static SDXL: FamilySpec = FamilySpec {
         Part::network("vae", "AutoencoderKL"),
     ],
     defaults: Defaults { relay_growth: 1.0, published: PublishedSchedule::SDXL, ..Defaults::LATENT },
+    flow_matching: false,
     open: |files, options| Ok(Box::new(StableDiffusionXl::open(files, options)?)),
 };
 
