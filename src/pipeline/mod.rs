@@ -3,11 +3,13 @@
 mod embedded;
 mod families;
 mod files;
+mod hub;
 mod parameters;
 mod plan;
 mod request;
 mod run;
 
+pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
     Event, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent,
     Size, Stage, StepProgress, text_of, without_effect,
@@ -16,7 +18,8 @@ pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use crate::text::{LongPrompt, Syntax, TextualInversion};
-pub use files::{Lora, ModelFiles, ModelSource};
+pub use files::{Lora, ModelFiles, ModelSource, hub_name};
+pub use hub::{HubNeed, fetch_model};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use request::{Request, SizeIds, TextOptions};
