@@ -67,6 +67,10 @@ pub enum Error {
     #[error("{flag} {value}: {reason}")]
     Request { flag: &'static str, value: String, reason: String },
 
+    /// A model of the Hugging Face hub cannot be named, found or fetched.
+    #[error("{name}: {reason}")]
+    Hub { name: String, reason: String },
+
     /// Ctrl-C or the caller's cancellation.
     #[error("interrupted; nothing was written")]
     Interrupted,

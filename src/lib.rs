@@ -25,6 +25,7 @@
 //! ```
 
 pub mod error;
+pub mod hub;
 pub mod image;
 pub mod json;
 pub mod methods;

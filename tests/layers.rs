@@ -4,15 +4,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module, and the modules of ours that it may import.
-const LAYERS: [(&str, &[&str]); 14] = [
+const LAYERS: [(&str, &[&str]); 15] = [
     ("main", &["cli"]),
     ("cli", &["pipeline", "image", "models", "ops", "runtime", "json"]),
-    ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime", "json"]),
+    ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime", "json", "hub"]),
     ("methods", &["schedulers", "models", "ops", "runtime"]),
     ("schedulers", &["ops", "runtime", "json"]),
     ("models", &["ops", "runtime", "json"]),
     ("ops", &["runtime"]),
     ("runtime", &[]),
+    ("hub", &["image"]),
     ("rng", &[]),
     ("text", &["json"]),
     ("image", &[]),

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use megafuse::pipeline::{Size, Upsampler};
 use megafuse::{DType, Error};
 
+use super::hub::HubArgs;
 use super::picture_args::{AddedFiles, GenerateArgs, GridArgs, PlanArgs};
 use super::values::{self, DeviceChoice};
 
@@ -52,9 +53,12 @@ pub enum Command {
 #[derive(Args)]
 #[command(after_long_help = PROBE_EXAMPLES)]
 pub struct ProbeArgs {
-    /// Model directory in the layout of diffusers, or a single file (default: the small model inside the program)
-    #[arg(long, value_name = "PATH", value_parser = values::path())]
+    /// Model directory, single file or ORG/NAME of the Hugging Face hub (default: the small model inside the program)
+    #[arg(long, value_name = "MODEL", value_parser = values::path())]
     pub model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub hub: HubArgs,
 
     #[command(flatten)]
     pub added: AddedFiles,

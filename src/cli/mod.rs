@@ -10,6 +10,7 @@ mod console;
 mod doctor;
 mod generate;
 mod grid;
+mod hub;
 mod manifest;
 mod memory;
 mod method_options;
@@ -86,17 +87,23 @@ fn help_or_wrong_usage(message: &clap::Error) -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     megafuse::ops::cpu_level()?; // a wrong variable is said before it is passed over
     match cli.command {
-        Command::Generate(args) => {
+        Command::Generate(mut args) => {
             output::end_at_once_on_interrupt()?;
+            hub::resolve_for_run(&mut args.run)?;
             generate::run(&args)
         }
-        Command::Grid(args) => {
+        Command::Grid(mut args) => {
             output::end_at_once_on_interrupt()?;
+            hub::resolve_for_run(&mut args.run)?;
             grid::run(&args)
         }
-        Command::Plan(args) => plan::run(&args),
-        Command::Probe(args) => {
+        Command::Plan(mut args) => {
+            hub::resolve_for_plan(&mut args.run)?;
+            plan::run(&args)
+        }
+        Command::Probe(mut args) => {
             output::end_at_once_on_interrupt()?;
+            hub::resolve_for_probe(&mut args)?;
             probe::run(&args)
         }
         Command::Resize(args) => {

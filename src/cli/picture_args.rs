@@ -11,6 +11,7 @@ use megafuse::{DType, Device, Error, Result};
 
 use super::args::named;
 use super::grid::{Axis, MethodAt};
+use super::hub::HubArgs;
 use super::manifest::Shard;
 use super::method_options::{MethodChoice, MethodOptions};
 use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
@@ -215,13 +216,18 @@ pub struct PictureArgs {
 /// What decides a picture beside its prompt, method and seed: the same for every command that makes or plans pictures.
 #[derive(Args)]
 pub struct RunArgs {
-    /// Model directory in the layout of diffusers, or a single file (default: the small model inside the program)
+    /// Model directory, single file or ORG/NAME of the Hugging Face hub (default: the small model inside the program)
     ///
     /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights; or it is a
     /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME). The file is a whole checkpoint of Stable
-    /// Diffusion 1.x, 2.x or XL in safetensors.
-    #[arg(long, value_name = "PATH", value_parser = values::path())]
+    /// Diffusion 1.x, 2.x or XL in safetensors. What is no path is a name on the hub: ORG/NAME, ORG/NAME@REVISION, or
+    /// ORG/NAME/FILE.safetensors where a repository holds single files. What its local cache does not have is fetched:
+    /// of each part one safetensors form, in f16 where the run's element type has 16 bits and there is one.
+    #[arg(long, value_name = "MODEL", value_parser = values::path())]
     pub model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub hub: HubArgs,
 
     #[command(flatten)]
     pub added: AddedFiles,
@@ -388,8 +394,7 @@ impl PictureArgs {
 impl RunArgs {
     /// `--dtype`, or what suits the device.
     pub fn dtype_on(&self, device: &Device) -> DType {
-        let usual = if matches!(device, Device::Cuda(_)) { DType::BF16 } else { DType::F32 };
-        self.dtype.unwrap_or(usual)
+        self.dtype.unwrap_or_else(|| usual_dtype(device))
     }
 
     pub fn source(&self) -> ModelSource {
@@ -477,6 +482,11 @@ pub fn by_method(request: &Request, spec: &'static MethodSpec) -> Result<Request
         stages: Vec::new(),
         ..request
     })
+}
+
+/// What suits the device where no flag says otherwise.
+pub fn usual_dtype(device: &Device) -> DType {
+    if matches!(device, Device::Cuda(_)) { DType::BF16 } else { DType::F32 }
 }
 
 pub fn conflict(flag: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 
-use megafuse::pipeline::{MethodSpec, ModelSource, Stage};
+use megafuse::pipeline::{MethodSpec, ModelSource, Stage, hub_name};
 use megafuse::runtime::CudaOptions;
 use megafuse::{Device, Error};
 
@@ -75,7 +75,8 @@ pub fn source(model: Option<&Path>) -> ModelSource {
 /// How messages call the model.
 pub fn source_name(source: &ModelSource) -> String {
     match source {
-        ModelSource::Directory(path) | ModelSource::File(path) => path.display().to_string(),
+        ModelSource::Directory(path) => hub_name(path).unwrap_or_else(|| path.display().to_string()),
+        ModelSource::File(path) => path.display().to_string(),
         ModelSource::Embedded => "pocket (the model inside the program)".into(),
         ModelSource::Modified { model, loras, embeddings, vae } => {
             let loras = loras.iter().map(|lora| format!("LoRA {lora}"));

@@ -139,20 +139,22 @@ fn hub_snapshot(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// `ORG/NAME` of `.../models--ORG--NAME/snapshots/REVISION`.
-fn hub_name(path: &Path) -> Option<String> {
+/// `ORG/NAME` of `.../models--ORG--NAME/snapshots/REVISION`, where a cache of the Hugging Face hub keeps a model.
+pub fn hub_name(path: &Path) -> Option<String> {
     let snapshots = path.parent().filter(|folder| folder.ends_with("snapshots"))?;
     let name = snapshots.parent()?.file_name()?.to_string_lossy().into_owned();
     Some(name.strip_prefix("models--")?.replace("--", "/"))
 }
 
 /// What a saved pipeline is made of.
-const INDEX: &str = "model_index.json";
+pub(super) const INDEX: &str = "model_index.json";
 /// What a directory must have, for messages.
 const LAYOUT: &str =
     "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
+/// For messages about a path that is not there.
+const NO_NAME: &str = "and no name of a model on the Hugging Face hub (ORG/NAME)";
 /// What decides a picture beside the weights, in each part's folder; not every model has all of them.
-const CONFIGURATIONS: [&str; 8] = [
+pub(super) const CONFIGURATIONS: [&str; 8] = [
     "added_tokens.json",
     "config.json",
     "merges.txt",
@@ -195,7 +197,7 @@ impl ModelFiles {
                     return Err(Error::file(path, format!("is one file, not a directory; {LAYOUT}")));
                 }
                 if !path.is_dir() {
-                    return Err(Error::file(path, format!("no such directory; {LAYOUT}")));
+                    return Err(Error::file(path, format!("no such directory, {NO_NAME}; {LAYOUT}")));
                 }
                 Place::Directory(hub_snapshot(path)?)
             }

@@ -3,6 +3,7 @@
 mod embedded;
 mod families;
 mod files;
+mod hub;
 mod memory;
 mod parameters;
 mod plan;
@@ -10,6 +11,7 @@ mod request;
 mod resident;
 mod run;
 
+pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
     Event, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent,
     Size, Stage, StepProgress, text_of, without_effect,
@@ -18,7 +20,8 @@ pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use crate::text::{LongPrompt, Syntax, TextualInversion};
-pub use files::{Lora, ModelFiles, ModelSource};
+pub use files::{Lora, ModelFiles, ModelSource, hub_name};
+pub use hub::{HubNeed, fetch_model};
 pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePasses};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
