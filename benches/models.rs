@@ -1,8 +1,9 @@
-//! One step of a denoiser with guidance (batch 2: unconditional and conditional), or a VAE, on the cpu:
-//! `cargo bench --bench models -- DIR [--size 512] [--runs 3] [--threads N] [--dtype f32] [--vae] [--profile]`.
+//! One step of a denoiser (batch 2 with guidance: unconditional and conditional; batch 1 with --guidance 1), or a VAE, on
+//! the cpu: `cargo bench --bench models -- DIR [--size 512] [--runs 3] [--threads N] [--dtype f32] [--guidance 7] [--vae]
+//! [--profile]`.
 //!
-//! DIR: a model directory; tools/oracle/full_size.py writes a random one of SD 1.5's size, and tools/oracle/bench_torch.py
-//! times the same step with the published library. Prints one JSON line: times, processor time (what the threads used, so
+//! DIR: a model directory; tools/oracle/full_size.py writes a random one of SD 1.5's or SDXL's size, and
+//! tools/oracle/bench_torch.py times the same step with the published library. Prints one JSON line: times, processor time (what the threads used, so
 //! that a busy machine can be told from a slow program), peak resident memory. With --profile also the time of every op
 //! and output shape, with the multiply-accumulates that the meta device counts for them.
 
@@ -12,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Parser;
-use megafuse::models::{Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore};
+use megafuse::models::{
+    AddedConditioning, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+};
 use megafuse::ops::{StepIndex, profile};
 use megafuse::runtime::{DType, Device, Tensor};
 use megafuse::{Error, Result};
@@ -31,6 +34,9 @@ struct Args {
     threads: usize,
     #[arg(long, default_value = "f32")]
     dtype: DType,
+    /// Above 1: a guided step, of batch 2.
+    #[arg(long, default_value_t = 7.0)]
+    guidance: f32,
     /// Time decoding one image instead of a denoiser step.
     #[arg(long)]
     vae: bool,
@@ -69,7 +75,11 @@ fn run(args: &Args) -> Result<()> {
     let mut sorted = times.clone();
     sorted.sort_by(f64::total_cmp);
     let line = serde_json::json!({
-        "what": if args.vae { "VAE decode, batch 1" } else { "guided UNet step, batch 2" },
+        "what": match (args.vae, args.guidance > 1.0) {
+            (true, _) => "VAE decode, batch 1",
+            (false, true) => "guided UNet step, batch 2",
+            (false, false) => "UNet call, batch 1",
+        },
         "size": args.size, "dtype": args.dtype.name(), "threads": rayon::current_num_threads(),
         "median_s": sorted.get(sorted.len() / 2), "times_s": times, "cpu_s": cpu_s, "load_s": load_s,
         "loaded_peak_rss_bytes": loaded_peak, "peak_rss_bytes": status_bytes("VmHWM:"),
@@ -82,7 +92,7 @@ fn run(args: &Args) -> Result<()> {
 }
 
 enum Model {
-    Unet { unet: Box<Unet>, context: Tensor, latents: Tensor },
+    Unet { unet: Box<Unet>, context: Tensor, pooled: Option<Tensor>, latents: Tensor },
     Vae { vae: Box<Vae>, latents: Tensor },
 }
 
@@ -104,18 +114,23 @@ impl Model {
             return Ok(Model::Vae { vae, latents });
         }
         let unet = Box::new(Unet::load(store, &UnetConfig::from_json(&what, &json)?)?);
-        let side = args.size / 8;
-        let latents = random(device, &[2, side, side, unet.config().in_channels], args.dtype, 1)?;
-        let context = random(device, &[2, 77, unet.config().cross_attention_dim], args.dtype, 2)?;
-        Ok(Model::Unet { unet, context, latents })
+        let (batch, side) = (if args.guidance > 1.0 { 2 } else { 1 }, args.size / 8);
+        let latents = random(device, &[batch, side, side, unet.config().in_channels], args.dtype, 1)?;
+        let context = random(device, &[batch, 77, unet.config().cross_attention_dim], args.dtype, 2)?;
+        let pooled = unet.config().added.map(|added| random(device, &[batch, added.pooled_dim], args.dtype, 3));
+        Ok(Model::Unet { unet, context, pooled: pooled.transpose()?, latents })
     }
 
     /// As the published library does it, text and timestep are embedded anew in each step.
     fn forward(&self) -> Result<Tensor> {
         match self {
             Model::Vae { vae, latents } => vae.decode(latents),
-            Model::Unet { unet, context, latents } => {
-                let conditioning = unet.condition(context, &[981.0])?;
+            Model::Unet { unet, context, pooled, latents } => {
+                let [_, h, w, _] = latents.dims("bench", "latents")?;
+                let time_ids = [[8 * h, 8 * w, 0, 0, 8 * h, 8 * w].map(|side| side as f32)];
+                let added = pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &time_ids });
+                let text = TextConditioning { text: context, added, guidance: None };
+                let conditioning = unet.condition(text, &[981.0])?;
                 unet.forward(latents, &StepIndex::one(latents.device(), 0)?, &conditioning, &UnetOptions::default())
             }
         }
