@@ -109,18 +109,6 @@ impl VaeConfig {
     }
 }
 
-/// How a map goes through the VAE.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Passes {
-    Whole,
-    Stripes { rows: usize },
-    Tiles { side: usize, overlap: usize },
-}
-
-impl Passes {
-    pub const TILES: Passes = Passes::Tiles { side: 512, overlap: 128 };
-}
-
 /// Images to latents and back.
 pub struct Vae {
     config: VaeConfig,
@@ -133,15 +121,6 @@ pub struct Vae {
 }
 
 impl Vae {
-    #[allow(missing_docs)]
-    pub fn decode_in(&self, latent: &Tensor, _: Passes) -> Result<Tensor> {
-        self.decode(latent)
-    }
-
-    pub fn encode_in(&self, picture: &Tensor, _: Passes) -> Result<Tensor> {
-        self.encode(picture)
-    }
-
     /// Takes every tensor of `store`. Old attention names (query, key, value, proj_attn) are accepted.
     ///
     /// # Errors
@@ -390,15 +369,5 @@ impl PixelAttention {
         let y = ops::attention(Attention::Packed { qkv: &qkv, causal: false })?.reshape(&tokens)?;
         drop(qkv);
         self.to_out.forward_residual(&y, &x.reshape(&tokens)?)?.reshape(&[n, h, w, c])
-    }
-}
-
-impl std::fmt::Display for Passes {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        match self {
-            Passes::Whole => f.write_str("whole"),
-            Passes::Stripes { rows } => write!(f, "stripes of {rows} rows"),
-            Passes::Tiles { .. } => f.write_str("tiles"),
-        }
     }
 }

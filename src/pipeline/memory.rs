@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::models::Passes;
+use crate::models::Partition;
 use crate::names::named;
 use crate::runtime::{DType, Device};
 
@@ -92,7 +92,7 @@ pub struct Rung {
     pub keeps_text: bool,
     /// Does the network stay in memory while the VAE works?
     pub keeps_network: bool,
-    pub passes: Passes,
+    pub passes: Partition,
 }
 
 /// Rows of a picture in a stripe, the faster one first.
@@ -106,12 +106,12 @@ impl MemoryOptions {
             Residency::Keep => &[(true, true)],
             Residency::Low => &[(false, true), (false, false)],
         };
-        let stripes = STRIPE_ROWS.map(|rows| Passes::Stripes { rows });
-        let (first, further): (Passes, &[Passes]) = match self.vae {
-            VaePasses::Auto => (Passes::Whole, &stripes),
-            VaePasses::Whole => (Passes::Whole, &[]),
+        let stripes = STRIPE_ROWS.map(|rows| Partition::Stripes { rows });
+        let (first, further): (Partition, &[Partition]) = match self.vae {
+            VaePasses::Auto => (Partition::Whole, &stripes),
+            VaePasses::Whole => (Partition::Whole, &[]),
             VaePasses::Stripes => (stripes[0], &stripes[1..]),
-            VaePasses::Tiles => (Passes::TILES, &[]),
+            VaePasses::Tiles => (Partition::TILES, &[]),
         };
         let rung = |&(keeps_text, keeps_network): &(bool, bool), passes| Rung { keeps_text, keeps_network, passes };
         let last = &held[held.len() - 1];
@@ -121,7 +121,7 @@ impl MemoryOptions {
 
 impl Rung {
     /// Everything stays in memory and the VAE works on whole pictures.
-    pub const FASTEST: Rung = Rung { keeps_text: true, keeps_network: true, passes: Passes::Whole };
+    pub const FASTEST: Rung = Rung { keeps_text: true, keeps_network: true, passes: Partition::Whole };
 
     /// The same as JSON.
     pub fn to_json(self) -> Value {
@@ -141,11 +141,11 @@ impl Rung {
         }
         if before.passes != self.passes {
             given_up.push(match self.passes {
-                Passes::Stripes { rows } => {
+                Partition::Stripes { rows } => {
                     format!("the VAE works by stripes of {rows} rows, which gives the same picture")
                 }
-                Passes::Tiles { .. } => "the VAE works by tiles".to_string(),
-                Passes::Whole => "the VAE works on whole pictures".to_string(),
+                Partition::Tiles { .. } => "the VAE works by tiles".to_string(),
+                Partition::Whole => "the VAE works on whole pictures".to_string(),
             });
         }
         given_up.join("; ")
@@ -178,9 +178,9 @@ mod tests {
         assert_eq!(of(Residency::Keep, VaePasses::Whole).len(), 1);
         assert!(of(Residency::Keep, VaePasses::Auto).iter().all(|rung| rung.keeps_text && rung.keeps_network));
         assert!(of(Residency::Low, VaePasses::Auto).iter().all(|rung| !rung.keeps_text));
-        assert!(of(Residency::Auto, VaePasses::Tiles).iter().all(|rung| rung.passes == Passes::TILES));
+        assert!(of(Residency::Auto, VaePasses::Tiles).iter().all(|rung| rung.passes == Partition::TILES));
         for rung in of(Residency::Auto, VaePasses::Stripes) {
-            assert!(matches!(rung.passes, Passes::Stripes { .. }));
+            assert!(matches!(rung.passes, Partition::Stripes { .. }));
         }
     }
 }

@@ -10,7 +10,7 @@ use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, Weight
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
-use crate::models::Passes;
+use crate::models::Partition;
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor, bytes_text};
 use crate::schedulers::SchedulerConfig;
@@ -525,7 +525,7 @@ impl Conditioned<'_> {
     fn with_vae(
         &self,
         warn: &mut dyn FnMut(&str),
-        work: &dyn Fn(Passes, &mut dyn FnMut(&str)) -> Result<Tensor>,
+        work: &dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let Pipeline { ladder, recorded, .. } = self.pipeline;
         loop {

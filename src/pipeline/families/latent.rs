@@ -9,7 +9,7 @@ use super::super::{ModelFiles, Size, WeightReport};
 use super::{load_part, misfit, report};
 use crate::error::{Error, Result};
 use crate::methods::Denoiser;
-use crate::models::{Passes, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
+use crate::models::{Partition, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
 use crate::ops::{self, StepTable};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -63,7 +63,7 @@ impl LatentSpace {
     ///
     /// # Errors
     /// Those of the decoder.
-    pub fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+    pub fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
         let (scale, shift) = (1.0 / self.config.scaling_factor, self.config.shift_factor);
         self.in_range("decoded picture", warn, &|vae| {
             let latents = ops::scale_cast(x0, scale as f32, shift as f32, vae.dtype(), 1)?;
@@ -83,7 +83,7 @@ impl LatentSpace {
         &self,
         picture: &Tensor,
         noise: Option<&Tensor>,
-        passes: Passes,
+        passes: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor> {
         let (scale, shift) = (self.config.scaling_factor, self.config.shift_factor);

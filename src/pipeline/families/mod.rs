@@ -13,7 +13,7 @@ use super::resident::Module;
 use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
-use crate::models::{Passes, WeightStore, Weights};
+use crate::models::{Partition, WeightStore, Weights};
 use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
 
@@ -155,7 +155,7 @@ pub(super) trait Family: Send + Sync {
     ///
     /// # Errors
     /// Those of the decoder.
-    fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
+    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
     /// The clean sample of a picture: the posterior's mode, or with `noise` a sample of it.
     ///
@@ -165,7 +165,7 @@ pub(super) trait Family: Send + Sync {
         &self,
         picture: &Tensor,
         noise: Option<&Tensor>,
-        passes: Passes,
+        passes: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor>;
 

@@ -7,7 +7,7 @@ use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, Passes, Unet, UnetConditioning, UnetConfig};
+use crate::models::{ClipOutput, Partition, Unet, UnetConditioning, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
@@ -113,7 +113,7 @@ impl Family for StableDiffusion {
         Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, made: None })
     }
 
-    fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
         self.latents.decode(x0, passes, warn)
     }
 
@@ -121,7 +121,7 @@ impl Family for StableDiffusion {
         &self,
         picture: &Tensor,
         noise: Option<&Tensor>,
-        passes: Passes,
+        passes: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor> {
         self.latents.encode(picture, noise, passes, warn)

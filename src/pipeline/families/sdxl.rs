@@ -8,7 +8,7 @@ use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
-use crate::models::{AddedConditioning, ClipOutput, Passes, TIME_IDS, TextConditioning, Unet};
+use crate::models::{AddedConditioning, ClipOutput, Partition, TIME_IDS, TextConditioning, Unet};
 use crate::models::{UnetConditioning, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
@@ -165,7 +165,7 @@ impl Family for StableDiffusionXl {
         Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes: *sizes, made: None })
     }
 
-    fn decode(&self, x0: &Tensor, passes: Passes, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
         self.latents.decode(x0, passes, warn)
     }
 
@@ -173,7 +173,7 @@ impl Family for StableDiffusionXl {
         &self,
         picture: &Tensor,
         noise: Option<&Tensor>,
-        passes: Passes,
+        passes: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor> {
         self.latents.encode(picture, noise, passes, warn)
