@@ -14,5 +14,5 @@ pub use adapters::Adapters;
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
 pub use single_file::{Family, SingleFile};
 pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
-pub use vae::{Vae, VaeConfig};
+pub use vae::{Partition, Vae, VaeConfig};
 pub use weights::{Part, WeightStore, Weights};
