@@ -2,7 +2,7 @@
 
 use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, ConvNorm, Source, StepRows};
+use crate::ops::{self, Activation, ConvNorm, Source, StepRows, Stripe};
 use crate::runtime::Tensor;
 
 /// `weight: [N, K]`, `bias: [N]` or none.
@@ -50,6 +50,14 @@ impl Conv2d {
         ops::Conv2d { bias: Some(&self.bias), ..ops::Conv2d::new(x, &self.weight) }
     }
 
+    pub fn inputs(&self) -> usize {
+        self.weight.shape()[3]
+    }
+
+    pub fn outputs(&self) -> usize {
+        self.weight.shape()[0]
+    }
+
     /// "Same" padding, stride 1, nothing fused.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::conv2d(self.args(x))
@@ -72,7 +80,11 @@ impl GroupNorm {
 
     /// For a conv that normalises while loading.
     pub fn on_load(&self, silu: bool) -> Option<ConvNorm<'_>> {
-        Some(ConvNorm { gamma: &self.weight, beta: &self.bias, groups: self.groups, eps: self.eps, silu })
+        Some(self.conv_norm(silu))
+    }
+
+    pub fn conv_norm(&self, silu: bool) -> ConvNorm<'_> {
+        ConvNorm { gamma: &self.weight, beta: &self.bias, groups: self.groups, eps: self.eps, silu }
     }
 
     /// `[N, H, W, C]` to the same.
@@ -115,12 +127,12 @@ pub struct ResnetConfig {
 ///
 /// `time_emb_proj` is not here: its result does not depend on the input, so it is computed once a run for all steps.
 pub struct ResnetBlock {
-    norm1: GroupNorm,              // [C_in]
-    conv1: Conv2d,                 // [C_out, 3, 3, C_in]
-    norm2: GroupNorm,              // [C_out]
-    conv2: Conv2d,                 // [C_out, 3, 3, C_out]
-    conv_shortcut: Option<Conv2d>, // [C_out, 1, 1, C_in], when C_in != C_out
-    scale: f32,
+    pub(super) norm1: GroupNorm,              // [C_in]
+    pub(super) conv1: Conv2d,                 // [C_out, 3, 3, C_in]
+    pub(super) norm2: GroupNorm,              // [C_out]
+    pub(super) conv2: Conv2d,                 // [C_out, 3, 3, C_out]
+    pub(super) conv_shortcut: Option<Conv2d>, // [C_out, 1, 1, C_in], when C_in != C_out
+    pub(super) scale: f32,
 }
 
 impl ResnetBlock {
@@ -137,6 +149,16 @@ impl ResnetBlock {
             },
             scale: c.scale,
         })
+    }
+
+    /// C_in
+    pub fn inputs(&self) -> usize {
+        self.conv1.inputs()
+    }
+
+    /// C_out
+    pub fn outputs(&self) -> usize {
+        self.conv1.outputs()
     }
 
     /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps'; to `[N, H, W, C_out]`. `dilation` is
@@ -159,8 +181,30 @@ impl ResnetBlock {
             (None, Source::One(x)) => x.clone(),
             (None, Source::Two(x, _)) => return Err(Error::shape("resnet", "x", x, "one source: C_in is C_out")),
         };
-        let (norm, residual) = (self.norm2.on_load(true), Some(&shortcut));
-        ops::conv2d(ops::Conv2d { norm, residual, dilation, padding, scale: self.scale, ..self.conv2.args(&h) })
+        self.second_half(&h, &shortcut, dilation)
+    }
+
+    /// As [`forward`](ResnetBlock::forward) without rows and dilation, in less memory: `x` lives no longer than the block needs
+    /// it, unless others hold it.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn forward_owned(&self, x: Tensor) -> Result<Tensor> {
+        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(true), ..self.conv1.args(&x) })?;
+        let shortcut = match &self.conv_shortcut {
+            Some(conv) => {
+                let shortcut = conv.forward(&x)?;
+                drop(x);
+                shortcut
+            }
+            None => x,
+        };
+        self.second_half(&h, &shortcut, 1)
+    }
+
+    fn second_half(&self, h: &Tensor, shortcut: &Tensor, dilation: usize) -> Result<Tensor> {
+        let (norm, residual, padding) = (self.norm2.on_load(true), Some(shortcut), [dilation; 4]);
+        ops::conv2d(ops::Conv2d { norm, residual, dilation, padding, scale: self.scale, ..self.conv2.args(h) })
     }
 }
 
@@ -196,5 +240,10 @@ impl Upsample {
     /// `[N, H, W, C]` to `[N, size[0], size[1], C]`.
     pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
         ops::conv2d(ops::Conv2d { resize_to: Some(size), ..self.conv.args(x) })
+    }
+
+    /// The rows of `stripe` of what [`forward`](Upsample::forward) gives for one image.
+    pub fn forward_stripe(&self, x: &Tensor, size: [usize; 2], stripe: Stripe) -> Result<Tensor> {
+        ops::conv2d(ops::Conv2d { resize_to: Some(size), stripe: Some(stripe), ..self.conv.args(x) })
     }
 }

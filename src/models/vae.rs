@@ -1,5 +1,7 @@
 //! AutoencoderKL of the SD 1.x/2.x family. Kingma & Welling 2013, arXiv:1312.6114; Rombach et al. 2022, arXiv:2112.10752.
 
+mod stripes;
+
 use serde_json::{Value, json};
 
 use super::config::JsonConfig;
@@ -109,6 +111,17 @@ impl VaeConfig {
     }
 }
 
+/// How a picture goes through the VAE: the less of it at a time, the less memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Partition {
+    /// At once.
+    #[default]
+    Whole,
+    /// The finest level in horizontal stripes of so many rows of pixels: the same result, bit for bit. The decoder runs its last
+    /// upsampling convolution twice.
+    Stripes { rows: usize },
+}
+
 /// Images to latents and back.
 pub struct Vae {
     config: VaeConfig,
@@ -169,15 +182,30 @@ impl Vae {
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `image`; [`Error::OutOfMemory`].
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
-        let ([n, h, w, _], f) = (image.dims("vae_encode", "image")?, self.config.factor());
-        image.expect("vae_encode", "image", &[n, h, w, self.config.in_channels], self.dtype, &self.device)?;
+        self.encode_in(image, Partition::Whole)
+    }
+
+    /// As [`encode`](Vae::encode), a part of the picture at a time.
+    ///
+    /// # Errors
+    /// As [`encode`](Vae::encode); [`Error::Argument`]: `partition`.
+    pub fn encode_in(&self, image: &Tensor, partition: Partition) -> Result<Tensor> {
+        const OP: &str = "vae_encode";
+        let ([n, h, w, _], f) = (image.dims(OP, "image")?, self.config.factor());
+        image.expect(OP, "image", &[n, h, w, self.config.in_channels], self.dtype, &self.device)?;
         if h == 0 || w == 0 || !h.is_multiple_of(f) || !w.is_multiple_of(f) {
-            return Err(Error::shape("vae_encode", "image", image, format!("height and width divisible by {f}")));
+            return Err(Error::shape(OP, "image", image, format!("height and width divisible by {f}")));
         }
-        let moments = self.encoder.forward(image)?;
-        match &self.quant_conv {
+        partition.check(OP)?;
+        let quantised = |moments: Tensor| match &self.quant_conv {
             Some(conv) => conv.forward(&moments),
             None => Ok(moments),
+        };
+        match partition {
+            Partition::Whole => quantised(self.encoder.forward(image)?),
+            Partition::Stripes { rows } => {
+                each_image(image, |image| quantised(self.encoder.forward_in_stripes(image, rows)?))
+            }
         }
     }
 
@@ -187,14 +215,51 @@ impl Vae {
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `latent`; [`Error::OutOfMemory`].
     pub fn decode(&self, latent: &Tensor) -> Result<Tensor> {
-        let [n, h, w, _] = latent.dims("vae_decode", "latent")?;
-        latent.expect("vae_decode", "latent", &[n, h, w, self.config.latent_channels], self.dtype, &self.device)?;
+        self.decode_in(latent, Partition::Whole)
+    }
+
+    /// As [`decode`](Vae::decode), a part of the picture at a time.
+    ///
+    /// # Errors
+    /// As [`decode`](Vae::decode); [`Error::Argument`]: `partition`.
+    pub fn decode_in(&self, latent: &Tensor, partition: Partition) -> Result<Tensor> {
+        const OP: &str = "vae_decode";
+        let [n, h, w, _] = latent.dims(OP, "latent")?;
+        latent.expect(OP, "latent", &[n, h, w, self.config.latent_channels], self.dtype, &self.device)?;
         if h == 0 || w == 0 {
-            return Err(Error::shape("vae_decode", "latent", latent, "a height and width of at least 1"));
+            return Err(Error::shape(OP, "latent", latent, "a height and width of at least 1"));
         }
-        match &self.post_quant_conv {
-            Some(conv) => self.decoder.forward(&conv.forward(latent)?),
-            None => self.decoder.forward(latent),
+        partition.check(OP)?;
+        let dequantised = |latent: &Tensor| match &self.post_quant_conv {
+            Some(conv) => conv.forward(latent),
+            None => Ok(latent.clone()),
+        };
+        match partition {
+            Partition::Whole => self.decoder.forward(&dequantised(latent)?),
+            Partition::Stripes { rows } => {
+                each_image(latent, |latent| self.decoder.forward_in_stripes(&dequantised(latent)?, rows))
+            }
+        }
+    }
+}
+
+impl Partition {
+    fn check(self, op: &'static str) -> Result<()> {
+        match self {
+            Partition::Whole => Ok(()),
+            Partition::Stripes { rows: 0 } => Err(Error::argument(op, "rows of a stripe", 0, "at least 1")),
+            Partition::Stripes { .. } => Ok(()),
+        }
+    }
+}
+
+/// The results for the images of a batch, one after the other; an empty batch goes through as it is.
+fn each_image(x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    match x.shape()[0] {
+        0 | 1 => f(x),
+        images => {
+            let results: Vec<Tensor> = (0..images).map(|i| f(&x.rows(i..i + 1)?)).collect::<Result<_>>()?;
+            Tensor::concat(&results)
         }
     }
 }
@@ -240,7 +305,7 @@ impl Encoder {
         let mut x = self.conv_in.forward(x)?;
         for block in &self.down_blocks {
             for resnet in &block.resnets {
-                x = resnet.forward(&x, None, 1)?;
+                x = resnet.forward_owned(x)?;
             }
             if let Some(downsample) = &block.downsample {
                 x = downsample.forward(&x)?;
@@ -292,7 +357,7 @@ impl Decoder {
         let mut x = self.mid_block.forward(self.conv_in.forward(x)?)?;
         for block in &self.up_blocks {
             for resnet in &block.resnets {
-                x = resnet.forward(&x, None, 1)?;
+                x = resnet.forward_owned(x)?;
             }
             if let Some(upsample) = &block.upsample {
                 let [_, h, w, _] = x.dims("vae_decode", "x")?;
@@ -325,11 +390,11 @@ impl MidBlock {
 
     /// `[N, H, W, C]` to the same.
     fn forward(&self, x: Tensor) -> Result<Tensor> {
-        let mut x = self.first.forward(&x, None, 1)?;
+        let mut x = self.first.forward_owned(x)?;
         if let Some(attention) = &self.attention {
             x = attention.forward(x)?;
         }
-        self.second.forward(&x, None, 1)
+        self.second.forward_owned(x)
     }
 }
 

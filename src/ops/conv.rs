@@ -8,7 +8,7 @@ use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, OutputRows, math};
 use super::cuda;
 use super::cuda::conv::{Plan, Scratch};
-use super::{GroupNorm, Source, StepRows, Tensor, by_dtype, bytes_of};
+use super::{GroupNorm, GroupStatistics, Source, StepRows, Tensor, by_dtype, bytes_of};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -35,6 +35,22 @@ pub struct Conv2d<'a> {
     pub residual: Option<&'a Tensor>,
     /// The sum is multiplied by this: 1, or 1 / output_scale_factor.
     pub scale: f32,
+    /// Only some output rows of one image are made, with the bits that they have in the whole result: `padding`, `resize_to` and
+    /// `stride` are those of the whole, the residual is of the rows made.
+    pub stripe: Option<Stripe<'a>>,
+}
+
+/// Which rows of a convolution over one image are made, and which rows of its input are there.
+#[derive(Clone, Copy, Debug)]
+pub struct Stripe<'a> {
+    /// Of the whole input, as stored.
+    pub height: usize,
+    /// Row of the whole input that `x` begins with; `x` holds at least the rows under the kernel.
+    pub first_row: usize,
+    /// Output rows: the first, and the first that is not made.
+    pub output: [usize; 2],
+    /// For `norm`: the whole input's.
+    pub statistics: Option<&'a GroupStatistics>,
 }
 
 /// What [`GroupNorm`] needs beside its input.
@@ -63,7 +79,7 @@ impl<'a> Conv2d<'a> {
             _ => (1, 1), // conv2d reports the rank
         };
         let padding = [kh / 2, kh / 2, kw / 2, kw / 2];
-        let (bias, norm, resize_to, row, residual) = (None, None, None, None, None);
+        let (bias, norm, resize_to, row, residual, stripe) = (None, None, None, None, None, None);
         Conv2d {
             x: x.into(),
             weight,
@@ -76,6 +92,7 @@ impl<'a> Conv2d<'a> {
             row,
             residual,
             scale: 1.0,
+            stripe,
         }
     }
 }
@@ -86,11 +103,18 @@ pub(super) const OP: &str = "conv2d";
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
     pub(super) images: usize,
-    /// Of the stored input.
+    /// Of the stored input, the whole of it.
     pub(super) stored: [usize; 2],
+    /// Rows of the stored input that `x` holds.
+    pub(super) held: [usize; 2],
     /// Of the input as the convolution sees it: after `resize_to`.
     pub(super) input: [usize; 2],
+    /// Of what is made.
     pub(super) output: [usize; 2],
+    /// Output row that it begins with.
+    pub(super) first_output: usize,
+    /// Of the whole result.
+    pub(super) whole_output: [usize; 2],
     /// Of both sources.
     pub(super) channels: usize,
     pub(super) outputs: usize,
@@ -111,29 +135,58 @@ pub(super) struct Geometry {
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn conv2d(args: Conv2d) -> Result<Tensor> {
     let g = check(&args)?;
+    let Some(stripe) = args.stripe else {
+        return run(&args, &g);
+    };
+    // Only the rows that are read: the rest needs no norm.
+    let [first_row, end] = stored_rows(&args, &g, &(g.first_output..g.first_output + g.output[0]));
+    let held = first_row - stripe.first_row..end - stripe.first_row;
+    let narrowed = |x: &Tensor| {
+        let [_, rows, w, c] = x.dims(OP, "x")?;
+        x.reshape(&[rows, w, c])?.rows(held.clone())?.reshape(&[1, held.len(), w, c])
+    };
+    let (a, b) = (narrowed(args.x.first())?, args.x.second().map(narrowed).transpose()?);
+    let x = b.as_ref().map_or(Source::One(&a), |b| Source::Two(&a, b));
+    let stripe = Some(Stripe { first_row, ..stripe });
+    run(&Conv2d { x, stripe, ..args }, &Geometry { held: [first_row, end], ..g })
+}
+
+fn run(args: &Conv2d, g: &Geometry) -> Result<Tensor> {
     let x = args.x.first();
     let shape = [g.images, g.output[0], g.output[1], g.outputs];
     let _timed = super::profile::scope(OP, &shape);
     let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
     match x.device() {
         Device::Meta(meta) => {
-            let plan = Plan::new(&args, &g);
+            let plan = Plan::new(args, g);
             let _scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
-            meta.record(OP, OpKind::Conv, &shape, work(&args, &g, &plan, &y));
+            meta.record(OP, OpKind::Conv, &shape, work(args, g, &plan, &y));
         }
-        Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(&args, &g, &mut y)),
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(args, g, &mut y)),
         Device::Cuda(device) => {
-            let plan = Plan::new(&args, &g);
+            let plan = Plan::new(args, g);
             let scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
-            cuda::conv::conv2d(device, &args, &g, &plan, scratch, &mut y)?;
+            cuda::conv::conv2d(device, args, g, &plan, scratch, &mut y)?;
         }
     }
     Ok(y)
 }
 
 fn check(args: &Conv2d) -> Result<Geometry> {
-    let [n, h, w, c] = args.x.dims(OP)?;
+    let [n, rows, w, c] = args.x.dims(OP)?;
     let (x, weight) = (args.x.first(), args.weight);
+    let (h, first_row) = args.stripe.map_or((rows, 0), |stripe| (stripe.height, stripe.first_row));
+    if args.stripe.is_some() && n != 1 {
+        return Err(Error::shape(OP, "x", x, "one image: a stripe is of one"));
+    }
+    if first_row > h || rows > h - first_row {
+        return Err(Error::argument(
+            OP,
+            "stripe.first_row",
+            first_row,
+            format!("{rows} rows from there on within {h}"),
+        ));
+    }
     let [outputs, kh, kw, _] = weight.dims(OP, "weight")?;
     weight.expect(OP, "weight", &[outputs, kh, kw, c], x.dtype(), x.device())?;
     if kh == 0 || kw == 0 {
@@ -166,10 +219,42 @@ fn check(args: &Conv2d) -> Result<Geometry> {
     if let Some(row) = args.row {
         row.check(OP, n, outputs, x.dtype(), x.device())?;
     }
-    if let Some(residual) = args.residual {
-        residual.expect(OP, "residual", &[n, output[0], output[1], outputs], x.dtype(), x.device())?;
+    let [first_output, end] = args.stripe.map_or([0, output[0]], |stripe| stripe.output);
+    if first_output > end || end > output[0] {
+        let (got, want) = (format!("{first_output}..{end}"), format!("a range within 0..{}", output[0]));
+        return Err(Error::argument(OP, "stripe.output", got, want));
     }
-    Ok(Geometry { images: n, stored: [h, w], input, output, channels: c, outputs, kernel: [kh, kw] })
+    let g = Geometry {
+        images: n,
+        stored: [h, w],
+        held: [first_row, first_row + rows],
+        input,
+        output: [end - first_output, output[1]],
+        first_output,
+        whole_output: output,
+        channels: c,
+        outputs,
+        kernel: [kh, kw],
+    };
+    if let Some(residual) = args.residual {
+        residual.expect(OP, "residual", &[n, g.output[0], g.output[1], outputs], x.dtype(), x.device())?;
+    }
+    if let Some(stripe) = args.stripe {
+        let [first, last] = stored_rows(args, &g, &(first_output..end));
+        if first < last && (first < g.held[0] || last > g.held[1]) {
+            let want = format!("rows {first}..{last} of the {h}, for output rows {first_output}..{end}");
+            return Err(Error::argument(OP, "stripe", format!("rows {}..{}", g.held[0], g.held[1]), want));
+        }
+        match (args.norm, stripe.statistics) {
+            (Some(norm), Some(statistics)) => statistics.check(OP, &norm.of(args.x))?,
+            (Some(_), None) => {
+                return Err(Error::argument(OP, "stripe.statistics", "none", "those of the norm's input"));
+            }
+            (None, Some(_)) => return Err(Error::argument(OP, "stripe.statistics", "some", "none: there is no norm")),
+            (None, None) => {}
+        }
+    }
+    Ok(g)
 }
 
 fn output_size(args: &Conv2d, size: usize, kernel: usize, what: &str, padding: [usize; 2]) -> Result<usize> {
@@ -194,7 +279,7 @@ fn work(args: &Conv2d, g: &Geometry, plan: &Plan, y: &Tensor) -> Work {
     let macs = values * (g.kernel[0] * g.kernel[1] * g.channels) as u64;
     let epilogue = [args.bias.is_some(), args.row.is_some(), args.residual.is_some(), args.scale != 1.0];
     let epilogue = epilogue.iter().filter(|&&used| used).count() as u64;
-    let x_values = (g.images * g.stored[0] * g.stored[1] * g.channels) as u64;
+    let x_values = (g.images * (g.held[1] - g.held[0]) * g.stored[1] * g.channels) as u64;
     let norm = args.norm.map_or(0, |norm| norm.of(args.x).flops_per_element() * x_values);
     let (gamma, beta) = (args.norm.map(|norm| norm.gamma), args.norm.map(|norm| norm.beta));
     let (x, x2) = (Some(args.x.first()), args.x.second());
@@ -231,33 +316,34 @@ fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
     };
     let weight = args.weight.cpu::<T>();
     let k = g.kernel[0] * g.kernel[1] * g.channels;
-    let x = SourceRows::<T>::new(&args.x, [g.images, g.stored[0], g.stored[1], g.channels]);
-    let Some(norm) = args.norm else {
-        let rows = Taps::new(args, g, x, 0..g.stored[0], 0);
+    let rows = g.held[1] - g.held[0];
+    let x = SourceRows::<T>::new(&args.x, [g.images, rows, g.stored[1], g.channels]);
+    let Some(norm) = args.norm.filter(|_| x.pixels > 0) else {
+        // Without pixels there is only padding: nothing to normalise.
+        let rows = Taps::new(args, g, x, g.held, g.first_output);
         return gemm::matmul([g.images * epilogue.pixels, g.outputs, k], &rows, weight, &epilogue);
     };
-    if x.pixels == 0 {
-        // Only padding: nothing to normalise.
-        let rows = Taps::new(args, g, x, 0..g.stored[0], 0);
-        return gemm::matmul([g.images * epilogue.pixels, g.outputs, k], &rows, weight, &epilogue);
-    }
 
-    let affine = ChannelAffine::group_norm(&x, &norm.of(args.x));
+    let norm = norm.of(args.x);
+    let affine = match args.stripe.and_then(|stripe| stripe.statistics).and_then(GroupStatistics::cpu) {
+        Some(statistics) => ChannelAffine::new::<T>(&norm, statistics),
+        None => ChannelAffine::group_norm(&x, &norm),
+    };
     let mut epilogue = epilogue;
     for (images, output_rows) in bands(args, g) {
         let stored = stored_rows(args, g, &output_rows);
-        let band = normalised(&x, &affine, g, images.clone(), stored.clone());
+        let band = normalised(&x, &affine, g, images.clone(), stored);
         let band = SourceRows {
             a: &band,
             b: &[],
             channels_a: g.channels,
             channels: g.channels,
             images: images.len(),
-            pixels: stored.len() * g.stored[1],
+            pixels: (stored[1] - stored[0]) * g.stored[1],
         };
         let rows = Taps::new(args, g, band, stored, output_rows.start);
         let rows = Taps { output_pixels: output_rows.len() * g.output[1], ..rows };
-        epilogue.first_row = images.start * epilogue.pixels + output_rows.start * g.output[1];
+        epilogue.first_row = images.start * epilogue.pixels + (output_rows.start - g.first_output) * g.output[1];
         gemm::matmul([images.len() * rows.output_pixels, g.outputs, k], &rows, weight, &epilogue);
     }
 }
@@ -265,29 +351,36 @@ fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
 /// All images and output rows at once when the normalised input is within [`BAND_BYTES`]; else bands of one image each.
 fn bands(args: &Conv2d, g: &Geometry) -> Vec<(Range<usize>, Range<usize>)> {
     let row_bytes = g.stored[1] * g.channels * size_of::<f32>();
-    if g.images * g.stored[0] * row_bytes <= BAND_BYTES {
-        return vec![(0..g.images, 0..g.output[0])];
+    let output = g.first_output..g.first_output + g.output[0];
+    if g.images * (g.held[1] - g.held[0]) * row_bytes <= BAND_BYTES {
+        return vec![(0..g.images, output)];
     }
     // As many output rows as the band's input rows feed, without their overlap.
     let stored_rows = (BAND_BYTES / row_bytes.max(1)).max(1);
     let rows = (stored_rows * g.input[0] / g.stored[0] / args.stride).max(1);
     (0..g.images)
         .flat_map(|image| {
-            (0..g.output[0]).step_by(rows).map(move |first| (image..image + 1, first..g.output[0].min(first + rows)))
+            let output = output.clone();
+            let end = output.end;
+            output.step_by(rows).map(move |first| (image..image + 1, first..end.min(first + rows)))
         })
         .collect()
 }
 
-/// Stored input rows that these output rows read.
-fn stored_rows(args: &Conv2d, g: &Geometry, output: &Range<usize>) -> Range<usize> {
+/// Stored input rows that these output rows read: the first, and the first behind them. Where they read none, an empty range
+/// within the rows held.
+fn stored_rows(args: &Conv2d, g: &Geometry, output: &Range<usize>) -> [usize; 2] {
     let top = args.padding[0];
-    let first = (output.start * args.stride).saturating_sub(top);
-    let last = ((output.end - 1) * args.stride + args.dilation * (g.kernel[0] - 1)).saturating_sub(top);
-    let last = last.min(g.input[0] - 1);
-    if first > last {
-        return 0..0;
+    if output.is_empty() || g.input[0] == 0 {
+        return [g.held[0]; 2];
     }
-    nearest(first, g.stored[0], g.input[0])..nearest(last, g.stored[0], g.input[0]) + 1
+    let first = (output.start * args.stride).saturating_sub(top);
+    let last = (output.end - 1) * args.stride + args.dilation * (g.kernel[0] - 1);
+    if last < top || first >= g.input[0] {
+        return [g.held[0]; 2];
+    }
+    let last = (last - top).min(g.input[0] - 1);
+    [nearest(first, g.stored[0], g.input[0]), nearest(last, g.stored[0], g.input[0]) + 1]
 }
 
 /// Nearest neighbour: the source of index `i` when `from` values become `to`.
@@ -300,16 +393,16 @@ fn normalised<T: Element>(
     affine: &ChannelAffine,
     g: &Geometry,
     images: Range<usize>,
-    stored: Range<usize>,
+    [first, end]: [usize; 2],
 ) -> Vec<f32> {
     let (c, w) = (g.channels, g.stored[1]);
-    let pixels = stored.len() * w;
+    let pixels = (end - first) * w;
     let mut band = vec![0.0; images.len() * pixels * c];
     let rows = cpu::norm::rows_per_task(c);
     band.par_chunks_mut(rows * c).enumerate().for_each(|(task, band)| {
         for (i, to) in band.chunks_exact_mut(c).enumerate() {
             let (image, pixel) = ((task * rows + i) / pixels + images.start, (task * rows + i) % pixels);
-            x.load(image * x.pixels + stored.start * w + pixel, to);
+            x.load(image * x.pixels + (first - g.held[0]) * w + pixel, to);
             affine.apply(image, to);
         }
     });
@@ -328,7 +421,7 @@ struct Taps<'a, T> {
     /// Stored row and column of each input row and column.
     source: [Vec<usize>; 2],
     /// Stored rows that `x` holds.
-    stored: Range<usize>,
+    stored: [usize; 2],
     stored_width: usize,
     output_width: usize,
     /// Output pixels of an image in this product.
@@ -344,7 +437,7 @@ impl<'a, T: Element> Taps<'a, T> {
         args: &Conv2d,
         g: &Geometry,
         x: SourceRows<'a, T>,
-        stored: Range<usize>,
+        stored: [usize; 2],
         first_output_row: usize,
     ) -> Taps<'a, T> {
         let source = [0, 1].map(|d| (0..g.input[d]).map(|i| nearest(i, g.stored[d], g.input[d])).collect());
@@ -367,7 +460,8 @@ impl<'a, T: Element> Taps<'a, T> {
 
     /// First element of an input pixel within its image's stretch of a source with `channels` channels.
     fn pixel(&self, image: usize, y: usize, x: usize) -> usize {
-        let row = image * self.stored.len() + (self.source[0][y] - self.stored.start);
+        let [first, end] = self.stored;
+        let row = image * (end - first) + (self.source[0][y] - first);
         row * self.stored_width + self.source[1][x]
     }
 

@@ -20,10 +20,11 @@ pub mod profile;
 mod resize;
 mod rms_norm;
 mod sampler;
+mod statistics;
 mod step;
 
 pub use attention::{Attention, attention};
-pub use conv::{Conv2d, ConvNorm, conv2d};
+pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
 pub use cuda::tiles::{Variant, tile_names, with_variant};
 pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
@@ -32,6 +33,7 @@ pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
 pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
+pub use statistics::{GroupMoments, GroupStatistics};
 pub use step::{
     Guidance, GuidanceScale, HISTORY, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable,
     Thresholding, history, sampler_step, scale_input,

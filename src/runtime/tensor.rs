@@ -362,6 +362,25 @@ impl Tensor {
         self.copy_into(0, from)
     }
 
+    /// Overwrites the rows of the first dimension from `first` on with those of `from`, whose other dimensions, dtype and
+    /// device are this tensor's. As [`copy_from`](Tensor::copy_from) otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `from`; [`Error::Argument`]: `first`, or on the cpu a tensor
+    /// that others hold; [`Error::Driver`].
+    pub fn copy_rows_from(&mut self, first: usize, from: &Tensor) -> Result<()> {
+        const OP: &str = "copy_rows_from";
+        let Some((&all, rest)) = self.shape.split_first() else {
+            return Err(Error::shape(OP, "self", self, "a first dimension"));
+        };
+        let rows = from.shape.first().copied().unwrap_or(0);
+        from.expect(OP, "from", &[&[rows], rest].concat(), self.dtype, &self.device)?;
+        if first > all || rows > all - first {
+            return Err(Error::argument(OP, "first", first, format!("{rows} rows from there on within {all}")));
+        }
+        self.copy_into(first * rest.iter().product::<usize>(), from)
+    }
+
     /// The elements of `from` to those from `at` on; checked: one device and dtype, and there is room.
     fn copy_into(&mut self, at: usize, from: &Tensor) -> Result<()> {
         match self.device.clone() {

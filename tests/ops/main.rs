@@ -15,3 +15,4 @@ mod resize;
 mod rms_norm;
 mod sampler;
 mod step;
+mod stripes;

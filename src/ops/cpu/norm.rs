@@ -44,7 +44,7 @@ impl<'a, T: Element> SourceRows<'a, T> {
 
 /// Mean and sum of squared deviations of `count` values.
 #[derive(Clone, Copy, Debug, Default)]
-struct Moments {
+pub struct Moments {
     count: f64,
     mean: f64,
     squares: f64,
@@ -64,6 +64,11 @@ impl Moments {
             squares: self.squares + other.squares + delta * delta * self.count * other.count / count,
         }
     }
+
+    /// Mean and 1 / sqrt(var + eps).
+    pub fn finished(self, eps: f32) -> [f64; 2] {
+        [self.mean, 1.0 / (self.squares / self.count + f64::from(eps)).sqrt()]
+    }
 }
 
 /// Group norm of an input whose statistics are known: `y[n, c] = (x - mean[n, c]) * scale[n, c] + shift[c]`, then SiLU.
@@ -78,36 +83,32 @@ pub struct ChannelAffine {
 }
 
 impl ChannelAffine {
-    /// The statistics of `x`. Blocks of rows are summed in f32, in two passes each while they are in cache; blocks are
-    /// merged in f64 in their order.
+    /// Of the statistics of `x`.
     pub fn group_norm<T: Element>(x: &SourceRows<T>, args: &GroupNorm) -> ChannelAffine {
-        let (c, groups) = (x.channels, args.groups);
-        let rows = rows_per_task(c).min(x.pixels.max(1));
-        let blocks = x.pixels.div_ceil(rows);
-        let mut moments = vec![Moments::default(); x.images * blocks * groups];
-        moments.par_chunks_mut(groups).enumerate().for_each(|(task, to)| {
-            let (image, block) = (task / blocks, task % blocks);
-            let first = block * rows;
-            let count = rows.min(x.pixels - first);
-            block_moments(x, image * x.pixels + first, count, to);
-        });
+        let mut moments = vec![Moments::default(); x.images * args.groups];
+        for (image, moments) in moments.chunks_exact_mut(args.groups).enumerate() {
+            add_moments(x, image * x.pixels, x.pixels, block_rows(x.channels, x.pixels), moments);
+        }
+        let statistics: Vec<[f64; 2]> = moments.into_iter().map(|moments| moments.finished(args.eps)).collect();
+        ChannelAffine::new::<T>(args, &statistics)
+    }
 
+    /// `statistics`: mean and 1 / sqrt(var + eps) of every image and group.
+    pub fn new<T: Element>(args: &GroupNorm, statistics: &[[f64; 2]]) -> ChannelAffine {
         let (gamma, shift) = (super::to_f32::<T>(args.gamma), super::to_f32::<T>(args.beta));
+        let images = statistics.len() / args.groups;
         let mut affine = ChannelAffine {
-            mean: Vec::with_capacity(x.images * c),
-            scale: Vec::with_capacity(x.images * c),
+            mean: Vec::with_capacity(images * gamma.len()),
+            scale: Vec::with_capacity(images * gamma.len()),
             shift,
             silu: args.silu,
         };
-        for image in 0..x.images {
-            for group in 0..groups {
-                let all = (0..blocks).map(|block| moments[(image * blocks + block) * groups + group]);
-                let all = all.fold(Moments::default(), Moments::merge);
-                let rstd = 1.0 / (all.squares / all.count + f64::from(args.eps)).sqrt();
-                let channels = group * (c / groups)..(group + 1) * (c / groups);
-                affine.mean.extend(channels.clone().map(|_| all.mean as f32));
-                affine.scale.extend(gamma[channels].iter().map(|&gamma| (f64::from(gamma) * rstd) as f32));
-            }
+        let group_channels = gamma.len() / args.groups;
+        for (i, [mean, rstd]) in statistics.iter().enumerate() {
+            let group = i % args.groups;
+            let channels = group * group_channels..(group + 1) * group_channels;
+            affine.mean.extend(channels.clone().map(|_| *mean as f32));
+            affine.scale.extend(gamma[channels].iter().map(|&gamma| (f64::from(gamma) * rstd) as f32));
         }
         affine
     }
@@ -120,6 +121,26 @@ impl ChannelAffine {
             affine_silu(values, mean, scale, &self.shift);
         } else {
             affine(values, mean, scale, &self.shift);
+        }
+    }
+}
+
+/// Rows that [`add_moments`] sums up at once, of an image of `pixels`.
+pub fn block_rows(channels: usize, pixels: usize) -> usize {
+    rows_per_task(channels).min(pixels.max(1))
+}
+
+/// Adds to the moments `to` of each group those of `count` rows from `first`: blocks of `block` rows are summed in f32, in two
+/// passes each while they are in cache, and merged in f64 in their order.
+pub fn add_moments<T: Element>(x: &SourceRows<T>, first: usize, count: usize, block: usize, to: &mut [Moments]) {
+    let groups = to.len();
+    let mut moments = vec![Moments::default(); count.div_ceil(block) * groups];
+    moments.par_chunks_mut(groups).enumerate().for_each(|(i, to)| {
+        block_moments(x, first + i * block, block.min(count - i * block), to);
+    });
+    for moments in moments.chunks_exact(groups) {
+        for (to, moments) in to.iter_mut().zip(moments) {
+            *to = to.merge(*moments);
         }
     }
 }

@@ -5,8 +5,8 @@ use super::norm::{self, Statistics};
 use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry};
 use crate::error::{Error, Result};
-use crate::ops::StepRows;
 use crate::ops::conv::{Conv2d, Geometry, OP};
+use crate::ops::{GroupStatistics, StepRows};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -52,7 +52,9 @@ pub struct Plan {
     norm: Norm,
     /// Groups of the norm.
     groups: usize,
-    /// Of the input, as stored.
+    /// The statistics of the norm's input are given.
+    statistics_given: bool,
+    /// Of the input that is there, as stored.
     dims: [usize; 4],
     splits: usize,
     /// Output pixels, over all images, and channels.
@@ -62,7 +64,7 @@ pub struct Plan {
 
 impl Plan {
     pub fn new(args: &Conv2d, g: &Geometry) -> Plan {
-        let dims = [g.images, g.stored[0], g.stored[1], g.channels];
+        let dims = [g.images, g.held[1] - g.held[0], g.stored[1], g.channels];
         let pixels = g.output[0] * g.output[1];
         let taps = g.kernel[0] * g.kernel[1];
         let norm = match args.norm {
@@ -76,9 +78,11 @@ impl Plan {
             }
             _ => Norm::None,
         };
-        let splits = tiles::splits(pixels, g.outputs, taps * g.channels);
+        // A stripe's sums are split as the whole image's.
+        let splits = tiles::splits(g.whole_output[0] * g.whole_output[1], g.outputs, taps * g.channels);
         let groups = args.norm.map_or(1, |norm| norm.groups);
-        Plan { norm, groups, dims, splits, m: g.images * pixels, outputs: g.outputs }
+        let statistics_given = args.stripe.is_some();
+        Plan { norm, groups, statistics_given, dims, splits, m: g.images * pixels, outputs: g.outputs }
     }
 
     pub fn launches(&self) -> u64 {
@@ -87,6 +91,8 @@ impl Plan {
         }
         let norm = match self.norm {
             Norm::None => 0,
+            Norm::OnLoad if self.statistics_given => 0,
+            Norm::Pass if self.statistics_given => 1,
             Norm::OnLoad => Statistics::launches(self.dims, self.groups),
             Norm::Pass => norm::group_norm_launches(self.dims, self.groups),
         };
@@ -113,6 +119,7 @@ impl Scratch {
         }
         let statistics_apart = match plan.norm {
             Norm::None => false,
+            _ if plan.statistics_given => false,
             Norm::OnLoad => true,
             Norm::Pass => norm::group_norm_launches(plan.dims, plan.groups) > 1,
         };
@@ -185,10 +192,16 @@ impl KernelGeometry {
             kernel: [count("kh", g.kernel[0])?, count("kw", g.kernel[1])?],
             stride: count("stride", args.stride)?,
             dilation: count("dilation", args.dilation)?,
-            top: top as i32,
+            // Output row 0 of the kernel is the stripe's first.
+            top: count("padding", top)? - count("stripe.output * stride", g.first_output * args.stride)?,
             left: left as i32,
         })
     }
+}
+
+/// Bytes of a pixel of `[N, H, W, C]`.
+fn pixel_bytes(x: &Tensor) -> usize {
+    x.shape()[3] * x.dtype().size_bytes()
 }
 
 pub fn conv2d(
@@ -203,20 +216,25 @@ pub fn conv2d(
         return Ok(());
     }
     let (dtype, weight) = (y.dtype(), args.weight);
+    let given = args.stripe.and_then(|stripe| stripe.statistics).and_then(GroupStatistics::card);
     let mut on_load = None;
     if let Some(conv_norm) = args.norm {
         let args = conv_norm.of(args.x);
-        match plan.norm {
-            Norm::None => {}
-            Norm::OnLoad => {
+        match (plan.norm, given) {
+            (Norm::None, _) => {}
+            (Norm::OnLoad, Some(given)) => on_load = Some((given, conv_norm)),
+            (Norm::OnLoad, None) => {
                 if let Some(statistics) = &mut scratch.statistics {
                     statistics.compute(device, &args, plan.dims)?;
                     on_load = Some((&statistics.values, conv_norm));
                 }
             }
-            Norm::Pass => {
+            (Norm::Pass, given) => {
                 if let Some(normalised) = &mut scratch.normalised {
-                    norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?;
+                    match given {
+                        Some(given) => norm::group_norm_apply(device, &args, plan.dims, given, normalised)?,
+                        None => norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?,
+                    }
                 }
             }
         }
@@ -251,6 +269,8 @@ pub fn conv2d(
         .shared(tile.shared_bytes());
     let conv_entry = entry(&format!("conv2d_{}", tile.name), dtype);
     let pointer = DevicePtr::or_null;
+    // The kernel counts rows from the image's first; it reads only those held.
+    let image = |x: &Tensor| DevicePtr(x.cuda().0.wrapping_sub((g.held[0] * g.stored[1] * pixel_bytes(x)) as u64));
     let partial = pointer(scratch.partial.as_ref());
     let norm = on_load.map(|(_, norm)| norm);
     let group_channels = norm.map_or(1, |norm| g.channels / norm.groups);
@@ -266,8 +286,8 @@ pub fn conv2d(
             args![
                 y.cuda(),
                 partial,
-                a.cuda(),
-                pointer(b),
+                image(a),
+                b.map_or(DevicePtr::NULL, image),
                 pointer(on_load.map(|(statistics, _)| statistics)),
                 pointer(norm.map(|norm| norm.gamma)),
                 pointer(norm.map(|norm| norm.beta)),

@@ -34,6 +34,7 @@ pub fn group_norm_launches(dims: [usize; 4], groups: usize) -> u64 {
 }
 
 /// Mean and 1 / sqrt(var + eps) of every group, for a kernel that normalises while it loads (kernels/common/norm.cuh).
+#[derive(Debug)]
 pub struct Statistics {
     /// `[N, groups, 2]`, f32
     pub values: Tensor,
@@ -72,53 +73,112 @@ impl Statistics {
         let Some(partial) = &self.partial else {
             return group_norm_small(device, args, dims, None, Some(&self.values));
         };
-        let (a, b) = (args.x.first(), args.x.second());
-        let [channels_a, channels_b] = channels("group_norm", args)?;
-        let pixels = int("group_norm", "H*W", h * w)?;
         let split = split_pixels(h * w);
-        let splits = (h * w).div_ceil(split);
-        let vector = vectors(args) && aligned(a) && b.is_none_or(aligned);
-        let (tiles, tile, rows) = tiling(c, vector);
-        let launch = Launch::grid([tiles, splits, n]).block(tile * rows);
-        let entry = entry("group_norm_statistics", a.dtype());
-        // SAFETY: arguments as the entry has them; the partial has a pair for every image, split and channel.
-        unsafe {
-            device.launch(
-                "norm",
-                &entry,
-                launch,
-                args![
-                    partial.cuda(),
-                    a.cuda(),
-                    DevicePtr::or_null(b),
-                    channels_a,
-                    channels_b,
-                    pixels,
-                    split as i32,
-                    tile as i32,
-                    i32::from(vector)
-                ],
-            )?
-        };
+        gather(device, args, [n, h * w, c], split, partial.cuda())?;
+        merge(device, args.eps, [n, h * w, c], split, partial, &self.values)
+    }
 
-        let launch = Launch::grid([args.groups, n, 1]).block(MERGE_THREADS);
-        // SAFETY: arguments as the entry has them; a pair for every image and group.
-        unsafe {
-            device.launch(
-                "norm",
-                "group_norm_merge_f32",
-                launch,
-                args![
-                    self.values.cuda(),
-                    partial.cuda(),
-                    channels_a + channels_b,
-                    pixels,
-                    split as i32,
-                    splits as i32,
-                    args.eps
-                ],
-            )
+    /// Pixels that [`add`](Statistics::add) takes at a time, of one image `[1, H, W, C]`.
+    pub fn chunk([n, h, w, c]: [usize; 4], groups: usize) -> usize {
+        if small([n, h, w, c], groups) { (h * w).max(1) } else { split_pixels(h * w) }
+    }
+
+    /// Launches of [`finish`](Statistics::finish).
+    pub fn finish_launches(&self) -> u64 {
+        u64::from(self.partial.is_some())
+    }
+
+    /// Takes pixels of one image, `[1, 1, pixels, C]`: whole chunks from pixel `first` on, the last of which may end with the
+    /// image. The same bits as [`compute`](Statistics::compute).
+    ///
+    /// # Errors
+    /// As [`CudaDevice::launch`].
+    pub fn add(&mut self, device: &CudaDevice, args: &GroupNorm, dims: [usize; 4], first: usize) -> Result<()> {
+        let [_, _, pixels, c] = args.x.dims("group_norm")?;
+        match &self.partial {
+            None => group_norm_small(device, args, [1, 1, pixels, c], None, Some(&self.values)),
+            Some(partial) => {
+                let split = split_pixels(dims[1] * dims[2]);
+                let to = DevicePtr(partial.cuda().0 + (first / split * c * 2 * size_of::<f32>()) as u64);
+                gather(device, args, [1, pixels, c], split, to)
+            }
         }
+    }
+
+    /// After all pixels of an image `dims` were added. `eps`: of the norm.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::launch`].
+    pub fn finish(&mut self, device: &CudaDevice, eps: f32, [_, h, w, c]: [usize; 4]) -> Result<()> {
+        match &self.partial {
+            None => Ok(()),
+            Some(partial) => merge(device, eps, [1, h * w, c], split_pixels(h * w), partial, &self.values),
+        }
+    }
+}
+
+/// Mean and squared deviations of every channel over each `split` of an image's pixels, to `partial [N, splits, C, 2]`. `dims`:
+/// N, H * W, C.
+fn gather(
+    device: &CudaDevice,
+    args: &GroupNorm,
+    [n, pixels, c]: [usize; 3],
+    split: usize,
+    partial: DevicePtr,
+) -> Result<()> {
+    let (a, b) = (args.x.first(), args.x.second());
+    let [channels_a, channels_b] = channels("group_norm", args)?;
+    let vector = vectors(args) && aligned(a) && b.is_none_or(aligned);
+    let (tiles, tile, rows) = tiling(c, vector);
+    let launch = Launch::grid([tiles, pixels.div_ceil(split), n]).block(tile * rows);
+    let entry = entry("group_norm_statistics", a.dtype());
+    // SAFETY: arguments as the entry has them; the partial has a pair for every image, split and channel.
+    unsafe {
+        device.launch(
+            "norm",
+            &entry,
+            launch,
+            args![
+                partial,
+                a.cuda(),
+                DevicePtr::or_null(b),
+                channels_a,
+                channels_b,
+                int("group_norm", "H*W", pixels)?,
+                split as i32,
+                tile as i32,
+                i32::from(vector)
+            ],
+        )
+    }
+}
+
+/// Joins what [`gather`] left, by group, to `values [N, groups, 2]`. `dims`: N, H * W, C.
+fn merge(
+    device: &CudaDevice,
+    eps: f32,
+    [n, pixels, c]: [usize; 3],
+    split: usize,
+    partial: &Tensor,
+    values: &Tensor,
+) -> Result<()> {
+    let launch = Launch::grid([values.shape()[1], n, 1]).block(MERGE_THREADS);
+    // SAFETY: arguments as the entry has them; a pair for every image and group.
+    unsafe {
+        device.launch(
+            "norm",
+            "group_norm_merge_f32",
+            launch,
+            args![
+                values.cuda(),
+                partial.cuda(),
+                int("group_norm", "C", c)?,
+                int("group_norm", "H*W", pixels)?,
+                split as i32,
+                pixels.div_ceil(split) as i32,
+                eps
+            ],
+        )
     }
 }
 
@@ -137,7 +197,17 @@ pub fn group_norm(
         return group_norm_small(device, args, dims, Some(y), None);
     };
     statistics.compute(device, args, dims)?;
-    let [n, h, w, c] = dims;
+    group_norm_apply(device, args, dims, &statistics.values, y)
+}
+
+/// `y = group_norm(x)` by given statistics `[N, groups, 2]`.
+pub fn group_norm_apply(
+    device: &CudaDevice,
+    args: &GroupNorm,
+    [n, h, w, c]: [usize; 4],
+    statistics: &Tensor,
+    y: &Tensor,
+) -> Result<()> {
     let (a, b) = (args.x.first(), args.x.second());
     let [channels_a, channels_b] = channels("group_norm", args)?;
     let vector = vectors(args) && all_aligned(args, Some(y));
@@ -154,7 +224,7 @@ pub fn group_norm(
                 y.cuda(),
                 a.cuda(),
                 DevicePtr::or_null(b),
-                statistics.values.cuda(),
+                statistics.cuda(),
                 args.gamma.cuda(),
                 args.beta.cuda(),
                 channels_a,
