@@ -95,6 +95,8 @@ pub struct Rung {
     pub passes: Partition,
 }
 
+const TILES: Partition = Partition::Whole;
+
 /// Rows of a picture in a stripe, the faster one first.
 const STRIPE_ROWS: [usize; 2] = [128, 32];
 
@@ -111,7 +113,7 @@ impl MemoryOptions {
             VaePasses::Auto => (Partition::Whole, &stripes),
             VaePasses::Whole => (Partition::Whole, &[]),
             VaePasses::Stripes => (stripes[0], &stripes[1..]),
-            VaePasses::Tiles => (Partition::TILES, &[]),
+            VaePasses::Tiles => (TILES, &[]),
         };
         let rung = |&(keeps_text, keeps_network): &(bool, bool), passes| Rung { keeps_text, keeps_network, passes };
         let last = &held[held.len() - 1];
@@ -126,7 +128,7 @@ impl Rung {
     /// The same as JSON.
     pub fn to_json(self) -> Value {
         json!({
-            "keeps_text_encoders": self.keeps_text, "keeps_denoiser": self.keeps_network, "vae": self.passes.to_string(),
+            "keeps_text_encoders": self.keeps_text, "keeps_denoiser": self.keeps_network, "vae": partition_text(self.passes),
         })
     }
 
@@ -144,11 +146,17 @@ impl Rung {
                 Partition::Stripes { rows } => {
                     format!("the VAE works by stripes of {rows} rows, which gives the same picture")
                 }
-                Partition::Tiles { .. } => "the VAE works by tiles".to_string(),
                 Partition::Whole => "the VAE works on whole pictures".to_string(),
             });
         }
         given_up.join("; ")
+    }
+}
+
+fn partition_text(partition: Partition) -> String {
+    match partition {
+        Partition::Whole => "whole".into(),
+        Partition::Stripes { rows } => format!("stripes of {rows} rows"),
     }
 }
 
@@ -178,7 +186,7 @@ mod tests {
         assert_eq!(of(Residency::Keep, VaePasses::Whole).len(), 1);
         assert!(of(Residency::Keep, VaePasses::Auto).iter().all(|rung| rung.keeps_text && rung.keeps_network));
         assert!(of(Residency::Low, VaePasses::Auto).iter().all(|rung| !rung.keeps_text));
-        assert!(of(Residency::Auto, VaePasses::Tiles).iter().all(|rung| rung.passes == Partition::TILES));
+        assert!(of(Residency::Auto, VaePasses::Tiles).iter().all(|rung| rung.passes == TILES));
         for rung in of(Residency::Auto, VaePasses::Stripes) {
             assert!(matches!(rung.passes, Partition::Stripes { .. }));
         }

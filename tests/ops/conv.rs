@@ -104,6 +104,7 @@ impl Inputs {
             row: case.row.then_some(StepRows { table: &self.row, step: &self.step, rows: self.rows }),
             residual: case.residual.then_some(&self.residual),
             scale: case.scale,
+            stripe: None,
         }
     }
 }

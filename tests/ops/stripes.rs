@@ -179,12 +179,8 @@ fn a_card_launches_what_meta_counts_in_stripes() {
     let run = |device: &Device, case: &Case| {
         let inputs = Inputs::new(device, case, DType::F16);
         let statistics = (case.groups > 0).then(|| statistics(&inputs, case, 4));
-        let stripe = Some(Stripe {
-            height: case.input[0],
-            first_row: 0,
-            output: [1, 4],
-            statistics: statistics.as_ref(),
-        });
+        let stripe =
+            Some(Stripe { height: case.input[0], first_row: 0, output: [1, 4], statistics: statistics.as_ref() });
         ops::conv2d(Conv2d { stripe, ..inputs.args(case) }).map(drop)
     };
     for (card, case) in cards().into_iter().flat_map(|card| CASES.map(|case| (card.clone(), case))) {
@@ -219,9 +215,19 @@ fn stripes_that_do_not_fit_are_named() {
     fails(&inputs.x, Stripe { first_row: 1, ..ok }, 2, "stripe.first_row is 1, expected 9 rows from there on within 9");
     fails(&inputs.x, Stripe { statistics: None, ..ok }, 2, "stripe.statistics is none");
     fails(&inputs.x, ok, 0, "stripe.statistics is some");
-    fails(&inputs.x, ok, 4, "statistics is 8 channels of f32 in 2 groups on cpu, expected 8 channels of f32 in 4 groups");
+    fails(
+        &inputs.x,
+        ok,
+        4,
+        "statistics is 8 channels of f32 in 2 groups on cpu, expected 8 channels of f32 in 4 groups",
+    );
     let part = rows(&inputs.x, 2, 5);
-    fails(&part, Stripe { first_row: 2, ..ok }, 2, "stripe is rows 2..5, expected rows 1..5 of the 9, for output rows 2..4");
+    fails(
+        &part,
+        Stripe { first_row: 2, ..ok },
+        2,
+        "stripe is rows 2..5, expected rows 1..5 of the 9, for output rows 2..4",
+    );
     let two = Tensor::concat(&[inputs.x.clone(), inputs.x.clone()]).unwrap();
     fails(&two, ok, 2, "x has shape [2, 9, 7, 8], expected one image");
 
