@@ -6,7 +6,8 @@ use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
 use crate::models::single_file::{check_extension, open_vae};
 use crate::models::{
-    self, Adapters, ClipTextConfig, ClipTextModel, SingleFile, Unet, UnetConfig, Vae, VaeConfig, WeightStore,
+    self, Adapters, ClipTextConfig, ClipTextModel, Foreign, SingleFile, Unet, UnetConfig, Unused, Vae, VaeConfig,
+    WeightStore,
 };
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
@@ -146,6 +147,66 @@ fn hub_name(path: &Path) -> Option<String> {
     Some(name.strip_prefix("models--")?.replace("--", "/"))
 }
 
+/// Refuses a directory that is something else than a model of these families, before its parts give riddles.
+///
+/// # Errors
+/// [`Error::Config`]: what it is.
+fn refuse_foreign(path: &Path) -> Result<()> {
+    // A file that is no JSON is named when it is read.
+    let json = |name: &str| -> serde_json::Value {
+        let text = std::fs::read_to_string(path.join(name)).unwrap_or_default();
+        crate::json::parse(&text).unwrap_or_default()
+    };
+    let refuse = |name: &str, foreign: Foreign, why: String| {
+        Err(Error::config(path.join(name).display().to_string(), format!("{foreign}{why}")))
+    };
+    let class = |config: &serde_json::Value| config["_class_name"].as_str().unwrap_or_default().to_string();
+    let by_class = |name: &str| -> Result<()> {
+        let config = json(name);
+        let architecture = config["architectures"][0].as_str().unwrap_or_default();
+        let class = [class(&config), architecture.to_string()].into_iter().find(|class| !class.is_empty());
+        let Some(class) = class else { return Ok(()) };
+        match Foreign::of_class(&class) {
+            Some(foreign) => refuse(name, foreign, format!(" (it is of the class {class})")),
+            None => Ok(()),
+        }
+    };
+    let index = json(INDEX);
+    let there = |part: &str| index[part][1].is_string();
+    let unet = json("unet/config.json");
+    // The refiner reads bigG alone, and its UNet is wider than the base model's.
+    if (there("text_encoder_2") && !there("text_encoder")) || unet["block_out_channels"][0] == 384 {
+        return refuse(if index.is_null() { "unet/config.json" } else { INDEX }, Foreign::Refiner, String::new());
+    }
+    by_class(INDEX)?;
+    if !path.join("unet").is_dir() {
+        for part in ["transformer", "prior", "decoder"] {
+            by_class(&format!("{part}/config.json"))?;
+        }
+        by_class("config.json")?;
+        if let Some(lora) = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
+            .into_iter()
+            .find(|name| path.join(name).is_file())
+        {
+            return refuse(lora, Foreign::Beside("a LoRA"), String::new());
+        }
+        return Ok(());
+    }
+    let channels = |config: &serde_json::Value, key: &str| config[key].as_u64().and_then(|v| usize::try_from(v).ok());
+    let latents = channels(&json("vae/config.json"), "latent_channels").unwrap_or(4);
+    match channels(&unet, "in_channels") {
+        Some(found) if latents == 4 => match Foreign::of_channels(found) {
+            Some(foreign) => refuse(
+                "unet/config.json",
+                foreign,
+                format!(" (in_channels is {found}; the VAE's latent_channels are {latents})"),
+            ),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
 /// What a saved pipeline is made of.
 const INDEX: &str = "model_index.json";
 /// What a directory must have, for messages.
@@ -197,7 +258,9 @@ impl ModelFiles {
                 if !path.is_dir() {
                     return Err(Error::file(path, format!("no such directory; {LAYOUT}")));
                 }
-                Place::Directory(hub_snapshot(path)?)
+                let path = hub_snapshot(path)?;
+                refuse_foreign(&path)?;
+                Place::Directory(path)
             }
         };
         let family = FamilySpec::of(|folder| match &place {
@@ -291,25 +354,26 @@ impl ModelFiles {
         self.adapters.file_bytes().map(|(bytes, _)| digest(bytes)).collect()
     }
 
-    /// To be called when every part is loaded: tensors of single files and of adapters that belong to no part, a sentence
-    /// per file.
+    /// To be called when the parts of these reports are loaded: tensors of the files and of adapters that belong to no part,
+    /// a sentence per file.
     ///
     /// # Errors
     /// As [`Adapters::finish`].
-    pub(super) fn warnings(&self) -> Result<Vec<String>> {
-        let list = |path: &Path, keys: &[String]| {
-            let shown: Vec<&str> = keys.iter().take(4).map(String::as_str).collect();
-            let more = if keys.len() > shown.len() { ", ..." } else { "" };
-            format!("{}: no part of the model uses {} tensors: {}{more}", path.display(), keys.len(), shown.join(", "))
-        };
-        let mut warnings = Vec::new();
+    pub fn warnings(&self, reports: &[WeightReport]) -> Result<Vec<String>> {
+        let mut unused: Vec<Unused> = reports.iter().flat_map(|report| report.unused.iter().cloned()).collect();
         if let Place::File(file) = &self.place
             && !file.unused().is_empty()
         {
-            warnings.push(list(file.path(), file.unused()));
+            let keys = file.unused().iter().cloned();
+            match unused.iter_mut().find(|of_file| of_file.file == file.path()) {
+                Some(of_file) => of_file.keys.extend(keys),
+                None => unused.push(Unused { file: file.path().to_path_buf(), keys: keys.collect() }),
+            }
         }
-        warnings.extend(self.adapters.finish()?.iter().map(|(path, keys)| list(path, keys)));
-        Ok(warnings)
+        let loaded = |part: &models::Part| reports.iter().any(|report| report.module == part.folder());
+        let others = models::Part::ALL.into_iter().filter(|part| self.has_part(part.folder()) && !loaded(part));
+        unused.extend(self.adapters.finish(&others.collect::<Vec<_>>())?);
+        Ok(unused.iter().map(Unused::to_string).collect())
     }
 
     /// The tokenizer in `folder` (`tokenizer`, `tokenizer_2`).
@@ -388,21 +452,23 @@ impl ModelFiles {
         load_part(folder, store, |w| ClipTextModel::from_weights(w, &config))
     }
 
-    /// The UNet; on the meta device from its configuration alone.
+    /// The UNet, and its weights' report; on the meta device from its configuration alone.
     ///
     /// # Errors
-    /// Those of the files; as [`Unet::load`].
-    pub fn unet(&self, device: &Device, dtype: DType) -> Result<Unet> {
-        Unet::load(self.weights("unet", device, dtype)?, &self.unet_config()?)
+    /// Those of the files; as [`Unet::from_weights`].
+    pub fn unet(&self, device: &Device, dtype: DType) -> Result<(Unet, WeightReport)> {
+        let config = self.unet_config()?;
+        load_part("unet", self.weights("unet", device, dtype)?, |w| Unet::from_weights(w, &config))
     }
 
-    /// The VAE, in f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it).
+    /// The VAE, in f32 when `dtype` is f16 and the configuration has `force_upcast` (or nothing about it), and its weights'
+    /// report.
     ///
     /// # Errors
-    /// Those of the files; as [`Vae::load`].
-    pub fn vae(&self, device: &Device, dtype: DType) -> Result<Vae> {
+    /// Those of the files; as [`Vae::from_weights`].
+    pub fn vae(&self, device: &Device, dtype: DType) -> Result<(Vae, WeightReport)> {
         let config = self.vae_config()?;
-        Vae::load(self.weights("vae", device, vae_dtype(&config, dtype))?, &config)
+        load_part("vae", self.weights("vae", device, vae_dtype(&config, dtype))?, |w| Vae::from_weights(w, &config))
     }
 
     /// The weights of the part in `folder`, with the adapters' changes.

@@ -61,7 +61,7 @@ impl Pipeline {
         let family = (files.family().load)(&files, &device, dtype)?;
         let warnings = match device {
             Device::Meta(_) => Vec::new(),
-            _ => files.warnings()?,
+            _ => files.warnings(family.weights())?,
         };
         let (loras, vae) = (files.loras().to_vec(), files.vae_file().map(stem));
         let embeddings = files.embeddings().iter().map(|file| file.word().to_string()).collect();

@@ -220,17 +220,20 @@ pub(super) trait RunConditions {
     ) -> Result<Box<dyn Denoiser>>;
 }
 
-/// Loads one part: its layers from its store, which must then be empty. The report comes from what the layers asked for.
+/// Loads one part: its layers from its store. The report comes from what the layers asked for, and names what none did.
+///
+/// # Errors
+/// Those of `load`; a missing tensor with all that are missing and with the one that looks like it.
 pub(super) fn load_part<T>(
     module: &'static str,
     store: WeightStore,
-    load: impl FnOnce(&Weights) -> Result<T>,
+    load: impl Fn(&Weights) -> Result<T>,
 ) -> Result<(T, WeightReport)> {
-    let part = load(&store.root())?;
+    let part = load(&store.root()).map_err(|error| store.explained(error, &load))?;
     let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
     let bytes = parameters * store.dtype().size_bytes() as u64;
-    store.finish()?;
-    Ok((part, WeightReport { module, parameters, bytes }))
+    let (variant, unused) = (store.variant().map(String::from), store.unused());
+    Ok((part, WeightReport { module, parameters, bytes, variant, unused }))
 }
 
 /// # Errors
