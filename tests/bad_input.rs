@@ -171,6 +171,21 @@ fn directories() -> Vec<Case> {
 
 fn configurations() -> Vec<Case> {
     vec![
+        model(
+            "65537 ResNets per block",
+            |m| m.set(UNET_CONFIG, "layers_per_block", 65537.into()),
+            &["unet/config.json", "layers_per_block is 65537", "1 to 256"],
+        ),
+        model(
+            "65537 layers of a text encoder",
+            |m| m.set(TEXT_CONFIG, "num_hidden_layers", 65537.into()),
+            &["text_encoder/config.json", "num_hidden_layers is 65537", "1 to 256"],
+        ),
+        model(
+            "a VAE of 2^40 channels",
+            |m| m.set(VAE_CONFIG, "block_out_channels", json!([1u64 << 40, 32])),
+            &["vae/config.json", "block_out_channels is [1099511627776,32]", "1 to 65536"],
+        ),
         model("half a UNet configuration", |m| m.keep_half(UNET_CONFIG), &["unet/config.json", "JSON", "download"]),
         model("a list as configuration", |m| m.write(VAE_CONFIG, "[]"), &["vae/config.json", "JSON object"]),
         model("configuration that is not UTF-8", |m| m.write(TEXT_CONFIG, b"\xff\xfe{}"), &[TEXT_CONFIG, "UTF-8"]),
@@ -205,7 +220,7 @@ fn configurations() -> Vec<Case> {
         model(
             "an inpainting UNet",
             |m| m.set(UNET_CONFIG, "in_channels", 9.into()),
-            &["unet/config.json has in_channels 9", "latent_channels 4", "inpainting"],
+            &["unet/config.json", "is an inpainting model", "in_channels is 9", "latent_channels are 4"],
         ),
         model(
             "text of another width",
@@ -270,21 +285,39 @@ fn weights() -> Vec<Case> {
                     header.insert("decoder.conv_in.offset".into(), tensor);
                 })
             },
-            &[VAE, "decoder.conv_in.bias", "missing", "[16]"],
+            &[VAE, "decoder.conv_in.bias", "missing", "[16]", "decoder.conv_in.offset", "looks like it"],
         ),
         model(
-            "a tensor too many",
+            "a prefix before some of the names",
             |m| {
-                m.header(TEXT, |header| {
-                    let tensor = header["text_model.final_layer_norm.bias"].clone();
-                    let end = header.values().filter_map(|t| t["data_offsets"][1].as_u64()).max().unwrap();
-                    let mut tensor = tensor;
-                    tensor["shape"] = json!([0]);
-                    tensor["data_offsets"] = json!([end, end]);
-                    header.insert("text_model.lora.up".into(), tensor);
+                m.header(UNET, |header| {
+                    for key in ["mid_block.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.bias"] {
+                        let tensor = header.remove(key).unwrap();
+                        header.insert(format!("module.{key}"), tensor);
+                    }
                 })
             },
-            &[TEXT, "text_model.lora.up", "no layer", "config.json"],
+            &[UNET, "mid_block.resnets.0.conv1.", "also missing: ", "(2 in all)", "module.mid_block.resnets.0.conv1."],
+        ),
+        model(
+            "several variants",
+            |m| {
+                let bytes = m.read(UNET);
+                m.remove(UNET);
+                for variant in ["non_ema", "ema_only"] {
+                    m.write(&format!("unet/diffusion_pytorch_model.{variant}.safetensors"), &bytes);
+                }
+            },
+            &[UNET, "the variants ema_only, non_ema", "keep one of them"],
+        ),
+        model(
+            "shards without their index",
+            |m| {
+                let bytes = m.read(UNET);
+                m.remove(UNET);
+                m.write("unet/diffusion_pytorch_model-00001-of-00001.safetensors", bytes);
+            },
+            &[UNET, "-00001-of-00001", "diffusion_pytorch_model.safetensors.index.json"],
         ),
         model(
             "integers as weights",
@@ -296,11 +329,6 @@ fn weights() -> Vec<Case> {
             "more layers than weights",
             |m| m.set(TEXT_CONFIG, "num_hidden_layers", 3.into()),
             &[TEXT, "encoder.layers.2.", "missing"],
-        ),
-        model(
-            "more weights than layers",
-            |m| m.set(TEXT_CONFIG, "num_hidden_layers", 1.into()),
-            &[TEXT, "encoder.layers.1.", "no layer"],
         ),
         model(
             "a missing shard",
@@ -396,6 +424,86 @@ fn usage() -> Vec<Case> {
         flags("probe --model MODEL --module text --out DIR/o.safetensors", &["--prompt", "--module text"]),
         flags("probe --model MODEL --module clip --out DIR/o.safetensors", &["--module", "clip", "vae-decode"]),
         flags("paint cat", &["paint"]),
+    ]
+}
+
+/// Directories and files that are something else.
+fn foreign() -> Vec<Case> {
+    fn class(m: &Model, class: &str) {
+        m.set(INDEX, "_class_name", class.into());
+    }
+    /// Nothing but one file of this name.
+    fn only(m: &Model, name: &str, text: &str) {
+        m.remove("");
+        fs::create_dir_all(m.path(name).parent().unwrap()).unwrap();
+        m.write(name, text);
+    }
+    fn channels(m: &Model, count: usize) {
+        m.set(UNET_CONFIG, "in_channels", count.into());
+    }
+    vec![
+        model(
+            "the refiner's index",
+            |m| {
+                class(m, "StableDiffusionXLImg2ImgPipeline");
+                m.set(INDEX, "text_encoder", json!([null, null]));
+                m.set(INDEX, "text_encoder_2", json!(["transformers", "CLIPTextModelWithProjection"]));
+                m.remove("text_encoder");
+            },
+            &["model_index.json", "is the SDXL refiner", "use the base model"],
+        ),
+        model(
+            "the refiner's UNet",
+            |m| {
+                m.remove(INDEX);
+                m.remove("text_encoder");
+                m.set(UNET_CONFIG, "block_out_channels", json!([384, 768, 1536, 1536]));
+            },
+            &["unet/config.json", "is the SDXL refiner", "use the base model"],
+        ),
+        model(
+            "SD 3 by its class",
+            |m| class(m, "StableDiffusion3Pipeline"),
+            &["model_index.json", "is Stable Diffusion 3, which is not supported", "StableDiffusion3Pipeline"],
+        ),
+        model("FLUX", |m| class(m, "FluxPipeline"), &["model_index.json", "is FLUX, which is not supported"]),
+        model("PixArt", |m| class(m, "PixArtSigmaPipeline"), &["is PixArt, which is not supported"]),
+        model("Cascade", |m| class(m, "StableCascadePriorPipeline"), &["is Stable Cascade, which is not supported"]),
+        model(
+            "SVD",
+            |m| class(m, "StableVideoDiffusionPipeline"),
+            &["is Stable Video Diffusion, a video model, which"],
+        ),
+        model("text to video", |m| class(m, "TextToVideoSDPipeline"), &["is a text-to-video model, which is not"]),
+        model("unCLIP", |m| class(m, "StableUnCLIPPipeline"), &["is Stable unCLIP, which is not supported"]),
+        model("an upscaler", |m| channels(m, 7), &["unet/config.json", "is an upscaler", "in_channels is 7"]),
+        model("InstructPix2Pix", |m| channels(m, 8), &["edits pictures", "in_channels is 8"]),
+        model("a depth model", |m| channels(m, 5), &["reads depth", "in_channels is 5"]),
+        model(
+            "a transformer without an index",
+            |m| only(m, "transformer/config.json", r#"{"_class_name": "FluxTransformer2DModel"}"#),
+            &["transformer/config.json", "is FLUX", "FluxTransformer2DModel"],
+        ),
+        model(
+            "a ControlNet's directory",
+            |m| only(m, "config.json", r#"{"_class_name": "ControlNetModel"}"#),
+            &["config.json", "is a ControlNet alone, not a whole model"],
+        ),
+        model(
+            "a VAE's directory",
+            |m| only(m, "config.json", r#"{"_class_name": "AutoencoderKL"}"#),
+            &["config.json", "is a VAE alone, not a whole model"],
+        ),
+        model(
+            "a text encoder's directory",
+            |m| only(m, "config.json", r#"{"architectures": ["CLIPTextModel"]}"#),
+            &["config.json", "is a text encoder alone, not a whole model"],
+        ),
+        model(
+            "a LoRA's directory",
+            |m| only(m, "pytorch_lora_weights.safetensors", ""),
+            &["pytorch_lora_weights.safetensors", "is a LoRA, not a model: give it beside a model"],
+        ),
     ]
 }
 
@@ -542,7 +650,8 @@ fn one_tensor(name: &str, shape: &[usize]) -> Vec<u8> {
 
 #[test]
 fn every_bad_input_has_its_clear_error() {
-    let groups = [directories(), configurations(), weights(), tokenizers(), usage(), single_files(), files()];
+    let groups =
+        [directories(), configurations(), weights(), tokenizers(), usage(), foreign(), single_files(), files()];
     let mut wrong = Vec::new();
     let mut count = 0;
     for case in groups.into_iter().flatten() {

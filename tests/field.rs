@@ -295,6 +295,104 @@ fn a_scheduler_that_is_not_here_is_named_with_what_runs() {
     }
 }
 
+/// Adds a tensor of zeros to a weight file, and puts `prefix` before every key.
+fn rewrite_weights(path: &Path, prefix: &str, further: &[(&str, &[usize])]) {
+    let bytes = fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = vec![0; 4096];
+    let mut tensors: Vec<_> = file.tensors().into_iter().map(|(key, view)| (format!("{prefix}{key}"), view)).collect();
+    for (key, shape) in further {
+        let data = &zeros[..4 * shape.iter().product::<usize>()];
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), data).unwrap();
+        tensors.push((key.to_string(), view));
+    }
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+}
+
+/// ControlNet#336: a text encoder's file that also holds `logit_scale` and the vision model.
+#[test]
+fn further_tensors_are_one_warning_and_no_error() {
+    let place = Place::new();
+    copy_model(&place.path("model"));
+    let args = ["--model", "model", "--method", "plain", "--stages", "16x16:2", "--out", "a.png"];
+    let generate = [&["generate", "a cat"][..], &args].concat();
+    place.ok(&generate);
+    let wanted = place.bytes("a.png");
+    let (text, unet) = ("model/text_encoder/model.safetensors", "model/unet/diffusion_pytorch_model.safetensors");
+    let vision = ["a", "b", "c", "d"].map(|name| format!("vision_model.{name}"));
+    let mut further: Vec<(&str, &[usize])> = vision.iter().map(|key| (key.as_str(), &[2, 2][..])).collect();
+    further.push(("logit_scale", &[]));
+    rewrite_weights(&place.path(text), "", &further);
+    let ended = output(&mut place.command(&generate));
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{said}");
+    let warning = format!(
+        "warning: {text}: no part of the model uses 5 tensors: logit_scale, vision_model.a, vision_model.b, \
+         vision_model.c, ...\n"
+    );
+    assert_eq!((said.matches(&warning).count(), said.matches("warning").count()), (1, 1), "{said}");
+    assert!(place.bytes("a.png") == wanted);
+    // In probe as well.
+    let probe = ["probe", "--module", "text", "--prompt", "a", "--model", "model", "--out", "t.safetensors"];
+    let said = String::from_utf8_lossy(&output(&mut place.command(&probe)).stderr).into_owned();
+    assert_eq!(said.matches(&warning).count(), 1, "{said}");
+    // More layers than the configuration says are left out as well, as when a clip skip is written into it.
+    let config = place.path("model/text_encoder/config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    json["num_hidden_layers"] = 1.into();
+    fs::write(&config, json.to_string()).unwrap();
+    let said = String::from_utf8_lossy(&output(&mut place.command(&generate)).stderr).into_owned();
+    assert!(said.contains("no part of the model uses 21 tensors: "), "{said}");
+    // A prefix before every key, of a compiled and of a distributed model.
+    for prefix in ["_orig_mod.", "module.", "model."] {
+        let other = place.path(&format!("model{prefix}"));
+        copy_model(&other);
+        rewrite_weights(&other.join("unet/diffusion_pytorch_model.safetensors"), prefix, &[]);
+        rewrite_weights(&other.join("text_encoder/model.safetensors"), prefix, &[]);
+        let named = other.to_str().unwrap();
+        let ended = output(&mut place.command(&[&generate[..2], &["--model", named], &args[2..]].concat()));
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.success() && !said.contains("warning"), "{said}");
+    }
+    // Missing ones stay errors.
+    rewrite_weights(&place.path(unet), "net.", &[]);
+    let message = place.fails(1, &generate);
+    let wanted = ["missing, wanted shape", "also missing: ", "net.down_blocks.0.", "which looks like it"];
+    wanted.iter().for_each(|part| assert!(message.contains(part), "{part} in: {message}"));
+}
+
+/// mochi#119: "rename it" cannot work for an index of shards.
+#[test]
+fn the_only_variant_is_read_and_named() {
+    let place = Place::new();
+    copy_model(&place.path("model"));
+    let generate =
+        ["generate", "a cat", "--model", "model", "--method", "plain", "--stages", "16x16:2", "--out", "a.png"];
+    place.ok(&generate);
+    let wanted = place.bytes("a.png");
+    let unet = place.path("model/unet");
+    let weights = fs::read(unet.join("diffusion_pytorch_model.safetensors")).unwrap();
+    fs::remove_file(unet.join("diffusion_pytorch_model.safetensors")).unwrap();
+    let shard = "diffusion_pytorch_model-00001-of-00001.bf16.safetensors";
+    let keys = safetensors::SafeTensors::deserialize(&weights).unwrap();
+    let map: serde_json::Map<String, serde_json::Value> =
+        keys.names().into_iter().map(|key| (key.to_string(), shard.into())).collect();
+    let index = serde_json::json!({"metadata": {}, "weight_map": map});
+    fs::write(unet.join(shard), &weights).unwrap();
+    fs::write(unet.join("diffusion_pytorch_model.safetensors.index.bf16.json"), index.to_string()).unwrap();
+    let vae = place.path("model/vae");
+    let name = |variant: &str| vae.join(format!("diffusion_pytorch_model{variant}.safetensors"));
+    fs::rename(name(""), name(".non_ema")).unwrap();
+    let ended = output(&mut place.command(&generate));
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{said}");
+    assert_eq!(said.matches("read the variant bf16 of unet; the variant non_ema of vae\n").count(), 1, "{said}");
+    assert!(place.bytes("a.png") == wanted);
+    fs::copy(name(".non_ema"), name(".ema")).unwrap();
+    let message = place.fails(1, &generate);
+    assert!(message.contains("the variants ema, non_ema"), "{message}");
+}
+
 /// sd.cpp#1706, mlxcel#1459: -1 for a random seed, as elsewhere.
 #[test]
 fn a_random_seed_is_told_and_makes_the_picture_again() {

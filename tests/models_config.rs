@@ -1,7 +1,7 @@
 //! config.json of UNet and VAE: the published classes' defaults, scalars and lists, and an error for everything else.
 
 use megafuse::models::unet::{AttentionConfig, BlockConfig};
-use megafuse::models::{UnetConfig, VaeConfig};
+use megafuse::models::{ClipTextConfig, UnetConfig, VaeConfig};
 
 fn unet(json: &str) -> UnetConfig {
     UnetConfig::from_json("unet/config.json", json).expect(json)
@@ -199,4 +199,91 @@ fn bad_vae_configs_name_key_and_value() {
             assert!(error.contains(part), "{json}: {error:?} does not say {part:?}");
         }
     }
+}
+
+/// A configuration with `"layers_per_block": 65537` built layers for 90 s and then missed a tensor.
+#[test]
+fn counts_beyond_reason_are_refused_at_once() {
+    let begin = std::time::Instant::now();
+    let unet = |json: &str| UnetConfig::from_json("unet/config.json", json).map(drop);
+    let vae = |json: &str| VaeConfig::from_json("vae/config.json", json).map(drop);
+    let text = |json: &str| ClipTextConfig::from_json("text_encoder/config.json", json).map(drop);
+    let unet_keys = [
+        ("layers_per_block", 256),
+        ("transformer_layers_per_block", 256),
+        ("in_channels", 65536),
+        ("out_channels", 65536),
+        ("cross_attention_dim", 65536),
+        ("attention_head_dim", 65536),
+        ("num_attention_heads", 65536),
+        ("norm_num_groups", 65536),
+        ("time_embedding_dim", 65536),
+        ("time_cond_proj_dim", 65536),
+        ("conv_in_kernel", 31),
+        ("conv_out_kernel", 31),
+        ("sample_size", 16384),
+    ];
+    let vae_keys = [
+        ("layers_per_block", 256),
+        ("in_channels", 65536),
+        ("out_channels", 65536),
+        ("latent_channels", 65536),
+        ("norm_num_groups", 65536),
+        ("sample_size", 16384),
+    ];
+    let text_keys = [
+        ("num_hidden_layers", 256),
+        ("hidden_size", 65536),
+        ("intermediate_size", 65536),
+        ("num_attention_heads", 65536),
+        ("vocab_size", 1 << 20),
+        ("max_position_embeddings", 16384),
+        ("eos_token_id", 1 << 20),
+    ];
+    type Read<'a> = &'a dyn Fn(&str) -> megafuse::Result<()>;
+    type Most<'a> = &'a [(&'a str, u64)];
+    let readers: [(&str, Read, Most); 3] = [
+        ("unet/config.json", &unet, &unet_keys),
+        ("vae/config.json", &vae, &vae_keys),
+        ("text_encoder/config.json", &text, &text_keys),
+    ];
+    for (file, read, keys) in readers {
+        for (key, most) in keys {
+            // One more than is believed, and numbers that no counter holds.
+            for value in [format!("{}", most + 1), "4294967296".into(), "18446744073709551615".into(), "1e30".into()] {
+                let message = read(&format!("{{\"{key}\": {value}}}")).expect_err(key).to_string();
+                let named = value.parse::<u64>().map_or("1e", |_| value.as_str()).to_string();
+                let parts = [file, &format!("{key} is {named}")];
+                assert!(parts.iter().all(|part| message.contains(part)), "{key} {value}: {message}");
+            }
+        }
+    }
+    // In lists, and by their product.
+    for (json, wanted) in [
+        (r#"{"block_out_channels": [65568, 640, 1280, 1280]}"#, "block_out_channels is [65568,"),
+        (r#"{"sample_size": [64, 16385]}"#, "sample_size is [64,16385]"),
+        (r#"{"layers_per_block": [2, 2, 257, 2]}"#, "layers_per_block is [2,2,257,2]"),
+        (r#"{"attention_head_dim": [8, 8, 8, 65537]}"#, "attention_head_dim is [8,8,8,65537]"),
+        (r#"{"transformer_layers_per_block": [1, 1, 300, 1]}"#, "transformer_layers_per_block is [1,1,300,1]"),
+        (
+            r#"{"layers_per_block": 200, "transformer_layers_per_block": 200}"#,
+            "layers_per_block is 200: with transformer_layers_per_block these are",
+        ),
+        (
+            r#"{"addition_embed_type": "text_time", "addition_time_embed_dim": 65537}"#,
+            "addition_time_embed_dim is 65537",
+        ),
+    ] {
+        let message = unet(json).expect_err(json).to_string();
+        assert!(message.contains(wanted), "{json}: {message}");
+    }
+    let levels = serde_json::json!({
+        "block_out_channels": vec![32; 17], "down_block_types": vec!["DownBlock2D"; 17], "up_block_types": vec!["UpBlock2D"; 17],
+    });
+    assert!(unet(&levels.to_string()).expect_err("17 levels").to_string().contains("at most 16 levels"));
+    let message = vae(r#"{"block_out_channels": [65568]}"#).expect_err("too many channels").to_string();
+    assert!(message.contains("block_out_channels is [65568]"), "{message}");
+    let projects = r#"{"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 65537}"#;
+    assert!(text(projects).expect_err("too wide").to_string().contains("projection_dim is 65537"));
+    assert!(begin.elapsed().as_secs() < 10, "{:?}", begin.elapsed());
 }

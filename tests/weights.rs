@@ -323,6 +323,134 @@ fn single_sharded_and_fp16_files_are_found() {
     take_all(&["c"]);
 }
 
+/// mochi#119: any one variant that is there.
+#[test]
+fn the_only_variant_is_taken_and_named() {
+    let of = |key: &str| file_bytes(FileDtype::BF16, &[(key, &[2], count(2))]);
+    let index = r#"{"weight_map": {"a": "SHARD"}}"#;
+    let shard = "model-00001-of-00001.bf16.safetensors";
+    for (name, variant) in [
+        ("model.bf16.safetensors", "bf16"),
+        ("model.non_ema.safetensors", "non_ema"),
+        ("model.fp16.ema_only.safetensors", "fp16.ema_only"),
+        ("model.safetensors.index.bf16.json", "bf16"),
+        ("model.bf16.safetensors.index.json", "bf16"),
+    ] {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let at = dir.path();
+        if name.ends_with(".json") {
+            write(at, name, index.replace("SHARD", shard).as_bytes());
+            write(at, shard, &of("a"));
+        } else {
+            write(at, name, &of("a"));
+        }
+        let store = open(at, DType::F32).expect(name);
+        assert_eq!((store.variant(), store.contains("a")), (Some(variant), true), "{name}");
+        // fp16 goes before any other, the plain one before both.
+        write(at, "model.fp16.safetensors", &of("b"));
+        let store = open(at, DType::F32).expect(name);
+        assert_eq!((store.variant(), store.contains("b")), (Some("fp16"), true), "{name}");
+        write(at, "model.safetensors", &of("c"));
+        let store = open(at, DType::F32).expect(name);
+        assert_eq!((store.variant(), store.contains("c")), (None, true), "{name}");
+    }
+}
+
+#[test]
+fn one_of_several_variants_must_be_chosen() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let at = dir.path();
+    write(at, "model.safetensors.index.bf16.json", b"{}");
+    write(at, "model.non_ema.safetensors", b"");
+    write(at, "modelling.ema.safetensors", b"");
+    let error = message(open(at, DType::F32));
+    assert_says(&error, &["model.safetensors", "the variants bf16, non_ema:", "rename"]);
+    // Shards are no variants.
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let at = dir.path();
+    write(at, "model.fp32-00001-of-00002.safetensors", b"");
+    let error = message(open(at, DType::F32));
+    assert_says(&error, &["model.fp32-00001-of-00002.safetensors", "nor an index of shards"]);
+}
+
+/// ControlNet#336: what no layer has is data for a warning; what wrappers put before every key is taken away.
+#[test]
+fn keys_of_wrapped_networks_are_understood() {
+    for (prefix, found) in [
+        ("_orig_mod.", true),
+        ("module.", true),
+        ("model.", true),
+        ("module._orig_mod.", true),
+        ("model.module.", true),
+        ("net.", false),
+    ] {
+        let (a, b) = (format!("{prefix}conv.weight"), format!("{prefix}model.bias"));
+        let store = store(FileDtype::F32, DType::F32, &[(&a, &[2], count(2)), (&b, &[2], count(2))]);
+        assert_eq!(store.contains("conv.weight") && store.contains("model.bias"), found, "{prefix}");
+    }
+    // One key without the prefix: it is a name like others. A whole checkpoint's names begin so.
+    let (a, b) = ("module.conv.weight", "module.conv.bias");
+    let mixed = store(FileDtype::F32, DType::F32, &[(a, &[2], count(2)), (b, &[2], count(2)), ("x", &[2], count(2))]);
+    assert!(mixed.contains(a) && mixed.contains(b));
+    let (a, b) = ("model.diffusion_model.out.2.bias", "model.x");
+    let whole = store(FileDtype::F32, DType::F32, &[(a, &[2], count(2)), (b, &[2], count(2))]);
+    assert!(whole.contains(a) && whole.contains(b));
+}
+
+#[test]
+fn what_no_layer_asked_for_is_listed() {
+    let names: Vec<String> = (0..6).map(|i| format!("t{i}")).collect();
+    let tensors: Vec<Entry> = names.iter().map(|name| (name.as_str(), &[1usize][..], vec![0.0])).collect();
+    let store = store(FileDtype::F32, DType::F32, &tensors);
+    store.root().tensor("t1", &[1]).expect("loads");
+    let [unused] = &store.unused()[..] else { panic!("one file") };
+    assert_eq!(unused.keys, ["t0", "t2", "t3", "t4", "t5"]);
+    let wanted = "built-in.safetensors: no part of the model uses 5 tensors: t0, t2, t3, t4, ...";
+    assert_eq!(unused.to_string(), wanted);
+    ["t0", "t2", "t3", "t4"].iter().for_each(|key| drop(store.root().tensor(key, &[1]).expect("loads")));
+    assert_eq!(store.unused()[0].to_string(), "built-in.safetensors: no part of the model uses 1 tensor: t5");
+    store.root().tensor("t5", &[1]).expect("loads");
+    assert_eq!(store.unused(), []);
+}
+
+/// A missing tensor and one that no layer has: their names beside each other, if they are alike.
+#[test]
+fn a_missing_tensor_is_found_under_another_name() {
+    let explained = |extra: (&str, &[usize])| {
+        let tensors: &[Entry] = &[
+            ("a.norm.weight", &[4], count(4)),
+            (extra.0, extra.1, count(extra.1.iter().product())),
+            ("a.conv.bias", &[4], count(4)),
+        ];
+        let store = store(FileDtype::F32, DType::F32, tensors);
+        let load = |w: &Weights| -> Result<()> {
+            w.tensor("a.norm.weight", &[4])?;
+            w.tensor("a.norm.bias", &[4])?;
+            w.conv("a.conv.weight", 4, 2, 3)?;
+            w.tensor("a.conv.bias", &[4])?;
+            Ok(())
+        };
+        let error = load(&store.root()).expect_err("a tensor is missing");
+        store.explained(error, load).to_string()
+    };
+    for (extra, shape, alike) in [
+        ("a.norm.beta", &[4][..], true),
+        ("b.a.norm.bias", &[4], true),
+        ("a.nrom.bias", &[4], true),
+        ("a.norm.offset", &[5], false),
+        ("a.further.layer.bias", &[4], false),
+    ] {
+        let error = explained((extra, shape));
+        assert_says(
+            &error,
+            &["tensor a.norm.bias: missing, wanted shape [4]", "also missing: a.conv.weight (2 in all)"],
+        );
+        assert_eq!(error.contains(&format!("{extra}, shape {shape:?}, which looks like it")), alike, "{error}");
+        // A tensor that another layer takes is no candidate, though its name is as near.
+        assert!(!error.contains("a.norm.weight") && !error.contains("tensor a.conv.bias"), "{error}");
+    }
+}
+
 #[test]
 fn bad_shards_are_named() {
     let dir = tempfile::tempdir().expect("temporary directory");

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 
 use megafuse::models::{
-    AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, TextEmbeddings, Unet, UnetOptions, Vae,
+    AddedConditioning, ClipOutput, ClipTextModel, TIME_IDS, TextConditioning, TextEmbeddings, Unet, UnetOptions, Vae,
 };
 use megafuse::ops::StepIndex;
-use megafuse::pipeline::ModelFiles;
+use megafuse::pipeline::{ModelFiles, WeightReport};
 use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
 use super::console::say;
 use super::output;
 use super::safetensors_file::{self, Array, Inputs, Values};
+use super::session::variants_line;
 
 type Arrays = BTreeMap<String, Array>;
 
@@ -25,16 +26,27 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         Some(path) => Inputs::open(path),
         None => Err(missing("--in", format!("--module {module} needs a safetensors file of inputs"))),
     };
+    let mut reports = Vec::new();
+    let mut loaded = |report: WeightReport| reports.push(report);
     let arrays = match args.module {
-        Module::Text => text(&files, args.prompt.as_deref().unwrap_or_default(), &device, args.dtype)?,
+        Module::Text => text(&files, args.prompt.as_deref().unwrap_or_default(), &device, args.dtype, &mut loaded)?,
         Module::Unet => {
             let input = input("unet")?;
             let options = UnetOptions { mid_dilation: args.dilation.unwrap_or(1) };
-            unet(&files.unet(&device, args.dtype)?, &input, &options, &device, args.dtype)?
+            let (model, report) = files.unet(&device, args.dtype)?;
+            loaded(report);
+            unet(&model, &input, &options, &device, args.dtype)?
         }
-        Module::VaeEncode => vae_encode(&files.vae(&device, args.dtype)?, &input("vae-encode")?)?,
-        Module::VaeDecode => vae_decode(&files.vae(&device, args.dtype)?, &input("vae-decode")?)?,
+        Module::VaeEncode | Module::VaeDecode => {
+            let encodes = matches!(args.module, Module::VaeEncode);
+            let input = input(if encodes { "vae-encode" } else { "vae-decode" })?;
+            let (vae, report) = files.vae(&device, args.dtype)?;
+            loaded(report);
+            if encodes { vae_encode(&vae, &input)? } else { vae_decode(&vae, &input)? }
+        }
     };
+    files.warnings(&reports)?.iter().for_each(|warning| say!("warning: {warning}"));
+    variants_line(&reports).iter().for_each(|line| say!("{line}"));
     safetensors_file::write(&args.out, &arrays)?;
     output::print_name(&args.out);
     Ok(())
@@ -66,15 +78,24 @@ fn missing(flag: &'static str, reason: String) -> Error {
 /// One encoder: `input_ids`, `last_hidden_state`, `penultimate`, `pooled`, and `prompt_embeds`, which is what the UNet of the
 /// SD 1.x/2.x family reads, the last hidden state. Two (SDXL): the same of each as `clip1.*` and `clip2.*`, `prompt_embeds`, both
 /// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection.
-fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Result<Arrays> {
+fn text(
+    files: &ModelFiles,
+    prompt: &str,
+    device: &Device,
+    dtype: DType,
+    loaded: &mut dyn FnMut(WeightReport),
+) -> Result<Arrays> {
+    let mut arrays = Arrays::new();
+    let mut part = |[tokenizer, encoder]: [&'static str; 2], prefix: &str| -> Result<(TextEmbeddings, Tensor)> {
+        let (model, report) = files.clip(encoder, device, dtype)?;
+        loaded(report);
+        encode(files, tokenizer, &model, prompt, prefix, &mut arrays)
+    };
     if !files.has_part("text_encoder_2") {
-        let mut arrays = Arrays::new();
-        let (last, _) = encode(files, ["tokenizer", "text_encoder"], prompt, device, dtype, "", &mut arrays)?;
+        let (last, _) = part(["tokenizer", "text_encoder"], "")?;
         arrays.insert("prompt_embeds".into(), Array::f32(last.hidden.shape(), last.hidden.to_f32_vec()?));
         return Ok(arrays);
     }
-    let mut arrays = Arrays::new();
-    let mut part = |folders, prefix| encode(files, folders, prompt, device, dtype, prefix, &mut arrays);
     let (_, first) = part(["tokenizer", "text_encoder"], "clip1.")?;
     let (last, second) = part(["tokenizer_2", "text_encoder_2"], "clip2.")?;
     let embeds = Tensor::concat_channels(&first, &second)?;
@@ -88,20 +109,19 @@ fn text(files: &ModelFiles, prompt: &str, device: &Device, dtype: DType) -> Resu
 /// The last hidden state with its pooled outputs, and the penultimate one, of one encoder; what is written of it gets `prefix`.
 fn encode(
     files: &ModelFiles,
-    [tokenizer, encoder]: [&'static str; 2],
+    tokenizer: &str,
+    encoder: &ClipTextModel,
     prompt: &str,
-    device: &Device,
-    dtype: DType,
     prefix: &str,
     arrays: &mut Arrays,
 ) -> Result<(TextEmbeddings, Tensor)> {
-    let config = files.clip_config(encoder)?;
+    let config = encoder.config();
     let tokenizer = files.tokenizer(tokenizer)?.fitted(config.vocab_size, config.max_position_embeddings)?;
     let tokens = tokenizer.encode(prompt)?;
     if let Some(rest) = &tokens.truncated {
         say!("warning: the prompt is longer than {} tokens; cut off: {rest:?}", tokens.ids.len());
     }
-    let (encoder, rows) = (files.clip(encoder, device, dtype)?, std::slice::from_ref(&tokens.ids));
+    let rows = std::slice::from_ref(&tokens.ids);
     let last = encoder.forward(rows, ClipOutput::LAST.with_pooled())?;
     let penultimate = encoder.forward(rows, ClipOutput::PENULTIMATE)?.hidden;
     let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::time::Instant;
 
-use megafuse::pipeline::{LoadOptions, ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage};
+use megafuse::pipeline::{LoadOptions, ModelSource, Pipeline, PlanReport, Planner, Request, Size, Stage, WeightReport};
 use megafuse::{DType, Device, Error, Result};
 
 use super::console::say;
@@ -91,6 +91,7 @@ impl Session {
         let LoadOptions { device, dtype, .. } = &self.options;
         let pipeline = Pipeline::load_with(self.source.clone(), self.options.clone())?;
         pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
+        variants_line(pipeline.weights()).iter().for_each(|line| say!("{line}"));
         let loading = seconds_text(begin.elapsed().as_secs_f64());
         match device {
             Device::Cuda(card) => say!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
@@ -105,6 +106,21 @@ impl Session {
     pub fn source(&self) -> &ModelSource {
         &self.source
     }
+}
+
+/// Which variant of the weights was read (`fp16`), and for which parts; `None`: the plain one for all.
+pub fn variants_line(reports: &[WeightReport]) -> Option<String> {
+    let mut variants: Vec<(&str, Vec<&str>)> = Vec::new();
+    for report in reports {
+        let Some(variant) = report.variant.as_deref() else { continue };
+        match variants.iter_mut().find(|(other, _)| *other == variant) {
+            Some((_, modules)) => modules.push(report.module),
+            None => variants.push((variant, vec![report.module])),
+        }
+    }
+    let said: Vec<String> =
+        variants.iter().map(|(variant, modules)| format!("variant {variant} of {}", modules.join(", "))).collect();
+    (!said.is_empty()).then(|| format!("read the {}", said.join("; the ")))
 }
 
 /// Pictures that `--batch auto` makes at once, at most: beyond it a card has little left to gain.

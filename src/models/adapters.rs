@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use rayon::prelude::*;
 
 use super::ldm;
-use super::weights::{Entry, MappedFile, Part, WeightStore, read_f32};
+use super::weights::{Entry, MappedFile, Part, Unused, WeightStore, read_f32};
 use crate::error::{Error, Result};
 
 /// The change of one tensor by one adapter.
@@ -152,28 +152,31 @@ impl Adapters {
         self.files.iter().map(|file| (file.file.as_bytes(), file.weight))
     }
 
-    /// To be called when all parts have their adapters: per file, the keys that no tensor of the model took.
+    /// To be called when the parts have their adapters: per file, the keys that no tensor of the model took. Those for the
+    /// parts `not_loaded`, which the model has as well, are not among them.
     ///
     /// # Errors
     /// [`Error::File`]: a file none of whose keys belongs to the model.
-    pub fn finish(&self) -> Result<Vec<(PathBuf, Vec<String>)>> {
-        let mut warnings = Vec::new();
+    pub fn finish(&self, not_loaded: &[Part]) -> Result<Vec<Unused>> {
+        let mut all = Vec::new();
         for file in &self.files {
             let matched = file.matched.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if matched.is_empty() {
+            if matched.is_empty() && file.modules.keys().all(|(part, _)| !not_loaded.contains(part)) {
                 let key = file.modules.values().flat_map(|module| &module.keys).next().map_or("", String::as_str);
                 let reason =
                     format!("no key of this adapter ({key}, ...) belongs to the model: is it for another family?");
                 return Err(Error::file(&file.file.path, reason));
             }
-            let left = file.modules.iter().filter(|(name, _)| !matched.contains(*name));
+            let wanted = |name: &(Part, String)| !matched.contains(name) && !not_loaded.contains(&name.0);
+            let left = file.modules.iter().filter(|(name, _)| wanted(name));
             let mut keys: Vec<String> = left.flat_map(|(_, module)| module.keys.clone()).collect();
             keys.extend(file.unknown.iter().cloned());
             if !keys.is_empty() {
-                warnings.push((file.file.path.clone(), keys));
+                keys.sort();
+                all.push(Unused { file: file.file.path.clone(), keys });
             }
         }
-        Ok(warnings)
+        Ok(all)
     }
 }
 

@@ -4,7 +4,7 @@
 
 use serde_json::Value;
 
-use super::config::{JsonConfig, as_count};
+use super::config::{JsonConfig, as_count, most};
 use super::layers::{LayerNorm, Linear};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
@@ -52,14 +52,14 @@ impl ClipTextConfig {
         };
         // Configurations of the plain class hold a projection_dim too.
         let projects = keys.names("architectures", &[])?.iter().any(|name| name == "CLIPTextModelWithProjection");
-        let projection_dim = if projects { Some(keys.count("projection_dim", 512)?) } else { None };
+        let projection_dim = if projects { Some(keys.count("projection_dim", 512, most::CHANNELS)?) } else { None };
         let config = ClipTextConfig {
-            vocab_size: keys.count("vocab_size", 49408)?,
-            hidden_size: keys.count("hidden_size", 512)?,
-            intermediate_size: keys.count("intermediate_size", 2048)?,
-            num_hidden_layers: keys.count("num_hidden_layers", 12)?,
-            num_attention_heads: keys.count("num_attention_heads", 8)?,
-            max_position_embeddings: keys.count("max_position_embeddings", 77)?,
+            vocab_size: keys.count("vocab_size", 49408, most::TOKENS)?,
+            hidden_size: keys.count("hidden_size", 512, most::CHANNELS)?,
+            intermediate_size: keys.count("intermediate_size", 2048, most::CHANNELS)?,
+            num_hidden_layers: keys.count("num_hidden_layers", 12, most::LAYERS)?,
+            num_attention_heads: keys.count("num_attention_heads", 8, most::CHANNELS)?,
+            max_position_embeddings: keys.count("max_position_embeddings", 77, most::POSITIONS)?,
             hidden_act,
             layer_norm_eps: keys.positive("layer_norm_eps", 1e-5)? as f32,
             eos_token_id,
@@ -74,7 +74,7 @@ impl ClipTextConfig {
 }
 
 fn token_id(value: &Value) -> Option<u32> {
-    if value.as_u64() == Some(0) { Some(0) } else { as_count(value).map(|id| id as u32) }
+    if value.as_u64() == Some(0) { Some(0) } else { as_count(value, most::TOKENS).map(|id| id as u32) }
 }
 
 fn id_error(keys: &JsonConfig) -> Error {

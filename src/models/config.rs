@@ -4,8 +4,21 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// The largest channel, head or layer count that is believed; the published models stay far below.
-const LARGEST: u64 = 1 << 20;
+/// The largest counts that are believed; the published models stay far below. Building what is beyond them would take
+/// minutes and all memory before the first tensor is missed.
+pub(super) mod most {
+    pub const CHANNELS: usize = 1 << 16;
+    /// ResNets or transformer blocks in a row.
+    pub const LAYERS: usize = 256;
+    pub const LEVELS: usize = 16;
+    pub const KERNEL: usize = 31;
+    /// Of a vocabulary.
+    pub const TOKENS: usize = 1 << 20;
+    /// Positions of a prompt.
+    pub const POSITIONS: usize = 1 << 14;
+    /// Pixels or latent cells along a picture's side.
+    pub const SIDE: usize = 1 << 14;
+}
 
 /// The object of a config.json. An absent key takes the default; `null` is a value of its own. Keys that no reader knows
 /// are left alone, as the published library does (training scripts leave some behind).
@@ -37,21 +50,21 @@ impl<'a> JsonConfig<'a> {
         self.keys.get(key)
     }
 
-    /// A count of at least 1.
-    pub(super) fn count(&self, key: &str, default: usize) -> Result<usize> {
+    /// A count from 1 to `most`.
+    pub(super) fn count(&self, key: &str, default: usize, most: usize) -> Result<usize> {
         match self.get(key) {
             None => Ok(default),
             Some(value) => {
-                as_count(value).ok_or_else(|| self.error(key, format!("expected a number from 1 to {LARGEST}")))
+                as_count(value, most).ok_or_else(|| self.error(key, format!("expected a number from 1 to {most}")))
             }
         }
     }
 
     /// A count, or `None` for `null` and absent.
-    pub(super) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+    pub(super) fn optional_count(&self, key: &str, most: usize) -> Result<Option<usize>> {
         match self.get(key) {
             None | Some(Value::Null) => Ok(None),
-            Some(_) => self.count(key, 0).map(Some),
+            Some(_) => self.count(key, 0, most).map(Some),
         }
     }
 
@@ -87,25 +100,41 @@ impl<'a> JsonConfig<'a> {
         }
     }
 
-    /// A list of counts, not empty.
-    pub(super) fn counts(&self, key: &str, default: &[usize]) -> Result<Vec<usize>> {
+    /// A list of counts from 1 to `most`, not empty.
+    pub(super) fn counts(&self, key: &str, default: &[usize], most: usize) -> Result<Vec<usize>> {
         match self.get(key) {
             None => Ok(default.to_vec()),
             Some(value) => {
-                let counts: Option<Vec<usize>> = value.as_array().and_then(|list| list.iter().map(as_count).collect());
-                counts.filter(|c| !c.is_empty()).ok_or_else(|| self.error(key, "expected a list of counts"))
+                let count = |value| as_count(value, most);
+                let counts: Option<Vec<usize>> = value.as_array().and_then(|list| list.iter().map(count).collect());
+                let wanted = || self.error(key, format!("expected a list of counts from 1 to {most}"));
+                counts.filter(|c| !c.is_empty()).ok_or_else(wanted)
             }
         }
     }
 
+    /// `block_out_channels`: channels of each level, all divisible into `groups` (`norm_num_groups`).
+    pub(super) fn levels(&self, default: &[usize], groups: usize) -> Result<Vec<usize>> {
+        const KEY: &str = "block_out_channels";
+        let channels = self.counts(KEY, default, most::CHANNELS)?;
+        if channels.len() > most::LEVELS {
+            return Err(self.error(KEY, format!("expected at most {} levels", most::LEVELS)));
+        }
+        if let Some(channels) = channels.iter().find(|channels| !channels.is_multiple_of(groups)) {
+            let wanted = format!("{channels} is not divisible into norm_num_groups = {groups} groups");
+            return Err(self.error(KEY, wanted));
+        }
+        Ok(channels)
+    }
+
     /// A count for every level: one for all, or a list of `levels`.
-    pub(super) fn count_per_level(&self, key: &str, levels: usize, default: usize) -> Result<Vec<usize>> {
+    pub(super) fn count_per_level(&self, key: &str, levels: usize, default: usize, most: usize) -> Result<Vec<usize>> {
         match self.get(key) {
             Some(Value::Array(_)) => {
-                let counts = self.counts(key, &[])?;
+                let counts = self.counts(key, &[], most)?;
                 if counts.len() == levels { Ok(counts) } else { Err(self.error(key, levels_wanted(levels))) }
             }
-            _ => Ok(vec![self.count(key, default)?; levels]),
+            _ => Ok(vec![self.count(key, default, most)?; levels]),
         }
     }
 
@@ -123,11 +152,11 @@ impl<'a> JsonConfig<'a> {
     /// One number or `[height, width]`; `None` for `null` and absent.
     pub(super) fn size(&self, key: &str) -> Result<Option<[usize; 2]>> {
         match self.get(key) {
-            Some(Value::Array(_)) => match self.counts(key, &[])?[..] {
+            Some(Value::Array(_)) => match self.counts(key, &[], most::SIDE)?[..] {
                 [height, width] => Ok(Some([height, width])),
                 _ => Err(self.error(key, "expected one number or [height, width]")),
             },
-            _ => Ok(self.optional_count(key)?.map(|side| [side, side])),
+            _ => Ok(self.optional_count(key, most::SIDE)?.map(|side| [side, side])),
         }
     }
 
@@ -152,9 +181,9 @@ impl<'a> JsonConfig<'a> {
     }
 }
 
-/// A whole number from 1 to [`LARGEST`].
-pub(super) fn as_count(value: &Value) -> Option<usize> {
-    value.as_u64().filter(|&v| (1..=LARGEST).contains(&v)).map(|v| v as usize)
+/// A whole number from 1 to `most`.
+pub(super) fn as_count(value: &Value, most: usize) -> Option<usize> {
+    value.as_u64().and_then(|v| usize::try_from(v).ok()).filter(|v| (1..=most).contains(v))
 }
 
 fn levels_wanted(levels: usize) -> String {

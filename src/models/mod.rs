@@ -3,6 +3,7 @@
 pub mod adapters;
 pub mod clip;
 mod config;
+mod foreign;
 pub mod layers;
 mod ldm;
 pub mod single_file;
@@ -12,7 +13,8 @@ pub mod weights;
 
 pub use adapters::Adapters;
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
+pub use foreign::Foreign;
 pub use single_file::{Family, SingleFile};
 pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Partition, Vae, VaeConfig};
-pub use weights::{Part, WeightStore, Weights};
+pub use weights::{Part, Unused, WeightStore, Weights};

@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use safetensors::Dtype as FileDtype;
 use serde_json::{Value, json};
 
+use super::foreign::Foreign;
 use super::ldm;
-use super::weights::{Entry, MappedFile, Part, WeightStore, attach_scales};
+use super::weights::{Entry, MappedFile, Part, WeightStore, attach_scales, unwrapped_names};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
@@ -47,52 +49,48 @@ impl SingleFile {
     ///
     /// Keys do not tell whether a Stable Diffusion 2.x predicts v at 768 pixels or noise at 512 (base). In this order:
     /// `modelspec.prediction_type` of the file's metadata (`v`, `epsilon`), the marker tensor `v_pred` (`ztsnr`: zero
-    /// terminal SNR), and else v for 2.x and noise for the others, as diffusers assumes. The web UI runs the UNet once to
-    /// find out; a caller who knows better overrides the scheduler's `prediction_type`.
+    /// terminal SNR), for 2.x a `global_step` of 875000, which is that of base, and else v for 2.x and noise for the others,
+    /// all as diffusers assumes. The web UI runs the UNet once to find out; a caller who knows better overrides the
+    /// scheduler's `prediction_type`.
     ///
     /// # Errors
     /// [`Error::File`]: not safetensors (and what to do), not a checkpoint of these families (and what it seems to be), a
     /// part missing.
     pub fn open(path: &Path) -> Result<SingleFile> {
         let file = Arc::new(MappedFile::open(path.to_path_buf())?);
-        let entries = unwrapped(attach_scales(file.entries()?));
+        let entries = unwrapped_names(attach_scales(file.entries()?));
         let refuse = |reason: &str| Err(Error::file(path, reason));
         let has = |prefix: &str| entries.keys().any(|key| key.starts_with(prefix));
-        let any = |text: &str| entries.keys().any(|key| key.contains(text));
-        if any("joint_blocks.") {
-            return refuse("is a Stable Diffusion 3 checkpoint, not supported; Stable Diffusion 1.x, 2.x and XL are");
+        let conv_in = entries.get("model.diffusion_model.input_blocks.0.0.weight");
+        let keys = entries.keys().map(String::as_str);
+        if let Some(foreign) = Foreign::of_keys(keys, conv_in.is_some()) {
+            return refuse(&foreign.to_string());
         }
-        if any("double_blocks.") {
-            return refuse("is a Flux checkpoint, not supported; Stable Diffusion 1.x, 2.x and XL are");
-        }
-        if any("lora_") || any("hada_w1") || any("lokr_w1") {
-            return refuse("is a LoRA, not a model: give it beside a model");
-        }
-        let Some(conv_in) = entries.get("model.diffusion_model.input_blocks.0.0.weight") else {
-            if ldm::vae_levels(entries.keys().map(|key| key.strip_prefix(VAE).unwrap_or(key))) > 0 {
-                return refuse("is a VAE alone, not a whole model");
-            }
+        let Some(conv_in) = conv_in else {
             return refuse(
                 "is no Stable Diffusion checkpoint: no tensor model.diffusion_model.input_blocks.0.0.weight",
             );
         };
+        let refiner = has("conditioner.embedders.0.model.") && !has(SDXL_OPENCLIP);
+        if refiner || conv_in.shape.first() == Some(&384) {
+            return refuse(&Foreign::Refiner.to_string());
+        }
         if let Some(&channels) = conv_in.shape.get(1)
-            && channels != 4
+            && let Some(foreign) = Foreign::of_channels(channels)
         {
-            let reason =
-                format!("its UNet takes {channels} channels (inpainting or editing); only those of 4 are supported");
-            return refuse(&reason);
+            return refuse(&format!("{foreign} (its UNet takes {channels} channels, not 4)"));
         }
         let family = if has(SDXL_OPENCLIP) {
             Family::Sdxl
-        } else if has("conditioner.embedders.0.model.") {
-            return refuse("is the refiner of Stable Diffusion XL, not supported; the base model is");
         } else if has(OPENCLIP) {
+            if has("model.diffusion_model.label_emb.") {
+                return refuse(&Foreign::Family("Stable unCLIP").to_string());
+            }
             Family::Sd2
         } else if has(CLIP) {
             Family::Sd1
         } else {
-            return refuse("holds a UNet but no text encoder: download the full checkpoint");
+            return refuse("is a UNet alone, or with a VAE; it has no text encoder: download the full checkpoint");
         };
         let flag = |name: &str| entries.contains_key(name);
         let (v_marker, zero_snr) = (flag("v_pred"), flag("ztsnr"));
@@ -100,7 +98,7 @@ impl SingleFile {
         let v_prediction = match metadata.get("modelspec.prediction_type").map(String::as_str) {
             Some("v") => true,
             Some("epsilon") => false,
-            _ => v_marker || family == Family::Sd2,
+            _ => v_marker || (family == Family::Sd2 && global_step(&entries) != Some(875_000)),
         };
         let (parts, unused) = split(family, entries);
         let file_of_parts = SingleFile { file, family, parts, metadata, v_prediction, zero_snr, unused };
@@ -167,7 +165,7 @@ impl SingleFile {
 /// [`Error::File`]: not safetensors, or no tensor of a VAE in it.
 pub fn open_vae(path: &Path, device: &Device, dtype: DType) -> Result<WeightStore> {
     let file = Arc::new(MappedFile::open(path.to_path_buf())?);
-    let mut entries = unwrapped(attach_scales(file.entries()?));
+    let mut entries = unwrapped_names(attach_scales(file.entries()?));
     if entries.keys().any(|key| key.starts_with(VAE)) {
         entries.retain(|key, _| key.starts_with(VAE));
     }
@@ -179,17 +177,14 @@ pub fn open_vae(path: &Path, device: &Device, dtype: DType) -> Result<WeightStor
     Ok(WeightStore::view(&file, vae, device, dtype))
 }
 
-/// Without the prefix that compiled (`_orig_mod.`) or distributed (`module.`) models put before every key.
-pub(super) fn unwrapped(mut entries: BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
-    for prefix in ["_orig_mod.", "module."] {
-        if !entries.is_empty() && entries.keys().all(|key| key.starts_with(prefix)) {
-            entries = entries.into_iter().map(|(key, entry)| (key[prefix.len()..].to_string(), entry)).collect();
-        }
-    }
-    entries
-}
-
 type Entries = BTreeMap<String, Entry>;
+
+/// How long the model was trained, if the file says so.
+fn global_step(entries: &Entries) -> Option<i64> {
+    let entry = entries.get("global_step").filter(|entry| entry.dtype == FileDtype::I64)?;
+    let bytes = entry.file.as_bytes().get(entry.start..)?.first_chunk()?;
+    Some(i64::from_le_bytes(*bytes))
+}
 
 /// The parts' tensors under the keys of diffusers, and the keys that belong to none.
 fn split(family: Family, entries: Entries) -> (BTreeMap<Part, Entries>, Vec<String>) {

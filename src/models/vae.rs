@@ -4,7 +4,7 @@ mod stripes;
 
 use serde_json::{Value, json};
 
-use super::config::JsonConfig;
+use super::config::{JsonConfig, most};
 use super::layers::{Conv2d, Downsample, GroupNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
@@ -51,7 +51,8 @@ impl VaeConfig {
         c.only("latents_mean", &[Value::Null])?;
         c.only("latents_std", &[Value::Null])?;
         c.only_silu("act_fn")?;
-        let block_out_channels = c.counts("block_out_channels", &[64])?;
+        let norm_num_groups = c.count("norm_num_groups", 32, most::CHANNELS)?;
+        let block_out_channels = c.levels(&[64], norm_num_groups)?;
         for (key, supported) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
             let names = c.names(key, &[supported])?;
             if names.len() != block_out_channels.len() {
@@ -63,24 +64,16 @@ impl VaeConfig {
                 return Err(c.error(key, format!("not supported, only {} is", json!(supported))));
             }
         }
-        if block_out_channels.len() > 16 {
-            return Err(c.error("block_out_channels", "expected at most 16 levels"));
-        }
-        let norm_num_groups = c.count("norm_num_groups", 32)?;
-        if let Some(channels) = block_out_channels.iter().find(|channels| !channels.is_multiple_of(norm_num_groups)) {
-            let wanted = format!("{channels} is not divisible into norm_num_groups = {norm_num_groups} groups");
-            return Err(c.error("block_out_channels", wanted));
-        }
         Ok(VaeConfig {
-            in_channels: c.count("in_channels", 3)?,
-            out_channels: c.count("out_channels", 3)?,
-            latent_channels: c.count("latent_channels", 4)?,
+            in_channels: c.count("in_channels", 3, most::CHANNELS)?,
+            out_channels: c.count("out_channels", 3, most::CHANNELS)?,
+            latent_channels: c.count("latent_channels", 4, most::CHANNELS)?,
             scaling_factor: c.positive("scaling_factor", 0.18215)?,
             shift_factor: match c.get("shift_factor") {
                 Some(Value::Null) => 0.0,
                 _ => c.number("shift_factor", 0.0)?,
             },
-            layers_per_block: c.count("layers_per_block", 1)?,
+            layers_per_block: c.count("layers_per_block", 1, most::LAYERS)?,
             norm_num_groups,
             sample_size: c.size("sample_size")?.or(Some([32, 32])),
             use_quant_conv: c.flag("use_quant_conv", true)?,

@@ -1,12 +1,13 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use super::embedded;
 use super::families::{Defaults, FamilySpec, Part, load_part};
+use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
 use crate::models::single_file::{check_extension, open_vae};
 use crate::models::{
-    self, Adapters, ClipTextConfig, ClipTextModel, SingleFile, Unet, UnetConfig, Vae, VaeConfig, WeightStore,
+    self, Adapters, ClipTextConfig, ClipTextModel, Foreign, SingleFile, Unet, UnetConfig, Unused, Vae, VaeConfig,
+    WeightStore,
 };
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
@@ -146,6 +147,66 @@ pub fn hub_name(path: &Path) -> Option<String> {
     Some(name.strip_prefix("models--")?.replace("--", "/"))
 }
 
+/// Refuses a directory that is something else than a model of these families, before its parts give riddles.
+///
+/// # Errors
+/// [`Error::Config`]: what it is.
+fn refuse_foreign(path: &Path) -> Result<()> {
+    // A file that is no JSON is named when it is read.
+    let json = |name: &str| -> serde_json::Value {
+        let text = std::fs::read_to_string(path.join(name)).unwrap_or_default();
+        crate::json::parse(&text).unwrap_or_default()
+    };
+    let refuse = |name: &str, foreign: Foreign, why: String| {
+        Err(Error::config(path.join(name).display().to_string(), format!("{foreign}{why}")))
+    };
+    let class = |config: &serde_json::Value| config["_class_name"].as_str().unwrap_or_default().to_string();
+    let by_class = |name: &str| -> Result<()> {
+        let config = json(name);
+        let architecture = config["architectures"][0].as_str().unwrap_or_default();
+        let class = [class(&config), architecture.to_string()].into_iter().find(|class| !class.is_empty());
+        let Some(class) = class else { return Ok(()) };
+        match Foreign::of_class(&class) {
+            Some(foreign) => refuse(name, foreign, format!(" (it is of the class {class})")),
+            None => Ok(()),
+        }
+    };
+    let index = json(INDEX);
+    let there = |part: &str| index[part][1].is_string();
+    let unet = json("unet/config.json");
+    // The refiner reads bigG alone, and its UNet is wider than the base model's.
+    if (there("text_encoder_2") && !there("text_encoder")) || unet["block_out_channels"][0] == 384 {
+        return refuse(if index.is_null() { "unet/config.json" } else { INDEX }, Foreign::Refiner, String::new());
+    }
+    by_class(INDEX)?;
+    if !path.join("unet").is_dir() {
+        for part in ["transformer", "prior", "decoder"] {
+            by_class(&format!("{part}/config.json"))?;
+        }
+        by_class("config.json")?;
+        if let Some(lora) = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
+            .into_iter()
+            .find(|name| path.join(name).is_file())
+        {
+            return refuse(lora, Foreign::Beside("a LoRA"), String::new());
+        }
+        return Ok(());
+    }
+    let channels = |config: &serde_json::Value, key: &str| config[key].as_u64().and_then(|v| usize::try_from(v).ok());
+    let latents = channels(&json("vae/config.json"), "latent_channels").unwrap_or(4);
+    match channels(&unet, "in_channels") {
+        Some(found) if latents == 4 => match Foreign::of_channels(found) {
+            Some(foreign) => refuse(
+                "unet/config.json",
+                foreign,
+                format!(" (in_channels is {found}; the VAE's latent_channels are {latents})"),
+            ),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
 /// What a saved pipeline is made of.
 pub(super) const INDEX: &str = "model_index.json";
 /// What a directory must have, for messages.
@@ -199,7 +260,9 @@ impl ModelFiles {
                 if !path.is_dir() {
                     return Err(Error::file(path, format!("no such directory, {NO_NAME}; {LAYOUT}")));
                 }
-                Place::Directory(hub_snapshot(path)?)
+                let path = hub_snapshot(path)?;
+                refuse_foreign(&path)?;
+                Place::Directory(path)
             }
         };
         let family = FamilySpec::of(|folder| match &place {
@@ -293,34 +356,26 @@ impl ModelFiles {
         self.adapters.file_bytes().map(|(bytes, _)| digest(bytes)).collect()
     }
 
-    /// Opens the weight files of every part, so that what is missing is found before a run, and what adapters change is known.
-    ///
-    /// # Errors
-    /// Those of the files.
-    pub(super) fn open_weights(&self) -> Result<()> {
-        let parts = self.family.parts.iter().filter(|part| part.weights.is_some());
-        parts.into_iter().try_for_each(|part| self.weights(part.folder, &Device::cpu(), DType::F32).map(drop))
-    }
-
-    /// To be called when the weight files of every part are open: tensors of single files and of adapters that belong to no part, a sentence
-    /// per file.
+    /// To be called with the reports of every part that the run uses: tensors of the files and of adapters that belong to no
+    /// part, a sentence per file.
     ///
     /// # Errors
     /// As [`Adapters::finish`].
-    pub(super) fn warnings(&self) -> Result<Vec<String>> {
-        let list = |path: &Path, keys: &[String]| {
-            let shown: Vec<&str> = keys.iter().take(4).map(String::as_str).collect();
-            let more = if keys.len() > shown.len() { ", ..." } else { "" };
-            format!("{}: no part of the model uses {} tensors: {}{more}", path.display(), keys.len(), shown.join(", "))
-        };
-        let mut warnings = Vec::new();
+    pub fn warnings(&self, reports: &[WeightReport]) -> Result<Vec<String>> {
+        let mut unused: Vec<Unused> = reports.iter().flat_map(|report| report.unused.iter().cloned()).collect();
         if let Place::File(file) = &self.place
             && !file.unused().is_empty()
         {
-            warnings.push(list(file.path(), file.unused()));
+            let keys = file.unused().iter().cloned();
+            match unused.iter_mut().find(|of_file| of_file.file == file.path()) {
+                Some(of_file) => of_file.keys.extend(keys),
+                None => unused.push(Unused { file: file.path().to_path_buf(), keys: keys.collect() }),
+            }
         }
-        warnings.extend(self.adapters.finish()?.iter().map(|(path, keys)| list(path, keys)));
-        Ok(warnings)
+        let loaded = |part: &models::Part| reports.iter().any(|report| report.module == part.folder());
+        let others = models::Part::ALL.into_iter().filter(|part| self.has_part(part.folder()) && !loaded(part));
+        unused.extend(self.adapters.finish(&others.collect::<Vec<_>>())?);
+        Ok(unused.iter().map(Unused::to_string).collect())
     }
 
     /// The tokenizer in `folder` (`tokenizer`, `tokenizer_2`).
@@ -389,43 +444,76 @@ impl ModelFiles {
         VaeConfig::from_json(&what, &json)
     }
 
-    /// The text encoder in `folder`; on the meta device from its configuration alone.
+    /// The text encoder in `folder`, and its weights' report; on the meta device from its configuration alone.
     ///
     /// # Errors
     /// Those of the files; as [`ClipTextModel::load`].
-    pub fn clip(&self, folder: &str, device: &Device, dtype: DType) -> Result<ClipTextModel> {
+    pub fn clip(&self, folder: &'static str, device: &Device, dtype: DType) -> Result<(ClipTextModel, WeightReport)> {
+        self.clip_of(folder, self.weights(folder, device, dtype)?)
+    }
+
+    /// The same of these weights.
+    pub(super) fn clip_of(&self, folder: &'static str, store: WeightStore) -> Result<(ClipTextModel, WeightReport)> {
         let config = self.clip_config(folder)?;
-        let store = ClipTextModel::prepared(self.weights(folder, device, dtype)?, &config)?;
-        load_part(store, |w| ClipTextModel::from_weights(w, &config))
+        let store = ClipTextModel::prepared(store, &config)?;
+        load_part(folder, store, |w| ClipTextModel::from_weights(w, &config))
     }
 
-    /// The UNet; on the meta device from its configuration alone.
+    /// The UNet, and its weights' report; on the meta device from its configuration alone.
     ///
     /// # Errors
-    /// Those of the files; as [`Unet::load`].
-    pub fn unet(&self, device: &Device, dtype: DType) -> Result<Unet> {
-        Unet::load(self.weights("unet", device, dtype)?, &self.unet_config()?)
+    /// Those of the files; as [`Unet::from_weights`].
+    pub fn unet(&self, device: &Device, dtype: DType) -> Result<(Unet, WeightReport)> {
+        self.unet_of(self.weights("unet", device, dtype)?)
     }
 
-    /// The VAE; on the meta device from its configuration alone.
+    /// The same of these weights.
+    pub(super) fn unet_of(&self, store: WeightStore) -> Result<(Unet, WeightReport)> {
+        let config = self.unet_config()?;
+        load_part("unet", store, |w| Unet::from_weights(w, &config))
+    }
+
+    /// The VAE, and its weights' report; on the meta device from its configuration alone.
     ///
     /// # Errors
-    /// Those of the files; as [`Vae::load`].
-    pub fn vae(&self, device: &Device, dtype: DType) -> Result<Vae> {
-        Vae::load(self.weights("vae", device, dtype)?, &self.vae_config()?)
+    /// Those of the files; as [`Vae::from_weights`].
+    pub fn vae(&self, device: &Device, dtype: DType) -> Result<(Vae, WeightReport)> {
+        self.vae_of(self.weights("vae", device, dtype)?)
     }
 
-    /// The weights of the part in `folder`, with the adapters' changes.
+    /// The same of these weights.
+    pub(super) fn vae_of(&self, store: WeightStore) -> Result<(Vae, WeightReport)> {
+        let config = self.vae_config()?;
+        load_part("vae", store, |w| Vae::from_weights(w, &config))
+    }
+
+    /// The weights of the part in `folder`, with the adapters' changes; on the meta device whatever is asked for.
     ///
     /// # Errors
     /// As [`WeightStore::open`], [`SingleFile::store`], [`open_vae`] and [`WeightStore::with_adapters`]; [`Error::File`]: the family has no such part with weights.
     pub(super) fn weights(&self, folder: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+        match device {
+            Device::Meta(_) => Ok(WeightStore::meta(device, dtype)),
+            _ => self.stored(folder, device, dtype),
+        }
+    }
+
+    /// Keys and shapes of the part in `folder`, without data: as its files have them, or on the meta device, where no file is
+    /// read, whatever is asked for.
+    ///
+    /// # Errors
+    /// As [`weights`](ModelFiles::weights).
+    pub(super) fn outline(&self, folder: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+        match device {
+            Device::Meta(_) => Ok(WeightStore::meta(&Device::meta(), dtype)),
+            _ => self.stored(folder, &Device::meta(), dtype),
+        }
+    }
+
+    fn stored(&self, folder: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
         let Some(stem) = self.family.part(folder).and_then(|part| part.weights) else {
             return Err(Error::file(&self.path(folder), format!("{} has no such part", self.family.name)));
         };
-        if matches!(device, Device::Meta(_)) {
-            return Ok(WeightStore::meta(device, dtype));
-        }
         let part = models::Part::ALL.into_iter().find(|part| part.folder() == folder);
         let store = match (&self.place, &self.vae, part) {
             (_, Some(vae), Some(models::Part::Vae)) => open_vae(vae, device, dtype)?,

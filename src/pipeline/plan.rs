@@ -4,6 +4,7 @@ use super::memory::{LoadOptions, Rung};
 use super::{ModelSource, Pipeline, Request};
 use crate::error::Result;
 use crate::methods::{Event, Observer, Size, Stage};
+use crate::models::Unused;
 use crate::runtime::{DType, Device, MetaDevice, OpKind, Report, Work};
 
 /// The cost of one phase of a run.
@@ -33,6 +34,10 @@ pub struct WeightReport {
     pub module: &'static str,
     pub parameters: u64,
     pub bytes: u64,
+    /// Which variant of the files was read (`fp16`); `None`: the plain one.
+    pub variant: Option<String>,
+    /// Tensors of its files that no layer has.
+    pub unused: Vec<Unused>,
 }
 
 /// What a request would cost, from the configuration files alone.

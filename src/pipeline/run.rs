@@ -74,8 +74,8 @@ impl Pipeline {
         Pipeline::load_with(source, LoadOptions::new(device, dtype))
     }
 
-    /// The same with [`MemoryOptions`](super::MemoryOptions): with [`Residency::Low`] the weight files are opened and
-    /// their parts loaded when a run needs them.
+    /// The same with [`MemoryOptions`](super::MemoryOptions): with [`Residency::Low`] keys and shapes of the weight files are
+    /// checked, and the parts loaded when a run needs them.
     ///
     /// # Errors
     /// Those of [`ModelFiles`] and of the weight files; [`Error::Config`] when two parts do not fit, naming both and
@@ -115,24 +115,20 @@ impl Pipeline {
     fn load_parts(&self, files: &ModelFiles) -> Result<Vec<String>> {
         let mut warnings = Vec::new();
         let modules = self.family.modules();
-        let loaded = match self.options.memory.residency {
-            Residency::Low => false,
-            Residency::Keep => modules.iter().try_for_each(|module| module.load()).map(|()| true)?,
-            Residency::Auto => match modules.iter().try_for_each(|module| module.load()) {
+        let load = || modules.iter().try_for_each(|module| module.load());
+        match self.options.memory.residency {
+            Residency::Low => {}
+            Residency::Keep => load()?,
+            Residency::Auto => match load() {
                 Err(Error::OutOfMemory { .. }) => {
                     self.release_all();
-                    warnings.push(
-                        "the parts of the model do not fit into memory together: each is loaded when needed".into(),
-                    );
-                    false
+                    let message = "the parts of the model do not fit into memory together: each is loaded when needed";
+                    warnings.push(message.into());
                 }
-                loaded => loaded.map(|()| true)?,
+                loaded => loaded?,
             },
-        };
-        if !loaded {
-            files.open_weights()?;
         }
-        warnings.extend(files.warnings()?);
+        warnings.extend(files.warnings(self.weights())?);
         Ok(warnings)
     }
 

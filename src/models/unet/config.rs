@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use crate::error::Result;
-use crate::models::config::{JsonConfig, as_count};
+use crate::models::config::{JsonConfig, as_count, most};
 use crate::ops::TimestepEmbedding;
 
 /// `unet/config.json`; absent keys take the class defaults of diffusers' `UNet2DConditionModel`. What the file describes
@@ -66,7 +66,7 @@ impl AddedConfig {
         }
         let required = |key: &str| {
             let wanted = "addition_embed_type = \"text_time\" needs a number of at least 1";
-            c.optional_count(key)?.ok_or_else(|| c.error(key, wanted))
+            c.optional_count(key, most::CHANNELS)?.ok_or_else(|| c.error(key, wanted))
         };
         let (dim, input) = (required("addition_time_embed_dim")?, required(INPUT)?);
         if dim < 2 {
@@ -144,13 +144,9 @@ impl UnetConfig {
             c.only(key, &values)?;
         }
         c.only_silu("act_fn")?;
-        let block_out_channels = c.counts("block_out_channels", &[320, 640, 1280, 1280])?;
+        let norm_num_groups = c.count("norm_num_groups", 32, most::CHANNELS)?;
+        let block_out_channels = c.levels(&[320, 640, 1280, 1280], norm_num_groups)?;
         let levels = block_out_channels.len();
-        let norm_num_groups = c.count("norm_num_groups", 32)?;
-        if let Some(channels) = block_out_channels.iter().find(|channels| !channels.is_multiple_of(norm_num_groups)) {
-            let wanted = format!("{channels} is not divisible into norm_num_groups = {norm_num_groups} groups");
-            return Err(c.error("block_out_channels", wanted));
-        }
         let blocks = Blocks::read(&c, &block_out_channels)?;
         let dim = block_out_channels[0];
         let timestep = TimestepEmbedding {
@@ -159,8 +155,8 @@ impl UnetConfig {
             freq_shift: c.number("freq_shift", 0.0)?,
         };
         let config = UnetConfig {
-            in_channels: c.count("in_channels", 4)?,
-            out_channels: c.count("out_channels", 4)?,
+            in_channels: c.count("in_channels", 4, most::CHANNELS)?,
+            out_channels: c.count("out_channels", 4, most::CHANNELS)?,
             sample_size: c.size("sample_size")?,
             cross_attention_dim: cross_attention_dim(&c, levels)?,
             down_blocks: blocks.down,
@@ -169,8 +165,8 @@ impl UnetConfig {
             center_input_sample: c.flag("center_input_sample", false)?,
             timestep,
             added: AddedConfig::read(&c, timestep)?,
-            time_cond_proj_dim: c.optional_count("time_cond_proj_dim")?,
-            time_embed_dim: c.optional_count("time_embedding_dim")?.unwrap_or(4 * dim),
+            time_cond_proj_dim: c.optional_count("time_cond_proj_dim", most::CHANNELS)?,
+            time_embed_dim: c.optional_count("time_embedding_dim", most::CHANNELS)?.unwrap_or(4 * dim),
             downsample_padding: padding(&c)?,
             norm_num_groups,
             norm_eps: c.positive("norm_eps", 1e-5)? as f32,
@@ -217,13 +213,13 @@ impl Blocks {
         let down_types = types("down_block_types", &down_default, "DownBlock2D", "CrossAttnDownBlock2D")?;
         let up_types = types("up_block_types", &up_default, "UpBlock2D", "CrossAttnUpBlock2D")?;
 
-        let resnets = c.count_per_level("layers_per_block", levels, 2)?;
+        let resnets = c.count_per_level("layers_per_block", levels, 2, most::LAYERS)?;
         // The published class takes either name and means the number of heads.
         let heads_key = match c.get("num_attention_heads") {
             None | Some(Value::Null) => "attention_head_dim",
             Some(_) => "num_attention_heads",
         };
-        let heads = c.count_per_level(heads_key, levels, 8)?;
+        let heads = c.count_per_level(heads_key, levels, 8, most::CHANNELS)?;
         let only_cross_attention = c.flag_per_level("only_cross_attention", levels, false)?;
         let layers = TransformerLayers::read(c, levels)?;
         let attention = |level: usize, layers: Vec<usize>, only_cross_attention: bool| {
@@ -268,6 +264,13 @@ impl Blocks {
                 Some(MidBlockConfig { attention, scale_factor })
             }
         };
+        // Each count may be believed and their product not.
+        let of = |block: &BlockConfig| block.resnets + block.attention.iter().flat_map(|a| &a.layers).sum::<usize>();
+        let all: usize = down.iter().chain(&up).map(of).sum();
+        if all > MOST_LAYERS {
+            let wanted = format!("with {LAYERS} these are {all} layers; at most {MOST_LAYERS} are expected");
+            return Err(c.error("layers_per_block", wanted));
+        }
         Ok(Blocks { down, mid, up })
     }
 }
@@ -280,6 +283,8 @@ struct TransformerLayers {
     up_key: &'static str,
 }
 
+/// ResNets and transformer blocks of a UNet, at most: SDXL has 87.
+const MOST_LAYERS: usize = 2048;
 const LAYERS: &str = "transformer_layers_per_block";
 const REVERSE_LAYERS: &str = "reverse_transformer_layers_per_block";
 
@@ -316,17 +321,20 @@ impl TransformerLayers {
 
 /// A count for all ResNets of a block, or a list with at least one a ResNet.
 fn per_resnet(c: &JsonConfig, key: &str, value: &Value, resnets: usize) -> Result<Vec<usize>> {
+    let count = |value| as_count(value, most::LAYERS);
     let layers: Option<Vec<usize>> = match value {
-        Value::Array(list) => list.get(..resnets).and_then(|list| list.iter().map(as_count).collect()),
-        value => as_count(value).map(|layers| vec![layers; resnets]),
+        Value::Array(list) => list.get(..resnets).and_then(|list| list.iter().map(count).collect()),
+        value => count(value).map(|layers| vec![layers; resnets]),
     };
-    layers
-        .ok_or_else(|| c.error(key, format!("expected counts, one for each of a block's {resnets} ResNets if a list")))
+    layers.ok_or_else(|| {
+        let most = most::LAYERS;
+        c.error(key, format!("expected counts from 1 to {most}, one for each of a block's {resnets} ResNets if a list"))
+    })
 }
 
 /// All attentions read the same text, so a list of widths must be of equal ones.
 fn cross_attention_dim(c: &JsonConfig, levels: usize) -> Result<usize> {
-    let dims = c.count_per_level("cross_attention_dim", levels, 1280)?;
+    let dims = c.count_per_level("cross_attention_dim", levels, 1280, most::CHANNELS)?;
     if dims.iter().any(|dim| *dim != dims[0]) {
         return Err(c.error("cross_attention_dim", "not supported, only equal widths are: there is one text encoder"));
     }
@@ -342,7 +350,7 @@ fn padding(c: &JsonConfig) -> Result<usize> {
 }
 
 fn odd(c: &JsonConfig, key: &str) -> Result<usize> {
-    let kernel = c.count(key, 3)?;
+    let kernel = c.count(key, 3, most::KERNEL)?;
     if kernel % 2 == 1 { Ok(kernel) } else { Err(c.error(key, "expected an odd kernel size")) }
 }
 

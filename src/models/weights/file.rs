@@ -176,24 +176,55 @@ pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     Ok(parsed.weight_map)
 }
 
+fn names_in(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// `model-00001-of-00002.safetensors`, also with a variant before or behind the numbers: is it one of several shards?
+fn is_shard(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let Some((before, behind)) = name.split_once("-of-") else { return false };
+    before.rsplit_once('-').is_some_and(|(_, number)| digits(number)) && behind.split('.').next().is_some_and(digits)
+}
+
+/// The variants of `stem` in `dir` beside the plain one, in the order of the alphabet: `bf16` where
+/// `stem.bf16.safetensors` or an index of its shards is there.
+pub(super) fn variants(dir: &Path, stem: &str) -> Vec<String> {
+    let of = |name: &str| -> Option<String> {
+        let rest = name.strip_prefix(stem)?;
+        let variant = if let Some(rest) = rest.strip_suffix(".safetensors.index.json") {
+            rest.strip_prefix('.')?
+        } else if let Some(rest) = rest.strip_suffix(".json") {
+            rest.strip_prefix(".safetensors.index.")?
+        } else {
+            rest.strip_suffix(".safetensors")?.strip_prefix('.')?
+        };
+        (!variant.is_empty() && !is_shard(name)).then(|| variant.to_string())
+    };
+    let mut variants: Vec<String> = names_in(dir).iter().filter_map(|name| of(name)).collect();
+    variants.sort();
+    variants.dedup();
+    variants
+}
+
 /// The weights are not where they should be: say what is there instead.
 pub(super) fn not_found(dir: &Path, stem: &str) -> Error {
     let wanted = dir.join(format!("{stem}.safetensors"));
     if !dir.is_dir() {
         return Error::file(dir, "no such directory: a model directory in the diffusers layout has it");
     }
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .collect();
-    names.sort();
+    let names = names_in(dir);
     let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth", ".pkl"].iter().any(|end| name.ends_with(end));
     let reason = if let Some(name) = names.iter().find(pickle) {
         format!(
             "not found; {name} is a PyTorch pickle, which can run code and is not read: download the safetensors version, \
              or convert it (load the model in diffusers or transformers, then save_pretrained(dir))"
         )
+    } else if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors") && is_shard(name)) {
+        format!("not found, nor an index of shards, though there is {name}: download {stem}.safetensors.index.json")
     } else if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors")) {
         format!("not found; the directory holds {name}: rename it if these are the weights")
     } else {

@@ -5,6 +5,7 @@
 //! its pages are given back, so loading holds the loaded tensors and little else.
 
 mod file;
+mod names;
 mod repack;
 
 use std::collections::{BTreeMap, HashSet};
@@ -14,8 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use half::{bf16, f16};
 use safetensors::Dtype as FileDtype;
 
-use self::file::{Bytes, not_found, read_index};
+use self::file::{Bytes, not_found, read_index, variants};
 pub(super) use self::file::{Entry, MappedFile, file_name};
+use self::names::alike;
+pub(super) use self::names::unwrapped_names;
 pub(super) use self::repack::read_f32;
 use self::repack::{Layout, repack};
 use crate::error::{Error, Result};
@@ -52,9 +55,13 @@ pub struct WeightStore {
     dtype: DType,
     /// The file, or the index of the shards: stands in errors about keys that no file holds.
     origin: PathBuf,
+    /// `fp16` of `model.fp16.safetensors`.
+    variant: Option<String>,
     files: Vec<Arc<MappedFile>>,
     /// By the key that layers ask for. `None`: a manifest, which has every tensor anybody asks for.
     entries: Option<BTreeMap<String, Entry>>,
+    /// A survey hands out meta tensors for missing keys too, and remembers them.
+    survey: bool,
     taken: Mutex<Taken>,
 }
 
@@ -62,31 +69,64 @@ pub struct WeightStore {
 struct Taken {
     keys: HashSet<String>,
     in_order: Vec<(String, Vec<usize>)>,
+    /// Of a survey.
+    missing: Vec<(String, Vec<usize>)>,
+}
+
+/// Tensors of a file that no layer has, for one warning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unused {
+    pub file: PathBuf,
+    /// In the order of the alphabet.
+    pub keys: Vec<String>,
+}
+
+impl std::fmt::Display for Unused {
+    /// A sentence with the first few keys.
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let (shown, more) = (&self.keys[..self.keys.len().min(4)], if self.keys.len() > 4 { ", ..." } else { "" });
+        let tensors = if self.keys.len() == 1 { "tensor" } else { "tensors" };
+        let (file, count) = (self.file.display(), self.keys.len());
+        write!(f, "{file}: no part of the model uses {count} {tensors}: {}{more}", shown.join(", "))
+    }
 }
 
 impl WeightStore {
     /// Opens `dir/stem.safetensors`, or the shards named by `dir/stem.safetensors.index.json`; where neither exists, their
-    /// `.fp16.` variants. Tensors will be `dtype` on `device`.
+    /// `.fp16.` variants, and else those of any other variant (`.bf16.`, `.non_ema.`, ...) if it is the only one. A prefix
+    /// that a wrapper put before every key (`_orig_mod.`, `module.`, `model.`) is taken away. Tensors will be `dtype` on
+    /// `device`.
     ///
     /// # Errors
     /// [`Error::File`]: missing, truncated, not safetensors, two shards with one key, an index that names a file or key
-    /// that is not there. Always with what to do.
+    /// that is not there, several variants. Always with what to do.
     pub fn open(dir: &Path, stem: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
-        let at = |name: String| dir.join(name);
-        for variant in ["", ".fp16"] {
-            let single = at(format!("{stem}{variant}.safetensors"));
-            if single.is_file() {
-                return WeightStore::of_one_file(Arc::new(MappedFile::open(single)?), device, dtype);
-            }
-            let mut indices = vec![at(format!("{stem}{variant}.safetensors.index.json"))];
-            if !variant.is_empty() {
-                indices.push(at(format!("{stem}.safetensors.index{variant}.json"))); // the other order is in use too
-            }
-            if let Some(index) = indices.into_iter().find(|path| path.is_file()) {
-                return WeightStore::open_sharded(index, device, dtype);
-            }
-        }
-        Err(not_found(dir, stem))
+        let plain_and_fp16 = [String::new(), ".fp16".into()];
+        let found = plain_and_fp16.into_iter().find_map(|variant| Some((files_of(dir, stem, &variant)?, variant)));
+        let (path, variant) = match found {
+            Some(found) => found,
+            None => match &variants(dir, stem)[..] {
+                [] => return Err(not_found(dir, stem)),
+                [only] => {
+                    let variant = format!(".{only}");
+                    (files_of(dir, stem, &variant).ok_or_else(|| not_found(dir, stem))?, variant)
+                }
+                several => {
+                    let reason = format!(
+                        "not found; there are the variants {}: keep one of them, or rename the files of the wanted one to \
+                         {stem}.safetensors",
+                        several.join(", ")
+                    );
+                    return Err(Error::file(&dir.join(format!("{stem}.safetensors")), reason));
+                }
+            },
+        };
+        let mut store = match path.extension().is_some_and(|end| end == "json") {
+            true => WeightStore::open_sharded(path, device, dtype)?,
+            false => WeightStore::of_one_file(Arc::new(MappedFile::open(path)?), device, dtype)?,
+        };
+        store.variant = variant.strip_prefix('.').map(String::from);
+        Ok(store)
     }
 
     /// The bytes of one safetensors file that is already in memory (the embedded model); `name` stands in errors.
@@ -100,8 +140,18 @@ impl WeightStore {
 
     /// No data: hands out meta tensors of the shapes asked for and remembers key and shape of each.
     pub fn meta(device: &Device, dtype: DType) -> WeightStore {
-        let (origin, files, taken) = (PathBuf::from("manifest"), Vec::new(), Mutex::default());
-        WeightStore { device: device.clone(), dtype, origin, files, entries: None, taken }
+        WeightStore::new(PathBuf::from("manifest"), Vec::new(), None, device, dtype)
+    }
+
+    fn new(
+        origin: PathBuf,
+        files: Vec<Arc<MappedFile>>,
+        entries: Option<BTreeMap<String, Entry>>,
+        device: &Device,
+        dtype: DType,
+    ) -> WeightStore {
+        let (device, taken) = (device.clone(), Mutex::default());
+        WeightStore { device, dtype, origin, variant: None, files, entries, survey: false, taken }
     }
 
     fn open_sharded(index: PathBuf, device: &Device, dtype: DType) -> Result<WeightStore> {
@@ -140,13 +190,13 @@ impl WeightStore {
             let reason = format!("the index does not name tensor {key} of {shard}: download all files again");
             return Err(Error::file(&store.origin, reason));
         }
-        store.entries = store.entries.map(attach_scales);
+        store.entries = store.entries.map(|entries| unwrapped_names(attach_scales(entries)));
         Ok(store)
     }
 
     fn of_one_file(file: Arc<MappedFile>, device: &Device, dtype: DType) -> Result<WeightStore> {
         let mut store = WeightStore::of_files(file.path.clone(), vec![file], device, dtype)?;
-        store.entries = store.entries.map(attach_scales);
+        store.entries = store.entries.map(|entries| unwrapped_names(attach_scales(entries)));
         Ok(store)
     }
 
@@ -157,8 +207,7 @@ impl WeightStore {
         device: &Device,
         dtype: DType,
     ) -> WeightStore {
-        let (origin, files, taken) = (file.path.clone(), vec![file.clone()], Mutex::default());
-        WeightStore { device: device.clone(), dtype, origin, files, entries: Some(entries), taken }
+        WeightStore::new(file.path.clone(), vec![file.clone()], Some(entries), device, dtype)
     }
 
     pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = (&String, &mut Entry)> {
@@ -183,8 +232,7 @@ impl WeightStore {
                 entries.insert(key, entry);
             }
         }
-        let taken = Mutex::default();
-        Ok(WeightStore { device: device.clone(), dtype, origin, files, entries: Some(entries), taken })
+        Ok(WeightStore::new(origin, files, Some(entries), device, dtype))
     }
 
     /// Keys and checkpoint shapes asked for so far, in order.
@@ -231,6 +279,55 @@ impl WeightStore {
         self.entries.as_ref().is_none_or(|entries| entries.contains_key(key))
     }
 
+    /// Which variant of the files was opened (`fp16`); `None`: the plain one.
+    pub fn variant(&self) -> Option<&str> {
+        self.variant.as_deref()
+    }
+
+    /// The tensors that no layer asked for so far, by file.
+    pub fn unused(&self) -> Vec<Unused> {
+        let taken = self.taken();
+        let mut unused: Vec<Unused> = Vec::new();
+        for (key, entry) in self.entries.iter().flatten().filter(|(key, _)| !taken.keys.contains(*key)) {
+            match unused.iter_mut().find(|of_file| of_file.file == entry.file.path) {
+                Some(of_file) => of_file.keys.push(key.clone()),
+                None => unused.push(Unused { file: entry.file.path.clone(), keys: vec![key.clone()] }),
+            }
+        }
+        unused
+    }
+
+    /// `load` gave `error`. If that is a missing tensor: the error that names all that are missing, and the tensor that no
+    /// layer has and that looks like it, if there is one; any other error as it is.
+    pub fn explained<T>(&self, error: Error, load: impl FnOnce(&Weights) -> Result<T>) -> Error {
+        let (Error::Weight { file, key, reason }, Some(entries)) = (&error, &self.entries) else { return error };
+        if entries.contains_key(key) {
+            return error;
+        }
+        let mut survey =
+            WeightStore::new(self.origin.clone(), Vec::new(), Some(entries.clone()), &Device::meta(), self.dtype);
+        survey.survey = true;
+        // What else is wrong ends the survey early: then later tensors may count as extra that are not.
+        let complete = load(&survey.root()).is_ok();
+        let taken = survey.taken();
+        let mut reason = reason.clone();
+        if complete && taken.missing.len() > 1 {
+            let others = taken.missing.iter().map(|(other, _)| other.as_str()).filter(|other| other != key);
+            let more = if taken.missing.len() > 4 { ", ..." } else { "" };
+            let shown = others.take(3).collect::<Vec<_>>().join(", ");
+            reason += &format!("; also missing: {shown}{more} ({} in all)", taken.missing.len());
+        }
+        let extra = entries.iter().filter(|(other, _)| complete && !taken.keys.contains(*other));
+        let wanted = taken.missing.iter().find(|(missing, _)| missing == key).map_or(&[][..], |(_, shape)| shape);
+        if let Some((other, entry)) = alike(key, wanted, extra) {
+            reason += &format!(
+                "; no layer has the tensor {other}, shape {:?}, which looks like it: is it the same under another name?",
+                entry.shape
+            );
+        }
+        Error::Weight { file: file.clone(), key: key.clone(), reason }
+    }
+
     /// # Errors
     /// [`Error::Weight`] naming the tensors that no layer asked for.
     pub fn finish(self) -> Result<()> {
@@ -266,6 +363,11 @@ impl WeightStore {
         let entry = match &self.entries {
             None => None,
             Some(entries) => match entries.get(key) {
+                None if self.survey => {
+                    let mut taken = self.taken();
+                    taken.missing.push((key.to_string(), shape.to_vec()));
+                    return Ok(None);
+                }
                 None => return error(&self.origin, format!("missing, wanted shape {shape:?}{}", foreign(entries))),
                 some => some,
             },
@@ -440,6 +542,17 @@ impl<'a> Weights<'a> {
         }
         Ok(())
     }
+}
+
+/// The file of this variant (`""`, `.fp16`), or the index of its shards.
+fn files_of(dir: &Path, stem: &str, variant: &str) -> Option<PathBuf> {
+    // The variant stands before or behind `.safetensors.index`: both orders are in use.
+    let names = [
+        format!("{stem}{variant}.safetensors"),
+        format!("{stem}{variant}.safetensors.index.json"),
+        format!("{stem}.safetensors.index{variant}.json"),
+    ];
+    names.into_iter().map(|name| dir.join(name)).find(|path| path.is_file())
 }
 
 /// Puts the scales of 8-bit floats to their tensors: `X.scale_weight` or `X.weight_scale` beside `X.weight`, in f32, one

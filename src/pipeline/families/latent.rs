@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, Size, WeightReport};
-use super::{load_part, misfit, report};
+use super::misfit;
 use crate::error::{Error, Result};
 use crate::methods::Denoiser;
 use crate::models::{Partition, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
@@ -39,14 +39,11 @@ impl LatentSpace {
             DType::F16 if config.force_upcast.unwrap_or(upcasts) => DType::BF16,
             dtype => dtype,
         });
-        let report = report("vae", dtype, |w| Vae::from_weights(w, &config))?;
+        let (_, report) = files.vae_of(files.outline("vae", &options.device, dtype)?)?;
         let dtype = Arc::new(Mutex::new(dtype));
         let load = {
-            let (files, device, config, dtype) = (files.clone(), options.device.clone(), config.clone(), dtype.clone());
-            move || {
-                let store = files.weights("vae", &device, *locked(&dtype))?;
-                load_part(store, |w| Vae::from_weights(w, &config))
-            }
+            let (files, device, dtype) = (files.clone(), options.device.clone(), dtype.clone());
+            move || Ok(files.vae(&device, *locked(&dtype))?.0)
         };
         Ok((LatentSpace { config, dtype, vae: Resident::new(Role::Vae, load) }, report))
     }
@@ -168,13 +165,9 @@ pub fn check_fit(files: &ModelFiles, text: (&str, usize), unet: &UnetConfig, vae
 /// # Errors
 /// Those of the configuration.
 pub fn unet(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<(Arc<Resident<Unet>>, WeightReport)> {
-    let config = files.unet_config()?;
-    let report = report("unet", options.dtype, |w| Unet::from_weights(w, &config))?;
+    let (_, report) = files.unet_of(files.outline("unet", &options.device, options.dtype)?)?;
     let (files, device, dtype) = (files.clone(), options.device.clone(), options.dtype);
-    let load = move || {
-        let store = files.weights("unet", &device, dtype)?;
-        load_part(store, |w| Unet::from_weights(w, &config))
-    };
+    let load = move || Ok(files.unet(&device, dtype)?.0);
     Ok((Arc::new(Resident::new(Role::Network, load)), report))
 }
 

@@ -14,7 +14,7 @@ use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{Partition, WeightStore, Weights};
-use crate::runtime::{DType, Device, Tensor};
+use crate::runtime::Tensor;
 use crate::schedulers::SchedulerConfig;
 
 /// Every family. A model is of the last one whose parts it has.
@@ -250,23 +250,20 @@ pub(super) trait RunConditions {
     ) -> Result<Box<dyn Denoiser>>;
 }
 
-/// Loads one part: its layers from its store, which must then be empty.
-pub(super) fn load_part<T>(store: WeightStore, load: impl FnOnce(&Weights) -> Result<T>) -> Result<T> {
-    let part = load(&store.root())?;
-    store.finish()?;
-    Ok(part)
-}
-
-/// The weights of a part in `dtype`: what its layers ask for.
-pub(super) fn report<T>(
+/// Loads one part: its layers from its store. The report comes from what the layers asked for, and names what none did.
+///
+/// # Errors
+/// Those of `load`; a missing tensor with all that are missing and with the one that looks like it.
+pub(super) fn load_part<T>(
     module: &'static str,
-    dtype: DType,
-    load: impl FnOnce(&Weights) -> Result<T>,
-) -> Result<WeightReport> {
-    let store = WeightStore::meta(&Device::meta(), dtype);
-    load(&store.root())?;
+    store: WeightStore,
+    load: impl Fn(&Weights) -> Result<T>,
+) -> Result<(T, WeightReport)> {
+    let part = load(&store.root()).map_err(|error| store.explained(error, &load))?;
     let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-    Ok(WeightReport { module, parameters, bytes: parameters * dtype.size_bytes() as u64 })
+    let bytes = parameters * store.dtype().size_bytes() as u64;
+    let (variant, unused) = (store.variant().map(String::from), store.unused());
+    Ok((part, WeightReport { module, parameters, bytes, variant, unused }))
 }
 
 /// # Errors

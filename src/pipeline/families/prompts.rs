@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::Resident;
 use super::super::{ModelFiles, TextOptions, WeightReport};
-use super::{PromptText, report};
+use super::PromptText;
 use crate::error::{Error, Result};
 use crate::models::{ClipOutput, ClipTextModel};
 use crate::runtime::{Device, Tensor};
@@ -51,11 +51,11 @@ impl TextEncoder {
                 (Some(tokenizer), tokens)
             }
         };
-        let report = report(folder, options.dtype, |w| ClipTextModel::from_weights(w, &config))?;
+        let (_, report) = files.clip_of(folder, files.outline(folder, &options.device, options.dtype)?)?;
         let layers = config.num_hidden_layers;
         let (files, device, dtype) = (files.clone(), options.device.clone(), options.dtype);
         let load = move || {
-            let model = files.clip(folder, &device, dtype)?;
+            let (model, _) = files.clip(folder, &device, dtype)?;
             let (rows, [count, _]) = words.table();
             if count > 0 { model.with_learned(rows, count) } else { Ok(model) }
         };
