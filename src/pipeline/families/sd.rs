@@ -7,7 +7,7 @@ use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, load_part};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, Unet, UnetConditioning};
+use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
 use crate::text::Encoder;
@@ -37,6 +37,8 @@ struct Conditions {
     unet: Arc<Unet>,
     embeds: Tensor,
     repeats: usize,
+    /// What a UNet that reads its guidance scale is told.
+    guidance: Option<f32>,
     /// Of the timesteps beside it, once they are known.
     made: Option<(Vec<f32>, UnetConditioning)>,
 }
@@ -45,7 +47,8 @@ impl RunConditions for Conditions {
     fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
         if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
             self.made = None;
-            self.made = Some((timesteps.to_vec(), self.unet.condition(&self.embeds, timesteps)?));
+            let text = TextConditioning { text: &self.embeds, added: None, guidance: self.guidance };
+            self.made = Some((timesteps.to_vec(), self.unet.condition(text, timesteps)?));
         }
         Ok(())
     }
@@ -108,8 +111,14 @@ impl Family for StableDiffusion {
         Ok(PromptEmbeds { embeds: encoded.hidden, pooled: None })
     }
 
-    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, _sizes: &SizeIds) -> Box<dyn RunConditions> {
-        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, made: None })
+    fn conditions(
+        &self,
+        prompts: PromptEmbeds,
+        repeats: usize,
+        _sizes: &SizeIds,
+        guidance: Option<f32>,
+    ) -> Box<dyn RunConditions> {
+        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, guidance, made: None })
     }
 
     fn decode(&self, x0: &Tensor) -> Result<Tensor> {
