@@ -281,16 +281,15 @@ fn a_scheduler_that_is_not_here_is_named_with_what_runs() {
         text(&ended.stderr).lines().find(|line| line.contains("runs instead")).map(String::from)
     };
     for (class, instead) in
-        [("DEISMultistepScheduler", "dpm++-2m"), ("LMSDiscreteScheduler", "euler"), ("NewScheduler", "ddim")]
+        [("DPMSolverSinglestepScheduler", "dpm++-2m"), ("LMSDiscreteScheduler", "euler"), ("NewScheduler", "ddim")]
     {
         let line = said(class, &[]).unwrap_or_else(|| panic!("nothing is said of {class}"));
         assert!(line.contains(class) && line.contains(instead), "{line}");
         assert_eq!(said(class, &["--scheduler", "euler"]), None, "chosen");
     }
     let own = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"];
-    for class in
-        own.into_iter().chain(["LCMScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
-    {
+    let multistep = ["UniPCMultistepScheduler", "PNDMScheduler", "DEISMultistepScheduler"];
+    for class in own.into_iter().chain(multistep).chain(["LCMScheduler", "HeunDiscreteScheduler"]) {
         assert_eq!(said(class, &[]), None, "{class} runs itself");
     }
 }
@@ -434,6 +433,56 @@ fn a_negative_prompt_without_guidance_is_refused() {
     fs::write(place.path("m.jsonl"), lines).unwrap();
     let many = ["generate", "--manifest", "m.jsonl", "--model", MODEL, "--stages", "16x16:1", "--method", "plain"];
     refused_first(&place, 1, &[&many[..], &["--out", "many"]].concat(), "m.jsonl:1: negative_prompt has no effect");
+}
+
+/// ComfyUI#1923: pictures of v-prediction with zero terminal SNR came out overexposed.
+#[test]
+fn guidance_is_rescaled_where_there_is_guidance() {
+    let place = Place::new();
+    place.ok(&quick(&["--out", "a.png"]));
+    place.ok(&quick(&["--guidance-rescale", "0.7", "--out", "b.png"]));
+    let (parameters, json) = texts(&place.bytes("b.png"));
+    assert_eq!(field(&parameters, "CFG rescale").as_deref(), Some("0.7"));
+    assert_eq!(json["guidance_rescale"], 0.7);
+    assert_eq!(texts(&place.bytes("a.png")).1.get("guidance_rescale"), None);
+    assert!(place.bytes("a.png") != place.bytes("b.png"));
+    let rescaled = ["--guidance", "1", "--guidance-rescale", "0.7"];
+    refused_first(&place, 2, &quick(&rescaled), "--guidance-rescale 0.7: has no effect with --guidance 1");
+    refused_first(&place, 2, &["plan", "a", "--guidance-rescale", "2"], "from 0 (none) to 1");
+
+    let many = ["generate", "--manifest", "m.jsonl", "--model", MODEL, "--stages", "16x16:2", "--method", "plain"];
+    let lines = "{\"prompt\": \"a cat\", \"guidance_rescale\": 0.7, \"seed\": 0}\n";
+    fs::write(place.path("m.jsonl"), lines).unwrap();
+    place.ok(&[&many[..], &["--out", "many"]].concat());
+    assert!(place.bytes("many/000001.png") == place.bytes("b.png"));
+    let lines =
+        "{\"prompt\": \"a\", \"guidance\": 1}\n{\"prompt\": \"a\", \"guidance\": 1, \"guidance_rescale\": 0.5}\n";
+    fs::write(place.path("m.jsonl"), lines).unwrap();
+    refused_first(&place, 1, &[&many[..], &["--out", "two"]].concat(), "m.jsonl:2: guidance_rescale 0.5 has no effect");
+    let grid = ["grid", "a cat", "--methods", "plain", "--model", MODEL, "--stages", "16x16:2", "--out", "g.png"];
+    place.ok(&[&grid[..], &["--guidance-rescale", "0.7"]].concat());
+    assert!(texts(&place.bytes("g.png")).0.contains("CFG rescale: 0.7"));
+}
+
+/// diffusers#2905: what no sampler can do is said with what can.
+#[test]
+fn an_epsilon_without_signal_is_refused_with_what_works() {
+    let place = Place::new();
+    copy_model(&place.path("model"));
+    let config = place.path("model/scheduler/scheduler_config.json");
+    let json = r#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon", "rescale_betas_zero_snr": true, "timestep_spacing": "trailing", "clip_sample": false}"#;
+    fs::write(config, json).unwrap();
+    let args = ["generate", "a", "--model", "model", "--method", "plain", "--stages", "16x16:2", "--out", "a.png"];
+    for sampler in ["ddim", "ddpm", "lcm"] {
+        let message = place.fails(1, &[&args[..], &["--scheduler", sampler]].concat());
+        for part in ["rescale_betas_zero_snr", "division by 0", "v_prediction", "--scheduler euler"] {
+            assert!(message.contains(part), "{part} in: {message}");
+        }
+    }
+    for sampler in ["euler", "euler-ancestral", "dpm++-2m", "dpm++-2m-sde", "unipc", "heun", "pndm", "deis"] {
+        place.ok(&[&args[..], &["--scheduler", sampler]].concat());
+    }
 }
 
 /// DiffStyle#3: models where the hub's tools keep them, and `~` where the shell does not replace it.

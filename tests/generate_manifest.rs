@@ -256,6 +256,7 @@ fn a_folder_made_otherwise_is_refused() {
     assert!(message.contains("out: is not empty (4 files)") && message.contains("--resume"), "{message}");
     for (flags, part) in [
         (&["--resume", "--guidance", "3"][..], "guidance 7, now 3"),
+        (&["--resume", "--guidance-rescale", "0.7"], "guidance_rescale none, now 0.7"),
         (&["--resume", "--seed", "1"], "seed 0, now 1"),
         (&["--resume", "--stages", "16x16:2,24x24:2"], "stages [\"16x16:2\",\"24x24:1\"], now"),
         (&["--resume", "--dtype", "bf16"], "dtype f32, now bf16"),

@@ -80,6 +80,7 @@ fn request(args: &[String]) -> Request {
             "--scheduler" => request.scheduler = Some(value.parse().unwrap()),
             "--seed" => request.seed = value.parse().unwrap(),
             "--guidance" => request.guidance = value.parse().unwrap(),
+            "--guidance-rescale" => request.guidance_rescale = value.parse().unwrap(),
             "--eta" => request.eta = value.parse().unwrap(),
             "--negative" => request.negative_prompt = Some(value.into()),
             "--original-size" => request.size_ids.original = Some(value.parse().unwrap()),
@@ -179,7 +180,12 @@ fn a_picture_depends_on_its_own_seed_alone() {
 fn parameters_say_how_to_make_the_picture_again() {
     let pipeline = load("sd15", DType::F32);
     let request = Request { negative_prompt: Some("blurry, dark".into()), ..small() };
+    let rescaled = Request { guidance_rescale: 0.7, ..request.clone() };
+    let rescaled = pipeline.parameters(&rescaled).unwrap();
+    assert!(rescaled.text.contains("CFG scale: 7, Seed: 5,") && rescaled.text.contains(", CFG rescale: 0.7,"));
+    assert_eq!(rescaled.json["guidance_rescale"].as_f64(), Some(0.7));
     let picture = pipeline.generate(&request, &mut Silent).unwrap().remove(0);
+    assert_eq!(picture.parameters.json.get("guidance_rescale"), None);
     let text = &picture.parameters.text;
     assert!(text.starts_with("a photo of a cat\nNegative prompt: blurry, dark\nSteps: 3, Sampler: DDIM, CFG scale: 7, Seed: 5, Size: 24x20, Model: sd15,"), "{text}");
     let json = &picture.parameters.json;
@@ -315,6 +321,9 @@ fn requests_that_cannot_be_met_name_the_flag() {
     };
     refused(Request { count: 0, ..small() }, "--count");
     refused(Request { guidance: f32::NAN, ..small() }, "--guidance");
+    for (guidance, guidance_rescale) in [(7.0, 1.5), (7.0, -0.1), (7.0, f32::NAN), (1.0, 0.7)] {
+        refused(Request { guidance, guidance_rescale, ..small() }, "--guidance-rescale");
+    }
     refused(Request { steps: Some(4), ..small() }, "--steps");
     refused(Request { size: Some("16x16".parse().unwrap()), ..small() }, "--size");
     refused(Request { method: Plain {}.into(), ..small() }, "--stages");
@@ -322,6 +331,65 @@ fn requests_that_cannot_be_met_name_the_flag() {
     refused(Request { eta: 2.0, ..small() }, "--eta");
     refused(Request { stages: Vec::new(), steps: Some(2000), ..small() }, "--steps");
     refused(Request { stages: Vec::new(), steps: Some(0), ..small() }, "--steps");
+}
+
+/// A UNet that reads its guidance scale: the defaults of the published pipeline for such models, no classifier-free guidance,
+/// and so no negative prompt and nothing to rescale. The run itself is in tests/oracle.
+#[test]
+fn a_latent_consistency_model_is_told_its_guidance_scale() {
+    let dir = tempfile::tempdir().unwrap();
+    let copied = |from: &Path, to: PathBuf| {
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(from, to).unwrap();
+    };
+    for part in ["tokenizer", "text_encoder", "vae", "scheduler"] {
+        for file in std::fs::read_dir(data().join("zero-snr").join(part)).unwrap().map(|file| file.unwrap().path()) {
+            copied(&file, dir.path().join(part).join(file.file_name().unwrap()));
+        }
+    }
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        let from = data().join("unet-options/guidance-embedding").join(file);
+        copied(&from, dir.path().join("unet").join(file));
+    }
+    let source = ModelSource::Directory(dir.path().into());
+    let suited = Request { prompt: "a cat".into(), ..Request::suited_to(&source) };
+    assert_eq!((suited.method.name(), suited.guidance), ("plain", 8.5));
+    let pipeline = Pipeline::load(source, Device::cpu(), DType::F32).unwrap();
+    let run = pipeline.resolve(&suited).unwrap();
+    assert_eq!((run.scheduler().sampler(), run.scheduler().timesteps().len()), (Sampler::Lcm, 4));
+    assert_eq!((run.guidance(), run.last_stage().size), (None, pipeline.native_size().unwrap()));
+    let small = Request { size: Some("16x16".parse().unwrap()), ..suited };
+    let picture = |guidance| {
+        let request = Request { guidance, ..small.clone() };
+        pipeline.generate(&request, &mut Silent).unwrap().remove(0)
+    };
+    assert_ne!(picture(8.5).rgb, picture(1.0).rgb, "the scale is read, also where there would be no guidance");
+    assert!(picture(8.5).parameters.text.contains("CFG scale: 8.5"));
+    for (request, flag) in [
+        (Request { negative_prompt: Some("a dog".into()), ..small.clone() }, "--negative"),
+        (Request { guidance_rescale: 0.7, ..small.clone() }, "--guidance-rescale"),
+    ] {
+        let error = pipeline.resolve(&request).unwrap_err().to_string();
+        assert!(error.starts_with(flag) && error.contains("told its guidance scale"), "{error}");
+    }
+}
+
+/// A flow's scheduler beside a model of betas.
+#[test]
+fn families_say_what_they_are_not_trained_by() {
+    let dir = sd15_configs();
+    let flow = r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}"#;
+    std::fs::write(dir.path().join("scheduler/scheduler_config.json"), flow).unwrap();
+    let plan = |request: &Request| pipeline::plan(&ModelSource::Directory(dir.path().into()), DType::BF16, request);
+    let error = plan(&Request::default()).unwrap_err().to_string();
+    assert!(
+        error.contains("FlowMatchEulerDiscreteScheduler") && error.contains("Stable Diffusion 1.x or 2.x"),
+        "{error}"
+    );
+    let dir = sd15_configs();
+    let plan = |request: &Request| pipeline::plan(&ModelSource::Directory(dir.path().into()), DType::BF16, request);
+    let error = plan(&Request { scheduler: Some(Sampler::FlowEuler), ..Request::default() }).unwrap_err().to_string();
+    assert!(error.contains("flow matching") && error.contains("table of betas"), "{error}");
 }
 
 #[test]

@@ -66,6 +66,12 @@ fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) ->
             let reason = format!("negative_prompt has no effect with a guidance of {}", request.guidance);
             return Err(Error::file(&manifest::place(manifest, line.number), reason));
         }
+        let of_line = line.guidance.or(line.guidance_rescale).is_some();
+        if of_line && request.guidance_rescale > 0.0 && request.guidance <= 1.0 {
+            let (phi, guidance) = (request.guidance_rescale, request.guidance);
+            let reason = format!("guidance_rescale {phi} has no effect with a guidance of {guidance}");
+            return Err(Error::file(&manifest::place(manifest, line.number), reason));
+        }
         costs.of(session, &request).map_err(|error| match error {
             // What the line does not say, the flags do: their error is theirs.
             Error::Request { .. } if line.has_geometry() => {
@@ -98,6 +104,9 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         "seed": flags.seed, "rng": flags.rng.name(),
         "dtype": session.dtype().name(), "device": device,
     });
+    if flags.guidance_rescale != 0.0 {
+        description["guidance_rescale"] = flags.guidance_rescale.to_string().into();
+    }
     if !files.loras().is_empty() {
         let lora = |(lora, digest): (&Lora, String)| json!({"name": lora.name(), "weight": lora.weight.to_string(), "digest": digest});
         description["loras"] = files.loras().iter().zip(files.lora_digests()).map(lora).collect();

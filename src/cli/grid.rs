@@ -286,6 +286,7 @@ impl Grid {
         let named = [
             ("Steps", "steps"),
             ("CFG scale", "guidance"),
+            ("CFG rescale", "guidance_rescale"),
             ("Size", "size"),
             ("Model", "model"),
             ("Version", "version"),
@@ -343,6 +344,7 @@ pub fn common_text(parameters: &Value, skip: &[&str]) -> String {
     let size = if parameters.get("stages").is_some() && !skip.contains(&"stages") { None } else { text("size") };
     let number = |key: &str| get(key).and_then(Value::as_f64);
     let guidance = number("guidance").map(|scale| format!("guidance {scale}"));
+    let rescale = number("guidance_rescale").map(|phi| format!("guidance rescale {phi}"));
     let eta = number("eta").filter(|&eta| eta != 0.0).map(|eta| format!("eta {eta}"));
     let steps = text("steps").map(|steps| format!("{steps} steps"));
     let parts = [
@@ -353,6 +355,7 @@ pub fn common_text(parameters: &Value, skip: &[&str]) -> String {
         text("scheduler"),
         eta,
         guidance,
+        rescale,
         with("negative prompt: ", "negative_prompt"),
         with("seed ", "seed"),
         text("dtype"),

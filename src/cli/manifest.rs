@@ -30,6 +30,7 @@ pub struct Line {
     pub stages: Option<Stages>,
     pub steps: Option<usize>,
     pub guidance: Option<f32>,
+    pub guidance_rescale: Option<f32>,
 }
 
 /// A line as it is written.
@@ -45,6 +46,7 @@ struct Written {
     stages: Option<String>,
     steps: Option<usize>,
     guidance: Option<f32>,
+    guidance_rescale: Option<f32>,
 }
 
 /// The longest line that is read: prompts are a few hundred bytes, and a file without line breaks is no manifest.
@@ -120,6 +122,9 @@ fn parse(number: usize, text: &str) -> std::result::Result<Line, String> {
     let steps = written.steps.map(|n| values::steps(&n.to_string()).map_err(|reason| key("steps", &n, reason)));
     let guidance =
         written.guidance.map(|x| values::guidance(&x.to_string()).map_err(|reason| key("guidance", &x, reason)));
+    let rescale = written
+        .guidance_rescale
+        .map(|x| values::guidance_rescale(&x.to_string()).map_err(|reason| key("guidance_rescale", &x, reason)));
     let (id, named) = match &written.id {
         None => (format!("{number:06}"), false),
         Some(id) => (file_stem(id).map_err(|reason| format!("id {id}: {reason}"))?, true),
@@ -136,6 +141,7 @@ fn parse(number: usize, text: &str) -> std::result::Result<Line, String> {
         stages: stages.transpose()?,
         steps: steps.transpose()?,
         guidance: guidance.transpose()?,
+        guidance_rescale: rescale.transpose()?,
     })
 }
 
@@ -194,6 +200,7 @@ impl Line {
             stages: self.stages.as_ref().map_or_else(|| flags.stages.clone(), |stages| stages.0.clone()),
             steps: self.steps.or(flags.steps),
             guidance: self.guidance.unwrap_or(flags.guidance),
+            guidance_rescale: self.guidance_rescale.unwrap_or(flags.guidance_rescale),
             count: 1,
             ..flags.clone()
         };

@@ -55,9 +55,9 @@ pub struct GenerateArgs {
     ///
     /// JSON lines: {"prompt": "..."}, and where wanted "id" (a string or number: the picture becomes ID.png; default: the
     /// line's number in six digits, 000001), "seed", "negative_prompt", "method", "size" ("WxH"), "stages"
-    /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", each in place of the flag. A line without a seed gets --seed plus the
-    /// line's number less 1, or with an id --seed plus the id's FNV-1a hash of 32 bits; so its picture depends on the
-    /// line and the flags alone. A picture that comes out not finite is noted in failed.jsonl and the others go on.
+    /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", "guidance_rescale", each in place of
+    /// the flag. A line without a seed gets --seed plus the line's number less 1, or with an id --seed plus the id's FNV-1a
+    /// hash of 32 bits; so its picture depends on the line and the flags alone. A picture that comes out not finite is noted in failed.jsonl and the others go on.
     #[arg(long, value_name = "FILE", value_parser = values::path(), requires = "out", help_heading = "Many pictures")]
     pub manifest: Option<PathBuf>,
 
@@ -262,8 +262,17 @@ pub struct RunArgs {
     pub steps: Option<usize>,
 
     /// Classifier-free guidance scale; up to 1 there is no guidance (default: 7; 2 for the model inside the program)
+    ///
+    /// A latent consistency model (LCM) is told the scale in place of guidance; its default is 8.5.
     #[arg(long, value_name = "X", value_parser = values::guidance)]
     pub guidance: Option<f32>,
+
+    /// How far the guided output is rescaled to the contrast of the unguided one, 0 (not) to 1 (all the way)
+    ///
+    /// For models of v-prediction with zero terminal SNR, whose pictures guidance overexposes; 0.7 is the paper's
+    /// (arXiv:2305.08891, sec. 3.4).
+    #[arg(long, value_name = "X", value_parser = values::guidance_rescale, default_value = "0")]
+    pub guidance_rescale: f32,
 
     /// Sampler (default: ddim; for --method plain that of the model's scheduler class)
     #[arg(long, value_parser = named::<Sampler>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
@@ -428,6 +437,7 @@ impl RunArgs {
             eta: self.eta,
             steps: self.steps,
             guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),
+            guidance_rescale: self.guidance_rescale,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,
@@ -448,6 +458,10 @@ impl RunArgs {
         if let Some(negative) = self.negative.as_ref().filter(|negative| !negative.is_empty() && guidance <= 1.0) {
             let reason = format!("has no effect with --guidance {guidance}; up to 1 there is no guidance");
             return Err(conflict("--negative", format!("{negative:?}"), reason));
+        }
+        if self.guidance_rescale > 0.0 && guidance <= 1.0 {
+            let reason = format!("has no effect with --guidance {guidance}; up to 1 there is no guidance");
+            return Err(conflict("--guidance-rescale", self.guidance_rescale, reason));
         }
         if let Some(stages) = self.stages.as_ref().filter(|stages| stages.0.len() > 1)
             && !methods.iter().any(|spec| spec.relays)

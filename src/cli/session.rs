@@ -159,7 +159,7 @@ pub struct Costs {
     planned: HashMap<(Vec<Stage>, bool), u64>,
 }
 
-/// What of a request decides its cost, beside the flags that all have in common.
+/// What of a request decides its cost and whether it can be met, beside the flags that all have in common.
 #[derive(PartialEq, Eq, Hash)]
 struct Asked {
     method: String,
@@ -167,6 +167,8 @@ struct Asked {
     stages: Vec<Stage>,
     steps: Option<usize>,
     guided: bool,
+    rescaled: bool,
+    negative: bool,
 }
 
 impl Costs {
@@ -178,7 +180,10 @@ impl Costs {
         let guided = request.is_guided();
         let Request { size, steps, .. } = *request;
         let method = format!("{} {:?}", request.method, request.method.options());
-        let asked = Asked { method, size, stages: request.stages.clone(), steps, guided };
+        let rescaled = request.guidance_rescale > 0.0;
+        let negative = request.negative_prompt.as_ref().is_some_and(|negative| !negative.is_empty());
+        let stages = request.stages.clone();
+        let asked = Asked { method, size, stages, steps, guided, rescaled, negative };
         if let Some(&cost) = self.asked.get(&asked) {
             return Ok(cost);
         }

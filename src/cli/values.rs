@@ -138,6 +138,14 @@ pub fn guidance(text: &str) -> Result<f32, String> {
     }
 }
 
+/// phi of the guidance's rescaling.
+pub fn guidance_rescale(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(phi) if (0.0..=1.0).contains(&phi) => Ok(phi),
+        _ => Err("expected a number from 0 (none) to 1; 0.7 is usual".into()),
+    }
+}
+
 /// DDIM's eta.
 pub fn eta(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -366,6 +374,10 @@ mod tests {
         assert_eq!(guidance("0"), Ok(0.0));
         for text in ["NaN", "inf", "-1", "", "seven", "1e9"] {
             assert!(guidance(text).is_err(), "{text}");
+        }
+        assert_eq!(guidance_rescale("0.7"), Ok(0.7));
+        for text in ["NaN", "-0.1", "1.1", ""] {
+            assert!(guidance_rescale(text).is_err(), "{text}");
         }
         assert_eq!(eta("0.5"), Ok(0.5));
         for text in ["NaN", "-0.1", "1.1", "x"] {

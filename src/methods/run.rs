@@ -1,5 +1,6 @@
 use super::{Method, Size, Stage, check_size};
 use crate::error::{Error, Result};
+use crate::ops::GuidanceScale;
 use crate::schedulers::Scheduler;
 
 /// A run, fully decided and checked: what a method makes pictures by.
@@ -9,6 +10,7 @@ pub struct Run {
     stages: Vec<Stage>,
     scheduler: Scheduler,
     guidance: Option<f32>,
+    guidance_rescale: f32,
     published: PublishedSchedule,
 }
 
@@ -50,7 +52,7 @@ impl Run {
         guidance: Option<f32>,
         factor: usize,
     ) -> Result<Run> {
-        let run = Run { method, stages, scheduler, guidance, published: PublishedSchedule::SD };
+        let run = Run { method, stages, scheduler, guidance, guidance_rescale: 0.0, published: PublishedSchedule::SD };
         let refuse = |reason: String| Err(Error::Request { flag: "--stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -65,6 +67,11 @@ impl Run {
         }
         run.method.implementation().check(&run)?;
         Ok(run)
+    }
+
+    /// With the guided output rescaled by `phi`, 0 to 1; without it not.
+    pub fn with_guidance_rescale(self, phi: f32) -> Run {
+        Run { guidance_rescale: phi, ..self }
     }
 
     /// With another family's published schedule; without it SD's.
@@ -108,6 +115,11 @@ impl Run {
     /// Classifier-free guidance scale; `None`: the model has no unconditional rows.
     pub fn guidance(&self) -> Option<f32> {
         self.guidance
+    }
+
+    /// Of every image, where there is guidance.
+    pub fn guidance_scale(&self) -> Option<GuidanceScale> {
+        self.guidance.map(|scale| GuidanceScale { scale, rescale: self.guidance_rescale })
     }
 
     /// `512x512:40,1024x1024:10`

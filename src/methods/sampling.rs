@@ -134,8 +134,8 @@ impl<'a> Sampling<'a> {
         let Stage { size, steps } = stages[index];
         self.watch.begin(Event::Condition { stage: index })?;
         let sample = model.sample_shape(size);
-        let guidance =
-            self.run.guidance().map(|scale| Guidance::uniform(model.device(), sample[0], scale)).transpose()?;
+        let guidance = self.run.guidance_scale().map(|scale| Guidance::new(model.device(), &vec![scale; sample[0]]));
+        let guidance = guidance.transpose()?;
         let key = StepKey {
             sample,
             conditioning: model.conditioning_key(),

@@ -533,8 +533,11 @@ impl ModelFiles {
     }
 
     /// What requests get that do not say it: the family's, or those of distilled models for one that is named turbo or whose
-    /// scheduler is Euler-ancestral with trailing timesteps.
+    /// scheduler is Euler-ancestral with trailing timesteps, or for one whose UNet reads its guidance scale.
     pub(super) fn defaults(&self) -> Defaults {
+        if self.unet_config().is_ok_and(|config| config.time_cond_proj_dim.is_some()) {
+            return self.family.defaults.latent_consistency();
+        }
         let turbo = self.name().to_ascii_lowercase().contains("turbo");
         match turbo || self.scheduler_config().is_ok_and(|config| config.is_for_few_steps()) {
             true => self.family.defaults.distilled(),

@@ -36,6 +36,9 @@ impl Parameters {
             ("Model".to_string(), pipeline.name().to_string()),
             ("Method".to_string(), method.to_string()),
         ];
+        if request.guidance_rescale != 0.0 {
+            fields.push(("CFG rescale".into(), request.guidance_rescale.to_string()));
+        }
         let spacing = run.scheduler().sigma_spacing();
         if spacing != SigmaSpacing::Uniform {
             fields.push(("Schedule type".into(), spacing.webui_name().to_string()));
@@ -59,6 +62,9 @@ impl Parameters {
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });
+        if request.guidance_rescale != 0.0 {
+            json["guidance_rescale"] = decimal(request.guidance_rescale).into();
+        }
         if !pipeline.loras().is_empty() {
             let lora = |lora: &Lora| format!("{}:{}", lora.name(), lora.weight);
             fields.push(("Lora".into(), pipeline.loras().iter().map(lora).collect::<Vec<_>>().join(", ")));

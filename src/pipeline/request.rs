@@ -30,8 +30,11 @@ pub struct Request {
     pub eta: f64,
     /// Steps over all stages. Default: the sum of `stages`, else 50.
     pub steps: Option<usize>,
-    /// Classifier-free guidance scale; up to 1: no guidance.
+    /// Classifier-free guidance scale; up to 1: no guidance. A latent consistency model is told it instead.
     pub guidance: f32,
+    /// phi of Lin et al. 2023, arXiv:2305.08891, sec. 3.4: how far the guided output's standard deviation goes back to that
+    /// of the conditional one, 0 (not) to 1 (all the way).
+    pub guidance_rescale: f32,
     /// What SDXL is told of sizes.
     pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
@@ -56,6 +59,7 @@ impl Default for Request {
             eta: 0.0,
             steps: None,
             guidance: Defaults::LATENT.guidance,
+            guidance_rescale: 0.0,
             size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
@@ -89,15 +93,15 @@ pub struct SizeIds {
 
 impl Request {
     /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
-    /// program (docs/ablations.md, models/pocket/README.md); `plain` without guidance for a model distilled to a few steps;
-    /// `megafusion++` and 7 for any other.
+    /// program (docs/ablations.md, models/pocket/README.md); `plain` without guidance for a model distilled to a few steps,
+    /// or with what it was told, 8.5, where it reads the scale (LCM); `megafusion++` and 7 for any other.
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
             ModelSource::Modified { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
-                let method = if defaults.guidance > 1.0 { MegaFusion::plus().into() } else { Plain {}.into() };
+                let method = if defaults.is_distilled() { Plain {}.into() } else { MegaFusion::plus().into() };
                 Request { method, guidance: defaults.guidance, ..Request::default() }
             }
         }
@@ -127,6 +131,22 @@ impl Request {
         if !self.guidance.is_finite() || self.guidance < 0.0 {
             return Err(refused("--guidance", self.guidance, "expected a number from 0; up to 1 means no guidance"));
         }
+        let guided = defaults.guides(self.guidance);
+        if !(0.0..=1.0).contains(&self.guidance_rescale) {
+            return Err(refused("--guidance-rescale", self.guidance_rescale, "expected 0 (none) to 1"));
+        }
+        let unguided = match defaults.embeds_guidance {
+            true => "has no effect with this model, which is told its guidance scale".to_string(),
+            false => format!("has no effect with --guidance {}; up to 1 there is no guidance", self.guidance),
+        };
+        if self.guidance_rescale > 0.0 && !guided {
+            return Err(refused("--guidance-rescale", self.guidance_rescale, unguided));
+        }
+        if let Some(negative) = self.negative_prompt.as_ref().filter(|text| !text.is_empty())
+            && defaults.embeds_guidance
+        {
+            return Err(refused("--negative", format!("{negative:?}"), unguided));
+        }
         let stages = self.resolve_stages(native, factor, defaults)?;
         let steps = stages.iter().map(|stage| stage.steps).sum();
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
@@ -136,11 +156,12 @@ impl Request {
                 format!("the --stages have {steps} steps; leave one of the two out"),
             ));
         }
-        let sampler = self.scheduler.unwrap_or_else(|| self.method.implementation().sampler(config));
+        let sampler = self.scheduler.or(defaults.sampler);
+        let sampler = sampler.unwrap_or_else(|| self.method.implementation().sampler(config));
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
-        let guidance = self.is_guided().then_some(self.guidance);
+        let guidance = guided.then_some(self.guidance);
         let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
-        Ok(run.published_as(defaults.published))
+        Ok(run.with_guidance_rescale(self.guidance_rescale).published_as(defaults.published))
     }
 
     /// Without what makes no difference to the cost: words and seed.
@@ -148,7 +169,7 @@ impl Request {
         Request { prompt: String::new(), negative_prompt: None, seed: 0, ..self.clone() }
     }
 
-    /// Is there classifier-free guidance, and so a negative prompt?
+    /// Is the scale one of classifier-free guidance? So there is a negative prompt, unless the model is told the scale.
     pub fn is_guided(&self) -> bool {
         self.guidance > 1.0
     }

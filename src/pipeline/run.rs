@@ -274,7 +274,7 @@ impl Pipeline {
         }
         let of = |negative, text: Option<String>| self.family.chunks(&PromptText { text, negative }, &request.text);
         let chunks = of(false, Some(request.prompt.clone()))?;
-        match request.is_guided() {
+        match self.defaults.guides(request.guidance) {
             true => Ok(chunks.max(of(true, request.negative_prompt.clone())?)),
             false => Ok(chunks), // the negative prompt is not read
         }
@@ -314,7 +314,9 @@ impl Pipeline {
             reserve()?;
         }
         let rows = prompts.embeds.shape().to_vec();
-        let mut conditions = self.family.conditions(prompts, if guided { 2 } else { 1 }, &first.size_ids);
+        let embedded = self.defaults.embeds_guidance.then_some(first.guidance - 1.0);
+        let repeats = if guided { 2 } else { 1 };
+        let mut conditions = self.family.conditions(prompts, repeats, &first.size_ids, embedded);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
         let model = Conditioned { pipeline: self, images, rows, conditions, rung };

@@ -214,7 +214,7 @@ impl Scheduler {
                 self.schedule.abar.len()
             ))),
             Some(&abar) if abar <= 0.0 && self.prediction == Prediction::Epsilon => Err(config.error(
-                "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type epsilon says nothing about the picture; expected v_prediction",
+                "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type epsilon says nothing about the picture and its clean sample is a division by 0; expected prediction_type v_prediction, timestep_spacing leading, or --scheduler euler, dpm++-2m or unipc, which begin at sigma 4096",
             )),
             Some(_) => Ok(()),
         }

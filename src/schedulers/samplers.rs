@@ -230,8 +230,8 @@ impl Scheduler {
     }
 
     /// Adams-Bashforth in rho = noise / signal along the noise eps, of order 2 with eps between its last two values taken
-    /// linearly in log(rho): x_t = alpha_t (x / alpha_s + w0 eps_0 + w1 eps_1). Zhang & Chen 2022, arXiv:2204.13902, eqs.
-    /// (14), (15), in their rho of sec. 3.3.
+    /// linearly in log(rho): x_t = alpha_t (x / alpha_s + w0 eps_0 + w1 eps_1). Zhang & Chen 2022, arXiv:2204.13902, sec.
+    /// 3.
     fn deis(&self, i: usize, done: usize) -> Affine {
         let steps = self.timesteps().len();
         let (from, to) = (self.sigma(i), self.sigma(i + 1));

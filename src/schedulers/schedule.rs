@@ -77,7 +77,7 @@ pub(super) fn noise_preserving((signal, noise): (f64, f64), prediction: Predicti
     }
 }
 
-/// A flow's level, noise over signal times `shift`. Esser et al. 2024, arXiv:2403.03206, eq. (23).
+/// A flow's level with noise over signal times `shift`. Esser et al. 2024, arXiv:2403.03206, sec. 5.3.
 pub(super) fn shifted(sigma: f64, shift: f64) -> f64 {
     shift * sigma / (1.0 + (shift - 1.0) * sigma)
 }

@@ -317,7 +317,8 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
     }
 }
 
-/// Every sampler's recorded steps, history and double evaluations included, against the cpu's.
+/// Every sampler's recorded steps, history and double evaluations included, across a relay, against the cpu's. The second
+/// picture replays the first one's steps, whose history then still holds what the first one left.
 #[test]
 fn every_sampler_makes_the_cpus_pictures() {
     for device in cards() {
@@ -329,14 +330,91 @@ fn every_sampler_makes_the_cpus_pictures() {
         for &sampler in Sampler::ALL.iter().filter(|&&sampler| sampler != Sampler::FlowEuler) {
             let (scheduler, prompt) = (Some(sampler), "a photo of a cat".to_string());
             let request = Request { stages: stages.clone(), scheduler, prompt, guidance: 2.0, ..Request::default() };
-            let [mut got, mut want] = [Dump::default(), Dump::default()];
-            card.generate(&request, &mut got).unwrap();
-            cpu.generate(&request, &mut want).unwrap();
-            for step in ["step4", "step5", "step8", "step9", "latent"] {
-                let off = error(&got.0[step], &want.0[step]);
-                // Two f32 programs, each up to 4e-5 from f64 in runs like these.
-                assert!(off <= 1e-4, "{device} {sampler}: {step} is off by {off:.1e}");
+            for seed in [0, 1] {
+                let request = Request { seed, ..request.clone() };
+                let [mut got, mut want] = [Dump::default(), Dump::default()];
+                card.generate(&request, &mut got).unwrap();
+                cpu.generate(&request, &mut want).unwrap();
+                for step in ["step4", "step5", "step8", "step9", "latent"] {
+                    let off = error(&got.0[step], &want.0[step]);
+                    // Two f32 programs, each up to 4e-5 from f64 in runs like these.
+                    assert!(off <= 1e-4, "{device} {sampler} {seed}: {step} is off by {off:.1e}");
+                }
             }
+        }
+    }
+}
+
+/// A copy of the model `zero-snr` with another scheduler's file, and where named another UNet.
+fn varied(scheduler: &str, unet: Option<&str>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for part in ["tokenizer", "text_encoder", "unet", "vae"] {
+        let from = match unet {
+            Some(unet) if part == "unet" => data(unet),
+            _ => data("zero-snr").join(part),
+        };
+        std::fs::create_dir(dir.path().join(part)).unwrap();
+        let files = std::fs::read_dir(from).unwrap().map(|file| file.unwrap().path());
+        for file in files.filter(|file| !file.ends_with("expected.safetensors")) {
+            std::fs::copy(&file, dir.path().join(part).join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    std::fs::create_dir(dir.path().join("scheduler")).unwrap();
+    std::fs::write(dir.path().join("scheduler/scheduler_config.json"), scheduler).unwrap();
+    dir
+}
+
+/// What a step does beside the affine rows: a threshold of every image's own quantile, guidance rescaled by every image's own
+/// deviations, a guidance scale that the network reads. Replayed as launched bit for bit, also by the steps that an earlier
+/// picture with other numbers has recorded, and near the cpu's.
+#[test]
+fn thresholds_rescaled_and_embedded_guidance_are_replayed() {
+    const THRESHOLDING: &str = r#"{"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2",
+        "thresholding": true, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.0}"#;
+    const LCM: &str = r#"{"_class_name": "LCMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear"}"#;
+    let thresholded = varied(THRESHOLDING, None);
+    let unthresholded = varied(&THRESHOLDING.replace("true", "false"), None);
+    let told = varied(LCM, Some("unet-options/guidance-embedding"));
+    let stages = ["8x8:4", "12x8:3"].map(|stage| stage.parse().unwrap()).to_vec();
+    let base = Request { prompt: "a cat".into(), stages, count: 2, batch: 2, seed: 3, ..Request::default() };
+    let plus = Request { method: MegaFusion::plus().into(), guidance: 3.0, ..base.clone() };
+    let multistep = Request { scheduler: Some(Sampler::UniPc), ..plus.clone() };
+    let rescaled = Request { guidance_rescale: 0.7, ..plus.clone() };
+    let runs = [(&thresholded, plus), (&thresholded, multistep), (&thresholded, rescaled), (&told, base)];
+    let other = |request: &Request| Request { guidance: request.guidance + 2.0, seed: 8, ..request.clone() };
+    for device in cards() {
+        for (dir, request) in &runs {
+            let load =
+                |device: Device| Pipeline::load(ModelSource::Directory(dir.path().into()), device, DType::F32).unwrap();
+            let made = |pipeline: &Pipeline, request: &Request| {
+                let mut dump = Dump::default();
+                pipeline.generate(request, &mut dump).unwrap();
+                dump
+            };
+            let what = format!("{device} {:?} {} {}", request.scheduler, request.guidance, request.guidance_rescale);
+            let Device::Cuda(card) = &device else { unreachable!() };
+            let eager = CudaOptions { eager: true, ..CudaOptions::default() };
+            let launched = load(Device::Cuda(CudaDevice::open(eager).unwrap()));
+            let (replayed, cpu) = (load(Device::Cuda(card.clone())), load(Device::cpu()));
+            for request in [request.clone(), other(request)] {
+                let (got, want) = (made(&replayed, &request), made(&cpu, &request));
+                assert_eq!(made(&launched, &request).0, got.0, "{what}");
+                for step in ["step3", "step4", "step7", "latent"] {
+                    let off = error(&got.0[step], &want.0[step]);
+                    assert!(off <= 1e-4, "{what}: {step} is off by {off:.1e}");
+                }
+            }
+            // The threshold and the scales are in the numbers: without them the run is another.
+            let without = match (request.guidance_rescale > 0.0, dir.path() == told.path()) {
+                (true, _) => made(&cpu, &Request { guidance_rescale: 0.0, ..request.clone() }),
+                (false, true) => made(&cpu, &Request { guidance: 1.0, ..request.clone() }),
+                (false, false) => {
+                    let source = ModelSource::Directory(unthresholded.path().into());
+                    made(&Pipeline::load(source, Device::cpu(), DType::F32).unwrap(), request)
+                }
+            };
+            assert!(error(&without.0["step3"], &made(&cpu, request).0["step3"]) > 1e-3, "{what}");
         }
     }
 }

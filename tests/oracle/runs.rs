@@ -1,6 +1,6 @@
 //! `megafuse generate --dump` against every stored run, tensor by tensor.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::files::{self, Arrays, compare, data, megafuse};
 
@@ -20,6 +20,10 @@ struct Run {
     model: String,
     args: Vec<String>,
     f32_error: f64,
+    /// The text of a scheduler_config.json in place of the model's.
+    scheduler: Option<String>,
+    /// The folder of tests/data whose UNet stands in place of the model's.
+    unet: Option<String>,
 }
 
 fn runs(wanted: impl Fn(&str) -> bool) -> Vec<Run> {
@@ -30,8 +34,36 @@ fn runs(wanted: impl Fn(&str) -> bool) -> Vec<Run> {
         model: text(&run["model"]),
         args: run["args"].as_array().unwrap().iter().map(text).collect(),
         f32_error: run["f32_error"].as_f64().unwrap(),
+        scheduler: run["scheduler"].as_str().map(String::from),
+        unet: run["unet"].as_str().map(String::from),
     };
-    listed["runs"].as_array().unwrap().iter().map(run).filter(|run| wanted(&run.name)).collect()
+    let lists = ["runs", "variants"].map(|list| listed[list].as_array().unwrap());
+    lists.into_iter().flatten().map(run).filter(|run| wanted(&run.name)).collect()
+}
+
+/// The run's model: the stored directory, or a copy of it in `folder` with the parts that are replaced.
+fn model(folder: &Path, run: &Run) -> PathBuf {
+    let stored = data(&run.model);
+    if run.scheduler.is_none() && run.unet.is_none() {
+        return stored;
+    }
+    let copied = folder.join("model");
+    for part in ["tokenizer", "text_encoder", "unet", "vae", "scheduler"] {
+        let from = match &run.unet {
+            Some(unet) if part == "unet" => data(unet),
+            _ => stored.join(part),
+        };
+        std::fs::create_dir_all(copied.join(part)).unwrap();
+        for file in std::fs::read_dir(from).unwrap().map(|file| file.unwrap().path()) {
+            if !file.ends_with("expected.safetensors") {
+                std::fs::copy(&file, copied.join(part).join(file.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    if let Some(scheduler) = &run.scheduler {
+        std::fs::write(copied.join("scheduler/scheduler_config.json"), scheduler).unwrap();
+    }
+    copied
 }
 
 /// Generates in `folder`: `out.png` and `dump.safetensors` there.
@@ -40,7 +72,7 @@ fn generate(folder: &Path, run: &Run, more: &[&str]) -> Result<(), String> {
     let mut args = vec!["generate".to_string()];
     args.extend(run.args.iter().cloned());
     for (flag, value) in [
-        ("--model", path(&data(&run.model))),
+        ("--model", path(&model(folder, run))),
         ("--device", "cpu".into()),
         ("--out", path(&folder.join("out.png"))),
         ("--dump", path(&folder.join("dump.safetensors"))),
@@ -107,6 +139,17 @@ fn reference_compat() {
 #[test]
 fn zero_terminal_snr() {
     check_all(|name| name.starts_with("zero-snr"));
+}
+
+/// Files of schedulers that models are published with, each by the class that it names.
+#[test]
+fn schedulers_of_the_field() {
+    check_all(|name| name.starts_with("scheduler-"));
+}
+
+#[test]
+fn a_guidance_scale_that_the_network_reads() {
+    check_all(|name| name.starts_with("guidance-embedding"));
 }
 
 #[test]

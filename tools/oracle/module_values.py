@@ -89,11 +89,13 @@ def added(model, i, n):
     return {"pooled_prompt_embeds": normal(2500 + i, n, model.text_2.config.projection_dim), "time_ids": torch.tensor(rows)}
 
 
-def run_unet(unet, sample, timestep, prompt_embeds, pooled_prompt_embeds=None, time_ids=None):
+def run_unet(unet, sample, timestep, prompt_embeds, pooled_prompt_embeds=None, time_ids=None, timestep_cond=None):
     """The ids stay f32 whatever the UNet computes in: f16 and bf16 do not hold them all."""
     more = {}
     if time_ids is not None:
         more = {"added_cond_kwargs": {"text_embeds": pooled_prompt_embeds.to(unet.dtype), "time_ids": time_ids}}
+    if timestep_cond is not None:
+        more["timestep_cond"] = timestep_cond.to(unet.dtype)
     return unet(sample.to(unet.dtype), timestep, encoder_hidden_states=prompt_embeds.to(unet.dtype), **more).sample
 
 

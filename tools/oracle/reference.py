@@ -38,6 +38,14 @@ SAMPLERS = {
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
 }
+# For plain sampling only; those with two evaluations in a step are not here.
+MORE_SAMPLERS = {
+    "dpm++-2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+CLASSES = SAMPLERS | MORE_SAMPLERS
 
 
 class Settings:
@@ -57,6 +65,7 @@ class Settings:
     eta = 0.0
     steps = 4
     guidance = 7.0
+    guidance_rescale = 0.0
     seed = 0
     original_size = None  # SDXL's size ids, (width, height); None: the size of the stage
     target_size = None
@@ -73,7 +82,7 @@ class Settings:
         these."""
         if self.method != "plain":
             return self.scheduler or "ddim"
-        own = {v: k for k, v in SAMPLERS.items()}
+        own = {v: k for k, v in CLASSES.items()}
         return self.scheduler or own[scheduler_config["_class_name"]]
 
     def args(self, changed):
@@ -133,13 +142,19 @@ def make_scheduler(class_name, config, gamma=1.0):
 class Guided:
     """The UNet with classifier-free guidance: e_u + w (e_c - e_u) when w > 1, else the prompt's prediction alone.
 
+    With guidance_rescale, diffusers' rescaling to the prompt's standard deviation follows. A UNet with time_cond_proj_dim is
+    told w - 1 in place of guidance.
+
     SDXL without a negative prompt: zeros in place of its embeddings, unless model_index.json asks for an encoded "".
     """
 
     def __init__(self, model, settings):
         self.model, self.settings, self.w = model, settings, settings.guidance
         rows = [encode_prompt(model, settings.prompt)]
-        if self.w > 1:
+        width = model.unet.config.time_cond_proj_dim
+        self.timestep_cond = None if width is None else guidance_embedding(self.w - 1, width)
+        self.guided = self.w > 1 and width is None
+        if self.guided:
             if settings.negative is None and model.force_zeros:
                 rows.insert(0, [torch.zeros_like(x) for x in rows[0]])
             else:
@@ -156,11 +171,23 @@ class Guided:
     def __call__(self, x, t):
         n = len(self.embeds)
         ids = None if self.pooled is None else self.time_ids
-        output = run_unet(self.model.unet, torch.cat([x] * n), t, self.embeds, self.pooled, ids)
-        if self.w <= 1:
+        output = run_unet(self.model.unet, torch.cat([x] * n), t, self.embeds, self.pooled, ids, self.timestep_cond)
+        if not self.guided:
             return output
         e_u, e_c = output.chunk(2)
-        return e_u + self.w * (e_c - e_u)
+        guided = e_u + self.w * (e_c - e_u)
+        if self.settings.guidance_rescale == 0:
+            return guided
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+        return rescale_noise_cfg(guided, e_c, guidance_rescale=self.settings.guidance_rescale)
+
+
+def guidance_embedding(w, width):
+    """The published sinusoid of a guidance scale; the method reads nothing of its object."""
+    from diffusers import LatentConsistencyModelPipeline
+
+    return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([w]), width)
 
 
 def decode(model, latent):
@@ -170,7 +197,7 @@ def decode(model, latent):
 def plain(model, settings, tensors):
     draws = Draws(settings.seed, tensors, model.unet.dtype)
     sampler = settings.sampler(model.scheduler_config)
-    scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config)
+    scheduler = make_scheduler(CLASSES[sampler], model.scheduler_config)
     scheduler.set_timesteps(settings.steps)
     width, height = settings.size
     shape = (1, 4, height // model.vae_factor, width // model.vae_factor)
@@ -192,7 +219,7 @@ def step(scheduler, sampler, output, t, x, draws, eta):
     if sampler == "ddim":
         noise = draws.normal(x.shape) if eta > 0 else None
         return scheduler.step(output, t, x, eta=eta, variance_noise=noise)
-    if sampler == "euler":  # has a generator too, for churn
+    if sampler in ("euler", "unipc", "deis"):  # Euler has a generator too, for churn
         return scheduler.step(output, t, x)
     module = sys.modules[type(scheduler).__module__]
     theirs = module.randn_tensor

@@ -1,6 +1,8 @@
 """Whole runs: which settings there are, and their expected tensors (reference.py says under which names)."""
 
+import copy
 import json
+import pathlib
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,8 @@ FOX = "The quick brown fox, oil on canvas"
 F32_LIMIT = 7e-5
 # Except here: the first of these steps takes a difference of numbers near sigma = 4096. Tests allow 2.5 times f32_error.
 ILL_CONDITIONED = {"sdxl-plain-v-zero-snr-euler", "zero-snr-plain-euler"}
+# Where unet_options.py writes its UNets.
+UNETS = pathlib.Path(__file__).resolve().parents[2] / "tests/data"
 
 
 def runs():
@@ -116,7 +120,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs()
 
 
 def sdxl_runs():
@@ -185,12 +189,74 @@ def zero_snr_runs():
     }
 
 
+def rescale_runs():
+    plain = {"method": "plain", "size": (16, 16), "steps": 2, "guidance_rescale": 0.7, "seed": 51}
+    return {
+        "plain-rescale": ("sd15", plain | {"scheduler": "ddim"}),
+        "sdxl-plain-rescale": ("sdxl", plain | {"guidance": 3.0}),
+        "zero-snr-plain-rescale": ("zero-snr", plain | {"guidance": 5.0}),
+        "mega-plus-rescale": ("sd15", plain | {"method": "megafusion++", "size": (12, 12), "guidance": 3.0, "steps": 3,
+                                               "stages": (((8, 8), 2), ((12, 12), 1))}),
+    }
+
+
+# Files of schedulers that models are published with, or that people made by hand.
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+         "steps_offset": 1}
+ZERO_SNR = {**BETAS, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": False,
+            "clip_sample": False}
+LCM = {"_class_name": "LCMScheduler", **BETAS, "original_inference_steps": 50, "timestep_scaling": 10.0,
+       "timestep_spacing": "leading", "set_alpha_to_one": True, "clip_sample": False, "prediction_type": "epsilon"}
+GUIDANCE_EMBEDDING = "unet-options/guidance-embedding"
+
+
+def variants():
+    """name -> (model, settings, the scheduler's file in place of the model's, the folder of tests/data whose UNet is)"""
+    plain = {"method": "plain", "size": (16, 16), "steps": 2, "guidance": 2.0, "seed": 61}
+    lcm = {**plain, "guidance": 8.5, "steps": 3}
+    return {
+        "scheduler-lcm": ("zero-snr", plain | {"steps": 3}, LCM, None),
+        "scheduler-dpmsolver-infinity": ("zero-snr", plain | {"steps": 3}, {
+            "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", **BETAS,
+            "lambda_min_clipped": float("-inf"), "prediction_type": "epsilon", "solver_order": 2,
+            "timestep_spacing": "linspace", "use_karras_sigmas": False}, None),
+        "scheduler-euler-karras": ("zero-snr", plain, {
+            "_class_name": "EulerDiscreteScheduler", **BETAS, "use_karras_sigmas": True}, None),
+        "scheduler-euler-log-linear": ("zero-snr", plain, {
+            "_class_name": "EulerDiscreteScheduler", **BETAS, "interpolation_type": "log_linear"}, None),
+        "scheduler-v-zero-snr-trailing": ("sd15", plain, {
+            "_class_name": "DDIMScheduler", **ZERO_SNR, "prediction_type": "v_prediction"}, None),
+        "scheduler-eps-zero-snr-euler": ("zero-snr", plain | {"scheduler": "euler"}, {
+            "_class_name": "DDIMScheduler", **ZERO_SNR, "prediction_type": "epsilon"}, None),
+        "scheduler-eps-zero-snr-unipc": ("zero-snr", plain | {"scheduler": "unipc"}, {
+            "_class_name": "DDIMScheduler", **ZERO_SNR, "prediction_type": "epsilon"}, None),
+        "scheduler-sigmoid": ("zero-snr", plain, {
+            "_class_name": "DDPMScheduler", **BETAS, "beta_schedule": "sigmoid"}, None),
+        "scheduler-deis": ("zero-snr", plain | {"steps": 3}, {"_class_name": "DEISMultistepScheduler", **BETAS}, None),
+        # Told its guidance scale, with the program's defaults for such a model but the size.
+        "guidance-embedding": ("zero-snr", lcm, LCM, GUIDANCE_EMBEDDING),
+        "guidance-embedding-one-step": ("zero-snr", lcm | {"steps": 1, "guidance": 1.5}, LCM, GUIDANCE_EMBEDDING),
+    }
+
+
+def varied(model, config, unet, root):
+    """The model with another scheduler's file, and another UNet."""
+    from diffusers import UNet2DConditionModel
+
+    model = copy.copy(model)
+    model.scheduler_config = config
+    if unet is not None:
+        model.unet = UNet2DConditionModel.from_pretrained(root / unet, torch_dtype=torch.float32)
+        model.unet.eval().requires_grad_(False)
+    return model
+
+
 def check_against_pipeline(model, settings, tensors, limit):
     """A plain run is what diffusers' own pipeline makes of the same modules."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     sampler = settings.sampler(model.scheduler_config)
-    scheduler = reference.make_scheduler(reference.SAMPLERS[sampler], model.scheduler_config)
+    scheduler = reference.make_scheduler(reference.CLASSES[sampler], model.scheduler_config)
     parts = {"vae": model.vae, "text_encoder": model.text, "tokenizer": model.tokenizer, "unet": model.unet,
              "scheduler": scheduler, "feature_extractor": None}
     more = {}
@@ -204,7 +270,7 @@ def check_against_pipeline(model, settings, tensors, limit):
                 "crops_coords_top_left": swapped(settings.crop)}
     pipe.set_progress_bar_config(disable=True)
     out = pipe(settings.prompt, height=settings.size[1], width=settings.size[0], num_inference_steps=settings.steps,
-               guidance_scale=settings.guidance, negative_prompt=settings.negative, eta=settings.eta,
+               guidance_scale=settings.guidance, guidance_rescale=settings.guidance_rescale, negative_prompt=settings.negative, eta=settings.eta,
                generator=torch.Generator().manual_seed(settings.seed), latents=tensors["noise0"].clone(),
                output_type="latent", **more)
     error = (out.images - tensors["latent"]).abs().max().item() / tensors["latent"].abs().max().item()
@@ -216,25 +282,34 @@ def write(root, models):
     folder = root / "runs"
     folder.mkdir(parents=True)
     doubles = {name: reference.double(model) for name, model in models.items()}
-    listed = []
-    for name, (model, changes) in runs().items():
-        changes = {"prompt": CAT} | changes
-        settings = reference.Settings(**changes)
-        tensors = reference.run(doubles[model], settings)
-        for key, tensor in tensors.items():
-            assert torch.isfinite(tensor).all(), (name, key)
-        assert doubles[model].u8_margin > 2e-3, (name, doubles[model].u8_margin)
-        single = reference.run(models[model], settings)
-        error = max(relative(single[key], tensors[key]) for key in tensors)
-        assert error < (1e-3 if name in ILL_CONDITIONED else F32_LIMIT), (name, error)
-        # The pipeline wants multiples of 8 and draws its own initial latents, so noise of steps would differ: only
-        # runs without either are compared.
-        if settings.method == "plain" and "noise1" not in tensors and all(s % 8 == 0 for s in settings.size):
-            check_against_pipeline(models[model], settings, tensors, max(1e-5, error))
-        save_file(tensors, folder / f"{name}.safetensors")
-        listed.append({"name": name, "model": model, "args": settings.args(changes),
-                       "f32_error": float(f"{error:.1e}")})
-    (folder / "runs.json").write_text(compact_args(json.dumps({"runs": listed}, indent=1, ensure_ascii=False)))
+    listed = [write_run(folder, name, model, changes, models[model], doubles[model])
+              for name, (model, changes) in runs().items()]
+    further = []
+    for name, (model, changes, config, unet) in variants().items():
+        single = varied(models[model], config, unet, UNETS)
+        run = write_run(folder, name, model, changes, single, reference.double(single))
+        # As text: Python's JSON has infinities.
+        further.append(run | {"scheduler": json.dumps(config), "unet": unet})
+    text = json.dumps({"runs": listed, "variants": further}, indent=1, ensure_ascii=False)
+    (folder / "runs.json").write_text(compact_args(text))
+
+
+def write_run(folder, name, model, changes, single, double):
+    changes = {"prompt": CAT} | changes
+    settings = reference.Settings(**changes)
+    tensors = reference.run(double, settings)
+    for key, tensor in tensors.items():
+        assert torch.isfinite(tensor).all(), (name, key)
+    assert double.u8_margin > 2e-3, (name, double.u8_margin)
+    in_f32 = reference.run(single, settings)
+    error = max(relative(in_f32[key], tensors[key]) for key in tensors)
+    assert error < (1e-3 if name in ILL_CONDITIONED else F32_LIMIT), (name, error)
+    # The pipeline wants multiples of 8 and draws its own initial latents, so noise of steps would differ: only runs
+    # without either are compared.
+    if settings.method == "plain" and "noise1" not in tensors and all(s % 8 == 0 for s in settings.size):
+        check_against_pipeline(single, settings, tensors, max(1e-5, error))
+    save_file(tensors, folder / f"{name}.safetensors")
+    return {"name": name, "model": model, "args": settings.args(changes), "f32_error": float(f"{error:.1e}")}
 
 
 def compact_args(text):

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{Partition, WeightStore, Weights};
 use crate::runtime::Tensor;
-use crate::schedulers::SchedulerConfig;
+use crate::schedulers::{Sampler, SchedulerConfig};
 
 /// Every family. A model is of the last one whose parts it has.
 static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
@@ -37,8 +37,13 @@ pub(super) struct FamilySpec {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Defaults {
     pub steps: usize,
-    /// Classifier-free guidance scale.
+    /// Classifier-free guidance scale; where `embeds_guidance`, the scale that the network is told.
     pub guidance: f32,
+    /// Was the network distilled to read the guidance scale, in place of classifier-free guidance? Meng et al. 2023,
+    /// arXiv:2210.03142.
+    pub embeds_guidance: bool,
+    /// `None`: the method's choice.
+    pub sampler: Option<Sampler>,
     /// By how much of the native sides a relay enlarges a picture, at most.
     pub relay_growth: f64,
     /// Of MegaFusion's published code, for `reference_compat`.
@@ -47,12 +52,34 @@ pub(super) struct Defaults {
 
 impl Defaults {
     /// Of the latent families (MegaFusion, arXiv:2408.11001, sec. 4.1).
-    pub const LATENT: Defaults =
-        Defaults { steps: 50, guidance: 7.0, relay_growth: 0.5, published: PublishedSchedule::SD };
+    pub const LATENT: Defaults = Defaults {
+        steps: 50,
+        guidance: 7.0,
+        embeds_guidance: false,
+        sampler: None,
+        relay_growth: 0.5,
+        published: PublishedSchedule::SD,
+    };
 
     /// The same for a model distilled to a few steps without guidance (SDXL-Turbo; Sauer et al. 2023, arXiv:2311.17042).
     pub fn distilled(self) -> Defaults {
         Defaults { steps: 4, guidance: 1.0, ..self }
+    }
+
+    /// The same for a latent consistency model, which is told the guidance scale (Luo et al. 2023, arXiv:2310.04378): those
+    /// of the published pipeline.
+    pub fn latent_consistency(self) -> Defaults {
+        Defaults { steps: 4, guidance: 8.5, embeds_guidance: true, sampler: Some(Sampler::Lcm), ..self }
+    }
+
+    /// Is there classifier-free guidance at this scale, and so a negative prompt?
+    pub fn guides(&self, scale: f32) -> bool {
+        scale > 1.0 && !self.embeds_guidance
+    }
+
+    /// Was the model distilled to a few steps?
+    pub fn is_distilled(&self) -> bool {
+        self.embeds_guidance || self.guidance <= 1.0
     }
 }
 
@@ -147,8 +174,14 @@ pub(super) trait Family: Send + Sync {
 
     /// What the network is told in a run. `prompts`: rows in the order of the network's batch, unconditional ones first;
     /// each row serves as many consecutive images. `repeats`: how often every sample stands in the network's batch, twice
-    /// under guidance.
-    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, sizes: &SizeIds) -> Box<dyn RunConditions>;
+    /// under guidance. `guidance`: what a network is told that reads its guidance scale, less 1.
+    fn conditions(
+        &self,
+        prompts: PromptEmbeds,
+        repeats: usize,
+        sizes: &SizeIds,
+        guidance: Option<f32>,
+    ) -> Box<dyn RunConditions>;
 
     /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped. `warn` is told what had to be
     /// done otherwise than asked.

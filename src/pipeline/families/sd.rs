@@ -7,7 +7,7 @@ use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, Partition, Unet, UnetConditioning, UnetConfig};
+use crate::models::{ClipOutput, Partition, TextConditioning, Unet, UnetConditioning, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
@@ -40,6 +40,8 @@ struct Conditions {
     unet: Arc<Resident<Unet>>,
     embeds: Tensor,
     repeats: usize,
+    /// What a UNet that reads its guidance scale is told.
+    guidance: Option<f32>,
     /// Of the timesteps beside it, once they are known.
     made: Option<(Vec<f32>, UnetConditioning)>,
 }
@@ -48,7 +50,8 @@ impl RunConditions for Conditions {
     fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
         if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
             self.made = None;
-            self.made = Some((timesteps.to_vec(), self.unet.get()?.condition(&self.embeds, timesteps)?));
+            let text = TextConditioning { text: &self.embeds, added: None, guidance: self.guidance };
+            self.made = Some((timesteps.to_vec(), self.unet.get()?.condition(text, timesteps)?));
         }
         Ok(())
     }
@@ -109,8 +112,14 @@ impl Family for StableDiffusion {
         Ok(PromptEmbeds { embeds: encoded.hidden, pooled: None })
     }
 
-    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, _sizes: &SizeIds) -> Box<dyn RunConditions> {
-        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, made: None })
+    fn conditions(
+        &self,
+        prompts: PromptEmbeds,
+        repeats: usize,
+        _sizes: &SizeIds,
+        guidance: Option<f32>,
+    ) -> Box<dyn RunConditions> {
+        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, guidance, made: None })
     }
 
     fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {

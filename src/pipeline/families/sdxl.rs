@@ -161,8 +161,14 @@ impl Family for StableDiffusionXl {
         PromptEmbeds::concat(&parts)
     }
 
-    fn conditions(&self, prompts: PromptEmbeds, repeats: usize, sizes: &SizeIds) -> Box<dyn RunConditions> {
-        Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes: *sizes, made: None })
+    fn conditions(
+        &self,
+        prompts: PromptEmbeds,
+        repeats: usize,
+        sizes: &SizeIds,
+        guidance: Option<f32>,
+    ) -> Box<dyn RunConditions> {
+        Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes: *sizes, guidance, made: None })
     }
 
     fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
@@ -194,6 +200,8 @@ struct Conditions {
     prompts: PromptEmbeds,
     repeats: usize,
     sizes: SizeIds,
+    /// What a UNet that reads its guidance scale is told.
+    guidance: Option<f32>,
     /// Of the latest stage, whose K and V the next one has too.
     made: Option<UnetConditioning>,
 }
@@ -217,7 +225,7 @@ impl RunConditions for Conditions {
         let conditioning = match &self.made {
             Some(made) => unet.recondition(made, added, timesteps)?,
             None => {
-                let text = TextConditioning { text: &self.prompts.embeds, added, guidance: None };
+                let text = TextConditioning { text: &self.prompts.embeds, added, guidance: self.guidance };
                 unet.condition(text, timesteps)?
             }
         };
