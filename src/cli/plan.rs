@@ -10,7 +10,7 @@ use super::picture_args::PlanArgs;
 use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let request = args.picture.request(&args.run, &args.prompt)?;
+    let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
     let dtype = args.run.dtype_on(&args.run.device.open()?);
     let source = args.run.source();
     let report = pipeline::plan(&source, dtype, &request)?;

@@ -59,6 +59,10 @@ impl Parameters {
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });
+        // The empty prompt is not for every family what no prompt is.
+        if run.guidance().is_some() && request.negative_prompt.as_deref() == Some("") {
+            json["negative_prompt_is_empty"] = true.into();
+        }
         if !pipeline.loras().is_empty() {
             let lora = |lora: &Lora| format!("{}:{}", lora.name(), lora.weight);
             fields.push(("Lora".into(), pipeline.loras().iter().map(lora).collect::<Vec<_>>().join(", ")));
