@@ -82,8 +82,8 @@ fn help_shows_every_command_and_flag_with_examples() {
         assert!(command == "doctor" || help.contains("Examples:"), "{command}: {help}");
     }
     let help = place.ok(&["generate", "--help"]);
-    let flags = "model negative method size stages upsampler relay-clamp reschedule dilation gamma relay-noise-offset \
-                 scheduler sigmas eta steps guidance guidance-rescale seed count batch original-size crop target-size prompt-syntax long-prompt clip-skip rng dtype device out dump strip manifest resume shard \
+    let flags = "model offline from negative method size stages upsampler relay-clamp reschedule dilation gamma relay-noise-offset \
+                 scheduler sigmas eta steps guidance guidance-rescale seed count batch original-size crop target-size prompt-syntax long-prompt clip-skip rng dtype vae-dtype memory vae-passes device out dump strip manifest resume shard \
                  reference-compat";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");

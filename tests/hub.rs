@@ -9,7 +9,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -257,6 +257,7 @@ impl Cache {
             cache: folder.path().join("hub"),
             endpoint: hub.address.clone(),
             token: None,
+            certificates: None,
             offline: false,
             lock_patience: Duration::from_millis(400),
             retry_delay: Duration::from_millis(1),
@@ -864,7 +865,16 @@ fn two_runs_at_once_fetch_every_file_once() {
 fn on(place: &Place, hub: &Hub, args: &[&str]) -> Command {
     let mut command = place.command(args);
     command.env("HF_HUB_OFFLINE", "0").env("HF_ENDPOINT", &hub.address);
-    for name in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy", "HTTPS_PROXY"] {
+    for name in [
+        "SSL_CERT_FILE",
+        "REQUESTS_CA_BUNDLE",
+        "http_proxy",
+        "HTTP_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+    ] {
         command.env_remove(name);
     }
     command
@@ -922,6 +932,39 @@ fn the_program_takes_a_name_for_a_model() {
     assert_parts(&said, &["acme/tiny@v2: the model is gated", "accept its licence", "HF_TOKEN"]);
 }
 
+/// Processes, not threads; and the element type of the run decides which weights come.
+#[test]
+fn programs_at_the_same_time_share_a_cache() {
+    let mut files = files_of(Path::new(MODEL));
+    for path in needed().iter().filter(|path| path.ends_with(".safetensors")) {
+        let bytes = files[path].clone();
+        files.insert(path.replace(".safetensors", ".fp16.safetensors"), bytes);
+    }
+    let (place, hub) = (Place::new(), Hub::with(files));
+    hub.state().delay = Duration::from_millis(20);
+    let start = |name: &str| {
+        let args =
+            ["generate", "a", "--model", "acme/tiny", "--method", "plain", "--stages", "16x16:1", "--dtype", "f16"];
+        on(&place, &hub, &[&args[..], &["--out", name]].concat())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let children = ["0.png", "1.png", "2.png"].map(start);
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    assert_eq!(place.bytes("0.png"), place.bytes("1.png"));
+    let mut asked = hub.files_asked();
+    asked.sort();
+    let mut wanted = needed();
+    wanted.iter_mut().for_each(|path| *path = path.replace(".safetensors", ".fp16.safetensors"));
+    wanted.sort();
+    assert_eq!(asked, wanted, "each file once");
+}
+
 #[test]
 fn a_path_that_exists_is_no_name() {
     let (place, hub) = (Place::new(), Hub::new());
@@ -941,6 +984,11 @@ fn a_path_that_exists_is_no_name() {
         assert_parts(&said, &[&format!("error: {model}: no such directory"), "ORG/NAME"]);
     }
     assert_eq!(hub.state().asked, []);
+    fs::write(place.path("none.pem"), "no certificate").unwrap();
+    let mut command = on(&place, &hub, &["plan", "a", "--model", "acme/other"]);
+    let said =
+        text(&command.env("SSL_CERT_FILE", "none.pem").env_remove("REQUESTS_CA_BUNDLE").output().unwrap().stderr);
+    assert_parts(&said, &["none.pem: holds no certificate in PEM"]);
     let mut command = on(&place, &hub, &["plan", "a", "--model", "acme/other"]);
     let said = text(&command.env("HF_ENDPOINT", "mirror").output().unwrap().stderr);
     assert_parts(&said, &["HF_ENDPOINT: is \"mirror\", expected https://HOST"]);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Module, and the modules of ours that it may import.
 const LAYERS: [(&str, &[&str]); 15] = [
     ("main", &["cli"]),
-    ("cli", &["pipeline", "image", "models", "ops", "runtime", "json"]),
+    ("cli", &["pipeline", "hub", "image", "models", "ops", "runtime", "json"]),
     ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime", "json", "hub"]),
     ("methods", &["schedulers", "models", "ops", "runtime"]),
     ("schedulers", &["ops", "runtime", "json"]),

@@ -8,6 +8,7 @@ use megafuse::image::{PngText, encode_png};
 use megafuse::pipeline::{Pipeline, PlanReport, Request, text_of};
 
 use super::console::say;
+use super::from;
 use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, Progress, seconds_text};
@@ -20,6 +21,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
     let session = Session::open(&args.run)?;
+    if let Some(picture) = &args.from {
+        let parameters = session.planner.pipeline().parameters(&request)?.json;
+        from::compare(picture, &parameters, &session.device().to_string(), args.run.model.as_deref())?;
+    }
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
     check_strip(args, &plan)?;

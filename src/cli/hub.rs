@@ -12,6 +12,7 @@ use megafuse::pipeline::{HubName, HubNeed, HubObserver, HubSettings, fetch_model
 use super::args::ProbeArgs;
 use super::console::say;
 use super::memory::bytes_text;
+use super::output;
 use super::picture_args::RunArgs;
 use super::progress::seconds_text;
 
@@ -35,7 +36,10 @@ fn resolve(model: &mut Option<PathBuf>, hub: &HubArgs, need: impl FnOnce() -> Re
     let Ok(name) = text.parse::<HubName>() else { return Ok(()) };
     let mut settings = HubSettings::from_env()?;
     settings.offline |= hub.offline;
-    *model = Some(fetch_model(&name, need()?, &settings, &mut Fetching::new(&name))?);
+    let need = need()?;
+    output::advise_on_interrupt("; what was fetched is kept, and the same command goes on from there");
+    *model = Some(fetch_model(&name, need, &settings, &mut Fetching::new(&name))?);
+    output::advise_on_interrupt("");
     Ok(())
 }
 
@@ -79,6 +83,8 @@ struct Fetching {
     last_line: Instant,
 }
 
+/// Less is there before it is read.
+const SPOKEN_OF_BYTES: u64 = 100_000;
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Fetching {
@@ -92,6 +98,9 @@ impl HubObserver for Fetching {
     fn begin(&mut self, files: usize, bytes: u64) {
         (self.bytes, self.first, self.done) = (bytes, None, 0);
         (self.begin, self.last_line) = (Instant::now(), Instant::now());
+        if bytes < SPOKEN_OF_BYTES {
+            return;
+        }
         let noun = if files == 1 { "file" } else { "files" };
         say!("fetching {files} {noun} of {}, {}", self.model, bytes_text(bytes));
         if std::io::stderr().is_terminal() {
@@ -124,7 +133,7 @@ impl HubObserver for Fetching {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
-        if self.done >= self.bytes {
+        if self.done >= self.bytes && self.bytes >= SPOKEN_OF_BYTES {
             say!("fetched {} in {}", bytes_text(self.bytes), seconds_text(self.begin.elapsed().as_secs_f64()));
         }
     }

@@ -8,6 +8,7 @@ mod cases;
 mod check;
 mod console;
 mod doctor;
+mod from;
 mod generate;
 mod grid;
 mod hub;
@@ -40,13 +41,11 @@ const WRONG_USAGE: u8 = 2;
 const INTERRUPTED: u8 = 130;
 
 pub fn main() -> ExitCode {
-    let cli = match parse() {
-        Ok(cli) => cli,
-        Err(message) => return help_or_wrong_usage(&message),
-    };
-    match run(cli).and_then(|()| console::check_lost()) {
+    let ended = parse().and_then(|cli| Ok(run(cli).and_then(|()| console::check_lost())?));
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Err(Ending::Usage(message)) => help_or_wrong_usage(&message),
+        Err(Ending::Failed(error)) => {
             output::remove_made_folders();
             say!("error: {}{}", with_causes(&error), flags_for(&error));
             ExitCode::from(match error {
@@ -58,14 +57,40 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Why the program ends without having run.
+enum Ending {
+    /// Wrong usage, or help that was asked for.
+    Usage(Box<clap::Error>),
+    Failed(Error),
+}
+
+impl From<clap::Error> for Ending {
+    fn from(error: clap::Error) -> Ending {
+        Ending::Usage(Box::new(error))
+    }
+}
+
+impl From<Error> for Ending {
+    fn from(error: Error) -> Ending {
+        Ending::Failed(error)
+    }
+}
+
 /// Numbers may be negative: `--seed -1` is a flag and its value, as `--seed=-1` is.
-fn parse() -> std::result::Result<Cli, clap::Error> {
+fn parse() -> std::result::Result<Cli, Ending> {
     let takes_negative = |arg: clap::Arg| {
         let takes_values = arg.get_action().takes_values();
         arg.allow_negative_numbers(takes_values)
     };
-    let command = Cli::command().mut_subcommands(|command| command.mut_args(takes_negative));
-    Cli::from_arg_matches(&command.try_get_matches()?)
+    let mut command = Cli::command().mut_subcommands(|command| command.mut_args(takes_negative));
+    let matches = command.try_get_matches_from_mut(std::env::args_os())?;
+    match from::expanded(&matches)? {
+        None => Ok(Cli::from_arg_matches(&matches)?),
+        Some((picture, args)) => {
+            let matches = command.try_get_matches_from_mut(args).map_err(|error| from::wrong(&picture, &error))?;
+            Ok(Cli::from_arg_matches(&matches)?)
+        }
+    }
 }
 
 /// Help and the version on standard output, with status 0; wrong usage on standard error, with status 2.

@@ -20,8 +20,16 @@ use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
 #[command(after_long_help = GENERATE_EXAMPLES)]
 pub struct GenerateArgs {
     /// What the picture shows
-    #[arg(required_unless_present = "manifest", conflicts_with = "manifest")]
+    #[arg(required_unless_present_any = ["manifest", "from"], conflicts_with = "manifest")]
     pub prompt: Option<String>,
+
+    /// Repeat a picture as its own text says; a prompt and flags beside it stand in place of what it says
+    ///
+    /// A PNG of this program carries everything: the same command makes the same bytes on the same device. Of one of
+    /// stable-diffusion-webui prompts, steps, sampler, guidance, seed, size and clip skip are read, and a warning says what
+    /// was not. A model that is neither inside the program nor on the hub, LoRAs, embeddings and a VAE are to be named.
+    #[arg(long, value_name = "PICTURE.png", value_parser = values::path(), conflicts_with = "manifest")]
+    pub from: Option<PathBuf>,
 
     #[command(flatten)]
     pub picture: PictureArgs,
@@ -80,6 +88,9 @@ Examples:
   # the model inside the program, nothing to download
   megafuse generate \"two large red balls on the left\"
 
+  # a model of the Hugging Face hub; what is not in its local cache is fetched
+  megafuse generate \"a lighthouse at dusk\" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+
   # Stable Diffusion 1.5 from a directory: 512x512, relayed to 768x768, then to 1024x1024
   megafuse generate \"a lighthouse at dusk\" --model ~/models/stable-diffusion-v1-5 --size 1024x1024
 
@@ -92,6 +103,10 @@ Examples:
 
   # what happens at every relay
   megafuse generate \"a green cube\" --stages 64x64:45,256x256:5 --strip strip.png
+
+  # a picture again, and the same with another seed
+  megafuse generate --from megafuse-0.png
+  megafuse generate --from megafuse-0.png --seed 5
 
   # ten thousand pictures; the same command again, after whatever stopped it, makes the missing ones
   megafuse generate --manifest prompts.jsonl --out pictures --resume
@@ -106,7 +121,12 @@ The names of the files written go to standard output, everything else to standar
 #[command(after_long_help = PLAN_EXAMPLES)]
 pub struct PlanArgs {
     /// What the picture shows
-    pub prompt: String,
+    #[arg(required_unless_present = "from")]
+    pub prompt: Option<String>,
+
+    /// As generate --from: what the picture says of itself is planned
+    #[arg(long, value_name = "PICTURE.png", value_parser = values::path())]
+    pub from: Option<PathBuf>,
 
     #[command(flatten)]
     pub picture: PictureArgs,

@@ -11,7 +11,7 @@ use super::picture_args::PlanArgs;
 use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let request = args.picture.request(&args.run, &args.prompt)?;
+    let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
     let device = args.run.device.open()?;
     let source = args.run.source();
     let planner = Planner::with(&source, &args.run.load_options(&device))?;

@@ -62,7 +62,7 @@ impl Repository {
     pub fn cached_commit(&self, name: &HubName) -> Result<String> {
         let refuse = |reason: String| Err(Error::Hub { name: name.to_string(), reason });
         if !self.folder.is_dir() {
-            return refuse(format!("is not in the cache ({})", self.folder.display()));
+            return refuse(format!("it is not in the cache ({})", self.folder.display()));
         }
         let place = self.folder.join("refs").join(name.revision());
         let commit = match name.commit() {

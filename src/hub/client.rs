@@ -1,8 +1,10 @@
 use std::io::Read;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
 use ureq::http::{Response, StatusCode};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::cache::is_inside;
@@ -58,8 +60,12 @@ const LONGEST_LISTING_BYTES: u64 = 64 << 20;
 const SILENCE: Duration = Duration::from_secs(30);
 
 impl Client {
-    pub fn new(name: &HubName, settings: &HubSettings) -> Client {
+    /// # Errors
+    /// [`Error::File`]: the file of certificates has none.
+    pub fn new(name: &HubName, settings: &HubSettings) -> Result<Client> {
+        let roots = settings.certificates.as_deref().map_or(Ok(RootCerts::WebPki), certificates)?;
         let config = Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
             .http_status_as_error(false)
             .max_redirects(0) // followed here, where it is known who may see the token
             .max_redirects_will_error(false)
@@ -69,13 +75,13 @@ impl Client {
             .timeout_per_read(Some(SILENCE))
             .user_agent(concat!("megafuse/", env!("CARGO_PKG_VERSION")))
             .build();
-        Client {
+        Ok(Client {
             agent: Agent::new_with_config(config),
             name: name.clone(),
             endpoint: settings.endpoint.clone(),
             token: settings.token.clone(),
             retry_delay: settings.retry_delay,
-        }
+        })
     }
 
     pub fn endpoint(&self) -> &str {
@@ -180,6 +186,7 @@ impl Client {
                 self.refused(format!("{place}: {error}; look at HF_ENDPOINT and at the proxy's variables")),
             ),
             ureq::Error::HostNotFound => Failure::Unreachable(format!("{place}: no such host is known")),
+            ureq::Error::Io(error) => Failure::Unreachable(format!("{place}: {error}")),
             error => Failure::Unreachable(format!("{place}: {error}")),
         }
     }
@@ -241,6 +248,26 @@ impl Client {
     pub(super) fn pause(&self, attempt: &mut u32) {
         std::thread::sleep(self.retry_delay * 2u32.pow(*attempt));
         *attempt += 1;
+    }
+}
+
+/// What is trusted in place of the usual authorities.
+///
+/// # Errors
+/// [`Error::File`], [`Error::Io`].
+fn certificates(path: &Path) -> Result<RootCerts> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    let certificates: Vec<_> = parse_pem(&bytes)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    match certificates.is_empty() {
+        true => {
+            Err(Error::file(path, "holds no certificate in PEM; SSL_CERT_FILE or REQUESTS_CA_BUNDLE names this file"))
+        }
+        false => Ok(RootCerts::new_with_certs(&certificates)),
     }
 }
 

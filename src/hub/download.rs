@@ -7,6 +7,7 @@ use ureq::http::StatusCode;
 
 use super::client::FURTHER_ATTEMPTS;
 use super::{Client, Failure, HubObserver, RemoteFile, Repository, cache_error};
+use crate::error::Error;
 
 /// Fetches files of one commit into the cache.
 pub(crate) struct Download<'a> {
@@ -173,8 +174,22 @@ impl Download<'_> {
             return Err(Broken::Connection("the connection ended early".into()));
         }
         to.sync_all().map_err(failed)?;
-        Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(hasher))
     }
+}
+
+/// The SHA-256 of a file, 64 hexadecimal digits: by it the hub knows large files, and other programs models.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn sha256_of(path: &Path) -> crate::Result<String> {
+    let mut hasher = Sha256::new();
+    hash_file(path, u64::MAX, &mut hasher).map_err(|error| Error::io(path, error))?;
+    Ok(hex(hasher))
+}
+
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Hashes what is at `path`: how many bytes; none where nothing is. Beyond `most` it only sees that there are more.

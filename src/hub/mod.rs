@@ -22,6 +22,7 @@ use std::path::Path;
 pub(crate) use cache::{Presence, Repository};
 pub(crate) use client::{Client, Listing, RemoteFile};
 pub(crate) use download::Download;
+pub use download::sha256_of;
 pub use name::HubName;
 pub use settings::HubSettings;
 

@@ -13,6 +13,8 @@ pub struct HubSettings {
     pub endpoint: String,
     /// Sent to the endpoint and to nobody else.
     pub token: Option<String>,
+    /// Certificates in PEM that are trusted in place of the usual authorities: those of a proxy that reads along.
+    pub certificates: Option<PathBuf>,
     /// Nothing is asked of the network.
     pub offline: bool,
     /// How long another process that holds a lock may make no progress.
@@ -35,7 +37,8 @@ impl HubSettings {
     /// As the hub's own programs read the environment: `HF_HUB_CACHE` (also `HUGGINGFACE_HUB_CACHE`), else `hub` in
     /// `HF_HOME`, else in `huggingface` of `XDG_CACHE_HOME` or `~/.cache`; `HF_ENDPOINT`; `HF_TOKEN`, else the file
     /// `HF_TOKEN_PATH`, else `token` in `HF_HOME`, unless `HF_HUB_DISABLE_IMPLICIT_TOKEN`; `HF_HUB_OFFLINE` (also
-    /// `TRANSFORMERS_OFFLINE`).
+    /// `TRANSFORMERS_OFFLINE`); `REQUESTS_CA_BUNDLE`, else `SSL_CERT_FILE`. The proxy's variables (`HTTPS_PROXY`, `NO_PROXY`)
+    /// hold too.
     ///
     /// # Errors
     /// [`Error::Hub`], naming the variable: no home folder and no variable in its place, an endpoint that is no address, a
@@ -86,7 +89,8 @@ impl HubSettings {
         };
         let offline = is_true(&["HF_HUB_OFFLINE"]) || is_true(&["TRANSFORMERS_OFFLINE"]);
         let (lock_patience, retry_delay) = (Duration::from_secs(60), Duration::from_millis(500));
-        Ok(HubSettings { cache, endpoint, token, offline, lock_patience, retry_delay })
+        let certificates = path(&["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"]).filter(|path| !path.is_dir());
+        Ok(HubSettings { cache, endpoint, token, certificates, offline, lock_patience, retry_delay })
     }
 }
 

@@ -7,7 +7,7 @@ mod png;
 mod read;
 
 pub use atomic::{is_part, write_atomically};
-pub use infotext::infotext;
+pub use infotext::{Infotext, infotext};
 pub use pixels::{from_bytes, to_bytes};
-pub use png::{PngText, encode_png, read_png_text, write_png};
+pub use png::{PngText, encode_png, read_png_text, read_png_texts, write_png};
 pub use read::read_image;

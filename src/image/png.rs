@@ -35,12 +35,18 @@ pub fn encode_png(pixels: &[u8], width: usize, height: usize, text: PngText) -> 
 /// The last chunk of every PNG: length, name, checksum.
 const END: [u8; 12] = *b"\0\0\0\0IEND\xae\x42\x60\x82";
 
-/// The text chunk `keyword` of a PNG file, if it has one before its pixels, as ours do. The pixels are not read, only
-/// that the file goes on to its end.
+/// The text chunk `keyword` of a PNG file, if it has one before its pixels, as ours do: as [`read_png_texts`].
+pub fn read_png_text(path: &Path, keyword: &str) -> Result<Option<String>> {
+    let texts = read_png_texts(path)?;
+    Ok(texts.into_iter().find(|(key, _)| key == keyword).map(|(_, text)| text))
+}
+
+/// Keyword and text of every text chunk before a PNG file's pixels. The pixels are not read, only that the file goes on to
+/// its end.
 ///
 /// # Errors
 /// [`Error::File`]: not a PNG, or truncated; [`Error::Io`] when the system cannot read it.
-pub fn read_png_text(path: &Path, keyword: &str) -> Result<Option<String>> {
+pub fn read_png_texts(path: &Path) -> Result<Vec<(String, String)>> {
     let mut file = File::open(path).map_err(|error| Error::io(path, error))?;
     let mut end = [0; END.len()];
     let whole = file.seek(SeekFrom::End(-(END.len() as i64))).and_then(|_| file.read_exact(&mut end));
@@ -51,13 +57,11 @@ pub fn read_png_text(path: &Path, keyword: &str) -> Result<Option<String>> {
     let damaged = |error: png::DecodingError| Error::file(path, format!("a damaged PNG: {error}"));
     let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(damaged)?;
     let info = reader.info();
-    if let Some(chunk) = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword) {
-        return Ok(Some(chunk.text.clone()));
-    }
-    match info.utf8_text.iter().find(|chunk| chunk.keyword == keyword) {
-        Some(chunk) => chunk.get_text().map(Some).map_err(damaged),
-        None => Ok(None),
-    }
+    let plain = info.uncompressed_latin1_text.iter().map(|chunk| Ok((chunk.keyword.clone(), chunk.text.clone())));
+    let compressed = info.compressed_latin1_text.iter();
+    let compressed = compressed.map(|chunk| Ok((chunk.keyword.clone(), chunk.get_text().map_err(damaged)?)));
+    let utf8 = info.utf8_text.iter().map(|chunk| Ok((chunk.keyword.clone(), chunk.get_text().map_err(damaged)?)));
+    plain.chain(compressed).chain(utf8).collect()
 }
 
 fn checked(pixels: &[u8], width: usize, height: usize) -> Result<[u32; 2]> {

@@ -48,7 +48,7 @@ pub fn fetch_model(
     {
         return Ok(place);
     }
-    let client = Client::new(name, settings);
+    let client = Client::new(name, settings)?;
     let fetched = client.list().and_then(|listing| {
         Fetch { name, need, repository: &repository, client: &client, listing: &listing, observer }.run()
     });

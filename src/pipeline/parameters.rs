@@ -65,6 +65,10 @@ impl Parameters {
         if request.guidance_rescale != 0.0 {
             json["guidance_rescale"] = decimal(request.guidance_rescale).into();
         }
+        // The empty prompt is not for every family what no prompt is.
+        if run.guidance().is_some() && request.negative_prompt.as_deref() == Some("") {
+            json["negative_prompt_is_empty"] = true.into();
+        }
         if !pipeline.loras().is_empty() {
             let lora = |lora: &Lora| format!("{}:{}", lora.name(), lora.weight);
             fields.push(("Lora".into(), pipeline.loras().iter().map(lora).collect::<Vec<_>>().join(", ")));
