@@ -121,10 +121,12 @@ fn a_run_beyond_the_cards_memory_says_how_much_there_is() {
     assert_eq!(picture(&pipeline).unwrap(), want, "the same pipeline serves the next run");
 }
 
+type Phase = fn(&Event) -> bool;
+
 /// Takes all memory away when a phase begins, and gives it back after as many warnings as there shall be.
 struct Starved<'a> {
     emulated: &'a Emulated,
-    phase: fn(&Event) -> bool,
+    phase: Phase,
     rungs: usize,
     said: Vec<String>,
 }
@@ -159,7 +161,7 @@ fn a_decode_that_does_not_fit_goes_down_the_ladder() {
         "the VAE finds no room: the VAE works by stripes of 128 rows, which gives the same picture",
         "the VAE finds no room: the VAE works by stripes of 32 rows, which gives the same picture",
     ];
-    let phases: [(&str, fn(&Event) -> bool); 3] = [
+    let phases: [(&str, Phase); 3] = [
         ("the relay's decode", |event| matches!(event, Event::Relay { .. })),
         ("the relay's encode", |event| matches!(event, Event::RelayEncode { .. })),
         ("the decode", |event| matches!(event, Event::Decode)),
@@ -172,7 +174,7 @@ fn a_decode_that_does_not_fit_goes_down_the_ladder() {
             emulated.set("emu_set_memory_limit", 0);
             let said: Vec<&str> = [steps].into_iter().chain(ladder).take(rungs).collect();
             assert_eq!(starved.said, said, "{name}, {rungs}");
-            assert_eq!(made.unwrap(), [want.clone()], "{name}, {rungs}");
+            assert_eq!(made.unwrap(), std::slice::from_ref(&want), "{name}, {rungs}");
             assert_eq!(picture(&pipeline).unwrap(), want, "{name}, {rungs}: the next picture");
         }
         let pipeline = load(&device).unwrap();

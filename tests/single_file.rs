@@ -86,7 +86,8 @@ fn what_is_no_stable_diffusion_is_named() {
     const REFINER: &str = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias";
     let unet = (UNET, &[320, 4, 3, 3][..]);
     let one = &[1][..];
-    let cases: &[(&[(&str, &[usize])], &str)] = &[
+    type Keys<'a> = &'a [(&'a str, &'a [usize])];
+    let cases: &[(Keys, &str)] = &[
         (&[(UNET, &[384, 4, 3, 3]), (REFINER, one)], "is the SDXL refiner, which is not supported; use the base model"),
         (&[unet, (REFINER, one)], "is the SDXL refiner"),
         (&[(UNET, &[320, 9, 3, 3]), (CLIP, one)], "is an inpainting model, which is not supported"),

@@ -201,7 +201,7 @@ impl Pipeline {
                 return Err(Error::Request { flag, value, reason });
             }
         }
-        request.resolve(&self.scheduler, self.native_size(), self.family.factor(), self.defaults)
+        request.resolve(&self.scheduler, self.native_size(), self.family.space().factor(), self.defaults)
     }
 
     /// What the first picture of a request says about itself.
@@ -358,7 +358,7 @@ impl Pipeline {
         }
         *self.reserved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
         let of_role = self.family.modules().into_iter().filter(|module| module.role() == role);
-        of_role.fold(false, |released, module| module.release() || released)
+        of_role.filter(|module| module.release()).count() > 0
     }
 
     /// Nothing is in memory any more.
@@ -374,7 +374,7 @@ impl Pipeline {
         match load() {
             Err(error @ Error::OutOfMemory { .. }) => {
                 let others = Role::ALL.into_iter().filter(|&other| other != role);
-                if !others.fold(false, |released, other| self.release(other) || released) {
+                if others.filter(|&other| self.release(other)).count() == 0 {
                     return Err(error);
                 }
                 warn(&format!("{error}; the other parts of the model leave memory"));
@@ -518,13 +518,11 @@ struct Conditioned<'a> {
     rung: Cell<usize>,
 }
 
+type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
+
 impl Conditioned<'_> {
     /// What `work` does with the VAE, if need be further down the ladder.
-    fn with_vae(
-        &self,
-        warn: &mut dyn FnMut(&str),
-        work: &dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    fn with_vae(&self, warn: &mut dyn FnMut(&str), work: &VaeWork) -> Result<Tensor> {
         let Pipeline { ladder, recorded, .. } = self.pipeline;
         loop {
             let rung = ladder[self.rung.get()];
@@ -553,8 +551,8 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn sample_shape(&self, size: Size) -> [usize; 4] {
-        let family = &self.pipeline.family;
-        [self.images, size.height / family.factor(), size.width / family.factor(), family.channels()]
+        let space = self.pipeline.family.space();
+        [self.images, size.height / space.factor(), size.width / space.factor(), space.channels()]
     }
 
     fn conditioning_key(&self) -> Vec<usize> {
@@ -573,11 +571,11 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn decode(&self, x0: &Tensor, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.with_vae(warn, &|passes, warn| self.pipeline.family.decode(x0, passes, warn))
+        self.with_vae(warn, &|passes, warn| self.pipeline.family.space().decode(x0, passes, warn))
     }
 
     fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.with_vae(warn, &|passes, warn| self.pipeline.family.encode(picture, noise, passes, warn))
+        self.with_vae(warn, &|passes, warn| self.pipeline.family.space().encode(picture, noise, passes, warn))
     }
 
     fn recorded_steps(&self) -> &RecordedSteps {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, Size, WeightReport};
-use super::misfit;
+use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::Denoiser;
 use crate::models::{Partition, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
@@ -56,44 +56,6 @@ impl LatentSpace {
         &self.vae
     }
 
-    /// f32, `[1, h, w, C]` to `[1, H, W, 3]`.
-    ///
-    /// # Errors
-    /// Those of the decoder.
-    pub fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        let (scale, shift) = (1.0 / self.config.scaling_factor, self.config.shift_factor);
-        self.in_range("decoded picture", warn, &|vae| {
-            let latents = ops::scale_cast(x0, scale as f32, shift as f32, vae.dtype(), 1)?;
-            let picture = vae.decode_in(&latents, passes)?;
-            match picture.dtype() {
-                DType::F32 => Ok(picture),
-                _ => ops::scale_cast(&picture, 1.0, 0.0, DType::F32, 1),
-            }
-        })
-    }
-
-    /// f32, `[1, H, W, 3]` to `[1, h, w, C]`; with `noise` a sample of the posterior.
-    ///
-    /// # Errors
-    /// Those of the encoder.
-    pub fn encode(
-        &self,
-        picture: &Tensor,
-        noise: Option<&Tensor>,
-        passes: Partition,
-        warn: &mut dyn FnMut(&str),
-    ) -> Result<Tensor> {
-        let (scale, shift) = (self.config.scaling_factor, self.config.shift_factor);
-        self.in_range("encoded picture", warn, &|vae| {
-            let moments = match picture.dtype() == vae.dtype() {
-                true => vae.encode_in(picture, passes)?,
-                false => vae.encode_in(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?, passes)?,
-            };
-            let latent = ops::diagonal_gaussian(&moments, noise)?;
-            ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)
-        })
-    }
-
     /// What `work` makes with the VAE; where f16 has no room for it, once more with the VAE in bf16, which it keeps.
     fn in_range(
         &self,
@@ -112,6 +74,46 @@ impl LatentSpace {
         *locked(&self.dtype) = DType::BF16;
         self.vae.release();
         work(&*self.vae.get()?)
+    }
+}
+
+impl SampleSpace for LatentSpace {
+    fn factor(&self) -> usize {
+        self.config.factor()
+    }
+
+    fn channels(&self) -> usize {
+        self.config.latent_channels
+    }
+
+    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        let (scale, shift) = (1.0 / self.config.scaling_factor, self.config.shift_factor);
+        self.in_range("decoded picture", warn, &|vae| {
+            let latents = ops::scale_cast(x0, scale as f32, shift as f32, vae.dtype(), 1)?;
+            let picture = vae.decode_in(&latents, passes)?;
+            match picture.dtype() {
+                DType::F32 => Ok(picture),
+                _ => ops::scale_cast(&picture, 1.0, 0.0, DType::F32, 1),
+            }
+        })
+    }
+
+    fn encode(
+        &self,
+        picture: &Tensor,
+        noise: Option<&Tensor>,
+        passes: Partition,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Tensor> {
+        let (scale, shift) = (self.config.scaling_factor, self.config.shift_factor);
+        self.in_range("encoded picture", warn, &|vae| {
+            let moments = match picture.dtype() == vae.dtype() {
+                true => vae.encode_in(picture, passes)?,
+                false => vae.encode_in(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?, passes)?,
+            };
+            let latent = ops::diagonal_gaussian(&moments, noise)?;
+            ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)
+        })
     }
 }
 

@@ -30,8 +30,10 @@ pub(super) struct FamilySpec {
     /// Are the models trained by flow matching, rather than on a table of betas?
     pub flow_matching: bool,
     /// Reads the configurations and checks that the parts fit together; weights are loaded when a module is asked for.
-    pub open: fn(&Arc<ModelFiles>, &LoadOptions) -> Result<Box<dyn Family>>,
+    pub open: Open,
 }
+
+type Open = fn(&Arc<ModelFiles>, &LoadOptions) -> Result<Box<dyn Family>>;
 
 /// What a request gets that does not say it.
 #[derive(Clone, Copy, Debug)]
@@ -144,11 +146,8 @@ pub(super) trait Family: Send + Sync {
     /// The size that the model was trained at, if its configuration says so.
     fn native_size(&self) -> Option<Size>;
 
-    /// Pixels per cell of a sample, along a side.
-    fn factor(&self) -> usize;
-
-    /// Channels of a sample.
-    fn channels(&self) -> usize;
+    /// Where its samples are.
+    fn space(&self) -> &dyn SampleSpace;
 
     /// Is the network told sizes of the original picture, the crop and the target ([`SizeIds`])?
     fn reads_size_ids(&self) -> bool {
@@ -183,6 +182,21 @@ pub(super) trait Family: Send + Sync {
         guidance: Option<f32>,
     ) -> Box<dyn RunConditions>;
 
+    /// What has weights, in the order of a run.
+    fn modules(&self) -> Vec<&dyn Module>;
+
+    /// The weights of every module, in the same order.
+    fn weights(&self) -> &[WeightReport];
+}
+
+/// What samples are to pictures: the latents of a VAE.
+pub(super) trait SampleSpace: Send + Sync {
+    /// Pixels per cell of a sample, along a side.
+    fn factor(&self) -> usize;
+
+    /// Channels of a sample.
+    fn channels(&self) -> usize;
+
     /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped. `warn` is told what had to be
     /// done otherwise than asked.
     ///
@@ -201,12 +215,6 @@ pub(super) trait Family: Send + Sync {
         passes: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor>;
-
-    /// What has weights, in the order of a run.
-    fn modules(&self) -> Vec<&dyn Module>;
-
-    /// The weights of every module, in the same order.
-    fn weights(&self) -> &[WeightReport];
 }
 
 /// A prompt to encode.

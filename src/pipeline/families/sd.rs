@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, unet};
 use super::prompts::TextEncoder;
-use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions};
+use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, Partition, TextConditioning, Unet, UnetConditioning, UnetConfig};
+use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
@@ -89,12 +89,8 @@ impl Family for StableDiffusion {
         native_size(&self.unet_config, self.latents.config())
     }
 
-    fn factor(&self) -> usize {
-        self.latents.config().factor()
-    }
-
-    fn channels(&self) -> usize {
-        self.latents.config().latent_channels
+    fn space(&self) -> &dyn SampleSpace {
+        &self.latents
     }
 
     fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
@@ -120,20 +116,6 @@ impl Family for StableDiffusion {
         guidance: Option<f32>,
     ) -> Box<dyn RunConditions> {
         Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, guidance, made: None })
-    }
-
-    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.latents.decode(x0, passes, warn)
-    }
-
-    fn encode(
-        &self,
-        picture: &Tensor,
-        noise: Option<&Tensor>,
-        passes: Partition,
-        warn: &mut dyn FnMut(&str),
-    ) -> Result<Tensor> {
-        self.latents.encode(picture, noise, passes, warn)
     }
 
     fn modules(&self) -> Vec<&dyn Module> {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, unet};
 use super::prompts::TextEncoder;
-use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, misfit};
+use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
-use crate::models::{AddedConditioning, ClipOutput, Partition, TIME_IDS, TextConditioning, Unet};
+use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet};
 use crate::models::{UnetConditioning, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
@@ -111,12 +111,8 @@ impl Family for StableDiffusionXl {
         native_size(&self.unet_config, self.latents.config())
     }
 
-    fn factor(&self) -> usize {
-        self.latents.config().factor()
-    }
-
-    fn channels(&self) -> usize {
-        self.latents.config().latent_channels
+    fn space(&self) -> &dyn SampleSpace {
+        &self.latents
     }
 
     fn reads_size_ids(&self) -> bool {
@@ -169,20 +165,6 @@ impl Family for StableDiffusionXl {
         guidance: Option<f32>,
     ) -> Box<dyn RunConditions> {
         Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes: *sizes, guidance, made: None })
-    }
-
-    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.latents.decode(x0, passes, warn)
-    }
-
-    fn encode(
-        &self,
-        picture: &Tensor,
-        noise: Option<&Tensor>,
-        passes: Partition,
-        warn: &mut dyn FnMut(&str),
-    ) -> Result<Tensor> {
-        self.latents.encode(picture, noise, passes, warn)
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
