@@ -62,6 +62,8 @@ fn a_picture_makes_itself_again() {
                 "-1",
                 "--guidance",
                 "3.3",
+                "--guidance-rescale",
+                "0.7",
                 "--negative=-a \"dog\", \n é",
                 "--seed",
                 "18446744073709551615",
@@ -176,6 +178,8 @@ fn flags_stand_in_place_of_what_the_picture_says() {
         "euler",
         "--sigmas",
         "karras",
+        "--guidance-rescale",
+        "0.5",
         "--out",
         "a.png",
     ];
@@ -203,6 +207,7 @@ fn flags_stand_in_place_of_what_the_picture_says() {
     assert_eq!((&json["stages"][0], &json["upsampler"]), (&"48x48:3".into(), &Value::Null));
     let json = with(&["--guidance", "1"]);
     assert_eq!((&json["guidance"], &json["negative_prompt"]), (&1.0.into(), &"".into()));
+    assert_eq!((&json["guidance_rescale"], &with(&[])["guidance_rescale"]), (&Value::Null, &0.5.into()));
     let json = with(&["--scheduler", "ddim", "--eta", "0.5"]);
     assert_eq!((&json["scheduler"], &json["sigmas"], &json["eta"]), (&"ddim".into(), &"uniform".into(), &0.5.into()));
     assert_eq!(with(&["--dtype", "f16"])["dtype"], "f16");

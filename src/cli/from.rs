@@ -82,7 +82,7 @@ impl Recipe {
             "stages" => given("size") || given("steps") || method.is_some_and(|method| !method.relays),
             "size" | "steps" => given("stages"),
             "sigmas" | "eta" => given("scheduler"),
-            "negative" => unguided,
+            "negative" | "guidance_rescale" => unguided,
             id => match METHODS.iter().any(|spec| spec.option(id).is_some()) {
                 false => false,
                 true => {
@@ -299,6 +299,7 @@ fn of_infotext(text: &Infotext) -> Recipe {
         match key.as_str() {
             "Steps" => recipe.flag("steps", value),
             "CFG scale" => recipe.flag("guidance", value),
+            "CFG rescale" if ours => recipe.flag("guidance_rescale", value),
             "Seed" => recipe.flag("seed", value),
             "Size" => recipe.flag("size", value),
             "Clip skip" => recipe.flag("clip_skip", value),
