@@ -299,6 +299,7 @@ fn of_infotext(text: &Infotext) -> Recipe {
         match key.as_str() {
             "Steps" => recipe.flag("steps", value),
             "CFG scale" => recipe.flag("guidance", value),
+            "CFG rescale" => recipe.flag("guidance_rescale", value),
             "Seed" => recipe.flag("seed", value),
             "Size" => recipe.flag("size", value),
             "Clip skip" => recipe.flag("clip_skip", value),
@@ -483,7 +484,8 @@ mod tests {
 
     #[test]
     fn samplers_have_webuis_names() {
-        for sampler in Sampler::ALL.into_iter() {
+        // There a flow's is called Euler too: the model decides.
+        for sampler in Sampler::ALL.into_iter().filter(|&sampler| sampler != Sampler::FlowEuler) {
             assert_eq!(sampler_named(sampler.webui_name()), Some((sampler, None)), "{sampler}");
         }
         assert_eq!(sampler_named("Euler Karras"), Some((Sampler::Euler, Some(SigmaSpacing::Karras))));
