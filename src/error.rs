@@ -63,9 +63,11 @@ pub enum Error {
     #[error("kernel {kernel}: {reason}")]
     Kernel { kernel: String, reason: String },
 
-    /// What the user asked for is inconsistent: a flag and its value, and what would be accepted.
-    #[error("{flag} {value}: {reason}")]
-    Request { flag: &'static str, value: String, reason: String },
+    /// What was asked for is inconsistent or out of range: a field of the pipeline's request (`steps`, `size_ids.crop`), an
+    /// option of a method (`relay_clamp`) or what the caller itself calls it; its value, and what would be accepted. Other
+    /// fields and options stand in the reason as `request.stages`.
+    #[error("{field} {value}: {reason}")]
+    Request { field: &'static str, value: String, reason: String },
 
     /// A model of the Hugging Face hub cannot be named, found or fetched.
     #[error("{name}: {reason}")]

@@ -193,13 +193,14 @@ use crate::{Error, methods};
 }
 
 /// The flags are the command line's: what is below it says what would help, in words that any of its users understands.
-/// Errors about a request ([`megafuse::Error::Request`]) name flags, so the layers that check requests may.
+/// Errors about a request ([`megafuse::Error::Request`]) name its fields, which the command line turns into flags.
 #[test]
 fn only_the_command_line_speaks_of_flags() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let below = ["runtime", "ops", "models", "text", "image", "rng.rs", "error.rs"].map(|place| src.join(place));
+    // The hub's errors name the flags of its own program, hf, beside those that stand for settings of ours.
+    let exempt = ["cli", "main.rs", "pipeline/hub.rs"].map(|place| src.join(place));
     let mut found = Vec::new();
-    for file in rust_files(&src).into_iter().filter(|file| below.iter().any(|place| file.starts_with(place))) {
+    for file in rust_files(&src).into_iter().filter(|file| !exempt.iter().any(|place| file.starts_with(place))) {
         for (number, line) in fs::read_to_string(&file).expect("UTF-8").lines().enumerate() {
             let flag = line.match_indices("--").any(|(at, _)| {
                 let starts = line[..at].ends_with([' ', '"', '(', '`']);

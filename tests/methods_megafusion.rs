@@ -480,31 +480,31 @@ fn a_sample_that_is_not_finite_names_its_stage() {
 }
 
 #[test]
-fn plans_that_cannot_run_name_the_flag() {
+fn plans_that_cannot_run_name_the_field() {
     let two = ["64x64:6", "128x128:4"];
     let of = |method: Method, stages: &[&str], sampler| checked(method, stages, sampler, 0.0, None, 8);
-    let refused = |method: Method, stages: &[&str], sampler, flag: &str| match of(method, stages, sampler) {
-        Err(Error::Request { flag: got, .. }) => assert_eq!(got, flag),
-        other => panic!("{flag}: {other:?}"),
+    let refused = |method: Method, stages: &[&str], sampler, field: &str| match of(method, stages, sampler) {
+        Err(Error::Request { field: got, .. }) => assert_eq!(got, field),
+        other => panic!("{field}: {other:?}"),
     };
     let ddim = Sampler::Ddim;
     of(mega().into(), &two, ddim).unwrap();
-    refused(mega().into(), &[], ddim, "--stages");
-    refused(Plain {}.into(), &two, ddim, "--stages");
-    refused(mega().into(), &["60x64:6", "128x128:4"], ddim, "--stages");
-    refused(MegaFusion { dilation: 0, ..mega() }.into(), &two, ddim, "--dilation");
+    refused(mega().into(), &[], ddim, "stages");
+    refused(Plain {}.into(), &two, ddim, "stages");
+    refused(mega().into(), &["60x64:6", "128x128:4"], ddim, "stages");
+    refused(MegaFusion { dilation: 0, ..mega() }.into(), &two, ddim, "dilation");
     for (offset, beyond) in [(3, 4), (-6, -7)] {
         of(MegaFusion { relay_noise_offset: offset, ..mega() }.into(), &two, ddim).unwrap();
-        refused(MegaFusion { relay_noise_offset: beyond, ..mega() }.into(), &two, ddim, "--relay-noise-offset");
+        refused(MegaFusion { relay_noise_offset: beyond, ..mega() }.into(), &two, ddim, "relay_noise_offset");
     }
-    refused(MegaFusion { gamma: Some(4.0), ..mega() }.into(), &two, ddim, "--gamma");
+    refused(MegaFusion { gamma: Some(4.0), ..mega() }.into(), &two, ddim, "gamma");
     for gamma in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let method = MegaFusion { gamma: Some(gamma), reschedule: true, ..mega() };
-        refused(Method::of(&MEGAFUSION, method), &two, ddim, "--gamma");
+        refused(Method::of(&MEGAFUSION, method), &two, ddim, "gamma");
     }
     of(MegaFusion { gamma: Some(4.0), reschedule: true, ..mega() }.into(), &two, ddim).unwrap();
     let compat = MegaFusion { reference_compat: true, ..mega() };
-    refused(compat.into(), &two, Sampler::Euler, "--reference-compat");
+    refused(compat.into(), &two, Sampler::Euler, "reference_compat");
     let scheduler = Scheduler::new(&config("leading"), ddim, 9, 0.0).unwrap();
     let stages = two.map(|stage| stage.parse().unwrap()).to_vec();
     let error = Run::new(mega().into(), stages, scheduler, None, 8).unwrap_err().to_string();
@@ -521,16 +521,11 @@ fn options_have_one_definition() {
     assert_eq!(plus.replaced_by(&MEGAFUSION).unwrap(), Method::default());
     assert_eq!(with_gamma.replaced_by(&MEGAFUSION).unwrap().option("gamma"), Some(&2.0.into()));
     assert_ne!(plus, plus.with("dilation", 3).unwrap());
-    for spec in methods::METHODS {
-        for option in spec.options {
-            assert_eq!(option.flag, format!("--{}", option.name.replace('_', "-")));
-        }
-    }
     let error = |result: Result<Method>| result.unwrap_err().to_string();
     let unknown = error(Method::named("plain").unwrap().with("dilation", 2));
-    assert!(unknown.contains("--dilation 2") && unknown.contains("megafusion or megafusion++ has it"), "{unknown}");
+    assert!(unknown.contains("dilation 2") && unknown.contains("megafusion or megafusion++ has it"), "{unknown}");
     let wrong = error(plus.with("upsampler", "cubic"));
-    assert!(wrong.contains("--upsampler cubic") && wrong.contains("bicubic-edge"), "{wrong}");
+    assert!(wrong.contains("upsampler cubic") && wrong.contains("bicubic-edge"), "{wrong}");
     assert!(error(Method::named("magic")).contains("plain, megafusion or megafusion++"));
     assert_eq!(Method::of(&MEGAFUSION_PLUS, MegaFusion::default()).name(), "megafusion++");
 }
@@ -622,10 +617,10 @@ fn sizes_and_stages_are_read_as_they_are_written() {
     }
     assert_eq!("512X256".parse::<Size>().unwrap(), Size::new(512, 256));
     for text in ["", "512", "512x", "x512", "0x512", "-1x5", "5x5x5", "70000x8", "512x512:0", "512 x 512"] {
-        assert!(matches!(text.parse::<Size>(), Err(Error::Request { flag: "--size", .. })), "{text}");
+        assert!(matches!(text.parse::<Size>(), Err(Error::Request { field: "size", .. })), "{text}");
     }
     assert_eq!("512x256:40".parse::<Stage>().unwrap().to_string(), "512x256:40");
     for text in ["512x512", "512x512:", "512x512:0", "512x512:-1", ":5", "512x512:5:5"] {
-        assert!(matches!(text.parse::<Stage>(), Err(Error::Request { flag: "--stages", .. })), "{text}");
+        assert!(matches!(text.parse::<Stage>(), Err(Error::Request { field: "stages", .. })), "{text}");
     }
 }

@@ -312,25 +312,25 @@ fn cancelling_ends_the_run() {
 }
 
 #[test]
-fn requests_that_cannot_be_met_name_the_flag() {
+fn requests_that_cannot_be_met_name_the_field() {
     let pipeline = load("sd15", DType::F32);
-    let refused = |request: Request, flag: &str| match pipeline.resolve(&request) {
-        Err(Error::Request { flag: got, .. }) => assert_eq!(got, flag),
-        Err(other) => panic!("{flag}: {other}"),
-        Ok(_) => panic!("{flag}: accepted"),
+    let refused = |request: Request, field: &str| match pipeline.resolve(&request) {
+        Err(Error::Request { field: got, .. }) => assert_eq!(got, field),
+        Err(other) => panic!("{field}: {other}"),
+        Ok(_) => panic!("{field}: accepted"),
     };
-    refused(Request { count: 0, ..small() }, "--count");
-    refused(Request { guidance: f32::NAN, ..small() }, "--guidance");
+    refused(Request { count: 0, ..small() }, "count");
+    refused(Request { guidance: f32::NAN, ..small() }, "guidance");
     for (guidance, guidance_rescale) in [(7.0, 1.5), (7.0, -0.1), (7.0, f32::NAN), (1.0, 0.7)] {
-        refused(Request { guidance, guidance_rescale, ..small() }, "--guidance-rescale");
+        refused(Request { guidance, guidance_rescale, ..small() }, "guidance_rescale");
     }
-    refused(Request { steps: Some(4), ..small() }, "--steps");
-    refused(Request { size: Some("16x16".parse().unwrap()), ..small() }, "--size");
-    refused(Request { method: Plain {}.into(), ..small() }, "--stages");
-    refused(Request { stages: Vec::new(), size: Some("17x16".parse().unwrap()), ..small() }, "--size");
-    refused(Request { eta: 2.0, ..small() }, "--eta");
-    refused(Request { stages: Vec::new(), steps: Some(2000), ..small() }, "--steps");
-    refused(Request { stages: Vec::new(), steps: Some(0), ..small() }, "--steps");
+    refused(Request { steps: Some(4), ..small() }, "steps");
+    refused(Request { size: Some("16x16".parse().unwrap()), ..small() }, "size");
+    refused(Request { method: Plain {}.into(), ..small() }, "stages");
+    refused(Request { stages: Vec::new(), size: Some("17x16".parse().unwrap()), ..small() }, "size");
+    refused(Request { eta: 2.0, ..small() }, "eta");
+    refused(Request { stages: Vec::new(), steps: Some(2000), ..small() }, "steps");
+    refused(Request { stages: Vec::new(), steps: Some(0), ..small() }, "steps");
 }
 
 /// A UNet that reads its guidance scale: the defaults of the published pipeline for such models, no classifier-free guidance,
@@ -365,12 +365,12 @@ fn a_latent_consistency_model_is_told_its_guidance_scale() {
     };
     assert_ne!(picture(8.5).rgb, picture(1.0).rgb, "the scale is read, also where there would be no guidance");
     assert!(picture(8.5).parameters.text.contains("CFG scale: 8.5"));
-    for (request, flag) in [
-        (Request { negative_prompt: Some("a dog".into()), ..small.clone() }, "--negative"),
-        (Request { guidance_rescale: 0.7, ..small.clone() }, "--guidance-rescale"),
+    for (request, field) in [
+        (Request { negative_prompt: Some("a dog".into()), ..small.clone() }, "negative_prompt"),
+        (Request { guidance_rescale: 0.7, ..small.clone() }, "guidance_rescale"),
     ] {
         let error = pipeline.resolve(&request).unwrap_err().to_string();
-        assert!(error.starts_with(flag) && error.contains("told its guidance scale"), "{error}");
+        assert!(error.starts_with(field) && error.contains("told its guidance scale"), "{error}");
     }
 }
 
@@ -548,7 +548,10 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
         }
         let other = Request { steps: Some(2), ..Request::default() };
         let error = pipeline.generate_batch(&[Request::default(), other], &mut Silent).unwrap_err().to_string();
-        assert!(error.contains("--batch") && error.contains("prompt, negative prompt and seed alone"), "{error}");
+        assert!(
+            error.contains("batch with the prompt") && error.contains("prompt, negative prompt and seed alone"),
+            "{error}"
+        );
     }
 }
 
@@ -574,7 +577,7 @@ fn prompts_are_read_as_asked() {
     assert!(words == picture("a red cat", skip(1)) && words != picture("a red cat", skip(2)));
     let request = Request { text: skip(40), ..plain.clone() };
     let error = pipeline.generate(&request, &mut Silent).unwrap_err().to_string();
-    assert!(error.contains("--clip-skip 40") && error.contains("expected 1"), "{error}");
+    assert!(error.contains("text.clip_skip 40") && error.contains("expected 1"), "{error}");
 
     let chunks = TextOptions { long_prompt: LongPrompt::Chunk, ..TextOptions::default() };
     let long = format!("{}and a blue dog", "a red cat ".repeat(40));

@@ -247,7 +247,7 @@ fn rescheduling_multiplies_the_listed_sigmas() {
     }
     let asked = config(&sd()).with_sigmas(Some(SigmaSpacing::Karras));
     let error = Scheduler::new(&asked, Sampler::Ddim, 10, 0.0).unwrap_err();
-    assert!(matches!(error, Error::Request { flag: "--sigmas", .. }), "{error}");
+    assert!(matches!(error, Error::Request { field: "sigmas", .. }), "{error}");
 }
 
 /// SD3's levels with 28 steps, and the same for pictures of four times the area: noise over signal is doubled, as by twice
@@ -470,13 +470,13 @@ fn bad_configurations_name_the_key() {
 }
 
 #[test]
-fn bad_requests_name_the_flag() {
+fn bad_requests_name_the_field() {
     let new = |sampler, steps, eta| Scheduler::new(&config(&sd()), sampler, steps, eta).unwrap_err();
-    assert!(matches!(new(Sampler::Ddim, 0, 0.0), Error::Request { flag: "--steps", .. }));
-    assert!(matches!(new(Sampler::Ddim, 1001, 0.0), Error::Request { flag: "--steps", .. }));
-    assert!(matches!(new(Sampler::Ddim, 10, 1.5), Error::Request { flag: "--eta", .. }));
-    assert!(matches!(new(Sampler::Ddim, 10, f64::NAN), Error::Request { flag: "--eta", .. }));
-    assert!(matches!(new(Sampler::Dpm2M, 1000, 0.0), Error::Request { flag: "--steps", .. }));
-    assert!(matches!(new(Sampler::Lcm, 51, 0.0), Error::Request { flag: "--steps", .. }));
-    assert!(matches!(new(Sampler::Euler, 10, 0.5), Error::Request { flag: "--eta", .. }));
+    assert!(matches!(new(Sampler::Ddim, 0, 0.0), Error::Request { field: "steps", .. }));
+    assert!(matches!(new(Sampler::Ddim, 1001, 0.0), Error::Request { field: "steps", .. }));
+    assert!(matches!(new(Sampler::Ddim, 10, 1.5), Error::Request { field: "eta", .. }));
+    assert!(matches!(new(Sampler::Ddim, 10, f64::NAN), Error::Request { field: "eta", .. }));
+    assert!(matches!(new(Sampler::Dpm2M, 1000, 0.0), Error::Request { field: "steps", .. }));
+    assert!(matches!(new(Sampler::Lcm, 51, 0.0), Error::Request { field: "steps", .. }));
+    assert!(matches!(new(Sampler::Euler, 10, 0.5), Error::Request { field: "eta", .. }));
 }

@@ -10,6 +10,7 @@ use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
 
 use super::console::say;
+use super::flags;
 use super::manifest::{self, Line, Shard};
 use super::output;
 use super::picture_args::{GenerateArgs, conflict};
@@ -75,7 +76,7 @@ fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) ->
         costs.of(session, &request).map_err(|error| match error {
             // What the line does not say, the flags do: their error is theirs.
             Error::Request { .. } if line.has_geometry() => {
-                Error::file(&manifest::place(manifest, line.number), error.to_string())
+                Error::file(&manifest::place(manifest, line.number), flags::error_text(&error))
             }
             other => other,
         })?;
@@ -242,10 +243,10 @@ impl Pictures<'_> {
             }
             // The numbers of this picture, not the machine: the others may well come out.
             (Err(error @ Error::NonFinite { .. }), [item]) => {
-                let record = json!({"line": item.line.number, "id": item.line.id, "error": error.to_string()});
+                let record = json!({"line": item.line.number, "id": item.line.id, "error": flags::error_text(&error)});
                 output::append_line(failed, &record.to_string())?;
-                progress.line(&format!("{}: {error}", place(item)));
-                failures.push(error.to_string());
+                progress.line(&format!("{}: {}", place(item), flags::error_text(&error)));
+                failures.push(flags::error_text(&error));
                 progress.picture_done(item.cost);
                 Ok(())
             }

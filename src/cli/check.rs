@@ -20,7 +20,7 @@ pub fn run(args: &CheckArgs) -> Result<()> {
     let device = open(args.device)?;
     let Device::Cuda(card) = &device else {
         let reason = "check compares a card with the cpu: choose cuda, cuda:N or emu";
-        return Err(Error::Request { flag: "--device", value: args.device.to_string(), reason: reason.into() });
+        return Err(Error::Request { field: "--device", value: args.device.to_string(), reason: reason.into() });
     };
     let selected: Vec<Case> =
         cases::all().into_iter().filter(|case| format!("{} {}", case.op, case.name).contains(&args.filter)).collect();
@@ -75,7 +75,7 @@ fn open(choice: DeviceChoice) -> Result<Device> {
 
 pub fn no_case(filter: &str) -> Error {
     let reason = "no case has this in its name".into();
-    Error::Request { flag: "--filter", value: format!("{filter:?}"), reason }
+    Error::Request { field: "--filter", value: format!("{filter:?}"), reason }
 }
 
 /// Card, compute capability and driver.

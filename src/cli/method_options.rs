@@ -6,6 +6,8 @@ use megafuse::Result;
 use megafuse::pipeline::{METHODS, Method, MethodSpec, OptionKind, Request};
 use serde_json::{Map, Value};
 
+use super::flags;
+
 /// `--method`
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MethodChoice(pub Option<&'static MethodSpec>);
@@ -73,11 +75,12 @@ fn options() -> Vec<&'static megafuse::pipeline::OptionSpec> {
 impl Args for MethodOptions {
     fn augment_args(command: Command) -> Command {
         options().into_iter().fold(command, |command, option| {
-            let summary = option.help.split('\n').next().unwrap_or_default();
+            let help = flags::named(option.help);
+            let summary = help.split('\n').next().unwrap_or_default().to_string();
             let arg = Arg::new(option.name)
-                .long(option.flag.trim_start_matches('-'))
+                .long(flags::long(option.name))
                 .help(summary)
-                .long_help(option.help)
+                .long_help(help)
                 .help_heading(option.heading);
             let kind = option.kind;
             let text = move |text: &str| kind.parse(text);

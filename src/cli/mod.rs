@@ -8,6 +8,7 @@ mod cases;
 mod check;
 mod console;
 mod doctor;
+mod flags;
 mod from;
 mod generate;
 mod grid;
@@ -153,7 +154,7 @@ fn flags_for(error: &Error) -> &'static str {
 
 /// The error and what caused it, as far as its own text does not say it already.
 fn with_causes(error: &Error) -> String {
-    let mut text = error.to_string();
+    let mut text = flags::error_text(error);
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
         let reason = error.to_string();

@@ -249,7 +249,7 @@ impl Outputs {
     /// As [`check_writable`]; [`Error::Request`]: another output is the same file, by whatever name.
     pub fn file(&mut self, flag: &'static str, path: &Path) -> Result<()> {
         check_writable(path)?;
-        let refuse = |reason: String| Err(Error::Request { flag, value: path.display().to_string(), reason });
+        let refuse = |reason: String| Err(Error::Request { field: flag, value: path.display().to_string(), reason });
         let place = match is_stdout(path) {
             true => None,
             false if is_special(path) => return Ok(()),
@@ -280,7 +280,7 @@ impl Outputs {
                 let name = format!("{flag} {}", folder.join(default_name(stem, 1)).display());
                 if let Some(other) = self.stems.get(&key) {
                     let reason = format!("could be the same file as {other}; name another file");
-                    return Err(Error::Request { flag, value: folder.display().to_string(), reason });
+                    return Err(Error::Request { field: flag, value: folder.display().to_string(), reason });
                 }
                 self.free.insert(key, name);
                 Ok(())
@@ -375,7 +375,7 @@ pub fn check_png(flag: &'static str, path: Option<&Path>) -> Result<()> {
     match path {
         Some(path) if !is_folder(path) && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png")) => {
             let reason = "pictures are written as PNG; give a name that ends in .png";
-            Err(Error::Request { flag, value: path.display().to_string(), reason: reason.into() })
+            Err(Error::Request { field: flag, value: path.display().to_string(), reason: reason.into() })
         }
         _ => Ok(()),
     }

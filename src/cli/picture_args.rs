@@ -524,5 +524,5 @@ pub fn usual_dtype(device: &Device) -> DType {
 }
 
 pub fn conflict(flag: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {
-    Error::Request { flag, value: value.to_string(), reason: reason.into() }
+    Error::Request { field: flag, value: value.to_string(), reason: reason.into() }
 }

@@ -54,7 +54,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
 
 fn check_flags(args: &ProbeArgs) -> Result<()> {
     let unused = |flag, value: String, module: &str| {
-        Err(Error::Request { flag, value, reason: format!("belongs to --module {module}") })
+        Err(Error::Request { field: flag, value, reason: format!("belongs to --module {module}") })
     };
     match (args.module, &args.prompt, &args.input, args.dilation) {
         (Module::Text, None, _, _) => Err(missing("--prompt", "--module text needs a prompt; it may be empty".into())),
@@ -72,7 +72,7 @@ fn check_flags(args: &ProbeArgs) -> Result<()> {
 }
 
 fn missing(flag: &'static str, reason: String) -> Error {
-    Error::Request { flag, value: "is missing".into(), reason }
+    Error::Request { field: flag, value: "is missing".into(), reason }
 }
 
 /// One encoder: `input_ids`, `last_hidden_state`, `penultimate`, `pooled`, and `prompt_embeds`, which is what the UNet of the

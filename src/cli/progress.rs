@@ -9,6 +9,7 @@ use megafuse::Result;
 use megafuse::pipeline::{Event, Observer, StepProgress};
 
 use super::console::say;
+use super::flags;
 use super::safetensors_file::Array;
 
 /// Which intermediate tensors a run's files need.
@@ -110,7 +111,7 @@ impl Observer for Progress {
     }
 
     fn warning(&mut self, message: &str) {
-        self.line(&format!("warning: {message}"));
+        self.line(&format!("warning: {}", flags::named(message)));
     }
 
     fn wants_tensors(&self, _index: usize) -> bool {
@@ -238,7 +239,7 @@ impl Observer for PicturesProgress {
     fn warning(&mut self, message: &str) {
         self.warnings += 1;
         if self.warnings <= MOST_WARNINGS {
-            self.line(&format!("warning: {}: {message}", self.name));
+            self.line(&format!("warning: {}: {}", self.name, flags::named(message)));
         }
     }
 }

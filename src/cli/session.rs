@@ -8,6 +8,7 @@ use megafuse::pipeline::{LoadOptions, ModelSource, Pipeline, PlanReport, Planner
 use megafuse::{DType, Device, Error, Result};
 
 use super::console::say;
+use super::flags;
 use super::memory::bytes_text;
 use super::picture_args::RunArgs;
 use super::progress::seconds_text;
@@ -46,7 +47,7 @@ impl Session {
         let own = request.scheduler.is_none() && !request.method.spec().relays;
         let line = self.planner.pipeline().scheduler().substitution();
         if let Some(line) = line.filter(|_| own && !self.told.replace(true)) {
-            say!("{line}");
+            say!("{}", flags::named(&line));
         }
     }
 
@@ -216,7 +217,7 @@ fn check_memory(planner: &Planner, request: &Request, plan: &PlanReport, availab
     let (need, free) = (bytes_text(plan.peak_bytes), bytes_text(available));
     let reason = format!("needs at least {need} of memory in {}, {free} are available; {advice}", plan.dtype);
     let flag = if request.stages.is_empty() { "--size" } else { "--stages" };
-    Err(Error::Request { flag, value: wanted.to_string(), reason })
+    Err(Error::Request { field: flag, value: wanted.to_string(), reason })
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ impl Sheet {
              open; name a smaller --cell, or fewer prompts and seeds",
             self.cell[0], self.cell[1]
         );
-        Err(Error::Request { flag: "--cell", value: self.cell[0].max(self.cell[1]).to_string(), reason })
+        Err(Error::Request { field: "--cell", value: self.cell[0].max(self.cell[1]).to_string(), reason })
     }
 
     fn layout(&self) -> Layout {

@@ -11,6 +11,8 @@ use megafuse::pipeline::{MethodSpec, ModelSource, Stage, hub_name};
 use megafuse::runtime::CudaOptions;
 use megafuse::{Device, Error};
 
+use super::flags;
+
 /// Steps of one run: the training schedule has that many timesteps.
 pub const MAX_STEPS: usize = 1000;
 
@@ -26,7 +28,7 @@ pub fn method(name: &str) -> Result<&'static MethodSpec, String> {
 
 fn reason(error: Error) -> String {
     match error {
-        Error::Request { reason, .. } => reason,
+        Error::Request { reason, .. } => flags::named(&reason),
         Error::Argument { want, .. } => format!("expected {want}"),
         other => other.to_string(),
     }

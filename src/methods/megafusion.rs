@@ -75,7 +75,6 @@ const HEADING: &str = "MegaFusion";
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         name: "upsampler",
-        flag: "--upsampler",
         heading: HEADING,
         value_name: "U",
         help: "How a relay enlarges its picture (default: bicubic)\n\n\
@@ -85,7 +84,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "relay_clamp",
-        flag: "--relay-clamp",
         heading: HEADING,
         value_name: "C",
         help: "Where a relay clamps its picture to the valid range (default: both)\n\n\
@@ -94,7 +92,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "reschedule",
-        flag: "--reschedule",
         heading: HEADING,
         value_name: "BOOL",
         help: "Noise re-scheduling in stages 2 and later (default: true for megafusion++)",
@@ -102,7 +99,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "gamma",
-        flag: "--gamma",
         heading: HEADING,
         value_name: "X",
         help: "gamma of the re-scheduling (default: a stage's area over the first stage's)",
@@ -114,7 +110,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "dilation",
-        flag: "--dilation",
         heading: HEADING,
         value_name: "N",
         help: "Dilation of the UNet's middle block in stages 2 and later (default: 2 for megafusion++, else 1)",
@@ -126,7 +121,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "relay_noise_offset",
-        flag: "--relay-noise-offset",
         heading: HEADING,
         value_name: "N",
         help: "How many steps less noisy a relay's noise is than the step that follows it (default: 0)\n\n\
@@ -135,11 +129,10 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "reference_compat",
-        flag: "--reference-compat",
         heading: HEADING,
         value_name: "",
         help: "Do as the published code of MegaFusion does where it differs from the paper\n\n\
-               x0 from the updated latents, relay pictures through 8-bit RGB (without --relay-clamp), a posterior \
+               x0 from the updated latents, relay pictures through 8-bit RGB (without request.relay_clamp), a posterior \
                sample, the dilation in every stage, the first schedule re-scheduled too; with ddim only.",
         kind: OptionKind::Switch,
     },
@@ -263,29 +256,29 @@ impl GenerationMethod for MegaFusion {
     }
 
     fn check(&self, run: &Run) -> Result<()> {
-        let refuse = |flag, value: String, reason: &str| Err(Error::Request { flag, value, reason: reason.into() });
+        let refuse = |field, value: String, reason: &str| Err(Error::Request { field, value, reason: reason.into() });
         if self.dilation == 0 {
-            return refuse("--dilation", "0".into(), "expected 1 (none) or more");
+            return refuse("dilation", "0".into(), "expected 1 (none) or more");
         }
         if let [first, .., last] = run.stages() {
             let (low, high) = (-(first.steps as i64), last.steps as i64 - 1);
             if !(low..=high).contains(&i64::from(self.relay_noise_offset)) {
                 let reason = format!("expected {low} to {high}: a step of the first stage to one after the last relay");
-                return refuse("--relay-noise-offset", self.relay_noise_offset.to_string(), &reason);
+                return refuse("relay_noise_offset", self.relay_noise_offset.to_string(), &reason);
             }
         }
         if let Some(gamma) = self.gamma {
             if !(gamma.is_finite() && gamma > 0.0) {
-                return refuse("--gamma", gamma.to_string(), "expected a number above 0; 1 changes nothing");
+                return refuse("gamma", gamma.to_string(), "expected a number above 0; 1 changes nothing");
             }
             if !self.reschedule {
-                let reason = "has no effect without re-scheduling; add --reschedule true or choose megafusion++";
-                return refuse("--gamma", gamma.to_string(), reason);
+                let reason = "has no effect without re-scheduling; add request.reschedule true or choose megafusion++";
+                return refuse("gamma", gamma.to_string(), reason);
             }
         }
         if self.reference_compat && run.scheduler().sampler() != Sampler::Ddim {
-            let value = format!("with --scheduler {}", run.scheduler().sampler().name());
-            return refuse("--reference-compat", value, "the published code samples with ddim");
+            let value = format!("with request.scheduler {}", run.scheduler().sampler());
+            return refuse("reference_compat", value, "the published code samples with ddim");
         }
         Ok(())
     }

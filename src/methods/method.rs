@@ -15,7 +15,7 @@ use crate::runtime::Tensor;
 use crate::schedulers::{Sampler, SchedulerConfig};
 
 /// A way to make a picture, usually larger than those that the model was trained with. The implementation is a struct of
-/// the method's options; serde gives them their names in JSON, [`MethodSpec::options`] their flags and help.
+/// the method's options; serde gives them their names in JSON, [`MethodSpec::options`] their help.
 pub trait GenerationMethod: Debug + Send + Sync {
     /// The sampler of a request that names none.
     fn sampler(&self, config: &SchedulerConfig) -> Sampler {
@@ -37,7 +37,7 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// has been checked.
     ///
     /// # Errors
-    /// [`Error::Request`], naming the option's flag.
+    /// [`Error::Request`], naming the option.
     fn check(&self, run: &Run) -> Result<()>;
 
     /// All phases of a run: the samples to decode, `[N, h, w, C]`, f32.
@@ -53,7 +53,7 @@ pub struct MethodSpec {
     pub name: &'static str,
     /// What it does, in half a sentence, and its paper.
     pub summary: &'static str,
-    /// Can a run have several sizes (`--stages`)?
+    /// Can a run have several sizes (`stages`)?
     pub relays: bool,
     /// The options that it reads, in the order of the struct's fields.
     pub options: &'static [OptionSpec],
@@ -69,13 +69,11 @@ pub type Parsed = (Arc<dyn GenerationMethod>, Map<String, Value>);
 pub struct OptionSpec {
     /// `relay_clamp`
     pub name: &'static str,
-    /// `--relay-clamp`
-    pub flag: &'static str,
     /// The help's heading: the method's name for people.
     pub heading: &'static str,
     /// Stands for the value in the help.
     pub value_name: &'static str,
-    /// Line 1 is the summary; further lines are the long help.
+    /// Line 1 is the summary; further lines are the long help, where another option stands as `request.relay_clamp`.
     pub help: &'static str,
     pub kind: OptionKind,
 }
@@ -183,8 +181,8 @@ impl Method {
                 let alone = |(name, value): (&String, &Value)| Map::from_iter([(name.clone(), value.clone())]);
                 let wrong = given.iter().find(|option| (spec.parse)(&alone(*option)).is_err());
                 let (name, value) = wrong.map_or(("options", Value::Null), |(name, value)| (name, value.clone()));
-                let flag = spec.option(name).map_or("--method", |option| option.flag);
-                Err(Error::Request { flag, value: text_of(&value), reason: error.to_string() })
+                let field = spec.option(name).map_or("method", |option| option.name);
+                Err(Error::Request { field, value: text_of(&value), reason: error.to_string() })
             }
         }
     }
@@ -269,7 +267,7 @@ impl MethodSpec {
     pub fn find(name: &str) -> Result<&'static MethodSpec> {
         METHODS.iter().copied().find(|spec| spec.name == name).ok_or_else(|| {
             let names: Vec<&str> = METHODS.iter().map(|spec| spec.name).collect();
-            Error::Request { flag: "--method", value: name.into(), reason: format!("expected {}", one_of(&names)) }
+            Error::Request { field: "method", value: name.into(), reason: format!("expected {}", one_of(&names)) }
         })
     }
 
@@ -287,13 +285,13 @@ impl fmt::Display for MethodSpec {
 /// The error for an option that none of `methods` reads: it names the methods that do.
 pub fn without_effect(name: &str, value: &Value, methods: &[&'static MethodSpec]) -> Error {
     let with: Vec<&str> = METHODS.iter().filter(|spec| spec.option(name).is_some()).map(|spec| spec.name).collect();
-    let flag = METHODS.iter().find_map(|spec| spec.option(name)).map_or("--method", |option| option.flag);
+    let field = METHODS.iter().find_map(|spec| spec.option(name)).map_or("method", |option| option.name);
     let chosen: Vec<&str> = methods.iter().map(|spec| spec.name).collect();
     let reason = match with.is_empty() {
         true => format!("{name} is no option of any method"),
-        false => format!("has no effect with --method {}; {} has it", one_of(&chosen), one_of(&with)),
+        false => format!("has no effect with request.method {}; {} has it", one_of(&chosen), one_of(&with)),
     };
-    Error::Request { flag, value: text_of(value), reason }
+    Error::Request { field, value: text_of(value), reason }
 }
 
 /// An option's value as it is written on the command line.

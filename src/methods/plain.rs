@@ -30,15 +30,15 @@ impl From<Plain> for Method {
 impl GenerationMethod for Plain {
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
         let &Geometry { size, factor, steps, .. } = geometry;
-        check_size("--size", size, factor)?;
+        check_size("size", size, factor)?;
         Ok(vec![Stage { size, steps }])
     }
 
     fn check(&self, run: &Run) -> Result<()> {
         if run.stages().len() > 1 {
-            let (flag, value) = ("--stages", run.stages_text());
-            let reason = "the plain method has one stage; use --method megafusion".into();
-            return Err(Error::Request { flag, value, reason });
+            let (field, value) = ("stages", run.stages_text());
+            let reason = "the plain method has one stage; use request.method megafusion".into();
+            return Err(Error::Request { field, value, reason });
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ impl Run {
     /// * `factor`: pixels per latent cell, which divides every side
     ///
     /// # Errors
-    /// [`Error::Request`], naming the flag: no stage, a stage without steps, several stages for a method that has one,
+    /// [`Error::Request`], naming the field: no stage, a stage without steps, several stages for a method that has one,
     /// sides that `factor` does not divide; what the method's own check says of its options.
     pub fn new(
         method: Method,
@@ -53,12 +53,12 @@ impl Run {
         factor: usize,
     ) -> Result<Run> {
         let run = Run { method, stages, scheduler, guidance, guidance_rescale: 0.0, published: PublishedSchedule::SD };
-        let refuse = |reason: String| Err(Error::Request { flag: "--stages", value: run.stages_text(), reason });
+        let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
         }
         for stage in &run.stages {
-            check_size("--stages", stage.size, factor)?;
+            check_size("stages", stage.size, factor)?;
         }
         let (steps, scheduled) =
             (run.stages.iter().map(|stage| stage.steps).sum::<usize>(), run.scheduler.timesteps().len());

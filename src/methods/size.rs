@@ -33,7 +33,7 @@ impl FromStr for Size {
         let parse = |side: &str| side.parse::<usize>().ok().filter(|n| (1..=LARGEST_SIDE).contains(n));
         s.split_once(['x', 'X']).and_then(|(w, h)| Some(Size::new(parse(w)?, parse(h)?))).ok_or_else(|| {
             Error::Request {
-                flag: "--size",
+                field: "size",
                 value: s.into(),
                 reason: format!("expected WIDTHxHEIGHT in pixels, each 1 to {LARGEST_SIDE}, like 1024x768"),
             }
@@ -66,7 +66,7 @@ impl FromStr for Stage {
                 (steps > 0).then_some(Stage { size, steps })
             })
             .ok_or_else(|| Error::Request {
-                flag: "--stages",
+                field: "stages",
                 value: s.into(),
                 reason: "expected WIDTHxHEIGHT:STEPS with at least 1 step, like 512x512:40".into(),
             })

@@ -38,7 +38,7 @@ pub struct Geometry {
 /// [`Error::Request`]: `size` is not made of multiples of `factor`.
 pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
     let &Geometry { size, native, factor, steps, relay_growth } = geometry;
-    check_size("--size", size, factor)?;
+    check_size("size", size, factor)?;
     let scale = (size.area() as f64 / native.area() as f64).sqrt();
     if scale <= LARGEST_DIRECT_SCALE || steps < 2 {
         return Ok(vec![Stage { size, steps }]);
@@ -74,13 +74,13 @@ fn rounded(side: f64, factor: usize) -> usize {
 }
 
 /// # Errors
-/// [`Error::Request`] with `flag`: a side is 0 or not a multiple of `factor`; names the nearest size that is.
-pub fn check_size(flag: &'static str, size: Size, factor: usize) -> Result<()> {
+/// [`Error::Request`] with `field`: a side is 0 or not a multiple of `factor`; names the nearest size that is.
+pub fn check_size(field: &'static str, size: Size, factor: usize) -> Result<()> {
     let fits = |side: usize| side > 0 && side.is_multiple_of(factor);
     if fits(size.width) && fits(size.height) {
         return Ok(());
     }
     let nearest = Size::new(rounded(size.width as f64, factor), rounded(size.height as f64, factor));
     let reason = format!("sides must be multiples of {factor}, the pixels per latent cell; the nearest is {nearest}");
-    Err(Error::Request { flag, value: size.to_string(), reason })
+    Err(Error::Request { field, value: size.to_string(), reason })
 }

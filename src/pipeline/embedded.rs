@@ -40,7 +40,7 @@ const FILES: Files = Files(&[]);
 
 pub fn files() -> Result<Files> {
     if FILES.0.is_empty() {
-        let reason = "this program was built without models/pocket; name a model directory with --model";
+        let reason = "this program was built without models/pocket; name a model directory";
         return Err(Error::config("embedded model", reason));
     }
     Ok(FILES)

@@ -79,7 +79,7 @@ impl std::str::FromStr for Lora {
 
     /// `FILE` or `FILE:WEIGHT`.
     fn from_str(text: &str) -> Result<Lora> {
-        let refuse = |reason: String| Err(Error::Request { flag: "--lora", value: text.into(), reason });
+        let refuse = |reason: String| Err(Error::Request { field: "lora", value: text.into(), reason });
         let (path, weight) = match text.rsplit_once(':') {
             None => (text, 1.0),
             Some((path, weight)) => match weight.parse::<f32>() {

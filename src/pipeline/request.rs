@@ -126,34 +126,34 @@ impl Request {
         defaults: Defaults,
     ) -> Result<Run> {
         if self.count == 0 {
-            return Err(refused("--count", self.count, "expected at least 1"));
+            return Err(refused("count", self.count, "expected at least 1"));
         }
         if !self.guidance.is_finite() || self.guidance < 0.0 {
-            return Err(refused("--guidance", self.guidance, "expected a number from 0; up to 1 means no guidance"));
+            return Err(refused("guidance", self.guidance, "expected a number from 0; up to 1 means no guidance"));
         }
         let guided = defaults.guides(self.guidance);
         if !(0.0..=1.0).contains(&self.guidance_rescale) {
-            return Err(refused("--guidance-rescale", self.guidance_rescale, "expected 0 (none) to 1"));
+            return Err(refused("guidance_rescale", self.guidance_rescale, "expected 0 (none) to 1"));
         }
         let unguided = match defaults.embeds_guidance {
             true => "has no effect with this model, which is told its guidance scale".to_string(),
-            false => format!("has no effect with --guidance {}; up to 1 there is no guidance", self.guidance),
+            false => format!("has no effect with request.guidance {}; up to 1 there is no guidance", self.guidance),
         };
         if self.guidance_rescale > 0.0 && !guided {
-            return Err(refused("--guidance-rescale", self.guidance_rescale, unguided));
+            return Err(refused("guidance_rescale", self.guidance_rescale, unguided));
         }
         if let Some(negative) = self.negative_prompt.as_ref().filter(|text| !text.is_empty())
             && defaults.embeds_guidance
         {
-            return Err(refused("--negative", format!("{negative:?}"), unguided));
+            return Err(refused("negative_prompt", format!("{negative:?}"), unguided));
         }
         let stages = self.resolve_stages(native, factor, defaults)?;
         let steps = stages.iter().map(|stage| stage.steps).sum();
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
             return Err(refused(
-                "--steps",
+                "steps",
                 asked,
-                format!("the --stages have {steps} steps; leave one of the two out"),
+                format!("the request.stages have {steps} steps; leave one of the two out"),
             ));
         }
         let sampler = self.scheduler.or(defaults.sampler);
@@ -184,28 +184,28 @@ impl Request {
         if let Some(last) = self.stages.last() {
             if let Some(size) = self.size.filter(|&size| size != last.size) {
                 return Err(refused(
-                    "--size",
+                    "size",
                     size,
-                    format!("the last of --stages is {}; leave one of the two out", last.size),
+                    format!("the last of request.stages is {}; leave one of the two out", last.size),
                 ));
             }
             return Ok(self.stages.clone());
         }
         let steps = self.steps.unwrap_or(defaults.steps);
         if steps == 0 {
-            return Err(refused("--steps", steps, "expected at least 1"));
+            return Err(refused("steps", steps, "expected at least 1"));
         }
         let (size, native) = match (self.size, native) {
             (Some(size), Some(native)) => (size, native),
             (None, Some(native)) => (self.method.implementation().default_size(native), native),
             (Some(size), None) if !self.method.spec().relays => (size, size),
             (Some(size), None) => {
-                let reason = "the model's configuration has no sample_size to plan stages from; name --stages";
-                return Err(refused("--size", size, reason));
+                let reason = "the model's configuration has no sample_size to plan stages from; name request.stages";
+                return Err(refused("size", size, reason));
             }
             (None, None) => {
-                let reason = "the model's configuration has no sample_size; name the size, or --stages";
-                return Err(refused("--size", "(none)", reason));
+                let reason = "the model's configuration has no sample_size; name the size, or request.stages";
+                return Err(refused("size", "(none)", reason));
             }
         };
         let relay_growth = defaults.relay_growth;
@@ -213,6 +213,6 @@ impl Request {
     }
 }
 
-fn refused(flag: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {
-    Error::Request { flag, value: value.to_string(), reason: reason.into() }
+fn refused(field: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {
+    Error::Request { field, value: value.to_string(), reason: reason.into() }
 }

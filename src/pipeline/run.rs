@@ -83,7 +83,7 @@ impl Pipeline {
     pub fn load_with(source: ModelSource, options: LoadOptions) -> Result<Pipeline> {
         let files = Arc::new(ModelFiles::open(&source)?);
         let scheduler = files.scheduler_config()?.for_latents();
-        files.family().check_scheduler(&files, &scheduler)?;
+        files.family().check_scheduler(&scheduler)?;
         let family = (files.family().open)(&files, &options)?;
         let is_meta = matches!(options.device, Device::Meta(_));
         let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };
@@ -192,13 +192,13 @@ impl Pipeline {
         let SizeIds { original, crop, target } = request.size_ids;
         if !self.family.reads_size_ids() {
             let given = [
-                ("--original-size", original.map(|size| size.to_string())),
-                ("--crop", crop.map(|(x, y)| format!("{x},{y}"))),
-                ("--target-size", target.map(|size| size.to_string())),
+                ("size_ids.original", original.map(|size| size.to_string())),
+                ("size_ids.crop", crop.map(|(x, y)| format!("{x},{y}"))),
+                ("size_ids.target", target.map(|size| size.to_string())),
             ];
-            if let Some((flag, value)) = given.into_iter().find_map(|(flag, value)| Some((flag, value?))) {
+            if let Some((field, value)) = given.into_iter().find_map(|(field, value)| Some((field, value?))) {
                 let reason = format!("has no effect with {}, which is told no sizes; SDXL is", self.name);
-                return Err(Error::Request { flag, value, reason });
+                return Err(Error::Request { field, value, reason });
             }
         }
         request.resolve(&self.scheduler, self.native_size(), self.family.space().factor(), self.defaults)
@@ -283,9 +283,9 @@ impl Pipeline {
     fn batch(&self, rung: Option<usize>, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
         if let Some(other) = requests.iter().find(|other| !other.fits_into_batch_of(first)) {
-            let (flag, value) = ("--batch", format!("with the prompt {:?}", other.prompt));
+            let (field, value) = ("batch", format!("with the prompt {:?}", other.prompt));
             let reason = "pictures of one batch differ in prompt, negative prompt and seed alone".into();
-            return Err(Error::Request { flag, value, reason });
+            return Err(Error::Request { field, value, reason });
         }
         let run = self.resolve(first)?;
         let Watch { observer, first: first_index } = watch;

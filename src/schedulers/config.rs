@@ -74,7 +74,7 @@ impl FromStr for SigmaSpacing {
     type Err = Error;
     fn from_str(s: &str) -> Result<SigmaSpacing> {
         SigmaSpacing::ALL.into_iter().find(|spacing| spacing.name() == s).ok_or_else(|| Error::Request {
-            flag: "--sigmas",
+            field: "sigmas",
             value: s.into(),
             reason: "expected uniform, karras or exponential".into(),
         })
@@ -236,7 +236,7 @@ impl SchedulerConfig {
             _ => String::new(),
         };
         Some(format!(
-            "{}: the model's sampler, {}{algorithm}, is not available here; {sampler} runs instead (--scheduler chooses)",
+            "{}: the model's sampler, {}{algorithm}, is not available here; {sampler} runs instead (request.scheduler chooses)",
             self.what, self.class_name
         ))
     }
@@ -285,7 +285,7 @@ impl SchedulerConfig {
         self.class_name == "EulerAncestralDiscreteScheduler" && self.timestep_spacing == Some(Spacing::Trailing)
     }
 
-    /// With the noise levels spaced as the user asks (`--sigmas`); `None` leaves the choice to the file.
+    /// With the noise levels spaced as the user asks (`request.sigmas`); `None` leaves the choice to the file.
     pub fn with_sigmas(self, sigmas: Option<SigmaSpacing>) -> SchedulerConfig {
         SchedulerConfig { requested_sigmas: sigmas, ..self }
     }
@@ -294,7 +294,7 @@ impl SchedulerConfig {
         self.prediction_type.unwrap_or(Prediction::Epsilon)
     }
 
-    pub(super) fn error(&self, reason: impl Into<String>) -> Error {
+    pub(crate) fn error(&self, reason: impl Into<String>) -> Error {
         Error::config(&self.what, reason)
     }
 
@@ -328,7 +328,7 @@ impl SchedulerConfig {
         if let Some(requested) = self.requested_sigmas {
             if requested != SigmaSpacing::Uniform && !sampler.has_sigmas() {
                 let reason = format!("has no effect with {sampler}; it is for samplers that run on a list of sigmas");
-                return Err(Error::Request { flag: "--sigmas", value: requested.to_string(), reason });
+                return Err(Error::Request { field: "sigmas", value: requested.to_string(), reason });
             }
             return Ok(requested);
         }
@@ -341,7 +341,9 @@ impl SchedulerConfig {
             ("use_flow_sigmas", self.use_flow_sigmas),
         ];
         if let Some((key, _)) = unsupported.into_iter().find(|(_, value)| *value == Some(true)) {
-            return Err(self.error(format!("{key} true is not supported; set it to false, or use --sigmas karras")));
+            return Err(
+                self.error(format!("{key} true is not supported; set it to false, or use request.sigmas karras"))
+            );
         }
         match (self.use_karras_sigmas.unwrap_or(false), self.use_exponential_sigmas.unwrap_or(false)) {
             (true, true) => Err(self.error("use_karras_sigmas and use_exponential_sigmas are both true; choose one")),
@@ -463,11 +465,11 @@ impl SchedulerConfig {
             Sampler::Deis => Ok(()),
             Sampler::Ddpm => match self.variance_type.as_deref() {
                 None | Some("fixed_small" | "fixed_small_log" | "fixed_large") => Ok(()),
-                Some(other) => unsupported("variance_type", other, "use --scheduler ddim"),
+                Some(other) => unsupported("variance_type", other, "use request.scheduler ddim"),
             },
             Sampler::Ddim | Sampler::Heun | Sampler::Lcm => Ok(()),
             Sampler::EulerAncestral | Sampler::Pndm if self.prediction() == Prediction::Sample => {
-                unsupported("prediction_type", "sample", "use --scheduler ddim or euler")
+                unsupported("prediction_type", "sample", "use request.scheduler ddim or euler")
             }
             Sampler::EulerAncestral => Ok(()),
             Sampler::Pndm if self.class_name == "PNDMScheduler" && self.skip_prk_steps != Some(true) => {

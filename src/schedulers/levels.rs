@@ -19,7 +19,7 @@ impl Levels {
         let n = config.num_train_timesteps;
         let refuse = |most: usize, reason: &str| {
             Err(Error::Request {
-                flag: "--steps",
+                field: "steps",
                 value: steps.to_string(),
                 reason: format!("expected 1 to {most}, {reason}"),
             })
@@ -96,7 +96,7 @@ impl Levels {
             && let Some(i) = listed.windows(2).position(|pair| pair[0] <= pair[1])
         {
             return Err(config.error(format!(
-                "steps {} and {} of {steps} have the same noise level, {}, on which {sampler} cannot step; use fewer --steps, or final_sigmas_type zero",
+                "steps {} and {} of {steps} have the same noise level, {}, on which {sampler} cannot step; use fewer request.steps, or final_sigmas_type zero",
                 i + 1,
                 i + 2,
                 sigmas[i]
@@ -112,7 +112,8 @@ fn flow(config: &SchedulerConfig, steps: usize) -> Result<Levels> {
     let (n, shift) = (config.num_train_timesteps, config.shift());
     let smallest = f64::from(shifted(1.0 / n as f64, shift) as f32);
     let mut sigmas: Vec<f64> = (0..steps).map(|i| shifted(1.0 + ramp(i, steps) * (smallest - 1.0), shift)).collect();
-    if let Some(terminal) = config.shift_terminal() {
+    // A single step begins with noise alone, which no stretching moves.
+    if let Some(terminal) = config.shift_terminal().filter(|_| steps > 1) {
         let stretch = (1.0 - terminal) / (1.0 - sigmas[steps - 1]);
         sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - (1.0 - *sigma) * stretch);
     }

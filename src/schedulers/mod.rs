@@ -121,7 +121,7 @@ impl FromStr for Sampler {
     fn from_str(s: &str) -> Result<Sampler> {
         Sampler::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| {
             let names = Sampler::ALL.map(Sampler::name).join(", ");
-            Error::Request { flag: "--scheduler", value: s.into(), reason: format!("expected one of {names}") }
+            Error::Request { field: "scheduler", value: s.into(), reason: format!("expected one of {names}") }
         })
     }
 }
@@ -172,12 +172,12 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`Error::Config`], naming the configuration's file: a key the sampler does not support, betas out of range;
-    /// [`Error::Request`]: `--steps`, `--eta` or `--sigmas` out of range or without effect.
+    /// [`Error::Request`]: `steps`, `eta` or `sigmas` out of range or without effect.
     pub fn new(config: &SchedulerConfig, sampler: Sampler, steps: usize, eta: f64) -> Result<Scheduler> {
         config.check_for(sampler)?;
         if !(0.0..=1.0).contains(&eta) || (eta != 0.0 && sampler != Sampler::Ddim) {
             let reason = "expected 0 to 1, and 0 for samplers other than ddim".to_string();
-            return Err(Error::Request { flag: "--eta", value: eta.to_string(), reason });
+            return Err(Error::Request { field: "eta", value: eta.to_string(), reason });
         }
         let schedule = NoiseSchedule::new(config, sampler)?;
         let levels = Levels::new(config, sampler, &schedule, steps)?;
@@ -208,14 +208,18 @@ impl Scheduler {
         let first = self.timesteps()[0] as usize;
         match self.schedule.abar.get(first) {
             None => Err(config.error(format!(
-                "steps_offset {} puts the first of {} steps at timestep {first}, beyond the {} trained ones; use fewer --steps",
+                "steps_offset {} puts the first of {} steps at timestep {first}, beyond the {} trained ones; use fewer request.steps",
                 config.steps_offset,
                 self.timesteps().len(),
                 self.schedule.abar.len()
             ))),
-            Some(&abar) if abar <= 0.0 && self.prediction == Prediction::Epsilon => Err(config.error(
-                "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type epsilon says nothing about the picture and its clean sample is a division by 0; expected prediction_type v_prediction, timestep_spacing leading, or --scheduler euler, dpm++-2m or unipc, which begin at sigma 4096",
-            )),
+            Some(&abar) if abar <= 0.0 && self.prediction == Prediction::Epsilon => {
+                // LCM has its own spacing.
+                let spacing = if self.sampler == Sampler::Lcm { "" } else { "timestep_spacing leading, " };
+                Err(config.error(format!(
+                    "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type epsilon says nothing about the picture and its clean sample is a division by 0; expected prediction_type v_prediction, {spacing}or request.scheduler euler, dpm++-2m or unipc, which begin at sigma 4096"
+                )))
+            }
             Some(_) => Ok(()),
         }
     }

@@ -317,8 +317,8 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
     }
 }
 
-/// Every sampler's recorded steps, history and double evaluations included, across a relay, against the cpu's. The second
-/// picture replays the first one's steps, whose history then still holds what the first one left.
+/// Every sampler's recorded steps, history and double evaluations included, across a relay, against the cpu's. Of those with a
+/// history a second picture replays the first one's steps, whose history then still holds what the first one left.
 #[test]
 fn every_sampler_makes_the_cpus_pictures() {
     for device in cards() {
@@ -330,7 +330,11 @@ fn every_sampler_makes_the_cpus_pictures() {
         for &sampler in Sampler::ALL.iter().filter(|&&sampler| sampler != Sampler::FlowEuler) {
             let (scheduler, prompt) = (Some(sampler), "a photo of a cat".to_string());
             let request = Request { stages: stages.clone(), scheduler, prompt, guidance: 2.0, ..Request::default() };
-            for seed in [0, 1] {
+            let keeps = !matches!(
+                sampler,
+                Sampler::Ddim | Sampler::Ddpm | Sampler::Euler | Sampler::EulerAncestral | Sampler::Lcm
+            );
+            for seed in if keeps { 0..2 } else { 0..1 } {
                 let request = Request { seed, ..request.clone() };
                 let [mut got, mut want] = [Dump::default(), Dump::default()];
                 card.generate(&request, &mut got).unwrap();
@@ -369,8 +373,8 @@ fn varied(scheduler: &str, unet: Option<&str>) -> tempfile::TempDir {
 /// picture with other numbers has recorded, and near the cpu's.
 #[test]
 fn thresholds_rescaled_and_embedded_guidance_are_replayed() {
-    const THRESHOLDING: &str = r#"{"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2",
-        "thresholding": true, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.0}"#;
+    const THRESHOLDING: &str = r#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "thresholding": true, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.0}"#;
     const LCM: &str = r#"{"_class_name": "LCMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
         "beta_schedule": "scaled_linear"}"#;
     let thresholded = varied(THRESHOLDING, None);
@@ -378,11 +382,11 @@ fn thresholds_rescaled_and_embedded_guidance_are_replayed() {
     let told = varied(LCM, Some("unet-options/guidance-embedding"));
     let stages = ["8x8:4", "12x8:3"].map(|stage| stage.parse().unwrap()).to_vec();
     let base = Request { prompt: "a cat".into(), stages, count: 2, batch: 2, seed: 3, ..Request::default() };
-    let plus = Request { method: MegaFusion::plus().into(), guidance: 3.0, ..base.clone() };
+    let plus = Request { method: MegaFusion::plus().into(), guidance: 2.0, ..base.clone() };
     let multistep = Request { scheduler: Some(Sampler::UniPc), ..plus.clone() };
     let rescaled = Request { guidance_rescale: 0.7, ..plus.clone() };
     let runs = [(&thresholded, plus), (&thresholded, multistep), (&thresholded, rescaled), (&told, base)];
-    let other = |request: &Request| Request { guidance: request.guidance + 2.0, seed: 8, ..request.clone() };
+    let other = |request: &Request| Request { guidance: request.guidance + 1.0, seed: 8, ..request.clone() };
     for device in cards() {
         for (dir, request) in &runs {
             let load =

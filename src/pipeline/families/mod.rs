@@ -116,18 +116,17 @@ impl FamilySpec {
     }
 
     /// # Errors
-    /// [`Error::Config`]: the scheduler is not of such models.
-    pub fn check_scheduler(&self, files: &ModelFiles, scheduler: &SchedulerConfig) -> Result<()> {
+    /// [`Error::Config`], naming the scheduler's file: it is not of such models.
+    pub fn check_scheduler(&self, scheduler: &SchedulerConfig) -> Result<()> {
         if scheduler.is_flow_matching() == self.flow_matching {
             return Ok(());
         }
-        let (class, family) = (scheduler.class_name(), self.name);
-        let class = if class.is_empty() { "of no class" } else { class };
-        let (found, trained) = match self.flow_matching {
+        let class = if scheduler.class_name().is_empty() { "a file without a class" } else { scheduler.class_name() };
+        let (is, trained) = match self.flow_matching {
             true => ("is not for flow matching", "by flow matching"),
             false => ("is for models trained by flow matching (SD3, Flux)", "on a table of betas"),
         };
-        misfit(files, format!("the scheduler, {class}, {found}, but {family} is trained {trained}"))
+        Err(scheduler.error(format!("{class} {is}, and {} is trained {trained}", self.name)))
     }
 
     pub fn part(&self, folder: &str) -> Option<&'static Part> {

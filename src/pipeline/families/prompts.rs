@@ -96,9 +96,9 @@ impl TextEncoder {
         let layers = self.layers;
         let hidden = options.clip_skip.unwrap_or(output.hidden);
         if options.clip_skip.is_some_and(|hidden| !(1..=layers).contains(&hidden)) {
-            let (flag, value) = ("--clip-skip", hidden.to_string());
+            let (field, value) = ("text.clip_skip", hidden.to_string());
             let reason = format!("expected 1 (the last layer) to {layers}, the layers of the text encoder");
-            return Err(Error::Request { flag, value, reason });
+            return Err(Error::Request { field, value, reason });
         }
         let mut all = Vec::new();
         for prompt in prompts {
@@ -143,7 +143,7 @@ impl TextEncoder {
             && let Some(piece) = syntax_hint(text)
         {
             warn(&format!(
-                "the {what} has {piece:?}, which is read as words; --prompt-syntax a1111 gives it its meaning"
+                "the {what} has {piece:?}, which is read as words; request.text.syntax a1111 gives it its meaning"
             ));
         }
     }
