@@ -17,7 +17,7 @@ struct Case {
     dilation: usize,
     padding: [usize; 4],
     resize_to: Option<[usize; 2]>,
-    /// Of the on-load norm, 0 for none.
+    /// Of the norm, 0 for none.
     groups: usize,
     silu: bool,
     bias: bool,
@@ -222,15 +222,6 @@ fn every_fused_option_alone_and_together() {
         Case { channels: [8, 24], outputs: 24, ..TOGETHER },
     ];
     run_all(&cases);
-    // The other choice of where the input is normalised than the table's.
-    for case in cases.iter().filter(|case| case.groups > 0) {
-        for norm_on_load in [true, false] {
-            let variant = Variant { norm_on_load: Some(norm_on_load), ..Variant::default() };
-            for (card, dtype) in cards().iter().flat_map(|card| DType::FLOATS.map(|dtype| (card, dtype))) {
-                ops::with_variant(variant, || run(card, case, dtype));
-            }
-        }
-    }
 }
 
 /// Every image finds the row of its own step and of its conditioning, however many of either there are; with the sums in

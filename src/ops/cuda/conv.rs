@@ -13,17 +13,6 @@ use crate::runtime::{DType, Device, Tensor};
 /// `kJoinThreads` of conv2d.cu.
 const JOIN_THREADS: usize = 256;
 
-/// Where the input is normalised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Norm {
-    /// Nowhere.
-    None,
-    /// By the convolution, with statistics that are gathered before.
-    OnLoad,
-    /// By the group norm's own kernels, into a scratch tensor.
-    Pass,
-}
-
 /// `StepRows` of conv2d.cu.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -49,9 +38,8 @@ impl KernelStepRows {
 /// The launches that a convolution is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    norm: Norm,
-    /// Groups of the norm.
-    groups: usize,
+    /// Groups of the norm, which the group norm's own kernels apply before, into a scratch tensor.
+    norm: Option<usize>,
     /// Of the input, as stored.
     dims: [usize; 4],
     splits: usize,
@@ -65,31 +53,17 @@ impl Plan {
         let dims = [g.images, g.stored[0], g.stored[1], g.channels];
         let pixels = g.output[0] * g.output[1];
         let taps = g.kernel[0] * g.kernel[1];
-        let norm = match args.norm {
-            // Without values there is only padding.
-            Some(norm) if dims.iter().all(|&size| size > 0) => {
-                if tiles::norm_on_load(taps, norm.silu) {
-                    Norm::OnLoad
-                } else {
-                    Norm::Pass
-                }
-            }
-            _ => Norm::None,
-        };
+        // Without values there is only padding.
+        let norm = args.norm.map(|norm| norm.groups).filter(|_| dims.iter().all(|&size| size > 0));
         let splits = tiles::splits(pixels, g.outputs, taps * g.channels);
-        let groups = args.norm.map_or(1, |norm| norm.groups);
-        Plan { norm, groups, dims, splits, m: g.images * pixels, outputs: g.outputs }
+        Plan { norm, dims, splits, m: g.images * pixels, outputs: g.outputs }
     }
 
     pub fn launches(&self) -> u64 {
         if self.m * self.outputs == 0 {
             return 0;
         }
-        let norm = match self.norm {
-            Norm::None => 0,
-            Norm::OnLoad => Statistics::launches(self.dims, self.groups),
-            Norm::Pass => norm::group_norm_launches(self.dims, self.groups),
-        };
+        let norm = self.norm.map_or(0, |groups| norm::group_norm_launches(self.dims, groups));
         norm + 1 + u64::from(self.splits > 1)
     }
 }
@@ -111,15 +85,10 @@ impl Scratch {
         if plan.m * plan.outputs == 0 {
             return Ok(scratch);
         }
-        let statistics_apart = match plan.norm {
-            Norm::None => false,
-            Norm::OnLoad => true,
-            Norm::Pass => norm::group_norm_launches(plan.dims, plan.groups) > 1,
-        };
-        if statistics_apart {
-            scratch.statistics = Some(Statistics::uninit(device, plan.dims, plan.groups)?);
-        }
-        if plan.norm == Norm::Pass {
+        if let Some(groups) = plan.norm {
+            if norm::group_norm_launches(plan.dims, groups) > 1 {
+                scratch.statistics = Some(Statistics::uninit(device, plan.dims, groups)?);
+            }
             scratch.normalised = Some(Tensor::uninit(device, &plan.dims, dtype)?);
         }
         if plan.splits > 1 {
@@ -203,23 +172,8 @@ pub fn conv2d(
         return Ok(());
     }
     let (dtype, weight) = (y.dtype(), args.weight);
-    let mut on_load = None;
-    if let Some(conv_norm) = args.norm {
-        let args = conv_norm.of(args.x);
-        match plan.norm {
-            Norm::None => {}
-            Norm::OnLoad => {
-                if let Some(statistics) = &mut scratch.statistics {
-                    statistics.compute(device, &args, plan.dims)?;
-                    on_load = Some((&statistics.values, conv_norm));
-                }
-            }
-            Norm::Pass => {
-                if let Some(normalised) = &mut scratch.normalised {
-                    norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?;
-                }
-            }
-        }
+    if let (Some(norm), Some(normalised)) = (args.norm, &mut scratch.normalised) {
+        norm::group_norm(device, &norm.of(args.x), plan.dims, scratch.statistics.take(), normalised)?;
     }
     let (a, b) = match &scratch.normalised {
         Some(normalised) => (normalised, None),
@@ -243,7 +197,7 @@ pub fn conv2d(
     let tile = tiles::pick(&Product {
         dtype,
         size: [plan.m * plan.splits, g.outputs, k / plan.splits],
-        chunks: wide.x && wide.weight && on_load.is_none(),
+        chunks: wide.x && wide.weight,
         card: Card::of(device),
     });
     let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
@@ -252,8 +206,6 @@ pub fn conv2d(
     let conv_entry = entry(&format!("conv2d_{}", tile.name), dtype);
     let pointer = DevicePtr::or_null;
     let partial = pointer(scratch.partial.as_ref());
-    let norm = on_load.map(|(_, norm)| norm);
-    let group_channels = norm.map_or(1, |norm| g.channels / norm.groups);
     let step = pointer(args.row.map(|row| row.step.tensor()));
     let step_rows = KernelStepRows::new(args.row, g.images)?;
     // SAFETY: arguments as the entry has them; the op checked that they fit together, `wide` says what is aligned; the
@@ -268,11 +220,6 @@ pub fn conv2d(
                 partial,
                 a.cuda(),
                 pointer(b),
-                pointer(on_load.map(|(statistics, _)| statistics)),
-                pointer(norm.map(|norm| norm.gamma)),
-                pointer(norm.map(|norm| norm.beta)),
-                group_channels as i32,
-                i32::from(norm.is_some_and(|norm| norm.silu)),
                 weight.cuda(),
                 pointer(args.bias),
                 pointer(table),
