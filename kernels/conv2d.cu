@@ -3,21 +3,16 @@
 //   [O, kh, kw, C]; no im2col buffer: a thread finds its rows' pixels when it comes to a new tap, else adds 64 bytes.
 //   x is one source [N, H, W, Ca], or two side by side (a skip connection), the second [N, H, W, Cb], C = Ca + Cb.
 //   resize: nearest neighbour, pixel i of the input is stored pixel i * H / Hin; padding is zeros around the input.
-//   norm: group norm (and SiLU) on load, from the groups' statistics [N, G]; the general kernel only. Padding zeros are
-//   zeros of the normalised input.
-//   y, x, weight, gamma, beta, bias, row, residual: T = f32 | f16 | bf16; statistics (with gamma and beta), bias, row,
-//   residual may be null. y overlaps nothing.
+//   y, x, weight, bias, row, residual: T = f32 | f16 | bf16; bias, row, residual may be null. y overlaps nothing.
 //   row: a table [steps * rows, O] with `rows` conditioning rows a step; `step` [images] on the device, so that a captured
 //   graph replays for every step: image n of N reads r(n) = step[n % images] * rows + n / (N / rows), where it lies.
 // Compute bound: 2 M O K flops; bytes at best x, weight, residual and y once (3x3: eight of nine taps read x from L2).
-// Sums and what is added to them in f32, one rounding at the store; a value normalised on load is rounded to T.
+// Sums and what is added to them in f32, one rounding at the store.
 // Launch: conv2d_<tile>_<dtype>, grid (ceil(M / kM) * ceil(O / kN), splits), block Tile::kThreads, dynamic shared memory
 // sizeof(Tile::Shared); src/ops/cuda/tiles.rs has the table. `general` takes any channels and alignment; the others ask
 // that Ca and Cb are multiples of Chunk<T>::kCount and that x and weight are aligned to 16 bytes.
 // splits > 1: block (., s) sums its slices of K into partial[s, M, O] (f32); conv2d_join_<dtype> adds the parts in order.
 #include "common/gemm.cuh"
-#include "common/math.cuh"
-#include "common/norm.cuh"
 
 // As #[repr(C)] struct KernelGeometry of src/ops/cuda/conv.rs.
 struct ConvGeometry {
@@ -48,12 +43,6 @@ template <class T>
 struct ConvSource {
     const T* a;
     const T* b;
-    // On-load norm, or null: {mean, 1 / sqrt(var + eps)} [N, G], gamma and beta [C], groups of group_channels.
-    const float2* statistics;
-    const T* gamma;
-    const T* beta;
-    int group_channels;
-    bool silu;
 };
 
 // A thread's output pixels, one a row, and where it is in K.
@@ -67,8 +56,7 @@ struct ConvRows {
     int tap_y, tap_x, channel;
     bool in_b;
     const T* from[kRows];  // null: zeros
-    // general: its chunk's first value of K; groups of the norm
-    int k, groups;
+    int k;                 // general: its chunk's first value of K
 };
 
 // Pixel of the image, as stored, under tap (tap_y, tap_x) of row i; false: padding, or no such row.
@@ -135,10 +123,8 @@ DEVICE ConvRows<typename Tile::T, Tile::kRowsA> conv_rows(const ConvSource<typen
         r.x0[i] = pixel % g.output_width * g.stride - g.left;
     }
     r.k = slice * Tile::kSlice + threadIdx.x % kRowChunks * Tile::kChunkValues;
-    const int channels = g.channels_a + g.channels_b;
-    if constexpr (Tile::kGeneral) {
-        r.groups = channels / x.group_channels;
-    } else {
+    if constexpr (!Tile::kGeneral) {
+        const int channels = g.channels_a + g.channels_b;
         const int tap = r.k / channels;
         r.tap_y = tap / g.kernel_width;
         r.tap_x = tap % g.kernel_width;
@@ -165,23 +151,6 @@ DEVICE void copy_async(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile
     }
 }
 
-// Group of a channel, and the channels from it to the group's end.
-struct Group {
-    int index, left;
-};
-template <class T>
-DEVICE Group group_of(const ConvSource<T>& x, int channel) {
-    const int index = channel / x.group_channels;
-    return {index, (index + 1) * x.group_channels - channel};
-}
-
-// A value of channel `channel`, normalised and rounded to T; `statistics`: of its group in its image.
-template <class T>
-DEVICE T normalised(const ConvSource<T>& x, float2 statistics, int channel, T value) {
-    const float z = normalise(to_f32(value), statistics, to_f32(x.gamma[channel]), to_f32(x.beta[channel]));
-    return from_f32<T>(x.silu ? silu(z) : z);
-}
-
 // The tap and the channel (over both sources) of value k of K.
 struct KPlace {
     int tap_y, tap_x, channel;
@@ -198,7 +167,6 @@ DEVICE void load_wide(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile:
     using T = typename Tile::T;
     const KPlace at = k_place(r.g, r.k);
     const bool inside_k = GUARD(at.tap_y < r.g.kernel_height), in_b = at.channel >= r.g.channels_a;
-    const Group first = group_of(r.x, at.channel);
     UNROLL
     for (int i = 0; i < kRows; i++) {
         to[i] = Chunk<T>{};
@@ -207,15 +175,6 @@ DEVICE void load_wide(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile:
             const T* from = in_b ? r.x.b + pixel * r.g.channels_b + (at.channel - r.g.channels_a)
                                  : r.x.a + pixel * r.g.channels_a + at.channel;
             to[i] = *reinterpret_cast<const Chunk<T>*>(from);
-            if (r.x.statistics != nullptr) {
-                const float2* statistics = r.x.statistics + int64_t(r.image[i]) * r.groups;
-                Group group = first;
-                UNROLL
-                for (int e = 0; e < Chunk<T>::kCount; e++) {
-                    to[i].v[e] = normalised(r.x, statistics[group.index], at.channel + e, to[i].v[e]);
-                    if (--group.left == 0) group = {group.index + 1, r.x.group_channels};
-                }
-            }
         }
     }
     r.k += Tile::kSlice;
@@ -227,7 +186,6 @@ DEVICE void fill(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile::T>* 
     for (int e = 0; e < Tile::kChunkValues; e++) {
         const KPlace at = k_place(r.g, r.k + e);
         const bool inside_k = GUARD(at.tap_y < r.g.kernel_height), in_b = at.channel >= r.g.channels_a;
-        const int group = group_of(r.x, at.channel).index;
         UNROLL
         for (int i = 0; i < kRows; i++) {
             T value = from_f32<T>(0.0f);
@@ -235,10 +193,6 @@ DEVICE void fill(ConvRows<typename Tile::T, kRows>& r, Chunk<typename Tile::T>* 
             if (find_pixel(r, i, at.tap_y, at.tap_x, pixel) && inside_k) {
                 value = in_b ? r.x.b[pixel * r.g.channels_b + (at.channel - r.g.channels_a)]
                              : r.x.a[pixel * r.g.channels_a + at.channel];
-                if (r.x.statistics != nullptr) {
-                    const float2 statistics = r.x.statistics[int64_t(r.image[i]) * r.groups + group];
-                    value = normalised(r.x, statistics, at.channel, value);
-                }
             }
             slice[own_place<Tile>(i)].v[e] = value;
         }
@@ -370,12 +324,10 @@ DEVICE void conv2d(const ConvSource<T>& x, const T* weight, const ConvOutput<T>&
 
 #define CONV2D(name, T, min_blocks, ...)                                                                             \
     KERNEL(conv2d_##name, (Tile<T, __VA_ARGS__>::kThreads), min_blocks)                                              \
-    (T* y, float* partial, const T* a, const T* b, const float2* statistics, const T* gamma, const T* beta,        \
-     int group_channels, int silu, const T* weight, const T* bias,                                                    \
-     const T* row, const unsigned* step, StepRows step_rows, const T* residual, float scale, ConvGeometry geometry, \
-     int wide) {                                                                                                     \
+    (T* y, float* partial, const T* a, const T* b, const T* weight, const T* bias, const T* row,                   \
+     const unsigned* step, StepRows step_rows, const T* residual, float scale, ConvGeometry geometry, int wide) {    \
         const auto output = conv_output(y, partial, bias, row, step, step_rows, residual, scale, geometry, wide);  \
-        const ConvSource<T> x = {a, b, statistics, gamma, beta, group_channels, silu != 0};                           \
+        const ConvSource<T> x = {a, b};                                                                              \
         conv2d<Tile<T, __VA_ARGS__>>(x, weight, output, geometry, wide);                                              \
     }                                                                                                                \
     REGISTER_KERNEL(conv2d_##name)

@@ -6,7 +6,7 @@
 //
 // Two ways into shared memory, chosen by the host (src/ops/cuda/tiles.rs):
 //   async    every 16-byte chunk of a row is aligned and whole: cp.async, kStages - 1 slices ahead
-//   general  any alignment, any K, or values that change on the way (a norm on load): through registers
+//   general  any alignment, any K: through registers
 //
 // An element's sum runs over k in ascending order, 16 at a time (mma) or one at a time (FMA), whatever the tile: every
 // variant gives the same bits, and a row's sums do not depend on the other rows. Zeros beyond K change no sum.

@@ -1,5 +1,4 @@
-// Group norm of an element whose group's statistics are known; the norm's own kernels and a convolution that normalises
-// while loading share it.
+// Group norm of an element whose group's statistics are known.
 #pragma once
 #include "device.cuh"
 

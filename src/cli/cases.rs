@@ -208,10 +208,7 @@ fn convolutions(cases: &mut Vec<Case>) {
     push("dilation 2".into(), Conv { dilation: 2, ..CONV });
     push("two sources, norm silu".into(), Conv { skip: 32, norm: Some(Norm::Silu), ..CONV });
     push("1x1, norm".into(), Conv { kernel: 1, norm: Some(Norm::Plain), ..CONV });
-    for (name, on_load) in [("on load", true), ("in a pass", false)] {
-        let variant = Some(Variant { norm_on_load: Some(on_load), ..Variant::default() });
-        push(format!("norm silu {name}"), Conv { norm: Some(Norm::Silu), variant, ..CONV });
-    }
+    push("norm silu".into(), Conv { norm: Some(Norm::Silu), ..CONV });
     push("resized to 18x22".into(), Conv { resize_to: Some([18, 22]), ..CONV });
     push("row, residual, scale".into(), Conv { fused: true, ..CONV });
     let splits = Some(Variant { splits: Some(3), ..Variant::default() });

@@ -25,7 +25,7 @@ pub struct Conv2d<'a> {
     pub dilation: usize,
     /// Zeros around the input: top, bottom, left, right.
     pub padding: [usize; 4],
-    /// Group norm (and SiLU) of the input, applied while it is loaded; its statistics are those of `x`.
+    /// Group norm (and SiLU) of the input; its statistics are those of `x`.
     pub norm: Option<ConvNorm<'a>>,
     /// The (normalised) input is resized to this height and width by nearest neighbour (the upsampler's conv).
     pub resize_to: Option<[usize; 2]>,

@@ -17,7 +17,7 @@ struct Case {
     dilation: usize,
     padding: [usize; 4],
     resize_to: Option<[usize; 2]>,
-    /// Of the on-load norm, 0 for none.
+    /// Of the norm, 0 for none.
     groups: usize,
     silu: bool,
     bias: bool,
@@ -223,15 +223,6 @@ fn every_fused_option_alone_and_together() {
         Case { channels: [8, 24], outputs: 24, ..TOGETHER },
     ];
     run_all(&cases);
-    // The other choice of where the input is normalised than the table's.
-    for case in cases.iter().filter(|case| case.groups > 0) {
-        for norm_on_load in [true, false] {
-            let variant = Variant { norm_on_load: Some(norm_on_load), ..Variant::default() };
-            for (card, dtype) in cards().iter().flat_map(|card| DType::FLOATS.map(|dtype| (card, dtype))) {
-                ops::with_variant(variant, || run(card, case, dtype));
-            }
-        }
-    }
 }
 
 /// Every image finds the row of its own step and of its conditioning, however many of either there are; with the sums in
@@ -277,7 +268,7 @@ fn every_tile_matches_f64_and_the_others_bit_for_bit() {
             for splits in [1, 2, 5, 50] {
                 let mut first: Option<Vec<f32>> = None;
                 for tile in ops::tile_names() {
-                    let variant = Variant { tile: Some(tile), splits: Some(splits), ..Variant::default() };
+                    let variant = Variant { tile: Some(tile), splits: Some(splits) };
                     let got = ops::with_variant(variant, || ops::conv2d(args)).unwrap();
                     let what = format!("{device} {tile} splits {splits} {case:?}");
                     assert_close(&got, &want, allowed(&device, case, dtype), &what);

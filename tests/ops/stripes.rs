@@ -1,7 +1,7 @@
 //! Convolutions in stripes: the bits of the whole, wherever the image is cut.
 
 use crate::common::{Random, cards, devices};
-use megafuse::ops::{self, Conv2d, ConvNorm, GroupMoments, GroupStatistics, Source, Stripe, Variant, with_variant};
+use megafuse::ops::{self, Conv2d, ConvNorm, GroupMoments, GroupStatistics, Source, Stripe};
 use megafuse::runtime::{DType, Device, Tensor};
 
 #[derive(Clone, Copy, Debug)]
@@ -119,10 +119,7 @@ fn stripes_have_the_bits_of_the_whole() {
     };
     for (device, case) in devices().into_iter().flat_map(|device| CASES.map(|case| (device.clone(), case))) {
         for dtype in dtypes(&device) {
-            for norm_on_load in [None, Some(true)].into_iter().take(1 + usize::from(case.groups > 0)) {
-                let variant = Variant { norm_on_load, ..Variant::default() };
-                with_variant(variant, || check(&device, &case, dtype));
-            }
+            check(&device, &case, dtype);
         }
     }
 }

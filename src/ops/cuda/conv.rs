@@ -13,17 +13,6 @@ use crate::runtime::{DType, Device, Tensor};
 /// `kJoinThreads` of conv2d.cu.
 const JOIN_THREADS: usize = 256;
 
-/// Where the input is normalised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Norm {
-    /// Nowhere.
-    None,
-    /// By the convolution, with statistics that are gathered before.
-    OnLoad,
-    /// By the group norm's own kernels, into a scratch tensor.
-    Pass,
-}
-
 /// `StepRows` of conv2d.cu.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -49,9 +38,8 @@ impl KernelStepRows {
 /// The launches that a convolution is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    norm: Norm,
-    /// Groups of the norm.
-    groups: usize,
+    /// Groups of the norm, which the group norm's own kernels apply before, into a scratch tensor.
+    norm: Option<usize>,
     /// The statistics of the norm's input are given.
     statistics_given: bool,
     /// Of the input that is there, as stored.
@@ -67,22 +55,12 @@ impl Plan {
         let dims = [g.images, g.held[1] - g.held[0], g.stored[1], g.channels];
         let pixels = g.output[0] * g.output[1];
         let taps = g.kernel[0] * g.kernel[1];
-        let norm = match args.norm {
-            // Without values there is only padding.
-            Some(norm) if dims.iter().all(|&size| size > 0) => {
-                if tiles::norm_on_load(taps, norm.silu) {
-                    Norm::OnLoad
-                } else {
-                    Norm::Pass
-                }
-            }
-            _ => Norm::None,
-        };
+        // Without values there is only padding.
+        let norm = args.norm.map(|norm| norm.groups).filter(|_| dims.iter().all(|&size| size > 0));
         // A stripe's sums are split as the whole image's.
         let splits = tiles::splits(g.whole_output[0] * g.whole_output[1], g.outputs, taps * g.channels);
-        let groups = args.norm.map_or(1, |norm| norm.groups);
         let statistics_given = args.stripe.is_some();
-        Plan { norm, groups, statistics_given, dims, splits, m: g.images * pixels, outputs: g.outputs }
+        Plan { norm, statistics_given, dims, splits, m: g.images * pixels, outputs: g.outputs }
     }
 
     pub fn launches(&self) -> u64 {
@@ -90,11 +68,9 @@ impl Plan {
             return 0;
         }
         let norm = match self.norm {
-            Norm::None => 0,
-            Norm::OnLoad if self.statistics_given => 0,
-            Norm::Pass if self.statistics_given => 1,
-            Norm::OnLoad => Statistics::launches(self.dims, self.groups),
-            Norm::Pass => norm::group_norm_launches(self.dims, self.groups),
+            None => 0,
+            Some(_) if self.statistics_given => 1,
+            Some(groups) => norm::group_norm_launches(self.dims, groups),
         };
         norm + 1 + u64::from(self.splits > 1)
     }
@@ -117,16 +93,10 @@ impl Scratch {
         if plan.m * plan.outputs == 0 {
             return Ok(scratch);
         }
-        let statistics_apart = match plan.norm {
-            Norm::None => false,
-            _ if plan.statistics_given => false,
-            Norm::OnLoad => true,
-            Norm::Pass => norm::group_norm_launches(plan.dims, plan.groups) > 1,
-        };
-        if statistics_apart {
-            scratch.statistics = Some(Statistics::uninit(device, plan.dims, plan.groups)?);
-        }
-        if plan.norm == Norm::Pass {
+        if let Some(groups) = plan.norm {
+            if !plan.statistics_given && norm::group_norm_launches(plan.dims, groups) > 1 {
+                scratch.statistics = Some(Statistics::uninit(device, plan.dims, groups)?);
+            }
             scratch.normalised = Some(Tensor::uninit(device, &plan.dims, dtype)?);
         }
         if plan.splits > 1 {
@@ -217,26 +187,11 @@ pub fn conv2d(
     }
     let (dtype, weight) = (y.dtype(), args.weight);
     let given = args.stripe.and_then(|stripe| stripe.statistics).and_then(GroupStatistics::card);
-    let mut on_load = None;
-    if let Some(conv_norm) = args.norm {
-        let args = conv_norm.of(args.x);
-        match (plan.norm, given) {
-            (Norm::None, _) => {}
-            (Norm::OnLoad, Some(given)) => on_load = Some((given, conv_norm)),
-            (Norm::OnLoad, None) => {
-                if let Some(statistics) = &mut scratch.statistics {
-                    statistics.compute(device, &args, plan.dims)?;
-                    on_load = Some((&statistics.values, conv_norm));
-                }
-            }
-            (Norm::Pass, given) => {
-                if let Some(normalised) = &mut scratch.normalised {
-                    match given {
-                        Some(given) => norm::group_norm_apply(device, &args, plan.dims, given, normalised)?,
-                        None => norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?,
-                    }
-                }
-            }
+    if let (Some(norm), Some(normalised)) = (args.norm, &mut scratch.normalised) {
+        let args = norm.of(args.x);
+        match given {
+            Some(given) => norm::group_norm_apply(device, &args, plan.dims, given, normalised)?,
+            None => norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?,
         }
     }
     let (a, b) = match &scratch.normalised {
@@ -261,7 +216,7 @@ pub fn conv2d(
     let tile = tiles::pick(&Product {
         dtype,
         size: [plan.m * plan.splits, g.outputs, k / plan.splits],
-        chunks: wide.x && wide.weight && on_load.is_none(),
+        chunks: wide.x && wide.weight,
         card: Card::of(device),
     });
     let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
@@ -272,8 +227,6 @@ pub fn conv2d(
     // The kernel counts rows from the image's first; it reads only those held.
     let image = |x: &Tensor| DevicePtr(x.cuda().0.wrapping_sub((g.held[0] * g.stored[1] * pixel_bytes(x)) as u64));
     let partial = pointer(scratch.partial.as_ref());
-    let norm = on_load.map(|(_, norm)| norm);
-    let group_channels = norm.map_or(1, |norm| g.channels / norm.groups);
     let step = pointer(args.row.map(|row| row.step.tensor()));
     let step_rows = KernelStepRows::new(args.row, g.images)?;
     // SAFETY: arguments as the entry has them; the op checked that they fit together, `wide` says what is aligned; the
@@ -288,11 +241,6 @@ pub fn conv2d(
                 partial,
                 image(a),
                 b.map_or(DevicePtr::NULL, image),
-                pointer(on_load.map(|(statistics, _)| statistics)),
-                pointer(norm.map(|norm| norm.gamma)),
-                pointer(norm.map(|norm| norm.beta)),
-                group_channels as i32,
-                i32::from(norm.is_some_and(|norm| norm.silu)),
                 weight.cuda(),
                 pointer(args.bias),
                 pointer(table),

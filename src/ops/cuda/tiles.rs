@@ -29,7 +29,7 @@ pub struct Tile {
     stages: usize,
     /// Blocks a multiprocessor that registers and 164 KiB of shared memory (A100) have room for.
     blocks: usize,
-    /// Takes any alignment and any K, and can normalise on load.
+    /// Takes any alignment and any K.
     general: bool,
 }
 
@@ -130,7 +130,7 @@ pub struct Product {
     pub dtype: DType,
     /// Rows and columns of the result, terms of a sum.
     pub size: [usize; 3],
-    /// All operands are whole 16-byte chunks, aligned, and unchanged on load.
+    /// All operands are whole 16-byte chunks, and aligned.
     pub chunks: bool,
     pub card: Card,
 }
@@ -171,18 +171,6 @@ pub fn splits(pixels: usize, outputs: usize, k: usize) -> usize {
     (BLOCKS / tiles).min(k / TERMS).max(1)
 }
 
-/// Is a convolution's input normalised while it is loaded, or by a pass of its own before?
-///
-/// On load every element is normalised once a tap and once a column of tiles. SiLU takes two of a multiprocessor's 16
-/// special functions a clock: a 64x32 slice 256 clocks, where its product takes 96 (predicted). The pass instead costs a
-/// write and a read of the input, mostly in L2, and a launch: about 12% of a 3x3 convolution of 320 channels
-/// (predicted). So on load for one tap without SiLU, where the pass would be half of the whole and the arithmetic is an
-/// FMA; else the pass. No layer of today's models has such a convolution (a transformer's proj_in is a linear behind a
-/// group norm). `MEGAFUSE_CONV_NORM=load` or `pass` overrides.
-pub fn norm_on_load(taps: usize, silu: bool) -> bool {
-    Variant::current().norm_on_load.unwrap_or(taps == 1 && !silu)
-}
-
 /// Overrides of the table, for research, benches and tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Variant {
@@ -190,8 +178,6 @@ pub struct Variant {
     pub tile: Option<&'static str>,
     /// conv2d: parts of a sum.
     pub splits: Option<usize>,
-    /// conv2d: normalise on load, or in a pass before.
-    pub norm_on_load: Option<bool>,
 }
 
 thread_local! {
@@ -211,7 +197,7 @@ pub fn with_variant<R>(variant: Variant, f: impl FnOnce() -> R) -> R {
 }
 
 impl Variant {
-    /// Of [`with_variant`], else of the environment: `MEGAFUSE_TILE`, `MEGAFUSE_CONV_SPLITS`, `MEGAFUSE_CONV_NORM`.
+    /// Of [`with_variant`], else of the environment: `MEGAFUSE_TILE`, `MEGAFUSE_CONV_SPLITS`.
     fn current() -> Variant {
         static ENVIRONMENT: OnceLock<Variant> = OnceLock::new();
         VARIANT.with(|variant| *variant.borrow()).unwrap_or_else(|| *ENVIRONMENT.get_or_init(Variant::from_environment))
@@ -223,11 +209,6 @@ impl Variant {
         Variant {
             tile: variable("MEGAFUSE_TILE").and_then(|name| tile_names().find(|tile| *tile == name)),
             splits: variable("MEGAFUSE_CONV_SPLITS").and_then(|value| usize::from_str(&value).ok()),
-            norm_on_load: variable("MEGAFUSE_CONV_NORM").and_then(|value| match value.as_str() {
-                "load" => Some(true),
-                "pass" => Some(false),
-                _ => None,
-            }),
         }
     }
 }
@@ -288,12 +269,12 @@ mod tests {
     #[test]
     fn a_variant_overrides_on_its_thread_and_while_it_lasts() {
         let size = [32768, 2560, 320];
-        let variant = Variant { tile: Some("64x128"), splits: Some(3), norm_on_load: Some(true) };
+        let variant = Variant { tile: Some("64x128"), splits: Some(3) };
         with_variant(variant, || {
-            assert_eq!((picked(DType::F16, size), splits(4096, 320, 2880), norm_on_load(9, true)), ("64x128", 3, true));
+            assert_eq!((picked(DType::F16, size), splits(4096, 320, 2880)), ("64x128", 3));
         });
         assert_ne!(picked(DType::F16, size), "64x128");
-        assert_eq!((splits(4096, 320, 2880), norm_on_load(9, true)), (1, false));
+        assert_eq!(splits(4096, 320, 2880), 1);
     }
 
     #[test]
