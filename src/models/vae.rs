@@ -1,9 +1,11 @@
 //! AutoencoderKL of the SD 1.x/2.x family. Kingma & Welling 2013, arXiv:1312.6114; Rombach et al. 2022, arXiv:2112.10752.
 
 mod stripes;
+mod tiles;
 
 use serde_json::{Value, json};
 
+use self::tiles::Tiles;
 use super::config::{JsonConfig, most};
 use super::layers::{Conv2d, Downsample, GroupNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use super::weights::{WeightStore, Weights};
@@ -113,6 +115,10 @@ pub enum Partition {
     /// The finest level in horizontal stripes of so many rows of pixels: the same result, bit for bit. The decoder runs its last
     /// upsampling convolution twice.
     Stripes { rows: usize },
+    /// Square tiles of `side` pixels, each of which shares `overlap` pixels with the next and is blended with it over these:
+    /// another result, without seams but with each tile's own contrast; diffusers' `enable_tiling` with side `sample_size` and
+    /// a quarter of it as overlap. The memory is a tile's. A picture no larger than a tile goes through whole.
+    Tiles { side: usize, overlap: usize },
 }
 
 /// Images to latents and back.
@@ -189,7 +195,7 @@ impl Vae {
         if h == 0 || w == 0 || !h.is_multiple_of(f) || !w.is_multiple_of(f) {
             return Err(Error::shape(OP, "image", image, format!("height and width divisible by {f}")));
         }
-        partition.check(OP)?;
+        partition.check(OP, f)?;
         let quantised = |moments: Tensor| match &self.quant_conv {
             Some(conv) => conv.forward(&moments),
             None => Ok(moments),
@@ -198,6 +204,11 @@ impl Vae {
             Partition::Whole => quantised(self.encoder.forward(image)?),
             Partition::Stripes { rows } => {
                 each_image(image, |image| quantised(self.encoder.forward_in_stripes(image, rows)?))
+            }
+            Partition::Tiles { side, overlap } => {
+                let step = side - overlap;
+                let tiles = Tiles { side, step, result_side: side / f, result_step: step / f };
+                each_image(image, |image| tiles.run(image, |tile| quantised(self.encoder.forward(tile)?)))
             }
         }
     }
@@ -222,7 +233,8 @@ impl Vae {
         if h == 0 || w == 0 {
             return Err(Error::shape(OP, "latent", latent, "a height and width of at least 1"));
         }
-        partition.check(OP)?;
+        let f = self.config.factor();
+        partition.check(OP, f)?;
         let dequantised = |latent: &Tensor| match &self.post_quant_conv {
             Some(conv) => conv.forward(latent),
             None => Ok(latent.clone()),
@@ -232,17 +244,37 @@ impl Vae {
             Partition::Stripes { rows } => {
                 each_image(latent, |latent| self.decoder.forward_in_stripes(&dequantised(latent)?, rows))
             }
+            Partition::Tiles { side, overlap } => {
+                let step = side - overlap;
+                let tiles = Tiles { side: side / f, step: step / f, result_side: side, result_step: step };
+                each_image(latent, |latent| tiles.run(latent, |tile| self.decoder.forward(&dequantised(tile)?)))
+            }
         }
     }
 }
 
 impl Partition {
-    fn check(self, op: &'static str) -> Result<()> {
+    /// `f`: pixels per latent cell and side.
+    fn check(self, op: &'static str, f: usize) -> Result<()> {
         match self {
-            Partition::Whole => Ok(()),
-            Partition::Stripes { rows: 0 } => Err(Error::argument(op, "rows of a stripe", 0, "at least 1")),
-            Partition::Stripes { .. } => Ok(()),
+            Partition::Whole => {}
+            Partition::Stripes { rows } => {
+                if rows == 0 {
+                    return Err(Error::argument(op, "rows of a stripe", rows, "at least 1"));
+                }
+            }
+            Partition::Tiles { side, overlap } => {
+                if side == 0 || !side.is_multiple_of(f) {
+                    let want = format!("at least {f} pixels, a multiple of {f}");
+                    return Err(Error::argument(op, "side of a tile", side, want));
+                }
+                if overlap >= side || !overlap.is_multiple_of(f) {
+                    let want = format!("less than the side, {side}, and a multiple of {f}");
+                    return Err(Error::argument(op, "overlap of tiles", overlap, want));
+                }
+            }
         }
+        Ok(())
     }
 }
 

@@ -95,7 +95,8 @@ pub struct Rung {
     pub passes: Partition,
 }
 
-const TILES: Partition = Partition::Whole;
+/// Tiles of the side that Stable Diffusion 1.x was trained at, with diffusers' overlap of a quarter.
+const TILES: Partition = Partition::Tiles { side: 512, overlap: 128 };
 
 /// Rows of a picture in a stripe, the faster one first.
 const STRIPE_ROWS: [usize; 2] = [128, 32];
@@ -146,6 +147,7 @@ impl Rung {
                 Partition::Stripes { rows } => {
                     format!("the VAE works by stripes of {rows} rows, which gives the same picture")
                 }
+                Partition::Tiles { .. } => "the VAE works by tiles".to_string(),
                 Partition::Whole => "the VAE works on whole pictures".to_string(),
             });
         }
@@ -157,6 +159,7 @@ fn partition_text(partition: Partition) -> String {
     match partition {
         Partition::Whole => "whole".into(),
         Partition::Stripes { rows } => format!("stripes of {rows} rows"),
+        Partition::Tiles { side, overlap } => format!("tiles of {side} pixels that overlap by {overlap}"),
     }
 }
 

@@ -269,7 +269,6 @@ fn vae_decoders() {
     VAE_DECODE.check();
 }
 
-/// With the f16 of a VAE whose configuration says that f16 overflows: it runs in f32.
 #[test]
 fn vae_decoders_in_half_precision() {
     VAE_DECODE.check_half();
