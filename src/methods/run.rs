@@ -1,5 +1,6 @@
 use super::{Method, Size, Stage, check_size};
 use crate::error::{Error, Result};
+use crate::ops::GuidanceScale;
 use crate::schedulers::Scheduler;
 
 /// A run, fully decided and checked: what a method makes pictures by.
@@ -8,7 +9,7 @@ pub struct Run {
     method: Method,
     stages: Vec<Stage>,
     scheduler: Scheduler,
-    guidance: Option<f32>,
+    guidance: Option<Vec<GuidanceScale>>,
     published: PublishedSchedule,
 }
 
@@ -37,7 +38,7 @@ impl PublishedSchedule {
 impl Run {
     /// * `stages`: at least one
     /// * `scheduler`: the base schedule, with as many steps as the stages together
-    /// * `guidance`: classifier-free guidance scale; `None`: the model has no unconditional rows
+    /// * `guidance`: classifier-free guidance scale of every picture; `None`: the model has no unconditional rows
     /// * `factor`: pixels per latent cell, which divides every side
     ///
     /// # Errors
@@ -50,6 +51,7 @@ impl Run {
         guidance: Option<f32>,
         factor: usize,
     ) -> Result<Run> {
+        let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let run = Run { method, stages, scheduler, guidance, published: PublishedSchedule::SD };
         let refuse = |reason: String| Err(Error::Request { flag: "--stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
@@ -70,6 +72,11 @@ impl Run {
     /// With another family's published schedule; without it SD's.
     pub fn published_as(self, published: PublishedSchedule) -> Run {
         Run { published, ..self }
+    }
+
+    /// With guidance of its own for each picture of a batch, where there is guidance.
+    pub fn with_guidance(self, pictures: Vec<GuidanceScale>) -> Run {
+        Run { guidance: self.guidance.map(|_| pictures), ..self }
     }
 
     pub fn published(&self) -> PublishedSchedule {
@@ -105,9 +112,9 @@ impl Run {
         self.stages.iter().flat_map(of_stage).map(|evaluation| evaluation.timestep).collect()
     }
 
-    /// Classifier-free guidance scale; `None`: the model has no unconditional rows.
-    pub fn guidance(&self) -> Option<f32> {
-        self.guidance
+    /// Classifier-free guidance of each picture of a batch, or one for all; `None`: the model has no unconditional rows.
+    pub fn guidance(&self) -> Option<&[GuidanceScale]> {
+        self.guidance.as_deref()
     }
 
     /// `512x512:40,1024x1024:10`

@@ -124,9 +124,7 @@ impl Request {
         if self.count == 0 {
             return Err(refused("--count", self.count, "expected at least 1"));
         }
-        if !self.guidance.is_finite() || self.guidance < 0.0 {
-            return Err(refused("--guidance", self.guidance, "expected a number from 0; up to 1 means no guidance"));
-        }
+        self.check_guidance()?;
         let stages = self.resolve_stages(native, factor, defaults)?;
         let steps = stages.iter().map(|stage| stage.steps).sum();
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
@@ -143,9 +141,19 @@ impl Request {
         Ok(run.published_as(defaults.published))
     }
 
-    /// Without what makes no difference to the cost: words and seed.
+    /// # Errors
+    /// [`Error::Request`]: not a guidance scale.
+    pub(super) fn check_guidance(&self) -> Result<()> {
+        match self.guidance.is_finite() && self.guidance >= 0.0 {
+            true => Ok(()),
+            false => Err(refused("--guidance", self.guidance, "expected a number from 0; up to 1 means no guidance")),
+        }
+    }
+
+    /// Without what makes no difference to the cost: words, seed, and how strong a guidance is.
     pub(super) fn without_words(&self) -> Request {
-        Request { prompt: String::new(), negative_prompt: None, seed: 0, ..self.clone() }
+        let guidance = if self.is_guided() { 2.0 } else { 1.0 };
+        Request { prompt: String::new(), negative_prompt: None, seed: 0, guidance, ..self.clone() }
     }
 
     /// Is there classifier-free guidance, and so a negative prompt?
@@ -153,7 +161,7 @@ impl Request {
         self.guidance > 1.0
     }
 
-    /// Do the two differ in words, seed and counts alone?
+    /// Do the two differ in words, guidance scale, seed and counts alone? One without guidance is no neighbour of one with.
     pub fn fits_into_batch_of(&self, other: &Request) -> bool {
         let alike = |request: &Request| Request { count: 1, batch: 1, ..request.without_words() };
         alike(self) == alike(other)

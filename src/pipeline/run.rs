@@ -9,6 +9,7 @@ use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, Weight
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
+use crate::ops::GuidanceScale;
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
@@ -181,8 +182,9 @@ impl Pipeline {
         Ok(pictures)
     }
 
-    /// One picture per request, in one batch: the requests differ in prompt, negative prompt and seed alone, and each
-    /// picture has the same bytes as when it is made alone. `count` of a request is not read.
+    /// One picture per request, in one batch: the requests differ in prompt, negative prompt, guidance scale and seed alone,
+    /// all with guidance or none, and each picture has the same bytes as when it is made alone. `count` of a request is not
+    /// read.
     ///
     /// # Errors
     /// As [`generate`](Pipeline::generate); [`Error::Request`]: requests that differ in something else.
@@ -226,10 +228,13 @@ impl Pipeline {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
         if let Some(other) = requests.iter().find(|other| !other.fits_into_batch_of(first)) {
             let (flag, value) = ("--batch", format!("with the prompt {:?}", other.prompt));
-            let reason = "pictures of one batch differ in prompt, negative prompt and seed alone".into();
+            let reason =
+                "pictures of one batch differ in prompt, negative prompt, guidance scale and seed alone".into();
             return Err(Error::Request { flag, value, reason });
         }
-        let run = self.resolve(first)?;
+        requests.iter().try_for_each(Request::check_guidance)?;
+        let guidance = requests.iter().map(|request| GuidanceScale { scale: request.guidance, rescale: 0.0 });
+        let run = self.resolve(first)?.with_guidance(guidance.collect());
         self.reserve(first, requests.len())?;
         let Watch { observer, first: first_index } = watch;
         observer.event(&Event::EncodeText);
