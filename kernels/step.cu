@@ -24,14 +24,21 @@ enum Column {
     kColumns = 16
 };
 
-// scale_input: y[r][i] = table[*step].input_scale * x[i], rounded once, for every r < repeats.
-//   y [repeats, count] T   x [count] f32   table [steps, kColumns] f32   step [1]
+// The row of an image: of `step_images` images with a step of their own, which a larger batch repeats.
+//   step [2, step_images]: the steps, then how many each image still takes; 0: it has ended
+DEVICE const float* row(const float* table, const unsigned* step, int64_t image, int step_images) {
+    return table + size_t(step[image % step_images]) * kColumns;
+}
+
+// scale_input: y[r][i] = input_scale * x[i] with the scale of i's image, rounded once, for every r < repeats.
+//   y [repeats, count] T   x [count] f32   table [steps, kColumns] f32   step as above
 // Memory bound: (4 + repeats * sizeof(T)) * count bytes. Launch: grid ceil(count / kThreads), block kThreads.
 template <class T>
-DEVICE void scale_input(T* y, const float* x, const float* table, const unsigned* step, int64_t count, int repeats) {
+DEVICE void scale_input(T* y, const float* x, const float* table, const unsigned* step, int step_images,
+                        int64_t per_image, int64_t count, int repeats) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (GUARD(i < count)) {
-        const T value = from_f32<T>(table[size_t(*step) * kColumns + kInputScale] * x[i]);
+        const T value = from_f32<T>(row(table, step, i / per_image, step_images)[kInputScale] * x[i]);
         for (int r = 0; r < repeats; r++) y[r * count + i] = value;
     }
 }
@@ -51,28 +58,24 @@ struct Output {
     }
 };
 
-// The row of an image: `own_steps`, each stands at its own, else all at the one of step[0].
-DEVICE const float* row(const float* table, const unsigned* step, int64_t image, int own_steps) {
-    return table + size_t(step[own_steps ? image : 0]) * kColumns;
-}
-
-// sampler_step: guidance, x0 and update in one pass, in place.
+// sampler_step: guidance, x0 and update in one pass, in place, for images that have not ended.
 //   e  = (guided ? uncond + scale (cond - uncond) : output[i]) * factor
 //   x0 = clamp(x0_from_x x + x0_from_e e), or with a threshold s clamp to [-s, s], over s
 //   x' = next_from_x x + next_from_e e + next_from_x0 x0 + sum_j next_from_history[j] history[j] + next_from_noise noise
 //   history, if the row keeps: kept_from_x x + kept_from_e e + kept_from_x0 x0 before those that were there
 //   x, x0, noise [count] f32 (noise may be null)   history [depth, count] f32, depth <= 3
-//   guidance [images, 2], factors, thresholds [images] f32, each may be null   step [images] or [1]
+//   guidance [images, 2], factors, thresholds [images] f32, each may be null   step as above
 // Memory bound: (16 or 20) * count + (1 or 2) * sizeof(T) * count bytes, and of the history what the row says.
 // Launch as scale_input.
 template <class T>
 DEVICE void sampler_step(float* x, float* x0, float* history, const Output<T>& output, const float* thresholds,
-                         const float* noise, const float* table, const unsigned* step, int own_steps, int depth,
+                         const float* noise, const float* table, const unsigned* step, int step_images, int depth,
                          int64_t per_image) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, count = output.count;
     if (!GUARD(i < count)) return;
     const int64_t image = i / per_image;
-    const float* k = row(table, step, image, own_steps);
+    if (step[step_images + image % step_images] == 0) return;
+    const float* k = row(table, step, image, step_images);
     const float e = output.at(i, image), now = x[i];
     const float bound = thresholds ? thresholds[image] : k[kClip];
     // NaN stays NaN: neither comparison holds.
@@ -137,7 +140,7 @@ DEVICE void guidance_rescale(float* factors, const T* output, const float* guida
 // Reads x and the output five times, from L2 after the first. Launch: a block of kReduceThreads per image.
 template <class T>
 DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>& output, const float* table,
-                              const unsigned* step, int own_steps, float most, int below, int above, float weight,
+                              const unsigned* step, int step_images, float most, int below, int above, float weight,
                               int per_image) {
     constexpr int kBins = 256, kWarps = kReduceThreads / 32;
     SHARED_STATIC(int, histogram, [kBins]);
@@ -145,7 +148,7 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
     SHARED_STATIC(unsigned, next_larger, [kWarps]);
     SHARED_STATIC(int, at_most, [kWarps]);
     const int64_t image = blockIdx.x, first = image * per_image;
-    const float* k = row(table, step, image, own_steps);
+    const float* k = row(table, step, image, step_images);
     const auto bits = [=](int i) {
         const float clean = k[kX0FromX] * x[first + i] + k[kX0FromE] * output.at(first + i, image);
         return __float_as_uint(clean) & 0x7fffffffu;
@@ -210,16 +213,17 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
 
 #define ENTRIES(T, suffix)                                                                                         \
     KERNEL(scale_input_##suffix, kThreads, 1)                                                                      \
-    (T* y, const float* x, const float* table, const unsigned* step, int64_t count, int repeats) {                 \
-        scale_input<T>(y, x, table, step, count, repeats);                                                         \
+    (T* y, const float* x, const float* table, const unsigned* step, int step_images, int64_t per_image,           \
+     int64_t count, int repeats) {                                                                                 \
+        scale_input<T>(y, x, table, step, step_images, per_image, count, repeats);                                 \
     }                                                                                                              \
     REGISTER_KERNEL(scale_input_##suffix)                                                                          \
     KERNEL(sampler_step_##suffix, kThreads, 1)                                                                     \
     (float* x, float* x0, float* history, const T* output, const float* guidance, const float* factors,            \
-     const float* thresholds, const float* noise, const float* table, const unsigned* step, int own_steps, int depth,\
+     const float* thresholds, const float* noise, const float* table, const unsigned* step, int step_images, int depth,\
      int64_t per_image, int64_t count) {                                                                           \
         const Output<T> guided{output, guidance, factors, count};                                                  \
-        sampler_step<T>(x, x0, history, guided, thresholds, noise, table, step, own_steps, depth, per_image);      \
+        sampler_step<T>(x, x0, history, guided, thresholds, noise, table, step, step_images, depth, per_image);      \
     }                                                                                                              \
     REGISTER_KERNEL(sampler_step_##suffix)                                                                         \
     KERNEL(guidance_rescale_##suffix, kReduceThreads, 1)                                                           \
@@ -229,10 +233,10 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
     REGISTER_KERNEL(guidance_rescale_##suffix)                                                                     \
     KERNEL(dynamic_threshold_##suffix, kReduceThreads, 1)                                                          \
     (float* thresholds, const float* x, const T* output, const float* guidance, const float* factors,              \
-     const float* table, const unsigned* step, int own_steps, float most, int below, int above, float weight,      \
+     const float* table, const unsigned* step, int step_images, float most, int below, int above, float weight,      \
      int per_image, int images) {                                                                                  \
         const Output<T> guided{output, guidance, factors, int64_t(images) * per_image};                            \
-        dynamic_threshold<T>(thresholds, x, guided, table, step, own_steps, most, below, above, weight, per_image);\
+        dynamic_threshold<T>(thresholds, x, guided, table, step, step_images, most, below, above, weight, per_image);\
     }                                                                                                              \
     REGISTER_KERNEL(dynamic_threshold_##suffix)
 
@@ -240,6 +244,11 @@ ENTRIES(float, f32)
 ENTRIES(f16, f16)
 ENTRIES(bf16, bf16)
 
-// advance_step: step [images] += 1, the last launch of a step. Launch: grid (images), one thread a block.
-KERNEL(advance_step, 1, 1)(unsigned* step) { step[blockIdx.x] += 1; }
+// advance_step: the last launch of a step. An image that takes its last one stays there. Launch: grid (images), one thread a
+// block.
+KERNEL(advance_step, 1, 1)(unsigned* step) {
+    unsigned& left = step[gridDim.x + blockIdx.x];
+    if (left > 1) step[blockIdx.x]++;
+    if (left > 0) left--;
+}
 REGISTER_KERNEL(advance_step)

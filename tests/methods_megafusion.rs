@@ -48,7 +48,7 @@ fn output(x: f32, step: usize, j: usize, row: usize) -> f32 {
 
 impl Denoiser for FormulaNetwork {
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let (step, input_scale) = (steps.index().get(0), steps.current()?.input_scale);
+        let (step, input_scale) = (steps.index().get(0), steps.next_row(0).unwrap().input_scale);
         let [_, h, w, _] = x.dims("denoise", "x")?;
         self.calls.lock().unwrap().push((step, Size::new(w, h), input_scale, options.clone()));
         let (values, rows) = (x.to_f32_vec()?, if self.guided { 2 } else { 1 });

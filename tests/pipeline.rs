@@ -520,20 +520,21 @@ fn halves(picture: &Picture, colour: Colour) -> [f64; 2] {
     found.map(|count| count / (picture.rgb.len() / 6) as f64)
 }
 
-/// A picture has the same bytes alone and in a batch, whatever its neighbours' prompts and seeds.
+/// A picture has the same bytes alone and in a batch, whatever its neighbours' prompts, guidance and seeds.
 #[test]
 fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
     for (model, size) in [("sd15", "16x24"), ("sdxl", "16x24")] {
         let pipeline = Pipeline::load(ModelSource::Directory(data().join(model)), Device::cpu(), DType::F32).unwrap();
         for method in [Plain {}.into(), MegaFusion::plus().into()] {
             let base = Request { method, size: Some(size.parse().unwrap()), steps: Some(3), ..Request::default() };
-            let of = |prompt: &str, negative: Option<&str>, seed| Request {
+            let of = |prompt: &str, negative: Option<&str>, seed, guidance| Request {
                 prompt: prompt.into(),
                 negative_prompt: negative.map(String::from),
                 seed,
+                guidance,
                 ..base.clone()
             };
-            let requests = [of("a cat", None, 1), of("two dogs", Some("red"), 7), of("a cat", None, 2)];
+            let requests = [of("a cat", None, 1, 7.0), of("two dogs", Some("red"), 7, 2.5), of("a cat", None, 2, 1.5)];
             let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
             for (request, picture) in requests.iter().zip(&together) {
                 assert!(pipeline.generate(request, &mut Silent).unwrap()[0] == *picture, "{model} {request:?}");
@@ -546,12 +547,15 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
             assert!(counted(1) == counted(2), "{model}");
             assert_eq!(counted(3).iter().map(|picture| picture.seed).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
         }
-        let other = Request { steps: Some(2), ..Request::default() };
-        let error = pipeline.generate_batch(&[Request::default(), other], &mut Silent).unwrap_err().to_string();
-        assert!(
-            error.contains("batch with the prompt") && error.contains("prompt, negative prompt and seed alone"),
-            "{error}"
-        );
+        let guided = |guidance| Request { guidance, ..Request::default() };
+        for other in [Request { steps: Some(2), ..Request::default() }, guided(1.0)] {
+            let error = pipeline.generate_batch(&[Request::default(), other], &mut Silent).unwrap_err().to_string();
+            let want = "prompt, negative prompt, guidance scale and seed alone";
+            assert!(error.contains("batch with the prompt") && error.contains(want), "{error}");
+        }
+        let error =
+            pipeline.generate_batch(&[guided(7.0), guided(f32::INFINITY)], &mut Silent).unwrap_err().to_string();
+        assert!(error.contains("guidance inf"), "{error}");
     }
 }
 

@@ -79,8 +79,10 @@ impl RecordedSteps {
         }
         let device = x.device().clone();
         let parts = || -> Result<_> {
-            let mut table = StepTable::new(&device, rows.to_vec())?.with_thresholding(key.thresholding)?;
-            table.index_mut().set(&[first])?;
+            let [images, ..] = key.sample;
+            let table = StepTable::new(&device, rows.to_vec())?.with_images(images)?;
+            let mut table = table.with_thresholding(key.thresholding)?;
+            table.index_mut().set(&vec![first; images])?;
             let noise = match key.adds_noise {
                 true => Some(Tensor::uninit(&device, &key.sample, DType::F32)?),
                 false => None,

@@ -9,8 +9,7 @@ pub struct Run {
     method: Method,
     stages: Vec<Stage>,
     scheduler: Scheduler,
-    guidance: Option<f32>,
-    guidance_rescale: f32,
+    guidance: Option<Vec<GuidanceScale>>,
     published: PublishedSchedule,
 }
 
@@ -39,7 +38,7 @@ impl PublishedSchedule {
 impl Run {
     /// * `stages`: at least one
     /// * `scheduler`: the base schedule, with as many steps as the stages together
-    /// * `guidance`: classifier-free guidance scale; `None`: the model has no unconditional rows
+    /// * `guidance`: classifier-free guidance scale of every picture; `None`: the model has no unconditional rows
     /// * `factor`: pixels per latent cell, which divides every side
     ///
     /// # Errors
@@ -52,7 +51,8 @@ impl Run {
         guidance: Option<f32>,
         factor: usize,
     ) -> Result<Run> {
-        let run = Run { method, stages, scheduler, guidance, guidance_rescale: 0.0, published: PublishedSchedule::SD };
+        let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
+        let run = Run { method, stages, scheduler, guidance, published: PublishedSchedule::SD };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -69,14 +69,14 @@ impl Run {
         Ok(run)
     }
 
-    /// With the guided output rescaled by `phi`, 0 to 1; without it not.
-    pub fn with_guidance_rescale(self, phi: f32) -> Run {
-        Run { guidance_rescale: phi, ..self }
-    }
-
     /// With another family's published schedule; without it SD's.
     pub fn published_as(self, published: PublishedSchedule) -> Run {
         Run { published, ..self }
+    }
+
+    /// With guidance of its own for each picture of a batch, where there is guidance.
+    pub fn with_guidance(self, pictures: Vec<GuidanceScale>) -> Run {
+        Run { guidance: self.guidance.map(|_| pictures), ..self }
     }
 
     pub fn published(&self) -> PublishedSchedule {
@@ -112,14 +112,9 @@ impl Run {
         self.stages.iter().flat_map(of_stage).map(|evaluation| evaluation.timestep).collect()
     }
 
-    /// Classifier-free guidance scale; `None`: the model has no unconditional rows.
-    pub fn guidance(&self) -> Option<f32> {
-        self.guidance
-    }
-
-    /// Of every image, where there is guidance.
-    pub fn guidance_scale(&self) -> Option<GuidanceScale> {
-        self.guidance.map(|scale| GuidanceScale { scale, rescale: self.guidance_rescale })
+    /// Classifier-free guidance of each picture of a batch, or one for all; `None`: the model has no unconditional rows.
+    pub fn guidance(&self) -> Option<&[GuidanceScale]> {
+        self.guidance.as_deref()
     }
 
     /// `512x512:40,1024x1024:10`

@@ -134,8 +134,11 @@ impl<'a> Sampling<'a> {
         let Stage { size, steps } = stages[index];
         self.watch.begin(Event::Condition { stage: index })?;
         let sample = model.sample_shape(size);
-        let guidance = self.run.guidance_scale().map(|scale| Guidance::new(model.device(), &vec![scale; sample[0]]));
-        let guidance = guidance.transpose()?;
+        let guidance = match self.run.guidance() {
+            None => None,
+            Some(&[one]) => Some(Guidance::new(model.device(), &vec![one; sample[0]])?),
+            Some(images) => Some(Guidance::new(model.device(), images)?),
+        };
         let key = StepKey {
             sample,
             conditioning: model.conditioning_key(),

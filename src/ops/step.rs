@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{CHUNK, scale_cast};
+use super::elementwise::{CHUNK, map};
 use super::{Tensor, by_dtype, bytes_of, cuda, float};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
@@ -11,25 +11,42 @@ use crate::runtime::{DType, Device, Element, OpKind, Work};
 /// Which step of a run each of n images takes next, on the host and on the device: kernels read the device's, so that work
 /// recorded in a graph finds the right row of every table at each replay. A batch of k n images is k times the n images in
 /// their order (with classifier-free guidance: all unconditional, then all conditional), so its image i takes step i mod n.
+///
+/// An image has ended when it has taken its last step: it stays at that step, [`sampler_step`] leaves its samples as they
+/// are, and what is computed for it is not read.
 #[derive(Debug)]
 pub struct StepIndex {
-    /// At least one.
-    host: Vec<usize>,
-    /// `[n]`, u32
+    /// Of each image, at least one.
+    images: Vec<ImageStep>,
+    /// Of a table: its steps, beyond which no image goes.
+    end: Option<usize>,
+    /// `[2, n]`, u32: of each image its step, then of each what is left.
     device: Tensor,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct ImageStep {
+    step: usize,
+    /// How many steps it still takes, this one included; 0: it has ended.
+    left: usize,
+}
+
+impl ImageStep {
+    /// For an index without an end.
+    const FOREVER: usize = u32::MAX as usize;
+
+    fn next(self) -> ImageStep {
+        ImageStep { step: self.step + usize::from(self.left > 1), left: self.left.saturating_sub(1) }
+    }
+}
+
 impl StepIndex {
-    /// The steps of n images that advance together, each from its own.
+    /// The steps of n images, each its own; no image ends.
     ///
     /// # Errors
     /// [`Error::Argument`]: no steps; [`Error::TooLarge`]; [`Error::OutOfMemory`].
     pub fn new(device: &Device, steps: &[usize]) -> Result<StepIndex> {
-        if steps.is_empty() {
-            return Err(Error::argument("StepIndex", "steps", 0, "one for each image, at least one"));
-        }
-        let device = Tensor::from_u32(device, &[steps.len()], &as_u32(steps)?)?;
-        Ok(StepIndex { host: steps.to_vec(), device })
+        StepIndex::ending(device, steps, None)
     }
 
     /// One step for all images of a batch.
@@ -40,61 +57,126 @@ impl StepIndex {
         StepIndex::new(device, &[step])
     }
 
-    /// The images with a step of their own, n.
-    pub fn images(&self) -> usize {
-        self.host.len()
+    fn ending(device: &Device, steps: &[usize], end: Option<usize>) -> Result<StepIndex> {
+        if steps.is_empty() {
+            return Err(Error::argument("StepIndex", "steps", 0, "one for each image, at least one"));
+        }
+        let device = Tensor::uninit(device, &[2, steps.len()], DType::U32)?;
+        let mut index = StepIndex { images: vec![ImageStep { step: 0, left: 0 }; steps.len()], end, device };
+        index.set(steps)?;
+        Ok(index)
     }
 
-    /// The step of image `image` of a batch, whose images 0, n, 2 n, ... are the same one.
+    /// The images with a step of their own, n.
+    pub fn images(&self) -> usize {
+        self.images.len()
+    }
+
+    /// The step of image `image` of a batch, whose images 0, n, 2 n, ... are the same one: its last step when it has ended.
     pub fn get(&self, image: usize) -> usize {
-        self.host[image % self.host.len()]
+        self.images[image % self.images.len()].step
+    }
+
+    /// Has this image taken its last step?
+    pub fn has_ended(&self, image: usize) -> bool {
+        self.images[image % self.images.len()].left == 0
     }
 
     /// The largest of the images' steps.
     pub fn last(&self) -> usize {
-        self.host.iter().copied().max().unwrap_or(0)
+        self.images.iter().map(|image| image.step).max().unwrap_or(0)
     }
 
-    /// `[n]`, u32, on the device.
+    /// `[2, n]`, u32, on the device: the steps, then what is left.
     pub fn tensor(&self) -> &Tensor {
         &self.device
     }
 
-    /// The index on a card stays where it is, so recorded work reads the new steps.
+    /// Every image goes on from its step to the table's end, if there is one; a step at the end: the image has ended. The
+    /// index on a card stays where it is, so recorded work reads the new steps.
     ///
     /// # Errors
-    /// [`Error::Argument`]: other than n steps; [`Error::TooLarge`]; [`Error::Driver`].
+    /// [`Error::Argument`]: other than n steps, a step beyond the end; [`Error::TooLarge`]; [`Error::Driver`].
     pub fn set(&mut self, steps: &[usize]) -> Result<()> {
-        if steps.len() != self.images() {
-            let want = format!("{}, one for each image of the index", self.images());
-            return Err(Error::argument("StepIndex", "steps", steps.len(), want));
+        self.one_per_image("steps", steps)?;
+        let of = |&step: &usize| match self.end {
+            None => Ok(ImageStep { step, left: ImageStep::FOREVER }),
+            Some(end) if step <= end => Ok(ImageStep { step: step.min(end - 1), left: end - step }),
+            Some(end) => {
+                Err(Error::argument("StepIndex", "step", step, format!("at most {end}, the steps of the table")))
+            }
+        };
+        let images = steps.iter().map(of).collect::<Result<_>>()?;
+        self.write(images)
+    }
+
+    /// How many steps every image still takes from where it is, this one included. 0: it takes none and stays, so that the
+    /// others advance without it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: other than n numbers, more than the table has; [`Error::Driver`].
+    pub fn set_left(&mut self, left: &[usize]) -> Result<()> {
+        self.one_per_image("left", left)?;
+        let of = |(image, &left): (&ImageStep, &usize)| {
+            let most = self.end.map_or(ImageStep::FOREVER, |end| end - image.step);
+            if left > most {
+                return Err(Error::argument(
+                    "StepIndex",
+                    "left",
+                    left,
+                    format!("at most {most} from step {}", image.step),
+                ));
+            }
+            Ok(ImageStep { left, ..*image })
+        };
+        let images = self.images.iter().zip(left).map(of).collect::<Result<_>>()?;
+        self.write(images)
+    }
+
+    fn check_images(&self, op: &'static str, images: usize) -> Result<()> {
+        if images.is_multiple_of(self.images()) {
+            return Ok(());
         }
-        self.device.write_u32(&as_u32(steps)?)?;
-        self.host.copy_from_slice(steps);
+        let want = format!("a number that divides the {images} images of the batch");
+        Err(Error::argument(op, "images with a step of their own", self.images(), want))
+    }
+
+    fn one_per_image(&self, arg: &'static str, values: &[usize]) -> Result<()> {
+        if values.len() == self.images() {
+            return Ok(());
+        }
+        let want = format!("{}, one for each image of the index", self.images());
+        Err(Error::argument("StepIndex", arg, values.len(), want))
+    }
+
+    fn write(&mut self, images: Vec<ImageStep>) -> Result<()> {
+        let (steps, left): (Vec<usize>, Vec<usize>) = images.iter().map(|image| (image.step, image.left)).unzip();
+        self.device.write_u32(&as_u32(&[steps, left].concat())?)?;
+        self.images = images;
         Ok(())
     }
 
-    /// All images to their next step; on a card by one launch, after the work launched before.
+    /// Every image that has not ended to its next step; on a card by one launch, after the work launched before.
     ///
     /// # Errors
     /// [`Error::TooLarge`]; [`Error::Driver`]
     pub fn advance(&mut self) -> Result<()> {
-        let next: Vec<usize> = self.host.iter().map(|step| step + 1).collect();
+        let n = self.images();
         match self.device.device().clone() {
             Device::Meta(meta) => {
                 let work = Work { macs: 0, flops: 0, bytes: 2 * self.device.bytes(), launches: 1 };
-                meta.record("advance_step", OpKind::Elementwise, &[next.len()], work);
+                meta.record("advance_step", OpKind::Elementwise, &[n], work);
             }
-            Device::Cpu(_) => self.device.write_u32(&as_u32(&next)?)?,
-            Device::Cuda(card) => cuda::step::advance(&card, &mut self.device)?,
+            Device::Cpu(_) => return self.write(self.images.iter().map(|image| image.next()).collect()),
+            Device::Cuda(card) => cuda::step::advance(&card, n, &mut self.device)?,
         }
-        self.host = next;
+        self.replayed();
         Ok(())
     }
 
     /// Tells the host of an [`advance`](StepIndex::advance) that a replay did on the device.
     pub fn replayed(&mut self) {
-        self.host.iter_mut().for_each(|step| *step += 1);
+        self.images.iter_mut().for_each(|image| *image = image.next());
     }
 }
 
@@ -142,10 +224,7 @@ impl StepRows<'_> {
             let want = format!("1 or more that divide the {images} images of the batch");
             return Err(Error::argument(op, "conditioning rows", self.rows, want));
         }
-        if !images.is_multiple_of(self.step.images()) {
-            let want = format!("a number that divides the {images} images of the batch");
-            return Err(Error::argument(op, "images with a step of their own", self.step.images(), want));
-        }
+        self.step.check_images(op, images)?;
         if table_rows % self.rows != 0 {
             let want = format!("a multiple of {} rows, those of each step", self.rows);
             return Err(Error::shape(op, "row", self.table, want));
@@ -279,7 +358,7 @@ pub struct StepRow {
     pub coefficients: StepCoefficients,
 }
 
-/// All steps of a run, on the device, and which is next.
+/// All steps of a run, on the device, and which of them is next, for all images or for each.
 #[derive(Debug)]
 pub struct StepTable {
     rows: Vec<StepRow>,
@@ -316,7 +395,7 @@ pub fn history(rows: &[StepRow]) -> usize {
 }
 
 impl StepTable {
-    /// The first row is next.
+    /// The first row is next, for all images.
     ///
     /// # Errors
     /// [`Error::Argument`]: no rows, a `clip` that is negative or NaN; [`Error::OutOfMemory`].
@@ -326,10 +405,20 @@ impl StepTable {
             return Err(Error::argument(OP, "rows", 0, "at least one step"));
         }
         let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values(&rows)?)?;
-        Ok(StepTable { rows, table, index: StepIndex::one(device, 0)?, thresholding: None })
+        let index = StepIndex::ending(device, &[0], Some(rows.len()))?;
+        Ok(StepTable { rows, table, index, thresholding: None })
     }
 
-    /// Other rows, as many, in the same place; `first` is next.
+    /// Each of `images` images gets a step of its own, at first the table's first; before there is one step for all.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: no images; [`Error::OutOfMemory`].
+    pub fn with_images(self, images: usize) -> Result<StepTable> {
+        let index = StepIndex::ending(self.table.device(), &vec![0; images], Some(self.rows.len()))?;
+        Ok(StepTable { index, ..self })
+    }
+
+    /// Other rows, as many, in the same place; `first` is next for every image.
     ///
     /// # Errors
     /// [`Error::Argument`]: another count of rows; as [`new`](StepTable::new).
@@ -340,8 +429,7 @@ impl StepTable {
         }
         self.table.write_f32(&values(&rows)?)?;
         self.rows = rows;
-        let steps = vec![first; self.index.images()];
-        self.index.set(&steps)
+        self.index.set(&vec![first; self.index.images()])
     }
 
     /// The clean sample of every row is thresholded; a row's `clip` then says nothing.
@@ -376,13 +464,22 @@ impl StepTable {
         &mut self.index
     }
 
-    /// The row of the next step.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] when all are done.
-    pub fn current(&self) -> Result<&StepRow> {
-        let (step, want) = (self.index.get(0), || format!("below {}, the steps of the table", self.len()));
-        self.rows.get(step).ok_or_else(|| Error::argument("StepTable", "step", step, want()))
+    /// The row of an image's next step; `None` when the image has ended.
+    pub fn next_row(&self, image: usize) -> Option<&StepRow> {
+        match self.index.has_ended(image) {
+            true => None,
+            false => self.rows.get(self.index.get(image)),
+        }
+    }
+
+    /// Can a batch of `images` images take a step?
+    fn check(&self, op: &'static str, images: usize) -> Result<()> {
+        self.index.check_images(op, images)?;
+        if (0..self.index.images()).all(|image| self.index.has_ended(image)) {
+            let want = format!("below {}, the steps of the table", self.len());
+            return Err(Error::argument("StepTable", "step", self.len(), want));
+        }
+        Ok(())
     }
 
     /// Does any step add noise?
@@ -400,30 +497,54 @@ impl StepTable {
     }
 }
 
-/// The current step's `input_scale * x`, rounded to `dtype`, `repeats` times along the batch: what the network reads.
-/// `x: [N, ...]`, f32, to `[repeats * N, ...]`.
+/// `input_scale * x` with the scale of each image's step, rounded to `dtype`, `repeats` times along the batch: what the
+/// network reads. `x: [N, ...]`, f32, to `[repeats * N, ...]`. An image that has ended is scaled as in its last step.
 ///
 /// # Errors
-/// As [`scale_cast`]; [`Error::Argument`] after the table's last step.
+/// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: which argument; [`Error::Argument`]: `repeats` is 0, every image
+/// has ended, a number of images that the table's does not divide; [`Error::TooLarge`].
 pub fn scale_input(x: &Tensor, steps: &StepTable, dtype: DType, repeats: usize) -> Result<Tensor> {
     const OP: &str = "scale_input";
     x.expect(OP, "x", x.shape(), DType::F32, steps.table.device())?;
-    let scale = steps.current()?.input_scale;
-    let Device::Cuda(card) = x.device() else {
-        return scale_cast(x, scale, 0.0, dtype, repeats);
-    };
     let Some((&n, rest)) = x.shape().split_first() else {
         return Err(Error::shape(OP, "x", x, "[N, ...]"));
     };
+    steps.check(OP, n)?;
     if !dtype.is_float() {
         return Err(Error::Dtype { op: OP, arg: "dtype", got: dtype, want: "f32, f16 or bf16".into() });
     }
     if repeats == 0 {
         return Err(Error::argument(OP, "repeats", repeats, "at least 1"));
     }
+    let (got, limit) = (n as u128 * repeats as u128, isize::MAX as u128);
+    if got > limit {
+        return Err(Error::TooLarge { op: OP, what: "repeats * N", got, limit });
+    }
+    let _timed = super::profile::scope(OP, x.shape());
     let mut y = Tensor::uninit(x.device(), &[&[n * repeats], rest].concat(), dtype)?;
-    cuda::step::scale_input(card, x, steps, repeats, &mut y)?;
+    match x.device() {
+        Device::Meta(meta) => {
+            let work = Work { macs: 0, flops: y.numel() as u64, bytes: x.bytes() + y.bytes(), launches: 1 };
+            meta.record(OP, OpKind::Elementwise, y.shape(), work);
+        }
+        Device::Cpu(_) => by_dtype!(dtype, T => scale_input_cpu::<T>(x, steps, &mut y)),
+        Device::Cuda(card) => cuda::step::scale_input(card, x, steps, repeats, &mut y)?,
+    }
     Ok(y)
+}
+
+fn scale_input_cpu<T: Element>(x: &Tensor, steps: &StepTable, y: &mut Tensor) {
+    let (n, count) = (x.shape()[0], x.numel());
+    if count == 0 {
+        return;
+    }
+    let (x, per_image) = (x.cpu::<f32>(), count / n);
+    for (i, y) in y.cpu_mut::<T>().chunks_exact_mut(per_image).enumerate() {
+        let image = i % n;
+        let scale = steps.rows[steps.index.get(image)].input_scale;
+        let x = &x[image * per_image..][..per_image];
+        map::<f32, T>(x, y, |values| values.iter_mut().for_each(|value| *value *= scale));
+    }
 }
 
 /// The sample on its way, the clean sample of the latest step, and what later steps need of earlier ones.
@@ -508,21 +629,21 @@ pub(super) struct Output<'a> {
     pub factors: Option<&'a Tensor>,
 }
 
-/// Guidance, x0 and update in one pass, in place, with the current row of `steps`. An image's result does not depend on
-/// the others of the batch.
+/// Guidance, x0 and update in one pass, in place, with the row of each image's step. An image's result does not depend on
+/// the others of the batch; an image that has ended keeps its samples.
 ///
 /// * `model_output`: `[N, H, W, C]` without guidance, else `[2N, H, W, C]`, unconditional rows first; any float dtype
 /// * `guidance`: of N images; `None` when the output has N rows. Where an image rescales, a pass over the output before
 ///   finds the standard deviations
-/// * `noise`: `[N, H, W, C]`, f32, required exactly when a row of the table has a `next_from_noise` other than 0; rows
-///   with 0 do not read it
+/// * `noise`: `[N, H, W, C]`, f32, required exactly when a row of the table has a `next_from_noise` other than 0; an image
+///   whose row has 0 does not read it
 ///
 /// With [thresholding](StepTable::with_thresholding), a pass before finds each image's quantile, exactly (torch.quantile's
 /// linear interpolation between the two nearest values).
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: which argument; [`Error::Argument`]: noise missing or
-/// superfluous, no step left, a state without the history that the rows need; [`Error::TooLarge`]: 2^31 or more values
+/// superfluous, no step left for any image, a number of images that the table's does not divide, a state without the history that the rows need; [`Error::TooLarge`]: 2^31 or more values
 /// per image with guidance rescale or thresholding.
 pub fn sampler_step(
     state: &mut SampleState,
@@ -553,7 +674,8 @@ pub fn sampler_step(
         let want = format!("{}, which the steps reach back to", steps.history());
         return Err(Error::argument(OP, "history", state.depth(), want));
     }
-    let coefficients = steps.current()?.coefficients;
+    steps.check(OP, n)?;
+    let _timed = super::profile::scope(OP, x.shape());
     let mut output = Output { values: model_output, guidance, factors: None };
     let factors = match guidance {
         Some(guidance) if guidance.rescales => Some(rescale_factors(&output, guidance, n)?),
@@ -571,7 +693,7 @@ pub fn sampler_step(
             let flops = x.numel() as u64 * if guidance.is_some() { 13 } else { 10 };
             meta.record(OP, OpKind::Elementwise, x.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
-        Device::Cpu(_) => *state = step_cpu(state, &output, &coefficients, noise, thresholds.as_ref())?,
+        Device::Cpu(_) => *state = step_cpu(state, &output, steps, noise, thresholds.as_ref())?,
         Device::Cuda(card) => cuda::step::sampler_step(&card, state, &output, steps, noise, thresholds.as_ref())?,
     }
     Ok(())
@@ -652,11 +774,11 @@ fn dynamic_thresholds(x: &Tensor, output: &Output, steps: &StepTable, thresholdi
             meta.record(OP, OpKind::Elementwise, &[n], Work { macs: 0, flops, bytes, launches: 1 });
         }
         Device::Cpu(_) => {
-            let k = steps.current()?.coefficients;
             let x = x.cpu::<f32>();
             by_dtype!(output.values.dtype(), T => {
                 let output = CpuOutput::<T>::new(output, n * count);
                 for (image, threshold) in thresholds.cpu_mut::<f32>().iter_mut().enumerate() {
+                    let k = steps.rows[steps.index.get(image)].coefficients;
                     let of = |i: usize| (k.x0_from_x * x[i] + k.x0_from_e * output.at(i, image)).abs();
                     let mut magnitudes: Vec<f32> = (image * count..(image + 1) * count).map(of).collect();
                     let (_, &mut below, larger) = magnitudes.select_nth_unstable_by(rank.below, f32::total_cmp);
@@ -724,71 +846,90 @@ impl<'a, T: Element> CpuOutput<'a, T> {
 fn step_cpu(
     state: &SampleState,
     output: &Output,
-    k: &StepCoefficients,
+    steps: &StepTable,
     noise: Option<&Tensor>,
     thresholds: Option<&Tensor>,
 ) -> Result<SampleState> {
     let uninit = || Tensor::uninit(state.x.device(), state.x.shape(), DType::F32);
     let (mut next, mut x0) = (uninit()?, uninit()?);
-    let (x, count) = (state.x.cpu::<f32>(), state.x.numel());
+    let count = state.x.numel();
     let per_image = count / state.x.shape()[0].max(1);
-    let thresholds = thresholds.map(|thresholds| thresholds.cpu::<f32>());
-    let noise = noise.filter(|_| k.next_from_noise != 0.0).map(|noise| noise.cpu::<f32>());
-    let clip = k.clip.unwrap_or(f32::INFINITY);
-    let history = state.history.as_ref().map_or(&[] as &[f32], |history| history.cpu());
-    let earlier: Vec<(f32, &[f32])> = k
-        .next_from_history
-        .iter()
-        .enumerate()
-        .filter(|(_, weight)| **weight != 0.0)
-        .map(|(j, &weight)| (weight, &history[j * count..(j + 1) * count]))
-        .collect();
-    // One value kept per element, or none: then the chunks are empty.
-    let keeps = k.kept.filter(|_| state.history.is_some());
-    let mut kept = keeps.map_or_else(Vec::new, |_| vec![0f32; count]);
-    let mut kept_chunks: Vec<&mut [f32]> = kept.chunks_mut(CHUNK).collect();
-    kept_chunks.resize_with(count.div_ceil(CHUNK), Default::default);
+    // [depth, N, ...]; what an image keeps is written once the image is done.
+    let mut history = match &state.history {
+        Some(history) => Some(history.duplicate()?),
+        None => None,
+    };
+    if count == 0 {
+        return Ok(SampleState { x: next, x0, history });
+    }
     by_dtype!(output.values.dtype(), T => {
         let output = CpuOutput::<T>::new(output, count);
-        let chunks = next.cpu_mut::<f32>().par_chunks_mut(CHUNK).zip(x0.cpu_mut::<f32>().par_chunks_mut(CHUNK));
-        chunks.zip(kept_chunks).enumerate().for_each(|(chunk, ((next, x0), kept))| {
-            for (j, (next, x0)) in next.iter_mut().zip(x0).enumerate() {
-                let i = chunk * CHUNK + j;
-                let image = i / per_image;
-                let e = output.at(i, image);
-                let clean = |x: f32| {
-                    let value = k.x0_from_x * x + k.x0_from_e * e;
-                    match thresholds {
-                        // Not clamp, which a NaN bound stops; a NaN value stays.
-                        Some(bounds) if value > bounds[image] => 1.0,
-                        Some(bounds) if value < -bounds[image] => -1.0,
-                        Some(bounds) => value / bounds[image],
-                        None => value.clamp(-clip, clip),
+        let of_images = next.cpu_mut::<f32>().chunks_exact_mut(per_image).zip(x0.cpu_mut().chunks_exact_mut(per_image));
+        for (image, (next, x0)) in of_images.enumerate() {
+            let first = image * per_image;
+            let of_image = |tensor: &Tensor| tensor.cpu::<f32>()[first..first + per_image].to_vec();
+            let Some(StepRow { coefficients: k, .. }) = steps.next_row(image) else {
+                next.copy_from_slice(&of_image(&state.x));
+                x0.copy_from_slice(&of_image(&state.x0));
+                continue;
+            };
+            let x = &state.x.cpu::<f32>()[first..first + per_image];
+            let noise = noise.filter(|_| k.next_from_noise != 0.0).map(|noise| &noise.cpu::<f32>()[first..]);
+            let bound = thresholds.map(|thresholds| thresholds.cpu::<f32>()[image]);
+            let clip = k.clip.unwrap_or(f32::INFINITY);
+            let before = state.history.as_ref().map_or(&[] as &[f32], |history| history.cpu());
+            let earlier: Vec<(f32, &[f32])> = k
+                .next_from_history
+                .iter()
+                .enumerate()
+                .filter(|(_, weight)| **weight != 0.0)
+                .map(|(j, &weight)| (weight, &before[j * count + first..][..per_image]))
+                .collect();
+            // One value kept per element, or none: then the chunks are empty.
+            let keeps = k.kept.filter(|_| history.is_some());
+            let mut kept = keeps.map_or_else(Vec::new, |_| vec![0f32; per_image]);
+            let mut kept_chunks: Vec<&mut [f32]> = kept.chunks_mut(CHUNK).collect();
+            kept_chunks.resize_with(per_image.div_ceil(CHUNK), Default::default);
+            let chunks = next.par_chunks_mut(CHUNK).zip(x0.par_chunks_mut(CHUNK));
+            chunks.zip(kept_chunks).enumerate().for_each(|(chunk, ((next, x0), kept))| {
+                for (j, (next, x0)) in next.iter_mut().zip(x0).enumerate() {
+                    let i = chunk * CHUNK + j;
+                    let e = output.at(first + i, image);
+                    let clean = |x: f32| {
+                        let value = k.x0_from_x * x + k.x0_from_e * e;
+                        match bound {
+                            // Not clamp, which a NaN bound stops; a NaN value stays.
+                            Some(bound) if value > bound => 1.0,
+                            Some(bound) if value < -bound => -1.0,
+                            Some(bound) => value / bound,
+                            None => value.clamp(-clip, clip),
+                        }
+                    };
+                    *x0 = clean(x[i]);
+                    *next = k.next_from_x * x[i] + k.next_from_e * e + k.next_from_x0 * *x0;
+                    for (weight, values) in &earlier {
+                        *next += weight * values[i];
                     }
-                };
-                *x0 = clean(x[i]);
-                *next = k.next_from_x * x[i] + k.next_from_e * e + k.next_from_x0 * *x0;
-                for (weight, values) in &earlier {
-                    *next += weight * values[i];
+                    if let Some(noise) = noise {
+                        *next += k.next_from_noise * noise[i];
+                    }
+                    if let (Some(of), Some(kept)) = (keeps, kept.get_mut(j)) {
+                        *kept = of.from_x * x[i] + of.from_e * e + of.from_x0 * *x0;
+                    }
+                    if k.x0_from_next {
+                        *x0 = clean(*next);
+                    }
                 }
-                if let Some(noise) = noise {
-                    *next += k.next_from_noise * noise[i];
+            });
+            if let (Some(history), Some(_)) = (&mut history, keeps) {
+                let (depth, history) = (history.shape()[0], history.cpu_mut::<f32>());
+                for j in (1..depth).rev() {
+                    let latest = (j - 1) * count + first;
+                    history.copy_within(latest..latest + per_image, j * count + first);
                 }
-                if let (Some(of), Some(kept)) = (keeps, kept.get_mut(j)) {
-                    *kept = of.from_x * x[i] + of.from_e * e + of.from_x0 * *x0;
-                }
-                if k.x0_from_next {
-                    *x0 = clean(*next);
-                }
+                history[first..first + per_image].copy_from_slice(&kept);
             }
-        });
-    });
-    let history = match (&state.history, keeps) {
-        (Some(before), Some(_)) => {
-            kept.extend(&history[..history.len() - count]);
-            Some(Tensor::from_f32(before.device(), before.shape(), DType::F32, &kept)?)
         }
-        (before, _) => before.clone(),
-    };
+    });
     Ok(SampleState { x: next, x0, history })
 }

@@ -2,6 +2,7 @@ use super::families::Defaults;
 use super::{ModelFiles, ModelSource};
 use crate::error::{Error, Result};
 use crate::methods::{Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
+use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
 use crate::text::{LongPrompt, Syntax};
@@ -128,9 +129,7 @@ impl Request {
         if self.count == 0 {
             return Err(refused("count", self.count, "expected at least 1"));
         }
-        if !self.guidance.is_finite() || self.guidance < 0.0 {
-            return Err(refused("guidance", self.guidance, "expected a number from 0; up to 1 means no guidance"));
-        }
+        self.check_guidance()?;
         let guided = defaults.guides(self.guidance);
         if !(0.0..=1.0).contains(&self.guidance_rescale) {
             return Err(refused("guidance_rescale", self.guidance_rescale, "expected 0 (none) to 1"));
@@ -161,12 +160,26 @@ impl Request {
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
         let guidance = guided.then_some(self.guidance);
         let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
-        Ok(run.with_guidance_rescale(self.guidance_rescale).published_as(defaults.published))
+        Ok(run.with_guidance(vec![self.guidance_scale()]).published_as(defaults.published))
     }
 
-    /// Without what makes no difference to the cost: words and seed.
+    pub(super) fn guidance_scale(&self) -> GuidanceScale {
+        GuidanceScale { scale: self.guidance, rescale: self.guidance_rescale }
+    }
+
+    /// # Errors
+    /// [`Error::Request`]: not a guidance scale.
+    pub(super) fn check_guidance(&self) -> Result<()> {
+        match self.guidance.is_finite() && self.guidance >= 0.0 {
+            true => Ok(()),
+            false => Err(refused("guidance", self.guidance, "expected a number from 0; up to 1 means no guidance")),
+        }
+    }
+
+    /// Without what makes no difference to the cost: words, seed, and how strong a guidance is.
     pub(super) fn without_words(&self) -> Request {
-        Request { prompt: String::new(), negative_prompt: None, seed: 0, ..self.clone() }
+        let guidance = if self.is_guided() { 2.0 } else { 1.0 };
+        Request { prompt: String::new(), negative_prompt: None, seed: 0, guidance, ..self.clone() }
     }
 
     /// Is the scale one of classifier-free guidance? So there is a negative prompt, unless the model is told the scale.
@@ -174,7 +187,7 @@ impl Request {
         self.guidance > 1.0
     }
 
-    /// Do the two differ in words, seed and counts alone?
+    /// Do the two differ in words, guidance scale, seed and counts alone? One without guidance is no neighbour of one with.
     pub fn fits_into_batch_of(&self, other: &Request) -> bool {
         let alike = |request: &Request| Request { count: 1, batch: 1, ..request.without_words() };
         alike(self) == alike(other)

@@ -239,20 +239,23 @@ impl Pipeline {
         Ok(pictures)
     }
 
-    /// One picture per request, in one batch: the requests differ in prompt, negative prompt and seed alone, and each
-    /// picture has the same bytes as when it is made alone. `count` of a request is not read.
+    /// One picture per request, in one batch: the requests differ in prompt, negative prompt, guidance scale and seed alone,
+    /// all with guidance or none, and each picture has the same bytes as when it is made alone. `count` of a request is not
+    /// read.
     ///
     /// # Errors
     /// As [`generate`](Pipeline::generate); [`Error::Request`]: requests that differ in something else.
     pub fn generate_batch(&self, requests: &[Request], observer: &mut dyn Observer) -> Result<Vec<Picture>> {
-        // Prompts of one batch are padded to the same chunks, so those of different lengths are not neighbours.
+        // Prompts of one batch are padded to the same chunks, so those of different lengths are not neighbours; and a network
+        // that is told its guidance scale is told one.
         let mut pictures: Vec<Option<Picture>> = requests.iter().map(|_| None).collect();
-        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        type Alike = (usize, Option<f32>);
+        let mut groups: Vec<(Alike, Vec<usize>)> = Vec::new();
         for (index, request) in requests.iter().enumerate() {
-            let chunks = self.chunks(request)?;
-            match groups.iter_mut().find(|(of_group, _)| *of_group == chunks) {
+            let alike = (self.chunks(request)?, self.defaults.embeds_guidance.then_some(request.guidance));
+            match groups.iter_mut().find(|(of_group, _)| *of_group == alike) {
                 Some((_, group)) => group.push(index),
-                None => groups.push((chunks, vec![index])),
+                None => groups.push((alike, vec![index])),
             }
         }
         if let [_] = &groups[..] {
@@ -284,10 +287,13 @@ impl Pipeline {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
         if let Some(other) = requests.iter().find(|other| !other.fits_into_batch_of(first)) {
             let (field, value) = ("batch", format!("with the prompt {:?}", other.prompt));
-            let reason = "pictures of one batch differ in prompt, negative prompt and seed alone".into();
+            let reason =
+                "pictures of one batch differ in prompt, negative prompt, guidance scale and seed alone".into();
             return Err(Error::Request { field, value, reason });
         }
-        let run = self.resolve(first)?;
+        requests.iter().try_for_each(Request::check_guidance)?;
+        let guidance = requests.iter().map(Request::guidance_scale).collect();
+        let run = self.resolve(first)?.with_guidance(guidance);
         let Watch { observer, first: first_index } = watch;
         let (rung, beside_weights) = match rung {
             Some(rung) => (rung, 0),

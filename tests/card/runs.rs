@@ -304,8 +304,8 @@ fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
             let pipeline = Pipeline::load(ModelSource::Directory(data("sd15")), device.clone(), dtype).unwrap();
             let stages = ["8x8:3", "12x8:2"].map(|stage| stage.parse().unwrap()).to_vec();
             let base = Request { stages, guidance: 2.5, method: MegaFusion::plus().into(), ..Request::default() };
-            let of = |prompt: &str, seed| Request { prompt: prompt.into(), seed, ..base.clone() };
-            let requests = [of("a cat", 1), of("two dogs", 7), of("a cat", 2)];
+            let of = |prompt: &str, seed, guidance| Request { prompt: prompt.into(), seed, guidance, ..base.clone() };
+            let requests = [of("a cat", 1, 2.5), of("two dogs", 7, 6.0), of("a cat", 2, 1.25)];
             let together = pipeline.generate_batch(&requests, &mut Silent).unwrap();
             for (request, picture) in requests.iter().zip(&together) {
                 assert!(

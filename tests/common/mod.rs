@@ -6,7 +6,7 @@ mod skip;
 use std::fmt::Display;
 
 use megafuse::Error;
-use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source};
+use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source, StepRows};
 use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
 pub const F32_EPS: f64 = f32::EPSILON as f64;
@@ -263,7 +263,8 @@ pub fn conv2d(args: &Conv2d) -> Expected {
     };
     let (out_h, out_w) = (size(in_h, top + bottom, kh), size(in_w, left + right, kw));
     let (bias, residual) = (args.bias.map(f64s), args.residual.map(f64s));
-    let row = args.row.map(|row| (f64s(row.table), f64s(row.step.tensor()), row.rows));
+    let steps = |row: &StepRows| f64s(row.step.tensor())[..row.step.images()].to_vec();
+    let row = args.row.map(|row| (f64s(row.table), steps(&row), row.rows));
     // Image i of n: the step of i modulo the steps given, the conditioning row of its part of the batch.
     let row = row.map(|(table, steps, rows)| {
         let first = |image: usize| (steps[image % steps.len()] as usize * rows + image / (n / rows)) * outputs;

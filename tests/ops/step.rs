@@ -5,7 +5,8 @@ use megafuse::Error;
 use megafuse::ops::{
     self, Guidance, GuidanceScale, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepTable, Thresholding,
 };
-use megafuse::runtime::{DType, Device, MetaDevice, Tensor};
+use megafuse::runtime::{DType, Device, MetaDevice, Repeated, Tensor};
+use megafuse::schedulers::{Evaluation, Sampler, Scheduler, SchedulerConfig};
 
 /// One element; primes; off a block's 256 elements; empty; off a cpu task's 8192.
 const SHAPES: [[usize; 4]; 5] = [[1, 1, 1, 1], [2, 3, 5, 7], [1, 17, 19, 4], [0, 8, 8, 4], [3, 41, 67, 1]];
@@ -67,9 +68,9 @@ fn steps_follow_the_table() {
                         assert_close(got, &want, 3.0, format!("{name} {what}"));
                     }
                 }
-                assert!(steps.current().is_err());
+                assert!(steps.next_row(0).is_none());
                 let on_device = steps.index().tensor().to_f32_vec().unwrap();
-                assert_eq!(on_device, [kinds.len() as f32], "{device}: the index on the device");
+                assert_eq!(on_device, [kinds.len() as f32 - 1.0, 0.0], "{device}: the index on the device");
             }
         }
     }
@@ -188,7 +189,7 @@ fn a_replayed_step_finds_its_row() {
 fn images_have_steps_of_their_own() {
     for device in devices() {
         let mut steps = StepIndex::new(&device, &[7, 0, 300]).unwrap();
-        let on_device = |steps: &StepIndex| steps.tensor().to_f32_vec().unwrap();
+        let on_device = |steps: &StepIndex| steps.tensor().to_f32_vec().unwrap()[..3].to_vec();
         steps.advance().unwrap();
         assert_eq!((on_device(&steps), steps.images(), steps.last()), (vec![8.0, 1.0, 301.0], 3, 301), "{device}");
         assert_eq!([0, 1, 2, 3, 5].map(|image| steps.get(image)), [8, 1, 301, 8, 301]);
@@ -201,7 +202,28 @@ fn images_have_steps_of_their_own() {
             graph.replay().unwrap();
             let moved: Vec<f32> = on_device(&steps).iter().zip(before).map(|(after, before)| after - before).collect();
             assert_eq!(moved, [1.0; 3], "{device}");
+            steps.set_left(&[0, 1, 2]).unwrap();
+            (0..3).for_each(|_| graph.replay().unwrap());
+            assert_eq!(steps.tensor().to_f32_vec().unwrap(), [3.0, 3.0, 3.0, 0.0, 0.0, 0.0], "{device}");
+            steps.set(&[2, 2, 1]).unwrap();
         }
+        // Chosen images: the others stay.
+        steps.set_left(&[2, 0, 5]).unwrap();
+        (0..3).for_each(|_| steps.advance().unwrap());
+        assert_eq!(steps.tensor().to_f32_vec().unwrap(), [3.0, 2.0, 4.0, 0.0, 0.0, 2.0], "{device}");
+        assert_eq!(
+            [0, 1, 2].map(|image| (steps.get(image), steps.has_ended(image))),
+            [(3, true), (2, true), (4, false)]
+        );
+        assert!(matches!(steps.set_left(&[1, 1]).unwrap_err(), Error::Argument { arg: "left", .. }));
+        let mut table = table(&device, &[COEFFICIENTS; 4]).with_images(2).unwrap();
+        table.index_mut().set(&[4, 3]).unwrap();
+        assert!(table.next_row(0).is_none() && table.next_row(1).is_some());
+        assert_eq!(table.index().tensor().to_f32_vec().unwrap(), [3.0, 3.0, 0.0, 1.0], "{device}");
+        for error in [table.index_mut().set(&[0, 5]), table.index_mut().set_left(&[1, 2])] {
+            assert!(matches!(error.unwrap_err(), Error::Argument { op: "StepIndex", .. }));
+        }
+        assert!(table.with_images(0).is_err());
         for wrong in [&[][..], &[1, 2]] {
             assert!(matches!(steps.set(wrong).unwrap_err(), Error::Argument { arg: "steps", .. }));
         }
@@ -226,7 +248,7 @@ fn meta_records_what_the_card_launches() {
     steps.index_mut().advance().unwrap();
     let records: Vec<(&str, u64)> = meta.take_report().ops.iter().map(|op| (op.op, op.work.bytes)).collect();
     // 120 elements of f32 are 480 bytes, as are 240 of f16.
-    assert_eq!(records, [("scale_cast", 960), ("sampler_step", 4 * 480 + 480 + 480), ("advance_step", 8)]);
+    assert_eq!(records, [("scale_input", 960), ("sampler_step", 4 * 480 + 480 + 480), ("advance_step", 16)]);
 }
 
 #[test]
@@ -262,6 +284,10 @@ fn errors_name_the_argument() {
         assert!(StepTable::new(&device, Vec::new()).is_err());
         assert!(ops::scale_input(&x, &plain, DType::F32, 0).is_err());
         assert!(matches!(StepIndex::one(&device, 1 << 40).unwrap_err(), Error::TooLarge { .. }));
+        let three = table(&device, &[COEFFICIENTS]).with_images(3).unwrap();
+        let divides = |error| matches!(error, Error::Argument { arg: "images with a step of their own", .. });
+        assert!(divides(step(&x, None, &three, None)));
+        assert!(divides(ops::scale_input(&x, &three, DType::F32, 1).unwrap_err()));
         let mut done = table(&device, &[COEFFICIENTS]);
         done.index_mut().advance().unwrap();
         assert!(matches!(step(&x, None, &done, None), Error::Argument { arg: "step", .. }));
@@ -316,6 +342,115 @@ fn images_rescale_threshold_and_remember() {
             }
             history.swap(0, 1);
             history[0] = latest;
+        }
+    }
+}
+
+/// Samples, clean samples and scaled input after each evaluation.
+type Trace = Vec<[Vec<f32>; 3]>;
+
+/// Runs a table with outputs and noise that depend on image and row alone. Of each image: at which evaluation it begins.
+/// Images that have not begun or have ended get NaN for output and noise, as do images whose row draws none.
+fn traces(device: &Device, run: &TwoImages, images: &[usize], begins: &[usize]) -> Vec<Trace> {
+    let (count, n) = (run.rows.len(), images.len());
+    let (size, shape) = (run.shape.iter().product::<usize>(), |n| [&[n], &run.shape[..]].concat());
+    let mut steps = StepTable::new(device, run.rows.clone()).unwrap().with_images(n).unwrap();
+    steps = steps.with_thresholding(run.thresholding).unwrap();
+    let guidance = Guidance::new(device, &images.iter().map(|&i| run.guidance[i]).collect::<Vec<_>>()).unwrap();
+    // One per image, row and kind: the start, the two halves of the output, the noise.
+    let values = |image: usize, row: usize, kind: usize| -> Vec<f32> {
+        let mut random = Random::new((1 + image + 7 * row + 1009 * kind) as u64);
+        (0..size).map(|_| random.normal() as f32).collect()
+    };
+    let start: Vec<f32> = images.iter().flat_map(|&image| values(image, 0, 9)).collect();
+    let x = Tensor::from_f32(device, &shape(n), DType::F32, &start).unwrap();
+    let mut state = SampleState::with_history(x, steps.history()).unwrap();
+    let mut output = Tensor::zeros(device, &shape(2 * n), DType::F32).unwrap();
+    let mut noise = steps.adds_noise().then(|| Tensor::zeros(device, &shape(n), DType::F32).unwrap());
+    let (mut repeated, mut traces) = (Repeated::new(device), vec![Trace::new(); n]);
+    let mut input = None;
+    for t in 0..begins.iter().max().unwrap() + count {
+        let running: Vec<bool> = begins.iter().map(|&begin| (begin..begin + count).contains(&t)).collect();
+        if t == 0 || begins.contains(&t) {
+            let left = |&begin: &usize| if t < begin { 0 } else { (begin + count).saturating_sub(t) };
+            steps.index_mut().set_left(&begins.iter().map(left).collect::<Vec<_>>()).unwrap();
+        }
+        let of = |kind: usize, read: &dyn Fn(&StepRow) -> bool| -> Vec<f32> {
+            let of_image = |i: usize| match running[i] && read(&run.rows[t - begins[i]]) {
+                true => values(images[i], t - begins[i], kind),
+                false => vec![f32::NAN; size],
+            };
+            (0..n).flat_map(of_image).collect()
+        };
+        output.write_f32(&[of(0, &|_| true), of(1, &|_| true)].concat()).unwrap();
+        if let Some(noise) = &mut noise {
+            noise.write_f32(&of(2, &|row| row.coefficients.next_from_noise != 0.0)).unwrap();
+        }
+        let step = || {
+            input = Some(ops::scale_input(state.x(), &steps, DType::F16, 2)?);
+            ops::sampler_step(&mut state, &output, Some(&guidance), &steps, noise.as_ref())?;
+            steps.index_mut().advance()
+        };
+        if repeated.run(step).unwrap() {
+            steps.index_mut().replayed();
+        }
+        let input = input.as_ref().unwrap().to_f32_vec().unwrap();
+        assert!(input[..n * size] == input[n * size..]);
+        let [x, x0] = [state.x(), state.x0()].map(|x| x.to_f32_vec().unwrap());
+        for i in 0..n {
+            let part = |values: &[f32]| values[i * size..(i + 1) * size].to_vec();
+            match running[i] {
+                true => traces[i].push([&x, &x0, &input].map(|values| part(values))),
+                false if t < begins[i] => assert!(part(&x) == values(images[i], 0, 9), "{device}: it has not begun"),
+                false => {
+                    let [last, last0, _] = traces[i].last().unwrap();
+                    assert!(part(&x) == *last && part(&x0) == *last0, "{device}: it has ended");
+                }
+            }
+        }
+    }
+    assert!((0..n).all(|image| steps.index().has_ended(image)));
+    traces
+}
+
+struct TwoImages {
+    rows: Vec<StepRow>,
+    guidance: [GuidanceScale; 2],
+    thresholding: Option<Thresholding>,
+    /// `[H, W, C]`
+    shape: [usize; 3],
+}
+
+/// Two images of one batch at different steps, with guidance of their own, are what each is alone, bit for bit: one begins
+/// two evaluations after the other, and goes on when that one has ended. On a card the steps are launched, recorded and
+/// replayed.
+#[test]
+fn images_at_different_steps_are_what_each_is_alone() {
+    let json = r#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000, "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#;
+    let config = SchedulerConfig::from_json("scheduler_config.json", json).unwrap();
+    for (device, sampler) in devices().into_iter().flat_map(|device| {
+        [Sampler::Ddim, Sampler::EulerAncestral, Sampler::Dpm2M, Sampler::Heun].map(|sampler| (device.clone(), sampler))
+    }) {
+        let scheduler = Scheduler::new(&config, sampler, 5, 0.0).unwrap();
+        let row = |evaluation: &Evaluation| StepRow {
+            input_scale: evaluation.input_scale,
+            coefficients: evaluation.coefficients,
+        };
+        let rows: Vec<StepRow> = scheduler.evaluations(0..5).iter().map(row).collect();
+        for (rescale, thresholding) in [([0.0, 0.0], None), ([0.7, 0.0], Some(Thresholding { ratio: 0.9, max: 2.0 }))] {
+            let guidance =
+                [GuidanceScale { scale: 7.5, rescale: rescale[0] }, GuidanceScale { scale: 2.0, rescale: rescale[1] }];
+            let run = TwoImages { rows: rows.clone(), guidance, thresholding, shape: [5, 7, 4] };
+            let together = traces(&device, &run, &[0, 1], &[0, 2]);
+            for image in [0, 1] {
+                let alone = traces(&device, &run, &[image], &[0]).remove(0);
+                for (step, (got, want)) in together[image].iter().zip(&alone).enumerate() {
+                    assert!(want.iter().flatten().all(|v| v.is_finite()), "{device} {sampler} step {step}");
+                    assert!(got == want, "{device} {sampler} image {image} step {step}, {thresholding:?}");
+                }
+                assert_eq!(together[image].len(), alone.len());
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-use super::entry;
+use super::{entry, int};
 use crate::error::Result;
 use crate::ops::step::{Output, Rank};
 use crate::ops::{Guidance, SampleState, StepTable};
@@ -10,9 +10,9 @@ const THREADS: usize = 256;
 /// Of the kernels with a block per image: `kReduceThreads` of step.cu.
 const REDUCE_THREADS: usize = 512;
 
-pub fn advance(device: &CudaDevice, index: &mut Tensor) -> Result<()> {
-    let launch = Launch::grid([index.numel(), 1, 1]).block(1);
-    // SAFETY: the index has as many u32 as there are blocks.
+pub fn advance(device: &CudaDevice, images: usize, index: &mut Tensor) -> Result<()> {
+    let launch = Launch::grid([images, 1, 1]).block(1);
+    // SAFETY: the index has two u32 for every block.
     unsafe { device.launch("step", "advance_step", launch, args![index.cuda()]) }
 }
 
@@ -20,14 +20,22 @@ pub fn scale_input(device: &CudaDevice, x: &Tensor, steps: &StepTable, repeats: 
     let (count, entry) = (x.numel(), entry("scale_input", y.dtype()));
     let launch = Launch::grid([count.div_ceil(THREADS), 1, 1]).block(THREADS);
     let (table, step) = (steps.tensor().cuda(), steps.index().tensor().cuda());
-    let repeats = repeats as i32;
-    // SAFETY: as the entry has them; y holds `repeats` times x, and the table has the step.
-    unsafe { device.launch("step", &entry, launch, args![y.cuda(), x.cuda(), table, step, count as i64, repeats]) }
+    let (repeats, step_images) = (int("scale_input", "repeats", repeats)?, step_images(steps)?);
+    let per_image = (count / x.shape()[0].max(1)) as i64;
+    // SAFETY: as the entry has them; y holds `repeats` times x, and the table has the steps.
+    unsafe {
+        device.launch(
+            "step",
+            &entry,
+            launch,
+            args![y.cuda(), x.cuda(), table, step, step_images, per_image, count as i64, repeats],
+        )
+    }
 }
 
-/// Where each image's step stands: in its own place, or in the one place for all.
-fn own_steps(steps: &StepTable) -> i32 {
-    i32::from(steps.index().tensor().numel() > 1)
+/// The images with a step of their own.
+fn step_images(steps: &StepTable) -> Result<i32> {
+    int("step", "images with a step of their own", steps.index().images())
 }
 
 pub fn sampler_step(
@@ -41,7 +49,7 @@ pub fn sampler_step(
     let (x, x0, history) = state.parts_mut();
     let (count, entry) = (x.numel(), entry("sampler_step", output.values.dtype()));
     let launch = Launch::grid([count.div_ceil(THREADS), 1, 1]).block(THREADS);
-    let (table, step, own_steps) = (steps.tensor().cuda(), steps.index().tensor().cuda(), own_steps(steps));
+    let (table, step, step_images) = (steps.tensor().cuda(), steps.index().tensor().cuda(), step_images(steps)?);
     let depth = history.as_ref().map_or(0, |history| history.shape()[0] as i32);
     let per_image = (count / x.shape()[0].max(1)) as i64;
     let (guidance, factors) =
@@ -68,7 +76,7 @@ pub fn sampler_step(
                 noise,
                 table,
                 step,
-                own_steps,
+                step_images,
                 depth,
                 per_image,
                 count
@@ -107,7 +115,7 @@ pub fn dynamic_threshold(
 ) -> Result<()> {
     let entry = entry("dynamic_threshold", output.values.dtype());
     let launch = Launch::grid([thresholds.numel(), 1, 1]).block(REDUCE_THREADS);
-    let (table, step, own_steps) = (steps.tensor().cuda(), steps.index().tensor().cuda(), own_steps(steps));
+    let (table, step, step_images) = (steps.tensor().cuda(), steps.index().tensor().cuda(), step_images(steps)?);
     let (guidance, factors) =
         (DevicePtr::or_null(output.guidance.map(|g| g.tensor())), DevicePtr::or_null(output.factors));
     let (below, above, images) = (rank.below as i32, rank.above as i32, thresholds.numel() as i32);
@@ -128,7 +136,7 @@ pub fn dynamic_threshold(
                 factors,
                 table,
                 step,
-                own_steps,
+                step_images,
                 max,
                 below,
                 above,
