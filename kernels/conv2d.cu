@@ -23,6 +23,7 @@ struct ConvGeometry {
     int output_width, pixels;       // of an output image: Hout * Wout
     int kernel_height, kernel_width;
     int stride, dilation, top, left;
+    int first_row;  // of the stored image that is held; a part of an image is alone in its batch
 };
 
 // As #[repr(C)] struct KernelStepRows of src/ops/cuda/conv.rs.
@@ -68,7 +69,7 @@ DEVICE bool find_pixel(const ConvRows<T, kRows>& r, int i, int tap_y, int tap_x,
     // The host keeps stored size times input size below 2^32.
     if (r.g.input_height != r.g.height) y = unsigned(y) * unsigned(r.g.height) / unsigned(r.g.input_height);
     if (r.g.input_width != r.g.width) x = unsigned(x) * unsigned(r.g.width) / unsigned(r.g.input_width);
-    pixel = (int64_t(r.image[i]) * r.g.height + y) * r.g.width + x;
+    pixel = (int64_t(r.image[i]) * r.g.height + y - r.g.first_row) * r.g.width + x;
     return inside_y && inside_x;
 }
 

@@ -623,7 +623,8 @@ fn what_a_stable_diffusion_2_predicts() {
     let one =
         |bytes: &'static [u8]| TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], bytes).expect("a tensor");
     let steps = |bytes| TensorView::new(safetensors::Dtype::I64, vec![], bytes).expect("a tensor");
-    let cases: [(Vec<(&str, TensorView)>, Option<&str>, &str, u64, bool); 8] = [
+    type Case<'a> = (Vec<(&'a str, TensorView<'a>)>, Option<&'a str>, &'a str, u64, bool);
+    let cases: [Case; 8] = [
         (vec![], None, "v_prediction", 96, false),
         (vec![("global_step", steps(&base))], None, "epsilon", 64, false),
         (vec![("global_step", steps(&other))], None, "v_prediction", 96, false),
@@ -736,8 +737,6 @@ fn a_lora_of_sdxl_gives_the_merged_weights() {
 /// Three adapters, one of them a DoRA between two others: the sum, in the order of the files.
 #[test]
 fn several_adapters_are_applied_in_their_order() {
-    let want =
-        WeightStore::open(&data("single-file"), "lora-several-merged", &Device::cpu(), DType::F32).expect("sums");
     let merged = |files: [(&str, f32); 3]| {
         let files = files.map(|(name, weight)| (data(&format!("single-file/lora-{name}.safetensors")), weight));
         let adapters = Adapters::open(&files).expect("opens");

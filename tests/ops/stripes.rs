@@ -173,20 +173,25 @@ fn stripes_of_two_sources() {
 /// The meta device counts the launches that a card makes.
 #[test]
 fn a_card_launches_what_meta_counts_in_stripes() {
-    let run = |device: &Device, case: &Case| {
+    let run = |inputs: &Inputs, case: &Case, statistics: Option<&GroupStatistics>| {
+        let stripe = Some(Stripe { height: case.input[0], first_row: 0, output: [1, 4], statistics });
+        ops::conv2d(Conv2d { stripe, ..inputs.args(case) }).map(drop)
+    };
+    let made = |device: &Device, case: &Case| {
         let inputs = Inputs::new(device, case, DType::F16);
         let statistics = (case.groups > 0).then(|| statistics(&inputs, case, 4));
-        let stripe =
-            Some(Stripe { height: case.input[0], first_row: 0, output: [1, 4], statistics: statistics.as_ref() });
-        ops::conv2d(Conv2d { stripe, ..inputs.args(case) }).map(drop)
+        (inputs, statistics)
     };
     for (card, case) in cards().into_iter().flat_map(|card| CASES.map(|case| (card.clone(), case))) {
         let meta = Device::meta();
         let Device::Meta(recorder) = &meta else { unreachable!() };
-        run(&meta, &case).unwrap();
+        let (inputs, statistics) = made(&meta, &case);
+        recorder.take_report();
+        run(&inputs, &case, statistics.as_ref()).unwrap();
         let counted = recorder.take_report().total().launches;
         let Device::Cuda(cuda) = &card else { unreachable!() };
-        let graph = cuda.capture(0, || run(&card, &case)).unwrap();
+        let (inputs, statistics) = made(&card, &case);
+        let graph = cuda.capture(0, || run(&inputs, &case, statistics.as_ref())).unwrap();
         assert_eq!(graph.kernels().len() as u64, counted, "{card} {case:?}: {:?}", graph.kernels());
     }
 }

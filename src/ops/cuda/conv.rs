@@ -123,6 +123,7 @@ struct KernelGeometry {
     dilation: i32,
     top: i32,
     left: i32,
+    first_row: i32,
 }
 
 impl KernelGeometry {
@@ -165,13 +166,9 @@ impl KernelGeometry {
             // Output row 0 of the kernel is the stripe's first.
             top: count("padding", top)? - count("stripe.output * stride", g.first_output * args.stride)?,
             left: left as i32,
+            first_row: count("first row", g.held[0])?,
         })
     }
-}
-
-/// Bytes of a pixel of `[N, H, W, C]`.
-fn pixel_bytes(x: &Tensor) -> usize {
-    x.shape()[3] * x.dtype().size_bytes()
 }
 
 pub fn conv2d(
@@ -224,8 +221,6 @@ pub fn conv2d(
         .shared(tile.shared_bytes());
     let conv_entry = entry(&format!("conv2d_{}", tile.name), dtype);
     let pointer = DevicePtr::or_null;
-    // The kernel counts rows from the image's first; it reads only those held.
-    let image = |x: &Tensor| DevicePtr(x.cuda().0.wrapping_sub((g.held[0] * g.stored[1] * pixel_bytes(x)) as u64));
     let partial = pointer(scratch.partial.as_ref());
     let step = pointer(args.row.map(|row| row.step.tensor()));
     let step_rows = KernelStepRows::new(args.row, g.images)?;
@@ -239,8 +234,8 @@ pub fn conv2d(
             args![
                 y.cuda(),
                 partial,
-                image(a),
-                b.map_or(DevicePtr::NULL, image),
+                a.cuda(),
+                pointer(b),
                 weight.cuda(),
                 pointer(args.bias),
                 pointer(table),
