@@ -641,17 +641,280 @@ fn files() -> Vec<Case> {
     ]
 }
 
+/// LoRAs and their relatives, learned words and VAEs that do not belong to the model, or whose parts do not belong together.
+fn additions() -> Vec<Case> {
+    const LORA: &str =
+        "generate cat --model MODEL --lora MODEL/it.safetensors --method plain --size 32x32 --steps 1 --out DIR/o.png";
+    const WORD: &str = "generate cat --model MODEL --embedding MODEL/it.safetensors --method plain --size 32x32 \
+                        --steps 1 --out DIR/o.png";
+    const OTHER_VAE: &str = "generate cat --model MODEL --vae MODEL/it.safetensors --method plain --size 32x32 --steps 1 \
+                             --out DIR/o.png";
+    /// `to_q` of the first attention, a matrix [8, 8].
+    macro_rules! q {
+        ($end:literal) => {
+            concat!("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", $end)
+        };
+    }
+    fn it(m: &Model, tensors: &[(&str, &[usize])]) {
+        m.write("it.safetensors", tensors_of_zeros(tensors));
+    }
+    fn lora(name: &'static str, damage: fn(&Model), wanted: &'static [&'static str]) -> Case {
+        input(name, LORA, damage, wanted)
+    }
+    fn reshape(m: &Model, name: &str, key: &str, shape: [usize; 4]) {
+        m.header(name, |header| header[key]["shape"] = json!(shape));
+    }
+    vec![
+        lora(
+            "a LoRA of a wider model",
+            |m| it(m, &[(q!(".lora_down.weight"), &[4, 320]), (q!(".lora_up.weight"), &[320, 4])]),
+            &["it.safetensors", "attn1_to_q", "its change has shape [320, 320], wanted [8, 8]", "attn1.to_q.weight"],
+        ),
+        lora(
+            "a LoRA of two ranks",
+            |m| it(m, &[(q!(".lora_down.weight"), &[4, 8]), (q!(".lora_up.weight"), &[8, 3])]),
+            &["it.safetensors", "[8, 3] and [4, 8] do not multiply"],
+        ),
+        lora(
+            "a LoRA without up",
+            |m| it(m, &[(q!(".lora_down.weight"), &[4, 8])]),
+            &["it.safetensors", "its up is missing"],
+        ),
+        lora("an alpha alone", |m| it(m, &[(q!(".alpha"), &[])]), &["it.safetensors", "its alpha alone"]),
+        lora(
+            "DoRA's norms alone",
+            |m| it(m, &[(q!(".dora_scale"), &[8, 1]), (q!(".alpha"), &[])]),
+            &["it.safetensors", "its alpha and dora_scale alone"],
+        ),
+        lora(
+            "DoRA's norms of another width",
+            |m| {
+                let up_and_down = [(q!(".lora_down.weight"), &[4, 8][..]), (q!(".lora_up.weight"), &[8, 4])];
+                it(m, &[up_and_down[0], up_and_down[1], (q!(".dora_scale"), &[5, 1])]);
+            },
+            &["it.safetensors", "its DoRA norms have shape [5, 1], wanted 8"],
+        ),
+        lora(
+            "half a LoHa",
+            |m| it(m, &[(q!(".hada_w1_a"), &[8, 2]), (q!(".hada_w1_b"), &[2, 8]), (q!(".hada_w2_a"), &[8, 2])]),
+            &["it.safetensors", "its hada_w2_b is missing"],
+        ),
+        lora(
+            "a LoHa of two shapes",
+            |m| {
+                it(
+                    m,
+                    &[
+                        (q!(".hada_w1_a"), &[8, 2]),
+                        (q!(".hada_w1_b"), &[2, 8]),
+                        (q!(".hada_w2_a"), &[8, 2]),
+                        (q!(".hada_w2_b"), &[2, 7]),
+                    ],
+                )
+            },
+            &["it.safetensors", "its halves have shapes"],
+        ),
+        lora(
+            "a LoKr of another size",
+            |m| it(m, &[(q!(".lokr_w1"), &[2, 2]), (q!(".lokr_w2"), &[3, 3])]),
+            &["it.safetensors", "its change has shape [6, 6], wanted [8, 8]"],
+        ),
+        lora(
+            "a difference of another size",
+            |m| it(m, &[(q!(".diff"), &[8, 9])]),
+            &["it.safetensors", "[8, 9], wanted [8, 8]"],
+        ),
+        lora(
+            "a LoRA of SDXL",
+            |m| {
+                let at = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q";
+                let (down, up) = (format!("{at}.lora_down.weight"), format!("{at}.lora_up.weight"));
+                it(m, &[(&down, &[4, 640]), (&up, &[640, 4])]);
+            },
+            &["it.safetensors", "lora_unet_input_blocks_4_1", "is it for another family"],
+        ),
+        lora("a LoRA of no tensors", |m| it(m, &[]), &["it.safetensors", "is no LoRA"]),
+        lora(
+            "half a LoRA's file",
+            |m| {
+                it(m, &[(q!(".lora_down.weight"), &[4, 8]), (q!(".lora_up.weight"), &[8, 4])]);
+                m.keep_half("it.safetensors");
+            },
+            &["it.safetensors", "truncated or damaged"],
+        ),
+        lora(
+            "a pointer in place of a LoRA",
+            |m| m.write("it.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+            &["it.safetensors", "git lfs pull"],
+        ),
+        input(
+            "a learned word of SD 2",
+            WORD,
+            |m| it(m, &[("emb_params", &[2, 1024])]),
+            &["it.safetensors", "emb_params", "have 1024 values, the text encoder's have 16", "another model"],
+        ),
+        input(
+            "a learned word of SDXL",
+            WORD,
+            |m| it(m, &[("clip_l", &[1, 16]), ("clip_g", &[1, 1280])]),
+            &["it.safetensors", "a learned word of SDXL"],
+        ),
+        input(
+            "a LoRA as a learned word",
+            WORD,
+            |m| {
+                it(m, &[(q!(".lora_down.weight"), &[4, 8]), (q!(".lora_up.weight"), &[8, 4])]);
+            },
+            &["it.safetensors", "2 tensors", "a learned word's file has one"],
+        ),
+        input(
+            "half a learned word",
+            WORD,
+            |m| {
+                it(m, &[("emb_params", &[2, 16])]);
+                m.keep_half("it.safetensors");
+            },
+            &["it.safetensors", "not a complete .safetensors file"],
+        ),
+        input("no such learned word", WORD, |_| {}, &["it.safetensors", "o such file"]),
+        input(
+            "a VAE of 16 latent channels",
+            OTHER_VAE,
+            |m| {
+                fs::copy(m.path(VAE), m.path("it.safetensors")).unwrap();
+                reshape(m, "it.safetensors", "decoder.conv_in.weight", [4, 16, 3, 3]);
+            },
+            &["it.safetensors", "decoder.conv_in.weight", "has shape [4, 16, 3, 3], wanted [16, 4, 3, 3]"],
+        ),
+        input(
+            "a VAE without its encoder",
+            OTHER_VAE,
+            |m| {
+                fs::copy(m.path(VAE), m.path("it.safetensors")).unwrap();
+                m.header("it.safetensors", |header| {
+                    let keys: Vec<String> = header.keys().filter(|key| key.starts_with("encoder.")).cloned().collect();
+                    for key in keys {
+                        let tensor = header.remove(&key).unwrap();
+                        header.insert(format!("lost.{key}"), tensor);
+                    }
+                });
+            },
+            &["it.safetensors", "tensor encoder.", "missing", "lost.encoder."],
+        ),
+    ]
+}
+
+/// Whole checkpoints in one file, with something missing.
+fn damaged_checkpoints() -> Vec<Case> {
+    const FILE: &str =
+        "generate cat --model MODEL/it.safetensors --method plain --size 32x32 --steps 1 --out DIR/o.png";
+    /// Takes the tensors whose keys begin so out of sight.
+    fn without(m: &Model, file: &str, beginning: &str) {
+        let path = Path::new(MODEL).parent().unwrap().join("single-file").join(file);
+        m.write("it.safetensors", fs::read(path).unwrap());
+        m.header("it.safetensors", |header| {
+            let keys: Vec<String> = header.keys().filter(|key| key.starts_with(beginning)).cloned().collect();
+            assert!(!keys.is_empty(), "{beginning}");
+            for key in keys {
+                let tensor = header.remove(&key).unwrap();
+                header.insert(format!("lost.{key}"), tensor);
+            }
+        });
+    }
+    fn file(name: &'static str, damage: fn(&Model), wanted: &'static [&'static str]) -> Case {
+        input(name, FILE, damage, wanted)
+    }
+    vec![
+        file(
+            "a checkpoint without its VAE",
+            |m| without(m, "sd15.safetensors", "first_stage_model."),
+            &["it.safetensors", "holds no vae", "full checkpoint"],
+        ),
+        file(
+            "a checkpoint without its text encoder",
+            |m| without(m, "sd15.safetensors", "cond_stage_model."),
+            &["it.safetensors", "no text encoder", "full checkpoint"],
+        ),
+        file(
+            "a checkpoint without its UNet",
+            |m| without(m, "sd15.safetensors", "model.diffusion_model."),
+            &["it.safetensors", "alone"],
+        ),
+        file(
+            "SDXL without its first text encoder",
+            |m| without(m, "sdxl.safetensors", "conditioner.embedders.0."),
+            &["it.safetensors", "holds no text_encoder:"],
+        ),
+        file(
+            "half the header of a checkpoint",
+            |m| {
+                without(m, "sd15.safetensors", "first_stage_model.decoder.mid.");
+                let bytes = m.read("it.safetensors");
+                m.write("it.safetensors", &bytes[..1000]);
+            },
+            &["it.safetensors", "truncated or damaged"],
+        ),
+        file(
+            "a checkpoint whose header has another length",
+            |m| {
+                without(m, "sd15.safetensors", "first_stage_model.decoder.mid.");
+                let mut bytes = m.read("it.safetensors");
+                bytes[1] ^= 0x40;
+                m.write("it.safetensors", &bytes);
+            },
+            &["it.safetensors", "truncated or damaged"],
+        ),
+        file(
+            "a small model of no published size",
+            |m| {
+                let path = Path::new(MODEL).parent().unwrap().join("single-file/sd15.safetensors");
+                m.write("it.safetensors", fs::read(path).unwrap());
+            },
+            &["it.safetensors", "has shape", "wanted"],
+        ),
+        model(
+            "an end of text that is no id",
+            |m| m.set(TEXT_CONFIG, "eos_token_id", (-1).into()),
+            &["text_encoder/config.json", "eos_token_id is -1", "one token id"],
+        ),
+        model(
+            "two ends of text",
+            |m| m.set(TEXT_CONFIG, "eos_token_id", json!([1, 2])),
+            &["text_encoder/config.json", "eos_token_id is [1,2]", "one token id"],
+        ),
+        model("a word of two ids", |m| m.write("tokenizer/vocab.json", "{\"a\": [1, 2]}"), &["tokenizer/vocab.json"]),
+    ]
+}
+
+/// A safetensors file of f32 tensors of zeros.
+fn tensors_of_zeros(tensors: &[(&str, &[usize])]) -> Vec<u8> {
+    let bytes = vec![0; 4 * tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).max().unwrap_or(0)];
+    let view = |shape: &[usize]| {
+        let bytes = &bytes[..4 * shape.iter().product::<usize>()];
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), bytes).unwrap()
+    };
+    safetensors::serialize(tensors.iter().map(|(name, shape)| (*name, view(shape))), None).unwrap()
+}
+
 /// A safetensors file of one f32 tensor of zeros.
 fn one_tensor(name: &str, shape: &[usize]) -> Vec<u8> {
-    let bytes = vec![0; 4 * shape.iter().product::<usize>()];
-    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &bytes).unwrap();
-    safetensors::serialize([(name, view)], None).unwrap()
+    tensors_of_zeros(&[(name, shape)])
 }
 
 #[test]
 fn every_bad_input_has_its_clear_error() {
-    let groups =
-        [directories(), configurations(), weights(), tokenizers(), usage(), foreign(), single_files(), files()];
+    let groups = [
+        directories(),
+        configurations(),
+        weights(),
+        tokenizers(),
+        usage(),
+        foreign(),
+        single_files(),
+        additions(),
+        damaged_checkpoints(),
+        files(),
+    ];
     let mut wrong = Vec::new();
     let mut count = 0;
     for case in groups.into_iter().flatten() {
@@ -660,7 +923,7 @@ fn every_bad_input_has_its_clear_error() {
             wrong.push(format!("{}: {reason}", case.name));
         }
     }
-    assert!(count >= 25, "{count} cases");
+    assert!(count >= 150, "{count} cases");
     assert!(wrong.is_empty(), "{} of {count} cases:\n{}", wrong.len(), wrong.join("\n"));
 }
 

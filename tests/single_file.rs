@@ -3,8 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use megafuse::models::single_file::open_vae;
-use megafuse::models::{Adapters, Family, Part, SingleFile, WeightStore};
+use megafuse::models::single_file::{open_vae, published_config};
+use megafuse::models::{
+    Adapters, ClipTextConfig, ClipTextModel, Family, Part, SingleFile, Unet, UnetConfig, Vae, VaeConfig, WeightStore,
+};
 use megafuse::pipeline::{self, Lora, ModelSource, Pipeline, Plain, Request, Silent, Size};
 use megafuse::text::{ClipTokenizer, ClipVocabulary, TokenizerFiles};
 use megafuse::{DType, Device};
@@ -351,4 +353,444 @@ fn the_command_line_warns_of_unused_keys_and_describes_loras_in_run_json() {
     let run: serde_json::Value = serde_json::from_str(&run).expect("JSON");
     let digest = &blake3::hash(&written).to_hex()[..16];
     assert_eq!(run["loras"], serde_json::json!([{"name": "style", "weight": "0.5", "digest": digest}]));
+}
+
+/// Grid and probe merge a LoRA as generate does, and warn as it does; a part that probe did not load is not missed.
+#[test]
+fn grid_and_probe_take_loras() {
+    let place = tempfile::tempdir().expect("a folder");
+    let bytes = std::fs::read(data("single-file/lora-kohya.safetensors")).expect("a LoRA");
+    let lora = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let mut tensors: Vec<(String, TensorView)> = lora.tensors();
+    tensors.retain(|(key, _)| key.starts_with("lora_unet_"));
+    let extra = tensors[0].1.clone();
+    tensors.push(("lora_unet_elsewhere.lora_up.weight".into(), extra.clone()));
+    let write = |name: &str, tensors: &[(String, TensorView)]| {
+        let tensors = tensors.iter().map(|(key, view)| (key, view));
+        std::fs::write(place.path().join(name), safetensors::serialize(tensors, None).expect("serializes"))
+            .expect("writes");
+    };
+    write("unet.safetensors", &tensors);
+    write("none.safetensors", &[("lora_unet_elsewhere.lora_up.weight".into(), extra)]);
+    let run = |args: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_megafuse"))
+            .current_dir(place.path())
+            .args(args)
+            .args(["--device", "cpu", "--model"])
+            .arg(data("sd15"))
+            .output()
+            .expect("runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.success(), said)
+    };
+    let warning = "warning: unet.safetensors: no part of the model uses 1 tensor: lora_unet_elsewhere.lora_up.weight\n";
+    let grid = ["grid", "a cat", "--methods", "plain", "--stages", "16x16:1", "--out"];
+    let (ok, said) = run(&[&grid[..], &["plain.png"]].concat());
+    assert!(ok, "{said}");
+    let (ok, said) = run(&[&grid[..], &["lora.png", "--lora", "unet.safetensors:0.9"]].concat());
+    assert!(ok && said.matches(warning).count() == 1, "{said}");
+    let read = |name: &str| std::fs::read(place.path().join(name)).expect("written");
+    assert_ne!(read("plain.png"), read("lora.png"));
+
+    // What the UNet says of its inputs, without and with the LoRA.
+    let f32s = |values: usize| (0..values).flat_map(|i| (i as f32 * 0.37).sin().to_le_bytes()).collect::<Vec<u8>>();
+    let inputs = [("sample", vec![1, 4, 8, 8]), ("prompt_embeds", vec![1, 77, 16]), ("timestep", vec![1])];
+    let inputs = inputs.map(|(name, shape)| (name, f32s(shape.iter().product()), shape));
+    let views = inputs.iter().map(|(name, bytes, shape)| {
+        (*name, TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).expect("a tensor"))
+    });
+    std::fs::write(place.path().join("in.safetensors"), safetensors::serialize(views, None).expect("serializes"))
+        .expect("writes");
+    let probe = ["probe", "--module", "unet", "--in", "in.safetensors", "--out"];
+    let (ok, said) = run(&[&probe[..], &["plain.safetensors"]].concat());
+    assert!(ok && !said.contains("warning"), "{said}");
+    let (ok, said) = run(&[&probe[..], &["lora.safetensors", "--lora", "unet.safetensors"]].concat());
+    assert!(ok && said.matches(warning).count() == 1, "{said}");
+    assert_ne!(read("plain.safetensors"), read("lora.safetensors"));
+
+    // The text encoder is not what this LoRA changes: no error, and no word about keys for the UNet.
+    let text = ["probe", "--module", "text", "--prompt", "a cat", "--out", "text.safetensors"];
+    let (ok, said) = run(&[&text[..], &["--lora", "unet.safetensors"]].concat());
+    assert!(ok && !said.contains("warning"), "{said}");
+    // What belongs to nothing is an error where everything is loaded.
+    let (ok, said) = run(&[&grid[..], &["none.png", "--lora", "none.safetensors"]].concat());
+    assert!(!ok && said.contains("none.safetensors: no key of this adapter"), "{said}");
+}
+
+/// Values of a tensor by its bytes, whatever its dtype.
+fn raw<'a>(file: &'a SafeTensors, name: &str) -> (&'a [u8], Vec<usize>) {
+    let view = file.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+    (view.data(), view.shape().to_vec())
+}
+
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+/// Every code of both 8-bit floats against torch; those that are no numbers are refused.
+#[test]
+fn all_codes_of_8_bit_floats_are_torchs_values() {
+    let bytes = std::fs::read(data("single-file/fp8.safetensors")).expect("torch's values");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    for (name, dtype, numbers) in
+        [("e4m3", safetensors::Dtype::F8_E4M3, 254), ("e5m2", safetensors::Dtype::F8_E5M2, 248)]
+    {
+        let codes = raw(&file, &format!("codes.{name}")).0;
+        assert_eq!(codes, (0..=255).collect::<Vec<u8>>());
+        let want = f32s(raw(&file, &format!("values.{name}")).0);
+        let load = |codes: &[u8]| {
+            let view = TensorView::new(dtype, vec![codes.len()], codes).expect("a tensor");
+            let bytes: &'static [u8] = safetensors::serialize([("x", view)], None).expect("serializes").leak();
+            let store = WeightStore::from_bytes("x", bytes, &Device::cpu(), DType::F32).expect("a good file");
+            store.root().tensor("x", &[codes.len()]).and_then(|x| x.to_f32_vec()).map_err(|error| error.to_string())
+        };
+        let finite: Vec<u8> = (0..=255u8).filter(|&code| want[usize::from(code)].is_finite()).collect();
+        assert_eq!(finite.len(), numbers, "{name}");
+        let got = load(&finite).expect("numbers");
+        for (code, got) in finite.iter().zip(got) {
+            assert_eq!(got.to_bits(), want[usize::from(*code)].to_bits(), "{name} {code:#04x}");
+        }
+        for code in (0..=255u8).filter(|code| !finite.contains(code)) {
+            let error = load(&[code]).expect_err("no number");
+            assert!(error.contains("not finite"), "{name} {code:#04x}: {error}");
+        }
+    }
+}
+
+/// The form of ComfyUI: `scaled_fp8` marks the file, `X.scale_weight` stands beside `X.weight`; one scale or one per row.
+#[test]
+fn scaled_8_bit_weights_are_torchs_values() {
+    let bytes = std::fs::read(data("single-file/fp8.safetensors")).expect("torch's values");
+    let scaled = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let place = tempfile::tempdir().expect("a folder");
+    for (model, marker) in [("sd15", safetensors::Dtype::F8_E4M3), ("sd21", safetensors::Dtype::F8_E5M2)] {
+        let bytes = std::fs::read(data(&format!("single-file/{model}.safetensors"))).expect("a test file");
+        let own = SafeTensors::deserialize(&bytes).expect("safetensors");
+        let prefix = format!("{model}/");
+        let mut tensors: Vec<(String, TensorView)> = own.tensors();
+        for name in scaled.names().into_iter().filter(|name| name.starts_with(&prefix)) {
+            let key = &name[prefix.len()..];
+            tensors.retain(|(own, _)| own != key);
+            tensors.push((key.to_string(), scaled.tensor(name).expect("a tensor")));
+            if let Some(module) = key.strip_suffix(".scale_weight") {
+                // Of the activations, for arithmetic in 8 bits.
+                tensors.push((format!("{module}.scale_input"), scaled.tensor(name).expect("a tensor")));
+            }
+        }
+        let mark = TensorView::new(marker, vec![0], &[]).expect("a tensor");
+        tensors.push(("model.diffusion_model.scaled_fp8".into(), mark));
+        let path = place.path().join(format!("{model}.safetensors"));
+        std::fs::write(&path, safetensors::serialize(tensors, None).expect("serializes")).expect("writes");
+
+        let file = SingleFile::open(&path).expect("opens");
+        assert_eq!(file.unused(), &[] as &[String], "{model}");
+        let plain = SingleFile::open(&data(&format!("single-file/{model}.safetensors"))).expect("opens");
+        let mut changed = 0;
+        for &part in file.part_list() {
+            let [got, plain] =
+                [&file, &plain].map(|file| file.store(part, &Device::cpu(), DType::F32).expect("a part"));
+            for (name, key, shape) in shapes(&plain) {
+                let (got, plain) = (values(&got, &key, &shape), values(&plain, &key, &shape));
+                if got == plain {
+                    continue;
+                }
+                changed += 1;
+                // The nearest of 8 bits, near the stored value: a wrong scale is far off. Of E5M2 an eighth.
+                let largest = plain.iter().fold(0f32, |most, value| most.max(value.abs()));
+                for (got, plain) in got.iter().zip(&plain) {
+                    assert!(
+                        (got - plain).abs() <= 0.13 * plain.abs() + 1e-4 * largest,
+                        "{model} {name}: {got}, {plain}"
+                    );
+                }
+            }
+        }
+        assert_eq!(changed, if model == "sd15" { 3 } else { 2 }, "{model}");
+        // To the bit: the code's value times the scale, in f32.
+        let values_prefix = format!("{model}.values/");
+        for name in scaled.names().into_iter().filter(|name| name.starts_with(&values_prefix)) {
+            let (want, shape) = raw(&scaled, name);
+            let want = f32s(want);
+            let key = &name[values_prefix.len()..];
+            let (part, name) = match key {
+                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight" => {
+                    (Part::Unet, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight")
+                }
+                "model.diffusion_model.input_blocks.1.0.in_layers.2.weight" => {
+                    (Part::Unet, "down_blocks.0.resnets.0.conv1.weight")
+                }
+                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.2.weight" => {
+                    (Part::Unet, "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.weight")
+                }
+                "cond_stage_model.model.transformer.resblocks.0.attn.out_proj.weight" => {
+                    (Part::TextEncoder, "text_model.encoder.layers.0.self_attn.out_proj.weight")
+                }
+                "cond_stage_model.model.transformer.resblocks.1.mlp.c_fc.weight" => {
+                    (Part::TextEncoder, "text_model.encoder.layers.1.mlp.fc1.weight")
+                }
+                other => panic!("{other} is compared with nothing"),
+            };
+            let store = file.store(part, &Device::cpu(), DType::F32).expect("a part");
+            let all = values(&store, name, &shape);
+            assert_eq!(all, want, "{model} {key}");
+        }
+    }
+}
+
+/// Keys and shapes of a published single file.
+fn published_file(name: &str) -> Vec<(String, Vec<usize>)> {
+    let mut text = String::new();
+    let bytes = std::fs::read(data(&format!("manifest/ldm-{name}.txt.gz"))).expect("diffusers' list");
+    std::io::Read::read_to_string(&mut flate2::read::GzDecoder::new(&bytes[..]), &mut text).expect("a text");
+    let shape = |text: &str| -> Vec<usize> { text.split('x').filter_map(|side| side.parse().ok()).collect() };
+    text.lines().filter_map(|line| line.split_once(' ')).map(|(key, sides)| (key.into(), shape(sides))).collect()
+}
+
+/// A safetensors file of these tensors in 8 bits without data on the disk: what is never written reads as zeros.
+fn sparse(path: &Path, tensors: &[(String, Vec<usize>)], metadata: serde_json::Value) {
+    let mut header = serde_json::Map::new();
+    let mut at = 0;
+    for (key, shape) in tensors {
+        let end = at + shape.iter().product::<usize>();
+        let entry = serde_json::json!({"dtype": "F8_E4M3", "shape": shape, "data_offsets": [at, end]});
+        header.insert(key.clone(), entry);
+        at = end;
+    }
+    if !metadata.is_null() {
+        header.insert("__metadata__".into(), metadata);
+    }
+    let header = serde_json::Value::from(header).to_string();
+    let begin = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    std::fs::write(path, &begin).expect("writes");
+    let file = std::fs::OpenOptions::new().write(true).open(path).expect("opens");
+    file.set_len((begin.len() + at) as u64).expect("a sparse file");
+}
+
+/// Every key of the published single files, whose names diffusers' conversion has read: none is left over, and the layers
+/// of the published configurations find all that they ask for, of their shapes.
+#[test]
+fn published_single_files_have_every_tensor_of_their_configurations() {
+    let place = tempfile::tempdir().expect("a folder");
+    for (name, family, counts) in [
+        ("sd15", Family::Sd1, &[123_060_480u64, 859_520_964, 83_653_863][..]),
+        ("sd21", Family::Sd2, &[340_387_840, 865_910_724, 83_653_863]),
+        ("sdxl", Family::Sdxl, &[123_060_480, 694_659_840, 2_567_463_684, 83_653_863]),
+    ] {
+        let path = place.path().join(format!("{name}.safetensors"));
+        sparse(&path, &published_file(name), serde_json::Value::Null);
+        let file = SingleFile::open(&path).expect("opens");
+        assert_eq!((file.family(), file.unused()), (family, &[][..]), "{name}");
+        for (&part, &count) in file.part_list().iter().zip(counts) {
+            let what = format!("{name} {}", part.folder());
+            let store = file.store(part, &Device::meta(), DType::BF16).expect("a part");
+            let config = file.config(&format!("{}/config.json", part.folder())).expect("published");
+            assert_eq!(published_config(family, &format!("{}/config.json", part.folder())).as_ref(), Some(&config));
+            let store = match part {
+                Part::TextEncoder | Part::TextEncoder2 => {
+                    let config = ClipTextConfig::from_json(&what, &config).expect("a good configuration");
+                    let store = ClipTextModel::prepared(store, &config).expect("names");
+                    ClipTextModel::from_weights(&store.root(), &config).expect(&what);
+                    store
+                }
+                Part::Unet => {
+                    let config = UnetConfig::from_json(&what, &config).expect("a good configuration");
+                    Unet::from_weights(&store.root(), &config).expect(&what);
+                    store
+                }
+                Part::Vae => {
+                    let config = VaeConfig::from_json(&what, &config).expect("a good configuration");
+                    Vae::from_weights(&store.root(), &config).expect(&what);
+                    store
+                }
+            };
+            assert_eq!(store.unused(), [], "{what}");
+            let taken = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum::<u64>();
+            assert_eq!(taken, count, "{what}");
+        }
+    }
+}
+
+/// Whether 2.x predicts v at 768 pixels or noise at 512 stands in no key: diffusers assumes v unless `global_step` is 875000.
+#[test]
+fn what_a_stable_diffusion_2_predicts() {
+    let place = tempfile::tempdir().expect("a folder");
+    let path = place.path().join("it.safetensors");
+    let small = std::fs::read(data("single-file/sd21.safetensors")).expect("a test file");
+    let own = SafeTensors::deserialize(&small).expect("safetensors");
+    let step = |steps: i64| steps.to_le_bytes();
+    let (base, other) = (step(875_000), step(110_000));
+    let one =
+        |bytes: &'static [u8]| TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], bytes).expect("a tensor");
+    let steps = |bytes| TensorView::new(safetensors::Dtype::I64, vec![], bytes).expect("a tensor");
+    let cases: [(Vec<(&str, TensorView)>, Option<&str>, &str, u64, bool); 8] = [
+        (vec![], None, "v_prediction", 96, false),
+        (vec![("global_step", steps(&base))], None, "epsilon", 64, false),
+        (vec![("global_step", steps(&other))], None, "v_prediction", 96, false),
+        (vec![], Some("epsilon"), "epsilon", 64, false),
+        (vec![], Some("v"), "v_prediction", 96, false),
+        (vec![("global_step", steps(&base))], Some("v"), "v_prediction", 96, false),
+        (vec![("global_step", steps(&base)), ("v_pred", one(b""))], None, "v_prediction", 96, false),
+        (vec![("v_pred", one(b"")), ("ztsnr", one(b""))], None, "v_prediction", 96, true),
+    ];
+    for (further, metadata, wanted, cells, zero_snr) in cases {
+        let tensors =
+            own.tensors().into_iter().chain(further.iter().map(|(key, view)| (key.to_string(), view.clone())));
+        let metadata = metadata.map(|text| [("modelspec.prediction_type".to_string(), text.to_string())].into());
+        std::fs::write(&path, safetensors::serialize(tensors, metadata).expect("serializes")).expect("writes");
+        let file = SingleFile::open(&path).expect("opens");
+        let config = |name: &str| -> serde_json::Value {
+            serde_json::from_str(&file.config(name).expect("published")).expect("JSON")
+        };
+        let keys: Vec<&str> = further.iter().map(|(key, _)| *key).collect();
+        assert_eq!(config("scheduler/scheduler_config.json")["prediction_type"], wanted, "{keys:?}");
+        assert_eq!(config("unet/config.json")["sample_size"], cells, "{keys:?}");
+        let rescaled = &config("scheduler/scheduler_config.json")["rescale_betas_zero_snr"];
+        assert_eq!(rescaled.as_bool().unwrap_or(false), zero_snr, "{keys:?}");
+        assert_eq!(file.unused(), &[] as &[String]);
+    }
+}
+
+/// The published module names in the dialect of kohya's scripts: for Stable Diffusion 1.5 those of diffusers, for SDXL
+/// those of LDM; both text encoders by the names of transformers.
+#[test]
+fn every_module_of_the_published_models_takes_a_lora() {
+    let place = tempfile::tempdir().expect("a folder");
+    for name in ["sd15", "sdxl"] {
+        let path = place.path().join(format!("{name}.safetensors"));
+        let tensors = published_file(name);
+        sparse(&path, &tensors, serde_json::Value::Null);
+        let file = SingleFile::open(&path).expect("opens");
+        let mut lora = Vec::new();
+        let mut add = |beginning: &str, module: &str, shape: &[usize]| {
+            let flat = format!("{beginning}{}", module.replace('.', "_"));
+            let kernel = &shape[2..];
+            lora.push((format!("{flat}.lora_down.weight"), [&[1, shape[1]], kernel].concat()));
+            lora.push((format!("{flat}.lora_up.weight"), [&[shape[0], 1][..], &vec![1; kernel.len()]].concat()));
+        };
+        let ldm = tensors.iter().filter_map(|(key, shape)| Some((key.strip_prefix("model.diffusion_model.")?, shape)));
+        let mut modules = 0;
+        for &part in file.part_list().iter().filter(|part| **part != Part::Vae) {
+            let store = file.store(part, &Device::meta(), DType::BF16).expect("a part");
+            let beginning = match part {
+                Part::TextEncoder if name == "sdxl" => "lora_te1_",
+                Part::TextEncoder => "lora_te_",
+                Part::TextEncoder2 => "lora_te2_",
+                _ => "lora_unet_",
+            };
+            let of_part = store.tensors().filter(|(key, shape)| key.ends_with(".weight") && shape.len() >= 2);
+            for (key, shape) in of_part.filter(|(key, _)| !key.contains("embedding.weight")) {
+                modules += 1;
+                let module = key.strip_suffix(".weight").expect("so filtered");
+                // Its names in the single file are written below.
+                if !(name == "sdxl" && part == Part::Unet) {
+                    add(beginning, module, shape);
+                }
+            }
+        }
+        if name == "sdxl" {
+            for (key, shape) in ldm.filter(|(key, shape)| key.ends_with(".weight") && shape.len() >= 2) {
+                add("lora_unet_", key.strip_suffix(".weight").expect("so filtered"), shape);
+            }
+        }
+        assert_eq!(lora.len(), 2 * modules, "{name}");
+        // 12 layers of 6 matrices, 32 more and a projection; the UNets' matrices and convolutions.
+        let encoders = if name == "sdxl" { 12 * 6 + 32 * 6 + 1 } else { 12 * 6 };
+        assert!(modules > encoders + 250, "{name}: {modules}");
+        let adapter = place.path().join(format!("{name}-lora.safetensors"));
+        sparse(&adapter, &lora, serde_json::Value::Null);
+        let adapters = Adapters::open(&[(adapter, 1.0)]).expect("opens");
+        for &part in file.part_list() {
+            let store = file.store(part, &Device::meta(), DType::BF16).expect("a part");
+            store.with_adapters(part, &adapters).expect("shapes agree");
+        }
+        assert_eq!(adapters.finish(&[]).expect("keys match"), [], "{name}");
+    }
+}
+
+/// Both text encoders and the UNet, whose names are LDM's.
+#[test]
+fn a_lora_of_sdxl_gives_the_merged_weights() {
+    let adapters = Adapters::open(&[(data("single-file/lora-sdxl.safetensors"), 1.0)]).expect("opens");
+    let want = WeightStore::open(&data("single-file"), "lora-sdxl-merged", &Device::cpu(), DType::F32).expect("sums");
+    let mut compared = 0;
+    for part in Part::ALL {
+        let (plain, merged) = (directory("sdxl", part), directory("sdxl", part));
+        let merged = merged.with_adapters(part, &adapters).expect("fits");
+        for (name, key, shape) in shapes(&plain) {
+            let (got, expected) = (values(&merged, &key, &shape), format!("{}/{name}", part.folder()));
+            if !want.contains(&expected) {
+                assert_eq!(got, values(&plain, &key, &shape), "{name}");
+                continue;
+            }
+            compared += 1;
+            for (got, want) in got.iter().zip(values(&want, &expected, &shape)) {
+                assert!((got - want).abs() <= 2e-6 * (1.0 + want.abs()), "{name}: {got}, expected {want}");
+            }
+        }
+    }
+    assert_eq!(compared, want.tensors().count());
+    assert_eq!(adapters.finish(&[]).expect("keys match"), []);
+}
+
+/// Three adapters, one of them a DoRA between two others: the sum, in the order of the files.
+#[test]
+fn several_adapters_are_applied_in_their_order() {
+    let merged = |files: [(&str, f32); 3]| {
+        let files = files.map(|(name, weight)| (data(&format!("single-file/lora-{name}.safetensors")), weight));
+        let adapters = Adapters::open(&files).expect("opens");
+        directory("sd15", Part::Unet).with_adapters(Part::Unet, &adapters).expect("fits")
+    };
+    let near = |store: &WeightStore, key: &str, wanted: &str| {
+        let sums = WeightStore::open(&data("single-file"), "lora-several-merged", &Device::cpu(), DType::F32);
+        let want = sums.expect("PyTorch's sums");
+        let shape = store.tensors().find(|(other, _)| *other == key).expect(key).1.to_vec();
+        let pairs = values(store, key, &shape).into_iter().zip(values(&want, wanted, &shape));
+        let far = |(got, want): (f32, f32)| (got - want).abs() - 4e-6 * (1.0 + want.abs());
+        pairs.map(far).fold(f32::MIN, f32::max) <= 0.0
+    };
+    let at = "down_blocks.0.attentions.0.transformer_blocks.0.attn1";
+    let (q, v) = (format!("{at}.to_q.weight"), format!("{at}.to_v.weight"));
+    let store = merged([("kohya", 0.7), ("relatives", 0.5), ("several", -0.4)]);
+    assert!(near(&store, &q, &format!("unet/{q}")) && near(&store, &v, &format!("unet/{v}")));
+    let store = merged([("several", -0.4), ("kohya", 0.7), ("relatives", 0.5)]);
+    assert!(near(&store, &q, &format!("unet/{q}")) && near(&store, &v, &format!("other order/{v}")));
+    let store = merged([("several", -0.4), ("kohya", 0.7), ("relatives", 0.5)]);
+    assert!(!near(&store, &v, &format!("unet/{v}")), "the order must show");
+}
+
+/// PEFT's own form of an adapted text encoder: no name of the part, alpha in the file beside it.
+#[test]
+fn a_text_encoder_of_peft_takes_alpha_from_its_configuration() {
+    let kohya = std::fs::read(data("single-file/lora-kohya.safetensors")).expect("a LoRA");
+    let kohya = SafeTensors::deserialize(&kohya).expect("safetensors");
+    let at = "encoder.layers.1.self_attn.q_proj";
+    let flat = format!("lora_te_text_model_{}", at.replace('.', "_"));
+    let place = tempfile::tempdir().expect("a folder");
+    let path = place.path().join("adapter_model.safetensors");
+    let tensors = [("lora_A", "lora_down"), ("lora_B", "lora_up")].map(|(to, from)| {
+        let tensor = kohya.tensor(&format!("{flat}.{from}.weight")).expect("a tensor");
+        (format!("base_model.model.text_model.{at}.{to}.weight"), tensor)
+    });
+    std::fs::write(&path, safetensors::serialize(tensors, None).expect("serializes")).expect("writes");
+    let want = WeightStore::open(&data("single-file"), "lora-merged", &Device::cpu(), DType::F32).expect("sums");
+    let want = values(&want, &format!("text_encoder/{at}.weight"), &[16, 16]);
+    let merged = || {
+        let adapters = Adapters::open(&[(path.clone(), 1.0)]).expect("opens");
+        let store = directory("sd15", Part::TextEncoder).with_adapters(Part::TextEncoder, &adapters).expect("fits");
+        assert_eq!(adapters.finish(&[]).expect("keys match"), []);
+        let key = format!("text_model.{at}.weight");
+        let key = if store.contains(&key) { key } else { at.to_string() + ".weight" };
+        values(&store, &key, &[16, 16])
+    };
+    let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    // Its rank is 4.
+    for (config, right) in [
+        (r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 2}"#, true),
+        (r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 1, "use_rslora": true}"#, true),
+        (r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 4}"#, false),
+    ] {
+        std::fs::write(place.path().join("adapter_config.json"), config).expect("writes");
+        let distance = distance(&merged(), &want);
+        assert_eq!(distance <= 1e-5, right, "{config}: {distance}");
+    }
 }

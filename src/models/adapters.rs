@@ -75,6 +75,8 @@ struct AdapterFile {
     unknown: Vec<String>,
     /// `lora_alpha` of the metadata, by part: holds for modules without an alpha of their own.
     alphas: HashMap<Part, f32>,
+    /// As [`beside_alpha`] has it.
+    beside: Option<(f64, bool)>,
     matched: Mutex<HashSet<(Part, String)>>,
 }
 
@@ -207,7 +209,7 @@ impl WeightStore {
                 for name in &aliases {
                     let at = (part, name.clone());
                     let Some(module) = file.modules.get(&at) else { continue };
-                    let alpha = file.alphas.get(&part).copied();
+                    let alpha = file.alpha(part, module);
                     let delta = module.delta(file.weight, alpha).and_then(|delta| delta.fitting(&entry.shape));
                     let delta = delta.map_err(|reason| Error::Weight {
                         file: file.file.path.clone(),
@@ -250,7 +252,17 @@ impl AdapterFile {
             return Err(Error::file(path, "is no LoRA: no key ends as one of kohya's, of diffusers' or of PEFT's"));
         }
         let alphas = metadata_alphas(&file);
-        Ok(AdapterFile { file, weight, modules, unknown, alphas, matched: Mutex::default() })
+        let beside = beside_alpha(path);
+        Ok(AdapterFile { file, weight, modules, unknown, alphas, beside, matched: Mutex::default() })
+    }
+
+    /// The alpha of a module that has none of its own.
+    fn alpha(&self, part: Part, module: &Module) -> Option<f32> {
+        let rank = || module.slots.get("down").and_then(|down| down.shape.first().copied()).unwrap_or(1);
+        self.alphas.get(&part).copied().or_else(|| match self.beside? {
+            (alpha, true) => Some((alpha * (rank() as f64).sqrt()) as f32),
+            (alpha, false) => Some(alpha as f32),
+        })
     }
 }
 
@@ -262,6 +274,17 @@ fn metadata_alphas(file: &MappedFile) -> HashMap<Part, f32> {
     Part::ALL.into_iter().filter_map(alpha).collect()
 }
 
+/// `lora_alpha` of the adapter_config.json that PEFT writes beside its `adapter_model.safetensors`, and whether the scale is
+/// alpha / sqrt(rank) (`use_rslora`; Kalajdzievski 2023, arXiv:2312.03732).
+fn beside_alpha(path: &Path) -> Option<(f64, bool)> {
+    if path.file_name()? != "adapter_model.safetensors" {
+        return None;
+    }
+    let text = std::fs::read_to_string(path.with_file_name("adapter_config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+    Some((config["lora_alpha"].as_f64()?, config["use_rslora"].as_bool().unwrap_or(false)))
+}
+
 /// Part, flattened module name and slot of a key.
 fn parse(key: &str) -> Option<(Part, String, &'static str)> {
     let (module, slot, end) =
@@ -270,6 +293,7 @@ fn parse(key: &str) -> Option<(Part, String, &'static str)> {
     let (part, module) =
         BEGINNINGS.iter().find_map(|(beginning, part)| Some((*part, module.strip_prefix(beginning)?)))?;
     let module = module.strip_prefix("base_model.model.").unwrap_or(module);
+    let part = if part == Part::Unet && module.starts_with("text_model.") { Part::TextEncoder } else { part };
     let mut module = flat(part, &module.replace(".processor.", "."));
     if end.starts_with('_') && module.ends_with("to_out") {
         module.push_str("_0");
@@ -303,8 +327,12 @@ impl Module {
             // Two whole factors have no rank and no scale.
             let rank = slot("lokr_w2_b").or_else(|| slot("lokr_w1_b")).and_then(|b| b.shape.first().copied());
             (Kind::Kronecker(factors), rank)
+        } else if let Some(diff) = slot("diff") {
+            (Kind::Full(diff), None)
         } else {
-            (Kind::Full(need("diff")?), None)
+            let mut alone: Vec<&str> = self.slots.keys().copied().collect();
+            alone.sort_unstable();
+            return Err(format!("there is its {} alone, and no up and down or their like", alone.join(" and ")));
         };
         let alpha = slot("alpha").and_then(|entry| read_f32(&entry).first().copied()).or(alpha);
         let scale = match (alpha, rank) {

@@ -3,7 +3,8 @@
     tools/oracle/venv tools/oracle/manifest.py [--check]
 
 For every model: NAME.json, its config.json with the keys of the published file, and NAME.txt, one line a module: path,
-then name and shape of each of its tensors. The classes are built on torch's meta device, so this takes no memory and no
+then name and shape of each of its tensors. Parts of SDXL that have the tensors of another model's have NAME.json alone, and
+the script stops unless the two lists are one. The classes are built on torch's meta device, so this takes no memory and no
 weights. --check compares with the files that are there instead of writing.
 """
 
@@ -124,13 +125,31 @@ MODELS = {
     "sd15-text": (TEXT, 123_060_480),
     "sd21-text": (TEXT_21, 340_387_840),
 }
+# Name: config, the published number of parameters, and whose list is its own as well.
+SAME = {
+    "sdxl-vae": (
+        VAE | {"_diffusers_version": "0.20.0.dev0", "force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025},
+        83_653_863, "sd15-vae",
+    ),
+    "sdxl-text": (TEXT | {"torch_dtype": "float16"}, 123_060_480, "sd15-text"),
+    "sdxl-text-2": (
+        TEXT | {
+            "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "hidden_size": 1280,
+            "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
+            "torch_dtype": "float16",
+        },
+        694_659_840, "text_encoder_sdxl2",
+    ),
+}
 
 
 def build(config):
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
+        if config.get("architectures") == ["CLIPTextModelWithProjection"]:
+            return CLIPTextModelWithProjection(CLIPTextConfig(**config))
         if config.get("model_type") == "clip_text_model":
             return CLIPTextModel(CLIPTextConfig(**config))
         return {"UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL}[
@@ -139,7 +158,7 @@ def build(config):
 
 
 def listing(name):
-    config, parameters = MODELS[name]
+    config, parameters = (MODELS | SAME)[name][:2]
     state = build(config).state_dict()
     total = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
     assert total == parameters, f"{name}: {total} parameters, published {parameters}"
@@ -148,7 +167,8 @@ def listing(name):
         if not tensor.is_floating_point():
             continue
         # Newer transformers releases drop the prefix that the published text encoders have.
-        key = "text_model." + key.removeprefix("text_model.") if name.endswith("-text") else key
+        if "-text" in name and not key.startswith("text_projection"):
+            key = "text_model." + key.removeprefix("text_model.")
         path, tensor_name = key.rsplit(".", 1)
         modules.setdefault(path, []).append(f"{tensor_name} {'x'.join(map(str, tensor.shape))}")
     return "".join(f"{path} {' '.join(tensors)}\n" for path, tensors in modules.items())
@@ -160,6 +180,19 @@ def main():
     check = parser.parse_args().check
     ROOT.mkdir(parents=True, exist_ok=True)
     changed = []
+    for name, (config, _, other) in SAME.items():
+        path, text = ROOT / f"{name}.json", json.dumps(config, indent=2) + "\n"
+        if other in MODELS:
+            assert listing(name) == listing(other), name
+        else:  # of clip.py
+            held = json.loads((ROOT / f"{other}.json").read_text())["tensors"]
+            state = {k: v for k, v in build(config).state_dict().items() if v.is_floating_point()}
+            named = lambda k: k if k.startswith("text_projection") else "text_model." + k.removeprefix("text_model.")
+            assert sorted(held) == sorted([named(k), list(v.shape)] for k, v in state.items()), name
+        if check and (not path.exists() or path.read_text() != text):
+            changed.append(path.name)
+        elif not check:
+            path.write_text(text)
     for name, (config, _) in MODELS.items():
         for path, text in [
             (ROOT / f"{name}.json", json.dumps(config, indent=2) + "\n"),
