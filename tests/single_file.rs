@@ -88,8 +88,8 @@ fn what_is_no_stable_diffusion_is_named() {
     const REFINER: &str = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias";
     let unet = (UNET, &[320, 4, 3, 3][..]);
     let one = &[1][..];
-    type Keys<'a> = &'a [(&'a str, &'a [usize])];
-    let cases: &[(Keys, &str)] = &[
+    type Tensors<'a> = &'a [(&'a str, &'a [usize])];
+    let cases: &[(Tensors, &str)] = &[
         (&[(UNET, &[384, 4, 3, 3]), (REFINER, one)], "is the SDXL refiner, which is not supported; use the base model"),
         (&[unet, (REFINER, one)], "is the SDXL refiner"),
         (&[(UNET, &[320, 9, 3, 3]), (CLIP, one)], "is an inpainting model, which is not supported"),
@@ -354,6 +354,38 @@ fn the_command_line_warns_of_unused_keys_and_describes_loras_in_run_json() {
     let run: serde_json::Value = serde_json::from_str(&run).expect("JSON");
     let digest = &blake3::hash(&written).to_hex()[..16];
     assert_eq!(run["loras"], serde_json::json!([{"name": "style", "weight": "0.5", "digest": digest}]));
+}
+
+#[test]
+fn a_learned_word_that_no_prompt_holds_is_told_once() {
+    let place = tempfile::tempdir().expect("a folder");
+    let lines = "{\"prompt\": \"a cat\"}\n{\"prompt\": \"a dog\"}\n";
+    std::fs::write(place.path().join("cats.jsonl"), lines).expect("writes");
+    std::fs::write(place.path().join("toys.jsonl"), lines.replace("dog", "toy")).expect("writes");
+    let told = |args: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_megafuse"))
+            .current_dir(place.path())
+            .args(args)
+            .args(["--device", "cpu", "--stages", "16x16:1", "--guidance", "3", "--embedding"])
+            .arg(data("prompts/sd15/toy.safetensors"))
+            .arg("--model")
+            .arg(data("sd15"))
+            .output()
+            .expect("runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        said.matches("warning: the word \"toy\" of --embedding stands in no prompt\n").count()
+    };
+    let generate = ["generate", "--method", "plain", "--out", "a.png"];
+    let manifest = ["generate", "--method", "plain"];
+    let grid = ["grid", "--methods", "plain", "--out", "g.png"];
+    assert_eq!(told(&[&generate[..], &["a cat"]].concat()), 1);
+    assert_eq!(told(&[&generate[..], &["a toy"]].concat()), 0);
+    assert_eq!(told(&[&generate[..], &["a cat", "--negative", "toy"]].concat()), 0);
+    assert_eq!(told(&[&manifest[..], &["--manifest", "cats.jsonl", "--out", "cats"]].concat()), 1);
+    assert_eq!(told(&[&manifest[..], &["--manifest", "toys.jsonl", "--out", "toys"]].concat()), 0);
+    assert_eq!(told(&[&grid[..], &["a cat"]].concat()), 1);
+    assert_eq!(told(&[&grid[..], &["a toy"]].concat()), 0);
 }
 
 /// Grid and probe merge a LoRA as generate does, and warn as it does; a part that probe did not load is not missed.
@@ -623,8 +655,8 @@ fn what_a_stable_diffusion_2_predicts() {
     let one =
         |bytes: &'static [u8]| TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], bytes).expect("a tensor");
     let steps = |bytes| TensorView::new(safetensors::Dtype::I64, vec![], bytes).expect("a tensor");
-    type Case<'a> = (Vec<(&'a str, TensorView<'a>)>, Option<&'a str>, &'a str, u64, bool);
-    let cases: [Case; 8] = [
+    type Further<'a> = Vec<(&'a str, TensorView<'a>)>;
+    let cases: [(Further, Option<&str>, &str, u64, bool); 8] = [
         (vec![], None, "v_prediction", 96, false),
         (vec![("global_step", steps(&base))], None, "epsilon", 64, false),
         (vec![("global_step", steps(&other))], None, "v_prediction", 96, false),

@@ -16,7 +16,7 @@ use super::output;
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{PicturesProgress, seconds_text};
 use super::run_folder::{Found, RunFolder};
-use super::session::{Costs, Session, batches};
+use super::session::{Costs, Session, batches, tell_unread};
 
 pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     if args.picture.count != 1 {
@@ -51,6 +51,7 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     let todo: Vec<Item> = todo.into_iter().map(&mut item).collect::<Result<_>>()?;
     let batch = session.batch(args.run.batch, &todo[0].request, todo.len())?;
     let pipeline = session.load()?;
+    tell_unread(&pipeline, todo.iter().map(|item| &item.request))?;
     let writing = folder.begin()?;
     if writing.shared && shard.is_whole() {
         say!("warning: another run writes into {}; they share the work only with --shard", out.display());

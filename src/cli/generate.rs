@@ -12,7 +12,7 @@ use super::from;
 use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, Progress, seconds_text};
-use super::session::Session;
+use super::session::{Session, tell_unread};
 use super::{batch, safetensors_file, strip};
 
 pub fn run(args: &GenerateArgs) -> Result<()> {
@@ -31,6 +31,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let targets = targets(args, &request)?;
     let batch = session.batch(args.run.batch, &request, targets.len())?;
     let pipeline = session.load()?;
+    tell_unread(&pipeline, std::iter::once(&request))?;
     for (index, files) in targets.chunks(batch).enumerate() {
         let first = index * batch;
         if targets.len() > 1 {

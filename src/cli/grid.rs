@@ -15,7 +15,7 @@ use super::manifest::{self, Line};
 use super::output::{self, Target};
 use super::picture_args::{GridArgs, by_method, conflict};
 use super::progress::PicturesProgress;
-use super::session::{Costs, Session, batches};
+use super::session::{Costs, Session, batches, tell_unread};
 use super::sheet::{Sheet, common_cell, scaled};
 use super::values;
 
@@ -91,6 +91,7 @@ pub fn run(args: &GridArgs) -> Result<()> {
 
     let batch = cells.first().map_or(Ok(1), |cell| session.batch(args.run.batch, &cell.request, cells.len()))?;
     let pipeline = session.load()?;
+    tell_unread(&pipeline, cells.iter().map(|cell| &cell.request))?;
     sheet.cells = pictures(&pipeline, &cells, batch, sheet.cell)?;
     let drawn = sheet.draw();
     let parameters = grid.infotext(&common);

@@ -109,6 +109,17 @@ impl Session {
     }
 }
 
+/// Once per word: a line about words of textual inversion that no prompt holds.
+///
+/// # Errors
+/// As [`Pipeline::unread_embeddings`].
+pub fn tell_unread<'a>(pipeline: &Pipeline, requests: impl Iterator<Item = &'a Request>) -> Result<()> {
+    for word in pipeline.unread_embeddings(requests)? {
+        say!("warning: the word {word:?} of --embedding stands in no prompt");
+    }
+    Ok(())
+}
+
 /// Which variant of the weights was read (`fp16`), and for which parts; `None`: the plain one for all.
 pub fn variants_line(reports: &[WeightReport]) -> Option<String> {
     let mut variants: Vec<(&str, Vec<&str>)> = Vec::new();

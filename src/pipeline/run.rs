@@ -141,6 +141,25 @@ impl Pipeline {
         &self.embeddings
     }
 
+    /// Those of [`embeddings`](Pipeline::embeddings) that stand in no prompt of these requests.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn unread_embeddings<'a>(&self, requests: impl Iterator<Item = &'a Request>) -> Result<Vec<&str>> {
+        let mut unread: Vec<&str> = self.embeddings.iter().map(String::as_str).collect();
+        for request in requests {
+            if unread.is_empty() {
+                break;
+            }
+            let negative = request.negative_prompt.clone().filter(|_| request.is_guided());
+            for (negative, text) in [(false, Some(request.prompt.clone())), (true, negative)] {
+                let read = self.family.learned(&PromptText { text, negative }, &request.text)?;
+                unread.retain(|word| !read.iter().any(|read| read == word));
+            }
+        }
+        Ok(unread)
+    }
+
     /// The adapters that are merged into the weights.
     pub fn loras(&self) -> &[Lora] {
         &self.loras

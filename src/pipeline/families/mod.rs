@@ -159,6 +159,12 @@ pub(super) trait Family: Send + Sync {
     /// Those of the tokenizer.
     fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize>;
 
+    /// The words of textual inversion that stand in a prompt, each once.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>>;
+
     /// Encodes prompts, each once; all are padded to the chunks of the longest.
     ///
     /// # Errors

@@ -82,6 +82,14 @@ impl TextEncoder {
         Ok(self.read(prompt, options)?.0.ids.len())
     }
 
+    /// Words of textual inversion in a prompt.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>> {
+        Ok(self.read(prompt, options)?.0.learned)
+    }
+
     /// `warn` is told what of a prompt is not read, or is read as words.
     ///
     /// # Errors

@@ -97,6 +97,10 @@ impl Family for StableDiffusion {
         self.text_encoder.chunks(prompt, options)
     }
 
+    fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>> {
+        self.text_encoder.learned(prompt, options)
+    }
+
     fn encode_prompts(
         &self,
         prompts: &[PromptText],

@@ -125,6 +125,11 @@ impl Family for StableDiffusionXl {
         Ok(first.chunks(prompt, options)?.max(second.chunks(prompt, options)?))
     }
 
+    /// Both tokenizers find the same words.
+    fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>> {
+        self.encoders[0].learned(prompt, options)
+    }
+
     fn encode_prompts(
         &self,
         prompts: &[PromptText],
