@@ -2,8 +2,8 @@
 
     tools/oracle/venv tools/oracle/bench_torch.py DIR [--threads N] [--size 512] [--runs N] [--dtype f32|bf16]
 
-DIR: a model directory as full_size.py writes; SDXL's takes --size 1024, and --guidance 1 for one UNet call of batch 1. Prints one JSON line: median and all times in seconds, peak resident
-memory of the process in bytes, and what was run. One untimed step goes first.
+DIR: a model directory as full_size.py writes; SDXL's takes --size 1024, and --guidance 1 for one UNet call of batch 1. Prints one JSON line: median and all times in seconds, processor time
+per step, peak resident memory of the process in bytes, and what was run. One untimed step goes first.
 """
 
 import argparse
@@ -56,17 +56,19 @@ def main():
         e_u, e_c = output.chunk(2)
         return scheduler.step(e_u + options.guidance * (e_c - e_u), t, latents).prev_sample
 
-    times = []
+    times, processor = [], []
     with torch.inference_mode():
         for i in range(options.runs + 1):
-            start = time.perf_counter()
+            start, began = time.perf_counter(), time.process_time()
             latents = step(latents, scheduler.timesteps[i])
             if i > 0:
                 times.append(time.perf_counter() - start)
+                processor.append(time.process_time() - began)
     assert torch.isfinite(latents).all()
     print(json.dumps({
         "what": f"UNet step, batch {batch}", "size": options.size, "dtype": options.dtype, "threads": options.threads,
         "median_s": statistics.median(times), "times_s": times,
+        "cpu_s": statistics.mean(processor),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine(),
     }))
