@@ -197,7 +197,7 @@ fn a_run_asks_the_driver_for_memory_once() {
     let memory = card.memory().unwrap();
     let (loaded, free) = (memory.reserved_bytes, memory.reserved_bytes - memory.in_use_bytes);
     let _filled = Tensor::uninit(&Device::Cuda(card.clone()), &[(free as usize - (1 << 20)) / 4], DType::U32).unwrap();
-    let stages = ["128x128:3", "384x384:1"].map(|stage| stage.parse().unwrap()).to_vec();
+    let stages = ["64x64:3", "192x192:1"].map(|stage| stage.parse().unwrap()).to_vec();
     let request = Request { method: MegaFusion::plus().into(), stages, guidance: 1.0, ..Request::default() };
     let mut reserved = Reserved(&card, Vec::new());
     pipeline.generate(&request, &mut reserved).unwrap();
