@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 use megafuse::methods::MegaFusion;
 use megafuse::pipeline::{
     Event, LoadOptions, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request, Residency, Silent,
-    VaePasses,
+    VaePartition,
 };
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{DType, Device, Error, Result};
@@ -227,8 +227,8 @@ fn parts_that_leave_memory_come_back() {
         }
         (pictures, device.memory().unwrap().peak_bytes)
     };
-    let (want, most) = peak(MemoryOptions { residency: Residency::Keep, vae: VaePasses::Whole });
-    for vae in [VaePasses::Auto, VaePasses::Stripes] {
+    let (want, most) = peak(MemoryOptions { residency: Residency::Keep, vae: VaePartition::Whole });
+    for vae in [VaePartition::Auto, VaePartition::Stripes] {
         let (pictures, least) = peak(MemoryOptions { residency: Residency::Low, vae });
         assert_eq!(pictures, want);
         assert!(least < most, "{least} of {most} bytes");

@@ -83,7 +83,7 @@ fn help_shows_every_command_and_flag_with_examples() {
     }
     let help = place.ok(&["generate", "--help"]);
     let flags = "model offline from negative method size stages upsampler relay-clamp reschedule dilation gamma relay-noise-offset \
-                 scheduler sigmas eta steps guidance guidance-rescale seed count batch original-size crop target-size prompt-syntax long-prompt clip-skip rng dtype vae-dtype memory vae-passes device out dump strip manifest resume shard \
+                 scheduler sigmas eta steps guidance guidance-rescale seed count batch original-size crop target-size prompt-syntax long-prompt clip-skip rng dtype vae-dtype memory vae-partition device out dump strip manifest resume shard \
                  reference-compat";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");
@@ -253,7 +253,7 @@ fn a_plan_says_what_less_memory_costs() {
     assert_eq!(peaks(&all)[0], all["peak_bytes"].as_u64().unwrap());
     assert!(peaks(&all).is_sorted_by(|a, b| a >= b), "{all}");
     assert_eq!(all["memory"]["vae"], "whole");
-    let low = plan(&["--memory", "low", "--vae-passes", "stripes"]);
+    let low = plan(&["--memory", "low", "--vae-partition", "stripes"]);
     assert_eq!(low["memory"]["keeps_text_encoders"], false);
     assert_eq!(low["memory"]["vae"], "stripes of 128 rows");
     assert!(low["peak_bytes"].as_u64() < all["peak_bytes"].as_u64());
@@ -273,12 +273,12 @@ fn less_memory_makes_the_same_picture() {
         (png.pixels, serde_json::from_str::<serde_json::Value>(&json).expect("JSON"))
     };
     let (pixels, usual) = json("a.png", &[]);
-    assert!(usual["vae_dtype"].is_null() && usual["vae_passes"].is_null(), "{usual}");
-    for further in [&["--memory", "low"][..], &["--memory", "keep", "--vae-passes", "stripes"]] {
+    assert!(usual["vae_dtype"].is_null() && usual["vae_partition"].is_null(), "{usual}");
+    for further in [&["--memory", "low"][..], &["--memory", "keep", "--vae-partition", "stripes"]] {
         assert_eq!(json("b.png", further), (pixels.clone(), usual.clone()), "{further:?}");
     }
     assert_eq!(json("c.png", &["--vae-dtype", "bf16"]).1["vae_dtype"], "bf16");
-    assert_eq!(json("d.png", &["--vae-passes", "tiles"]).1["vae_passes"], "tiles");
+    assert_eq!(json("d.png", &["--vae-partition", "tiles"]).1["vae_partition"], "tiles");
 }
 
 #[test]

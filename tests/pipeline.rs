@@ -8,7 +8,7 @@ use half::f16;
 use megafuse::methods::{METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
 use megafuse::pipeline::{
     self, Event, LoadOptions, LongPrompt, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request,
-    Residency, RngKind, Sampler, Silent, Syntax, TextOptions, VaePasses,
+    Residency, RngKind, Sampler, Silent, Syntax, TextOptions, VaePartition,
 };
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
@@ -283,8 +283,8 @@ fn parts_of_a_model_come_and_go() {
         let Device::Cpu(cpu) = &device else { unreachable!() };
         (pictures, cpu.peak_bytes())
     };
-    let (want, most) = made(MemoryOptions { residency: Residency::Keep, vae: VaePasses::Whole });
-    for vae in [VaePasses::Auto, VaePasses::Stripes] {
+    let (want, most) = made(MemoryOptions { residency: Residency::Keep, vae: VaePartition::Whole });
+    for vae in [VaePartition::Auto, VaePartition::Stripes] {
         let (pictures, least) = made(MemoryOptions { residency: Residency::Low, vae });
         assert_eq!(pictures, want, "{vae}");
         assert!(least < most, "{vae}: {least} of {most} bytes");

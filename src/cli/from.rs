@@ -193,7 +193,7 @@ const SAME: [(&str, &str); 17] = [
     ("rng", "rng"),
     ("dtype", "dtype"),
     ("vae_dtype", "vae_dtype"),
-    ("vae_passes", "vae_passes"),
+    ("vae_partition", "vae_partition"),
     ("clip_skip", "clip_skip"),
     ("prompt_syntax", "prompt_syntax"),
     ("long_prompt", "long_prompt"),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use megafuse::pipeline::{
     LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource, Request, Residency, RngKind,
-    Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePasses, without_effect,
+    Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePartition, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -362,9 +362,9 @@ pub struct RunArgs {
     ///
     /// auto: whole, by stripes where that does not fit. stripes: the same picture in less memory. tiles: with a cross-fade
     /// between tiles, in least memory; colours may differ a little from tile to tile.
-    #[arg(long, value_parser = named::<VaePasses>(VaePasses::NAMES.iter().copied()), value_name = "P",
+    #[arg(long, value_parser = named::<VaePartition>(VaePartition::NAMES.iter().copied()), value_name = "P",
           default_value = "auto", help_heading = "Machine")]
-    pub vae_passes: VaePasses,
+    pub vae_partition: VaePartition,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
@@ -432,7 +432,7 @@ impl RunArgs {
 
     /// How the model is loaded on the device.
     pub fn load_options(&self, device: &Device) -> LoadOptions {
-        let memory = MemoryOptions { residency: self.memory, vae: self.vae_passes };
+        let memory = MemoryOptions { residency: self.memory, vae: self.vae_partition };
         LoadOptions { device: device.clone(), dtype: self.dtype_on(device), vae_dtype: self.vae_dtype, memory }
     }
 

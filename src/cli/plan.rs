@@ -15,7 +15,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let device = args.run.device.open()?;
     let source = args.run.source();
     let planner = Planner::with(&source, &args.run.load_options(&device))?;
-    // Without --memory and --vae-passes the fastest way is planned, wherever the command runs.
+    // Without --memory and --vae-partition the fastest way is planned, wherever the command runs.
     let report = planner.plan(&request)?;
     let ladder = planner.ladder(&request)?;
     if args.json {

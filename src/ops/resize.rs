@@ -126,12 +126,12 @@ fn on_device(
     upsampler: Upsampler,
     eight_bit: bool,
     noise: Option<&Tensor>,
-) -> Result<Option<cuda::resize::Partition>> {
+) -> Result<Option<cuda::resize::Passes>> {
     if let Device::Cpu(_) = x.device() {
         return Ok(None);
     }
     let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims(op, "x")?, y.dims(op, "y")?);
-    let passes = cuda::resize::Partition::uninit(x, y, upsampler, eight_bit)?;
+    let passes = cuda::resize::Passes::uninit(x, y, upsampler, eight_bit)?;
     if let Device::Meta(meta) = x.device() {
         let taps = |len, out| Filter::new(upsampler, len, out).taps.len();
         let taps = h * taps(w, to_w) + to_w * taps(h, to_h) + to_h * to_w * upsampler.sharpening_taps();

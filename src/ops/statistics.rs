@@ -1,5 +1,5 @@
 //! The first half of a group norm, for a map that is never whole in memory: its statistics from stripes. The second half is a
-//! convolution of a stripe ([`Stripe`](super::Stripe)), which normalises while it loads.
+//! convolution of a stripe with [`Stripe`](super::Stripe), which normalises its input by them.
 
 use super::cpu::norm::{self, Moments, SourceRows};
 use super::cuda::norm::Statistics;
@@ -119,7 +119,7 @@ impl<'a> GroupMoments<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`]: not of this image, or more rows than are left of it; [`Error::Dtype`], [`Error::Device`];
-    /// [`Error::OutOfMemory`]; [`Error::Launch`].
+    /// [`Error::OutOfMemory`]; [`Error::Driver`].
     pub fn add(&mut self, x: &Tensor) -> Result<()> {
         let [_, h, w, c] = self.dims;
         let [_, rows, _, _] = x.dims(OP, "x")?;
@@ -179,7 +179,7 @@ impl<'a> GroupMoments<'a> {
     }
 
     /// # Errors
-    /// [`Error::Argument`]: rows are missing; [`Error::Launch`].
+    /// [`Error::Argument`]: rows are missing; [`Error::Driver`].
     pub fn finish(self) -> Result<GroupStatistics> {
         let [_, h, w, channels] = self.dims;
         let rows = (self.done + self.waiting) / w;

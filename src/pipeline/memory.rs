@@ -30,7 +30,7 @@ impl LoadOptions {
     /// picture's JSON.
     pub fn named(&self) -> Vec<(&'static str, &'static str)> {
         let dtype = self.vae_dtype.map(|dtype| ("vae_dtype", dtype.name()));
-        let tiles = (self.memory.vae == VaePasses::Tiles).then_some(("vae_passes", VaePasses::Tiles.name()));
+        let tiles = (self.memory.vae == VaePartition::Tiles).then_some(("vae_partition", VaePartition::Tiles.name()));
         dtype.into_iter().chain(tiles).collect()
     }
 }
@@ -39,7 +39,7 @@ impl LoadOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryOptions {
     pub residency: Residency,
-    pub vae: VaePasses,
+    pub vae: VaePartition,
 }
 
 /// Which parts of a model stay in memory.
@@ -57,7 +57,7 @@ named!(Residency, [Auto => "auto", Keep => "keep", Low => "low"]);
 
 /// How the VAE decodes and encodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum VaePasses {
+pub enum VaePartition {
     /// Whole; by stripes where that does not fit.
     #[default]
     Auto,
@@ -67,7 +67,7 @@ pub enum VaePasses {
     /// By tiles with a cross-fade, each with statistics of its own: nearly the same picture.
     Tiles,
 }
-named!(VaePasses, [Auto => "auto", Whole => "whole", Stripes => "stripes", Tiles => "tiles"]);
+named!(VaePartition, [Auto => "auto", Whole => "whole", Stripes => "stripes", Tiles => "tiles"]);
 
 /// What a module of a model is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +92,7 @@ pub struct Rung {
     pub keeps_text: bool,
     /// Does the network stay in memory while the VAE works?
     pub keeps_network: bool,
-    pub passes: Partition,
+    pub partition: Partition,
 }
 
 /// Tiles of the side that Stable Diffusion 1.x was trained at, with diffusers' overlap of a quarter.
@@ -111,25 +111,29 @@ impl MemoryOptions {
         };
         let stripes = STRIPE_ROWS.map(|rows| Partition::Stripes { rows });
         let (first, further): (Partition, &[Partition]) = match self.vae {
-            VaePasses::Auto => (Partition::Whole, &stripes),
-            VaePasses::Whole => (Partition::Whole, &[]),
-            VaePasses::Stripes => (stripes[0], &stripes[1..]),
-            VaePasses::Tiles => (TILES, &[]),
+            VaePartition::Auto => (Partition::Whole, &stripes),
+            VaePartition::Whole => (Partition::Whole, &[]),
+            VaePartition::Stripes => (stripes[0], &stripes[1..]),
+            VaePartition::Tiles => (TILES, &[]),
         };
-        let rung = |&(keeps_text, keeps_network): &(bool, bool), passes| Rung { keeps_text, keeps_network, passes };
+        let rung =
+            |&(keeps_text, keeps_network): &(bool, bool), partition| Rung { keeps_text, keeps_network, partition };
         let last = &held[held.len() - 1];
-        held.iter().map(|held| rung(held, first)).chain(further.iter().map(|&passes| rung(last, passes))).collect()
+        held.iter()
+            .map(|held| rung(held, first))
+            .chain(further.iter().map(|&partition| rung(last, partition)))
+            .collect()
     }
 }
 
 impl Rung {
     /// Everything stays in memory and the VAE works on whole pictures.
-    pub const FASTEST: Rung = Rung { keeps_text: true, keeps_network: true, passes: Partition::Whole };
+    pub const FASTEST: Rung = Rung { keeps_text: true, keeps_network: true, partition: Partition::Whole };
 
     /// The same as JSON.
     pub fn to_json(self) -> Value {
         json!({
-            "keeps_text_encoders": self.keeps_text, "keeps_denoiser": self.keeps_network, "vae": partition_text(self.passes),
+            "keeps_text_encoders": self.keeps_text, "keeps_denoiser": self.keeps_network, "vae": partition_text(self.partition),
         })
     }
 
@@ -142,8 +146,8 @@ impl Rung {
         if before.keeps_network && !self.keeps_network {
             given_up.push("the denoiser leaves memory while the VAE works".to_string());
         }
-        if before.passes != self.passes {
-            given_up.push(match self.passes {
+        if before.partition != self.partition {
+            given_up.push(match self.partition {
                 Partition::Stripes { rows } => {
                     format!("the VAE works by stripes of {rows} rows, which gives the same picture")
                 }
@@ -186,12 +190,12 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_on_every_rung() {
         let of = |residency, vae| MemoryOptions { residency, vae }.ladder();
-        assert_eq!(of(Residency::Keep, VaePasses::Whole).len(), 1);
-        assert!(of(Residency::Keep, VaePasses::Auto).iter().all(|rung| rung.keeps_text && rung.keeps_network));
-        assert!(of(Residency::Low, VaePasses::Auto).iter().all(|rung| !rung.keeps_text));
-        assert!(of(Residency::Auto, VaePasses::Tiles).iter().all(|rung| rung.passes == TILES));
-        for rung in of(Residency::Auto, VaePasses::Stripes) {
-            assert!(matches!(rung.passes, Partition::Stripes { .. }));
+        assert_eq!(of(Residency::Keep, VaePartition::Whole).len(), 1);
+        assert!(of(Residency::Keep, VaePartition::Auto).iter().all(|rung| rung.keeps_text && rung.keeps_network));
+        assert!(of(Residency::Low, VaePartition::Auto).iter().all(|rung| !rung.keeps_text));
+        assert!(of(Residency::Auto, VaePartition::Tiles).iter().all(|rung| rung.partition == TILES));
+        for rung in of(Residency::Auto, VaePartition::Stripes) {
+            assert!(matches!(rung.partition, Partition::Stripes { .. }));
         }
     }
 }

@@ -22,7 +22,7 @@ pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use crate::text::{LongPrompt, Syntax, TextualInversion};
 pub use files::{Lora, ModelFiles, ModelSource, hub_name};
 pub use hub::{HubNeed, fetch_model};
-pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePasses};
+pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};
 pub use parameters::Parameters;
 pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use request::{Request, SizeIds, TextOptions};

@@ -416,10 +416,8 @@ impl Pipeline {
         let budget = self.options.device.budget_bytes();
         let request = Request { count: images, batch: images, ..request.without_words() };
         let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if planned.as_ref().is_none_or(|(last, _)| *last != request) {
-            *planned = Some((request.clone(), Vec::new()));
-        }
-        let needs = planned.as_mut().map_or_else(|| unreachable!("just set"), |(_, needs)| needs);
+        planned.take_if(|(last, _)| *last != request);
+        let (_, needs) = planned.get_or_insert_with(|| (request.clone(), Vec::new()));
         let mut chosen = self.ladder.len() - 1;
         for rung in 0..self.ladder.len() {
             if needs.len() == rung {
@@ -554,7 +552,7 @@ impl Conditioned<'_> {
             if !rung.keeps_network {
                 self.pipeline.release(Role::Network);
             }
-            let done = self.pipeline.bring(Role::Vae, warn).and_then(|()| work(rung.passes, warn));
+            let done = self.pipeline.bring(Role::Vae, warn).and_then(|()| work(rung.partition, warn));
             let Err(Error::OutOfMemory { .. }) = &done else { return done };
             if recorded.clear() > 0 {
                 warn("the VAE finds no room: the recorded steps leave memory");
@@ -596,11 +594,11 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn decode(&self, x0: &Tensor, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.with_vae(warn, &|passes, warn| self.pipeline.family.space().decode(x0, passes, warn))
+        self.with_vae(warn, &|partition, warn| self.pipeline.family.space().decode(x0, partition, warn))
     }
 
     fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.with_vae(warn, &|passes, warn| self.pipeline.family.space().encode(picture, noise, passes, warn))
+        self.with_vae(warn, &|partition, warn| self.pipeline.family.space().encode(picture, noise, partition, warn))
     }
 
     fn recorded_steps(&self) -> &RecordedSteps {

@@ -1,4 +1,4 @@
-//! Statistics and normalisation of channels-last rows (pixels), for the norms and for a conv that normalises on load.
+//! Statistics and normalisation of channels-last rows (pixels), for the norms and for a convolution that normalises its input.
 
 use rayon::prelude::*;
 

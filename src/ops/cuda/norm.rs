@@ -33,7 +33,7 @@ pub fn group_norm_launches(dims: [usize; 4], groups: usize) -> u64 {
     if small(dims, groups) { 1 } else { Statistics::launches(dims, groups) + 1 }
 }
 
-/// Mean and 1 / sqrt(var + eps) of every group, for a kernel that normalises while it loads (kernels/common/norm.cuh).
+/// Mean and 1 / sqrt(var + eps) of every group, for the kernel that applies them (kernels/common/norm.cuh).
 #[derive(Debug)]
 pub struct Statistics {
     /// `[N, groups, 2]`, f32

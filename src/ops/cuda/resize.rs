@@ -84,7 +84,7 @@ impl Table {
 }
 
 /// One resize: its tables, and its images between the passes, f32.
-pub struct Partition {
+pub struct Passes {
     upsampler: Upsampler,
     eight_bit: bool,
     rows: Table,
@@ -100,12 +100,12 @@ pub struct Partition {
     sharpened: Option<Tensor>,
 }
 
-impl Partition {
+impl Passes {
     /// Allocates, on any device.
     ///
     /// # Errors
     /// As [`Tensor::uninit`].
-    pub fn uninit(x: &Tensor, y: &Tensor, upsampler: Upsampler, eight_bit: bool) -> Result<Partition> {
+    pub fn uninit(x: &Tensor, y: &Tensor, upsampler: Upsampler, eight_bit: bool) -> Result<Passes> {
         let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
         let device = x.device();
         let fixed_point = eight_bit && upsampler != Upsampler::BicubicTorch;
@@ -113,7 +113,7 @@ impl Partition {
         let image = |h: usize, w: usize| Tensor::uninit(device, &[n, h, w, c], DType::F32);
         let table = |kind, sizes, fixed_point| Table::uninit(device, kind, sizes, fixed_point);
         let kind = FilterKind::of(upsampler);
-        Ok(Partition {
+        Ok(Passes {
             upsampler,
             eight_bit,
             rows: table(kind, [h, to_h], fixed_point)?,

@@ -86,11 +86,11 @@ impl SampleSpace for LatentSpace {
         self.config.latent_channels
     }
 
-    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+    fn decode(&self, x0: &Tensor, partition: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
         let (scale, shift) = (1.0 / self.config.scaling_factor, self.config.shift_factor);
         self.in_range("decoded picture", warn, &|vae| {
             let latents = ops::scale_cast(x0, scale as f32, shift as f32, vae.dtype(), 1)?;
-            let picture = vae.decode_in(&latents, passes)?;
+            let picture = vae.decode_in(&latents, partition)?;
             match picture.dtype() {
                 DType::F32 => Ok(picture),
                 _ => ops::scale_cast(&picture, 1.0, 0.0, DType::F32, 1),
@@ -102,14 +102,14 @@ impl SampleSpace for LatentSpace {
         &self,
         picture: &Tensor,
         noise: Option<&Tensor>,
-        passes: Partition,
+        partition: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor> {
         let (scale, shift) = (self.config.scaling_factor, self.config.shift_factor);
         self.in_range("encoded picture", warn, &|vae| {
             let moments = match picture.dtype() == vae.dtype() {
-                true => vae.encode_in(picture, passes)?,
-                false => vae.encode_in(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?, passes)?,
+                true => vae.encode_in(picture, partition)?,
+                false => vae.encode_in(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?, partition)?,
             };
             let latent = ops::diagonal_gaussian(&moments, noise)?;
             ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)

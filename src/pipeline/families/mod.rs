@@ -207,7 +207,7 @@ pub(super) trait SampleSpace: Send + Sync {
     ///
     /// # Errors
     /// Those of the decoder.
-    fn decode(&self, x0: &Tensor, passes: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
+    fn decode(&self, x0: &Tensor, partition: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
     /// The clean sample of a picture: the posterior's mode, or with `noise` a sample of it.
     ///
@@ -217,7 +217,7 @@ pub(super) trait SampleSpace: Send + Sync {
         &self,
         picture: &Tensor,
         noise: Option<&Tensor>,
-        passes: Partition,
+        partition: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor>;
 }
