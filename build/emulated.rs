@@ -1,4 +1,4 @@
-//! The emulated card: kernels/*.cu and kernels/emu/*.cpp with the host's C++ compiler, as libraries with the face of the
+//! The emulated card: kernels/*.cu and kernels/emu/{machine,driver}/*.cpp with the host's C++ compiler, as libraries with the face of the
 //! driver's libcuda.so.1. In a build for tests there are three: `plain`, `race`, which reports unordered accesses to shared
 //! memory, and `sanitize`, under the address and undefined behaviour sanitizers.
 
@@ -52,13 +52,15 @@ pub fn plan(out: &Path, kernels: &[PathBuf], for_tests: bool) -> Result<Emulated
     let compiler = compiler_for_target();
     let mut emulated = Emulated { compiler, variants: vec![], jobs: vec![] };
     let Ok(compiler) = &emulated.compiler else { return Ok(emulated) };
-    let driver = jobs::files_with_extension("kernels/emu", "cpp")?;
+    let machine = jobs::files_with_extension("kernels/emu/machine", "cpp")?;
+    let driver = jobs::files_with_extension("kernels/emu/driver", "cpp")?;
     let variants = [PLAIN].into_iter().chain(FOR_TESTS.into_iter().filter(|_| for_tests));
     for variant in variants {
         let folder = out.join("emu-objects").join(variant.name);
         let before = emulated.jobs.len();
         // A kernel and a part of the emulator may have the same name, so each kind has its folder.
-        for (sources, kind, extra) in [(kernels, "kernels", variant.kernel_flags), (&driver, "driver", &[])] {
+        let kinds = [(kernels, "kernels", variant.kernel_flags), (&machine, "machine", &[]), (&driver, "driver", &[])];
+        for (sources, kind, extra) in kinds {
             let mut arguments: Vec<OsString> = compiler.arguments.iter().map(OsString::from).collect();
             arguments.extend(FLAGS.iter().chain(variant.flags).chain(extra).map(OsString::from));
             arguments.extend(["-x", "c++", "-c"].map(OsString::from));

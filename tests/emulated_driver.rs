@@ -1,4 +1,4 @@
-//! The emulated card's driver: what kernels/emu/driver.h promises, by a C++ program beside it that is linked with the
+//! The emulated card's driver: what kernels/emu/driver/driver.h promises, by a C++ program beside it that is linked with the
 //! library as a host program is with libcuda.so.1. A scenario a process, since a fault or a setting lasts for one.
 
 #[path = "common/skip.rs"]
@@ -158,7 +158,7 @@ fn no_function_that_the_product_calls_is_missing() {
     let called = called_in(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")));
     assert!(called.contains("cuLaunchKernel"), "{called:?}");
     let missing: Vec<&String> = called.iter().filter(|name| !names.contains(name.as_bytes())).collect();
-    assert!(missing.is_empty(), "kernels/emu/driver*.cpp lack {missing:?}");
+    assert!(missing.is_empty(), "kernels/emu/driver/*.cpp lack {missing:?}");
 }
 
 fn called_in(folder: &Path) -> BTreeSet<String> {
@@ -188,10 +188,9 @@ fn its_functions_are_declared_as_the_real_ones() {
     };
     // All in one unit: the header is long.
     let mut unit = String::new();
-    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/emu")).unwrap() {
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/emu/driver")).unwrap() {
         let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        if name.starts_with("driver") && name.ends_with(".cpp") {
+        if path.extension().is_some_and(|extension| extension == "cpp") {
             unit += &format!("#include \"{}\"\n", path.display());
         }
     }

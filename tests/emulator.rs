@@ -55,11 +55,12 @@ fn run(build: &Build) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator").join(build.name);
     fs::create_dir_all(&folder).expect("the target folder can be written");
 
+    let emulator = sources(&root.join("kernels/emu/machine"));
     // The look-alike driver has tests of its own: emulated_driver.rs.
-    let own = |path: &PathBuf| !stem(path).starts_with("driver");
-    let emulator: Vec<PathBuf> = sources(&root.join("kernels/emu")).into_iter().filter(own).collect();
+    let own = |path: &PathBuf| stem(path) != "driver_test";
     let tests: Vec<PathBuf> = sources(&root.join("kernels/emu/tests")).into_iter().filter(own).collect();
-    let headers = ["kernels/common", "kernels/emu", "kernels/emu/tests"].map(|path| newest_header(&root.join(path)));
+    let headers =
+        ["kernels/common", "kernels/emu/machine", "kernels/emu/tests"].map(|path| newest_header(&root.join(path)));
     let headers = headers.into_iter().max().expect("three folders");
     let mut objects = vec![];
     let mut changed = false;

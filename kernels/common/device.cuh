@@ -1,5 +1,5 @@
 // The only header a kernel includes. Under nvcc its words are PTX instructions, one function each; under a host C++20
-// compiler (the emulated card) the same words are plain C++ from emu/emu.h.
+// compiler (the emulated card) the same words are plain C++ from emu/machine/emu.h.
 //
 // A kernel:      KERNEL(add_bf16, 256, 1)(bf16* y, const bf16* a, const bf16* b, int count) { ... }
 //                REGISTER_KERNEL(add_bf16)              the emulated card finds it by this name
@@ -8,7 +8,7 @@
 // Bounds:        if (GUARD(i < count)) ...              every predicate that keeps an access inside its tensor
 #pragma once
 #ifndef __CUDACC__
-#include "emu/emu.h"
+#include "emu/machine/emu.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

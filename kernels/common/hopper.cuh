@@ -4,7 +4,7 @@
 #pragma once
 #include "common/device.cuh"
 #ifndef __CUDACC__
-#include "emu/hopper.h"
+#include "emu/machine/hopper.h"
 #define HOPPER_BODY
 #else
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

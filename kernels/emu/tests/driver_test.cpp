@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/device.cuh"
-#include "emu/driver_api.h"
+#include "emu/driver/api.h"
 
 // ---- the driver's functions used here ----
 

@@ -139,7 +139,7 @@ static bool choose_card() {
     return false;
 }
 
-extern uint64_t failing_creation;  // driver_memory.cpp
+extern uint64_t failing_creation;  // memory.cpp
 static uint64_t devices = 1, driver_version = 13000;
 
 // False, with the reason on stderr: a mistyped setting must not run as another one.

@@ -1,7 +1,7 @@
 // The types and constants of the CUDA driver API (version 13.0) that the look-alike driver exports functions for.
 // Handles are the opaque structs of the real header, so that with -DEMU_CUDA_H every exported function is compared with
 // the real declaration by the compiler:
-//     g++ -std=c++20 -fsyntax-only -DEMU_CUDA_H -I<toolkit>/include -Ikernels kernels/emu/driver*.cpp
+//     g++ -std=c++20 -fsyntax-only -DEMU_CUDA_H -I<toolkit>/include -Ikernels kernels/emu/driver/*.cpp
 #pragma once
 
 #include <cstddef>

@@ -1,13 +1,13 @@
 // The emulated card's driver: a look-alike of libcuda.so.1 over the SIMT emulator.
 //
-//   driver_api.h         types and constants of the driver API
-//   driver.cpp           start, device, context, errors, and the emu_* functions that tests find with dlsym
-//   driver_memory.cpp    allocations: guard zones, quarantine, memory limit, failure on demand
-//   driver_queue.cpp     operations: what was asked for, in which order it may happen, when it does
-//   driver_stream.cpp    streams and events
-//   driver_copy.cpp      copies and memsets
-//   driver_module.cpp    modules, functions, launches and their limits
-//   driver_graph.cpp     stream capture, graphs
+//   api.h        types and constants of the driver API
+//   driver.cpp   start, device, context, errors, and the emu_* functions that tests find with dlsym
+//   memory.cpp   allocations: guard zones, quarantine, memory limit, failure on demand
+//   queue.cpp    operations: what was asked for, in which order it may happen, when it does
+//   stream.cpp   streams and events
+//   copy.cpp     copies and memsets
+//   module.cpp   modules, functions, launches and their limits
+//   graph.cpp    stream capture, graphs
 //
 // Time. A call that is asynchronous on a card only appends an Operation here. Operations run on the thread that waits
 // for them, one at a time, in an order that the streams and events allow and that is otherwise drawn from a seed:
@@ -45,14 +45,14 @@
 #include <unordered_set>
 #include <vector>
 
-#include "driver_api.h"
-#include "emu.h"
+#include "api.h"
+#include "emu/machine/emu.h"
 
 #define EMU_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace emu::driver {
 
-// ---- work and its order (driver_queue.cpp) ----
+// ---- work and its order (queue.cpp) ----
 
 // What an operation does. A graph's node and each of its replays share one.
 struct Work {
@@ -95,7 +95,7 @@ void set_timing(Timing timing, uint64_t seed);
 // Uniform over [0, below), from the seed.
 uint64_t draw(uint64_t below);
 
-// ---- memory (driver_memory.cpp) ----
+// ---- memory (memory.cpp) ----
 
 enum class MemoryKind { Device, Pinned, Registered };
 
@@ -125,7 +125,7 @@ CUresult check_guards(const std::string& after);
 CUresult check_guards_of(const AllocationRef& allocation, const std::string& after);
 void release_all_memory();
 
-// ---- modules and launches (driver_module.cpp) ----
+// ---- modules and launches (module.cpp) ----
 
 void release_all_modules();
 // A launch as work that can be queued or recorded, checked as the driver checks it when the call is made; and back.
@@ -202,7 +202,7 @@ CUresult synchronize_stream(CUstream_st* stream);
 // Every stream there is: created ones, the legacy one and the threads' own.
 std::vector<CUstream_st*> all_streams();
 
-// The rules of capture (driver_graph.cpp).
+// The rules of capture (graph.cpp).
 CUresult capture_node(CUstream_st* stream, WorkRef work);
 // For calls that might wait or allocate behind the back of a capture: 900, and the captures concerned are invalid.
 CUresult refuse_during_capture();
