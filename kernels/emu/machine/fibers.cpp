@@ -190,7 +190,7 @@ static unsigned nth_bit(uint32_t mask, unsigned n) {
 static void wake_pollers(Machine& m) {
     if (m.woken_pollers == 0) m.fruitless_polls = 0;
     if (m.woken_pollers > 0) m.woken_pollers--;
-    constexpr unsigned kMostPolls = 100'000;
+    constexpr unsigned kMostPolls = 1000;
     if (m.ready_warps || m.pollers.empty() || ++m.fruitless_polls > kMostPolls) return;
     for (const uint16_t thread : m.pollers) m.make_ready_thread(thread);
     m.woken_pollers = unsigned(m.pollers.size());
