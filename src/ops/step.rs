@@ -3,8 +3,8 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{CHUNK, map};
-use super::{Tensor, by_dtype, bytes_of, cuda, float};
+use super::elementwise::{CHUNK, map, pointwise};
+use super::{Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
@@ -150,8 +150,7 @@ impl StepIndex {
     }
 
     fn write(&mut self, images: Vec<ImageStep>) -> Result<()> {
-        let (steps, left): (Vec<usize>, Vec<usize>) = images.iter().map(|image| (image.step, image.left)).unzip();
-        self.device.write_u32(&as_u32(&[steps, left].concat())?)?;
+        write_images(&mut self.device, &images)?;
         self.images = images;
         Ok(())
     }
@@ -161,16 +160,20 @@ impl StepIndex {
     /// # Errors
     /// [`Error::TooLarge`]; [`Error::Driver`]
     pub fn advance(&mut self) -> Result<()> {
+        const OP: &str = "advance_step";
         let n = self.images();
+        let next: Vec<ImageStep> = self.images.iter().map(|image| image.next()).collect();
+
+        let _timed = profile::scope(OP, &[n]);
         match self.device.device().clone() {
             Device::Meta(meta) => {
-                let work = Work { macs: 0, flops: 0, bytes: 2 * self.device.bytes(), launches: 1 };
-                meta.record("advance_step", OpKind::Elementwise, &[n], work);
+                let bytes = 2 * self.device.bytes();
+                meta.record(OP, OpKind::Elementwise, &[n], Work { macs: 0, flops: 0, bytes, launches: 1 });
             }
-            Device::Cpu(_) => return self.write(self.images.iter().map(|image| image.next()).collect()),
+            Device::Cpu(_) => write_images(&mut self.device, &next)?,
             Device::Cuda(card) => cuda::step::advance(&card, n, &mut self.device)?,
         }
-        self.replayed();
+        self.images = next;
         Ok(())
     }
 
@@ -178,6 +181,12 @@ impl StepIndex {
     pub fn replayed(&mut self) {
         self.images.iter_mut().for_each(|image| *image = image.next());
     }
+}
+
+/// To an index's `[2, n]` on the device: the steps, then what is left.
+fn write_images(device: &mut Tensor, images: &[ImageStep]) -> Result<()> {
+    let (steps, left): (Vec<usize>, Vec<usize>) = images.iter().map(|image| (image.step, image.left)).unzip();
+    device.write_u32(&as_u32(&[steps, left].concat())?)
 }
 
 fn as_u32(steps: &[usize]) -> Result<Vec<u32>> {
@@ -520,13 +529,12 @@ pub fn scale_input(x: &Tensor, steps: &StepTable, dtype: DType, repeats: usize) 
     if got > limit {
         return Err(Error::TooLarge { op: OP, what: "repeats * N", got, limit });
     }
-    let _timed = super::profile::scope(OP, x.shape());
+
     let mut y = Tensor::uninit(x.device(), &[&[n * repeats], rest].concat(), dtype)?;
+    let _timed = profile::scope(OP, y.shape());
     match x.device() {
-        Device::Meta(meta) => {
-            let work = Work { macs: 0, flops: y.numel() as u64, bytes: x.bytes() + y.bytes(), launches: 1 };
-            meta.record(OP, OpKind::Elementwise, y.shape(), work);
-        }
+        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(x)], 1)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(dtype, T => scale_input_cpu::<T>(x, steps, &mut y)),
         Device::Cuda(card) => cuda::step::scale_input(card, x, steps, repeats, &mut y)?,
     }
@@ -534,11 +542,8 @@ pub fn scale_input(x: &Tensor, steps: &StepTable, dtype: DType, repeats: usize) 
 }
 
 fn scale_input_cpu<T: Element>(x: &Tensor, steps: &StepTable, y: &mut Tensor) {
-    let (n, count) = (x.shape()[0], x.numel());
-    if count == 0 {
-        return;
-    }
-    let (x, per_image) = (x.cpu::<f32>(), count / n);
+    let n = x.shape()[0];
+    let (x, per_image) = (x.cpu::<f32>(), x.numel() / n);
     for (i, y) in y.cpu_mut::<T>().chunks_exact_mut(per_image).enumerate() {
         let image = i % n;
         let scale = steps.rows[steps.index.get(image)].input_scale;
@@ -643,8 +648,8 @@ pub(super) struct Output<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: which argument; [`Error::Argument`]: noise missing or
-/// superfluous, no step left for any image, a number of images that the table's does not divide, a state without the history that the rows need; [`Error::TooLarge`]: 2^31 or more values
-/// per image with guidance rescale or thresholding.
+/// superfluous, no step left for any image, a number of images that the table's does not divide, a state without the history
+/// that the rows need; [`Error::TooLarge`]: 2^31 or more values per image with guidance rescale or thresholding.
 pub fn sampler_step(
     state: &mut SampleState,
     model_output: &Tensor,
@@ -675,7 +680,7 @@ pub fn sampler_step(
         return Err(Error::argument(OP, "history", state.depth(), want));
     }
     steps.check(OP, n)?;
-    let _timed = super::profile::scope(OP, x.shape());
+
     let mut output = Output { values: model_output, guidance, factors: None };
     let factors = match guidance {
         Some(guidance) if guidance.rescales => Some(rescale_factors(&output, guidance, n)?),
@@ -686,15 +691,17 @@ pub fn sampler_step(
         Some(thresholding) => Some(dynamic_thresholds(x, &output, steps, thresholding)?),
         None => None,
     };
-    match x.device().clone() {
+    let _timed = profile::scope(OP, x.shape());
+    match model_output.device() {
         Device::Meta(meta) => {
+            let flops = x.numel() as u64 * if guidance.is_some() { 13 } else { 10 };
             let history = state.history.as_ref().map_or(0, |history| 2 * history.bytes());
             let bytes = 4 * x.bytes() + history + bytes_of(&[Some(model_output), noise]);
-            let flops = x.numel() as u64 * if guidance.is_some() { 13 } else { 10 };
             meta.record(OP, OpKind::Elementwise, x.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
-        Device::Cpu(_) => *state = step_cpu(state, &output, steps, noise, thresholds.as_ref())?,
-        Device::Cuda(card) => cuda::step::sampler_step(&card, state, &output, steps, noise, thresholds.as_ref())?,
+        Device::Cpu(_) | Device::Cuda(_) if x.numel() == 0 => {}
+        Device::Cpu(_) => *state = sampler_step_cpu(state, &output, steps, noise, thresholds.as_ref())?,
+        Device::Cuda(card) => cuda::step::sampler_step(card, state, &output, steps, noise, thresholds.as_ref())?,
     }
     Ok(())
 }
@@ -721,34 +728,40 @@ fn rescale_factors(output: &Output, guidance: &Guidance, n: usize) -> Result<Ten
     const OP: &str = "guidance_rescale";
     let values = output.values;
     let count = per_image(OP, values)?;
+
     let mut factors = Tensor::uninit(values.device(), &[n], DType::F32)?;
-    match values.device().clone() {
+    let _timed = profile::scope(OP, factors.shape());
+    match values.device() {
         Device::Meta(meta) => {
             let (flops, bytes) = (5 * values.numel() as u64, 2 * values.bytes() + factors.bytes());
-            meta.record(OP, OpKind::Elementwise, &[n], Work { macs: 0, flops, bytes, launches: 1 });
+            meta.record(OP, OpKind::Elementwise, factors.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
-        Device::Cpu(_) => {
-            let scales = guidance.table.cpu::<f32>();
-            by_dtype!(values.dtype(), T => {
-                let (uncond, cond) = values.cpu::<T>().split_at(n * count);
-                for (image, factor) in factors.cpu_mut::<f32>().iter_mut().enumerate() {
-                    let (scale, rescale) = (scales[2 * image], scales[2 * image + 1]);
-                    let range = image * count..(image + 1) * count;
-                    let cond = || cond[range.clone()].iter().map(|v| v.to_f32());
-                    let guided = || uncond[range.clone()].iter().zip(cond()).map(|(e, cond)| {
-                        let e = e.to_f32();
-                        e + scale * (cond - e)
-                    });
-                    *factor = match rescale {
-                        0.0 => 1.0,
-                        _ => rescale * (deviation(cond) / deviation(guided)) + (1.0 - rescale),
-                    };
-                }
-            });
-        }
-        Device::Cuda(card) => cuda::step::guidance_rescale(&card, output, guidance, count, &mut factors)?,
+        Device::Cpu(_) | Device::Cuda(_) if factors.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(values.dtype(), T => rescale_factors_cpu::<T>(values, guidance, &mut factors)),
+        Device::Cuda(card) => cuda::step::guidance_rescale(card, output, guidance, count, &mut factors)?,
     }
     Ok(factors)
+}
+
+fn rescale_factors_cpu<T: Element>(values: &Tensor, guidance: &Guidance, factors: &mut Tensor) {
+    let half = values.numel() / 2;
+    let (count, scales) = (half / factors.numel(), guidance.table.cpu::<f32>());
+    let (uncond, cond) = values.cpu::<T>().split_at(half);
+    for (image, factor) in factors.cpu_mut::<f32>().iter_mut().enumerate() {
+        let (scale, rescale) = (scales[2 * image], scales[2 * image + 1]);
+        let range = image * count..(image + 1) * count;
+        let cond = || cond[range.clone()].iter().map(|v| v.to_f32());
+        let guided = || {
+            uncond[range.clone()].iter().zip(cond()).map(|(e, cond)| {
+                let e = e.to_f32();
+                e + scale * (cond - e)
+            })
+        };
+        *factor = match rescale {
+            0.0 => 1.0,
+            _ => rescale * (deviation(cond) / deviation(guided)) + (1.0 - rescale),
+        };
+    }
 }
 
 /// Times the root of the count, which the ratio of two deviations does not see.
@@ -762,39 +775,46 @@ fn deviation<I: Iterator<Item = f32>>(values: impl Fn() -> I) -> f32 {
 fn dynamic_thresholds(x: &Tensor, output: &Output, steps: &StepTable, thresholding: Thresholding) -> Result<Tensor> {
     const OP: &str = "dynamic_threshold";
     let (n, count) = (x.shape()[0], per_image(OP, x)?);
+    let (rank, max) = (Rank::of(thresholding.ratio, count), thresholding.max);
+
     let mut thresholds = Tensor::uninit(x.device(), &[n], DType::F32)?;
-    if x.numel() == 0 {
-        return Ok(thresholds);
-    }
-    let rank = thresholding.ratio * (count - 1) as f32; // as torch computes it
-    let rank = Rank { below: rank as usize, above: (rank.ceil() as usize).min(count - 1), weight: rank.fract() };
-    match x.device().clone() {
+    let _timed = profile::scope(OP, thresholds.shape());
+    match x.device() {
         Device::Meta(meta) => {
             let (flops, bytes) = (8 * x.numel() as u64, 8 * (x.bytes() + output.values.bytes()) + thresholds.bytes());
-            meta.record(OP, OpKind::Elementwise, &[n], Work { macs: 0, flops, bytes, launches: 1 });
+            meta.record(OP, OpKind::Elementwise, thresholds.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
-        Device::Cpu(_) => {
-            let x = x.cpu::<f32>();
-            by_dtype!(output.values.dtype(), T => {
-                let output = CpuOutput::<T>::new(output, n * count);
-                for (image, threshold) in thresholds.cpu_mut::<f32>().iter_mut().enumerate() {
-                    let k = steps.rows[steps.index.get(image)].coefficients;
-                    let of = |i: usize| (k.x0_from_x * x[i] + k.x0_from_e * output.at(i, image)).abs();
-                    let mut magnitudes: Vec<f32> = (image * count..(image + 1) * count).map(of).collect();
-                    let (_, &mut below, larger) = magnitudes.select_nth_unstable_by(rank.below, f32::total_cmp);
-                    let above = match rank.above == rank.below {
-                        true => below,
-                        false => larger.iter().copied().min_by(f32::total_cmp).unwrap_or(below),
-                    };
-                    *threshold = rank.between(below, above).max(1.0).min(thresholding.max);
-                }
-            });
-        }
+        Device::Cpu(_) | Device::Cuda(_) if x.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(output.values.dtype(), T => {
+            dynamic_thresholds_cpu(x, &CpuOutput::<T>::new(output, n * count), steps, max, rank, &mut thresholds);
+        }),
         Device::Cuda(card) => {
-            cuda::step::dynamic_threshold(&card, x, output, steps, thresholding.max, rank, count, &mut thresholds)?;
+            cuda::step::dynamic_threshold(card, x, output, steps, max, rank, count, &mut thresholds)?;
         }
     }
     Ok(thresholds)
+}
+
+fn dynamic_thresholds_cpu<T: Element>(
+    x: &Tensor,
+    output: &CpuOutput<T>,
+    steps: &StepTable,
+    max: f32,
+    rank: Rank,
+    thresholds: &mut Tensor,
+) {
+    let (x, count) = (x.cpu::<f32>(), x.numel() / thresholds.numel());
+    for (image, threshold) in thresholds.cpu_mut::<f32>().iter_mut().enumerate() {
+        let k = steps.rows[steps.index.get(image)].coefficients;
+        let of = |i: usize| (k.x0_from_x * x[i] + k.x0_from_e * output.at(i, image)).abs();
+        let mut magnitudes: Vec<f32> = (image * count..(image + 1) * count).map(of).collect();
+        let (_, &mut below, larger) = magnitudes.select_nth_unstable_by(rank.below, f32::total_cmp);
+        let above = match rank.above == rank.below {
+            true => below,
+            false => larger.iter().copied().min_by(f32::total_cmp).unwrap_or(below),
+        };
+        *threshold = rank.between(below, above).max(1.0).min(max);
+    }
 }
 
 /// Between which two values of the sorted ones a quantile lies, and how far from the first to the second.
@@ -806,6 +826,13 @@ pub(super) struct Rank {
 }
 
 impl Rank {
+    /// The `ratio` quantile's of `count` values, as torch computes it.
+    fn of(ratio: f32, count: usize) -> Rank {
+        let last = count.saturating_sub(1);
+        let rank = ratio * last as f32;
+        Rank { below: rank as usize, above: (rank.ceil() as usize).min(last), weight: rank.fract() }
+    }
+
     /// As torch's lerp, which is exact at both ends.
     fn between(&self, below: f32, above: f32) -> f32 {
         match self.weight < 0.5 {
@@ -842,8 +869,8 @@ impl<'a, T: Element> CpuOutput<'a, T> {
     }
 }
 
-/// The loop of [`sampler_step`]: the state after it.
-fn step_cpu(
+/// The state after the step.
+fn sampler_step_cpu(
     state: &SampleState,
     output: &Output,
     steps: &StepTable,
@@ -853,15 +880,12 @@ fn step_cpu(
     let uninit = || Tensor::uninit(state.x.device(), state.x.shape(), DType::F32);
     let (mut next, mut x0) = (uninit()?, uninit()?);
     let count = state.x.numel();
-    let per_image = count / state.x.shape()[0].max(1);
+    let per_image = count / state.x.shape()[0];
     // [depth, N, ...]; what an image keeps is written once the image is done.
     let mut history = match &state.history {
         Some(history) => Some(history.duplicate()?),
         None => None,
     };
-    if count == 0 {
-        return Ok(SampleState { x: next, x0, history });
-    }
     by_dtype!(output.values.dtype(), T => {
         let output = CpuOutput::<T>::new(output, count);
         let of_images = next.cpu_mut::<f32>().chunks_exact_mut(per_image).zip(x0.cpu_mut().chunks_exact_mut(per_image));
