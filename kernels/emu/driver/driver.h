@@ -21,7 +21,7 @@
 // returns it until the context is reset or released, as on a card.
 //
 // The environment, read by cuInit, beside what emu.h lists:
-//   MEGAFUSE_EMU_CAPABILITY=8.0      the card: 7.5, 8.0, 8.6, 8.9 or 9.0, with its limits
+//   MEGAFUSE_EMU_CAPABILITY=9.0      the card: 7.5, 8.0, 8.6, 8.9 or 9.0 (the default), with its limits
 //   MEGAFUSE_EMU_MEMORY=bytes        its memory, 16 GiB if not set
 //   MEGAFUSE_EMU_FAIL_ALLOC=n        the n-th memory, stream, event, graph or module fails with out of memory, once
 //   MEGAFUSE_EMU_DEVICES=0           no card: cuInit is CUDA_ERROR_NO_DEVICE

@@ -1,5 +1,5 @@
 // Modules, functions and launches. A module's image is not looked at: the kernels are the ones this library was built
-// from. What the image would say of a kernel's resources comes from resources.tsv beside the library, where the build
+// from. Those of one architecture's folder have no code for other cards, which here shows when the kernel is asked for. What the image would say of a kernel's resources comes from resources.tsv beside the library, where the build
 // made one, a line a kernel and architecture with a tab between the fields:
 //   arch kernel registers static_shared_bytes spill_store_bytes spill_load_bytes stack_bytes
 #include "driver.h"
@@ -56,6 +56,11 @@ static const std::unordered_map<std::string, Resources>& resource_table() {
         return all;
     }();
     return *table;
+}
+
+// Whether this card has the instructions of a kernel; folders below kernels/ as build/sources.rs lists them.
+static bool has_instructions_of(const Kernel& kernel) {
+    return !strstr(kernel.file, "kernels/sm90/") || (card().major == 9 && card().minor == 0);
 }
 
 static Resources resources_of(const char* kernel) {
@@ -352,6 +357,11 @@ EMU_EXPORT CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module, con
             if (!kernel) {
                 it->second->functions.erase(name);
                 return refuse(CUDA_ERROR_NOT_FOUND, "no kernel is called %s", name);
+            }
+            if (!has_instructions_of(*kernel)) {
+                it->second->functions.erase(name);
+                return say(CUDA_ERROR_NO_BINARY_FOR_GPU, "%s of %s is for sm_90a; this is an %s", name, kernel->file,
+                           card().name);
             }
             function = std::make_unique<CUfunc_st>();
             function->module = module;

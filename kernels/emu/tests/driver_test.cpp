@@ -305,11 +305,11 @@ static int attribute(CUdevice_attribute which) {
     return value;
 }
 
-// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.6 and 9.0 too.
+// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.0 and 8.6 too.
 static void attributes() {
     OK(cuInit(0));
     const char* set = getenv("MEGAFUSE_EMU_CAPABILITY");
-    const std::string capability = set ? set : "8.0";
+    const std::string capability = set ? set : "9.0";
     const bool hopper = capability == "9.0", small = capability == "8.6";
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) == (hopper ? 9 : 8));
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) == (small ? 6 : 0));
@@ -961,6 +961,36 @@ static void modules() {
     EXPECT(cuModuleUnload(module), CUDA_ERROR_INVALID_HANDLE);
 }
 
+// As REGISTER_KERNEL registers test_fill, from another file.
+static const emu::Kernel& registered(const char* name, const char* file) {
+    const emu::Kernel& fill = *emu::find_registered("test_fill");
+    const unsigned bounds[2] = {fill.max_threads, fill.min_blocks};
+    return *new emu::Kernel(name, file, fill.fn, bounds, fill.params, fill.param_count);
+}
+
+// A kernel of one architecture; the Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.9 too.
+static void instruction_sets() {
+    registered("test_hopper", "kernels/sm90/test.cu");
+    registered("test_portable", "kernels/test.cu");
+    open_card();
+    CUfunction function;
+    OK(cuModuleGetFunction(&function, module, "test_portable"));
+    const char* capability = getenv("MEGAFUSE_EMU_CAPABILITY");
+    if (!capability || !strcmp(capability, "9.0")) {
+        OK(cuModuleGetFunction(&function, module, "test_hopper"));
+    } else {
+        EXPECT(cuModuleGetFunction(&function, module, "test_hopper"), CUDA_ERROR_NO_BINARY_FOR_GPU);
+        CHECK(last_error_says("kernels/sm90/test.cu is for sm_90a"));
+        EXPECT(cuModuleGetFunction(&function, module, "test_hopper"), CUDA_ERROR_NO_BINARY_FOR_GPU);
+    }
+}
+
+static void two_kernels_of_one_name() {
+    registered("test_fill", "kernels/sm90/test.cu");
+    EXPECT(cuInit(0), CUDA_ERROR_INVALID_IMAGE);
+    CHECK(last_error_says("test_fill is in") && last_error_says("kernels/sm90/test.cu"));
+}
+
 static void arguments() {
     open_card();
     emu_set_schedule(nullptr, "late", 1);
@@ -1600,6 +1630,8 @@ static const struct {
     SCENARIO(stream_ordered_memory_freed_under_work),
     SCENARIO(freed_twice_in_stream_order),
     SCENARIO(modules),
+    SCENARIO(instruction_sets),
+    SCENARIO(two_kernels_of_one_name),
     SCENARIO(arguments),
     SCENARIO(host_address_as_argument),
     SCENARIO(freed_address_inside_a_struct),

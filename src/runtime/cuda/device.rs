@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, CUresult};
 
 use super::driver::{self, check};
-use super::kernels::{BUILT, KERNELS};
+use super::isa::Isa;
+use super::kernels::{BUILT, KERNELS, KernelFile};
 use super::launch::{Arg, Launch};
 use super::memory::{Buffer, Counters, Layout, Pool};
 use super::staging::Staging;
@@ -48,7 +49,8 @@ struct Inner {
     staging: Mutex<Staging>,
     state: Mutex<State>,
     functions: Mutex<HashMap<String, Function>>,
-    modules: Vec<(&'static str, CUmodule)>,
+    /// By the file's name, each since a kernel of it was first launched.
+    modules: Mutex<HashMap<&'static str, CUmodule>>,
     counters: Arc<Counters>,
     eager: bool,
     card: Card,
@@ -182,7 +184,8 @@ impl Drop for Inner {
             // SAFETY: the stream is waited for, so no kernel of the modules runs.
             unsafe {
                 sys::cuStreamSynchronize(self.context.stream);
-                self.modules.iter().for_each(|&(_, module)| {
+                let modules = self.modules.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+                modules.values().for_each(|&module| {
                     sys::cuModuleUnload(module);
                 });
             }
@@ -197,11 +200,13 @@ const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
 
 impl CudaDevice {
-    /// Opens a card and loads the kernels.
+    /// Opens a card. Of the kernels one file is loaded, to see that this card takes what this program has, rather than
+    /// when a model is in its memory; the others when they are first used.
     ///
     /// # Errors
     /// [`Error::DeviceUnavailable`], each with what to do: no driver, too old a driver, no (such) card, too old a card, no
-    /// kernels in this program. [`Error::Driver`]: what the driver said.
+    /// kernels in this program. [`Error::Kernel`]: kernels that the driver does not load. [`Error::Driver`]: what the
+    /// driver said.
     pub fn open(options: CudaOptions) -> Result<CudaDevice> {
         let name = format!("cuda:{}", options.ordinal);
         let refuse = |reason: String| Err(Error::DeviceUnavailable { device: name.clone(), reason });
@@ -224,32 +229,28 @@ impl CudaDevice {
         let counters = Arc::new(Counters::default());
         let layout = if options.separate_allocations { Layout::Separate } else { Layout::Shared };
         let pool = Pool::new(context.clone(), counters.clone(), layout);
-        let mut inner = Inner {
+        if !BUILT && !driver::is_emulated() {
+            return refuse(
+                "this program holds no kernels: it was built without nvcc; run tools/nvcc (or install CUDA 12.8 or newer \
+                 and set CUDA_HOME), build again, or use the cpu"
+                    .into(),
+            );
+        }
+        let device = CudaDevice(Arc::new(Inner {
             staging: Mutex::new(Staging::new(context.clone())),
             state: Mutex::new(State { pool, graph_pool: Weak::new(), recorded: None }),
             functions: Mutex::new(HashMap::new()),
-            modules: Vec::new(),
+            modules: Mutex::new(HashMap::new()),
             counters,
             eager: options.eager,
             card,
             context,
-        };
-        for file in KERNELS {
-            let mut module = std::ptr::null_mut();
-            // SAFETY: the image is a whole fatbin, or a text that the driver refuses.
-            match unsafe { sys::cuModuleLoadData(&mut module, file.image.as_ptr().cast()) } {
-                CUresult::CUDA_SUCCESS => inner.modules.push((file.name, module)),
-                _ if !BUILT => {
-                    return refuse(
-                        "this program holds no kernels: it was built without nvcc; run tools/nvcc (or install CUDA 12.8 or \
-                         newer and set CUDA_HOME), build again, or use the cpu"
-                            .into(),
-                    );
-                }
-                result => check(&name, "cuModuleLoadData", result)?,
-            }
+        }));
+        let portable = KERNELS.iter().filter(|file| file.isa == Isa::Sm80);
+        if let Some(smallest) = portable.min_by_key(|file| file.image.map_or(0, <[u8]>::len)) {
+            device.module(smallest)?;
         }
-        Ok(CudaDevice(Arc::new(inner)))
+        Ok(device)
     }
 
     /// How many cards the driver finds.
@@ -272,6 +273,17 @@ impl CudaDevice {
     /// Major and minor version of the instruction set.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.0.card.capability
+    }
+
+    /// Whether kernels of this instruction set can be launched: the card has the instructions, and this program was built
+    /// with kernels for them (`MEGAFUSE_CUDA_ARCHS`).
+    pub fn has(&self, isa: Isa) -> bool {
+        isa.runs_on(self.0.card.capability) && KERNELS.iter().any(|file| file.isa == isa && file.image.is_some())
+    }
+
+    /// The newest instruction set of which kernels can be launched.
+    pub fn isa(&self) -> Isa {
+        Isa::ALL.into_iter().rev().find(|&isa| self.has(isa)).unwrap_or(Isa::Sm80)
     }
 
     pub fn multiprocessors(&self) -> usize {
@@ -414,14 +426,15 @@ impl CudaDevice {
         Ok(Recording { device: self, before: Some(before) })
     }
 
-    /// Launches a kernel of kernels/`file`.cu.
+    /// Launches a kernel of kernels/`file`.cu: `linear`, `sm90/linear`.
     ///
     /// # Safety
     /// The arguments are those of the kernel's declaration, in order and type (count and sizes are checked), and what the
     /// kernel reads and writes through them lies within live tensors of this device.
     ///
     /// # Errors
-    /// [`Error::Kernel`]: no such kernel, other parameters, a launch beyond the card's limits; [`Error::Driver`].
+    /// [`Error::Kernel`]: no such kernel, one of an instruction set that the card or this program lacks
+    /// ([`has`](CudaDevice::has)), other parameters, a launch beyond the card's limits; [`Error::Driver`].
     pub unsafe fn launch(&self, file: &'static str, entry: &str, launch: Launch, args: &[Arg]) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
@@ -496,10 +509,52 @@ impl CudaDevice {
         Ok(function)
     }
 
+    /// What kernels/`file`.cu was compiled to, loaded now if it was not yet.
+    fn module(&self, file: &KernelFile) -> Result<CUmodule> {
+        let refuse = |reason: String| Err(Error::Kernel { kernel: format!("kernels/{}.cu", file.name), reason });
+        let Card { name, capability: (major, minor), .. } = &self.0.card;
+        if !file.isa.runs_on((*major, *minor)) {
+            let isa = file.isa;
+            return refuse(format!("is for {isa}, which {name} (compute capability {major}.{minor}) does not have"));
+        }
+        let archs = env!("MEGAFUSE_CUDA_ARCHS");
+        let Some(image) = file.image else {
+            let arch = file.isa.arch();
+            return refuse(format!(
+                "was left out when this program was built: MEGAFUSE_CUDA_ARCHS={archs} does not name {arch}"
+            ));
+        };
+        let mut modules = self.0.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(&module) = modules.get(file.name) {
+            return Ok(module);
+        }
+        self.0.context.bind()?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is a whole fatbin; or a text, and the driver is the emulated card's, which does not look at it.
+        match unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) } {
+            result @ (CUresult::CUDA_ERROR_INVALID_IMAGE
+            | CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_INVALID_PTX
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION) => {
+                return refuse(format!(
+                    "cuModuleLoadData: {result:?}: compiled for {archs}, it does not load on {name} (compute capability \
+                     {major}.{minor}); set MEGAFUSE_CUDA_ARCHS and build again"
+                ));
+            }
+            result => check(&self.0.context.name, "cuModuleLoadData", result)?,
+        }
+        modules.insert(file.name, module);
+        Ok(module)
+    }
+
     fn find(&self, file: &'static str, entry: &str) -> Result<Function> {
         let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
-        let Some(&(_, module)) = self.0.modules.iter().find(|(name, _)| *name == file) else {
+        let Some(kernels) = KERNELS.iter().find(|kernels| kernels.name == file) else {
             return refuse(format!("there is no kernels/{file}.cu in this program"));
+        };
+        let module = match self.module(kernels) {
+            Err(Error::Kernel { kernel, reason }) => return refuse(format!("{kernel} {reason}")),
+            module => module?,
         };
         let name = CString::new(entry).map_err(|_| Error::argument("launch", "entry", entry, "a kernel's name"))?;
         let mut handle = std::ptr::null_mut();
@@ -510,10 +565,8 @@ impl CudaDevice {
         }
         // Asking beyond the last parameter is an error, which compute-sanitizer reports; so the number comes from the
         // build. Only the emulated card runs a program that was built without nvcc, and there is no harm in asking it.
-        let counted = KERNELS.iter().find(|kernels| kernels.name == file).and_then(|kernels| {
-            let at = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok()?;
-            Some(kernels.parameters[at].1)
-        });
+        let counted = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok();
+        let counted = counted.map(|at| kernels.parameters[at].1);
         let mut sizes = Vec::new();
         while counted.is_none_or(|count| sizes.len() < count) {
             let (mut offset, mut bytes) = (0, 0);
