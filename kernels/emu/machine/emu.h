@@ -10,7 +10,7 @@
 //   collectives.cpp   block barriers, warp shuffles, ldmatrix, mma, atomics
 //   async.cpp         cp.async
 //   fault.cpp         illegal addresses
-//   hopper.cpp        mbarrier, TMA in tile mode, wgmma from shared memory
+//   hopper.cpp        mbarrier, TMA, wgmma from shared memory
 //   race.cpp          the race detector, in builds with -DEMU_RACE
 //
 // A block is one thread of the host, its threads are fibers: a thread runs until it waits for others. Which warp goes
@@ -111,6 +111,10 @@ void set_allocation_lookup(AllocationLookup lookup);
 struct TensorMap;
 int tensor_map_encode(TensorMap* map, int element_bytes, int rank, void* base, const uint64_t* dim,
                       const uint64_t* stride_bytes, const uint32_t* box, int swizzle);
+// What cuTensorMapEncodeIm2col does. The corners are of the spatial dimensions, 1 to rank - 2, the element strides of all.
+int tensor_map_encode_im2col(TensorMap* map, int element_bytes, int rank, void* base, const uint64_t* dim,
+                             const uint64_t* stride_bytes, const int* lower_corner, const int* upper_corner,
+                             uint32_t channels, uint32_t pixels, const uint32_t* element_strides, int swizzle);
 
 struct Stats {
     uint64_t switches, barriers, warp_ops, mma, wgmma, ldsm, ldsm_wavefronts, tma, races, errors;

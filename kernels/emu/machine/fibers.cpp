@@ -186,11 +186,25 @@ static unsigned nth_bit(uint32_t mask, unsigned n) {
     return unsigned(std::countr_zero(mask));
 }
 
+// Those who poll go on when nobody else can. After many rounds in which nobody else could they are stuck.
+static void wake_pollers(Machine& m) {
+    if (m.woken_pollers == 0) m.fruitless_polls = 0;
+    if (m.woken_pollers > 0) m.woken_pollers--;
+    constexpr unsigned kMostPolls = 100'000;
+    if (m.ready_warps || m.pollers.empty() || ++m.fruitless_polls > kMostPolls) return;
+    for (const uint16_t thread : m.pollers) m.make_ready_thread(thread);
+    m.woken_pollers = unsigned(m.pollers.size());
+    m.pollers.clear();
+}
+
 // Takes the thread that goes next out of the ready ones; null: none is ready.
 Thread* schedule(Machine& m) {
+    if (!m.alive) return nullptr;
     while (!m.tma.empty() && (!m.ready_warps || (m.async == Mixed && m.random() % 4 == 0))) {
         land_tma(m, m.async == Mixed ? m.random() % m.tma.size() : 0);
     }
+    while (!m.stores.empty() && m.async == Mixed && m.random() % 4 == 0) step_store(m, m.random() % m.stores.size());
+    wake_pollers(m);
     const uint32_t warps = m.ready_warps;
     if (!warps) return nullptr;
     unsigned warp = m.current_warp;
@@ -261,13 +275,15 @@ void die(const char* what, Loc loc) { die_with(loc, "%s", what); }
             uint32_t same = 0;
             for (uint32_t lanes = rest; lanes; lanes &= lanes - 1) {
                 const Thread& t = m.thread[w * 32 + unsigned(std::countr_zero(lanes))];
-                if (t.where.line == first.where.line && t.waiting_in == first.waiting_in) same |= 1u << t.lane;
+                const bool alike = t.where.line == first.where.line && t.waiting_in == first.waiting_in;
+                if (alike && (t.waiting_in != kMbarrierWait || t.waiting_for == first.waiting_for)) same |= 1u << t.lane;
             }
             rest &= ~same;
             char line[320];
             snprintf(line, sizeof line, "\n    warp %u, lanes %08x: %s at %s:%d", w, same, first.waiting_in,
                      first.where.file, first.where.line);
             lines += line;
+            if (first.waiting_in == kMbarrierWait) lines += mbarrier_text(m, first);
         }
         const uint32_t left = m.warp[w].present & ~m.warp[w].alive;
         if (left) {
@@ -307,6 +323,11 @@ void wait_for_others(const char* what, Loc loc) {
     resume(me, *next);
 }
 
+void poll(const char* what, Loc loc) {
+    machine->pollers.push_back(uint16_t(self().index));
+    wait_for_others(what, loc);
+}
+
 void yield_at_random(Machine& m) {
     if (m.sched != Random || m.random() % 4 != 0) return;
     Thread& me = self();
@@ -324,6 +345,7 @@ __attribute__((noinline)) static void run_thread() {
     m.kernel->fn(m.params);
     Thread& me = self();
     if (!me.group_ends.empty() || !me.copies.empty()) land_copies(me, uint32_t(me.copies.size()));
+    if (me.bulk_open || me.bulk_committed) check_stores_at_exit(me);
     m.alive--;
     m.warp[me.warp].alive &= ~(1u << me.lane);
     lane_left(m, me);
@@ -398,6 +420,8 @@ void run_block(Machine& m, uint64_t block_number) {
     reset_collectives(m);
     reset_hopper(m);
     m.ready_warps = 0;
+    m.pollers.clear();
+    m.woken_pollers = m.fruitless_polls = 0;
     for (unsigned w = 0; w < m.warps; w++) {
         const unsigned lanes = min(m.threads - w * 32, 32u);
         m.warp[w].present = m.warp[w].alive = lanes == 32 ? kFullWarp : (1u << lanes) - 1;
@@ -410,6 +434,7 @@ void run_block(Machine& m, uint64_t block_number) {
         t.copies.clear();
         t.group_ends.clear();
         t.first_copy = t.first_group = t.committed_groups = 0;
+        t.bulk_open = t.bulk_committed = t.bulk_read = 0;
     }
     if constexpr (kRace) race::begin_block(m);
 
@@ -419,6 +444,7 @@ void run_block(Machine& m, uint64_t block_number) {
     go_from_main(m, *first.stack);
     cur = nullptr;
 
+    if (!m.failed) finish_block(m);
     if (m.failed) {
         m.free_stacks.clear();
         for (size_t i = 0; i < m.stacks.size(); i++) prepare_stack(m, *m.stacks[i], i);

@@ -61,10 +61,16 @@ void async_copy_write(void* p, size_t bytes, uint32_t group, Loc loc);
 void async_copies_done(uint32_t groups);
 // TMA writes and wgmma reads are agents of their own.
 void tma_write(void* p, size_t bytes, unsigned agent, uint32_t clock, Loc loc);
+void tma_read(const void* global, size_t bytes, unsigned agent, uint32_t clock, Loc loc);
 void tma_done(Knowledge*& sum, unsigned agent, uint32_t clock);
+// TMA stores of the running thread, by group.
+void bulk_read(const void* shared, size_t bytes, uint32_t group, Loc loc);
+void bulk_write(const void* global, size_t bytes, uint32_t group, Loc loc);
+void bulk_done(uint32_t read_groups, uint32_t written_groups);
 void wgmma_read(const void* p, size_t bytes, unsigned warpgroup, uint32_t group, Loc loc);
 void wgmmas_done(unsigned warpgroup, uint32_t groups);
 void fence_proxy_async();
+void fence_proxy_async_global();
 }  // namespace race
 
 // ---- threads and their stacks ----
@@ -93,6 +99,11 @@ struct Thread : Context {
     std::vector<AsyncCopy> copies;
     std::vector<uint32_t> group_ends;
     uint32_t first_copy, first_group, committed_groups;
+    // TMA stores: those since the latest commit, groups, and groups known to have read their shared memory.
+    uint32_t bulk_open, bulk_committed, bulk_read;
+    Loc bulk_where;  // of the latest
+    const uint64_t* waiting_for;  // the mbarrier, and which phase's end
+    uint32_t waiting_parity;
 };
 
 // ---- warps ----
@@ -154,11 +165,21 @@ struct TmaCopy {
     TensorMap map;
     uint64_t* bar;
     int coordinate[5];
+    uint16_t im2col_offset[3];
     uint32_t bytes, clock;
     unsigned agent;
 };
+struct TmaStore {
+    const char* from;
+    TensorMap map;
+    int coordinate[5];
+    unsigned thread;
+    uint32_t group;           // of its thread
+    std::vector<char> bytes;  // empty until it has read them
+};
 struct MbarrierInfo {
     std::vector<uint16_t> waiters;
+    Loc where;  // its initialisation
     race::Knowledge *sum = nullptr, *last_phase = nullptr;
     unsigned agent = 0;
     uint32_t clock = 0;
@@ -226,6 +247,9 @@ struct Machine {
         float a[64][16], b[16][256], d[64][256];
     } wgmma_operands;
     std::vector<TmaCopy> tma;
+    std::vector<TmaStore> stores;
+    std::vector<uint16_t> pollers;  // threads that let others run before they look again
+    unsigned woken_pollers = 0, fruitless_polls = 0;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
 
     uintptr_t fault_address = 0;
@@ -266,6 +290,7 @@ void create_machine(Machine& m);
 void run_block(Machine& m, uint64_t block_number);
 Thread* schedule(Machine& m);
 void wait_for_others(const char* what, Loc loc);  // returns when somebody made this thread ready again
+void poll(const char* what, Loc loc);             // lets others run; reported as a deadlock when nothing ever happens
 void yield_at_random(Machine& m);                 // in random order: sometimes lets another warp go first
 [[noreturn]] void abandon_block();                // after an error was reported: the launch ends
 [[noreturn]] void die_with(Loc loc, const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -283,4 +308,9 @@ void land_copies(Thread& thread, uint32_t up_to);
 // hopper.cpp
 void reset_hopper(Machine& m);
 void land_tma(Machine& m, size_t index);
+void step_store(Machine& m, size_t index);  // it reads, or if it has, it writes
+void check_stores_at_exit(const Thread& me);
+void finish_block(Machine& m);  // after its last thread: what is under way ends, or should have
+std::string mbarrier_text(const Machine& m, const Thread& waiting);  // what the phase it waits for lacks
+inline constexpr char kMbarrierWait[] = "mbarrier wait";
 }  // namespace emu

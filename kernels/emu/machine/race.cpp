@@ -25,7 +25,9 @@
 
 namespace emu::race {
 
-constexpr unsigned kTmaAgents = 32, kMaxAgents = 2 * kMaxThreads + kWarpgroups + kTmaAgents;
+// Threads of a block that may store by TMA: each one's stores are two agents, their reads and their writes.
+constexpr unsigned kBulkThreads = 64;
+constexpr unsigned kTmaAgents = 32, kMaxAgents = 2 * kMaxThreads + kWarpgroups + kTmaAgents + 2 * kBulkThreads;
 constexpr unsigned kGranule = 2;  // bytes; neighbouring f16 of two threads do not conflict
 
 struct Knowledge {
@@ -47,7 +49,7 @@ struct SharedCell {
 
 struct GlobalEvent {
     uint32_t block, clock;
-    uint16_t thread, where;
+    uint16_t agent, where;
 };
 struct GlobalCell {
     GlobalEvent write, atomic, read[2];
@@ -70,7 +72,11 @@ struct State {
     uint32_t clock[kMaxThreads];      // of the thread's own events
     uint32_t copies[kMaxThreads];     // groups of its asynchronous copies that it waited for
     uint32_t multiplies[kMaxThreads];  // groups of its warpgroup's wgmmas
-    uint32_t fenced[kMaxThreads];     // its clock at its latest fence.proxy.async
+    uint32_t fenced[kMaxThreads];     // its clock at its latest fence.proxy.async of shared memory
+    uint32_t fenced_global[kMaxThreads];
+    uint8_t bulk_number[kMaxThreads];  // 1 and up, of the threads that store by TMA
+    unsigned bulk_threads;
+    uint32_t bulk_read[kBulkThreads + 1], bulk_written[kBulkThreads + 1];  // groups of their stores that they waited for
     std::vector<SharedCell> shared = std::vector<SharedCell>(kSharedWindow / kGranule);
     uint32_t block_serial = 0;
     uint64_t launch_serial = 0;
@@ -149,12 +155,15 @@ static std::string place_text(uint16_t number) {
 
 // ---- reports: each pair of places once a launch ----
 
+static unsigned bulk_agents(const State& s) { return 2 * s.threads + kWarpgroups + kTmaAgents; }
+
 static std::string agent_name(unsigned agent) {
     const State& s = state();
     if (agent < s.threads) return thread_name(*machine, agent);
     if (agent < 2 * s.threads) return "the cp.async of " + thread_name(*machine, agent - s.threads);
     if (agent < 2 * s.threads + kWarpgroups) return "the wgmma of warpgroup " + std::to_string(agent - 2 * s.threads);
-    return "TMA";
+    if (agent >= bulk_agents(s)) return "a TMA store";
+    return "a TMA load";
 }
 
 static bool is_new(const char* kind, uint16_t here, uint16_t there) {
@@ -168,12 +177,12 @@ static void report_shared(const char* kind, size_t offset, unsigned agent, uint1
            place_text(other.where).c_str());
 }
 
-static void report_global(const char* kind, uintptr_t address, uint16_t here, const GlobalEvent& other) {
+static void report_global(const char* kind, uintptr_t address, unsigned agent, uint16_t here, const GlobalEvent& other) {
     if (!is_new(kind, here, other.where)) return;
-    std::string who = thread_name(*machine, other.thread);
+    std::string who = agent_name(other.agent);
     if (other.block != uint32_t(machine->block_number)) who = "block number " + std::to_string(other.block) + ", " + who;
     report(Message::Race, "%s of global memory at %#zx: %s at %s, not ordered with %s at %s", kind, size_t(address),
-           thread_name(*machine, cur->index).c_str(), place_text(here).c_str(), who.c_str(),
+           agent_name(agent).c_str(), place_text(here).c_str(), who.c_str(),
            place_text(other.where).c_str());
 }
 
@@ -222,6 +231,10 @@ void release_into(Knowledge*& sum, unsigned thread) {
     raise(thread, s.clock[thread]);
     raise(s.threads + thread, s.copies[thread]);
     raise(2 * s.threads + thread / 128, s.multiplies[thread]);
+    if (const unsigned number = s.bulk_number[thread]) {
+        raise(bulk_agents(s) + 2 * number - 2, s.bulk_read[number]);
+        raise(bulk_agents(s) + 2 * number - 1, s.bulk_written[number]);
+    }
     s.clock[thread]++;
 }
 
@@ -245,13 +258,16 @@ void acquire(Knowledge* sum, unsigned thread) {
 static inline __attribute__((always_inline)) bool knows(const State& s, unsigned thread, unsigned agent, uint32_t clock) {
     if (agent == thread || s.known[thread]->known[agent] >= clock) return true;
     if (agent == s.threads + thread) return s.copies[thread] >= clock;
-    return agent == 2 * s.threads + thread / 128 && s.multiplies[thread] >= clock;
+    if (agent == 2 * s.threads + thread / 128) return s.multiplies[thread] >= clock;
+    const unsigned number = s.bulk_number[thread], bulk = bulk_agents(s) + 2 * number;
+    return number && ((agent == bulk - 2 && s.bulk_read[number] >= clock) || (agent == bulk - 1 && s.bulk_written[number] >= clock));
 }
 
 void begin_block(Machine& m) {
     State& s = *m.race;
     s.threads = m.threads;
-    s.agents = 2 * m.threads + kWarpgroups + kTmaAgents;
+    s.agents = bulk_agents(s) + 2 * kBulkThreads;
+    s.bulk_threads = 0;
     if (++s.block_serial == 0) {
         for (SharedCell& cell : s.shared) cell.block = 0;
         s.block_serial = 1;
@@ -263,7 +279,8 @@ void begin_block(Machine& m) {
         s.known[t] = nothing;
         nothing->users++;
         s.clock[t] = 1;
-        s.copies[t] = s.multiplies[t] = s.fenced[t] = 0;
+        s.copies[t] = s.multiplies[t] = s.fenced[t] = s.fenced_global[t] = 0;
+        s.bulk_number[t] = 0;
     }
     drop(s, nothing);
 }
@@ -338,7 +355,7 @@ static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
             if (unordered(w)) {
                 report_shared(kind, g * kGranule, a.agent, a.where, w);
             } else if (a.async_proxy && w.agent < s.threads && s.fenced[w.agent] < w.clock) {
-                report_shared("asynchronous read without fence.proxy.async", g * kGranule, a.agent, a.where, w);
+                report_shared("asynchronous access without fence.proxy.async", g * kGranule, a.agent, a.where, w);
             }
         }
         if (a.kind == Access::Read) {
@@ -368,7 +385,7 @@ void async_copies_done(uint32_t groups) {
 }
 void tma_write(void* p, size_t bytes, unsigned agent, uint32_t clock, Loc loc) {
     const unsigned number = 2 * state().threads + kWarpgroups + agent % kTmaAgents;
-    access_shared(p, bytes, {number, cur->index, clock, Access::Write, number_of(packed(loc))});
+    access_shared(p, bytes, {number, cur->index, clock, Access::Write, number_of(packed(loc)), true});
 }
 void tma_done(Knowledge*& sum, unsigned agent, uint32_t clock) {
     State& s = state();
@@ -388,6 +405,28 @@ void wgmmas_done(unsigned warpgroup, uint32_t groups) {
     }
 }
 void fence_proxy_async() { state().fenced[cur->index] = state().clock[cur->index]; }
+void fence_proxy_async_global() { state().fenced_global[cur->index] = state().clock[cur->index]; }
+
+static unsigned bulk_number(Loc loc) {
+    State& s = state();
+    uint8_t& number = s.bulk_number[cur->index];
+    if (!number) {
+        if (s.bulk_threads == kBulkThreads) die_with(loc, "the race detector follows TMA stores of %u threads of a block", kBulkThreads);
+        number = uint8_t(++s.bulk_threads);
+        s.bulk_read[number] = s.bulk_written[number] = 0;
+    }
+    return number;
+}
+void bulk_read(const void* p, size_t bytes, uint32_t group, Loc loc) {
+    const unsigned agent = bulk_agents(state()) + 2 * bulk_number(loc) - 2;
+    access_shared(p, bytes, {agent, cur->index, group, Access::Read, number_of(packed(loc)), true});
+}
+void bulk_done(uint32_t read_groups, uint32_t written_groups) {
+    State& s = state();
+    const unsigned number = s.bulk_number[cur->index];
+    s.bulk_read[number] = std::max(s.bulk_read[number], read_groups);
+    s.bulk_written[number] = std::max(s.bulk_written[number], written_groups);
+}
 
 // ---- global memory ----
 
@@ -410,21 +449,37 @@ static GlobalPage& page_of(State& s, uintptr_t address) {
     return page;
 }
 
-static void access_global(uintptr_t address, size_t bytes, Access kind, uint16_t where) {
+struct GlobalAccess {
+    unsigned agent, viewer;
+    uint32_t clock;
+    Access kind;
+    uint16_t where;
+    bool async_proxy = false;
+};
+
+static void access_global(uintptr_t address, size_t bytes, const GlobalAccess& a) {
     State& s = state();
-    const unsigned me = cur->index;
     const uint32_t block = uint32_t(machine->block_number);
-    const GlobalEvent event{block, s.clock[me], uint16_t(me), where};
-    const auto ordered = [&](const GlobalEvent& e) { return e.block == block && (e.thread == me || knows(s, me, e.thread, e.clock)); };
+    const GlobalEvent event{block, a.clock, uint16_t(a.agent), a.where};
+    const auto ordered = [&](const GlobalEvent& e) {
+        return e.block == block && (e.agent == a.agent || knows(s, a.viewer, e.agent, e.clock));
+    };
     const uintptr_t last = (address + bytes - 1) / kGranule;
     for (uintptr_t g = address / kGranule; g <= last; g++) {
         GlobalCell& cell = page_of(s, g * kGranule).cell[g % (kPage / kGranule)];
-        const char* what = kind == Access::Read ? "read after write" : "write after write";
-        if (cell.has_atomic && kind != Access::Atomic && !ordered(cell.atomic)) {
-            report_global(what, g * kGranule, where, cell.atomic);
+        const char* what = a.kind == Access::Read ? "read after write" : "write after write";
+        if (cell.has_atomic && a.kind != Access::Atomic && !ordered(cell.atomic)) {
+            report_global(what, g * kGranule, a.agent, a.where, cell.atomic);
         }
-        if (cell.has_write && !ordered(cell.write)) report_global(what, g * kGranule, where, cell.write);
-        if (kind == Access::Read) {
+        if (cell.has_write) {
+            const GlobalEvent& w = cell.write;
+            if (!ordered(w)) {
+                report_global(what, g * kGranule, a.agent, a.where, w);
+            } else if (a.async_proxy && w.agent < s.threads && s.fenced_global[w.agent] < w.clock) {
+                report_global("asynchronous access without fence.proxy.async", g * kGranule, a.agent, a.where, w);
+            }
+        }
+        if (a.kind == Access::Read) {
             // Slot 0: the latest; slot 1: one not ordered before it, of another block if there is one.
             if (cell.reads && !ordered(cell.read[0]) && (cell.reads < 2 || cell.read[1].block == block)) {
                 cell.read[1] = cell.read[0];
@@ -436,12 +491,12 @@ static void access_global(uintptr_t address, size_t bytes, Access kind, uint16_t
         }
         for (unsigned i = 0; i < cell.reads; i++) {
             if (!ordered(cell.read[i])) {
-                report_global("write after read", g * kGranule, where, cell.read[i]);
+                report_global("write after read", g * kGranule, a.agent, a.where, cell.read[i]);
                 break;
             }
         }
         cell.reads = 0;
-        cell.has_atomic = kind == Access::Atomic;
+        cell.has_atomic = a.kind == Access::Atomic;
         if (!cell.has_atomic) cell.has_write = true;
         (cell.has_atomic ? cell.atomic : cell.write) = event;
     }
@@ -470,8 +525,17 @@ static void touch_place(unsigned thread, const void* p, size_t bytes, Access kin
         access_shared(p, bytes, {thread, thread, s.clock[thread], kind, number_of(place)});
     } else if (offset >= machine->region_bytes) {
         const uint16_t where = number_of(place);
-        if (is_global(s, uintptr_t(p), bytes, where)) access_global(uintptr_t(p), bytes, kind, where);
+        if (is_global(s, uintptr_t(p), bytes, where)) access_global(uintptr_t(p), bytes, {thread, thread, s.clock[thread], kind, where});
     }
+}
+
+void tma_read(const void* p, size_t bytes, unsigned agent, uint32_t clock, Loc loc) {
+    const unsigned number = 2 * state().threads + kWarpgroups + agent % kTmaAgents;
+    access_global(uintptr_t(p), bytes, {number, cur->index, clock, Access::Read, number_of(packed(loc)), true});
+}
+void bulk_write(const void* p, size_t bytes, uint32_t group, Loc loc) {
+    const unsigned agent = bulk_agents(state()) + 2 * bulk_number(loc) - 1;
+    access_global(uintptr_t(p), bytes, {agent, cur->index, group, Access::Write, number_of(packed(loc)), true});
 }
 
 void touch(const void* p, size_t bytes, Access kind, Loc loc) { touch_place(cur->index, p, bytes, kind, packed(loc)); }
