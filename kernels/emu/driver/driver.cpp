@@ -378,7 +378,7 @@ EMU_EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribut
             case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: *value = c.blocks_per_multiprocessor; break;
             case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: *value = 1024; break;
             case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
-            case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: *value = 0; break;
+            case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: *value = c.major >= 9; break;
             case CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED: *value = c.major >= 9; break;
             default:
                 // What the card cannot do, or nobody here asks: zero, as for an absent feature.

@@ -6,7 +6,8 @@
 //   queue.cpp    operations: what was asked for, in which order it may happen, when it does
 //   stream.cpp   streams and events
 //   copy.cpp     copies and memsets
-//   module.cpp   modules, functions, launches and their limits
+//   module.cpp   modules, functions, launches with their attributes and limits
+//   tensor_map.cpp   tensor maps for TMA
 //   graph.cpp    stream capture, graphs
 //
 // Time. A call that is asynchronous on a card only appends an Operation here. Operations run on the thread that waits
@@ -128,7 +129,8 @@ void release_all_memory();
 // ---- modules and launches (module.cpp) ----
 
 void release_all_modules();
-// A launch as work that can be queued or recorded, checked as the driver checks it when the call is made; and back.
+// A launch as work that can be queued or recorded, checked as the driver checks it when the call is made; and back. `work`
+// is the kernel's node whose attributes are kept, or null.
 CUresult prepare_launch(const CUDA_KERNEL_NODE_PARAMS& params, WorkRef& work);
 void describe_launch(Work& work, CUDA_KERNEL_NODE_PARAMS& params, std::vector<void*>& pointers);
 // The launch that ran last, for messages: "launch 17, add_bf16".

@@ -95,9 +95,16 @@ const Kernel* find_registered(const char* name);     // or null
 const Kernel* find_registered(Thunk fn);             // or null
 Thunk find(const char* name);                        // or null
 
+// What cuLaunchKernelEx adds to a launch: blocks of a cluster in each dimension; whether it may begin before the launch
+// before it is done (programmatic dependent launch).
+struct LaunchAttributes {
+    uint32_t cluster[3] = {1, 1, 1};
+    bool dependent = false;
+};
+
 // Runs the whole grid. 0: done; negative: refused before anything ran; positive: number of errors and races.
 // `params[i]` points to the value of parameter i; `smem` is the dynamic shared memory in bytes. Launches wait for each other.
-int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params);
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params, const LaunchAttributes& attributes = {});
 // What went wrong in the latest launch of this host thread, a line each; empty if nothing did.
 const char* last_error();
 

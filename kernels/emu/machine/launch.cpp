@@ -292,10 +292,12 @@ static std::string refusal(const Kernel* kernel, dim3 grid, dim3 block, unsigned
     return *text ? std::string(kernel->name) + ": " + text : "";
 }
 
-int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params) {
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params, const LaunchAttributes& attributes) {
     std::lock_guard lock(pool().launching);
     const Kernel* kernel = find_registered(fn);
     latest_error = refusal(kernel, grid, block, smem);
+    const auto& [x, y, z] = attributes.cluster;
+    if (latest_error.empty() && x * y * z != 1) latest_error = std::string(kernel->name) + ": clusters are not emulated yet";
     if (!latest_error.empty()) {
         if (!config.quiet) fprintf(stderr, "[emu] launch refused: %s\n", latest_error.c_str());
         return -1;
