@@ -153,6 +153,123 @@ DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" 
 // The same for global memory.
 DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// ---- clusters: up to eight blocks that run at one time; the launch says how many ----
+//
+// A block reaches another's shared memory only after a cluster_sync, for it may not have begun, and before one, for it may
+// end: the last thing that such a kernel does is a cluster_sync, too.
+
+DEVICE int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+// A barrier of all threads of the cluster in two parts; orders their ordinary accesses, too.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+DEVICE void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Where another block has what this one has at `shared`.
+DEVICE uint32_t cluster_address(const void* shared, int rank) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_u32(shared)), "r"(rank));
+    return address;
+}
+DEVICE float cluster_load_f32(uint32_t address) {
+    float x;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+}
+DEVICE float4 cluster_load_f32x4(uint32_t address) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+DEVICE void cluster_store_f32(uint32_t address, float x) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+DEVICE void cluster_store_f32x4(uint32_t address, float4 x) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                 : "memory");
+}
+// Its bytes count as transactions of the mbarrier `bar`, an address of the cluster too, in the same block.
+DEVICE void cluster_store_async_f32(uint32_t address, float x, uint32_t bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(x), "r"(bar)
+                 : "memory");
+}
+DEVICE void cluster_store_async_f32x4(uint32_t address, float4 x, uint32_t bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(bar)
+                 : "memory");
+}
+
+// At the mbarrier that another block has where this one has `bar`. Enough to hand back a buffer that was read; it releases
+// no ordinary writes beyond the block, which would cost a MEMBAR of the whole card.
+DEVICE void mbar_arrive_cluster(uint64_t* bar, int rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(bar, rank)) : "memory");
+}
+// With this one that other block sees them, after mbar_wait_cluster.
+DEVICE void mbar_arrive_release_cluster(uint64_t* bar, int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(bar, rank)) : "memory");
+}
+DEVICE void mbar_expect_cluster(uint64_t* bar, int rank, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cluster.shared::cluster.b64 [%0], %1;" ::"r"(cluster_address(bar, rank)), "r"(bytes)
+                 : "memory");
+}
+DEVICE void mbar_wait_cluster(uint64_t* bar, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "WAIT_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra DONE_%=;\n"
+        "bra WAIT_%=;\n"
+        "DONE_%=:\n"
+        "}" ::"r"(smem_u32(bar)),
+        "r"(parity)
+        : "memory");
+}
+// The box to the same place in each block whose bit is set in `mask`, for the mbarrier that each has at `bar`.
+DEVICE void tma_load_multicast_2d(void* shared, const TensorMap* map, uint64_t* bar, int c0, int c1, uint16_t mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
+        "[%2], %5;" ::"r"(smem_u32(shared)),
+        "l"(map), "r"(smem_u32(bar)), "r"(c0), "r"(c1), "h"(mask)
+        : "memory");
+}
+
+// ---- launches that may begin before the previous one has ended (programmatic stream serialization) ----
+
+// The next launch may begin once all blocks have said so or ended; what it may touch, only its own wait says.
+DEVICE void next_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Until the previous launch has ended and all its writes are seen. Before that: nothing it reads or writes is touched. A
+// dependent kernel that touches nothing waits all the same, or the launch after it cannot rely on those before it.
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ---- between blocks of a grid: what was written before a release is seen after the acquire that meets it ----
+
+DEVICE uint32_t atom_add_acq_rel(uint32_t* p, uint32_t x) {
+    uint32_t old;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
+    return old;
+}
+DEVICE uint32_t ld_acquire(const uint32_t* p) {
+    uint32_t x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+DEVICE void st_release(uint32_t* p, uint32_t x) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+
 // Descriptor of a matrix in shared memory with the 128-byte swizzle; the offsets in bytes.
 DEVICE uint64_t wgmma_desc128(uint32_t address, uint32_t leading_offset, uint32_t stride_offset) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading_offset >> 4) << 16 | uint64_t(stride_offset >> 4) << 32 |

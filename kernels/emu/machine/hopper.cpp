@@ -54,12 +54,12 @@ static void settle(Machine& m, uint64_t* bar, MbarrierInfo& info, MbarrierState 
 static void check_address(const Machine& m, const uint64_t* bar, Loc loc) {
     if (!m.in_shared(bar, 8) || uintptr_t(bar) % 8) die_with(loc, "mbarrier at %p: not 8 aligned bytes of shared memory", bar);
 }
-static MbarrierInfo& find(Machine& m, uint64_t* bar, Loc loc) {
+MbarrierInfo& find_mbarrier(Machine& m, uint64_t* bar, Loc loc) {
     check_address(m, bar, loc);
     const auto found = m.mbarriers.find(bar);
     if (found == m.mbarriers.end()) die_with(loc, "mbarrier used before it was initialised");
     // Its operations order themselves; that the initialisation came first is the kernel's business.
-    if constexpr (kRace) race::touch(bar, 8, race::Access::Read, loc);
+    if constexpr (kRace) race::touch_shared(m, bar, 8, race::Access::Read, loc);
     return found->second;
 }
 
@@ -87,9 +87,8 @@ static void expect(MbarrierState& state, uint32_t bytes, Loc loc) {
     state.transactions += int32_t(bytes);
 }
 
-void mbar_arrive(uint64_t* bar, uint32_t count, uint32_t transaction_bytes, Loc loc) {
-    Machine& m = *machine;
-    MbarrierInfo& info = find(m, bar, loc);
+void mbar_arrive_at(Machine& m, uint64_t* bar, uint32_t count, uint32_t transaction_bytes, Loc loc) {
+    MbarrierInfo& info = find_mbarrier(m, bar, loc);
     MbarrierState state = load(bar);
     if (count > state.pending) die_with(loc, "more than the mbarrier's %u arrivals in one phase", state.count);
     if constexpr (kRace) race::release_into(info.sum, self().index);
@@ -98,13 +97,18 @@ void mbar_arrive(uint64_t* bar, uint32_t count, uint32_t transaction_bytes, Loc 
     settle(m, bar, info, state);
 }
 
-void mbar_expect(uint64_t* bar, uint32_t bytes, Loc loc) {
-    Machine& m = *machine;
-    find(m, bar, loc);
+void mbar_arrive(uint64_t* bar, uint32_t count, uint32_t transaction_bytes, Loc loc) {
+    mbar_arrive_at(*machine, bar, count, transaction_bytes, loc);
+}
+
+void mbar_expect_at(Machine& m, uint64_t* bar, uint32_t bytes, Loc loc) {
+    find_mbarrier(m, bar, loc);
     MbarrierState state = load(bar);
     expect(state, bytes, loc);
     store(bar, state);
 }
+
+void mbar_expect(uint64_t* bar, uint32_t bytes, Loc loc) { mbar_expect_at(*machine, bar, bytes, loc); }
 
 std::string mbarrier_text(const Machine& m, const Thread& waiting) {
     const uint64_t* bar = waiting.waiting_for;
@@ -118,7 +122,7 @@ std::string mbarrier_text(const Machine& m, const Thread& waiting) {
 }
 
 static bool has_ended(Machine& m, uint64_t* bar, uint32_t parity, Loc loc) {
-    const MbarrierInfo& info = find(m, bar, loc);
+    const MbarrierInfo& info = find_mbarrier(m, bar, loc);
     if (load(bar).phase == (parity & 1)) return false;
     if constexpr (kRace) {
         if (info.last_phase) race::acquire(info.last_phase, self().index);
@@ -281,48 +285,91 @@ static void check_map(const TensorMap& map, const int* coordinates, int rank, bo
 static void check_box(const Machine& m, const void* shared, const TensorMap& map, Loc loc) {
     const uint32_t bytes = (row_count(map) - 1) * row_pitch(map) + row_bytes(map);
     if (!m.in_shared(shared, bytes)) die_with(loc, "TMA of %u bytes outside the block's shared memory", bytes);
-    if (uintptr_t(shared) % 128) die_with(loc, "TMA at shared memory + %u, not aligned to 128", smem_addr(shared, loc));
+    if (uintptr_t(shared) % 128) {
+        die_with(loc, "TMA at shared memory + %zu, not aligned to 128", size_t(static_cast<const char*>(shared) - m.shared));
+    }
 }
 
 void land_tma(Machine& m, size_t index) {
     const TmaCopy copy = m.tma[index];
     m.tma.erase(m.tma.begin() + ptrdiff_t(index));
     note_pending(m);
-    m.stats.tma++;
-    for_each_row(copy.map, copy.coordinate, copy.im2col_offset, [&](uint32_t row, const char* global, uint32_t first, uint32_t last) {
-        char bytes[256 * 8] = {};
-        if (first < last) memcpy(bytes + first, global, last - first);
-        for_each_chunk(m, copy.to, copy.map, row, [&](char* place, uint32_t offset) { memcpy(place, bytes + offset, 16); });
-    });
+    if (copy.is_store_async) {
+        memcpy(copy.to, copy.value, copy.bytes);
+    } else {
+        m.stats.tma++;
+        const auto land_row = [&](uint32_t row, const char* global, uint32_t first, uint32_t last) {
+            char bytes[256 * 8] = {};
+            if (first < last) memcpy(bytes + first, global, last - first);
+            for_each_chunk(m, copy.to, copy.map, row, [&](char* place, uint32_t offset) { memcpy(place, bytes + offset, 16); });
+        };
+        for_each_row(copy.map, copy.coordinate, copy.im2col_offset, land_row);
+    }
     MbarrierInfo& info = m.mbarriers[copy.bar];
-    if constexpr (kRace) race::tma_done(info.sum, copy.agent, copy.clock);
+    if constexpr (kRace) race::tma_done(m, info.sum, copy.agent, copy.clock);
     MbarrierState state = load(copy.bar);
     state.transactions -= int32_t(copy.bytes);
     settle(m, copy.bar, info, state);
 }
 
-void tma_load(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank,
-              const uint16_t* im2col_offset, Loc loc) {
-    Machine& m = *machine;
+// Its destination is poison until it lands.
+void send(Machine& owner, TmaCopy copy, Loc loc) {
+    MbarrierInfo& info = find_mbarrier(owner, copy.bar, loc);
+    copy.agent = info.agent;
+    copy.clock = ++info.clock;
+    const auto poison = [&](char* place, size_t bytes) {
+        if constexpr (kRace) race::tma_write(owner, place, bytes, copy.agent, copy.clock, loc);
+        memset(place, 0xFF, bytes);
+    };
+    if (copy.is_store_async) {
+        poison(copy.to, copy.bytes);
+    } else {
+        const auto check_row = [&](uint32_t row, const char* global, uint32_t first, uint32_t last) {
+            if (first < last) {
+                check_global(global, last - first, "TMA load", loc);
+                if constexpr (kRace) race::tma_read(owner, global, last - first, copy.agent, copy.clock, loc);
+            }
+            for_each_chunk(owner, copy.to, copy.map, row, [&](char* place, uint32_t) { poison(place, 16); });
+        };
+        for_each_row(copy.map, copy.coordinate, copy.im2col_offset, check_row);
+    }
+    owner.tma.push_back(copy);
+    note_pending(owner);
+    machine->stays = false;
+    if (machine->async == Early) land_tma(owner, owner.tma.size() - 1);
+}
+
+static TmaCopy load_of(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank,
+                       const uint16_t* im2col_offset, Loc loc) {
     check_map(*map, coordinates, rank, im2col_offset, loc);
-    check_box(m, shared, *map, loc);
-    MbarrierInfo& info = find(m, bar, loc);
-    TmaCopy copy{static_cast<char*>(shared), *map, bar, {}, {}, row_count(*map) * row_bytes(*map), ++info.clock, info.agent};
+    TmaCopy copy{static_cast<char*>(shared), *map, bar, {}, {}, row_count(*map) * row_bytes(*map), 0, 0, false, {}};
     memcpy(copy.coordinate, coordinates, size_t(rank) * sizeof(int));
     if (im2col_offset) memcpy(copy.im2col_offset, im2col_offset, size_t(rank - 2) * sizeof(uint16_t));
-    for_each_row(*map, copy.coordinate, copy.im2col_offset, [&](uint32_t row, const char* global, uint32_t first, uint32_t last) {
-        if (first < last) {
-            check_global(global, last - first, "TMA load", loc);
-            if constexpr (kRace) race::tma_read(global, last - first, copy.agent, copy.clock, loc);
-        }
-        for_each_chunk(m, copy.to, *map, row, [&](char* place, uint32_t) {
-            if constexpr (kRace) race::tma_write(place, 16, copy.agent, copy.clock, loc);
-            memset(place, 0xFF, 16);  // until it lands
-        });
-    });
-    m.tma.push_back(copy);
-    note_pending(m);
-    if (m.async == Early) land_tma(m, m.tma.size() - 1);
+    return copy;
+}
+
+void tma_load(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank,
+              const uint16_t* im2col_offset, Loc loc) {
+    const TmaCopy copy = load_of(shared, map, bar, coordinates, rank, im2col_offset, loc);
+    check_box(*machine, shared, *map, loc);
+    send(*machine, copy, loc);
+}
+
+void tma_load_multicast(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank, uint16_t mask,
+                        Loc loc) {
+    const TmaCopy copy = load_of(shared, map, bar, coordinates, rank, nullptr, loc);
+    if (!mask || mask >> machine->cluster->size) {
+        die_with(loc, "TMA multicast to blocks %#x of a cluster of %u", mask, machine->cluster->size);
+    }
+    for (unsigned to = 0; mask >> to; to++) {
+        if (!(mask >> to & 1)) continue;
+        TmaCopy part = copy;
+        const auto [owner, place] = find_remote(cluster_address(shared, int(to), loc), 1, loc);
+        part.to = place;
+        part.bar = reinterpret_cast<uint64_t*>(find_remote(cluster_address(bar, int(to), loc), 8, loc).second);
+        check_box(*owner, part.to, *map, loc);
+        send(*owner, part, loc);
+    }
 }
 
 // ---- TMA stores ----
@@ -355,12 +402,15 @@ void step_store(Machine& m, size_t index) {
 
 void finish_block(Machine& m) {
     while (!m.stores.empty()) step_store(m, 0);
-    if (!m.tma.empty()) {
-        const Loc where = m.mbarriers[m.tma[0].bar].where;
-        report(Message::Error, "the block ends while TMA loads into its shared memory are under way, for the mbarrier of %s:%d",
-               where.file, where.line);
-        m.failed = true;
+    for (const auto& [bar, info] : m.mbarriers) {
+        bool under_way = false;
+        for (const TmaCopy& copy : m.tma) under_way |= copy.bar == bar;
+        if constexpr (kRace) under_way |= info.clock && !race::tma_is_known(m, info.agent, info.clock);
+        if (under_way) {
+            die_with(info.where, "the block ends while copies into its shared memory may be under way: nobody waited for this mbarrier");
+        }
     }
+    if constexpr (kRace) race::check_remote_accesses(m);
 }
 
 void tma_store(const TensorMap* map, const void* shared, const int* coordinates, int rank, Loc loc) {
