@@ -49,10 +49,10 @@ fn portable_card() {
     let device = open();
     assert!(device.has(Isa::Sm80) && !device.has(Isa::Sm90a));
     assert_eq!(device.isa(), Isa::Sm80);
-    let error = launch(&device, "sm90/tensor_map", "conformance_tensor_map_2d", &[]).unwrap_err().to_string();
+    let error = launch(&device, "sm90/launch", "conformance_box_2d", &[]).unwrap_err().to_string();
     let (major, minor) = device.compute_capability();
     for part in [
-        "kernel conformance_tensor_map_2d: kernels/sm90/tensor_map.cu",
+        "kernel conformance_box_2d: kernels/sm90/launch.cu",
         "for sm_90a",
         &format!("emulated sm_{major}{minor} card (compute capability {major}.{minor}) does not have"),
     ] {
@@ -75,7 +75,7 @@ fn hopper_card() {
     assert!(device.has(Isa::Sm80));
     assert_eq!(device.has(Isa::Sm90a), hopper_was_built());
     assert_eq!(device.isa(), if hopper_was_built() { Isa::Sm90a } else { Isa::Sm80 });
-    let error = launch(&device, "sm90/tensor_map", "conformance_tensor_map_2d", &[]).unwrap_err().to_string();
+    let error = launch(&device, "sm90/launch", "conformance_box_2d", &[]).unwrap_err().to_string();
     let want = match hopper_was_built() {
         true => "it has parameters of [8, 128, 4, 4, 4]", // found, loaded, and asked for what it takes
         false => "was left out when this program was built: MEGAFUSE_CUDA_ARCHS=",

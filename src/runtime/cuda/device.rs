@@ -3,7 +3,10 @@ use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, CUresult};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUmodule, CUresult,
+};
 
 use super::driver::{self, check};
 use super::isa::Isa;
@@ -83,10 +86,18 @@ struct Card {
 #[derive(Clone)]
 struct Function {
     handle: CUfunction,
-    /// Sizes of the parameters.
-    parameters: Arc<[usize]>,
+    /// Where the parameters lie and their sizes, in bytes.
+    parameters: Arc<[Parameter]>,
+    /// Compiled for an architecture that has `wait_for_previous()`.
+    can_depend: bool,
     /// Dynamic shared memory it may be launched with.
     shared_bytes: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Parameter {
+    offset: usize,
+    bytes: usize,
 }
 
 /// The primary context of a card and our stream.
@@ -195,6 +206,8 @@ impl Drop for Inner {
 
 /// The kernels use instructions that older cards lack.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
+
+const FIRST_WITH_CLUSTERS: (i32, i32) = (9, 0);
 
 /// Dynamic shared memory that every kernel may have unasked.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
@@ -440,45 +453,82 @@ impl CudaDevice {
             return Ok(());
         }
         let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
-        let [x, y, z] = launch.grid;
-        if x > i32::MAX as usize || y > 65_535 || z > 65_535 {
-            return refuse(format!("a grid of {x} x {y} x {z} blocks; the limit is 2147483647 x 65535 x 65535"));
+        if let Some(refusal) = launch.refusal() {
+            return refuse(refusal);
+        }
+        let Card { name: card, capability: (major, minor), .. } = &self.0.card;
+        let clusters = launch.cluster != [1; 3];
+        if clusters && (*major, *minor) < FIRST_WITH_CLUSTERS {
+            let [a, b, c] = launch.cluster;
+            return refuse(format!(
+                "a launch in clusters of {a} x {b} x {c} blocks; {card} (compute capability {major}.{minor}) has none, 9.0 \
+                 and later have"
+            ));
         }
         let context = &self.0.context;
         context.bind()?;
         let function = self.function(file, entry, launch.shared_bytes)?;
         let parameters = &function.parameters;
-        if !parameters.iter().copied().eq(args.iter().map(|arg| arg.bytes)) {
+        if !parameters.iter().map(|parameter| parameter.bytes).eq(args.iter().map(|arg| arg.bytes)) {
             let got: Vec<usize> = args.iter().map(|arg| arg.bytes).collect();
-            return refuse(format!("called with arguments of {got:?} bytes, it has parameters of {parameters:?}"));
+            let want: Vec<usize> = parameters.iter().map(|parameter| parameter.bytes).collect();
+            return refuse(format!("called with arguments of {got:?} bytes, it has parameters of {want:?}"));
         }
-        let mut values: Vec<*mut c_void> = args.iter().map(|arg| arg.value.cast_mut()).collect();
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
-        let result = unsafe {
-            let (block, shared) = (launch.block as u32, launch.shared_bytes as u32);
-            let (x, y, z) = (x as u32, y as u32, z as u32);
-            let none = std::ptr::null_mut();
-            sys::cuLaunchKernel(
-                function.handle,
-                x,
-                y,
-                z,
-                block,
-                1,
-                1,
-                shared,
-                context.stream,
-                values.as_mut_ptr(),
-                none,
-            )
+        for (index, (parameter, arg)) in parameters.iter().zip(args).enumerate() {
+            if !parameter.offset.is_multiple_of(arg.align) {
+                return refuse(format!(
+                    "parameter {index} lies at byte {}, where its argument's type wants a multiple of {}: the kernel \
+                     declares another type",
+                    parameter.offset, arg.align
+                ));
+            }
+        }
+        let mut attributes = Vec::new();
+        if clusters {
+            let [x, y, z] = launch.cluster.map(|blocks| blocks as u32);
+            let value = CUlaunchAttributeValue { clusterDim: ClusterDim { x, y, z } };
+            attributes.push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value));
+        }
+        if launch.dependent && function.can_depend {
+            let value = CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+            attributes
+                .push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value));
+        }
+        if let Some(percent) = launch.carveout {
+            let value = CUlaunchAttributeValue { sharedMemCarveout: percent as u32 };
+            attributes
+                .push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, value));
+        }
+        let [x, y, z] = launch.grid.map(|blocks| blocks as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes as u32,
+            hStream: context.stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
+        let mut values: Vec<*mut c_void> = args.iter().map(|arg| arg.value.cast_mut()).collect();
+        // SAFETY: the caller's promise; the driver copies arguments and attributes before it returns.
+        let result =
+            unsafe { sys::cuLaunchKernelEx(&config, function.handle, values.as_mut_ptr(), std::ptr::null_mut()) };
         match result {
-            CUresult::CUDA_ERROR_INVALID_VALUE | CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => refuse(format!(
-                "the card refuses a launch of {:?} blocks of {} threads with {} bytes of shared memory: {result:?}",
-                launch.grid, launch.block, launch.shared_bytes
-            )),
+            CUresult::CUDA_ERROR_INVALID_VALUE
+            | CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
+            | CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE => {
+                let in_clusters = if clusters { format!(", in clusters of {:?},", launch.cluster) } else { "".into() };
+                refuse(format!(
+                    "the card refuses a launch of {:?} blocks{in_clusters} of {} threads with {} bytes of shared memory: \
+                     {result:?}",
+                    launch.grid, launch.block, launch.shared_bytes
+                ))
+            }
             result => {
-                check(&context.name, "cuLaunchKernel", result)?;
+                check(&context.name, "cuLaunchKernelEx", result)?;
                 self.record(entry);
                 Ok(())
             }
@@ -567,18 +617,29 @@ impl CudaDevice {
         // build. Only the emulated card runs a program that was built without nvcc, and there is no harm in asking it.
         let counted = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok();
         let counted = counted.map(|at| kernels.parameters[at].1);
-        let mut sizes = Vec::new();
-        while counted.is_none_or(|count| sizes.len() < count) {
+        let mut parameters = Vec::new();
+        while counted.is_none_or(|count| parameters.len() < count) {
             let (mut offset, mut bytes) = (0, 0);
             // SAFETY: the function is loaded; past the last parameter the driver answers with an error.
-            match unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut bytes) } {
-                CUresult::CUDA_SUCCESS => sizes.push(bytes),
+            match unsafe { sys::cuFuncGetParamInfo(handle, parameters.len(), &mut offset, &mut bytes) } {
+                CUresult::CUDA_SUCCESS => parameters.push(Parameter { offset, bytes }),
                 _ if counted.is_none() => break,
                 result => check(&self.0.context.name, "cuFuncGetParamInfo", result)?,
             }
         }
-        Ok(Function { handle, parameters: sizes.into(), shared_bytes: DEFAULT_SHARED_BYTES })
+        // The architecture of the PTX, not of the card: code for an older one, compiled at load, does not wait.
+        let mut compiled_for = 0;
+        let ptx_version = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        // SAFETY: the function is loaded; the pointer is valid for the call.
+        let result = unsafe { sys::cuFuncGetAttribute(&mut compiled_for, ptx_version, handle) };
+        check(&self.0.context.name, "cuFuncGetAttribute", result)?;
+        let can_depend = compiled_for >= 90;
+        Ok(Function { handle, parameters: parameters.into(), can_depend, shared_bytes: DEFAULT_SHARED_BYTES })
     }
+}
+
+fn attribute(id: CUlaunchAttributeID, value: CUlaunchAttributeValue) -> CUlaunchAttribute {
+    CUlaunchAttribute { id, pad: [0; 4], value }
 }
 
 /// While it lives, the device's work is recorded.

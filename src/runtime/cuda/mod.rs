@@ -11,6 +11,7 @@ mod launch;
 mod mark;
 mod memory;
 mod staging;
+mod tensor_map;
 
 pub use device::{CudaDevice, CudaOptions, MemoryReport};
 pub use driver::{driver_version, emulated_library, is_emulated, use_library};
@@ -21,3 +22,4 @@ pub(crate) use launch::args;
 pub use launch::{Arg, DevicePtr, Launch};
 pub use mark::Mark;
 pub(super) use memory::Buffer;
+pub use tensor_map::{Im2col, Swizzle, TensorMap, TensorView};
