@@ -78,7 +78,7 @@ impl Case {
         let place = |element: usize| {
             let byte = element / self.boxes[0] * pitch + element % self.boxes[0] * 4;
             let (line, chunk) = (byte / 128, byte / 16 % 8);
-            let word = (line * 128 + (chunk ^ line % lines) * 16 + byte % 16) / 4;
+            let word = (line * 128 + (chunk ^ (line % lines)) * 16 + byte % 16) / 4;
             let mut rest = element;
             let mut index = Some(0);
             for (d, &size) in self.boxes.iter().enumerate() {
