@@ -620,6 +620,61 @@ fn scaled_8_bit_weights_are_torchs_values() {
     }
 }
 
+/// Longer than what a thread decodes at once, with a scale of each row under its other name, to the bit; a LoRA on top; and
+/// what is no scale: beside a weight that has no 8 bits, or of another length.
+#[test]
+fn long_8_bit_tensors_and_their_neighbours() {
+    let bytes = std::fs::read(data("single-file/fp8.safetensors")).expect("torch's values");
+    let torch = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let value = f32s(raw(&torch, "values.e4m3").0);
+    let (rows, columns) = (150, 700);
+    // Every code but the two that are no numbers.
+    let codes: Vec<u8> =
+        (0..rows * columns).map(|i| (i * i % 251) as u8).map(|c| if c & 127 == 127 { 1 } else { c }).collect();
+    let scales: Vec<f32> = (0..rows).map(|row| 0.01 + (row * 7 % 13) as f32).collect();
+    let of = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let (up, down) = (vec![0.5; rows], (0..columns).map(|i| (i as f32 * 0.1).sin()).collect::<Vec<f32>>());
+    let (scale_bytes, plain_bytes, up_bytes, down_bytes) = (of(&scales), of(&[2.0; 6]), of(&up), of(&down));
+    let f8 =
+        |shape: &[usize], bytes| TensorView::new(safetensors::Dtype::F8_E4M3, shape.to_vec(), bytes).expect("fits");
+    let f32 = |shape: &[usize], bytes| TensorView::new(safetensors::Dtype::F32, shape.to_vec(), bytes).expect("fits");
+    let tensors = [
+        ("long.weight", f8(&[rows, columns], &codes)),
+        ("long.weight_scale", f32(&[rows, 1], &scale_bytes)),
+        ("long.input_scale", f32(&[], &scale_bytes[..4])),
+        ("plain.weight", f32(&[2, 3], &plain_bytes)),
+        ("plain.scale_weight", f32(&[2], &scale_bytes[..8])),
+        ("short.weight", f8(&[2, 3], &[0x38; 6])),
+        ("short.scale_weight", f32(&[3], &scale_bytes[..12])),
+    ];
+    let place = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, tensors: &[(&str, TensorView)]| {
+        let bytes = safetensors::serialize(tensors.iter().cloned(), None).expect("serializes");
+        std::fs::write(place.path().join(name), bytes).expect("writes");
+    };
+    write("x.safetensors", &tensors);
+    let open = || WeightStore::open(place.path(), "x", &Device::cpu(), DType::F32).expect("opens");
+    let store = open();
+    let scaled: Vec<f32> =
+        codes.iter().enumerate().map(|(i, &c)| value[usize::from(c)] * scales[i / columns]).collect();
+    assert!(values(&store, "long.weight", &[rows, columns]) == scaled);
+    assert_eq!(values(&store, "plain.weight", &[2, 3]), [2.0; 6]);
+    assert_eq!(values(&store, "short.weight", &[2, 3]), [1.0; 6]);
+    let unused: Vec<String> = store.unused().into_iter().flat_map(|unused| unused.keys).collect();
+    assert_eq!(unused, ["plain.scale_weight", "short.scale_weight"]);
+
+    write(
+        "lora.safetensors",
+        &[("long.lora_A.weight", f32(&[1, columns], &down_bytes)), ("long.lora_B.weight", f32(&[rows, 1], &up_bytes))],
+    );
+    let adapters = Adapters::open(&[(place.path().join("lora.safetensors"), 1.0)]).expect("opens");
+    let merged = open().with_adapters(Part::Unet, &adapters).expect("fits");
+    for (i, got) in values(&merged, "long.weight", &[rows, columns]).into_iter().enumerate() {
+        let want = f64::from(scaled[i]) + 0.5 * f64::from(down[i % columns]);
+        assert!((f64::from(got) - want).abs() <= 1e-6 * (1.0 + want.abs()), "{i}: {got}, expected {want}");
+    }
+}
+
 /// Keys and shapes of a published single file.
 fn published_file(name: &str) -> Vec<(String, Vec<usize>)> {
     let mut text = String::new();
