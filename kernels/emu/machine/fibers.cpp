@@ -397,6 +397,7 @@ void run_block(Machine& m, uint64_t block_number) {
 
     reset_collectives(m);
     reset_hopper(m);
+    reset_wgmma(m);
     m.ready_warps = 0;
     for (unsigned w = 0; w < m.warps; w++) {
         const unsigned lanes = min(m.threads - w * 32, 32u);

@@ -1,10 +1,13 @@
 // One block in execution on one worker thread: the state that the parts of the emulator share. Internal.
 #pragma once
+#include <deque>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
 #include "emu.h"
 #include "hopper.h"
+#include "wgmma.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1
@@ -163,30 +166,52 @@ struct MbarrierInfo {
     unsigned agent = 0;
     uint32_t clock = 0;
 };
+
+// ---- wgmma ----
+
 enum class WgmmaStep : uint8_t { Fence, Multiply, Commit, Wait };
 struct WgmmaCall {
     float* d;
     int n;
+    Factors factors;
+    const uint32_t* a_registers;
     uint64_t a, b;
-    bool accumulate, is_bf16, b_transposed;
+    bool accumulate, b_transposed;
     int pending;
     Loc loc;
 };
+// A warpgroup's d.
+struct Accumulators {
+    float* place[128];  // each thread's registers
+    int n;
+    uint32_t under_way;     // products not yet waited for
+    bool is_known, fenced;  // has been used; a fence came since
+    Loc where;              // of the latest product
+    // [64][n]: the sums of the products under way; else what the registers held at the latest wait or fence.
+    alignas(64) float value[64 * 256];
+};
 struct Wgmma {
     WgmmaCall call;
-    float* d[128];
+    Accumulators* d;
+    bool done;
+    const uint32_t* a_place[128];
+    uint32_t a[128][4];  // as issued
 };
 struct Warpgroup {
     unsigned arrived;
     WgmmaStep step;
     Loc where;
     WgmmaCall* call[128];
-    std::vector<Wgmma> queue;
-    std::vector<uint32_t> groups;  // multiplications of each outstanding group
+    std::deque<Wgmma> products;    // not yet waited for, in order
+    std::vector<uint32_t> groups;  // products of each outstanding group
     uint32_t open, committed;
+    bool fenced_since_wait, fenced_since_commit;
+    std::vector<std::unique_ptr<Accumulators>> accumulators;
 };
 
 // ---- one worker ----
+
+struct Tiles;
 
 struct Machine {
     char* region = nullptr;  // the shared window, then stacks; one piece, so that one comparison tells them from the rest
@@ -221,10 +246,7 @@ struct Machine {
     Warp warp[kMaxWarps];
     Barrier bar[kBarriers];
     Warpgroup warpgroup[kWarpgroups];
-    // Not thread_local: `cur` and `machine` make the library's thread-local block static, which has to be small.
-    struct {
-        float a[64][16], b[16][256], d[64][256];
-    } wgmma_operands;
+    Tiles* tiles = nullptr;  // a product's operands
     std::vector<TmaCopy> tma;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
 
@@ -283,4 +305,7 @@ void land_copies(Thread& thread, uint32_t up_to);
 // hopper.cpp
 void reset_hopper(Machine& m);
 void land_tma(Machine& m, size_t index);
+
+// wgmma.cpp
+void reset_wgmma(Machine& m);
 }  // namespace emu

@@ -1,0 +1,464 @@
+// wgmma. Its products are carried out when they are issued or when they are waited for (config.async); in between nobody
+// may touch the registers they work on. So `d` is moved out of the threads' registers at the first product, NaN stands there
+// until the last one was waited for, and what was found there then, and in the registers of `a`, must be unchanged.
+#include <algorithm>
+#include <memory>
+
+#include "machine.h"
+
+#define EMU_INLINE inline __attribute__((always_inline))
+
+namespace emu {
+
+void reset_wgmma(Machine& m) {
+    for (Warpgroup& group : m.warpgroup) {
+        group.arrived = group.open = group.committed = 0;
+        group.fenced_since_wait = group.fenced_since_commit = false;
+        group.products.clear();
+        group.groups.clear();
+        group.accumulators.clear();
+    }
+}
+
+// ---- operands in shared memory ----
+
+struct Operand {
+    uint32_t start, leading, stride;
+    uint32_t row_bytes;      // of a swizzled row; 16: no swizzle
+    uint32_t swizzled_bits;  // chunk numbers of so many bits are exchanged
+    bool mn_major;
+
+    // The 16 bytes that begin at row `row` and byte 16 `chunk` of k; MN-major, at k `row` and the other dimension's byte 16
+    // `chunk`. An address within the shared window.
+    uint32_t at(uint32_t row, uint32_t chunk) const {
+        uint32_t address = start + row % 8 * row_bytes;
+        if (!swizzled_bits) {
+            address += mn_major ? row / 8 * leading + chunk * stride : row / 8 * stride + chunk * leading;
+        } else if (mn_major) {
+            const uint32_t chunks = row_bytes / 16;
+            address += row / 8 * stride + chunk / chunks * leading + chunk % chunks * 16;
+        } else {
+            address += row / 8 * stride + chunk * 16;
+        }
+        address ^= (address >> 7 & ((1u << swizzled_bits) - 1)) << 4;
+        return address & (kSharedWindow - 1);
+    }
+};
+
+static Operand operand(uint64_t descriptor, bool mn_major, const char* name, Loc loc) {
+    const auto field = [&](int shift) { return uint32_t(descriptor >> shift & 0x3FFF) << 4; };
+    const uint32_t bits[4] = {0, 3, 2, 1}, swizzled_bits = bits[descriptor >> 62];
+    const Operand o{field(0), field(16), field(32), 16u << swizzled_bits, swizzled_bits, mn_major};
+    if (descriptor >> 14 & 3 || descriptor >> 30 & 3 || descriptor >> 46 & 7 || descriptor >> 52 & 0x3FF) {
+        die_with(loc, "wgmma: %#llx is no descriptor of %s", static_cast<unsigned long long>(descriptor), name);
+    }
+    if (descriptor >> 49 & 7) die_with(loc, "wgmma: the emulator has no base offset, the descriptor of %s has one", name);
+    const uint32_t offset = o.start % o.row_bytes;
+    if (swizzled_bits && (mn_major ? offset != 0 : offset + 32 > o.row_bytes)) {
+        die_with(loc, "wgmma: %s starts at byte %u of a swizzled row of %u, %s", name, offset, o.row_bytes,
+                 mn_major ? "MN-major it has whole rows" : "and goes past its end");
+    }
+    return o;
+}
+
+static const char* chunk_of(const Machine& m, const Operand& o, uint32_t row, uint32_t chunk, const char* name, Loc loc) {
+    const char* p = m.shared + o.at(row, chunk);
+    if (!m.in_shared(p, 16)) {
+        die_with(loc, "wgmma: row %u of %s is at shared memory + %u, of which the block has %u bytes", row, name,
+                 o.at(row, chunk), m.shared_top);
+    }
+    return p;
+}
+
+// ---- the product ----
+//
+// d += a b in f32, over k in order: products of two such factors are exact in f32, so each step rounds once, as a sum. (The
+// card's own order and rounding of the sum are not documented.) Factors become f32 once, as [k][row] and [k][column].
+
+typedef float Row __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef int32_t Mask __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+
+template <Factors factors>
+static EMU_INLINE void to_f32(const Words& bits, float* out) {
+    Words result;
+    if constexpr (factors == Factors::Bf16) {
+        result = bits << 16;
+    } else if constexpr (factors == Factors::F16) {  // as to_f32(f16)
+        const Words magnitude = bits & 0x7fffu;
+        const Row scaled = Row(magnitude << 13) * 0x1p112f;
+        result = Words(scaled) | (Words(Mask(magnitude) >= 0x7c00) & 0x7f800000u) | (bits & 0x8000u) << 16;
+    } else {  // 4 bits of exponent with bias 7; no Inf, NaN is 0x7f
+        const Words magnitude = bits & 0x7fu;
+        const Row scaled = Row(magnitude << 20) * 0x1p120f;
+        result = Words(scaled) | (Words(Mask(magnitude) == 0x7f) & 0x7fc00000u) | (bits & 0x80u) << 24;
+    }
+    memcpy(out, &result, sizeof result);
+}
+
+static EMU_INLINE void transpose(Words (&r)[8]) {
+    Words pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pairs[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int odd = 0; odd < 2; odd++) {
+            fours[i + 2 * odd] = __builtin_shufflevector(pairs[i + odd], pairs[i + odd + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            fours[i + 2 * odd + 1] = __builtin_shufflevector(pairs[i + odd], pairs[i + odd + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = __builtin_shufflevector(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = __builtin_shufflevector(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// Eight rows of 32 bytes along k into out[k][0 .. 8], `pitch` floats from k to k.
+template <Factors factors>
+static EMU_INLINE void decode_eight(const uint32_t (*rows)[8], float* out, int pitch) {
+    Words w[8];
+    for (int i = 0; i < 8; i++) memcpy(&w[i], rows[i], 32);
+    transpose(w);
+    for (int i = 0; i < 8; i++) {
+        if constexpr (factors == Factors::E4m3) {
+            for (int byte = 0; byte < 4; byte++) to_f32<factors>(w[i] >> (8 * byte) & 0xffu, out + (4 * i + byte) * pitch);
+        } else {
+            to_f32<factors>(w[i] & 0xffffu, out + 2 * i * pitch);
+            to_f32<factors>(w[i] >> 16, out + (2 * i + 1) * pitch);
+        }
+    }
+}
+
+// What a product works on.
+struct Tiles {
+    uint32_t a[64][8], b[256][8];  // rows of k as they lie in memory
+    uint16_t b_transposed[16][256];
+    alignas(32) float a_f32[32][64], b_f32[32][256];
+};
+
+template <Factors factors>
+static EMU_INLINE void multiply_tiles(Tiles& t, float* d, int n, bool accumulate, bool b_transposed) {
+    constexpr int kDepth = factors == Factors::E4m3 ? 32 : 16;
+    for (int row = 0; row < 64; row += 8) decode_eight<factors>(t.a + row, &t.a_f32[0][row], 64);
+    if (!b_transposed) {
+        for (int column = 0; column < n; column += 8) decode_eight<factors>(t.b + column, &t.b_f32[0][column], 256);
+    } else if constexpr (factors != Factors::E4m3) {
+        for (int k = 0; k < kDepth; k++) {
+            for (int column = 0; column < n; column += 8) {
+                Halves halves;
+                memcpy(&halves, &t.b_transposed[k][column], sizeof halves);
+                to_f32<factors>(__builtin_convertvector(halves, Words), &t.b_f32[k][column]);
+            }
+        }
+    }
+    const auto block = [&](int row, int column, auto vectors) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::value;
+        Row sum[4][kVectors] = {};
+        if (accumulate) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) memcpy(sum[i], d + (row + i) * n + column, sizeof sum[i]);
+        }
+        for (int k = 0; k < kDepth; k++) {
+            Row b[kVectors];
+            memcpy(b, &t.b_f32[k][column], sizeof b);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+                for (int j = 0; j < kVectors; j++) sum[i][j] += t.a_f32[k][row + i] * b[j];
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) memcpy(d + (row + i) * n + column, sum[i], sizeof sum[i]);
+    };
+    int column = 0;
+    for (; column + 16 <= n; column += 16) {
+        for (int row = 0; row < 64; row += 4) block(row, column, std::integral_constant<int, 2>{});
+    }
+    if (column < n) {
+        for (int row = 0; row < 64; row += 4) block(row, column, std::integral_constant<int, 1>{});
+    }
+}
+
+using Multiply = void (*)(Tiles&, float* d, int n, bool accumulate, bool b_transposed);
+template <Factors factors>
+static void multiply_plain(Tiles& t, float* d, int n, bool accumulate, bool b_transposed) {
+    multiply_tiles<factors>(t, d, n, accumulate, b_transposed);
+}
+#if defined(__x86_64__)
+template <Factors factors>
+__attribute__((target("avx2"))) static void multiply_avx2(Tiles& t, float* d, int n, bool accumulate, bool b_transposed) {
+    multiply_tiles<factors>(t, d, n, accumulate, b_transposed);
+}
+template <Factors factors>
+static const Multiply multiply_best = __builtin_cpu_supports("avx2") ? multiply_avx2<factors> : multiply_plain<factors>;
+#else
+template <Factors factors>
+static const Multiply multiply_best = multiply_plain<factors>;
+#endif
+
+static void multiply(Machine& m, Wgmma& w) {
+    if (!m.tiles) m.tiles = new Tiles;
+    Tiles& t = *m.tiles;
+    const WgmmaCall& call = w.call;
+    w.done = true;
+    m.stats.wgmma++;
+    if (call.a_registers) {
+        for (int thread = 0; thread < 128; thread++) {
+            const uint32_t* held = w.a_place[thread];
+            const int row = thread / 32 * 16 + thread % 32 / 4, word = thread % 4;
+            t.a[row][word] = held[0];
+            t.a[row + 8][word] = held[1];
+            t.a[row][word + 4] = held[2];
+            t.a[row + 8][word + 4] = held[3];
+        }
+    } else {
+        const Operand a = operand(call.a, false, "a", call.loc);
+        for (uint32_t row = 0; row < 64; row++) {
+            for (uint32_t chunk = 0; chunk < 2; chunk++) {
+                memcpy(&t.a[row][chunk * 4], chunk_of(m, a, row, chunk, "a", call.loc), 16);
+            }
+        }
+    }
+    const Operand b = operand(call.b, call.b_transposed, "b", call.loc);
+    const uint32_t n = uint32_t(call.n);
+    if (call.b_transposed) {
+        for (uint32_t k = 0; k < 16; k++) {
+            for (uint32_t chunk = 0; chunk < n / 8; chunk++) {
+                memcpy(&t.b_transposed[k][chunk * 8], chunk_of(m, b, k, chunk, "b", call.loc), 16);
+            }
+        }
+    } else {
+        for (uint32_t column = 0; column < n; column++) {
+            for (uint32_t chunk = 0; chunk < 2; chunk++) {
+                memcpy(&t.b[column][chunk * 4], chunk_of(m, b, column, chunk, "b", call.loc), 16);
+            }
+        }
+    }
+    const Multiply best[] = {multiply_best<Factors::Bf16>, multiply_best<Factors::F16>, multiply_best<Factors::E4m3>};
+    best[unsigned(call.factors)](t, w.d->value, call.n, call.accumulate, call.b_transposed);
+}
+
+static void check_reads(Machine& m, const WgmmaCall& call, unsigned index, uint32_t group) {
+    const auto read = [&](const Operand& o, uint32_t rows, uint32_t chunks, const char* name) {
+        for (uint32_t row = 0; row < rows; row++) {
+            for (uint32_t chunk = 0; chunk < chunks; chunk++) {
+                race::wgmma_read(chunk_of(m, o, row, chunk, name, call.loc), 16, index, group, call.loc);
+            }
+        }
+    };
+    if (!call.a_registers) read(operand(call.a, false, "a", call.loc), 64, 2, "a");
+    const Operand b = operand(call.b, call.b_transposed, "b", call.loc);
+    const uint32_t n = uint32_t(call.n);
+    call.b_transposed ? read(b, 16, n / 8, "b") : read(b, n, 2, "b");
+}
+
+// ---- registers of d ----
+
+// Where there is none of the kernel's own values: a NaN.
+constexpr uint32_t kUnderWay = 0x7fd0d0d0;
+
+// Calls visit(registers, values, thread) for each two neighbouring columns of a row that a thread holds.
+template <class Visit>
+static EMU_INLINE void each_pair(Accumulators& d, Visit&& visit) {
+    for (unsigned t = 0; t < 128; t++) {
+        float* held = d.place[t];
+        float* value = d.value + (t / 32 * 16 + t % 32 / 4) * unsigned(d.n) + t % 4 * 2;
+        for (int i = 0; i < d.n / 2; i += 4, held += 4, value += 8) {
+            visit(held, value, t);
+            visit(held + 2, value + 8 * d.n, t);
+        }
+    }
+}
+static uint64_t bits(const float* pair) {
+    uint64_t two;
+    memcpy(&two, pair, 8);
+    return two;
+}
+
+// At a fence: what the registers hold now is what a product may find. They may be another variable's by now.
+__attribute__((no_sanitize("address"))) static void remember(Accumulators& d) {
+    each_pair(d, [](const float* held, float* value, unsigned) __attribute__((no_sanitize("address"), always_inline)) {
+        value[0] = held[0];
+        value[1] = held[1];
+    });
+    d.fenced = true;
+}
+
+// The first product since ordinary code could use the registers.
+static void take_over(Accumulators& d, const WgmmaCall& call, bool known, const Warpgroup& group) {
+    if (known ? !d.fenced && !call.accumulate : !group.fenced_since_wait) {
+        die_with(call.loc, "wgmma without wgmma_fence since its accumulators were free for ordinary use");
+    }
+    unsigned changed = 0;
+    if (call.accumulate) {
+        each_pair(d, [&](const float* held, float* value, unsigned t) {
+            if (bits(held) != bits(value)) changed = changed ? changed : t + 1;
+            memcpy(value, held, 8);
+        });
+    }
+    if (known && changed) {
+        die_with(call.loc, "wgmma: its accumulators in thread %u of the warpgroup were written after the latest %s", changed - 1,
+                 d.fenced ? "wgmma_fence" : "wgmma_wait, and no wgmma_fence came in between");
+    }
+    const uint32_t under_way[2] = {kUnderWay, kUnderWay};
+    each_pair(d, [&](float* held, float*, unsigned) { memcpy(held, under_way, 8); });
+}
+
+static void hand_back(Accumulators& d, Loc loc) {
+    const uint64_t under_way = kUnderWay | uint64_t(kUnderWay) << 32;
+    each_pair(d, [&](float* held, float* value, unsigned t) {
+        if (bits(held) != under_way) {
+            die_with(loc, "wgmma issued at %s:%d: its accumulators in thread %u of the warpgroup were written before wgmma_wait",
+                     d.where.file, d.where.line, t);
+        }
+        memcpy(held, value, 8);
+    });
+    d.fenced = false;
+}
+
+static Accumulators& accumulators_of(Warpgroup& group) {
+    const WgmmaCall& first = *group.call[0];
+    constexpr size_t kMostKnown = 8;
+    std::vector<std::unique_ptr<Accumulators>>& all = group.accumulators;
+    for (size_t i = 0; i < all.size(); i++) {
+        Accumulators& d = *all[i];
+        const auto same = [](const float* place, const WgmmaCall* call) { return place == call->d; };
+        if (d.n == first.n && std::equal(d.place, d.place + 128, group.call, same)) return d;
+        if (first.d + first.n / 2 <= d.place[0] || d.place[0] + d.n / 2 <= first.d) continue;
+        if (d.under_way) {
+            die_with(first.loc, "wgmma of n = %d on accumulators of one of n = %d issued at %s:%d and not waited for", first.n,
+                     d.n, d.where.file, d.where.line);
+        }
+        all.erase(all.begin() + ptrdiff_t(i--));
+    }
+    const auto idle = std::find_if(all.begin(), all.end(), [](const auto& d) { return !d->under_way; });
+    if (all.size() >= kMostKnown && idle != all.end()) all.erase(idle);
+    all.push_back(std::make_unique_for_overwrite<Accumulators>());
+    Accumulators& d = *all.back();
+    for (int t = 0; t < 128; t++) d.place[t] = group.call[t]->d;
+    d.n = first.n;
+    d.under_way = 0;
+    d.is_known = d.fenced = false;
+    return d;
+}
+
+// ---- a warpgroup's steps ----
+
+static void issue(Machine& m, Warpgroup& group, unsigned index) {
+    const WgmmaCall& first = *group.call[0];
+    for (int t = 1; t < 128; t++) {
+        const WgmmaCall& call = *group.call[t];
+        if (call.a != first.a || call.b != first.b || call.accumulate != first.accumulate || call.n != first.n ||
+            call.factors != first.factors || call.b_transposed != first.b_transposed ||
+            !call.a_registers != !first.a_registers) {
+            die_with(call.loc, "wgmma with different descriptors or another form in thread %d of the warpgroup", t);
+        }
+    }
+    // What is wrong with an operand is told at this line in every mode.
+    if (!first.a_registers) operand(first.a, false, "a", first.loc);
+    operand(first.b, first.b_transposed, "b", first.loc);
+    if constexpr (kRace) check_reads(m, first, index, group.committed + 1);
+    if (first.a_registers && !group.fenced_since_commit) {
+        die_with(first.loc, "wgmma with `a` in registers without wgmma_fence since the latest wgmma_commit or wgmma_wait");
+    }
+
+    Accumulators& d = accumulators_of(group);
+    if (!d.under_way) take_over(d, first, d.is_known, group);
+    d.is_known = true;
+    d.under_way++;
+    d.where = first.loc;
+    group.products.emplace_back();
+    Wgmma& w = group.products.back();
+    w.call = first;
+    w.d = &d;
+    w.done = false;
+    if (first.a_registers) {
+        for (int t = 0; t < 128; t++) {
+            w.a_place[t] = group.call[t]->a_registers;
+            memcpy(w.a[t], w.a_place[t], sizeof w.a[t]);
+        }
+    }
+    group.open++;
+    if (m.async == Early || (m.async == Mixed && m.random() % 2)) {
+        for (Wgmma& product : group.products) {
+            if (!product.done) multiply(m, product);
+        }
+    }
+}
+
+static void end_oldest(Machine& m, Warpgroup& group, Loc loc) {
+    Wgmma& w = group.products.front();
+    for (int t = 0; t < 128 && w.call.a_registers; t++) {
+        if (memcmp(w.a_place[t], w.a[t], sizeof w.a[t])) {
+            die_with(loc, "wgmma issued at %s:%d: its `a` in registers of thread %d of the warpgroup changed before wgmma_wait",
+                     w.call.loc.file, w.call.loc.line, t);
+        }
+    }
+    if (!w.done) multiply(m, w);
+    if (--w.d->under_way == 0) hand_back(*w.d, loc);
+    group.products.pop_front();
+}
+
+static void execute(Machine& m, Warpgroup& group, unsigned index) {
+    const WgmmaCall& first = *group.call[0];
+    switch (group.step) {
+        case WgmmaStep::Fence:
+            for (auto& d : group.accumulators) {
+                if (!d->under_way) remember(*d);
+            }
+            group.fenced_since_wait = group.fenced_since_commit = true;
+            break;
+        case WgmmaStep::Multiply: issue(m, group, index); break;
+        case WgmmaStep::Commit:
+            group.groups.push_back(group.open);
+            group.open = 0;
+            group.committed++;
+            group.fenced_since_commit = false;
+            break;
+        case WgmmaStep::Wait:
+            for (; group.groups.size() > size_t(first.pending); group.groups.erase(group.groups.begin())) {
+                for (uint32_t i = 0; i < group.groups[0]; i++) end_oldest(m, group, first.loc);
+            }
+            group.fenced_since_wait = group.fenced_since_commit = false;
+            if constexpr (kRace) {
+                const uint32_t pending = uint32_t(first.pending);
+                race::wgmmas_done(index, group.committed > pending ? group.committed - pending : 0);
+            }
+    }
+}
+
+static void meet(WgmmaStep step, WgmmaCall call, const char* what) {
+    Machine& m = *machine;
+    Thread& me = self();
+    const unsigned index = me.warp / 4;
+    if ((index + 1) * 128 > m.threads) die_with(call.loc, "%s in an incomplete warpgroup", what);
+    Warpgroup& group = m.warpgroup[index];
+    if (group.arrived && (group.step != step || group.where.line != call.loc.line)) {
+        die_with(call.loc, "threads of a warpgroup at different wgmma instructions, others at %s:%d", group.where.file,
+                 group.where.line);
+    }
+    group.step = step;
+    group.where = call.loc;
+    group.call[me.index % 128] = &call;
+    if (++group.arrived < 128) return wait_for_others(what, call.loc);
+    group.arrived = 0;
+    execute(m, group, index);
+    for (unsigned w = index * 4; w < index * 4 + 4; w++) {
+        const uint32_t lanes = w == me.warp ? ~(1u << me.lane) : kFullWarp;
+        m.make_ready(w, lanes);
+    }
+}
+
+void wgmma(float* d, int n, Factors factors, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,
+           bool b_transposed, Loc loc) {
+    meet(WgmmaStep::Multiply, {d, n, factors, a_registers, a, b, accumulate, b_transposed, 0, loc}, "wgmma");
+}
+static WgmmaCall no_product(int pending, Loc loc) {
+    return {nullptr, 0, Factors::Bf16, nullptr, 0, 0, false, false, pending, loc};
+}
+void wgmma_fence(Loc loc) { meet(WgmmaStep::Fence, no_product(0, loc), "wgmma.fence"); }
+void wgmma_commit(Loc loc) { meet(WgmmaStep::Commit, no_product(0, loc), "wgmma.commit_group"); }
+void wgmma_wait(int pending, Loc loc) { meet(WgmmaStep::Wait, no_product(pending, loc), "wgmma.wait_group"); }
+}  // namespace emu

@@ -1,0 +1,48 @@
+// A warpgroup's words (common/wgmma.cuh): products, setmaxnreg.
+// Not modelled: base offsets of descriptors, negated or transposed `a`, sums in f16, and that the card keeps only some 14
+// bits of sums of e4m3.
+#pragma once
+#include "emu.h"
+
+namespace emu {
+enum class Factors : uint8_t { Bf16, F16, E4m3 };
+// `a_registers`: four of the thread, or null: by the descriptor `a`. b_transposed: b is MN-major.
+void wgmma(float* d, int n, Factors factors, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,
+           bool b_transposed, Loc loc);
+void wgmma_fence(Loc loc);
+void wgmma_commit(Loc loc);
+void wgmma_wait(int pending, Loc loc);
+}  // namespace emu
+
+static inline void wgmma_fence(EMU_LOC) { emu::wgmma_fence(loc); }
+static inline void wgmma_commit(EMU_LOC) { emu::wgmma_commit(loc); }
+template <int N>
+static inline void wgmma_wait(EMU_LOC) {
+    emu::wgmma_wait(N, loc);
+}
+static inline void fence_register(float&) {}
+template <class T, int N, int kTransposedB = 0>
+static inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, EMU_LOC) {
+    static_assert(N >= 8 && N <= 256 && N % 8 == 0 && (std::is_same_v<T, bf16> || std::is_same_v<T, f16>));
+    const emu::Factors factors = std::is_same_v<T, bf16> ? emu::Factors::Bf16 : emu::Factors::F16;
+    emu::wgmma(d, N, factors, nullptr, a, b, accumulate, kTransposedB, loc);
+}
+template <class T, int N, int kTransposedB = 0>
+static inline void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, EMU_LOC) {
+    static_assert(N >= 8 && N <= 256 && N % 8 == 0 && (std::is_same_v<T, bf16> || std::is_same_v<T, f16>));
+    const emu::Factors factors = std::is_same_v<T, bf16> ? emu::Factors::Bf16 : emu::Factors::F16;
+    emu::wgmma(d, N, factors, a, 0, b, accumulate, kTransposedB, loc);
+}
+template <int N>
+static inline void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, EMU_LOC) {
+    static_assert(N >= 8 && N <= 256 && N % 8 == 0);
+    emu::wgmma(d, N, emu::Factors::E4m3, nullptr, a, b, accumulate, false, loc);
+}
+template <int N>
+static inline void setmaxnreg_inc() {
+    static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+}
+template <int N>
+static inline void setmaxnreg_dec() {
+    static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+}
