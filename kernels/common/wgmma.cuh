@@ -178,8 +178,11 @@ DEVICE void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulat
     WGMMA_WIDTHS(WGMMA_E4M3)
 }
 
-// Registers per thread, for the whole warpgroup: a multiple of 8 from 24 to 256. dec gives back to the block what is above
-// N, inc waits until the block has enough to give.
+// ---- registers ----
+
+// Registers per thread, for the whole warpgroup: a multiple of 8 from 24 to 256. dec leaves what is above N to the block, inc
+// waits until the block's warpgroups have left enough. Before: what KERNEL's bounds give, 65536 / (threads * blocks) rounded
+// down to 8. No sum of the warpgroups may exceed that, so 384 threads have 3 * 168 to share out, such as 40 + 2 * 232.
 template <int N>
 DEVICE void setmaxnreg_inc() {
     static_assert(N >= 24 && N <= 256 && N % 8 == 0);
@@ -189,6 +192,42 @@ template <int N>
 DEVICE void setmaxnreg_dec() {
     static_assert(N >= 24 && N <= 256 && N % 8 == 0);
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// ---- warps ----
+
+// One, two or four 8x8 matrices of 16-bit elements to shared memory, the reverse of ldmatrix: lane i names row i % 8 of matrix
+// i / 8 (16 bytes, aligned), and gives of row lane / 4 elements lane % 4 * 2 and the next; with _trans of that column.
+DEVICE void stmatrix_x1(void* row, uint32_t r) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(smem_u32(row)), "r"(r) : "memory");
+}
+DEVICE void stmatrix_x1_trans(void* row, uint32_t r) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(smem_u32(row)), "r"(r) : "memory");
+}
+DEVICE void stmatrix_x2(void* row, const uint32_t (&r)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(smem_u32(row)), "r"(r[0]), "r"(r[1])
+                 : "memory");
+}
+DEVICE void stmatrix_x2_trans(void* row, const uint32_t (&r)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(smem_u32(row)), "r"(r[0]), "r"(r[1])
+                 : "memory");
+}
+DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(smem_u32(row)), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(smem_u32(row)), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+// True in one lane of the warp, the same each time. Which one is the card's choice.
+DEVICE bool elect_one() {
+    uint32_t elected;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected)::"memory");
+    return elected;
 }
 #endif
 #endif

@@ -100,7 +100,7 @@ struct Thread : Context {
 
 // ---- warps ----
 
-enum class Collective : uint8_t { Sync, Shuffle, Ballot, LdMatrix, LdMatrixTrans, MmaBf16, MmaF16 };
+enum class Collective : uint8_t { Sync, Shuffle, Ballot, Elect, LdMatrix, LdMatrixTrans, StMatrix, StMatrixTrans, MmaBf16, MmaF16 };
 
 // Lanes of a warp on their way into one operation.
 struct Rendezvous {
@@ -128,6 +128,7 @@ struct Warp {
     uint32_t present;  // lanes that exist
     uint32_t alive;    // and have not left the kernel
     uint32_t busy;     // slots in use: disjoint masks of a diverged warp
+    unsigned leader;   // of elect
     Rendezvous slot[kSlots];
     ShuffleLane shuffle[32];
     const void* row[32];
@@ -169,7 +170,7 @@ struct MbarrierInfo {
 
 // ---- wgmma ----
 
-enum class WgmmaStep : uint8_t { Fence, Multiply, Commit, Wait };
+enum class WgmmaStep : uint8_t { Fence, Multiply, Commit, Wait, Increase, Decrease };
 struct WgmmaCall {
     float* d;
     int n;
@@ -177,7 +178,7 @@ struct WgmmaCall {
     const uint32_t* a_registers;
     uint64_t a, b;
     bool accumulate, b_transposed;
-    int pending;
+    int pending;  // or registers
     Loc loc;
 };
 // A warpgroup's d.
@@ -201,12 +202,13 @@ struct Warpgroup {
     unsigned arrived;
     WgmmaStep step;
     Loc where;
-    WgmmaCall* call[128];
+    const WgmmaCall* call[128];
     std::deque<Wgmma> products;    // not yet waited for, in order
     std::vector<uint32_t> groups;  // products of each outstanding group
     uint32_t open, committed;
     bool fenced_since_wait, fenced_since_commit;
     std::vector<std::unique_ptr<Accumulators>> accumulators;
+    unsigned registers, wanted;  // per thread: has; waits for, or 0
 };
 
 // ---- one worker ----
@@ -247,6 +249,7 @@ struct Machine {
     Barrier bar[kBarriers];
     Warpgroup warpgroup[kWarpgroups];
     Tiles* tiles = nullptr;  // a product's operands
+    unsigned free_registers = 0;  // per thread of one warpgroup, left by setmaxnreg.dec
     std::vector<TmaCopy> tma;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
 

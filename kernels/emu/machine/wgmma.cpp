@@ -10,6 +10,11 @@
 
 namespace emu {
 
+// What ptxas gives a thread of a kernel with setmaxnreg; 0: it ignores setmaxnreg, not knowing the number.
+static unsigned launch_registers(const Kernel& kernel) {
+    return kernel.min_blocks ? std::min(65536 / (kernel.max_threads * kernel.min_blocks) / 8 * 8, 256u) : 0;
+}
+
 void reset_wgmma(Machine& m) {
     for (Warpgroup& group : m.warpgroup) {
         group.arrived = group.open = group.committed = 0;
@@ -17,7 +22,10 @@ void reset_wgmma(Machine& m) {
         group.products.clear();
         group.groups.clear();
         group.accumulators.clear();
+        group.registers = launch_registers(*m.kernel);
+        group.wanted = 0;
     }
+    m.free_registers = 0;
 }
 
 // ---- operands in shared memory ----
@@ -138,6 +146,31 @@ struct Tiles {
     alignas(32) float a_f32[32][64], b_f32[32][256];
 };
 
+// Four rows of d and `vectors` times eight columns: the sums stay in registers.
+template <int vectors, int depth>
+static EMU_INLINE void add_products(const Tiles& t, float* d, int n, int row, int column, bool accumulate) {
+    Row sum[4][vectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; j++) sum[i][j] = accumulate ? reinterpret_cast<const Row*>(d + i * n)[j] : Row{};
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < depth; k++) {
+        const Row* b = reinterpret_cast<const Row*>(&t.b_f32[k][column]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+            for (int j = 0; j < vectors; j++) sum[i][j] += t.a_f32[k][row + i] * b[j];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; j++) reinterpret_cast<Row*>(d + i * n)[j] = sum[i][j];
+    }
+}
+
 template <Factors factors>
 static EMU_INLINE void multiply_tiles(Tiles& t, float* d, int n, bool accumulate, bool b_transposed) {
     constexpr int kDepth = factors == Factors::E4m3 ? 32 : 16;
@@ -153,31 +186,11 @@ static EMU_INLINE void multiply_tiles(Tiles& t, float* d, int n, bool accumulate
             }
         }
     }
-    const auto block = [&](int row, int column, auto vectors) __attribute__((always_inline)) {
-        constexpr int kVectors = decltype(vectors)::value;
-        Row sum[4][kVectors] = {};
-        if (accumulate) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) memcpy(sum[i], d + (row + i) * n + column, sizeof sum[i]);
-        }
-        for (int k = 0; k < kDepth; k++) {
-            Row b[kVectors];
-            memcpy(b, &t.b_f32[k][column], sizeof b);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-#pragma GCC unroll 2
-                for (int j = 0; j < kVectors; j++) sum[i][j] += t.a_f32[k][row + i] * b[j];
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) memcpy(d + (row + i) * n + column, sum[i], sizeof sum[i]);
-    };
-    int column = 0;
-    for (; column + 16 <= n; column += 16) {
-        for (int row = 0; row < 64; row += 4) block(row, column, std::integral_constant<int, 2>{});
-    }
-    if (column < n) {
-        for (int row = 0; row < 64; row += 4) block(row, column, std::integral_constant<int, 1>{});
+    for (int row = 0; row < 64; row += 4) {
+        float* sums = d + row * n;
+        int column = 0;
+        for (; column + 16 <= n; column += 16) add_products<2, kDepth>(t, sums + column, n, row, column, accumulate);
+        if (column < n) add_products<1, kDepth>(t, sums + column, n, row, column, accumulate);
     }
 }
 
@@ -401,7 +414,42 @@ static void end_oldest(Machine& m, Warpgroup& group, Loc loc) {
     group.products.pop_front();
 }
 
-static void execute(Machine& m, Warpgroup& group, unsigned index) {
+static void make_ready(Machine& m, unsigned index) {
+    for (unsigned w = index * 4; w < index * 4 + 4; w++) m.make_ready(w, kFullWarp);
+}
+
+// Those that wait for registers, in the order of their number; the card's is not documented.
+static void give_registers(Machine& m) {
+    for (unsigned i = 0; i * 128 < m.threads; i++) {
+        Warpgroup& group = m.warpgroup[i];
+        if (!group.wanted || group.wanted - group.registers > m.free_registers) continue;
+        m.free_registers -= group.wanted - group.registers;
+        group.registers = group.wanted;
+        group.wanted = 0;
+        make_ready(m, i);
+    }
+}
+
+static void change_registers(Machine& m, Warpgroup& group, const WgmmaCall& call, bool increase) {
+    const unsigned registers = unsigned(call.pending);
+    if (!group.registers) {
+        die_with(call.loc, "setmaxnreg in a kernel whose launch bounds have no number of blocks: ptxas ignores it");
+    }
+    if (increase ? registers < group.registers : registers > group.registers) {
+        die_with(call.loc, "setmaxnreg.%s to %u registers per thread, but the warpgroup has %u", increase ? "inc" : "dec", registers,
+                 group.registers);
+    }
+    if (!increase) {
+        m.free_registers += group.registers - registers;
+        group.registers = registers;
+    } else {
+        group.wanted = registers;
+    }
+    give_registers(m);
+}
+
+// Whether the warpgroup goes on.
+static bool execute(Machine& m, Warpgroup& group, unsigned index) {
     const WgmmaCall& first = *group.call[0];
     switch (group.step) {
         case WgmmaStep::Fence:
@@ -426,29 +474,32 @@ static void execute(Machine& m, Warpgroup& group, unsigned index) {
                 const uint32_t pending = uint32_t(first.pending);
                 race::wgmmas_done(index, group.committed > pending ? group.committed - pending : 0);
             }
+            break;
+        case WgmmaStep::Increase: change_registers(m, group, first, true); return false;
+        case WgmmaStep::Decrease: change_registers(m, group, first, false); break;
     }
+    return true;
 }
 
-static void meet(WgmmaStep step, WgmmaCall call, const char* what) {
+static void meet(WgmmaStep step, const WgmmaCall& call, const char* what) {
     Machine& m = *machine;
     Thread& me = self();
     const unsigned index = me.warp / 4;
     if ((index + 1) * 128 > m.threads) die_with(call.loc, "%s in an incomplete warpgroup", what);
     Warpgroup& group = m.warpgroup[index];
-    if (group.arrived && (group.step != step || group.where.line != call.loc.line)) {
-        die_with(call.loc, "threads of a warpgroup at different wgmma instructions, others at %s:%d", group.where.file,
-                 group.where.line);
+    if (group.arrived && (group.step != step || group.where.line != call.loc.line || group.where.file != call.loc.file)) {
+        die_with(call.loc, "threads of a warpgroup at different wgmma or setmaxnreg instructions, others at %s:%d",
+                 group.where.file, group.where.line);
     }
     group.step = step;
     group.where = call.loc;
     group.call[me.index % 128] = &call;
-    if (++group.arrived < 128) return wait_for_others(what, call.loc);
-    group.arrived = 0;
-    execute(m, group, index);
-    for (unsigned w = index * 4; w < index * 4 + 4; w++) {
-        const uint32_t lanes = w == me.warp ? ~(1u << me.lane) : kFullWarp;
-        m.make_ready(w, lanes);
+    if (++group.arrived == 128) {
+        group.arrived = 0;
+        me.where = call.loc;
+        if (execute(m, group, index)) make_ready(m, index);
     }
+    wait_for_others(what, call.loc);
 }
 
 void wgmma(float* d, int n, Factors factors, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,
@@ -461,4 +512,7 @@ static WgmmaCall no_product(int pending, Loc loc) {
 void wgmma_fence(Loc loc) { meet(WgmmaStep::Fence, no_product(0, loc), "wgmma.fence"); }
 void wgmma_commit(Loc loc) { meet(WgmmaStep::Commit, no_product(0, loc), "wgmma.commit_group"); }
 void wgmma_wait(int pending, Loc loc) { meet(WgmmaStep::Wait, no_product(pending, loc), "wgmma.wait_group"); }
+void setmaxnreg(int registers, bool increase, Loc loc) {
+    meet(increase ? WgmmaStep::Increase : WgmmaStep::Decrease, no_product(registers, loc), increase ? "setmaxnreg.inc" : "setmaxnreg.dec");
+}
 }  // namespace emu

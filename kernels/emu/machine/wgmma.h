@@ -1,4 +1,4 @@
-// A warpgroup's words (common/wgmma.cuh): products, setmaxnreg.
+// A warpgroup's words (common/wgmma.cuh): products, setmaxnreg, stmatrix, elect.
 // Not modelled: base offsets of descriptors, negated or transposed `a`, sums in f16, and that the card keeps only some 14
 // bits of sums of e4m3.
 #pragma once
@@ -12,6 +12,9 @@ void wgmma(float* d, int n, Factors factors, const uint32_t* a_registers, uint64
 void wgmma_fence(Loc loc);
 void wgmma_commit(Loc loc);
 void wgmma_wait(int pending, Loc loc);
+void setmaxnreg(int registers, bool increase, Loc loc);
+void stmatrix(void* row, const uint32_t* r, int count, bool trans, Loc loc);
+bool elect(Loc loc);
 }  // namespace emu
 
 static inline void wgmma_fence(EMU_LOC) { emu::wgmma_fence(loc); }
@@ -39,10 +42,19 @@ static inline void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool ac
     emu::wgmma(d, N, emu::Factors::E4m3, nullptr, a, b, accumulate, false, loc);
 }
 template <int N>
-static inline void setmaxnreg_inc() {
+static inline void setmaxnreg_inc(EMU_LOC) {
     static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+    emu::setmaxnreg(N, true, loc);
 }
 template <int N>
-static inline void setmaxnreg_dec() {
+static inline void setmaxnreg_dec(EMU_LOC) {
     static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+    emu::setmaxnreg(N, false, loc);
 }
+static inline void stmatrix_x1(void* row, uint32_t r, EMU_LOC) { emu::stmatrix(row, &r, 1, false, loc); }
+static inline void stmatrix_x1_trans(void* row, uint32_t r, EMU_LOC) { emu::stmatrix(row, &r, 1, true, loc); }
+static inline void stmatrix_x2(void* row, const uint32_t (&r)[2], EMU_LOC) { emu::stmatrix(row, r, 2, false, loc); }
+static inline void stmatrix_x2_trans(void* row, const uint32_t (&r)[2], EMU_LOC) { emu::stmatrix(row, r, 2, true, loc); }
+static inline void stmatrix_x4(void* row, const uint32_t (&r)[4], EMU_LOC) { emu::stmatrix(row, r, 4, false, loc); }
+static inline void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], EMU_LOC) { emu::stmatrix(row, r, 4, true, loc); }
+static inline bool elect_one(EMU_LOC) { return emu::elect(loc); }
