@@ -337,6 +337,7 @@ static EMU_INLINE void meet(Thread& me, uint32_t mask, Collective kind, int deta
 }
 
 void lane_left(Machine& m, Thread& thread) {
+    check_wgmma_at_exit(m, thread);
     Warp& warp = m.warp[thread.warp];
     for (uint32_t busy = warp.busy; busy; busy &= busy - 1) {
         Rendezvous& r = warp.slot[std::countr_zero(busy)];

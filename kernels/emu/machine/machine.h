@@ -171,15 +171,14 @@ struct MbarrierInfo {
 // ---- wgmma ----
 
 enum class WgmmaStep : uint8_t { Fence, Multiply, Commit, Wait, Increase, Decrease };
+// What all threads of the warpgroup have in common.
 struct WgmmaCall {
-    float* d;
-    int n;
+    WgmmaStep step;
     Factors factors;
-    const uint32_t* a_registers;
+    bool accumulate, b_transposed, a_in_registers;
+    int n;  // columns; groups that may be pending; registers
     uint64_t a, b;
-    bool accumulate, b_transposed;
-    int pending;  // or registers
-    Loc loc;
+    bool operator==(const WgmmaCall&) const = default;
 };
 // A warpgroup's d.
 struct Accumulators {
@@ -191,21 +190,24 @@ struct Accumulators {
     // [64][n]: the sums of the products under way; else what the registers held at the latest wait or fence.
     alignas(64) float value[64 * 256];
 };
-struct Wgmma {
+// A step that threads of a warpgroup have reached; a product until it was waited for.
+struct WgmmaRecord {
     WgmmaCall call;
-    Accumulators* d;
+    Loc where;
+    unsigned arrived;
     bool done;
+    Accumulators* accumulators;
+    float* d[128];
     const uint32_t* a_place[128];
     uint32_t a[128][4];  // as issued
 };
 struct Warpgroup {
-    unsigned arrived;
-    WgmmaStep step;
-    Loc where;
-    const WgmmaCall* call[128];
-    std::deque<Wgmma> products;    // not yet waited for, in order
+    std::deque<std::unique_ptr<WgmmaRecord>> steps;  // that some threads have not reached
+    uint32_t executed, reached[128];                 // steps: by all; by each thread
+    std::deque<std::unique_ptr<WgmmaRecord>> products;  // issued and not waited for, in order
+    std::vector<std::unique_ptr<WgmmaRecord>> unused;
     std::vector<uint32_t> groups;  // products of each outstanding group
-    uint32_t open, committed;
+    uint32_t open, committed, committed_by_first;  // the first thread may be ahead
     bool fenced_since_wait, fenced_since_commit;
     std::vector<std::unique_ptr<Accumulators>> accumulators;
     unsigned registers, wanted;  // per thread: has; waits for, or 0
@@ -311,4 +313,5 @@ void land_tma(Machine& m, size_t index);
 
 // wgmma.cpp
 void reset_wgmma(Machine& m);
+void check_wgmma_at_exit(const Machine& m, const Thread& me);
 }  // namespace emu

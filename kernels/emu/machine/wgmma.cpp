@@ -17,8 +17,10 @@ static unsigned launch_registers(const Kernel& kernel) {
 
 void reset_wgmma(Machine& m) {
     for (Warpgroup& group : m.warpgroup) {
-        group.arrived = group.open = group.committed = 0;
+        group.open = group.committed = group.committed_by_first = group.executed = 0;
+        memset(group.reached, 0, sizeof group.reached);
         group.fenced_since_wait = group.fenced_since_commit = false;
+        group.steps.clear();
         group.products.clear();
         group.groups.clear();
         group.accumulators.clear();
@@ -211,13 +213,13 @@ template <Factors factors>
 static const Multiply multiply_best = multiply_plain<factors>;
 #endif
 
-static void multiply(Machine& m, Wgmma& w) {
+static void multiply(Machine& m, WgmmaRecord& w) {
     if (!m.tiles) m.tiles = new Tiles;
     Tiles& t = *m.tiles;
     const WgmmaCall& call = w.call;
     w.done = true;
     m.stats.wgmma++;
-    if (call.a_registers) {
+    if (call.a_in_registers) {
         for (int thread = 0; thread < 128; thread++) {
             const uint32_t* held = w.a_place[thread];
             const int row = thread / 32 * 16 + thread % 32 / 4, word = thread % 4;
@@ -227,42 +229,42 @@ static void multiply(Machine& m, Wgmma& w) {
             t.a[row + 8][word + 4] = held[3];
         }
     } else {
-        const Operand a = operand(call.a, false, "a", call.loc);
+        const Operand a = operand(call.a, false, "a", w.where);
         for (uint32_t row = 0; row < 64; row++) {
             for (uint32_t chunk = 0; chunk < 2; chunk++) {
-                memcpy(&t.a[row][chunk * 4], chunk_of(m, a, row, chunk, "a", call.loc), 16);
+                memcpy(&t.a[row][chunk * 4], chunk_of(m, a, row, chunk, "a", w.where), 16);
             }
         }
     }
-    const Operand b = operand(call.b, call.b_transposed, "b", call.loc);
+    const Operand b = operand(call.b, call.b_transposed, "b", w.where);
     const uint32_t n = uint32_t(call.n);
     if (call.b_transposed) {
         for (uint32_t k = 0; k < 16; k++) {
             for (uint32_t chunk = 0; chunk < n / 8; chunk++) {
-                memcpy(&t.b_transposed[k][chunk * 8], chunk_of(m, b, k, chunk, "b", call.loc), 16);
+                memcpy(&t.b_transposed[k][chunk * 8], chunk_of(m, b, k, chunk, "b", w.where), 16);
             }
         }
     } else {
         for (uint32_t column = 0; column < n; column++) {
             for (uint32_t chunk = 0; chunk < 2; chunk++) {
-                memcpy(&t.b[column][chunk * 4], chunk_of(m, b, column, chunk, "b", call.loc), 16);
+                memcpy(&t.b[column][chunk * 4], chunk_of(m, b, column, chunk, "b", w.where), 16);
             }
         }
     }
     const Multiply best[] = {multiply_best<Factors::Bf16>, multiply_best<Factors::F16>, multiply_best<Factors::E4m3>};
-    best[unsigned(call.factors)](t, w.d->value, call.n, call.accumulate, call.b_transposed);
+    best[unsigned(call.factors)](t, w.accumulators->value, call.n, call.accumulate, call.b_transposed);
 }
 
-static void check_reads(Machine& m, const WgmmaCall& call, unsigned index, uint32_t group) {
+static void check_reads(Machine& m, const WgmmaCall& call, unsigned index, uint32_t group, Loc loc) {
     const auto read = [&](const Operand& o, uint32_t rows, uint32_t chunks, const char* name) {
         for (uint32_t row = 0; row < rows; row++) {
             for (uint32_t chunk = 0; chunk < chunks; chunk++) {
-                race::wgmma_read(chunk_of(m, o, row, chunk, name, call.loc), 16, index, group, call.loc);
+                race::wgmma_read(chunk_of(m, o, row, chunk, name, loc), 16, index, group, loc);
             }
         }
     };
-    if (!call.a_registers) read(operand(call.a, false, "a", call.loc), 64, 2, "a");
-    const Operand b = operand(call.b, call.b_transposed, "b", call.loc);
+    if (!call.a_in_registers) read(operand(call.a, false, "a", loc), 64, 2, "a");
+    const Operand b = operand(call.b, call.b_transposed, "b", loc);
     const uint32_t n = uint32_t(call.n);
     call.b_transposed ? read(b, 16, n / 8, "b") : read(b, n, 2, "b");
 }
@@ -300,19 +302,19 @@ __attribute__((no_sanitize("address"))) static void remember(Accumulators& d) {
 }
 
 // The first product since ordinary code could use the registers.
-static void take_over(Accumulators& d, const WgmmaCall& call, bool known, const Warpgroup& group) {
-    if (known ? !d.fenced && !call.accumulate : !group.fenced_since_wait) {
-        die_with(call.loc, "wgmma without wgmma_fence since its accumulators were free for ordinary use");
+static void take_over(Accumulators& d, const WgmmaRecord& w, const Warpgroup& group) {
+    if (d.is_known ? !d.fenced && !w.call.accumulate : !group.fenced_since_wait) {
+        die_with(w.where, "wgmma without wgmma_fence since its accumulators were free for ordinary use");
     }
     unsigned changed = 0;
-    if (call.accumulate) {
+    if (w.call.accumulate) {
         each_pair(d, [&](const float* held, float* value, unsigned t) {
             if (bits(held) != bits(value)) changed = changed ? changed : t + 1;
             memcpy(value, held, 8);
         });
     }
-    if (known && changed) {
-        die_with(call.loc, "wgmma: its accumulators in thread %u of the warpgroup were written after the latest %s", changed - 1,
+    if (d.is_known && changed) {
+        die_with(w.where, "wgmma: its accumulators in thread %u of the warpgroup were written after the latest %s", changed - 1,
                  d.fenced ? "wgmma_fence" : "wgmma_wait, and no wgmma_fence came in between");
     }
     const uint32_t under_way[2] = {kUnderWay, kUnderWay};
@@ -331,18 +333,17 @@ static void hand_back(Accumulators& d, Loc loc) {
     d.fenced = false;
 }
 
-static Accumulators& accumulators_of(Warpgroup& group) {
-    const WgmmaCall& first = *group.call[0];
+static Accumulators& accumulators_of(Warpgroup& group, const WgmmaRecord& w) {
+    const int n = w.call.n;
     constexpr size_t kMostKnown = 8;
     std::vector<std::unique_ptr<Accumulators>>& all = group.accumulators;
     for (size_t i = 0; i < all.size(); i++) {
         Accumulators& d = *all[i];
-        const auto same = [](const float* place, const WgmmaCall* call) { return place == call->d; };
-        if (d.n == first.n && std::equal(d.place, d.place + 128, group.call, same)) return d;
-        if (first.d + first.n / 2 <= d.place[0] || d.place[0] + d.n / 2 <= first.d) continue;
+        if (d.n == n && memcmp(d.place, w.d, sizeof w.d) == 0) return d;
+        if (w.d[0] + n / 2 <= d.place[0] || d.place[0] + d.n / 2 <= w.d[0]) continue;
         if (d.under_way) {
-            die_with(first.loc, "wgmma of n = %d on accumulators of one of n = %d issued at %s:%d and not waited for", first.n,
-                     d.n, d.where.file, d.where.line);
+            die_with(w.where, "wgmma of n = %d on accumulators of one of n = %d issued at %s:%d and not waited for", n, d.n,
+                     d.where.file, d.where.line);
         }
         all.erase(all.begin() + ptrdiff_t(i--));
     }
@@ -350,8 +351,8 @@ static Accumulators& accumulators_of(Warpgroup& group) {
     if (all.size() >= kMostKnown && idle != all.end()) all.erase(idle);
     all.push_back(std::make_unique_for_overwrite<Accumulators>());
     Accumulators& d = *all.back();
-    for (int t = 0; t < 128; t++) d.place[t] = group.call[t]->d;
-    d.n = first.n;
+    memcpy(d.place, w.d, sizeof w.d);
+    d.n = n;
     d.under_way = 0;
     d.is_known = d.fenced = false;
     return d;
@@ -359,58 +360,38 @@ static Accumulators& accumulators_of(Warpgroup& group) {
 
 // ---- a warpgroup's steps ----
 
-static void issue(Machine& m, Warpgroup& group, unsigned index) {
-    const WgmmaCall& first = *group.call[0];
-    for (int t = 1; t < 128; t++) {
-        const WgmmaCall& call = *group.call[t];
-        if (call.a != first.a || call.b != first.b || call.accumulate != first.accumulate || call.n != first.n ||
-            call.factors != first.factors || call.b_transposed != first.b_transposed ||
-            !call.a_registers != !first.a_registers) {
-            die_with(call.loc, "wgmma with different descriptors or another form in thread %d of the warpgroup", t);
-        }
+static void issue(Machine& m, Warpgroup& group, std::unique_ptr<WgmmaRecord> product) {
+    WgmmaRecord& w = *product;
+    if (w.call.a_in_registers && !group.fenced_since_commit) {
+        die_with(w.where, "wgmma with `a` in registers without wgmma_fence since the latest wgmma_commit or wgmma_wait");
     }
-    // What is wrong with an operand is told at this line in every mode.
-    if (!first.a_registers) operand(first.a, false, "a", first.loc);
-    operand(first.b, first.b_transposed, "b", first.loc);
-    if constexpr (kRace) check_reads(m, first, index, group.committed + 1);
-    if (first.a_registers && !group.fenced_since_commit) {
-        die_with(first.loc, "wgmma with `a` in registers without wgmma_fence since the latest wgmma_commit or wgmma_wait");
-    }
-
-    Accumulators& d = accumulators_of(group);
-    if (!d.under_way) take_over(d, first, d.is_known, group);
+    Accumulators& d = accumulators_of(group, w);
+    if (!d.under_way) take_over(d, w, group);
     d.is_known = true;
     d.under_way++;
-    d.where = first.loc;
-    group.products.emplace_back();
-    Wgmma& w = group.products.back();
-    w.call = first;
-    w.d = &d;
+    d.where = w.where;
+    w.accumulators = &d;
     w.done = false;
-    if (first.a_registers) {
-        for (int t = 0; t < 128; t++) {
-            w.a_place[t] = group.call[t]->a_registers;
-            memcpy(w.a[t], w.a_place[t], sizeof w.a[t]);
-        }
-    }
+    group.products.push_back(std::move(product));
     group.open++;
     if (m.async == Early || (m.async == Mixed && m.random() % 2)) {
-        for (Wgmma& product : group.products) {
-            if (!product.done) multiply(m, product);
+        for (auto& earlier : group.products) {
+            if (!earlier->done) multiply(m, *earlier);
         }
     }
 }
 
 static void end_oldest(Machine& m, Warpgroup& group, Loc loc) {
-    Wgmma& w = group.products.front();
-    for (int t = 0; t < 128 && w.call.a_registers; t++) {
+    WgmmaRecord& w = *group.products.front();
+    for (int t = 0; t < 128 && w.call.a_in_registers; t++) {
         if (memcmp(w.a_place[t], w.a[t], sizeof w.a[t])) {
             die_with(loc, "wgmma issued at %s:%d: its `a` in registers of thread %d of the warpgroup changed before wgmma_wait",
-                     w.call.loc.file, w.call.loc.line, t);
+                     w.where.file, w.where.line, t);
         }
     }
     if (!w.done) multiply(m, w);
-    if (--w.d->under_way == 0) hand_back(*w.d, loc);
+    if (--w.accumulators->under_way == 0) hand_back(*w.accumulators, loc);
+    group.unused.push_back(std::move(group.products.front()));
     group.products.pop_front();
 }
 
@@ -430,13 +411,12 @@ static void give_registers(Machine& m) {
     }
 }
 
-static void change_registers(Machine& m, Warpgroup& group, const WgmmaCall& call, bool increase) {
-    const unsigned registers = unsigned(call.pending);
+static void change_registers(Machine& m, Warpgroup& group, unsigned registers, bool increase, Loc loc) {
     if (!group.registers) {
-        die_with(call.loc, "setmaxnreg in a kernel whose launch bounds have no number of blocks: ptxas ignores it");
+        die_with(loc, "setmaxnreg in a kernel whose launch bounds have no number of blocks: ptxas ignores it");
     }
     if (increase ? registers < group.registers : registers > group.registers) {
-        die_with(call.loc, "setmaxnreg.%s to %u registers per thread, but the warpgroup has %u", increase ? "inc" : "dec", registers,
+        die_with(loc, "setmaxnreg.%s to %u registers per thread, but the warpgroup has %u", increase ? "inc" : "dec", registers,
                  group.registers);
     }
     if (!increase) {
@@ -448,17 +428,19 @@ static void change_registers(Machine& m, Warpgroup& group, const WgmmaCall& call
     give_registers(m);
 }
 
-// Whether the warpgroup goes on.
-static bool execute(Machine& m, Warpgroup& group, unsigned index) {
-    const WgmmaCall& first = *group.call[0];
-    switch (group.step) {
+static void execute(Machine& m, Warpgroup& group, unsigned index, std::unique_ptr<WgmmaRecord> record) {
+    const WgmmaCall call = record->call;
+    const Loc loc = record->where;
+    if (call.step == WgmmaStep::Multiply) return issue(m, group, std::move(record));
+    group.unused.push_back(std::move(record));
+    switch (call.step) {
+        case WgmmaStep::Multiply: break;
         case WgmmaStep::Fence:
             for (auto& d : group.accumulators) {
                 if (!d->under_way) remember(*d);
             }
             group.fenced_since_wait = group.fenced_since_commit = true;
             break;
-        case WgmmaStep::Multiply: issue(m, group, index); break;
         case WgmmaStep::Commit:
             group.groups.push_back(group.open);
             group.open = 0;
@@ -466,53 +448,96 @@ static bool execute(Machine& m, Warpgroup& group, unsigned index) {
             group.fenced_since_commit = false;
             break;
         case WgmmaStep::Wait:
-            for (; group.groups.size() > size_t(first.pending); group.groups.erase(group.groups.begin())) {
-                for (uint32_t i = 0; i < group.groups[0]; i++) end_oldest(m, group, first.loc);
+            for (; group.groups.size() > size_t(call.n); group.groups.erase(group.groups.begin())) {
+                for (uint32_t i = 0; i < group.groups[0]; i++) end_oldest(m, group, loc);
             }
             group.fenced_since_wait = group.fenced_since_commit = false;
             if constexpr (kRace) {
-                const uint32_t pending = uint32_t(first.pending);
+                const uint32_t pending = uint32_t(call.n);
                 race::wgmmas_done(index, group.committed > pending ? group.committed - pending : 0);
             }
+            make_ready(m, index);
             break;
-        case WgmmaStep::Increase: change_registers(m, group, first, true); return false;
-        case WgmmaStep::Decrease: change_registers(m, group, first, false); break;
+        case WgmmaStep::Increase: change_registers(m, group, unsigned(call.n), true, loc); break;
+        case WgmmaStep::Decrease:
+            change_registers(m, group, unsigned(call.n), false, loc);
+            make_ready(m, index);
+            break;
     }
-    return true;
 }
 
-static void meet(WgmmaStep step, const WgmmaCall& call, const char* what) {
+static const char* name_of(WgmmaStep step) {
+    static const char* const names[] = {"wgmma.fence",      "wgmma",          "wgmma.commit_group",
+                                        "wgmma.wait_group", "setmaxnreg.inc", "setmaxnreg.dec"};
+    return names[unsigned(step)];
+}
+
+// The thread's next step. It goes on at once but where it has to wait; the step is carried out when all have reached it.
+static void reach(const WgmmaCall& call, float* d, const uint32_t* a, Loc loc) {
     Machine& m = *machine;
     Thread& me = self();
-    const unsigned index = me.warp / 4;
-    if ((index + 1) * 128 > m.threads) die_with(call.loc, "%s in an incomplete warpgroup", what);
+    const unsigned index = me.warp / 4, t = me.index % 128;
+    if ((index + 1) * 128 > m.threads) die_with(loc, "%s in an incomplete warpgroup", name_of(call.step));
     Warpgroup& group = m.warpgroup[index];
-    if (group.arrived && (group.step != step || group.where.line != call.loc.line || group.where.file != call.loc.file)) {
-        die_with(call.loc, "threads of a warpgroup at different wgmma or setmaxnreg instructions, others at %s:%d",
-                 group.where.file, group.where.line);
+    const uint32_t ahead = group.reached[t]++ - group.executed;
+    if (ahead == group.steps.size()) {
+        for (unsigned w = index * 4; w < index * 4 + 4; w++) {
+            if (m.warp[w].alive != kFullWarp) die_with(loc, "%s, but threads of its warpgroup have left the kernel", name_of(call.step));
+        }
+        if (group.unused.empty()) group.unused.push_back(std::make_unique_for_overwrite<WgmmaRecord>());
+        group.steps.push_back(std::move(group.unused.back()));
+        group.unused.pop_back();
+        group.steps.back()->call = call;
+        group.steps.back()->where = loc;
+        group.steps.back()->arrived = 0;
     }
-    group.step = step;
-    group.where = call.loc;
-    group.call[me.index % 128] = &call;
-    if (++group.arrived == 128) {
-        group.arrived = 0;
-        me.where = call.loc;
-        if (execute(m, group, index)) make_ready(m, index);
+    WgmmaRecord& r = *group.steps[ahead];
+    if (r.call.step != call.step || r.where.line != loc.line || r.where.file != loc.file) {
+        die_with(loc, "threads of a warpgroup at different wgmma or setmaxnreg instructions: here %s, others in %s at %s:%d",
+                 name_of(call.step), name_of(r.call.step), r.where.file, r.where.line);
     }
-    wait_for_others(what, call.loc);
+    if (r.call != call) die_with(loc, "wgmma with different descriptors or another form in the threads of a warpgroup");
+    r.d[t] = d;
+    r.a_place[t] = a;
+    if (a) memcpy(r.a[t], a, sizeof r.a[t]);
+    if (t == 0 && call.step == WgmmaStep::Multiply) {
+        // What is wrong with an operand is told here, whenever it is read.
+        if (!a) operand(call.a, false, "a", loc);
+        operand(call.b, call.b_transposed, "b", loc);
+        if constexpr (kRace) check_reads(m, call, index, group.committed_by_first + 1, loc);
+    }
+    if (t == 0 && call.step == WgmmaStep::Commit) group.committed_by_first++;
+    const bool waits = call.step >= WgmmaStep::Wait;
+    if (++r.arrived == 128) {
+        std::unique_ptr<WgmmaRecord> record = std::move(group.steps.front());
+        group.steps.pop_front();
+        group.executed++;
+        me.where = loc;
+        execute(m, group, index, std::move(record));
+        if (!waits) yield_at_random(m);
+    }
+    if (waits) wait_for_others(name_of(call.step), loc);
+}
+
+void check_wgmma_at_exit(const Machine& m, const Thread& me) {
+    const Warpgroup& group = m.warpgroup[me.warp / 4];
+    const uint32_t ahead = group.reached[me.index % 128] - group.executed;
+    if (ahead >= group.steps.size()) return;
+    const WgmmaRecord& r = *group.steps[ahead];
+    die_with(r.where, "left the kernel while others of its warpgroup are in %s here", name_of(r.call.step));
 }
 
 void wgmma(float* d, int n, Factors factors, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,
            bool b_transposed, Loc loc) {
-    meet(WgmmaStep::Multiply, {d, n, factors, a_registers, a, b, accumulate, b_transposed, 0, loc}, "wgmma");
+    reach({WgmmaStep::Multiply, factors, accumulate, b_transposed, a_registers != nullptr, n, a, b}, d, a_registers, loc);
 }
-static WgmmaCall no_product(int pending, Loc loc) {
-    return {nullptr, 0, Factors::Bf16, nullptr, 0, 0, false, false, pending, loc};
+static void reach(WgmmaStep step, int n, Loc loc) {
+    reach({step, Factors::Bf16, false, false, false, n, 0, 0}, nullptr, nullptr, loc);
 }
-void wgmma_fence(Loc loc) { meet(WgmmaStep::Fence, no_product(0, loc), "wgmma.fence"); }
-void wgmma_commit(Loc loc) { meet(WgmmaStep::Commit, no_product(0, loc), "wgmma.commit_group"); }
-void wgmma_wait(int pending, Loc loc) { meet(WgmmaStep::Wait, no_product(pending, loc), "wgmma.wait_group"); }
+void wgmma_fence(Loc loc) { reach(WgmmaStep::Fence, 0, loc); }
+void wgmma_commit(Loc loc) { reach(WgmmaStep::Commit, 0, loc); }
+void wgmma_wait(int pending, Loc loc) { reach(WgmmaStep::Wait, pending, loc); }
 void setmaxnreg(int registers, bool increase, Loc loc) {
-    meet(increase ? WgmmaStep::Increase : WgmmaStep::Decrease, no_product(registers, loc), increase ? "setmaxnreg.inc" : "setmaxnreg.dec");
+    reach(increase ? WgmmaStep::Increase : WgmmaStep::Decrease, registers, loc);
 }
 }  // namespace emu

@@ -161,3 +161,253 @@ TEST(wgmma_of_every_width) {
         check_product(n, false, Form::E4m3, rows, rows, n % 16 == 0, __LINE__);
     }
 }
+
+TEST(wgmma_in_every_mode) {
+    in_every_mode([] {
+        check_product(40, true, Form::Shared, {}, {}, true, __LINE__);
+        check_product(96, false, Form::Registers, {}, {128, 2048, 1024, 0, true}, true, __LINE__);
+    });
+}
+
+TEST(wgmma_layouts_of_shared_memory) {
+    for (const uint32_t row_bytes : {128u, 64u, 32u}) {
+        const Layout plain{row_bytes, 0, 8 * row_bytes};
+        for (uint32_t start = 0; start + 32 <= row_bytes; start += 16) {  // a k step within the row
+            const Layout step{row_bytes, 0, 8 * row_bytes, start};
+            check_product(72, true, Form::Shared, step, plain, true, __LINE__);
+            check_product(72, true, Form::Shared, plain, step, true, __LINE__);
+            check_product(72, false, Form::E4m3, step, step, true, __LINE__);
+        }
+        for (uint32_t row = 1; row < 8; row++) {  // the first of its rows, and a stride of no whole pattern
+            const Layout shifted{row_bytes, 0, 10 * row_bytes, row * row_bytes};
+            check_product(72, true, Form::Shared, shifted, plain, true, __LINE__);
+            check_product(72, false, Form::Shared, plain, shifted, true, __LINE__);
+        }
+        check_product(136, true, Form::Shared, plain, {row_bytes, 16 * row_bytes, 8 * row_bytes, 0, true}, true, __LINE__);
+    }
+    const Layout none{16, 128, 256}, far{16, 2048, 128};
+    check_product(72, true, Form::Shared, none, far, true, __LINE__);
+    check_product(72, false, Form::Shared, far, none, true, __LINE__);
+    check_product(72, false, Form::E4m3, none, far, true, __LINE__);
+    check_product(72, true, Form::Shared, {}, {16, 256, 512, 0, true}, true, __LINE__);
+    check_product(72, true, Form::Shared, none, {32, 512, 256, 0, true}, true, __LINE__);  // each operand its own
+}
+
+// ---- mistakes ----
+
+struct Operands {
+    alignas(1024) uint32_t a[64 * 32];
+    alignas(1024) uint32_t b[64 * 32];
+};
+enum Mistake {
+    kNoMistake, kReadsBeforeWait, kWritesBeforeWait, kNoFence, kNoFenceAfterWrite, kFenceTooEarly, kOtherShape,
+    kNewRegistersBeforeWait, kNoFenceForRegisters, kNoProxyFence, kNoBarrier, kOverwritesOperand, kOtherDescriptors,
+    kPastRow, kMnInsideRow, kBaseOffset, kOutside, kWarpLeaves, kNoCommit, kWaitsForTooMany
+};
+// d [64, 64] of ones times ones, twice over 16 k: every sum is 32, and one more each from the code between.
+KERNEL(wgmma_mistake, 128, 1)(float* out, Mistake mistake) {
+    SHARED_DYNAMIC(Operands, s);
+    const int thread = int(threadIdx.x);
+    for (int i = 0; i < 16; i++) s.a[i * 128 + thread] = s.b[i * 128 + thread] = 0x3f803f80;
+    if (mistake != kNoProxyFence) fence_proxy_async();
+    if (mistake != kNoBarrier) __syncthreads();
+    uint64_t a = wgmma_desc128(smem_u32(s.a), 0, 1024), b = wgmma_desc128(smem_u32(s.b), 0, 1024);
+    if (mistake == kOtherDescriptors && thread == 77) a += 2;
+    if (mistake == kPastRow) a = wgmma_desc128(smem_u32(s.a) + 112, 0, 1024);
+    if (mistake == kBaseOffset) a |= uint64_t(1) << 49;
+    if (mistake == kOutside) b = wgmma_desc128(smem_u32(s.b), 0, 2048);
+    if (mistake == kWarpLeaves && thread >= 96) return;
+    uint32_t ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    float d[32];
+    if (mistake == kFenceTooEarly) wgmma_fence();
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 32; i++) d[i] = 0.f;
+        if (mistake != kNoFence && mistake != kFenceTooEarly && (mistake != kNoFenceAfterWrite || round == 0)) wgmma_fence();
+        if (mistake == kFenceTooEarly && round == 1) {
+            wgmma_fence();
+            d[3] = 1.f;
+        }
+        if (mistake == kMnInsideRow) {
+            wgmma<bf16, 64, 1>(d, a, b + 2, true);
+        } else {
+            wgmma<bf16, 64>(d, a, b, true);
+        }
+        wgmma_commit();
+        if (mistake == kNewRegistersBeforeWait) ones[1] = 0;
+        if (mistake == kOtherShape) wgmma<bf16, 32>(reinterpret_cast<float(&)[16]>(d), a, b, true);
+        if (mistake != kNoFenceForRegisters) wgmma_fence();
+        wgmma_registers<bf16, 64>(d, ones, b, true);
+        if (mistake != kNoCommit) wgmma_commit();
+        if (mistake == kNewRegistersBeforeWait) ones[1] = 0x3f803f80;
+        if (mistake == kNewRegistersBeforeWait && round == 1) ones[2] = 0;
+        if (mistake == kReadsBeforeWait) out[thread * 32] = d[0];
+        if (mistake == kWritesBeforeWait) d[5] *= 2.f, d[6] = 3.f;
+        if (mistake == kOverwritesOperand) s.b[thread] = 0;
+        if (mistake == kWaitsForTooMany) {
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
+        if (mistake == kOverwritesOperand) s.b[thread] = 0x3f803f80, fence_proxy_async();
+        for (int i = mistake == kReadsBeforeWait; i < 32; i++) out[thread * 32 + i] = d[i];
+        __syncthreads();
+    }
+}
+REGISTER_KERNEL(wgmma_mistake)
+
+static int wrong_in_mistake(Mistake mistake, int* result) {
+    Buffer<float> out(128 * 32);
+    for (size_t i = 0; i < out.count; i++) out[i] = 0.f;
+    *result = run("wgmma_mistake", dim3(1), dim3(128), sizeof(Operands), out.data, mistake);
+    int wrong = 0;
+    for (size_t i = 0; i < out.count; i++) wrong += !(out[i] == 32.f);
+    return wrong;
+}
+
+TEST(wgmma_mistakes_show) {
+    const auto reports = [](Mistake mistake, std::initializer_list<const char*> texts, int line) {
+        int result;
+        wrong_in_mistake(mistake, &result);
+        expect_report(result, line, texts);
+    };
+    in_every_mode([&] {
+        int result;
+        CHECK(wrong_in_mistake(kNoMistake, &result) == 0);
+        expect_clean(result, __LINE__);
+        // What nothing reports is wrong every time.
+        CHECK(wrong_in_mistake(kReadsBeforeWait, &result) >= 128);
+        CHECK(wrong_in_mistake(kNoCommit, &result) > 0);
+        CHECK(wrong_in_mistake(kWaitsForTooMany, &result) > 0);
+        reports(kWritesBeforeWait, {"wgmma issued at", "accumulators", "written before wgmma_wait"}, __LINE__);
+        reports(kNoFence, {"without wgmma_fence since its accumulators were free"}, __LINE__);
+        reports(kNoFenceAfterWrite, {"written after the latest wgmma_wait, and no wgmma_fence"}, __LINE__);
+        reports(kFenceTooEarly, {"written after the latest wgmma_fence"}, __LINE__);
+        reports(kOtherShape, {"wgmma of n = 32 on accumulators of one of n = 64"}, __LINE__);
+        reports(kNewRegistersBeforeWait, {"`a` in registers", "changed before wgmma_wait"}, __LINE__);
+        reports(kNoFenceForRegisters, {"`a` in registers without wgmma_fence"}, __LINE__);
+        reports(kOtherDescriptors, {"different descriptors"}, __LINE__);
+        reports(kPastRow, {"a starts at byte 112 of a swizzled row of 128, and goes past its end"}, __LINE__);
+        reports(kMnInsideRow, {"b starts at byte 32 of a swizzled row of 128, MN-major"}, __LINE__);
+        reports(kBaseOffset, {"base offset"}, __LINE__);
+        reports(kOutside, {"of b is at shared memory +", "of which the block has 16384 bytes"}, __LINE__);
+        reports(kWarpLeaves, {"its warpgroup", "left the kernel", "wgmma"}, __LINE__);
+        if (kRaceBuild) {
+            reports(kNoProxyFence, {"asynchronous read without fence.proxy.async"}, __LINE__);
+            reports(kNoBarrier, {"RACE", "wgmma of warpgroup 0"}, __LINE__);
+            reports(kOverwritesOperand, {"RACE", "write after read", "wgmma of warpgroup 0"}, __LINE__);
+        }
+    });
+}
+
+// ---- registers ----
+
+// Warpgroup 0 gives registers up, the others take them. `give`: what warpgroup 0 keeps.
+KERNEL(shares_registers, 384, 1)(int* out, int how) {
+    const unsigned group = threadIdx.x / 128;
+    if (group == 0) {
+        if (how == 0) setmaxnreg_dec<40>();
+        if (how == 1) setmaxnreg_dec<48>();
+        if (how == 2) setmaxnreg_dec<176>();
+        if (how == 4 && threadIdx.x < 96) setmaxnreg_dec<40>();
+        if (how == 5) setmaxnreg_dec<168>();
+    } else {
+        if (how == 3) setmaxnreg_inc<160>();
+        if (how != 5) setmaxnreg_inc<232>();
+    }
+    out[threadIdx.x] = int(group);
+}
+REGISTER_KERNEL(shares_registers)
+KERNEL(registers_without_bounds, 384, 0)(int* out) {
+    setmaxnreg_dec<40>();
+    out[threadIdx.x] = 1;
+}
+REGISTER_KERNEL(registers_without_bounds)
+
+TEST(setmaxnreg_shares_the_block_s_registers) {
+    in_every_mode([] {
+        Buffer<int> out(384);
+        const auto share = [&](int how) { return run("shares_registers", dim3(2), dim3(384), 0, out.data, how); };
+        expect_clean(share(0), __LINE__);
+        for (int i = 0; i < 384; i++) CHECK(out[size_t(i)] == i / 128);
+        expect_clean(share(5), __LINE__);
+        REPORTS(share(1), "deadlock", "setmaxnreg.inc at");
+        REPORTS(share(2), "setmaxnreg.dec to 176 registers per thread, but the warpgroup has 168");
+        REPORTS(share(3), "setmaxnreg.inc to 160 registers per thread, but the warpgroup has 168");
+        REPORTS(share(4), "setmaxnreg");
+        REPORTS(run("registers_without_bounds", dim3(1), dim3(384), 0, out.data), "launch bounds", "ptxas ignores it");
+    });
+}
+
+// ---- stmatrix, elect ----
+
+struct StoredRows {
+    alignas(16) uint16_t at[64][8];
+};
+// Lane i's register j holds 2 * (j * 32 + i) and the next. Rows in a scattered order; the rest keeps 0xffff.
+KERNEL(stores_matrices, 32, 1)(uint16_t* out, int count, int trans, int forgets_sync) {
+    SHARED_DYNAMIC(StoredRows, s);
+    const uint32_t lane = threadIdx.x;
+    for (int i = 0; i < 16; i++) s.at[i * 4 + lane / 8][lane % 8] = 0xffff;
+    __syncwarp();
+    uint32_t r[4];
+    for (uint32_t j = 0; j < 4; j++) r[j] = 2 * (j * 32 + lane) | (2 * (j * 32 + lane) + 1) << 16;
+    void* row = s.at[lane * 5 % 32];
+    const uint32_t two[2] = {r[0], r[1]};
+    if (count == 1) trans ? stmatrix_x1_trans(row, r[0]) : stmatrix_x1(row, r[0]);
+    if (count == 2) trans ? stmatrix_x2_trans(row, two) : stmatrix_x2(row, two);
+    if (count == 4) trans ? stmatrix_x4_trans(row, r) : stmatrix_x4(row, r);
+    if (!forgets_sync) __syncwarp();
+    for (int i = 0; i < 16; i++) out[(i * 4 + lane / 8) * 8 + lane % 8] = s.at[i * 4 + lane / 8][lane % 8];
+}
+REGISTER_KERNEL(stores_matrices)
+
+TEST(stmatrix_fragments) {
+    in_every_mode([] {
+        for (const int count : {1, 2, 4}) {
+            for (const int trans : {0, 1}) {
+                Buffer<uint16_t> out(64 * 8);
+                CLEAN("stores_matrices", dim3(1), dim3(32), sizeof(StoredRows), out.data, count, trans, 0);
+                std::vector<uint16_t> want(64 * 8, 0xffff);
+                for (int matrix = 0; matrix < count; matrix++) {
+                    for (int k = 0; k < 64; k++) {  // element k of the fragment: lane k / 2
+                        const int row = trans ? k % 8 : k / 8, column = trans ? k / 8 : k % 8;
+                        want[size_t((matrix * 8 + row) * 5 % 32 * 8 + column)] = uint16_t(2 * (matrix * 32 + k / 2) + k % 2);
+                    }
+                }
+                for (size_t i = 0; i < out.count; i++) CHECK(out[i] == want[i]);
+                const int result = run("stores_matrices", dim3(1), dim3(32), sizeof(StoredRows), out.data, count, trans, 1);
+                if (kRaceBuild) {
+                    REPORTS(result, "RACE", "read after write");
+                } else {
+                    expect_clean(result, __LINE__);
+                }
+            }
+        }
+    });
+}
+
+KERNEL(elects, 64, 1)(int* out, int diverged) {
+    if (diverged && threadIdx.x % 32 == 5) return;
+    for (int i = 0; i < 3; i++) out[i * 64 + int(threadIdx.x)] = elect_one();
+}
+REGISTER_KERNEL(elects)
+
+TEST(elect_chooses_one_lane) {
+    bool other_than_first = false;
+    in_every_mode([&] {
+        Buffer<int> out(3 * 64);
+        CLEAN("elects", dim3(1), dim3(64), 0, out.data, 0);
+        for (int warp = 0; warp < 2; warp++) {
+            int sum = 0;
+            for (int lane = 0; lane < 32; lane++) {
+                const int i = warp * 32 + lane;
+                sum += out[size_t(i)];
+                CHECK(out[size_t(64 + i)] == out[size_t(i)] && out[size_t(128 + i)] == out[size_t(i)]);
+                other_than_first = other_than_first || (lane > 0 && out[size_t(i)]);
+            }
+            CHECK(sum == 1);
+        }
+        REPORTS(run("elects", dim3(1), dim3(64), 0, out.data, 1), "elect");
+    });
+    CHECK(other_than_first);  // which lane it is no kernel may know
+}
