@@ -1,7 +1,8 @@
 //! Builds what is not Rust, and tells the crate what there is.
 //!
-//! * kernels/*.cu with nvcc: one compressed fat binary a file, listed in OUT_DIR/kernels.rs (build/card.rs). Without nvcc
-//!   the crate builds all the same, with placeholders, and `megafuse doctor` says what to do.
+//! * kernels/*.cu, and those of one instruction set in kernels/sm90 (build/sources.rs), with nvcc: one compressed fat binary
+//!   a file, listed in OUT_DIR/kernels.rs (build/card.rs). Without nvcc the crate builds all the same, with placeholders,
+//!   and `megafuse doctor` says what to do.
 //! * the same files with the host's C++ compiler: the emulated card, OUT_DIR/emu/*/libcuda.so.1 (build/emulated.rs).
 //! * whether models/pocket is there to be embedded; a source package may come without it.
 //! * whether this is a build for tests, which fills fresh memory with NaN.
@@ -23,6 +24,8 @@ mod jobs;
 mod ptx;
 #[path = "build/resources.rs"]
 mod resources;
+#[path = "build/sources.rs"]
+mod sources;
 #[path = "build/toolchain.rs"]
 mod toolchain;
 
@@ -59,7 +62,7 @@ fn embedded_model() {
 fn kernels(for_tests: bool) -> Result<(), String> {
     println!("cargo::rerun-if-changed=kernels");
     let out = PathBuf::from(variable("OUT_DIR").ok_or("OUT_DIR is not set: cargo runs this program")?);
-    let sources = jobs::files_with_extension("kernels", "cu")?;
+    let sources = sources::find("kernels")?;
 
     let card = card::plan(&out, &sources)?;
     let emulated = emulated::plan(&out, &sources, for_tests)?;

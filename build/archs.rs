@@ -52,6 +52,11 @@ fn check(capability: &str) -> Result<(), String> {
 }
 
 impl Archs {
+    /// Whether nothing is made.
+    pub fn is_empty(&self) -> bool {
+        self.sass.is_empty() && self.ptx.is_empty()
+    }
+
     /// Every capability once, whether machine code, PTX or both are made for it.
     pub fn all(&self) -> Vec<&str> {
         let only_ptx = self.ptx.iter().filter(|arch| !self.sass.contains(arch));

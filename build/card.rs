@@ -1,4 +1,4 @@
-//! kernels/*.cu with nvcc: a compressed fat binary a file, and what each kernel takes of a multiprocessor.
+//! The kernels with nvcc: a compressed fat binary a file, and what each kernel takes of a multiprocessor.
 //!
 //! Every file is compiled for every architecture by itself, first to PTX, then to machine code. One call of nvcc for all
 //! would do the same one after the other, and all of it again when an architecture is added.
@@ -10,20 +10,21 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::archs::{self, Archs};
-use super::jobs::{self, Job, Log, Step, run_tool, stem};
+use super::jobs::{self, Job, Log, Step, run_tool};
 use super::ptx;
-use super::resources;
+use super::resources::{self, Resources};
+use super::sources::Source;
 use super::toolchain::{self, Nvcc};
 use super::watched;
 
 pub struct Card {
     archs: Archs,
     nvcc: Result<Nvcc, String>,
-    sources: Vec<PathBuf>,
+    sources: Vec<Source>,
     jobs: Vec<Job>,
 }
 
-pub fn plan(out: &Path, sources: &[PathBuf]) -> Result<Card, String> {
+pub fn plan(out: &Path, sources: &[Source]) -> Result<Card, String> {
     let wanted = watched("MEGAFUSE_CUDA_ARCHS");
     let archs = archs::parse(wanted.as_deref().unwrap_or(archs::DEFAULT))?;
     let nvcc = toolchain::nvcc();
@@ -37,7 +38,7 @@ pub fn plan(out: &Path, sources: &[PathBuf]) -> Result<Card, String> {
     Ok(Card { archs, nvcc, sources: sources.to_vec(), jobs })
 }
 
-fn plan_jobs(nvcc: &Nvcc, archs: &Archs, out: &Path, sources: &[PathBuf]) -> Result<Vec<Job>, String> {
+fn plan_jobs(nvcc: &Nvcc, archs: &Archs, out: &Path, sources: &[Source]) -> Result<Vec<Job>, String> {
     check_archs(nvcc, archs)?;
     // nvcc preprocesses with the host's compiler, g++ unless told. It makes device code only, so the age of the host's
     // compiler does not matter.
@@ -48,27 +49,37 @@ fn plan_jobs(nvcc: &Nvcc, archs: &Archs, out: &Path, sources: &[PathBuf]) -> Res
         identity = format!("{identity} {}", host.version);
     }
     let mut jobs = Vec::new();
-    for (source, arch) in sources.iter().flat_map(|source| archs.all().into_iter().map(move |arch| (source, arch))) {
+    for (source, arch) in sources.iter().flat_map(|source| pairs(source, archs)) {
         let arguments = |extra: &[&str]| options.iter().cloned().chain(extra.iter().map(OsString::from)).collect();
-        let machine_code = archs.sass.iter().any(|sass| sass == arch);
+        let machine_code = archs.sass.contains(&arch);
         jobs.push(Job {
             identity: identity.clone(),
             program: nvcc.program.clone(),
             arguments: arguments(&["-std=c++20", "-Ikernels", "-ptx", &format!("-arch=compute_{arch}")]),
-            source: source.clone(),
-            output: image(out, source, arch, "ptx"),
+            source: source.path.clone(),
+            output: image(out, source, &arch, "ptx"),
             second: machine_code.then(|| Step {
                 arguments: arguments(&["-cubin", &format!("-arch=sm_{arch}"), "-Xptxas", "-v"]),
-                output: image(out, source, arch, "cubin"),
+                output: image(out, source, &arch, "cubin"),
             }),
         });
     }
     Ok(jobs)
 }
 
-/// OUT_DIR/card/90a/norm.cubin
-fn image(out: &Path, source: &Path, arch: &str, kind: &str) -> PathBuf {
-    out.join("card").join(arch).join(stem(source)).with_extension(kind)
+/// A source with each architecture that it is compiled for.
+fn pairs<'a>(source: &'a Source, wanted: &Archs) -> Vec<(&'a Source, String)> {
+    source.archs(wanted).all().into_iter().map(|arch| (source, arch.to_owned())).collect()
+}
+
+/// OUT_DIR/card/90a/norm.cubin, OUT_DIR/card/90a/sm90/linear.cubin
+fn image(out: &Path, source: &Source, arch: &str, kind: &str) -> PathBuf {
+    out.join("card").join(arch).join(&source.name).with_extension(kind)
+}
+
+/// OUT_DIR/card/norm.fatbin
+fn fat_binary(out: &Path, source: &Source) -> PathBuf {
+    out.join("card").join(&source.name).with_extension("fatbin")
 }
 
 /// An architecture that this nvcc does not know is named, with those that it does.
@@ -93,25 +104,32 @@ impl Card {
         &self.jobs
     }
 
-    /// Writes kernels.rs and resources.tsv, and returns the latter. A kernel that does not compile is an error.
+    /// Writes kernels.rs and resources.tsv, and returns the latter. A kernel that does not compile, or not as it was
+    /// written, is an error.
     pub fn finish(&self, out: &Path, logs: &[Log]) -> Result<String, String> {
-        let mut found = Vec::new();
+        let mut found: Vec<(&Path, Resources)> = Vec::new();
         let mut failed = Vec::new();
         for (job, log) in self.jobs.iter().zip(logs) {
             let source = job.source.display();
             match log {
-                Ok(text) => found.extend(resources::parse(text).map_err(|error| format!("{source}: {error}"))?),
+                Ok(text) => {
+                    let kernels = resources::parse(text).map_err(|error| format!("{source}: {error}"))?;
+                    let slow = resources::slowed_down(text, &kernels);
+                    failed.extend(slow.into_iter().map(|reason| format!("{source} would be slow: {reason}")));
+                    found.extend(kernels.into_iter().map(|kernel| (&*job.source, kernel)));
+                }
                 Err(text) => failed.push(format!("{source} does not compile for the card:\n{text}")),
             }
         }
+        failed.extend(resources::name_twice(&found));
         if !failed.is_empty() {
             return Err(failed.join("\n\n"));
         }
         toolchain::pass_on_warnings(logs);
         if let Ok(nvcc) = &self.nvcc {
-            self.sources.iter().try_for_each(|source| self.bind(nvcc, out, source))?;
+            self.compiled().try_for_each(|source| self.bind(nvcc, out, source))?;
         }
-        let table = resources::table(found);
+        let table = resources::table(found.into_iter().map(|(_, kernel)| kernel).collect());
         jobs::write(&out.join("resources.tsv"), table.as_bytes())?;
         jobs::write(&out.join("kernels.rs"), self.rust(out)?.as_bytes())?;
         let program = self.nvcc.as_ref().map_or("".into(), |nvcc| nvcc.program.display().to_string());
@@ -121,13 +139,22 @@ impl Card {
         Ok(table)
     }
 
+    /// The sources that there is an architecture for.
+    fn compiled(&self) -> impl Iterator<Item = &Source> {
+        self.sources.iter().filter(|source| !source.archs(&self.archs).is_empty())
+    }
+
     /// One fat binary of a file's images.
-    fn bind(&self, nvcc: &Nvcc, out: &Path, source: &Path) -> Result<(), String> {
+    fn bind(&self, nvcc: &Nvcc, out: &Path, source: &Source) -> Result<(), String> {
         let mut fat = OsString::from("--create=");
-        fat.push(out.join("card").join(stem(source)).with_extension("fatbin"));
+        let file = fat_binary(out, source);
+        let folder = file.parent().expect("a file lies in a folder");
+        std::fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        fat.push(file);
         let mut command = Command::new(nvcc.beside("fatbinary"));
         command.arg(fat).args(["-64", "-compress-all"]);
-        for (kind, extension, archs) in [("elf", "cubin", &self.archs.sass), ("ptx", "ptx", &self.archs.ptx)] {
+        let archs = source.archs(&self.archs);
+        for (kind, extension, archs) in [("elf", "cubin", &archs.sass), ("ptx", "ptx", &archs.ptx)] {
             for arch in archs {
                 let mut spec = OsString::from(format!("--image3=kind={kind},sm={arch},file="));
                 spec.push(image(out, source, arch, extension));
@@ -138,12 +165,12 @@ impl Card {
     }
 
     /// How many parameters each kernel of a file has. All its PTX must say the same.
-    fn parameters(&self, out: &Path, source: &Path) -> Result<BTreeMap<String, usize>, String> {
+    fn parameters(&self, out: &Path, source: &Source) -> Result<BTreeMap<String, usize>, String> {
         let mut found = BTreeMap::new();
         if self.nvcc.is_err() {
             return Ok(found);
         }
-        for arch in self.archs.all() {
+        for arch in source.archs(&self.archs).all() {
             let ptx = image(out, source, arch, "ptx");
             let text = std::fs::read_to_string(&ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
             for (entry, count) in ptx::parameters(&text).map_err(|error| format!("{}: {error}", ptx.display()))? {
@@ -163,24 +190,30 @@ impl Card {
             "/// The kernels of one .cu file.\n\
              #[derive(Clone, Copy, Debug)]\n\
              pub struct KernelFile {\n    \
-                 /// The file's name without its extension.\n    \
+                 /// The file's path below kernels/ without its extension: `linear`, `sm90/linear`.\n    \
                  pub name: &'static str,\n    \
-                 /// A fat binary, or a placeholder if not [`BUILT`].\n    \
-                 pub image: &'static [u8],\n    \
+                 /// What a card must be able to do to run them.\n    \
+                 pub isa: Isa,\n    \
+                 /// A fat binary, or a placeholder if not [`BUILT`]; `None`: no architecture of this build runs them.\n    \
+                 pub image: Option<&'static [u8]>,\n    \
                  /// Kernels and how many parameters each has, sorted by name; nothing if not [`BUILT`].\n    \
                  pub parameters: &'static [(&'static str, usize)],\n\
              }\n\n\
-             /// Sorted by name.\n\
+             /// The portable ones first, each kind sorted by name.\n\
              pub static KERNELS: &[KernelFile] = &[\n",
         );
         for source in &self.sources {
-            let name = stem(source);
+            let (name, isa) = (&source.name, source.isa());
             let image = match self.nvcc {
-                Ok(_) => format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/card/{name}.fatbin\"))"),
-                Err(_) => "b\"built without nvcc\"".to_owned(),
+                Ok(_) if source.archs(&self.archs).is_empty() => "None".to_owned(),
+                Ok(_) => format!("Some(include_bytes!(concat!(env!(\"OUT_DIR\"), \"/card/{name}.fatbin\")))"),
+                Err(_) => "Some(b\"built without nvcc\")".to_owned(),
             };
             let parameters: Vec<(String, usize)> = self.parameters(out, source)?.into_iter().collect();
-            let _ = writeln!(text, "    KernelFile {{ name: {name:?}, image: {image}, parameters: &{parameters:?} }},");
+            let _ = writeln!(
+                text,
+                "    KernelFile {{ name: {name:?}, isa: Isa::{isa}, image: {image}, parameters: &{parameters:?} }},"
+            );
         }
         let built = self.nvcc.is_ok();
         let _ = writeln!(text, "];\n\n/// Whether there was an nvcc.\npub const BUILT: bool = {built};");

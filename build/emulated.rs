@@ -1,6 +1,7 @@
-//! The emulated card: kernels/*.cu and kernels/emu/{machine,driver}/*.cpp with the host's C++ compiler, as libraries with the face of the
-//! driver's libcuda.so.1. In a build for tests there are three: `plain`, `race`, which reports unordered accesses to shared
-//! memory, and `sanitize`, under the address and undefined behaviour sanitizers.
+//! The emulated card: the kernels, those of one instruction set too, and kernels/emu/{machine,driver}/*.cpp with the host's
+//! C++ compiler, as libraries with the face of the driver's libcuda.so.1. In a build for tests there are three: `plain`,
+//! `race`, which reports unordered accesses to shared memory, and `sanitize`, under the address and undefined behaviour
+//! sanitizers.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -8,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::jobs::{self, Job, Log, run_tool, stem};
+use super::sources::Source;
 use super::toolchain::{self, HostCompiler};
 use super::variable;
 
@@ -48,28 +50,33 @@ pub struct Emulated {
     jobs: Vec<Job>,
 }
 
-pub fn plan(out: &Path, kernels: &[PathBuf], for_tests: bool) -> Result<Emulated, String> {
+pub fn plan(out: &Path, kernels: &[Source], for_tests: bool) -> Result<Emulated, String> {
     let compiler = compiler_for_target();
     let mut emulated = Emulated { compiler, variants: vec![], jobs: vec![] };
     let Ok(compiler) = &emulated.compiler else { return Ok(emulated) };
-    let machine = jobs::files_with_extension("kernels/emu/machine", "cpp")?;
-    let driver = jobs::files_with_extension("kernels/emu/driver", "cpp")?;
+    let named = |folder| -> Result<Vec<(PathBuf, String)>, String> {
+        let files = jobs::files_with_extension(folder, "cpp")?;
+        Ok(files.into_iter().map(|path| (path.clone(), stem(&path))).collect())
+    };
+    let kernels: Vec<_> = kernels.iter().map(|source| (source.path.clone(), source.name.clone())).collect();
+    let machine = named("kernels/emu/machine")?;
+    let driver = named("kernels/emu/driver")?;
     let variants = [PLAIN].into_iter().chain(FOR_TESTS.into_iter().filter(|_| for_tests));
     for variant in variants {
         let folder = out.join("emu-objects").join(variant.name);
         let before = emulated.jobs.len();
         // A kernel and a part of the emulator may have the same name, so each kind has its folder.
-        let kinds = [(kernels, "kernels", variant.kernel_flags), (&machine, "machine", &[]), (&driver, "driver", &[])];
+        let kinds = [(&kernels, "kernels", variant.kernel_flags), (&machine, "machine", &[]), (&driver, "driver", &[])];
         for (sources, kind, extra) in kinds {
             let mut arguments: Vec<OsString> = compiler.arguments.iter().map(OsString::from).collect();
             arguments.extend(FLAGS.iter().chain(variant.flags).chain(extra).map(OsString::from));
             arguments.extend(["-x", "c++", "-c"].map(OsString::from));
-            emulated.jobs.extend(sources.iter().map(|source| Job {
+            emulated.jobs.extend(sources.iter().map(|(source, name)| Job {
                 identity: compiler.version.clone(),
                 program: compiler.program.clone(),
                 arguments: arguments.clone(),
                 source: source.clone(),
-                output: folder.join(kind).join(stem(source)).with_extension("o"),
+                output: folder.join(kind).join(name).with_extension("o"),
                 second: None,
             }));
         }

@@ -162,6 +162,17 @@ pub fn files_with_extension(folder: &str, extension: &str) -> Result<Vec<PathBuf
     Ok(files)
 }
 
+/// The folders in a folder, sorted.
+pub fn folders(folder: &str) -> Result<Vec<PathBuf>, String> {
+    let cannot_read = |error| format!("cannot read {folder}: {error}");
+    let entries = fs::read_dir(folder).map_err(cannot_read)?;
+    let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(cannot_read));
+    let mut found =
+        paths.filter(|path| path.as_ref().map_or(true, |path| path.is_dir())).collect::<Result<Vec<_>, _>>()?;
+    found.sort();
+    Ok(found)
+}
+
 /// `kernels/norm.cu` -> `norm`.
 pub fn stem(source: &Path) -> String {
     source.file_stem().expect("a source file has a name").to_string_lossy().into_owned()

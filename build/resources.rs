@@ -1,9 +1,11 @@
 //! What a kernel takes of a multiprocessor, from what `ptxas -v` says while compiling.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 /// One kernel on one architecture.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Resources {
     pub arch: String,
     pub kernel: String,
@@ -76,6 +78,33 @@ pub fn parse(text: &str) -> Result<Vec<Resources>, String> {
         Some((kernel, arch)) => Err(format!("ptxas -v: the output ends before the registers of {kernel} on {arch}")),
         None => Ok(found),
     }
+}
+
+/// What ptxas says of code that runs, but at a fraction of the speed that it was written for: wgmma one after the other
+/// (C7510, C7512), setmaxnreg left out (C7508). The words are those of all such notes, the numbers are in case they change.
+const SLOWED_DOWN: [&str; 4] = ["Potential Performance Loss", "(C7508)", "(C7510)", "(C7512)"];
+
+/// What makes kernels much slower than they are written to be, a message each: registers spilled to memory, and what ptxas
+/// says it could not do as asked.
+pub fn slowed_down(text: &str, kernels: &[Resources]) -> Vec<String> {
+    let notes = text.lines().filter(|line| SLOWED_DOWN.iter().any(|note| line.contains(note)));
+    let spills = kernels.iter().filter(|kernel| kernel.spill_store_bytes + kernel.spill_load_bytes > 0).map(|kernel| {
+        let Resources { arch, kernel, registers, spill_store_bytes, spill_load_bytes, .. } = kernel;
+        format!(
+            "{kernel} for {arch} has {registers} registers and spills: {spill_store_bytes} bytes stored, \
+             {spill_load_bytes} loaded"
+        )
+    });
+    notes.map(|line| line.trim().to_owned()).chain(spills).collect()
+}
+
+/// A kernel's name that two files use: the program finds kernels by name alone.
+pub fn name_twice(found: &[(&Path, Resources)]) -> Option<String> {
+    let mut files: BTreeMap<&str, &Path> = BTreeMap::new();
+    found.iter().find_map(|(file, Resources { kernel, .. })| {
+        let first = *files.entry(kernel).or_insert(file);
+        (first != *file).then(|| format!("{kernel} is in {} and in {}", first.display(), file.display()))
+    })
 }
 
 fn unread(line: &str) -> String {

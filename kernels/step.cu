@@ -5,7 +5,7 @@
 constexpr int kThreads = 256;
 constexpr int kReduceThreads = 512;  // of the kernels with a block per image
 
-// The columns of a row of the table, as src/ops/step.rs writes them.
+// The columns of a row of the table, as src/ops/step/table.rs writes them.
 enum Column {
     kInputScale,
     kX0FromX,

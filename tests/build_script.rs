@@ -13,6 +13,8 @@ mod jobs;
 mod ptx;
 #[path = "../build/resources.rs"]
 mod resources;
+#[path = "../build/sources.rs"]
+mod sources;
 #[allow(dead_code)]
 #[path = "../build/toolchain.rs"]
 mod toolchain;
@@ -82,6 +84,47 @@ fn depfiles_as_compilers_write_them() {
     }
 }
 
+/// A folder `kernels` with these files.
+fn kernels_folder(files: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in files {
+        let path = folder.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "").unwrap();
+    }
+    folder
+}
+
+#[test]
+fn sources_are_for_every_card_or_for_one_instruction_set() {
+    let folder =
+        kernels_folder(&["norm.cu", "linear.cu", "sm90/linear.cu", "sm90/loop.cuh", "common/math.cuh", "emu/x.cpp"]);
+    let found = sources::find(folder.path().to_str().unwrap()).unwrap();
+    let archs = |source: &sources::Source, wanted| {
+        let own = source.archs(&archs::parse(wanted).unwrap());
+        (own.sass.join(","), own.ptx.join(","))
+    };
+    let names: Vec<(&str, &str)> = found.iter().map(|source| (&*source.name, source.isa())).collect();
+    assert_eq!(names, [("linear", "Sm80"), ("norm", "Sm80"), ("sm90/linear", "Sm90a")]);
+    assert_eq!(found[2].path, folder.path().join("sm90/linear.cu"));
+    let [portable, _, hopper] = &found[..] else { panic!("{found:?}") };
+    assert_eq!(archs(portable, "80,90a,ptx90a"), ("80,90a".into(), "90a".into()));
+    assert_eq!(archs(hopper, "80,90a"), ("90a".into(), "".into()), "and no PTX of 80");
+    assert_eq!(archs(hopper, "80,ptx90a"), ("".into(), "90a".into()));
+    for without in ["80", "80,90,100a", "ptx80"] {
+        assert_eq!(archs(hopper, without), ("".into(), "".into()), "{without}");
+        assert!(hopper.archs(&archs::parse(without).unwrap()).is_empty());
+    }
+    assert!(!portable.archs(&archs::parse("ptx80").unwrap()).is_empty());
+}
+
+#[test]
+fn a_kernel_that_nothing_would_compile_is_named() {
+    let folder = kernels_folder(&["norm.cu", "sm91/linear.cu"]);
+    let error = sources::find(folder.path().to_str().unwrap()).unwrap_err();
+    assert!(error.contains("sm91/linear.cu: nothing compiles this folder") && error.contains("sm90"), "{error}");
+}
+
 const PTXAS: &str = "\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'linear_bf16' for 'sm_90a'
@@ -120,6 +163,34 @@ fn resources_that_cannot_be_read() {
         let error = resources::parse(&text).unwrap_err();
         assert!(error.starts_with("ptxas -v"), "{from}: {error}");
     }
+}
+
+#[test]
+fn what_makes_kernels_slow_is_an_error() {
+    let clean =
+        PTXAS.replace("4 bytes spill stores, 12 bytes spill loads", "0 bytes spill stores, 0 bytes spill loads");
+    let slow = |text: &str| resources::slowed_down(text, &resources::parse(text).unwrap());
+    assert_eq!(slow(&clean), Vec::<String>::new());
+    let spills = "linear_bf16 for 90a has 127 registers and spills: 4 bytes stored, 12 loaded";
+    assert_eq!(slow(PTXAS), [spills]);
+    for note in [
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements.",
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x in 'f'",
+        "ptxas info    : (C7512) wgmma and other words",
+    ] {
+        assert_eq!(slow(&format!("{note}\n{clean}")), [note]);
+    }
+}
+
+#[test]
+fn a_kernels_name_is_in_one_file() {
+    let kernels = resources::parse(PTXAS).unwrap();
+    let in_file = |file: &'static str| kernels.iter().map(move |kernel| (Path::new(file), kernel.clone()));
+    // As for several architectures.
+    let mut found: Vec<_> = in_file("linear.cu").chain(in_file("linear.cu")).collect();
+    assert_eq!(resources::name_twice(&found), None);
+    found.extend(in_file("sm90/linear.cu"));
+    assert_eq!(resources::name_twice(&found).unwrap(), "linear_bf16 is in linear.cu and in sm90/linear.cu");
 }
 
 #[test]

@@ -116,7 +116,10 @@ fn a_driver_that_loads_no_kernels() {
     let folder = tempfile::tempdir().unwrap();
     let library = driver_with(folder.path(), 13_000, 0, 1, &more);
     match megafuse::runtime::cuda::KERNELS_BUILT {
-        true => refused("emu", Some(&library), &["cuda:0: cuModuleLoadData"]),
+        true => {
+            let parts = ["kernels/", ".cu: cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE", "MEGAFUSE_CUDA_ARCHS"];
+            refused("emu", Some(&library), &parts);
+        }
         false => refused("emu", Some(&library), &["holds no kernels", "tools/nvcc", "--device cpu"]),
     }
 }

@@ -19,12 +19,16 @@ const RESOURCES: &str = "75\ttest_heavy\t10\t0\t0\t0\t0\n75\ttest_twice\t99\t0\t
 const SANITIZERS: &str = "-fsanitize=address,undefined";
 
 /// Scenarios and the variables that they are about, `NAME=value` after MEGAFUSE_EMU_. The others run without any.
-const ENVIRONMENTS: [(&str, &[&str]); 15] = [
+const ENVIRONMENTS: [(&str, &[&str]); 21] = [
     ("attributes", &[]),
+    ("attributes", &["CAPABILITY=8.0"]),
     ("attributes", &["CAPABILITY=8.6"]),
-    ("attributes", &["CAPABILITY=9.0"]),
     ("failure_on_demand", &["FAIL_ALLOC=1"]),
+    ("instruction_sets", &[]),
+    ("instruction_sets", &["CAPABILITY=8.9"]),
     ("late_by_environment", &["ASYNC=late"]),
+    ("launch_attributes", &[]),
+    ("launch_attributes", &["CAPABILITY=8.0"]),
     ("launch_limits", &["CAPABILITY=8.6", "SCHEDULE=random"]),
     ("launch_limits", &["CAPABILITY=9.0", "SCHEDULE=reverse"]),
     ("memory_limit", &["MEMORY=4096"]),
@@ -34,7 +38,9 @@ const ENVIRONMENTS: [(&str, &[&str]); 15] = [
     ("mistyped_environment", &["MEMORY=-1"]),
     ("mistyped_environment", &["SCHEDULE=inorder"]),
     ("no_card_and_an_old_driver", &["DEVICES=0", "DRIVER_VERSION=12040"]),
+    ("no_tensor_maps", &["CAPABILITY=8.9"]),
     ("replay", &["SCHEDULE=run-ahead", "SEED=7"]),
+    ("resources", &["CAPABILITY=8.0"]),
 ];
 
 struct Program {

@@ -4,6 +4,18 @@
 //! The table holds for one version of nvcc, that of tools/nvcc, and for the default architectures; the rules for any.
 //! Without nvcc nothing is checked, and the test says so, unless CI is set: then it fails.
 
+#[allow(dead_code)]
+#[path = "../build/archs.rs"]
+mod archs;
+#[path = "../build/depfile.rs"]
+mod depfile;
+#[allow(dead_code)]
+#[path = "../build/jobs.rs"]
+mod jobs;
+#[allow(dead_code)]
+#[path = "../build/sources.rs"]
+mod sources;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -15,21 +27,27 @@ use rayon::prelude::*;
 
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/kernel_resources.tsv");
 const UPDATE: &str = "MEGAFUSE_UPDATE_KERNEL_RESOURCES";
-const COLUMNS: &str = "arch\tkernel\tthreads\tregisters\tstatic_shared\tblocks\tHMMA\tLDSM\tLDGSTS";
+const COLUMNS: &str =
+    "arch\tkernel\tthreads\tregisters\tstatic_shared\tblocks\tHMMA\tLDSM\tLDGSTS\tHGMMA\tUTMALDG\tUTMASTG";
 
-/// Instructions of the tensor cores (by warp, by warpgroup), of ldmatrix and of cp.async.
-const COUNTED: [&str; 4] = ["HMMA", "HGMMA", "LDSM", "LDGSTS"];
+/// Instructions of the tensor cores by warp (mma), ldmatrix, cp.async; of the tensor cores by warpgroup (wgmma; QGMMA is
+/// that of 8 bits), TMA's loads and stores.
+const COUNTED: [&str; 7] = ["HMMA", "LDSM", "LDGSTS", "HGMMA", "QGMMA", "UTMALDG", "UTMASTG"];
 /// Local memory, which is a spill or an array with an index unknown to the compiler.
 const LOCAL: [&str; 2] = ["STL", "LDL"];
 
 /// Kernels on the tensor cores, by name and dtype; but not those that only add up what others computed.
 const TENSOR_CORES: [&str; 3] = ["linear", "conv2d", "attention"];
 const SUMS: &str = "_join_";
+/// Files for Hopper: there the tensor cores read shared memory, and TMA fills it.
+const HOPPER: &str = "sm90/";
 /// Tensor-core kernels for rows that do not begin at 16 bytes, which cp.async cannot copy.
 const WITHOUT_CP_ASYNC: &str = "_general_";
 
 #[derive(Default)]
 struct Kernel {
+    /// Below kernels/, without the extension.
+    file: String,
     threads: u32,
     registers: u32,
     static_shared: u32,
@@ -86,30 +104,29 @@ fn compiled_kernels() -> Kernels {
         let kernel = kernels.entry((arch.to_string(), kernel.to_string())).or_default();
         *kernel = Kernel { registers, static_shared, local: [stores, loads, stack], ..Kernel::default() };
     }
+    let archs = archs::parse(env!("MEGAFUSE_CUDA_ARCHS")).expect("what the build says");
     let mut cubins = Vec::new();
-    for arch in env!("MEGAFUSE_CUDA_ARCHS").split(',').filter(|arch| !arch.starts_with("ptx")) {
-        for source in fs::read_dir("kernels").expect("tests run in the package's folder").flatten() {
-            let source = source.path();
-            if source.extension().is_some_and(|extension| extension == "cu") {
-                let stem = source.file_stem().expect("a name");
-                cubins.push((arch, out.join("card").join(arch).join(stem).with_extension("cubin")));
-            }
+    for source in sources::find("kernels").expect("tests run in the package's folder") {
+        for arch in source.archs(&archs).sass {
+            let cubin = out.join("card").join(&arch).join(&source.name).with_extension("cubin");
+            cubins.push((arch, source.name.clone(), cubin));
         }
     }
     let disassembled: Vec<_> = cubins
         .par_iter()
-        .map(|(arch, cubin)| {
+        .map(|(arch, file, cubin)| {
             let output = Command::new(nvcc.with_file_name("cuobjdump")).arg("-sass").arg(cubin).output();
             let output = output.unwrap_or_else(|error| panic!("cuobjdump: {error}; tools/nvcc installs it"));
             assert!(output.status.success(), "{}: {}", cubin.display(), String::from_utf8_lossy(&output.stderr));
             let instructions = count_instructions(&String::from_utf8_lossy(&output.stdout));
-            (*arch, instructions, launch_bounds(&read(&cubin.with_extension("ptx"))))
+            (arch, file, instructions, launch_bounds(&read(&cubin.with_extension("ptx"))))
         })
         .collect();
-    for (arch, instructions, threads) in disassembled {
+    for (arch, file, instructions, threads) in disassembled {
         for (name, count) in instructions {
-            let kernel = kernels.get_mut(&(arch.to_owned(), name.clone()));
+            let kernel = kernels.get_mut(&(arch.clone(), name.clone()));
             let kernel = kernel.unwrap_or_else(|| panic!("{name} for {arch} is not in resources.tsv"));
+            kernel.file.clone_from(file);
             kernel.threads = threads[&name];
             kernel.instructions = count;
         }
@@ -165,14 +182,18 @@ fn broken_rules(kernels: &Kernels) -> Vec<String> {
         require(stores + loads + stack + local == 0, &spills);
 
         let half = name.ends_with("_f16") || name.ends_with("_bf16");
-        let tensor_cores = count("HMMA") + count("HGMMA");
+        let (by_warp, by_warpgroup) = (count("HMMA"), count("HGMMA") + count("QGMMA"));
         if name.ends_with("_f32") {
-            require(tensor_cores == 0, "uses the tensor cores, whose f32 has 10 bits");
+            require(by_warp + by_warpgroup == 0, "uses the tensor cores, whose f32 has 10 bits");
         } else if half && !name.contains(SUMS) && TENSOR_CORES.iter().any(|family| name.starts_with(family)) {
-            require(tensor_cores > 0, "does not use the tensor cores");
-            require(count("LDSM") + count("HGMMA") > 0, "does not load fragments with ldmatrix");
-            let general = name.contains(WITHOUT_CP_ASYNC);
-            require(general || count("LDGSTS") > 0, "does not copy with cp.async");
+            if kernel.file.starts_with(HOPPER) {
+                require(by_warpgroup > 0 && by_warp == 0, "does not use the tensor cores by wgmma alone");
+                require(count("UTMALDG") > 0, "does not load with TMA");
+            } else {
+                require(by_warp > 0, "does not use the tensor cores");
+                require(count("LDSM") > 0, "does not load fragments with ldmatrix");
+                require(name.contains(WITHOUT_CP_ASYNC) || count("LDGSTS") > 0, "does not copy with cp.async");
+            }
         }
     }
     wrong
@@ -184,13 +205,11 @@ fn table(kernels: &Kernels) -> String {
     let _ = writeln!(text, "{COLUMNS}");
     for ((arch, name), kernel) in kernels {
         let Kernel { threads, registers, static_shared, .. } = kernel;
-        let count = |names: [&str; 2]| names.iter().filter_map(|name| kernel.instructions.get(*name)).sum::<u32>();
-        let [mma, ldmatrix, cp_async] = [["HMMA", "HGMMA"], ["LDSM", ""], ["LDGSTS", ""]].map(count);
-        let blocks = kernel.blocks(arch);
-        let _ = writeln!(
-            text,
-            "{arch}\t{name}\t{threads}\t{registers}\t{static_shared}\t{blocks}\t{mma}\t{ldmatrix}\t{cp_async}"
-        );
+        let count = |name| kernel.instructions.get(name).copied().unwrap_or(0);
+        let [mma, ldmatrix, cp_async, hgmma, qgmma, load, store] = COUNTED.map(count);
+        let (blocks, wgmma) = (kernel.blocks(arch), hgmma + qgmma);
+        let _ = write!(text, "{arch}\t{name}\t{threads}\t{registers}\t{static_shared}\t{blocks}\t");
+        let _ = writeln!(text, "{mma}\t{ldmatrix}\t{cp_async}\t{wgmma}\t{load}\t{store}");
     }
     text
 }
@@ -266,6 +285,19 @@ fn rules_are_enforced() {
         kernel("conv2d_join_bf16", &[]),
     ]);
     assert_eq!(broken_rules(&good), Vec::<String>::new());
+    let mut hopper = Kernels::from([
+        kernel("linear_128x160_bf16", &[("HGMMA", 2), ("UTMALDG", 1), ("UTMASTG", 1)]),
+        kernel("linear_128x160_e4m3_bf16", &[("QGMMA", 2), ("UTMALDG", 1)]),
+    ]);
+    hopper.values_mut().for_each(|kernel| kernel.file = "sm90/linear".into());
+    assert_eq!(broken_rules(&hopper), Vec::<String>::new());
+    hopper.values_mut().for_each(|kernel| kernel.instructions.retain(|name, _| name != "UTMALDG"));
+    assert!(broken_rules(&hopper).iter().all(|line| line.contains("does not load with TMA")));
+    hopper
+        .values_mut()
+        .for_each(|kernel| kernel.instructions = BTreeMap::from([("HMMA".into(), 1), ("UTMALDG".into(), 1)]));
+    assert!(broken_rules(&hopper).iter().all(|line| line.contains("does not use the tensor cores by wgmma alone")));
+    assert_eq!(broken_rules(&hopper).len(), 2);
     for (name, instructions, want) in [
         ("linear_64x64_bf16", &all[1..], "does not use the tensor cores"),
         ("attention_d64_f16", &all[..1], "does not load fragments"),

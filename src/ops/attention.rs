@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::cpu::gemm::{K_BLOCK, TILE_STRIDE};
 use super::cpu::kernels::Kernel;
 use super::cpu::math::{self, exp_nonpositive, simd};
-use super::{Tensor, by_dtype, cuda, float};
+use super::{Tensor, by_dtype, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -55,39 +55,40 @@ pub fn attention(args: Attention) -> Result<Tensor> {
         }
     };
     let Dims { n, images_per_kv, queries, keys, heads, head_dim } = dims;
-    let _timed = super::profile::scope(OP, &[n, queries, heads, head_dim]);
-    let mut y = Tensor::uninit(q.device(), &[n, queries, heads, head_dim], q.dtype())?;
-    if y.numel() > 0 && keys == 0 {
+    let shape = [n, queries, heads, head_dim];
+    if keys == 0 && !shape.contains(&0) {
         return Err(Error::argument(OP, "L_k", keys, "at least one key"));
     }
-    if let Device::Meta(meta) = y.device() {
-        let kv_bytes = 2 * (n / images_per_kv.max(1) * keys * heads * head_dim * y.dtype().size_bytes()) as u64;
-        meta.record(OP, OpKind::Attention, y.shape(), dims.work(causal, 2 * y.bytes() + kv_bytes));
-        return Ok(y);
+
+    let mut y = Tensor::uninit(q.device(), &shape, q.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
+    match q.device() {
+        Device::Meta(meta) => {
+            let kv_values = 2 * (n / images_per_kv.max(1)) * keys * heads * head_dim;
+            let bytes = 2 * y.bytes() + (kv_values * y.dtype().size_bytes()) as u64;
+            meta.record(OP, OpKind::Attention, y.shape(), dims.work(causal, bytes));
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(q.dtype(), T => attention_cpu::<T>(args, causal, &dims, &mut y)),
+        Device::Cuda(card) => cuda::attention::attention(card, args, causal, &dims, &mut y)?,
     }
-    if y.numel() == 0 {
-        return Ok(y);
-    }
-    if let Device::Cuda(device) = y.device().clone() {
-        cuda::attention::attention(&device, args, causal, &dims, &mut y)?;
-        return Ok(y);
-    }
-    by_dtype!(y.dtype(), T => {
-        // Rows of all heads, so the distance of two tokens' rows of one head.
-        let width = heads * head_dim;
-        let (q, k, v) = match args {
-            Attention::Packed { qkv, .. } => {
-                let part = |part| Tokens { data: qkv.cpu::<T>(), offset: part * width, stride: 3 * width };
-                (part(0), part(1), part(2))
-            }
-            Attention::Cross { q, kv } => {
-                let part = |part| Tokens { data: kv.cpu::<T>(), offset: part * width, stride: 2 * width };
-                (Tokens { data: q.cpu(), offset: 0, stride: width }, part(0), part(1))
-            }
-        };
-        forward(&dims, causal, [q, k, v], y.cpu_mut());
-    });
     Ok(y)
+}
+
+fn attention_cpu<T: Element>(args: Attention, causal: bool, dims: &Dims, y: &mut Tensor) {
+    // Rows of all heads, so the distance of two tokens' rows of one head.
+    let width = dims.heads * dims.head_dim;
+    let (q, k, v) = match args {
+        Attention::Packed { qkv, .. } => {
+            let part = |part| Tokens { data: qkv.cpu::<T>(), offset: part * width, stride: 3 * width };
+            (part(0), part(1), part(2))
+        }
+        Attention::Cross { q, kv } => {
+            let part = |part| Tokens { data: kv.cpu::<T>(), offset: part * width, stride: 2 * width };
+            (Tokens { data: q.cpu(), offset: 0, stride: width }, part(0), part(1))
+        }
+    };
+    forward(dims, causal, [q, k, v], y.cpu_mut());
 }
 
 #[derive(Clone, Copy)]

@@ -6,9 +6,8 @@ use rayon::prelude::*;
 use super::cpu::gemm::{self, Rows, Store};
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, OutputRows, math};
-use super::cuda;
 use super::cuda::conv::{Plan, Scratch};
-use super::{GroupNorm, GroupStatistics, Source, StepRows, Tensor, by_dtype, bytes_of};
+use super::{GroupNorm, GroupStatistics, Source, StepRows, Tensor, by_dtype, bytes_of, cuda, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -153,20 +152,20 @@ pub fn conv2d(args: Conv2d) -> Result<Tensor> {
 
 fn run(args: &Conv2d, g: &Geometry) -> Result<Tensor> {
     let x = args.x.first();
-    let shape = [g.images, g.output[0], g.output[1], g.outputs];
-    let _timed = super::profile::scope(OP, &shape);
-    let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
+    let mut y = Tensor::uninit(x.device(), &[g.images, g.output[0], g.output[1], g.outputs], x.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
             let plan = Plan::new(args, g);
             let _scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
-            meta.record(OP, OpKind::Conv, &shape, work(args, g, &plan, &y));
+            meta.record(OP, OpKind::Conv, y.shape(), work(args, g, &plan, &y));
         }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(args, g, &mut y)),
-        Device::Cuda(device) => {
+        Device::Cuda(card) => {
             let plan = Plan::new(args, g);
             let scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
-            cuda::conv::conv2d(device, args, g, &plan, scratch, &mut y)?;
+            cuda::conv::conv2d(card, args, g, &plan, scratch, &mut y)?;
         }
     }
     Ok(y)
@@ -299,9 +298,6 @@ fn work(args: &Conv2d, g: &Geometry, plan: &Plan, y: &Tensor) -> Work {
 const BAND_BYTES: usize = 128 << 20;
 
 fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
-    if y.numel() == 0 {
-        return;
-    }
     let epilogue = Epilogue {
         bias: args.bias.map(cpu::to_f32::<T>),
         row: args

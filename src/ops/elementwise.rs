@@ -1,8 +1,7 @@
 use rayon::prelude::*;
 
 use super::cpu::math;
-use super::cuda;
-use super::{Tensor, by_dtype, bytes_of, float};
+use super::{Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
@@ -38,15 +37,17 @@ pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
             "None, Silu, Gelu or QuickGelu; GEGLU is part of linear",
         ));
     }
+
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
-    if recorded(OP, &y, &[x], 4) {
-        return Ok(y);
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(x)], 4)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => {
+            map::<T, T>(x.cpu(), y.cpu_mut(), |values| math::activate(activation, values));
+        }),
+        Device::Cuda(card) => cuda::elementwise::activation(card, x, activation, &mut y)?,
     }
-    if let Device::Cuda(device) = x.device() {
-        cuda::elementwise::activation(device, x, activation, &mut y)?;
-        return Ok(y);
-    }
-    by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| math::activate(activation, values)));
     Ok(y)
 }
 
@@ -58,23 +59,25 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     const OP: &str = "add";
     float(OP, "a", a)?;
     b.expect(OP, "b", a.shape(), a.dtype(), a.device())?;
+
     let mut y = Tensor::uninit(a.device(), a.shape(), a.dtype())?;
-    if recorded(OP, &y, &[a, b], 1) {
-        return Ok(y);
+    let _timed = profile::scope(OP, y.shape());
+    match a.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(a), Some(b)], 1)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(a.dtype(), T => add_cpu::<T>(a, b, &mut y)),
+        Device::Cuda(card) => cuda::elementwise::add(card, a, b, &mut y)?,
     }
-    if let Device::Cuda(device) = a.device() {
-        cuda::elementwise::add(device, a, b, &mut y)?;
-        return Ok(y);
-    }
-    by_dtype!(a.dtype(), T => {
-        let (a, b) = (a.cpu::<T>(), b.cpu::<T>());
-        y.cpu_mut::<T>().par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK))).for_each(|(y, (a, b))| {
-            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                *y = T::from_f32(a.to_f32() + b.to_f32());
-            }
-        });
-    });
     Ok(y)
+}
+
+fn add_cpu<T: Element>(a: &Tensor, b: &Tensor, y: &mut Tensor) {
+    let (a, b) = (a.cpu::<T>(), b.cpu::<T>());
+    y.cpu_mut::<T>().par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK))).for_each(|(y, (a, b))| {
+        for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+            *y = T::from_f32(a.to_f32() + b.to_f32());
+        }
+    });
 }
 
 /// `min(max(x, low), high)`, same shape and dtype; NaN stays NaN.
@@ -86,17 +89,19 @@ pub fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     const OP: &str = "clamp";
     float(OP, "x", x)?;
     ordered(OP, "low, high", low, high)?;
+
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
-    if recorded(OP, &y, &[x], 2) {
-        return Ok(y);
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(x)], 2)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => {
+            map::<T, T>(x.cpu(), y.cpu_mut(), |values| {
+                values.iter_mut().for_each(|value| *value = value.clamp(low, high));
+            });
+        }),
+        Device::Cuda(card) => cuda::elementwise::clamp(card, x, low, high, &mut y)?,
     }
-    if let Device::Cuda(device) = x.device() {
-        cuda::elementwise::clamp(device, x, low, high, &mut y)?;
-        return Ok(y);
-    }
-    by_dtype!(x.dtype(), T => map::<T, T>(x.cpu(), y.cpu_mut(), |values| {
-        values.iter_mut().for_each(|value| *value = value.clamp(low, high));
-    }));
     Ok(y)
 }
 
@@ -125,24 +130,24 @@ pub fn scale_cast(x: &Tensor, scale: f32, shift: f32, dtype: DType, repeats: usi
         got: n as u128 * repeats as u128,
         limit: usize::MAX as u128,
     })?;
+
     let mut y = Tensor::uninit(x.device(), &shape, dtype)?;
-    if recorded(OP, &y, &[x], 2) {
-        return Ok(y);
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(x)], 2)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => by_dtype!(dtype, U => {
+            scale_cast_cpu::<T, U>(x, scale, shift, &mut y);
+        })),
+        Device::Cuda(card) => cuda::elementwise::scale_cast(card, x, scale, shift, repeats, &mut y)?,
     }
-    if let Device::Cuda(device) = x.device() {
-        cuda::elementwise::scale_cast(device, x, scale, shift, repeats, &mut y)?;
-        return Ok(y);
-    }
-    let count = x.numel();
-    if count == 0 {
-        return Ok(y);
-    }
-    by_dtype!(x.dtype(), T => by_dtype!(dtype, U => {
-        for part in y.cpu_mut::<U>().chunks_exact_mut(count) {
-            map::<T, U>(x.cpu(), part, |values| values.iter_mut().for_each(|value| *value = scale * *value + shift));
-        }
-    }));
     Ok(y)
+}
+
+fn scale_cast_cpu<T: Element, U: Element>(x: &Tensor, scale: f32, shift: f32, y: &mut Tensor) {
+    for part in y.cpu_mut::<U>().chunks_exact_mut(x.numel()) {
+        map::<T, U>(x.cpu(), part, |values| values.iter_mut().for_each(|value| *value = scale * *value + shift));
+    }
 }
 
 /// How many elements are NaN or infinite; 0 on the meta device. On a card one counter comes back to the host, which waits
@@ -153,22 +158,28 @@ pub fn scale_cast(x: &Tensor, scale: f32, shift: f32, dtype: DType, repeats: usi
 pub fn count_non_finite(x: &Tensor) -> Result<usize> {
     const OP: &str = "count_non_finite";
     float(OP, "x", x)?;
+
+    let _timed = profile::scope(OP, &[1]);
     match x.device() {
         Device::Meta(meta) => {
-            let work = Work { macs: 0, flops: x.numel() as u64, bytes: x.bytes(), launches: 1 };
-            meta.record(OP, OpKind::Elementwise, &[1], work);
+            let _counter = Tensor::zeros(x.device(), &[1], DType::U32)?;
+            let (flops, bytes) = (x.numel() as u64, x.bytes());
+            meta.record(OP, OpKind::Elementwise, &[1], Work { macs: 0, flops, bytes, launches: 1 });
             Ok(0)
         }
-        Device::Cuda(device) => {
+        Device::Cpu(_) | Device::Cuda(_) if x.numel() == 0 => Ok(0),
+        Device::Cpu(_) => Ok(by_dtype!(x.dtype(), T => count_non_finite_cpu::<T>(x))),
+        Device::Cuda(card) => {
             let mut counter = Tensor::zeros(x.device(), &[1], DType::U32)?;
-            cuda::elementwise::count_non_finite(device, x, &mut counter)?;
+            cuda::elementwise::count_non_finite(card, x, &mut counter)?;
             Ok(counter.to_device(&Device::cpu())?.cpu::<u32>()[0] as usize)
         }
-        Device::Cpu(_) => Ok(by_dtype!(x.dtype(), T => {
-            let count = |chunk: &[T]| chunk.iter().filter(|value| !value.to_f32().is_finite()).count();
-            x.cpu::<T>().par_chunks(CHUNK).map(count).sum()
-        })),
     }
+}
+
+fn count_non_finite_cpu<T: Element>(x: &Tensor) -> usize {
+    let count = |chunk: &[T]| chunk.iter().filter(|value| !value.to_f32().is_finite()).count();
+    x.cpu::<T>().par_chunks(CHUNK).map(count).sum()
 }
 
 /// `low <= high`, neither of them NaN.
@@ -176,14 +187,9 @@ pub(super) fn ordered(op: &'static str, arg: &'static str, low: f32, high: f32) 
     if low <= high { Ok(()) } else { Err(Error::argument(op, arg, format!("{low}, {high}"), "low <= high, not NaN")) }
 }
 
-/// On the meta device: records a pointwise op that reads `inputs`, writes `y` and spends `flops` an output element.
-fn recorded(op: &'static str, y: &Tensor, inputs: &[&Tensor], flops: u64) -> bool {
-    let Device::Meta(meta) = y.device() else { return false };
-    let inputs: Vec<Option<&Tensor>> = inputs.iter().map(|&x| Some(x)).collect();
-    let bytes = y.bytes() + bytes_of(&inputs);
-    let work = Work { macs: 0, flops: flops * y.numel() as u64, bytes, launches: 1 };
-    meta.record(op, OpKind::Elementwise, y.shape(), work);
-    true
+/// The work of one launch that reads `inputs`, writes `y` and spends `flops` per element of `y`.
+pub(super) fn pointwise(y: &Tensor, inputs: &[Option<&Tensor>], flops: u64) -> Work {
+    Work { macs: 0, flops: flops * y.numel() as u64, bytes: y.bytes() + bytes_of(inputs), launches: 1 }
 }
 
 /// `y = f(x)` in f32, a chunk at a time.

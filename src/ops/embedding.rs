@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::{Tensor, by_dtype, cuda, float};
+use super::{Tensor, by_dtype, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
@@ -22,36 +22,46 @@ pub fn embedding(ids: &Tensor, table: &Tensor, positions: &Tensor) -> Result<Ten
     if p < l {
         return Err(Error::shape(OP, "positions", positions, format!("at least {l} rows, one for every token")));
     }
+    check_ids(OP, ids, v)?;
+
     let mut y = Tensor::uninit(table.device(), &[n, l, c], table.dtype())?;
-    if let Device::Meta(meta) = y.device() {
-        // Of the two tables only the rows that are looked up move.
-        let bytes = ids.bytes() + 2 * y.bytes() + (l * c * y.dtype().size_bytes()) as u64;
-        let work = Work { macs: 0, flops: y.numel() as u64, bytes, launches: 1 };
-        meta.record(OP, OpKind::Elementwise, y.shape(), work);
-        return Ok(y);
+    let _timed = profile::scope(OP, y.shape());
+    match table.device() {
+        Device::Meta(meta) => {
+            let flops = y.numel() as u64;
+            // Of the two tables only the rows that are looked up move.
+            let bytes = ids.bytes() + 2 * y.bytes() + (l * c * y.dtype().size_bytes()) as u64;
+            meta.record(OP, OpKind::Elementwise, y.shape(), Work { macs: 0, flops, bytes, launches: 1 });
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(table.dtype(), T => embedding_cpu::<T>(ids, table, positions, &mut y)),
+        Device::Cuda(card) => cuda::embedding::embedding(card, ids, table, positions, &mut y)?,
     }
-    let host_ids = ids.to_device(&Device::cpu())?;
-    if let Some(&id) = host_ids.cpu::<u32>().iter().find(|&&id| id as usize >= v) {
-        return Err(Error::argument(OP, "ids", id, format!("token ids below the table's {v} rows")));
-    }
-    if y.numel() == 0 {
-        return Ok(y);
-    }
-    if let Device::Cuda(device) = y.device() {
-        cuda::embedding::embedding(&device.clone(), ids, table, positions, &mut y)?;
-        return Ok(y);
-    }
-    by_dtype!(y.dtype(), T => {
-        let (ids, table, positions) = (ids.cpu::<u32>(), table.cpu::<T>(), positions.cpu::<T>());
-        y.cpu_mut::<T>().par_chunks_mut(c).zip(ids).enumerate().for_each(|(token, (y, &id))| {
-            let row = &table[id as usize * c..][..c];
-            let position = &positions[token % l * c..][..c];
-            for ((y, a), b) in y.iter_mut().zip(row).zip(position) {
-                *y = T::from_f32(a.to_f32() + b.to_f32());
-            }
-        });
-    });
     Ok(y)
+}
+
+/// All ids are below the table's `rows`; on the meta device there are none to look at.
+fn check_ids(op: &'static str, ids: &Tensor, rows: usize) -> Result<()> {
+    if let Device::Meta(_) = ids.device() {
+        return Ok(());
+    }
+    let ids = ids.to_device(&Device::cpu())?;
+    match ids.cpu::<u32>().iter().find(|&&id| id as usize >= rows) {
+        None => Ok(()),
+        Some(id) => Err(Error::argument(op, "ids", id, format!("token ids below the table's {rows} rows"))),
+    }
+}
+
+fn embedding_cpu<T: Element>(ids: &Tensor, table: &Tensor, positions: &Tensor, y: &mut Tensor) {
+    let (l, c) = (ids.shape()[1], table.shape()[1]);
+    let (ids, table, positions) = (ids.cpu::<u32>(), table.cpu::<T>(), positions.cpu::<T>());
+    y.cpu_mut::<T>().par_chunks_mut(c).zip(ids).enumerate().for_each(|(token, (y, &id))| {
+        let row = &table[id as usize * c..][..c];
+        let position = &positions[token % l * c..][..c];
+        for ((y, a), b) in y.iter_mut().zip(row).zip(position) {
+            *y = T::from_f32(a.to_f32() + b.to_f32());
+        }
+    });
 }
 
 /// The UNet's sinusoid, as config.json describes it.
@@ -86,14 +96,24 @@ pub fn timestep_embedding(timesteps: &[f32], e: TimestepEmbedding, device: &Devi
     if !(denominator.is_finite() && denominator > 0.0) {
         return Err(Error::argument(OP, "freq_shift", e.freq_shift, format!("below dim / 2 = {half}")));
     }
-    let shape = [timesteps.len(), e.dim];
-    if let Device::Meta(meta) = device {
-        let y = Tensor::uninit(device, &shape, dtype)?;
-        let bytes = y.bytes() + size_of_val(timesteps) as u64;
-        // Computed on the host and uploaded: bytes, but no launch and none of the device's operations.
-        meta.record(OP, OpKind::Elementwise, &shape, Work { macs: 0, flops: 0, bytes, launches: 0 });
-        return Ok(y);
+
+    let mut y = Tensor::uninit(device, &[timesteps.len(), e.dim], dtype)?;
+    let _timed = profile::scope(OP, y.shape());
+    match device {
+        Device::Meta(meta) => {
+            // Computed on the host and uploaded: bytes, but no launch and none of the device's operations.
+            let bytes = y.bytes() + size_of_val(timesteps) as u64;
+            meta.record(OP, OpKind::Elementwise, y.shape(), Work { macs: 0, flops: 0, bytes, launches: 0 });
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) | Device::Cuda(_) => y.write_f32(&sinusoids(timesteps, e, denominator))?,
     }
+    Ok(y)
+}
+
+/// `[len, dim]`, row by row. `denominator`: of the exponent.
+fn sinusoids(timesteps: &[f32], e: TimestepEmbedding, denominator: f64) -> Vec<f32> {
+    let half = e.dim / 2;
     let frequencies: Vec<f32> = (0..half)
         .map(|j| {
             let exponent = -std::f64::consts::LN_10 as f32 * 4.0 * j as f32 / denominator as f32;
@@ -109,5 +129,5 @@ pub fn timestep_embedding(timesteps: &[f32], e: TimestepEmbedding, device: &Devi
             row[cos_at + j] = cos as f32;
         }
     }
-    Tensor::from_f32(device, &shape, dtype, &values)
+    values
 }

@@ -1,6 +1,6 @@
 use super::cpu::gemm::{self, Dense, Store};
 use super::cpu::{self, OutputRows, math};
-use super::{Activation, Tensor, by_dtype, bytes_of, float};
+use super::{Activation, Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -57,29 +57,27 @@ pub fn linear(args: Linear) -> Result<Tensor> {
         residual.expect(OP, "residual", &output_shape, x.dtype(), x.device())?;
     }
 
-    let _timed = super::profile::scope(OP, &output_shape);
     let mut y = Tensor::uninit(x.device(), &output_shape, x.dtype())?;
     let m: usize = leading.iter().product();
+    let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
             let macs = (m * weight_rows * k) as u64;
-            let a_row = weight_rows as u64 * u64::from(bias.is_some())
+            let per_row = weight_rows as u64 * u64::from(bias.is_some())
                 + n as u64 * (activation_flops(activation) + u64::from(residual.is_some()));
+            let flops = 2 * macs + m as u64 * per_row;
             let bytes = bytes_of(&[Some(x), Some(weight), bias, residual, Some(&y)]);
-            meta.record(
-                OP,
-                OpKind::Linear,
-                &output_shape,
-                Work { macs, flops: 2 * macs + m as u64 * a_row, bytes, launches: u64::from(y.numel() > 0) },
-            );
+            let launches = u64::from(y.numel() > 0);
+            meta.record(OP, OpKind::Linear, y.shape(), Work { macs, flops, bytes, launches });
         }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => linear_cpu::<T>(&args, [m, n, k], &mut y)),
-        Device::Cuda(device) => super::cuda::linear::linear(device, &args, [m, n, k], &mut y)?,
+        Device::Cuda(card) => cuda::linear::linear(card, &args, [m, n, k], &mut y)?,
     }
     Ok(y)
 }
 
-/// Flops an output element, counted by the formula with exp and erf as one each; GEGLU's includes the product.
+/// Flops per output element, counted by the formula with exp and erf as one each; GEGLU's includes the product.
 pub(super) fn activation_flops(activation: Activation) -> u64 {
     match activation {
         Activation::None => 0,

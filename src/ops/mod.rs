@@ -3,6 +3,15 @@
 //! A model calls the fused op; a device may split it. Layouts: activations `[N, H, W, C]`, tokens `[N, L, C]`, heads
 //! `[N, L, heads, head_dim]`, conv weights `[O, kh, kw, I]`, linear weights `[N, K]`. Inputs of one op share device and
 //! dtype unless said otherwise; accumulation and statistics are f32. Every op accepts empty batches.
+//!
+//! Every op is written alike, and [`rms_norm`] is the one to copy: it checks its arguments, allocates the result, opens a
+//! [`profile::scope`](profile) by its name and the result's shape, and asks the device with one `match`, whose arms are
+//! 1. the meta device, which records the op's [`Work`](crate::runtime::Work) by the same name and shape;
+//! 2. an empty result, for which nothing is left to do;
+//! 3. the cpu;
+//! 4. a card.
+//!
+//! Memory that a card needs beside the result is allocated at the head of its arm, and of the meta device's, which counts it.
 
 mod attention;
 #[doc(hidden)]

@@ -2,8 +2,7 @@ use rayon::prelude::*;
 
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, math};
-use super::cuda;
-use super::{Source, Tensor, by_dtype, bytes_of};
+use super::{Source, Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -69,31 +68,28 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
     const OP: &str = "group_norm";
     let dims = args.check(OP)?;
     let x = args.x.first();
-    let _timed = super::profile::scope(OP, &dims);
+
     let mut y = Tensor::uninit(x.device(), &dims, x.dtype())?;
-    let launches = cuda::norm::group_norm_launches(dims, args.groups);
-    let statistics = match x.device() {
-        Device::Cuda(_) | Device::Meta(_) if launches > 1 => {
-            Some(cuda::norm::Statistics::uninit(x.device(), dims, args.groups)?)
-        }
-        _ => None,
-    };
+    let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
-            let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)]);
+            let _scratch = cuda::norm::scratch(x.device(), dims, args.groups)?;
             let flops = args.flops_per_element() * y.numel() as u64;
-            meta.record(OP, OpKind::Norm, &dims, Work { macs: 0, flops, bytes, launches });
+            let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)]);
+            let launches = cuda::norm::group_norm_launches(dims, args.groups);
+            meta.record(OP, OpKind::Norm, y.shape(), Work { macs: 0, flops, bytes, launches });
         }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => group_norm_cpu::<T>(&args, dims, &mut y)),
-        Device::Cuda(device) => cuda::norm::group_norm(device, &args, dims, statistics, &mut y)?,
+        Device::Cuda(card) => {
+            let scratch = cuda::norm::scratch(x.device(), dims, args.groups)?;
+            cuda::norm::group_norm(card, &args, dims, scratch, &mut y)?;
+        }
     }
     Ok(y)
 }
 
 fn group_norm_cpu<T: Element>(args: &GroupNorm, dims: [usize; 4], y: &mut Tensor) {
-    if y.numel() == 0 {
-        return;
-    }
     let x = SourceRows::<T>::new(&args.x, dims);
     let affine = ChannelAffine::group_norm(&x, args);
     let rows = cpu::norm::rows_per_task(x.channels);
@@ -128,31 +124,31 @@ pub struct LayerNorm<'a> {
 pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
     const OP: &str = "layer_norm";
     let LayerNorm { x, gamma, beta, eps } = args;
-    super::float(OP, "x", x)?;
+    float(OP, "x", x)?;
     let Some(&c) = x.shape().last() else {
         return Err(Error::shape(OP, "x", x, "[..., C]"));
     };
     gamma.expect(OP, "gamma", &[c], x.dtype(), x.device())?;
     beta.expect(OP, "beta", &[c], x.dtype(), x.device())?;
     check_eps(OP, eps)?;
-    let _timed = super::profile::scope(OP, x.shape());
+
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
+            // As group norm without SiLU.
+            let flops = 8 * y.numel() as u64;
             let bytes = bytes_of(&[Some(x), Some(gamma), Some(beta), Some(&y)]);
-            let work = Work { macs: 0, flops: 8 * y.numel() as u64, bytes, launches: 1 };
-            meta.record(OP, OpKind::Norm, x.shape(), work);
+            meta.record(OP, OpKind::Norm, y.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => layer_norm_cpu::<T>(&args, c, &mut y)),
-        Device::Cuda(device) => cuda::norm::layer_norm(device, &args, c, &mut y)?,
+        Device::Cuda(card) => cuda::norm::layer_norm(card, &args, c, &mut y)?,
     }
     Ok(y)
 }
 
 fn layer_norm_cpu<T: Element>(args: &LayerNorm, c: usize, y: &mut Tensor) {
-    if y.numel() == 0 {
-        return;
-    }
     let (gamma, beta) = (cpu::to_f32::<T>(args.gamma), cpu::to_f32::<T>(args.beta));
     let rows = cpu::norm::rows_per_task(c) * c;
     let x = args.x.cpu::<T>();

@@ -1,10 +1,11 @@
 use rayon::prelude::*;
 
-use super::elementwise::{map, ordered};
-use super::{Tensor, by_dtype, bytes_of, cuda, float};
+use super::cuda::resize::{Finish, Passes};
+use super::elementwise::{map, ordered, pointwise};
+use super::{Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::names::named;
-use crate::runtime::{DType, Device, OpKind, Work};
+use crate::runtime::{DType, Device, Element, OpKind, Work};
 
 /// The relay's upsampler Phi (MegaFusion, arXiv:2408.11001, table 4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -62,24 +63,34 @@ pub fn resize(
     if let Some(relay) = &noise {
         relay.noise.expect(OP, "noise", &shape, DType::F32, x.device())?;
     }
+
+    let finish = Finish { low, high, noise };
     let mut y = Tensor::uninit(x.device(), &shape, x.dtype())?;
-    let Some(passes) = on_device(OP, x, &y, upsampler, false, noise.map(|relay| relay.noise))? else {
-        let per_image = size[0] * size[1] * c;
-        by_image(x, upsampler, &mut y, |mut image, [rows, columns], i| {
-            image = image.horizontal(columns, |sum| sum as f32).vertical(rows, |sum| sum as f32).sharpened(upsampler);
-            image.values.iter_mut().for_each(|value| *value = value.clamp(low, high));
-            if let Some(RelayNoise { noise, signal, sigma }) = noise {
-                let noise = &noise.cpu::<f32>()[i * per_image..][..per_image];
-                image.values.iter_mut().zip(noise).for_each(|(value, noise)| *value = signal * *value + sigma * noise);
-            }
-            image
-        });
-        return Ok(y);
-    };
-    if let Device::Cuda(device) = x.device() {
-        passes.resize(device, x, cuda::resize::Finish { low, high, noise }, &mut y)?;
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => {
+            let passes = Passes::uninit(x, &y, upsampler, false)?;
+            let noise = noise.map(|relay| relay.noise);
+            meta.record(OP, OpKind::Resize, y.shape(), work(x, noise, &y, upsampler, passes.launches()));
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => resize_cpu(x, upsampler, finish, &mut y),
+        Device::Cuda(card) => Passes::uninit(x, &y, upsampler, false)?.resize(card, x, finish, &mut y)?,
     }
     Ok(y)
+}
+
+fn resize_cpu(x: &Tensor, upsampler: Upsampler, Finish { low, high, noise }: Finish, y: &mut Tensor) {
+    let per_image = y.numel() / y.shape()[0];
+    by_image(x, upsampler, y, |mut image, [rows, columns], i| {
+        image = image.horizontal(columns, |sum| sum as f32).vertical(rows, |sum| sum as f32).sharpened(upsampler);
+        image.values.iter_mut().for_each(|value| *value = value.clamp(low, high));
+        if let Some(RelayNoise { noise, signal, sigma }) = noise {
+            let noise = &noise.cpu::<f32>()[i * per_image..][..per_image];
+            image.values.iter_mut().zip(noise).for_each(|(value, noise)| *value = signal * *value + sigma * noise);
+        }
+        image
+    });
 }
 
 /// [`resize`] as it happens to 8-bit RGB, for parity with code whose images pass through it: values in [-1, 1] are
@@ -93,58 +104,58 @@ pub fn resize(
 pub fn resize_u8(x: &Tensor, size: [usize; 2], upsampler: Upsampler) -> Result<Tensor> {
     const OP: &str = "resize_u8";
     let [n, _, _, c] = checked(OP, x, size)?;
+
     let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
-    let Some(passes) = on_device(OP, x, &y, upsampler, true, None)? else {
-        by_image(x, upsampler, &mut y, |mut image, [rows, columns], _| {
-            // `as u8` takes NaN to 0.
-            let quantise = |v: f32| f32::from(((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
-            image.values.iter_mut().for_each(|value| *value = quantise(*value));
-            image = if upsampler == Upsampler::BicubicTorch {
-                image.horizontal(columns, |sum| sum as f32).vertical(rows, level)
-            } else {
-                let (rows, columns) = (rows.fixed_point(), columns.fixed_point());
-                image.horizontal(&columns, fixed_point_level).vertical(&rows, fixed_point_level)
-            };
-            image = image.sharpened(upsampler);
-            image.values.iter_mut().for_each(|value| *value = 2.0 * (level(f64::from(*value)) / 255.0) - 1.0);
-            image
-        });
-        return Ok(y);
-    };
-    if let Device::Cuda(device) = x.device() {
-        passes.resize_u8(device, x, &mut y)?;
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => {
+            let passes = Passes::uninit(x, &y, upsampler, true)?;
+            meta.record(OP, OpKind::Resize, y.shape(), work(x, None, &y, upsampler, passes.launches()));
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => resize_u8_cpu(x, upsampler, &mut y),
+        Device::Cuda(card) => Passes::uninit(x, &y, upsampler, true)?.resize_u8(card, x, &mut y)?,
     }
     Ok(y)
 }
 
-/// The card's passes with their tables and intermediate images; recorded and allocated on the meta device, `None` on the
-/// cpu.
-fn on_device(
-    op: &'static str,
-    x: &Tensor,
-    y: &Tensor,
-    upsampler: Upsampler,
-    eight_bit: bool,
-    noise: Option<&Tensor>,
-) -> Result<Option<cuda::resize::Passes>> {
-    if let Device::Cpu(_) = x.device() {
-        return Ok(None);
+fn resize_u8_cpu(x: &Tensor, upsampler: Upsampler, y: &mut Tensor) {
+    by_image(x, upsampler, y, |mut image, [rows, columns], _| {
+        // `as u8` takes NaN to 0.
+        let quantise = |v: f32| f32::from(((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
+        image.values.iter_mut().for_each(|value| *value = quantise(*value));
+        image = if upsampler == Upsampler::BicubicTorch {
+            image.horizontal(columns, |sum| sum as f32).vertical(rows, level)
+        } else {
+            let (rows, columns) = (rows.fixed_point(), columns.fixed_point());
+            image.horizontal(&columns, fixed_point_level).vertical(&rows, fixed_point_level)
+        };
+        image = image.sharpened(upsampler);
+        image.values.iter_mut().for_each(|value| *value = 2.0 * (level(f64::from(*value)) / 255.0) - 1.0);
+        image
+    });
+}
+
+/// `x` and `y`: `[N, H, W, C]`.
+fn sizes(x: &Tensor, y: &Tensor) -> ([usize; 4], [usize; 4]) {
+    match (x.shape(), y.shape()) {
+        (&[n, h, w, c], &[_, to_h, to_w, _]) => ([n, h, w, c], [n, to_h, to_w, c]),
+        _ => unreachable!("both were checked"),
     }
-    let ([n, h, w, c], [_, to_h, to_w, _]) = (x.dims(op, "x")?, y.dims(op, "y")?);
-    let passes = cuda::resize::Passes::uninit(x, y, upsampler, eight_bit)?;
-    if let Device::Meta(meta) = x.device() {
-        let taps = |len, out| Filter::new(upsampler, len, out).taps.len();
-        let taps = h * taps(w, to_w) + to_w * taps(h, to_h) + to_h * to_w * upsampler.sharpening_taps();
-        let flops = (2 * n * c * taps) as u64 + if noise.is_some() { 3 * y.numel() as u64 } else { 0 };
-        let bytes = x.bytes() + y.bytes() + bytes_of(&[noise]);
-        meta.record(op, OpKind::Resize, y.shape(), Work { macs: 0, flops, bytes, launches: passes.launches() });
-    }
-    Ok(Some(passes))
+}
+
+/// Both passes, what follows them and the noise; tables and intermediate images are not counted as moved.
+fn work(x: &Tensor, noise: Option<&Tensor>, y: &Tensor, upsampler: Upsampler, launches: u64) -> Work {
+    let ([n, h, w, c], [_, to_h, to_w, _]) = sizes(x, y);
+    let taps = |len, out| Filter::new(upsampler, len, out).taps.len();
+    let taps = h * taps(w, to_w) + to_w * taps(h, to_h) + to_h * to_w * upsampler.sharpening_taps();
+    let flops = (2 * n * c * taps) as u64 + if noise.is_some() { 3 * y.numel() as u64 } else { 0 };
+    Work { macs: 0, flops, bytes: bytes_of(&[Some(x), noise, Some(y)]), launches }
 }
 
 /// On the cpu: `f` of every image of the batch, with the filters of rows and columns and the image's number.
 fn by_image(x: &Tensor, upsampler: Upsampler, y: &mut Tensor, f: impl Fn(Image, [&Filter; 2], usize) -> Image) {
-    let (&[n, h, w, c], &[_, to_h, to_w, _]) = (x.shape(), y.shape()) else { unreachable!("both were checked") };
+    let ([n, h, w, c], [_, to_h, to_w, _]) = sizes(x, y);
     let filters = [Filter::new(upsampler, h, to_h), Filter::new(upsampler, w, to_w)];
     let [rows, columns] = &filters;
     let (from, to) = (h * w * c, to_h * to_w * c);
@@ -162,31 +173,29 @@ fn by_image(x: &Tensor, upsampler: Upsampler, y: &mut Tensor, f: impl Fn(Image, 
 /// As [`resize`].
 pub fn resize_nearest(x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     const OP: &str = "resize_nearest";
-    let [n, h, w, c] = checked(OP, x, size)?;
+    let [n, _, _, c] = checked(OP, x, size)?;
+
     let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
-    if let Device::Meta(meta) = y.device() {
-        let work = Work { macs: 0, flops: 0, bytes: x.bytes() + y.bytes(), launches: 1 };
-        meta.record(OP, OpKind::Resize, y.shape(), work);
-        return Ok(y);
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Resize, y.shape(), pointwise(&y, &[Some(x)], 0)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => resize_nearest_cpu::<T>(x, &mut y)),
+        Device::Cuda(card) => cuda::resize::nearest(card, x, &mut y)?,
     }
-    if y.numel() == 0 {
-        return Ok(y);
-    }
-    if let Device::Cuda(device) = x.device() {
-        cuda::resize::nearest(device, x, &mut y)?;
-        return Ok(y);
-    }
-    let [rows, columns] = [nearest(h, size[0]), nearest(w, size[1])];
-    by_dtype!(x.dtype(), T => {
-        let x = x.cpu::<T>();
-        y.cpu_mut::<T>().par_chunks_mut(size[1] * c).enumerate().for_each(|(i, y)| {
-            let row = &x[(i / size[0] * h + rows[i % size[0]]) * w * c..][..w * c];
-            for (y, &column) in y.chunks_exact_mut(c).zip(&columns) {
-                y.copy_from_slice(&row[column * c..][..c]);
-            }
-        });
-    });
     Ok(y)
+}
+
+fn resize_nearest_cpu<T: Element>(x: &Tensor, y: &mut Tensor) {
+    let ([_, h, w, c], [_, to_h, to_w, _]) = sizes(x, y);
+    let [rows, columns] = [nearest(h, to_h), nearest(w, to_w)];
+    let x = x.cpu::<T>();
+    y.cpu_mut::<T>().par_chunks_mut(to_w * c).enumerate().for_each(|(i, y)| {
+        let row = &x[(i / to_h * h + rows[i % to_h]) * w * c..][..w * c];
+        for (y, &column) in y.chunks_exact_mut(c).zip(&columns) {
+            y.copy_from_slice(&row[column * c..][..c]);
+        }
+    });
 }
 
 /// `floor(i * len / out)` for every output index.
@@ -207,7 +216,7 @@ fn checked(op: &'static str, x: &Tensor, size: [usize; 2]) -> Result<[usize; 4]>
 }
 
 impl Upsampler {
-    /// Multiplications a pixel and channel that follow the resize.
+    /// Multiplications per pixel and channel that follow the resize.
     fn sharpening_taps(self) -> usize {
         match self {
             Upsampler::Bilinear | Upsampler::Bicubic | Upsampler::BicubicTorch => 0,

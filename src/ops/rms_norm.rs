@@ -2,7 +2,7 @@ use rayon::prelude::*;
 
 use super::cpu::{self, math};
 use super::norm::check_eps;
-use super::{Tensor, by_dtype, bytes_of, cuda, float};
+use super::{Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -33,25 +33,24 @@ pub fn rms_norm(args: RmsNorm) -> Result<Tensor> {
     };
     gamma.expect(OP, "gamma", &[c], x.dtype(), x.device())?;
     check_eps(OP, eps)?;
-    let _timed = super::profile::scope(OP, x.shape());
+
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
-            let bytes = bytes_of(&[Some(x), Some(gamma), Some(&y)]);
             // Square and add, scale, gamma.
-            let work = Work { macs: 0, flops: 4 * y.numel() as u64, bytes, launches: 1 };
-            meta.record(OP, OpKind::Norm, x.shape(), work);
+            let flops = 4 * y.numel() as u64;
+            let bytes = bytes_of(&[Some(x), Some(gamma), Some(&y)]);
+            meta.record(OP, OpKind::Norm, y.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => rms_norm_cpu::<T>(&args, c, &mut y)),
-        Device::Cuda(device) => cuda::rms_norm::rms_norm(device, &args, c, &mut y)?,
+        Device::Cuda(card) => cuda::rms_norm::rms_norm(card, &args, c, &mut y)?,
     }
     Ok(y)
 }
 
 fn rms_norm_cpu<T: Element>(args: &RmsNorm, c: usize, y: &mut Tensor) {
-    if y.numel() == 0 {
-        return;
-    }
     let gamma = cpu::to_f32::<T>(args.gamma);
     let rows = cpu::norm::rows_per_task(c) * c;
     let x = args.x.cpu::<T>();

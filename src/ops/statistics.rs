@@ -3,9 +3,10 @@
 
 use super::cpu::norm::{self, Moments, SourceRows};
 use super::cuda::norm::Statistics;
-use super::{ConvNorm, GroupNorm, Source, Tensor, by_dtype, bytes_of};
+use super::{ConvNorm, GroupNorm, Source, Tensor, by_dtype, bytes_of, profile};
 use crate::error::{Error, Result};
-use crate::runtime::{DType, Device, OpKind, Work};
+use crate::runtime::cuda::CudaDevice;
+use crate::runtime::{DType, Device, MetaDevice, OpKind, Work};
 
 const OP: &str = "group_norm_statistics";
 
@@ -84,11 +85,13 @@ pub struct GroupMoments<'a> {
     sums: Sums,
 }
 
+/// What was summed up so far, where the image is.
 #[derive(Debug)]
 enum Sums {
+    Meta(MetaDevice, Statistics),
     /// Of every group.
     Cpu(Vec<Moments>),
-    Card(Statistics),
+    Cuda(CudaDevice, Statistics),
 }
 
 impl<'a> GroupMoments<'a> {
@@ -105,12 +108,11 @@ impl<'a> GroupMoments<'a> {
             return Err(Error::Shape { op: OP, arg: "dims", got: dims.to_vec(), want });
         }
         norm.of(Source::One(&Tensor::uninit(&device, &[1, 0, w, c], dtype)?)).check(OP)?;
-        let (chunk, sums) = match device {
+        let room = || Statistics::uninit(&device, dims, norm.groups);
+        let (chunk, sums) = match &device {
+            Device::Meta(meta) => (Statistics::chunk(dims, norm.groups), Sums::Meta(meta.clone(), room()?)),
             Device::Cpu(_) => (norm::block_rows(c, h * w), Sums::Cpu(vec![Moments::default(); norm.groups])),
-            Device::Cuda(_) | Device::Meta(_) => {
-                let statistics = Statistics::uninit(&device, dims, norm.groups)?;
-                (Statistics::chunk(dims, norm.groups), Sums::Card(statistics))
-            }
+            Device::Cuda(card) => (Statistics::chunk(dims, norm.groups), Sums::Cuda(card.clone(), room()?)),
         };
         Ok(GroupMoments { norm, dims, dtype, device, chunk, done: 0, buffer: None, waiting: 0, sums })
     }
@@ -161,23 +163,25 @@ impl<'a> GroupMoments<'a> {
     fn sum(&mut self, x: &Tensor) -> Result<()> {
         let &[pixels, c] = x.shape() else { unreachable!("pixels of channels") };
         let x = x.reshape(&[1, 1, pixels, c])?;
-        let _timed = super::profile::scope(OP, x.shape());
         let norm = self.norm.of(Source::One(&x));
-        match (&mut self.sums, &self.device) {
-            (Sums::Cpu(moments), _) => by_dtype!(self.dtype, T => {
+
+        let _timed = profile::scope(OP, x.shape());
+        match &mut self.sums {
+            Sums::Meta(meta, _) => {
+                let (flops, bytes) = (4 * x.numel() as u64, bytes_of(&[Some(&x)]));
+                meta.record(OP, OpKind::Norm, x.shape(), Work { macs: 0, flops, bytes, launches: 1 });
+            }
+            Sums::Cpu(moments) => by_dtype!(self.dtype, T => {
                 norm::add_moments(&SourceRows::<T>::new(&norm.x, [1, 1, pixels, c]), 0, pixels, self.chunk, moments);
             }),
-            (Sums::Card(statistics), Device::Cuda(device)) => statistics.add(device, &norm, self.dims, self.done)?,
-            (Sums::Card(_), Device::Meta(meta)) => {
-                let work = Work { macs: 0, flops: 4 * x.numel() as u64, bytes: bytes_of(&[Some(&x)]), launches: 1 };
-                meta.record(OP, OpKind::Norm, x.shape(), work);
-            }
-            (Sums::Card(_), Device::Cpu(_)) => unreachable!("made for a card"),
+            Sums::Cuda(card, statistics) => statistics.add(card, &norm, self.dims, self.done)?,
         }
         self.done += pixels;
         Ok(())
     }
 
+    /// The statistics, once all rows were added.
+    ///
     /// # Errors
     /// [`Error::Argument`]: rows are missing; [`Error::Driver`].
     pub fn finish(self) -> Result<GroupStatistics> {
@@ -186,26 +190,26 @@ impl<'a> GroupMoments<'a> {
         if self.done != h * w {
             return Err(Error::argument(OP, "rows", rows, format!("all {h} rows of the image")));
         }
+        let (groups, dtype, device) = (self.norm.groups, self.dtype, self.device);
+
+        let _timed = profile::scope(OP, &[1, groups, 2]);
         let values = match self.sums {
-            Sums::Cpu(moments) => {
-                Values::Cpu(moments.into_iter().map(|moments| moments.finished(self.norm.eps)).collect())
-            }
-            Sums::Card(mut statistics) => {
-                match &self.device {
-                    Device::Cuda(device) => statistics.finish(device, self.norm.eps, self.dims)?,
-                    Device::Meta(meta) => {
-                        let launches = statistics.finish_launches();
-                        if launches > 0 {
-                            let work = Work { macs: 0, flops: 0, bytes: statistics.values.bytes(), launches };
-                            meta.record(OP, OpKind::Norm, statistics.values.shape(), work);
-                        }
-                    }
-                    Device::Cpu(_) => unreachable!("made for a card"),
+            Sums::Meta(meta, statistics) => {
+                let (bytes, launches) = (statistics.values.bytes(), statistics.finish_launches());
+                if launches > 0 {
+                    let work = Work { macs: 0, flops: 0, bytes, launches };
+                    meta.record(OP, OpKind::Norm, statistics.values.shape(), work);
                 }
                 Values::Card(statistics.values)
             }
+            Sums::Cpu(moments) => {
+                Values::Cpu(moments.into_iter().map(|moments| moments.finished(self.norm.eps)).collect())
+            }
+            Sums::Cuda(card, mut statistics) => {
+                statistics.finish(&card, self.norm.eps, self.dims)?;
+                Values::Card(statistics.values)
+            }
         };
-        let (groups, dtype, device) = (self.norm.groups, self.dtype, self.device);
         Ok(GroupStatistics { channels, groups, dtype, device, values })
     }
 }

@@ -6,27 +6,27 @@ use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows, Variant
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 #[derive(Clone, Copy, Debug)]
-struct Case {
+pub struct Case {
     /// N, H, W
-    input: [usize; 3],
+    pub input: [usize; 3],
     /// Of the first source; of the second, 0 for none.
-    channels: [usize; 2],
-    outputs: usize,
-    kernel: [usize; 2],
-    stride: usize,
-    dilation: usize,
-    padding: [usize; 4],
-    resize_to: Option<[usize; 2]>,
+    pub channels: [usize; 2],
+    pub outputs: usize,
+    pub kernel: [usize; 2],
+    pub stride: usize,
+    pub dilation: usize,
+    pub padding: [usize; 4],
+    pub resize_to: Option<[usize; 2]>,
     /// Of the norm, 0 for none.
-    groups: usize,
-    silu: bool,
-    bias: bool,
-    row: bool,
-    residual: bool,
-    scale: f32,
+    pub groups: usize,
+    pub silu: bool,
+    pub bias: bool,
+    pub row: bool,
+    pub residual: bool,
+    pub scale: f32,
 }
 
-const PLAIN: Case = Case {
+pub const PLAIN: Case = Case {
     input: [1, 5, 7],
     channels: [3, 0],
     outputs: 5,
@@ -44,22 +44,22 @@ const PLAIN: Case = Case {
 };
 
 /// The tensors of a case.
-struct Inputs {
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    bias: Tensor,
-    row: Tensor,
-    step: StepIndex,
+pub struct Inputs {
+    pub a: Tensor,
+    pub b: Tensor,
+    pub weight: Tensor,
+    pub gamma: Tensor,
+    pub beta: Tensor,
+    pub bias: Tensor,
+    pub row: Tensor,
+    pub step: StepIndex,
     /// Conditioning rows of a step.
-    rows: usize,
-    residual: Tensor,
+    pub rows: usize,
+    pub residual: Tensor,
 }
 
 impl Inputs {
-    fn new(device: &Device, case: &Case, dtype: DType) -> Inputs {
+    pub fn new(device: &Device, case: &Case, dtype: DType) -> Inputs {
         let mut random = Random::new(17);
         let [n, h, w] = case.input;
         let [c_a, c_b] = case.channels;
@@ -85,7 +85,7 @@ impl Inputs {
         inputs
     }
 
-    fn args(&self, case: &Case) -> Conv2d<'_> {
+    pub fn args(&self, case: &Case) -> Conv2d<'_> {
         Conv2d {
             x: if case.channels[1] > 0 { Source::Two(&self.a, &self.b) } else { Source::One(&self.a) },
             weight: &self.weight,

@@ -11,6 +11,7 @@ mod elementwise;
 mod linear;
 mod norm;
 mod peaks;
+mod profile;
 mod resize;
 mod rms_norm;
 mod sampler;

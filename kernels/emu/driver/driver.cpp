@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <iterator>
 
 namespace emu::driver {
 
@@ -78,7 +79,9 @@ static const Card kCards[] = {
     {8, 9, 128, 99 << 10, 100 << 10, 1536, 24, 72 << 20, 2520000, 10501000, 384, "emulated sm_89 card"},
     {9, 0, 132, 227 << 10, 228 << 10, 2048, 32, 50 << 20, 1980000, 2619000, 5120, "emulated sm_90 card"},
 };
-static const Card* chosen_card = &kCards[1];
+// The newest: it runs the kernels of every instruction set, so that one run tests them all. The portable ones under the
+// tighter limits of an older card, and the choices that ops make there, are a run of their own (tools/emulated sm80).
+static const Card* chosen_card = std::end(kCards) - 1;
 
 const Card& card() { return *chosen_card; }
 
@@ -142,6 +145,18 @@ static bool choose_card() {
 extern uint64_t failing_creation;  // memory.cpp
 static uint64_t devices = 1, driver_version = 13000;
 
+// Kernels are found by name alone, so one name for two would test one of them.
+static bool names_are_unique() {
+    std::unordered_map<std::string, const char*> files;
+    for (const Kernel* kernel = first_kernel(); kernel; kernel = kernel->next) {
+        const auto [other, fresh] = files.emplace(kernel->name, kernel->file);
+        if (fresh) continue;
+        say(CUDA_ERROR_INVALID_IMAGE, "the kernel %s is in %s and in %s", kernel->name, kernel->file, other->second);
+        return false;
+    }
+    return true;
+}
+
 // False, with the reason on stderr: a mistyped setting must not run as another one.
 static bool read_environment() {
     uint64_t memory = kDefaultMemory;
@@ -197,6 +212,7 @@ EMU_EXPORT CUresult cuInit(unsigned flags) {
         if (flags) return refuse(CUDA_ERROR_INVALID_VALUE, "cuInit takes no flags");
         if (state().initialised) return CUDA_SUCCESS;
         if (!read_environment()) return refuse(CUDA_ERROR_INVALID_VALUE, "a MEGAFUSE_EMU_ variable has no such value");
+        if (!names_are_unique()) return CUDA_ERROR_INVALID_IMAGE;
         if (devices == 0) return refuse(CUDA_ERROR_NO_DEVICE, "MEGAFUSE_EMU_DEVICES=0");
         emu::set_allocation_lookup(look_up);
         atexit(check_at_exit);
@@ -362,7 +378,7 @@ EMU_EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribut
             case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: *value = c.blocks_per_multiprocessor; break;
             case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: *value = 1024; break;
             case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
-            case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: *value = 0; break;
+            case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: *value = c.major >= 9; break;
             case CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED: *value = c.major >= 9; break;
             default:
                 // What the card cannot do, or nobody here asks: zero, as for an absent feature.

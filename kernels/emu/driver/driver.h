@@ -6,7 +6,8 @@
 //   queue.cpp    operations: what was asked for, in which order it may happen, when it does
 //   stream.cpp   streams and events
 //   copy.cpp     copies and memsets
-//   module.cpp   modules, functions, launches and their limits
+//   module.cpp   modules, functions, launches with their attributes and limits
+//   tensor_map.cpp   tensor maps for TMA
 //   graph.cpp    stream capture, graphs
 //
 // Time. A call that is asynchronous on a card only appends an Operation here. Operations run on the thread that waits
@@ -21,7 +22,7 @@
 // returns it until the context is reset or released, as on a card.
 //
 // The environment, read by cuInit, beside what emu.h lists:
-//   MEGAFUSE_EMU_CAPABILITY=8.0      the card: 7.5, 8.0, 8.6, 8.9 or 9.0, with its limits
+//   MEGAFUSE_EMU_CAPABILITY=9.0      the card: 7.5, 8.0, 8.6, 8.9 or 9.0 (the default), with its limits
 //   MEGAFUSE_EMU_MEMORY=bytes        its memory, 16 GiB if not set
 //   MEGAFUSE_EMU_FAIL_ALLOC=n        the n-th memory, stream, event, graph or module fails with out of memory, once
 //   MEGAFUSE_EMU_DEVICES=0           no card: cuInit is CUDA_ERROR_NO_DEVICE
@@ -128,7 +129,8 @@ void release_all_memory();
 // ---- modules and launches (module.cpp) ----
 
 void release_all_modules();
-// A launch as work that can be queued or recorded, checked as the driver checks it when the call is made; and back.
+// A launch as work that can be queued or recorded, checked as the driver checks it when the call is made; and back. `work`
+// is the kernel's node whose attributes are kept, or null.
 CUresult prepare_launch(const CUDA_KERNEL_NODE_PARAMS& params, WorkRef& work);
 void describe_launch(Work& work, CUDA_KERNEL_NODE_PARAMS& params, std::vector<void*>& pointers);
 // The launch that ran last, for messages: "launch 17, add_bf16".

@@ -465,7 +465,7 @@ EMU_EXPORT CUresult cuGraphKernelNodeSetParams_v2(CUgraphNode handle, const CUDA
         if (!node || !params || node->work->type() != CU_GRAPH_NODE_TYPE_KERNEL) {
             return refuse(CUDA_ERROR_INVALID_VALUE, "no such kernel node");
         }
-        WorkRef work;
+        WorkRef work = node->work;
         if (const CUresult e = prepare_launch(*params, work)) return e;
         node->work = work;
         return CUDA_SUCCESS;
@@ -508,7 +508,7 @@ EMU_EXPORT CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec handle, CUgrap
         }
         auto& target = executable->nodes[executable->index[node]];
         if (target.work->type() != CU_GRAPH_NODE_TYPE_KERNEL) return refuse(CUDA_ERROR_INVALID_VALUE, "no kernel node");
-        WorkRef work;
+        WorkRef work = target.work;
         if (const CUresult e = prepare_launch(*params, work)) return e;
         target.work = work;
         return CUDA_SUCCESS;

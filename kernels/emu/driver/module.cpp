@@ -1,5 +1,5 @@
 // Modules, functions and launches. A module's image is not looked at: the kernels are the ones this library was built
-// from. What the image would say of a kernel's resources comes from resources.tsv beside the library, where the build
+// from. Those of one architecture's folder have no code for other cards, which here shows when the kernel is asked for. What the image would say of a kernel's resources comes from resources.tsv beside the library, where the build
 // made one, a line a kernel and architecture with a tab between the fields:
 //   arch kernel registers static_shared_bytes spill_store_bytes spill_load_bytes stack_bytes
 #include "driver.h"
@@ -56,6 +56,11 @@ static const std::unordered_map<std::string, Resources>& resource_table() {
         return all;
     }();
     return *table;
+}
+
+// Whether this card has the instructions of a kernel; folders below kernels/ as build/sources.rs lists them.
+static bool has_instructions_of(const Kernel& kernel) {
+    return !strstr(kernel.file, "kernels/sm90/") || (card().major == 9 && card().minor == 0);
 }
 
 static Resources resources_of(const char* kernel) {
@@ -124,12 +129,18 @@ struct LaunchWork : Work {
     const Kernel* kernel;
     dim3 grid, block;
     unsigned shared;
-    std::vector<unsigned char> arguments;
+    LaunchAttributes attributes;
+    // As a card's constant bank holds them: a parameter may want an alignment of 64.
+    struct alignas(64) Line {
+        unsigned char bytes[64];
+    };
+    std::vector<Line> lines;
 
     CUgraphNodeType type() const override { return CU_GRAPH_NODE_TYPE_KERNEL; }
+    unsigned char* arguments() { return reinterpret_cast<unsigned char*>(lines.data()); }
     std::vector<void*> pointers() {
         std::vector<void*> all;
-        for (unsigned i = 0; i < kernel->param_count; i++) all.push_back(arguments.data() + kernel->params[i].offset);
+        for (unsigned i = 0; i < kernel->param_count; i++) all.push_back(arguments() + kernel->params[i].offset);
         return all;
     }
     CUresult check_addresses(std::vector<AllocationRef>& used);
@@ -143,7 +154,7 @@ CUresult LaunchWork::check_addresses(std::vector<AllocationRef>& used) {
         const Param& param = kernel->params[i];
         for (uint32_t at = 0; at + 8 <= param.size; at += 8) {
             uintptr_t word;
-            memcpy(&word, arguments.data() + param.offset + at, sizeof word);
+            memcpy(&word, arguments() + param.offset + at, sizeof word);
             if (word == 0) continue;
             if (const AllocationRef allocation = find_allocation_or_end(word)) {
                 used.push_back(allocation);
@@ -168,7 +179,7 @@ CUresult LaunchWork::run() {
     if (const CUresult e = check_addresses(used)) return e;
     std::vector<void*> params = pointers();
     params.push_back(nullptr);
-    const int errors = emu::launch(kernel->fn, grid, block, shared, params.data());
+    const int errors = emu::launch(kernel->fn, grid, block, shared, params.data(), attributes);
     if (errors) {
         return fault(CUDA_ERROR_LAUNCH_FAILED,
                      "%s: failed, grid %ux%ux%u, block %ux%ux%u, %u bytes of dynamic shared memory: %s", text, grid.x,
@@ -220,14 +231,15 @@ static CUresult check_launch(const CUfunc_st& f, dim3 grid, dim3 block, unsigned
 }
 
 // Copies arguments given as pointers, one for each, or as one packed buffer in `extra`.
-static CUresult copy_arguments(const CUfunc_st& f, void** params, void** extra, std::vector<unsigned char>& arguments) {
-    arguments.assign(f.parameter_bytes(), 0);
+static CUresult copy_arguments(const CUfunc_st& f, void** params, void** extra, LaunchWork& work) {
+    const size_t wanted = f.parameter_bytes();
+    work.lines.assign((wanted + sizeof(LaunchWork::Line) - 1) / sizeof(LaunchWork::Line), {});
     if (f.kernel->param_count == 0) return CUDA_SUCCESS;
     if (params && extra) return refuse(CUDA_ERROR_INVALID_VALUE, "%s: both kernelParams and extra", f.kernel->name);
     if (params) {
         for (unsigned i = 0; i < f.kernel->param_count; i++) {
             if (!params[i]) return say(CUDA_ERROR_INVALID_VALUE, "%s: argument %u is missing", f.kernel->name, i);
-            memcpy(arguments.data() + f.kernel->params[i].offset, params[i], f.kernel->params[i].size);
+            memcpy(work.arguments() + f.kernel->params[i].offset, params[i], f.kernel->params[i].size);
         }
         return CUDA_SUCCESS;
     }
@@ -237,12 +249,75 @@ static CUresult copy_arguments(const CUfunc_st& f, void** params, void** extra, 
         if (extra[0] == CU_LAUNCH_PARAM_BUFFER_POINTER) buffer = extra[1];
         if (extra[0] == CU_LAUNCH_PARAM_BUFFER_SIZE) bytes = *static_cast<size_t*>(extra[1]);
     }
-    if (!buffer || bytes < arguments.size()) {
-        return say(CUDA_ERROR_INVALID_VALUE, "%s: %zu bytes of arguments for %zu", f.kernel->name, bytes,
-                   arguments.size());
+    if (!buffer || bytes < wanted) {
+        return say(CUDA_ERROR_INVALID_VALUE, "%s: %zu bytes of arguments for %zu", f.kernel->name, bytes, wanted);
     }
-    memcpy(arguments.data(), buffer, arguments.size());
+    memcpy(work.arguments(), buffer, wanted);
     return CUDA_SUCCESS;
+}
+
+// Blocks that a cluster of any card can have; more needs an attribute of the function, which is not emulated.
+static const uint32_t kLargestCluster = 8;
+
+static CUresult check_cluster(const char* name, dim3 grid, const uint32_t (&cluster)[3]) {
+    const auto& [x, y, z] = cluster;
+    if (x == 1 && y == 1 && z == 1) return CUDA_SUCCESS;
+    if (card().major < 9) return say(CUDA_ERROR_NOT_SUPPORTED, "%s: an %s has no clusters", name, card().name);
+    if (x == 0 || y == 0 || z == 0 || uint64_t(x) * y > kLargestCluster || uint64_t(x) * y * z > kLargestCluster) {
+        return say(CUDA_ERROR_INVALID_CLUSTER_SIZE, "%s: a cluster of %ux%ux%u blocks; 1 to %u", name, x, y, z,
+                   kLargestCluster);
+    }
+    if (grid.x % x || grid.y % y || grid.z % z) {
+        return say(CUDA_ERROR_INVALID_CLUSTER_SIZE, "%s: a grid of %ux%ux%u blocks is not whole clusters of %ux%ux%u", name,
+                   grid.x, grid.y, grid.z, x, y, z);
+    }
+    return CUDA_SUCCESS;
+}
+
+static CUresult read_attributes(const char* name, const CUlaunchConfig& config, LaunchAttributes& attributes) {
+    if (config.numAttrs && !config.attrs) return say(CUDA_ERROR_INVALID_VALUE, "%s: attrs is missing", name);
+    for (unsigned i = 0; i < config.numAttrs; i++) {
+        const CUlaunchAttributeValue& value = config.attrs[i].value;
+        const int id = int(config.attrs[i].id);
+        switch (id) {
+            case CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION:
+                attributes.cluster[0] = value.clusterDim.x;
+                attributes.cluster[1] = value.clusterDim.y;
+                attributes.cluster[2] = value.clusterDim.z;
+                break;
+            case CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION:
+                // An older card does not overlap launches.
+                attributes.dependent = value.programmaticStreamSerializationAllowed && card().major >= 9;
+                break;
+            case CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
+                if (value.sharedMemCarveout > 100) {
+                    return say(CUDA_ERROR_INVALID_VALUE, "%s: a carve-out of %u percent", name, value.sharedMemCarveout);
+                }
+                break;
+            case CU_LAUNCH_ATTRIBUTE_COOPERATIVE:
+                if (value.cooperative) {
+                    return say(CUDA_ERROR_NOT_SUPPORTED, "%s: cooperative launches are not emulated", name);
+                }
+                break;
+            // Hints, which change no result.
+            case CU_LAUNCH_ATTRIBUTE_IGNORE:
+            case CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW:
+            case CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE:
+            case CU_LAUNCH_ATTRIBUTE_PRIORITY:
+            case CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN_MAP:
+            case CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN:
+            case CU_LAUNCH_ATTRIBUTE_NVLINK_UTIL_CENTRIC_SCHEDULING: break;
+            case CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_EVENT:
+            case CU_LAUNCH_ATTRIBUTE_PREFERRED_CLUSTER_DIMENSION:
+            case CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT:
+            case CU_LAUNCH_ATTRIBUTE_DEVICE_UPDATABLE_KERNEL_NODE:
+                return say(CUDA_ERROR_NOT_SUPPORTED, "%s: launch attribute %d is not emulated", name, id);
+            case CU_LAUNCH_ATTRIBUTE_SYNCHRONIZATION_POLICY:
+                return say(CUDA_ERROR_INVALID_VALUE, "%s: launch attribute %d is one of streams", name, id);
+            default: return say(CUDA_ERROR_INVALID_VALUE, "%s: there is no launch attribute %d", name, id);
+        }
+    }
+    return check_cluster(name, dim3(config.gridDimX, config.gridDimY, config.gridDimZ), attributes.cluster);
 }
 
 // A launch as work, with everything checked that the driver checks when the call is made.
@@ -251,7 +326,7 @@ static CUresult prepare(CUfunction function, dim3 grid, dim3 block, unsigned sha
     if (!known(function)) return unknown_function("cuLaunchKernel");
     if (const CUresult e = check_launch(*function, grid, block, shared)) return e;
     work = std::make_shared<LaunchWork>();
-    if (const CUresult e = copy_arguments(*function, params, extra, work->arguments)) return e;
+    if (const CUresult e = copy_arguments(*function, params, extra, *work)) return e;
     work->function = function;
     work->kernel = function->kernel;
     work->grid = grid;
@@ -262,11 +337,16 @@ static CUresult prepare(CUfunction function, dim3 grid, dim3 block, unsigned sha
 
 CUresult prepare_launch(const CUDA_KERNEL_NODE_PARAMS& p, WorkRef& work) {
     std::shared_ptr<LaunchWork> launch;
-    const CUresult e =
-        prepare(p.func, dim3(p.gridDimX, p.gridDimY, p.gridDimZ), dim3(p.blockDimX, p.blockDimY, p.blockDimZ),
-                p.sharedMemBytes, p.kernelParams, p.extra, launch);
+    const dim3 grid(p.gridDimX, p.gridDimY, p.gridDimZ);
+    if (const CUresult e = prepare(p.func, grid, dim3(p.blockDimX, p.blockDimY, p.blockDimZ), p.sharedMemBytes,
+                                   p.kernelParams, p.extra, launch)) {
+        return e;
+    }
+    // The parameters of a node say nothing of its attributes: they stay.
+    if (work) launch->attributes = static_cast<LaunchWork&>(*work).attributes;
+    if (const CUresult e = check_cluster(launch->kernel->name, grid, launch->attributes.cluster)) return e;
     work = launch;
-    return e;
+    return CUDA_SUCCESS;
 }
 
 void describe_launch(Work& work, CUDA_KERNEL_NODE_PARAMS& p, std::vector<void*>& pointers) {
@@ -281,12 +361,14 @@ void describe_launch(Work& work, CUDA_KERNEL_NODE_PARAMS& p, std::vector<void*>&
     p.ctx = primary_context();
 }
 
-static CUresult launch(CUfunction function, dim3 grid, dim3 block, unsigned shared, CUstream handle, void** params,
-                       void** extra) {
-    CUstream_st* stream = find_stream(handle);
+static CUresult launch(CUfunction function, const CUlaunchConfig& config, void** params, void** extra) {
+    CUstream_st* stream = find_stream(config.hStream);
     if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "cuLaunchKernel: no such stream");
     std::shared_ptr<LaunchWork> work;
-    if (const CUresult e = prepare(function, grid, block, shared, params, extra, work)) return e;
+    const dim3 grid(config.gridDimX, config.gridDimY, config.gridDimZ);
+    const dim3 block(config.blockDimX, config.blockDimY, config.blockDimZ);
+    if (const CUresult e = prepare(function, grid, block, config.sharedMemBytes, params, extra, work)) return e;
+    if (const CUresult e = read_attributes(work->kernel->name, config, work->attributes)) return e;
     if (!stream->capture) state().single_launches++;
     return submit(stream, work);
 }
@@ -352,6 +434,11 @@ EMU_EXPORT CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module, con
             if (!kernel) {
                 it->second->functions.erase(name);
                 return refuse(CUDA_ERROR_NOT_FOUND, "no kernel is called %s", name);
+            }
+            if (!has_instructions_of(*kernel)) {
+                it->second->functions.erase(name);
+                return say(CUDA_ERROR_NO_BINARY_FOR_GPU, "%s of %s is for sm_90a; this is an %s", name, kernel->file,
+                           card().name);
             }
             function = std::make_unique<CUfunc_st>();
             function->module = module;
@@ -460,28 +547,14 @@ EMU_EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigne
                                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                                    CUstream stream, void** params, void** extra) {
     return api(Needs::Context, [&] {
-        return launch(function, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, stream, params,
-                      extra);
+        const CUlaunchConfig config{grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, nullptr, 0};
+        return launch(function, config, params, extra);
     });
 }
 
 EMU_EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** params, void** extra) {
     return api(Needs::Context, [&]() -> CUresult {
-        if (!config) return CUDA_ERROR_INVALID_VALUE;
-        for (unsigned i = 0; i < config->numAttrs; i++) {
-            const CUlaunchAttribute& attribute = config->attrs[i];
-            const bool cluster =
-                int(attribute.id) == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION &&
-                attribute.value.clusterDim.x * attribute.value.clusterDim.y * attribute.value.clusterDim.z > 1;
-            const bool cooperative =
-                int(attribute.id) == CU_LAUNCH_ATTRIBUTE_COOPERATIVE && attribute.value.cooperative;
-            if (cluster || cooperative) {
-                return say(CUDA_ERROR_NOT_SUPPORTED, "clusters and cooperative launches are not emulated");
-            }
-        }
-        return launch(function, dim3(config->gridDimX, config->gridDimY, config->gridDimZ),
-                      dim3(config->blockDimX, config->blockDimY, config->blockDimZ), config->sharedMemBytes,
-                      config->hStream, params, extra);
+        return config ? launch(function, *config, params, extra) : refuse(CUDA_ERROR_INVALID_VALUE, "no configuration");
     });
 }
 
@@ -546,34 +619,27 @@ EMU_EXPORT CUresult cuOccupancyMaxPotentialBlockSize(int* grid, int* block, CUfu
     return cuOccupancyMaxPotentialBlockSizeWithFlags(grid, block, function, shared_of_block, dynamic_shared, limit, 0);
 }
 
-EMU_EXPORT CUresult cuOccupancyMaxActiveClusters(int*, CUfunction, const CUlaunchConfig*) {
-    return api(Needs::Context, [] { return say(CUDA_ERROR_NOT_SUPPORTED, "clusters are not emulated"); });
-}
-
-EMU_EXPORT CUresult cuOccupancyMaxPotentialClusterSize(int*, CUfunction, const CUlaunchConfig*) {
-    return api(Needs::Context, [] { return say(CUDA_ERROR_NOT_SUPPORTED, "clusters are not emulated"); });
-}
-
-// ---- tensor maps ----
-
-EMU_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                           const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
-                                           const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
-                                           CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                                           CUtensorMapFloatOOBfill) {
+// As many clusters as there is room for on all multiprocessors; how they are grouped is not modelled.
+EMU_EXPORT CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const CUlaunchConfig* config) {
     return api(Needs::Context, [&]() -> CUresult {
-        static const int kElementBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // by data type
-        if (!map || !dims || !box || !element_strides || rank < 1 || rank > 5 || int(type) < 0 || int(type) > 12) {
-            return refuse(CUDA_ERROR_INVALID_VALUE, "cuTensorMapEncodeTiled");
-        }
-        for (uint32_t i = 0; i < rank; i++) {
-            if (element_strides[i] != 1)
-                return say(CUDA_ERROR_NOT_SUPPORTED, "element strides other than 1 are not emulated");
-        }
-        if (int(interleave) != 0) return say(CUDA_ERROR_NOT_SUPPORTED, "interleaved tensor maps are not emulated");
-        const int failed = emu::tensor_map_encode(reinterpret_cast<emu::TensorMap*>(map), kElementBytes[int(type)],
-                                                  int(rank), address, dims, strides, box, int(swizzle));
-        return failed ? refuse(CUDA_ERROR_INVALID_VALUE, "cuTensorMapEncodeTiled: a rule of tensor maps is broken")
-                      : CUDA_SUCCESS;
+        if (!known(function)) return unknown_function("cuOccupancyMaxActiveClusters");
+        if (!clusters || !config) return CUDA_ERROR_INVALID_VALUE;
+        emu::LaunchAttributes attributes;
+        if (const CUresult e = read_attributes(function->kernel->name, *config, attributes)) return e;
+        const uint64_t threads = uint64_t(config->blockDimX) * config->blockDimY * config->blockDimZ;
+        const int blocks = blocks_per_multiprocessor(*function, int(std::min<uint64_t>(threads, 1025)), config->sharedMemBytes);
+        const auto& [x, y, z] = attributes.cluster;
+        *clusters = blocks * card().multiprocessors / int(x * y * z);
+        return CUDA_SUCCESS;
+    });
+}
+
+EMU_EXPORT CUresult cuOccupancyMaxPotentialClusterSize(int* size, CUfunction function, const CUlaunchConfig* config) {
+    return api(Needs::Context, [&]() -> CUresult {
+        if (!known(function)) return unknown_function("cuOccupancyMaxPotentialClusterSize");
+        if (!size || !config) return CUDA_ERROR_INVALID_VALUE;
+        if (card().major < 9) return say(CUDA_ERROR_NOT_SUPPORTED, "an %s has no clusters", card().name);
+        *size = int(kLargestCluster);
+        return CUDA_SUCCESS;
     });
 }

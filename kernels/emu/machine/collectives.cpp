@@ -444,17 +444,57 @@ static T atomic(T* p, T (*combine)(T, T), T operand) {
 
 uint32_t atomic32(uint32_t* p, Combine32 combine, uint32_t operand, Loc loc) {
     check_atomic(p, 4, loc);
+    if constexpr (kRace) race::relaxed_at(p);
     return atomic(p, combine, operand);
 }
 
 uint64_t atomic64(uint64_t* p, uint64_t (*combine)(uint64_t, uint64_t), uint64_t operand, Loc loc) {
     check_atomic(p, 8, loc);
+    if constexpr (kRace) race::relaxed_at(p);
     return atomic(p, combine, operand);
 }
 
 uint32_t compare_and_swap32(uint32_t* p, uint32_t expected, uint32_t desired, Loc loc) {
     check_atomic(p, 4, loc);
+    if constexpr (kRace) race::relaxed_at(p);
     __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     return expected;
+}
+
+// ---- between blocks ----
+
+uint32_t add_acq_rel(uint32_t* p, uint32_t operand, Loc loc) {
+    check_atomic(p, 4, loc);
+    if constexpr (kRace) {
+        race::acquire_at(p);
+        race::release_at(p, false);
+    }
+    return __atomic_fetch_add(p, operand, __ATOMIC_ACQ_REL);
+}
+
+// Who finds what he found before waits for somebody: the others go on.
+uint32_t load_acquire(const uint32_t* p, Loc loc) {
+    check_atomic(p, 4, loc);
+    Thread& me = self();
+    uint32_t value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    if (me.acquired_from == p && me.acquired == value) {
+        poll("ld_acquire", loc);
+        value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    }
+    me.acquired_from = p;
+    me.acquired = value;
+    if constexpr (kRace) race::acquire_at(p);
+    return value;
+}
+
+void store_release(uint32_t* p, uint32_t value, Loc loc) {
+    check_atomic(p, 4, loc);
+    if constexpr (kRace) race::release_at(p, true);
+    __atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
+void thread_fence(Loc) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if constexpr (kRace) race::thread_fence();
 }
 }  // namespace emu

@@ -3,7 +3,7 @@
 //
 //   types.h           vector types, f16, bf16, arithmetic               seen by kernels
 //   emu.h             launches; primitives, where CUDA and device.cuh name them
-//   hopper.h          mbarrier, TMA                                     seen by kernels with common/hopper.cuh
+//   hopper.h          mbarrier, TMA, clusters                           seen by kernels with common/hopper.cuh
 //   wgmma.h           a warpgroup's words                               seen by kernels with common/wgmma.cuh
 //   machine.h         one block on one worker thread                     internal
 //   launch.cpp        kernel table, configuration, worker pool, messages
@@ -11,11 +11,12 @@
 //   collectives.cpp   block barriers, warp shuffles, ldmatrix, mma, atomics
 //   async.cpp         cp.async
 //   fault.cpp         illegal addresses
-//   hopper.cpp        mbarrier, TMA in tile mode
-//   wgmma.cpp         a warpgroup's products
+//   cluster.cpp       clusters: their barrier, shared memory of other blocks, dependent launches
+//   hopper.cpp        mbarrier, TMA
+//   wgmma.cpp         a warpgroup's products and registers
 //   race.cpp          the race detector, in builds with -DEMU_RACE
 //
-// A block is one thread of the host, its threads are fibers: a thread runs until it waits for others. Which warp goes
+// A cluster, mostly of one block, is one thread of the host, its threads are fibers: a thread runs until it waits for others. Which warp goes
 // next, which lane of it first and when an asynchronous copy lands is decided by Config, the same way for the same seed
 // and whatever the number of workers. Whatever the card leaves undefined or punishes is an error that ends the launch.
 //
@@ -97,9 +98,15 @@ const Kernel* find_registered(const char* name);     // or null
 const Kernel* find_registered(Thunk fn);             // or null
 Thunk find(const char* name);                        // or null
 
+// What cuLaunchKernelEx says beyond the shape: blocks of a cluster along each dimension, which divide the grid's, at most 8
+// in all; whether the launch may begin before the previous one has ended (programmatic stream serialization).
+struct LaunchAttributes {
+    uint32_t cluster[3] = {1, 1, 1};
+    bool dependent = false;
+};
 // Runs the whole grid. 0: done; negative: refused before anything ran; positive: number of errors and races.
 // `params[i]` points to the value of parameter i; `smem` is the dynamic shared memory in bytes. Launches wait for each other.
-int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params);
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params, const LaunchAttributes& attributes = {});
 // What went wrong in the latest launch of this host thread, a line each; empty if nothing did.
 const char* last_error();
 
@@ -113,6 +120,10 @@ void set_allocation_lookup(AllocationLookup lookup);
 struct TensorMap;
 int tensor_map_encode(TensorMap* map, int element_bytes, int rank, void* base, const uint64_t* dim,
                       const uint64_t* stride_bytes, const uint32_t* box, int swizzle);
+// What cuTensorMapEncodeIm2col does. The corners are of the spatial dimensions, 1 to rank - 2, the element strides of all.
+int tensor_map_encode_im2col(TensorMap* map, int element_bytes, int rank, void* base, const uint64_t* dim,
+                             const uint64_t* stride_bytes, const int* lower_corner, const int* upper_corner,
+                             uint32_t channels, uint32_t pixels, const uint32_t* element_strides, int swizzle);
 
 struct Stats {
     uint64_t switches, barriers, warp_ops, mma, wgmma, ldsm, ldsm_wavefronts, tma, races, errors;
@@ -155,6 +166,12 @@ using Combine32 = uint32_t (*)(uint32_t old, uint32_t operand);
 uint32_t atomic32(uint32_t* p, Combine32 combine, uint32_t operand, Loc loc);
 uint64_t atomic64(uint64_t* p, uint64_t (*combine)(uint64_t, uint64_t), uint64_t operand, Loc loc);
 uint32_t compare_and_swap32(uint32_t* p, uint32_t expected, uint32_t desired, Loc loc);
+// Between blocks: an atomic that releases what its thread knows and acquires what others released there, a load that
+// acquires, a store that releases, and the fence that makes relaxed atomics after it release, before it acquire.
+uint32_t add_acq_rel(uint32_t* p, uint32_t operand, Loc loc);
+uint32_t load_acquire(const uint32_t* p, Loc loc);
+void store_release(uint32_t* p, uint32_t value, Loc loc);
+void thread_fence(Loc loc);
 
 // ---- registration ----
 
@@ -211,7 +228,7 @@ constexpr int warpSize = 32;
 
 static inline void __syncthreads(EMU_LOC) { emu::barrier(0, 0, true, loc); }
 static inline void __syncwarp(uint32_t mask = ~0u, EMU_LOC) { emu::syncwarp(mask, loc); }
-static inline void __threadfence() {}
+static inline void __threadfence(EMU_LOC) { emu::thread_fence(loc); }
 static inline void __threadfence_block() {}
 
 namespace emu {

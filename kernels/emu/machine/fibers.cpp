@@ -1,6 +1,7 @@
 // Threads of a block as fibers: context switch, stacks, the scheduler, the life of a thread, shared memory.
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdarg>
 
@@ -108,10 +109,11 @@ static inline void go_to(Stack& from, void** save, Stack& to, void* sp) {
 }
 
 static void go_to_main(Stack& from) {
+    const Machine& first = *machine->cluster->block[0];
 #ifdef EMU_ASAN
-    __sanitizer_start_switch_fiber(&from.fake_stack, machine->main_low, machine->main_bytes);
+    __sanitizer_start_switch_fiber(&from.fake_stack, first.main_low, first.main_bytes);
 #endif
-    emu_switch(&from.sp, machine->main_sp);
+    emu_switch(&from.sp, first.main_sp);
 #ifdef EMU_ASAN
     __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
@@ -186,13 +188,93 @@ static unsigned nth_bit(uint32_t mask, unsigned n) {
     return unsigned(std::countr_zero(mask));
 }
 
-// Takes the thread that goes next out of the ready ones; null: none is ready.
-Thread* schedule(Machine& m) {
-    while (!m.tma.empty() && (!m.ready_warps || (m.async == Mixed && m.random() % 4 == 0))) {
-        land_tma(m, m.async == Mixed ? m.random() % m.tma.size() : 0);
+static bool any_ready(const Cluster& c) {
+    for (unsigned rank = 0; rank < c.size; rank++) {
+        if (c.block[rank]->ready_warps) return true;
     }
+    return false;
+}
+
+// One copy into a block's shared memory lands. False: none is under way.
+static bool land_one(Cluster& c, bool at_random) {
+    const unsigned first = at_random && c.size > 1 ? c.block[0]->random() % c.size : 0;
+    for (unsigned i = 0; i < c.size; i++) {
+        Machine& m = *c.block[(first + i) % c.size];
+        if (m.tma.empty()) continue;
+        land_tma(m, at_random ? c.block[0]->random() % m.tma.size() : 0);
+        return true;
+    }
+    return false;
+}
+
+static void land_at_random(Cluster& c) {
+    Machine& first = *c.block[0];
+    for (unsigned rank = 0; rank < c.size; rank++) {
+        Machine& m = *c.block[rank];
+        while (!m.tma.empty() && first.random() % 4 == 0) land_tma(m, first.random() % m.tma.size());
+        while (!m.stores.empty() && first.random() % 4 == 0) step_store(m, first.random() % m.stores.size());
+    }
+}
+
+// Those who poll go on when nobody else can. After many rounds in which nobody else could they are stuck: soon, if no other
+// worker runs blocks of the launch, else after some seconds.
+static void wake_pollers(Cluster& c) {
+    if (c.woken_pollers == 0) c.fruitless_polls = 0;
+    if (c.woken_pollers > 0) c.woken_pollers--;
+    constexpr unsigned kFewPolls = 1000, kMostPolls = 100'000;
+    if (c.pollers.empty() || any_ready(c)) return;
+    if (++c.fruitless_polls > kFewPolls) {
+        if (*machine->workers_at_work == 1 || c.fruitless_polls > kMostPolls) return;
+        usleep(100);
+    }
+    for (Thread* thread : c.pollers) thread->home->make_ready_thread(thread->index);
+    c.woken_pollers = unsigned(c.pollers.size());
+    c.pollers.clear();
+}
+
+// The block that goes next; it has a ready warp.
+static Machine& next_block(Cluster& c) {
+    const auto ready = [&](unsigned rank) { return c.block[rank]->ready_warps != 0; };
+    Machine& first = *c.block[0];
+    if (c.size == 1) return first;
+    unsigned rank = c.current;
+    switch (first.sched) {
+        case InOrder:
+            while (!ready(rank)) rank = (rank + 1) % c.size;
+            break;
+        case Reverse:
+            rank = c.size - 1;
+            while (!ready(rank)) rank--;
+            break;
+        case Random:
+            if (!ready(rank) || first.random() % 4 == 0) {
+                do {
+                    rank = first.random() % c.size;
+                } while (!ready(rank));
+            }
+            break;
+        case RunAhead: {
+            unsigned i = 0;
+            while (!ready(c.order[i])) i++;
+            rank = c.order[i];
+        }
+    }
+    c.current = rank;
+    return *c.block[rank];
+}
+
+// Takes the thread that goes next out of the ready ones of the cluster; null: none is ready.
+Thread* schedule(Machine& of_cluster) {
+    Cluster& c = *of_cluster.cluster;
+    if (!c.alive) return nullptr;
+    const bool mixed = of_cluster.async == Mixed;
+    if (mixed) land_at_random(c);
+    while (!any_ready(c) && land_one(c, mixed)) {
+    }
+    if (!c.pollers.empty()) wake_pollers(c);
+    if (!any_ready(c)) return nullptr;
+    Machine& m = next_block(c);
     const uint32_t warps = m.ready_warps;
-    if (!warps) return nullptr;
     unsigned warp = m.current_warp;
     switch (m.sched) {
         case InOrder:
@@ -233,7 +315,7 @@ Thread* schedule(Machine& m) {
 
 // Leaves the block as it is; run_block makes new frames for the stacks that were in use.
 void abandon_block() {
-    machine->failed = true;
+    machine->cluster->failed = true;
     Stack nowhere;
     go_to_main(nowhere);
     __builtin_unreachable();
@@ -252,8 +334,10 @@ void die_with(Loc loc, const char* format, ...) {
 void die(const char* what, Loc loc) { die_with(loc, "%s", what); }
 
 // Lanes that wait at one place are one line.
-[[noreturn]] static void deadlock(Machine& m) {
+static std::string waiting_text(const Machine& m) {
     std::string lines;
+    char block[40] = "";
+    if (m.cluster->size > 1) snprintf(block, sizeof block, "block %u of the cluster, ", m.block_rank);
     for (unsigned w = 0; w < m.warps; w++) {
         uint32_t rest = m.warp[w].alive;
         while (rest) {
@@ -261,21 +345,29 @@ void die(const char* what, Loc loc) { die_with(loc, "%s", what); }
             uint32_t same = 0;
             for (uint32_t lanes = rest; lanes; lanes &= lanes - 1) {
                 const Thread& t = m.thread[w * 32 + unsigned(std::countr_zero(lanes))];
-                if (t.where.line == first.where.line && t.waiting_in == first.waiting_in) same |= 1u << t.lane;
+                const bool alike = t.where.line == first.where.line && t.waiting_in == first.waiting_in;
+                if (alike && (t.waiting_in != kMbarrierWait || t.waiting_for == first.waiting_for)) same |= 1u << t.lane;
             }
             rest &= ~same;
-            char line[320];
-            snprintf(line, sizeof line, "\n    warp %u, lanes %08x: %s at %s:%d", w, same, first.waiting_in,
+            char line[360];
+            snprintf(line, sizeof line, "\n    %swarp %u, lanes %08x: %s at %s:%d", block, w, same, first.waiting_in,
                      first.where.file, first.where.line);
             lines += line;
+            if (first.waiting_in == kMbarrierWait) lines += mbarrier_text(m, first);
         }
         const uint32_t left = m.warp[w].present & ~m.warp[w].alive;
         if (left) {
-            char line[80];
-            snprintf(line, sizeof line, "\n    warp %u, lanes %08x: left the kernel", w, left);
+            char line[120];
+            snprintf(line, sizeof line, "\n    %swarp %u, lanes %08x: left the kernel", block, w, left);
             lines += line;
         }
     }
+    return lines;
+}
+
+[[noreturn]] static void deadlock(const Cluster& c) {
+    std::string lines;
+    for (unsigned rank = 0; rank < c.size; rank++) lines += waiting_text(*c.block[rank]);
     report(Message::Error, "deadlock, every thread waits:%s", lines.c_str());
     abandon_block();
 }
@@ -284,8 +376,9 @@ void die(const char* what, Loc loc) { die_with(loc, "%s", what); }
 
 static inline void resume(Thread& me, Thread& next) {
     cur = &next;
+    machine = next.home;
     if (!next.stack) [[unlikely]] {
-        next.stack = &take_stack(*machine);
+        next.stack = &take_stack(*next.home);
         next.sp = next.stack->sp;
     }
     if (&next != &me) go_to(*me.stack, &me.sp, *next.stack, next.sp);
@@ -303,8 +396,13 @@ void wait_for_others(const char* what, Loc loc) {
         return resume(me, m.thread[m.current_warp * 32 + unsigned(std::countr_zero(from_offset))]);
     }
     Thread* next = schedule(m);
-    if (!next) deadlock(m);
+    if (!next) deadlock(*m.cluster);
     resume(me, *next);
+}
+
+void poll(const char* what, Loc loc) {
+    machine->cluster->pollers.push_back(&self());
+    wait_for_others(what, loc);
 }
 
 void yield_at_random(Machine& m) {
@@ -324,25 +422,34 @@ __attribute__((noinline)) static void run_thread() {
     m.kernel->fn(m.params);
     Thread& me = self();
     if (!me.group_ends.empty() || !me.copies.empty()) land_copies(me, uint32_t(me.copies.size()));
+    if (me.bulk_open || me.bulk_committed) check_stores_at_exit(me);
+    if (m.alive == 1) finish_block(m);
     m.alive--;
+    m.cluster->alive--;
     m.warp[me.warp].alive &= ~(1u << me.lane);
     lane_left(m, me);
+    thread_left(*m.cluster, me);
 }
 
 // Returns on this stack when `cur` is a thread that is to start here.
 __attribute__((noinline)) static void next_thread() {
-    Machine& m = *machine;
+    Machine& m = *machine;  // a stack stays with the block whose threads run on it
     Stack& mine = *self().stack;
     Thread* next = schedule(m);
-    if (next && !next->stack) {
+    if (next && !next->stack && next->home == &m) {
         next->stack = &mine;
         cur = next;
         return;
     }
-    if (!next && m.alive) deadlock(m);
+    if (!next && m.cluster->alive) deadlock(*m.cluster);
     m.free_stacks.push_back(&mine);
     if (!next) return go_to_main(mine);
     cur = next;
+    machine = next->home;
+    if (!next->stack) {
+        next->stack = &take_stack(*next->home);
+        next->sp = next->stack->sp;
+    }
     go_to(mine, &mine.sp, *next->stack, next->sp);
 }
 
@@ -364,16 +471,15 @@ static uint64_t mixed(uint64_t x) {
     return x ^ x >> 31;
 }
 
-void run_block(Machine& m, uint64_t block_number) {
+static void begin_block(Machine& m, uint3 block) {
     const dim3 grid = m.index.grid_dim;
-    m.block_number = block_number;
-    m.index.block = {unsigned(block_number % grid.x), unsigned(block_number / grid.x % grid.y),
-                     unsigned(block_number / (uint64_t(grid.x) * grid.y))};
+    const uint64_t number = (uint64_t(block.z) * grid.y + block.y) * grid.x + block.x;
+    m.index.block = block;
     m.alive = m.threads;
-    m.failed = false;
+    m.has_met = false;
     m.sched = config.sched;
     m.async = config.async;
-    m.random_state = mixed(config.seed * 0x9E3779B97F4A7C15ull + block_number + 1) | 1;
+    m.random_state = mixed(config.seed * 0x9E3779B97F4A7C15ull + number + 1) | 1;
     m.current_warp = 0;
     m.lane_offset = 0;
     m.stays = m.sched == InOrder || m.sched == Random;
@@ -411,22 +517,50 @@ void run_block(Machine& m, uint64_t block_number) {
         t.copies.clear();
         t.group_ends.clear();
         t.first_copy = t.first_group = t.committed_groups = 0;
+        t.bulk_open = t.bulk_committed = t.bulk_read = 0;
+        t.cluster_arrivals = t.cluster_waits = 0;
+        t.acquired_from = nullptr;
     }
-    if constexpr (kRace) race::begin_block(m);
+}
+
+// Blocks of a cluster are neighbours; their rank counts along x first, as blocks do in the grid.
+void run_cluster(Machine& m, uint64_t number, const uint32_t (&shape)[3]) {
+    Cluster& c = *m.cluster;
+    c.number = number;
+    reset_cluster(c);
+    const dim3 grid = m.index.grid_dim;
+    const uint64_t across = grid.x / shape[0], down = grid.y / shape[1];
+    const uint3 corner = {unsigned(number % across) * shape[0], unsigned(number / across % down) * shape[1],
+                          unsigned(number / (across * down)) * shape[2]};
+    for (unsigned rank = 0; rank < c.size; rank++) {
+        begin_block(*c.block[rank], {corner.x + rank % shape[0], corner.y + rank / shape[0] % shape[1],
+                                     corner.z + rank / (shape[0] * shape[1])});
+    }
+    if (c.size > 1) {
+        c.current = m.sched == Random ? m.random() % c.size : 0;
+        for (unsigned i = 0; i < c.size; i++) c.order[i] = uint8_t(i);
+        for (unsigned i = c.size - 1; i > 0; i--) std::swap(c.order[i], c.order[m.random() % (i + 1)]);
+    }
+    if constexpr (kRace) race::begin_cluster(m);
 
     Thread& first = *schedule(m);
     cur = &first;
-    first.stack = &take_stack(m);
+    machine = first.home;
+    first.stack = &take_stack(*first.home);
     go_from_main(m, *first.stack);
     cur = nullptr;
+    machine = &m;
 
-    if (m.failed) {
-        m.free_stacks.clear();
-        for (size_t i = 0; i < m.stacks.size(); i++) prepare_stack(m, *m.stacks[i], i);
-    }
+    for (unsigned rank = 0; rank < c.size; rank++) {
+        Machine& block = *c.block[rank];
+        if (c.failed) {
+            block.free_stacks.clear();
+            for (size_t i = 0; i < block.stacks.size(); i++) prepare_stack(block, *block.stacks[i], i);
+        }
 #ifdef EMU_ASAN
-    __asan_unpoison_memory_region(m.shared, kSharedWindow);
+        __asan_unpoison_memory_region(block.shared, kSharedWindow);
 #endif
+    }
 }
 
 // ---- shared memory ----

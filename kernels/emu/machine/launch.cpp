@@ -175,13 +175,13 @@ struct Launch {
     void* const* params;
     dim3 grid, block;
     unsigned smem;
-    uint64_t blocks;
+    LaunchAttributes attributes;
+    uint64_t clusters;
     std::atomic<uint64_t> next{0};
+    std::atomic<int> at_work{0};
 };
 
-static void run_blocks(Machine& m, Launch& launch) {
-    catch_faults();
-    machine = &m;
+static void prepare(Machine& m, Machine& first, unsigned rank, const Launch& launch) {
     m.kernel = launch.kernel;
     m.params = launch.params;
     m.index = {{}, launch.block, launch.grid};
@@ -190,6 +190,11 @@ static void run_blocks(Machine& m, Launch& launch) {
     m.dynamic_shared = launch.smem;
     m.allocation_begin = m.allocation_end = 0;
     m.stats = {};
+    m.cluster = &first.own_cluster;
+    m.cluster->block[rank] = &m;
+    m.block_rank = rank;
+    m.first_thread = rank * m.threads;
+    m.workers_at_work = &launch.at_work;
     for (unsigned i = 0; i < m.threads; i++) {
         Thread& t = m.thread[i];
         t.thread = {i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
@@ -198,10 +203,33 @@ static void run_blocks(Machine& m, Launch& launch) {
         t.index = i;
         t.own_warp = &m.warp[i / 32];
         t.block = &m.index;
+        t.home = &m;
     }
-    if constexpr (kRace) race::begin_launch(m);
-    for (uint64_t block; !stop_requested() && (block = launch.next++) < launch.blocks;) run_block(m, block);
+}
+
+static void add(Stats& to, const Stats& from) {
+    const uint64_t* more = reinterpret_cast<const uint64_t*>(&from);
+    uint64_t* sums = reinterpret_cast<uint64_t*>(&to);
+    for (size_t k = 0; k < sizeof(Stats) / sizeof(uint64_t); k++) sums[k] += more[k];
+}
+
+static void run_blocks(Machine& m, Launch& launch) {
+    catch_faults();
+    launch.at_work++;
+    const auto& shape = launch.attributes.cluster;
+    m.own_cluster.size = shape[0] * shape[1] * shape[2];
+    while (m.others.size() + 1 < m.own_cluster.size) {
+        m.others.push_back(new Machine());
+        create_machine(*m.others.back());
+    }
+    machine = &m;
+    prepare(m, m, 0, launch);
+    for (unsigned rank = 1; rank < m.own_cluster.size; rank++) prepare(*m.others[rank - 1], m, rank, launch);
+    if constexpr (kRace) race::begin_launch(m, launch.clusters, launch.attributes.dependent);
+    for (uint64_t number; !stop_requested() && (number = launch.next++) < launch.clusters;) run_cluster(m, number, shape);
+    for (unsigned rank = 1; rank < m.own_cluster.size; rank++) add(m.stats, m.others[rank - 1]->stats);
     machine = nullptr;
+    launch.at_work--;
 }
 
 // The launching thread works too, as worker 0; the others sleep between launches. Never destroyed: the process may end
@@ -258,11 +286,7 @@ struct Pool {
             done.wait(lock, [&] { return working == 0; });
             launch = nullptr;
         }
-        for (size_t i = 0; i < workers; i++) {
-            const uint64_t* from = reinterpret_cast<const uint64_t*>(&machines[i]->stats);
-            uint64_t* to = reinterpret_cast<uint64_t*>(&stats);
-            for (size_t k = 0; k < sizeof(Stats) / sizeof(uint64_t); k++) to[k] += from[k];
-        }
+        for (size_t i = 0; i < workers; i++) add(stats, machines[i]->stats);
     }
 };
 
@@ -273,7 +297,7 @@ static Pool& pool() {
 
 // A worker that slept through a whole launch finds `launch` null or a later one; it is invited by its number only.
 
-static std::string refusal(const Kernel* kernel, dim3 grid, dim3 block, unsigned smem) {
+static std::string refusal(const Kernel* kernel, dim3 grid, dim3 block, unsigned smem, const uint32_t (&cluster)[3]) {
     if (!kernel) return "not a kernel";
     char text[256] = "";
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -286,25 +310,31 @@ static std::string refusal(const Kernel* kernel, dim3 grid, dim3 block, unsigned
         snprintf(text, sizeof text, "block of %u threads, compiled for at most %u", unsigned(threads), kernel->max_threads);
     } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
         snprintf(text, sizeof text, "grid (%u, %u, %u), the card has up to (2147483647, 65535, 65535)", grid.x, grid.y, grid.z);
+    } else if (uint64_t(cluster[0]) * cluster[1] * cluster[2] == 0 || uint64_t(cluster[0]) * cluster[1] * cluster[2] > kMaxCluster ||
+               grid.x % cluster[0] || grid.y % cluster[1] || grid.z % cluster[2]) {
+        snprintf(text, sizeof text, "clusters of (%u, %u, %u) blocks in a grid of (%u, %u, %u): they have 1 to %u blocks and divide it",
+                 cluster[0], cluster[1], cluster[2], grid.x, grid.y, grid.z, kMaxCluster);
     } else if (smem > kMaxShared) {
         snprintf(text, sizeof text, "%u bytes of shared memory, the card has %u", smem, kMaxShared);
     }
     return *text ? std::string(kernel->name) + ": " + text : "";
 }
 
-int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params) {
+int launch(Thunk fn, dim3 grid, dim3 block, unsigned smem, void* const* params, const LaunchAttributes& attributes) {
     std::lock_guard lock(pool().launching);
     const Kernel* kernel = find_registered(fn);
-    latest_error = refusal(kernel, grid, block, smem);
+    const auto& cluster = attributes.cluster;
+    latest_error = refusal(kernel, grid, block, smem, cluster);
     if (!latest_error.empty()) {
         if (!config.quiet) fprintf(stderr, "[emu] launch refused: %s\n", latest_error.c_str());
         return -1;
     }
     messages.clear();
     message_count = error_count = 0;
-    Launch work{kernel, params, grid, block, smem, uint64_t(grid.x) * grid.y * grid.z};
+    const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / (cluster[0] * cluster[1] * cluster[2]);
+    Launch work{kernel, params, grid, block, smem, attributes, clusters};
     // Races between blocks are found in any order of the blocks, so the race build runs them one after the other.
-    const uint64_t workers = kRace ? 1 : std::min<uint64_t>(uint64_t(config.threads), work.blocks);
+    const uint64_t workers = kRace ? 1 : std::min<uint64_t>(uint64_t(config.threads), work.clusters);
     pool().run(work, workers ? size_t(workers) : 1);
     latest_error = messages;
     return message_count;

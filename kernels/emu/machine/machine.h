@@ -1,5 +1,6 @@
-// One block in execution on one worker thread: the state that the parts of the emulator share. Internal.
+// One block in execution, on one worker thread with those of its cluster: the state that the parts of the emulator share. Internal.
 #pragma once
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <unordered_map>
@@ -36,6 +37,7 @@ constexpr bool kRace = false;
 
 // What a card of compute capability 8.0 to 9.0 allows.
 constexpr unsigned kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32, kBarriers = 16, kWarpgroups = kMaxThreads / 128;
+constexpr unsigned kMaxCluster = 8;
 constexpr unsigned kMaxShared = 227 * 1024, kMaxStaticShared = 48 * 1024;
 constexpr uint32_t kFullWarp = ~0u;
 
@@ -51,8 +53,9 @@ struct Knowledge;  // which events of which threads and copies are known to have
 struct State;
 enum class Access : uint8_t { Read, Write, Atomic };
 
-void begin_launch(Machine& m);
-void begin_block(Machine& m);
+// Threads are named by their index in the running thread's block; `owner` is the block whose shared memory it is.
+void begin_launch(Machine& m, uint64_t clusters, bool dependent);
+void begin_cluster(Machine& m);
 void touch(const void* p, size_t bytes, Access access, Loc loc);                 // by the running thread
 void touch_as(unsigned thread, const void* p, size_t bytes, Access, Loc loc);    // by another thread of its warp
 void forget(Knowledge*& sum);
@@ -62,12 +65,29 @@ void acquire_contributed(Knowledge* sum, unsigned thread);  // the same, when `t
 // A copy by cp.async belongs to the next group that its thread commits; a wait makes that thread know groups.
 void async_copy_write(void* p, size_t bytes, uint32_t group, Loc loc);
 void async_copies_done(uint32_t groups);
+void touch_shared(const Machine& owner, const void* p, size_t bytes, Access access, Loc loc);
 // TMA writes and wgmma reads are agents of their own.
-void tma_write(void* p, size_t bytes, unsigned agent, uint32_t clock, Loc loc);
-void tma_done(Knowledge*& sum, unsigned agent, uint32_t clock);
+void tma_write(const Machine& owner, void* p, size_t bytes, unsigned agent, uint32_t clock, Loc loc);
+void tma_read(const Machine& owner, const void* global, size_t bytes, unsigned agent, uint32_t clock, Loc loc);
+void tma_done(const Machine& owner, Knowledge*& sum, unsigned agent, uint32_t clock);
+bool tma_is_known(const Machine& owner, unsigned agent, uint32_t clock);  // to some thread of the block
+// The block's last thread leaves: every access of other blocks has to be known to it.
+void check_remote_accesses(const Machine& owner);
+// TMA stores of the running thread, by group.
+void bulk_read(const void* shared, size_t bytes, uint32_t group, Loc loc);
+void bulk_write(const void* global, size_t bytes, uint32_t group, Loc loc);
+void bulk_done(uint32_t read_groups, uint32_t written_groups);
 void wgmma_read(const void* p, size_t bytes, unsigned warpgroup, uint32_t group, Loc loc);
 void wgmmas_done(unsigned warpgroup, uint32_t groups);
 void fence_proxy_async();
+void fence_proxy_async_global();
+// Between blocks of a launch, through atomics at an address; between launches.
+void release_at(const void* p, bool replaces);
+void acquire_at(const void* p);
+void relaxed_at(const void* p);
+void thread_fence();
+void previous_launch_done();
+void next_launch_may_start();
 }  // namespace race
 
 // ---- threads and their stacks ----
@@ -96,6 +116,15 @@ struct Thread : Context {
     std::vector<AsyncCopy> copies;
     std::vector<uint32_t> group_ends;
     uint32_t first_copy, first_group, committed_groups;
+    // TMA stores: those since the latest commit, groups, and groups known to have read their shared memory.
+    uint32_t bulk_open, bulk_committed, bulk_read;
+    Loc bulk_where;  // of the latest
+    const uint64_t* waiting_for;  // the mbarrier, and which phase's end
+    uint32_t waiting_parity;
+    Machine* home;
+    uint32_t cluster_arrivals, cluster_waits;
+    const uint32_t* acquired_from;  // by the latest load_acquire, and what
+    uint32_t acquired;
 };
 
 // ---- warps ----
@@ -153,16 +182,29 @@ struct StaticShared {
 
 // ---- Hopper ----
 
+// Into one block's shared memory, by TMA, or 16 bytes or fewer by st.async.
 struct TmaCopy {
     char* to;
     TensorMap map;
     uint64_t* bar;
     int coordinate[5];
+    uint16_t im2col_offset[3];
     uint32_t bytes, clock;
     unsigned agent;
+    bool is_store_async;
+    char value[16];
+};
+struct TmaStore {
+    const char* from;
+    TensorMap map;
+    int coordinate[5];
+    unsigned thread;
+    uint32_t group;           // of its thread
+    std::vector<char> bytes;  // empty until it has read them
 };
 struct MbarrierInfo {
     std::vector<uint16_t> waiters;
+    Loc where;  // its initialisation
     race::Knowledge *sum = nullptr, *last_phase = nullptr;
     unsigned agent = 0;
     uint32_t clock = 0;
@@ -213,6 +255,26 @@ struct Warpgroup {
     unsigned registers, wanted;  // per thread: has; waits for, or 0
 };
 
+// ---- clusters ----
+
+// The blocks that run at one time on one worker: one, if the launch has no clusters.
+struct Cluster {
+    unsigned size = 1, current = 0;  // current: the block that ran latest
+    uint64_t number = 0;             // in the grid
+    Machine* block[kMaxCluster] = {};
+    uint8_t order[kMaxCluster] = {};  // of blocks that run ahead
+    unsigned alive = 0;
+    bool failed = false;
+    // The barrier: arrivals of threads that are alive, and phases that have ended.
+    unsigned arrived = 0;
+    uint32_t phases = 0;
+    std::vector<Thread*> waiting;
+    race::Knowledge *sum = nullptr, *last_phase = nullptr;
+    // Threads that let others run before they look again.
+    std::vector<Thread*> pollers;
+    unsigned woken_pollers = 0, fruitless_polls = 0;
+};
+
 // ---- one worker ----
 
 struct Tiles;
@@ -230,9 +292,13 @@ struct Machine {
     const Kernel* kernel = nullptr;
     void* const* params = nullptr;
     BlockIndex index{};
-    uint64_t block_number = 0;
+    Cluster own_cluster;
+    Cluster* cluster = nullptr;    // that of the worker's first machine, its block 0
+    std::vector<Machine*> others;  // of that machine: for the cluster's other blocks
+    unsigned block_rank = 0, first_thread = 0;  // in the cluster
+    bool has_met = false;          // a thread has come through the cluster's barrier
+    const std::atomic<int>* workers_at_work = nullptr;
     unsigned threads = 0, warps = 0, alive = 0;
-    bool failed = false;
 
     unsigned dynamic_shared = 0, shared_top = 0, static_shared = 0;
     std::vector<StaticShared> statics;
@@ -250,9 +316,10 @@ struct Machine {
     Warp warp[kMaxWarps];
     Barrier bar[kBarriers];
     Warpgroup warpgroup[kWarpgroups];
-    Tiles* tiles = nullptr;  // a product's operands
+    Tiles* tiles = nullptr;       // a product's operands
     unsigned free_registers = 0;  // per thread of one warpgroup, left by setmaxnreg.dec
     std::vector<TmaCopy> tma;
+    std::vector<TmaStore> stores;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
 
     uintptr_t fault_address = 0;
@@ -290,9 +357,10 @@ void check_global(const void* p, size_t bytes, const char* what, Loc loc);  // i
 
 // fibers.cpp
 void create_machine(Machine& m);
-void run_block(Machine& m, uint64_t block_number);
+void run_cluster(Machine& m, uint64_t number, const uint32_t (&shape)[3]);
 Thread* schedule(Machine& m);
 void wait_for_others(const char* what, Loc loc);  // returns when somebody made this thread ready again
+void poll(const char* what, Loc loc);             // lets others run; reported as a deadlock when nothing ever happens
 void yield_at_random(Machine& m);                 // in random order: sometimes lets another warp go first
 [[noreturn]] void abandon_block();                // after an error was reported: the launch ends
 [[noreturn]] void die_with(Loc loc, const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -304,12 +372,27 @@ void catch_faults();  // on this thread of the host from now on
 void reset_collectives(Machine& m);
 void lane_left(Machine& m, Thread& thread);  // operations that waited only for it complete
 
+// cluster.cpp
+// The block that an address of the cluster is in, and the place there; checked to be of `bytes` that exist while it runs.
+std::pair<Machine*, char*> find_remote(uint32_t address, size_t bytes, Loc loc);
+void reset_cluster(Cluster& c);
+void thread_left(Cluster& c, Thread& thread);  // a barrier that waited only for it completes
+
 // async.cpp
 void land_copies(Thread& thread, uint32_t up_to);
 
 // hopper.cpp
 void reset_hopper(Machine& m);
 void land_tma(Machine& m, size_t index);
+void step_store(Machine& m, size_t index);  // it reads, or if it has, it writes
+void check_stores_at_exit(const Thread& me);
+void finish_block(Machine& m);  // its last thread leaves: what is under way ends, or should have
+void send(Machine& owner, TmaCopy copy, Loc loc);  // into the owner's shared memory, for one of its mbarriers
+MbarrierInfo& find_mbarrier(Machine& owner, uint64_t* bar, Loc loc);
+void mbar_arrive_at(Machine& owner, uint64_t* bar, uint32_t count, uint32_t transaction_bytes, Loc loc);
+void mbar_expect_at(Machine& owner, uint64_t* bar, uint32_t bytes, Loc loc);
+std::string mbarrier_text(const Machine& m, const Thread& waiting);  // what the phase it waits for lacks
+inline constexpr char kMbarrierWait[] = "mbarrier wait";
 
 // wgmma.cpp
 void reset_wgmma(Machine& m);

@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/device.cuh"
@@ -75,6 +76,14 @@ CUresult cuFuncGetParamInfo(CUfunction, size_t, size_t*, size_t*);
 CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
                         void**, void**);
 CUresult cuLaunchKernelEx(const CUlaunchConfig*, CUfunction, void**, void**);
+CUresult cuOccupancyMaxActiveClusters(int*, CUfunction, const CUlaunchConfig*);
+CUresult cuOccupancyMaxPotentialClusterSize(int*, CUfunction, const CUlaunchConfig*);
+CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+CUresult cuTensorMapEncodeIm2col(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const int*, const int*, cuuint32_t, cuuint32_t, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int*, CUfunction, int, size_t);
 CUresult cuOccupancyMaxPotentialBlockSize(int*, int*, CUfunction, CUoccupancyB2DSize, size_t, int);
 CUresult cuStreamBeginCapture_v2(CUstream, CUstreamCaptureMode);
@@ -305,11 +314,11 @@ static int attribute(CUdevice_attribute which) {
     return value;
 }
 
-// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.6 and 9.0 too.
+// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.0 and 8.6 too.
 static void attributes() {
     OK(cuInit(0));
     const char* set = getenv("MEGAFUSE_EMU_CAPABILITY");
-    const std::string capability = set ? set : "8.0";
+    const std::string capability = set ? set : "9.0";
     const bool hopper = capability == "9.0", small = capability == "8.6";
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) == (hopper ? 9 : 8));
     CHECK(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) == (small ? 6 : 0));
@@ -961,6 +970,36 @@ static void modules() {
     EXPECT(cuModuleUnload(module), CUDA_ERROR_INVALID_HANDLE);
 }
 
+// As REGISTER_KERNEL registers test_fill, from another file.
+static const emu::Kernel& registered(const char* name, const char* file) {
+    const emu::Kernel& fill = *emu::find_registered("test_fill");
+    const unsigned bounds[2] = {fill.max_threads, fill.min_blocks};
+    return *new emu::Kernel(name, file, fill.fn, bounds, fill.params, fill.param_count);
+}
+
+// A kernel of one architecture; the Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.9 too.
+static void instruction_sets() {
+    registered("test_hopper", "kernels/sm90/test.cu");
+    registered("test_portable", "kernels/test.cu");
+    open_card();
+    CUfunction function;
+    OK(cuModuleGetFunction(&function, module, "test_portable"));
+    const char* capability = getenv("MEGAFUSE_EMU_CAPABILITY");
+    if (!capability || !strcmp(capability, "9.0")) {
+        OK(cuModuleGetFunction(&function, module, "test_hopper"));
+    } else {
+        EXPECT(cuModuleGetFunction(&function, module, "test_hopper"), CUDA_ERROR_NO_BINARY_FOR_GPU);
+        CHECK(last_error_says("kernels/sm90/test.cu is for sm_90a"));
+        EXPECT(cuModuleGetFunction(&function, module, "test_hopper"), CUDA_ERROR_NO_BINARY_FOR_GPU);
+    }
+}
+
+static void two_kernels_of_one_name() {
+    registered("test_fill", "kernels/sm90/test.cu");
+    EXPECT(cuInit(0), CUDA_ERROR_INVALID_IMAGE);
+    CHECK(last_error_says("test_fill is in") && last_error_says("kernels/sm90/test.cu"));
+}
+
 static void arguments() {
     open_card();
     emu_set_schedule(nullptr, "late", 1);
@@ -997,12 +1036,277 @@ static void arguments() {
     OK(cuLaunchKernelEx(&config, function, params, nullptr));
     OK(cuStreamSynchronize(stream));
     CHECK(peek(a) == 1125);
-    CUlaunchAttribute cluster{};
-    cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    cluster.value.clusterDim = {2, 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    EXPECT(cuLaunchKernelEx(&config, function, params, nullptr), CUDA_ERROR_NOT_SUPPORTED);
+    EXPECT(cuLaunchKernelEx(nullptr, function, params, nullptr), CUDA_ERROR_INVALID_VALUE);
+}
+
+static bool has_hopper() { return attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) >= 9; }
+
+// The Rust side runs this with MEGAFUSE_EMU_CAPABILITY 8.0 too.
+static void launch_attributes() {
+    open_card();
+    CUdeviceptr y = allocate(4);
+    int value = 7, count = 1;
+    void* params[] = {&y, &value, &count};
+    const CUfunction fill = kernel("test_fill");
+    const CUstream stream = new_stream();
+    CUlaunchAttribute attributes[2]{};
+    CUlaunchConfig config{6, 4, 1, 32, 1, 1, 0, stream, attributes, 1};
+    const auto launch = [&](int id, unsigned a = 0, unsigned b = 0, unsigned c = 0) {
+        attributes[0].id = CUlaunchAttributeID(id);
+        attributes[0].value = {};
+        attributes[0].value.clusterDim = {a, b, c};  // the first also of every other value
+        return cuLaunchKernelEx(&config, fill, params, nullptr);
+    };
+    const int cluster = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH) == has_hopper());
+    CHECK(attribute(CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED) == has_hopper());
+    OK(launch(cluster, 1, 1, 1));
+    if (has_hopper()) {
+        const unsigned sizes[][3] = {{0, 1, 1}, {1, 0, 1}, {1, 1, 0}, {6, 2, 1}, {1, 1, 9}, {65536, 65536, 1}};
+        for (const auto& s : sizes) {
+            EXPECT(launch(cluster, s[0], s[1], s[2]), CUDA_ERROR_INVALID_CLUSTER_SIZE);
+            CHECK(last_error_says("blocks; 1 to 8"));
+        }
+        const unsigned parts[][3] = {{4, 1, 1}, {1, 3, 1}, {1, 1, 2}, {2, 3, 1}};
+        for (const auto& s : parts) {
+            EXPECT(launch(cluster, s[0], s[1], s[2]), CUDA_ERROR_INVALID_CLUSTER_SIZE);
+            CHECK(last_error_says("a grid of 6x4x1 blocks is not whole clusters of"));
+        }
+        int clusters = 0, blocks = 0;
+        attributes[0].value.clusterDim = {2, 2, 1};
+        OK(cuOccupancyMaxActiveClusters(&clusters, fill, &config));
+        OK(cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, fill, 32, 0));
+        CHECK(clusters == blocks * 132 / 4);
+        OK(cuOccupancyMaxPotentialClusterSize(&clusters, fill, &config));
+        CHECK(clusters == 8);
+    } else {
+        EXPECT(launch(cluster, 2, 1, 1), CUDA_ERROR_NOT_SUPPORTED);
+        CHECK(last_error_says("has no clusters"));
+    }
+    OK(launch(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, 1));
+    OK(launch(CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 0));
+    OK(launch(CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100));
+    EXPECT(launch(CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 101), CUDA_ERROR_INVALID_VALUE);
+    OK(launch(CU_LAUNCH_ATTRIBUTE_IGNORE, 5));
+    OK(launch(CU_LAUNCH_ATTRIBUTE_PRIORITY, 0));
+    OK(launch(CU_LAUNCH_ATTRIBUTE_COOPERATIVE, 0));
+    EXPECT(launch(CU_LAUNCH_ATTRIBUTE_COOPERATIVE, 1), CUDA_ERROR_NOT_SUPPORTED);
+    EXPECT(launch(CU_LAUNCH_ATTRIBUTE_SYNCHRONIZATION_POLICY), CUDA_ERROR_INVALID_VALUE);
+    EXPECT(launch(CU_LAUNCH_ATTRIBUTE_PREFERRED_CLUSTER_DIMENSION, 1, 1, 1), CUDA_ERROR_NOT_SUPPORTED);
+    for (const int id : {-1, 15, 17, 1000}) {
+        EXPECT(launch(id), CUDA_ERROR_INVALID_VALUE);
+        CHECK(last_error_says("there is no launch attribute"));
+    }
+    // Several in one launch: each counts.
+    config.numAttrs = 2;
+    attributes[1].id = CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    attributes[1].value.sharedMemCarveout = 101;
+    EXPECT(launch(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, 1), CUDA_ERROR_INVALID_VALUE);
+    config.attrs = nullptr;
+    EXPECT(cuLaunchKernelEx(&config, fill, params, nullptr), CUDA_ERROR_INVALID_VALUE);
+    // A refused launch did nothing, and is no fault.
+    OK(cuStreamSynchronize(stream));
+    CHECK(peek(y) == 7);
+}
+
+// While a stream captures, attributes are checked and kept as in a launch, and a node's new parameters keep them.
+static void attributes_in_a_graph() {
+    open_card();
+    CUdeviceptr y = allocate(4);
+    int value = 7, count = 1;
+    void* params[] = {&y, &value, &count};
+    const CUfunction fill = kernel("test_fill");
+    const CUstream stream = new_stream();
+    CUlaunchAttribute attributes[2]{};
+    attributes[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attributes[0].value.clusterDim = {2, 1, 1};
+    attributes[1].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attributes[1].value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config{3, 1, 1, 32, 1, 1, 0, stream, attributes, 2};
+    OK(cuStreamBeginCapture_v2(stream, CU_STREAM_CAPTURE_MODE_RELAXED));
+    EXPECT(cuLaunchKernelEx(&config, fill, params, nullptr), CUDA_ERROR_INVALID_CLUSTER_SIZE);
+    config.gridDimX = 4;
+    OK(cuLaunchKernelEx(&config, fill, params, nullptr));
+    CUgraph graph;
+    OK(cuStreamEndCapture(stream, &graph));
+    CUgraphNode node;
+    size_t nodes = 1;
+    OK(cuGraphGetNodes(graph, &node, &nodes));
+    CHECK(nodes == 1);
+    const CUgraphExec executable = instantiated(graph);
+    CUDA_KERNEL_NODE_PARAMS changed;
+    OK(cuGraphKernelNodeGetParams_v2(node, &changed));
+    changed.gridDimX = 3;
+    EXPECT(cuGraphExecKernelNodeSetParams_v2(executable, node, &changed), CUDA_ERROR_INVALID_CLUSTER_SIZE);
+    changed.gridDimX = 2;
+    OK(cuGraphExecKernelNodeSetParams_v2(executable, node, &changed));
+}
+
+// ---- tensor maps ----
+
+// A map that is good, and what a rule is about changed in it. Of bf16: [6][20][40][24][64], a box of [1][2][4][8][64].
+struct Maps {
+    CUtensorMap map{};
+    CUtensorMap* to = &map;
+    int type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    cuuint32_t rank = 5;
+    uintptr_t address;
+    cuuint64_t dims[5] = {64, 24, 40, 20, 6}, strides[4] = {128, 3072, 122880, 2457600};
+    cuuint32_t box[5] = {64, 8, 4, 2, 1}, steps[5] = {1, 1, 1, 1, 1};
+    int interleave = CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle = CU_TENSOR_MAP_SWIZZLE_128B, promotion = 2, fill = 0;
+    // im2col: [6][40][24][64] and pixels of 3x3 around each.
+    int lower[3] = {-1, -1, -1}, upper[3] = {-1, -1, -1};
+    cuuint32_t channels = 64, pixels = 128;
+
+    explicit Maps(CUdeviceptr address) : address(uintptr_t(address)) {}
+    CUresult tiled() {
+        return cuTensorMapEncodeTiled(to, CUtensorMapDataType(type), rank, reinterpret_cast<void*>(address), dims, strides, box,
+                                      steps, CUtensorMapInterleave(interleave), CUtensorMapSwizzle(swizzle),
+                                      CUtensorMapL2promotion(promotion), CUtensorMapFloatOOBfill(fill));
+    }
+    CUresult im2col() {
+        return cuTensorMapEncodeIm2col(to, CUtensorMapDataType(type), rank, reinterpret_cast<void*>(address), dims, strides,
+                                       lower, upper, channels, pixels, steps, CUtensorMapInterleave(interleave),
+                                       CUtensorMapSwizzle(swizzle), CUtensorMapL2promotion(promotion),
+                                       CUtensorMapFloatOOBfill(fill));
+    }
+};
+
+// What both calls want of the tensor.
+static void tensor_map_rules(CUdeviceptr address, CUresult (Maps::*encode)()) {
+    const auto accepted = [&](auto change, int line) {
+        Maps maps(address);
+        change(maps);
+        expect((maps.*encode)(), CUDA_SUCCESS, "encode", line);
+    };
+    const auto refused = [&](const char* words, auto change, int line, int error = CUDA_ERROR_INVALID_VALUE) {
+        Maps maps(address);
+        change(maps);
+        expect((maps.*encode)(), error, words, line);
+        if (!last_error_says(words)) expect(CUDA_ERROR_UNKNOWN, CUDA_SUCCESS, words, line);
+    };
+    accepted([](Maps&) {}, __LINE__);
+    refused("tensorMap is", [](Maps& m) { m.to = nullptr; }, __LINE__);
+    refused("tensorMap is", [](Maps& m) { m.to = reinterpret_cast<CUtensorMap*>(reinterpret_cast<char*>(&m.map) + 32); }, __LINE__);
+    refused("tensorDataType is 16; 0 to 15", [](Maps& m) { m.type = 16; }, __LINE__);
+    refused("tensorDataType is -1", [](Maps& m) { m.type = -1; }, __LINE__);
+    refused("interleave is 3", [](Maps& m) { m.interleave = 3; }, __LINE__);
+    refused("swizzle is 7", [](Maps& m) { m.swizzle = 7; }, __LINE__);
+    refused("swizzle is -1", [](Maps& m) { m.swizzle = -1; }, __LINE__);
+    refused("l2Promotion is 4", [](Maps& m) { m.promotion = 4; }, __LINE__);
+    refused("oobFill is 2", [](Maps& m) { m.fill = 2; }, __LINE__);
+    refused("tensorRank is 6", [](Maps& m) { m.rank = 6; }, __LINE__);
+    refused("tensorRank is 0", [](Maps& m) { m.rank = 0; }, __LINE__);
+    refused("globalAddress is", [](Maps& m) { m.address += 8; }, __LINE__);
+    refused("globalAddress is 0; an address aligned to 16", [](Maps& m) { m.address = 0; }, __LINE__);
+    refused("globalAddress is", [](Maps& m) { m.address += 16, m.interleave = 2, m.swizzle = 1; }, __LINE__);
+    refused("aligned to 32", [](Maps& m) { m.address += 16, m.type = CU_TENSOR_MAP_DATA_TYPE_16U6_ALIGN16B; }, __LINE__);
+    refused("globalDim[4] is 0; 1 to 4294967296", [](Maps& m) { m.dims[4] = 0; }, __LINE__);
+    refused("globalDim[0] is 4294967297", [](Maps& m) { m.dims[0] = (1ull << 32) + 1; }, __LINE__);
+    accepted([](Maps& m) { m.dims[4] = 1ull << 32; }, __LINE__);
+    refused("a multiple of 2", [](Maps& m) { m.type = CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN8B, m.dims[0] = 65; }, __LINE__);
+    refused("a multiple of 128", [](Maps& m) { m.type = CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN16B; }, __LINE__);
+    refused("globalStrides[3] is 2457608; a multiple of 16 below 2^40", [](Maps& m) { m.strides[3] += 8; }, __LINE__);
+    refused("globalStrides[0] is 1099511627776", [](Maps& m) { m.strides[0] = 1ull << 40; }, __LINE__);
+    refused("globalStrides[0] is 144; a multiple of 32", [](Maps& m) { m.strides[0] = 144, m.interleave = 2, m.swizzle = 1; }, __LINE__);
+    refused("elementStrides[2] is 0; 1 to 8", [](Maps& m) { m.steps[2] = 0; }, __LINE__);
+    refused("elementStrides[2] is 9", [](Maps& m) { m.steps[2] = 9; }, __LINE__);
+    accepted([](Maps& m) { m.steps[0] = 9; }, __LINE__);  // ignored without an interleave
+    refused("elementStrides[0] is 9", [](Maps& m) { m.steps[0] = 9, m.interleave = 1; }, __LINE__);
+    refused("oobFill is NaN", [](Maps& m) { m.fill = 1, m.type = CU_TENSOR_MAP_DATA_TYPE_UINT16; }, __LINE__);
+    refused("with an interleave of 32", [](Maps& m) { m.interleave = 2; }, __LINE__);
+    for (const int type : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}) {
+        accepted([&](Maps& m) { m.type = type, m.box[0] = m.channels = 16; }, __LINE__);
+    }
+    // A card could, the emulator cannot.
+    refused("not emulated", [](Maps& m) { m.interleave = 1; }, __LINE__, CUDA_ERROR_NOT_SUPPORTED);
+    refused("not emulated", [](Maps& m) { m.type = CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN8B; }, __LINE__, CUDA_ERROR_NOT_SUPPORTED);
+    refused("not emulated", [](Maps& m) { m.swizzle = 4; }, __LINE__, CUDA_ERROR_NOT_SUPPORTED);
+    refused("not emulated", [](Maps& m) { m.fill = 1; }, __LINE__, CUDA_ERROR_NOT_SUPPORTED);
+}
+
+static void tiled_tensor_maps() {
+    open_card();
+    const CUdeviceptr address = allocate(4096);
+    tensor_map_rules(address, &Maps::tiled);
+    const auto encode = [&](auto change) {
+        Maps maps(address);
+        change(maps);
+        return maps.tiled();
+    };
+    for (cuuint32_t rank = 1; rank <= 5; rank++) OK(encode([&](Maps& m) { m.rank = rank; }));
+    EXPECT(encode([](Maps& m) { m.rank = 2, m.interleave = 1; }), CUDA_ERROR_INVALID_VALUE);
+    CHECK(last_error_says("tensorRank is 2; 3 to 5"));
+    for (int i = 0; i < 5; i++) {
+        EXPECT(encode([&](Maps& m) { m.box[i] = 0; }), CUDA_ERROR_INVALID_VALUE);
+        EXPECT(encode([&](Maps& m) { m.box[i] = 257; }), CUDA_ERROR_INVALID_VALUE);
+        CHECK(last_error_says(("boxDim[" + std::to_string(i) + "] is 257; 1 to 256").c_str()));
+    }
+    OK(encode([](Maps& m) { m.box[0] = m.box[1] = 256, m.swizzle = 0; }));
+    EXPECT(encode([](Maps& m) { m.box[0] = 60; }), CUDA_ERROR_INVALID_VALUE);
+    CHECK(last_error_says("boxDim[0] is 60, 120 bytes; a multiple of 16 bytes"));
+    for (const auto& [swizzle, most] : {std::pair(1, 16u), {2, 32u}, {3, 64u}}) {
+        for (cuuint32_t width = 8; width <= 64; width += 8) {
+            EXPECT(encode([&](Maps& m) { m.swizzle = swizzle, m.box[0] = width; }),
+                   width <= most ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE);
+        }
+        CHECK(most == 64 || last_error_says("the swizzle spans"));
+    }
+    EXPECT(encode([](Maps& m) { m.steps[1] = 2; }), CUDA_ERROR_NOT_SUPPORTED);
+}
+
+static void im2col_tensor_maps() {
+    open_card();
+    const CUdeviceptr address = allocate(4096);
+    tensor_map_rules(address, &Maps::im2col);
+    const auto encode = [&](auto change) {
+        Maps maps(address);
+        change(maps);
+        return maps.im2col();
+    };
+    for (cuuint32_t rank = 3; rank <= 5; rank++) OK(encode([&](Maps& m) { m.rank = rank; }));
+    for (const cuuint32_t rank : {1u, 2u}) EXPECT(encode([&](Maps& m) { m.rank = rank; }), CUDA_ERROR_INVALID_VALUE);
+    CHECK(last_error_says("tensorRank is 2; 3 to 5"));
+    const int ranges[3] = {32768, 128, 16};
+    for (int rank = 3; rank <= 5; rank++) {
+        const int range = ranges[rank - 3];
+        for (int i = 0; i < rank - 2; i++) {
+            const auto corners = [&](int lower, int upper) {
+                return encode([&](Maps& m) { m.rank = rank, m.dims[i + 1] = 100000, m.lower[i] = lower, m.upper[i] = upper; });
+            };
+            OK(corners(-range, -range));
+            OK(corners(range - 1, range - 1));
+            EXPECT(corners(-range - 1, 0), CUDA_ERROR_INVALID_VALUE);
+            CHECK(last_error_says("pixelBoxLowerCorner[") && last_error_says(std::to_string(-range - 1).c_str()));
+            EXPECT(corners(range, 0), CUDA_ERROR_INVALID_VALUE);
+            EXPECT(corners(0, range), CUDA_ERROR_INVALID_VALUE);
+            CHECK(last_error_says("pixelBoxUpperCorner["));
+            EXPECT(corners(0, -range - 1), CUDA_ERROR_INVALID_VALUE);
+        }
+    }
+    OK(encode([](Maps& m) { m.rank = 4, m.lower[0] = 0, m.upper[0] = -23; }));
+    EXPECT(encode([](Maps& m) { m.rank = 4, m.lower[0] = 0, m.upper[0] = -24; }), CUDA_ERROR_INVALID_VALUE);
+    CHECK(last_error_says("of 24 there is no pixel"));
+    for (const cuuint32_t channels : {0u, 257u}) {
+        EXPECT(encode([&](Maps& m) { m.channels = channels, m.swizzle = 0; }), CUDA_ERROR_INVALID_VALUE);
+    }
+    CHECK(last_error_says("channelsPerPixel is 257; 1 to 256"));
+    OK(encode([](Maps& m) { m.channels = 256, m.swizzle = 0; }));
+    EXPECT(encode([](Maps& m) { m.channels = 72; }), CUDA_ERROR_INVALID_VALUE);
+    CHECK(last_error_says("channelsPerPixel is 72, 144 bytes; the swizzle spans 128"));
+    EXPECT(encode([](Maps& m) { m.channels = 4; }), CUDA_ERROR_INVALID_VALUE);
+    for (const cuuint32_t pixels : {0u, 1025u}) EXPECT(encode([&](Maps& m) { m.pixels = pixels; }), CUDA_ERROR_INVALID_VALUE);
+    CHECK(last_error_says("pixelsPerColumn is 1025; 1 to 1024"));
+    OK(encode([](Maps& m) { m.pixels = 1024, m.steps[1] = m.steps[2] = 2; }));
+}
+
+// MEGAFUSE_EMU_CAPABILITY=8.9 from outside.
+static void no_tensor_maps() {
+    open_card();
+    Maps maps(allocate(4096));
+    EXPECT(maps.tiled(), CUDA_ERROR_NOT_SUPPORTED);
+    EXPECT(maps.im2col(), CUDA_ERROR_NOT_SUPPORTED);
+    CHECK(last_error_says("has no TMA"));
 }
 
 static void host_address_as_argument() {
@@ -1600,7 +1904,14 @@ static const struct {
     SCENARIO(stream_ordered_memory_freed_under_work),
     SCENARIO(freed_twice_in_stream_order),
     SCENARIO(modules),
+    SCENARIO(instruction_sets),
+    SCENARIO(two_kernels_of_one_name),
     SCENARIO(arguments),
+    SCENARIO(launch_attributes),
+    SCENARIO(attributes_in_a_graph),
+    SCENARIO(tiled_tensor_maps),
+    SCENARIO(im2col_tensor_maps),
+    SCENARIO(no_tensor_maps),
     SCENARIO(host_address_as_argument),
     SCENARIO(freed_address_inside_a_struct),
     SCENARIO(failed_kernel),

@@ -1,4 +1,4 @@
-//! The card's side of the ops: which kernel, which grid. The arguments were checked by the op.
+//! The card's side of the ops: which kernel, which grid. The op has checked the arguments, and the result is not empty.
 
 pub mod attention;
 pub mod conv;

@@ -182,7 +182,16 @@ fn merge(
     }
 }
 
-/// `y = group_norm(x)`. `statistics`: room for them, `None` where [`group_norm_launches`] is 1.
+/// Room for the statistics that [`group_norm`] passes from one launch to the next, on any device; `None` where
+/// [`group_norm_launches`] is 1.
+///
+/// # Errors
+/// As [`Tensor::uninit`].
+pub fn scratch(device: &Device, dims: [usize; 4], groups: usize) -> Result<Option<Statistics>> {
+    if small(dims, groups) { Ok(None) } else { Statistics::uninit(device, dims, groups).map(Some) }
+}
+
+/// `y = group_norm(x)`, which is not empty. `statistics`: of [`scratch`].
 pub fn group_norm(
     device: &CudaDevice,
     args: &GroupNorm,
@@ -190,9 +199,6 @@ pub fn group_norm(
     statistics: Option<Statistics>,
     y: &mut Tensor,
 ) -> Result<()> {
-    if y.numel() == 0 {
-        return Ok(());
-    }
     let Some(mut statistics) = statistics else {
         return group_norm_small(device, args, dims, Some(y), None);
     };
@@ -283,9 +289,6 @@ fn group_norm_small(
 }
 
 pub fn layer_norm(device: &CudaDevice, args: &LayerNorm, c: usize, y: &mut Tensor) -> Result<()> {
-    if y.numel() == 0 {
-        return Ok(());
-    }
     let LayerNorm { x, gamma, beta, eps } = *args;
     let vector = c.is_multiple_of(VECTOR) && [x, gamma, beta, y].iter().all(|tensor| aligned(tensor));
     let rows = y.numel() / c;

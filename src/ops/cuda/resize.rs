@@ -151,9 +151,6 @@ impl Passes {
     }
 
     pub fn resize(&self, device: &CudaDevice, x: &Tensor, finish: Finish, y: &mut Tensor) -> Result<()> {
-        if y.numel() == 0 {
-            return Ok(());
-        }
         self.tables().try_for_each(|table| table.compute(device))?;
         horizontal(device, "resize_horizontal", x, &self.columns, &self.narrow)?;
         match (self.upsampler, &self.wide, &self.sharpened, &self.gaussian) {
@@ -172,9 +169,6 @@ impl Passes {
 
     pub fn resize_u8(&self, device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let (Some(levels), Some(wide)) = (&self.levels, &self.wide) else { unreachable!("allocated for 8 bits") };
-        if y.numel() == 0 {
-            return Ok(());
-        }
         self.tables().try_for_each(|table| table.compute(device))?;
         pointwise(device, &entry("resize_levels", x.dtype()), x, levels)?;
         if self.upsampler == Upsampler::BicubicTorch {

@@ -3,10 +3,14 @@ use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, CUresult};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUmodule, CUresult,
+};
 
 use super::driver::{self, check};
-use super::kernels::{BUILT, KERNELS};
+use super::isa::Isa;
+use super::kernels::{BUILT, KERNELS, KernelFile};
 use super::launch::{Arg, Launch};
 use super::memory::{Buffer, Counters, Layout, Pool};
 use super::staging::Staging;
@@ -48,7 +52,8 @@ struct Inner {
     staging: Mutex<Staging>,
     state: Mutex<State>,
     functions: Mutex<HashMap<String, Function>>,
-    modules: Vec<(&'static str, CUmodule)>,
+    /// By the file's name, each since a kernel of it was first launched.
+    modules: Mutex<HashMap<&'static str, CUmodule>>,
     counters: Arc<Counters>,
     eager: bool,
     card: Card,
@@ -81,10 +86,18 @@ struct Card {
 #[derive(Clone)]
 struct Function {
     handle: CUfunction,
-    /// Sizes of the parameters.
-    parameters: Arc<[usize]>,
+    /// Where the parameters lie and their sizes, in bytes.
+    parameters: Arc<[Parameter]>,
+    /// Compiled for an architecture that has `wait_for_previous()`.
+    can_depend: bool,
     /// Dynamic shared memory it may be launched with.
     shared_bytes: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Parameter {
+    offset: usize,
+    bytes: usize,
 }
 
 /// The primary context of a card and our stream.
@@ -182,7 +195,8 @@ impl Drop for Inner {
             // SAFETY: the stream is waited for, so no kernel of the modules runs.
             unsafe {
                 sys::cuStreamSynchronize(self.context.stream);
-                self.modules.iter().for_each(|&(_, module)| {
+                let modules = self.modules.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+                modules.values().for_each(|&module| {
                     sys::cuModuleUnload(module);
                 });
             }
@@ -193,15 +207,19 @@ impl Drop for Inner {
 /// The kernels use instructions that older cards lack.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 
+const FIRST_WITH_CLUSTERS: (i32, i32) = (9, 0);
+
 /// Dynamic shared memory that every kernel may have unasked.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
 
 impl CudaDevice {
-    /// Opens a card and loads the kernels.
+    /// Opens a card. Of the kernels one file is loaded, to see that this card takes what this program has, rather than
+    /// when a model is in its memory; the others when they are first used.
     ///
     /// # Errors
     /// [`Error::DeviceUnavailable`], each with what to do: no driver, too old a driver, no (such) card, too old a card, no
-    /// kernels in this program. [`Error::Driver`]: what the driver said.
+    /// kernels in this program. [`Error::Kernel`]: kernels that the driver does not load. [`Error::Driver`]: what the
+    /// driver said.
     pub fn open(options: CudaOptions) -> Result<CudaDevice> {
         let name = format!("cuda:{}", options.ordinal);
         let refuse = |reason: String| Err(Error::DeviceUnavailable { device: name.clone(), reason });
@@ -224,32 +242,28 @@ impl CudaDevice {
         let counters = Arc::new(Counters::default());
         let layout = if options.separate_allocations { Layout::Separate } else { Layout::Shared };
         let pool = Pool::new(context.clone(), counters.clone(), layout);
-        let mut inner = Inner {
+        if !BUILT && !driver::is_emulated() {
+            return refuse(
+                "this program holds no kernels: it was built without nvcc; run tools/nvcc (or install CUDA 12.8 or newer \
+                 and set CUDA_HOME), build again, or use the cpu"
+                    .into(),
+            );
+        }
+        let device = CudaDevice(Arc::new(Inner {
             staging: Mutex::new(Staging::new(context.clone())),
             state: Mutex::new(State { pool, graph_pool: Weak::new(), recorded: None }),
             functions: Mutex::new(HashMap::new()),
-            modules: Vec::new(),
+            modules: Mutex::new(HashMap::new()),
             counters,
             eager: options.eager,
             card,
             context,
-        };
-        for file in KERNELS {
-            let mut module = std::ptr::null_mut();
-            // SAFETY: the image is a whole fatbin, or a text that the driver refuses.
-            match unsafe { sys::cuModuleLoadData(&mut module, file.image.as_ptr().cast()) } {
-                CUresult::CUDA_SUCCESS => inner.modules.push((file.name, module)),
-                _ if !BUILT => {
-                    return refuse(
-                        "this program holds no kernels: it was built without nvcc; run tools/nvcc (or install CUDA 12.8 or \
-                         newer and set CUDA_HOME), build again, or use the cpu"
-                            .into(),
-                    );
-                }
-                result => check(&name, "cuModuleLoadData", result)?,
-            }
+        }));
+        let portable = KERNELS.iter().filter(|file| file.isa == Isa::Sm80);
+        if let Some(smallest) = portable.min_by_key(|file| file.image.map_or(0, <[u8]>::len)) {
+            device.module(smallest)?;
         }
-        Ok(CudaDevice(Arc::new(inner)))
+        Ok(device)
     }
 
     /// How many cards the driver finds.
@@ -272,6 +286,17 @@ impl CudaDevice {
     /// Major and minor version of the instruction set.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.0.card.capability
+    }
+
+    /// Whether kernels of this instruction set can be launched: the card has the instructions, and this program was built
+    /// with kernels for them (`MEGAFUSE_CUDA_ARCHS`).
+    pub fn has(&self, isa: Isa) -> bool {
+        isa.runs_on(self.0.card.capability) && KERNELS.iter().any(|file| file.isa == isa && file.image.is_some())
+    }
+
+    /// The newest instruction set of which kernels can be launched.
+    pub fn isa(&self) -> Isa {
+        Isa::ALL.into_iter().rev().find(|&isa| self.has(isa)).unwrap_or(Isa::Sm80)
     }
 
     pub fn multiprocessors(&self) -> usize {
@@ -414,58 +439,96 @@ impl CudaDevice {
         Ok(Recording { device: self, before: Some(before) })
     }
 
-    /// Launches a kernel of kernels/`file`.cu.
+    /// Launches a kernel of kernels/`file`.cu: `linear`, `sm90/linear`.
     ///
     /// # Safety
     /// The arguments are those of the kernel's declaration, in order and type (count and sizes are checked), and what the
     /// kernel reads and writes through them lies within live tensors of this device.
     ///
     /// # Errors
-    /// [`Error::Kernel`]: no such kernel, other parameters, a launch beyond the card's limits; [`Error::Driver`].
+    /// [`Error::Kernel`]: no such kernel, one of an instruction set that the card or this program lacks
+    /// ([`has`](CudaDevice::has)), other parameters, a launch beyond the card's limits; [`Error::Driver`].
     pub unsafe fn launch(&self, file: &'static str, entry: &str, launch: Launch, args: &[Arg]) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
         }
         let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
-        let [x, y, z] = launch.grid;
-        if x > i32::MAX as usize || y > 65_535 || z > 65_535 {
-            return refuse(format!("a grid of {x} x {y} x {z} blocks; the limit is 2147483647 x 65535 x 65535"));
+        if let Some(refusal) = launch.refusal() {
+            return refuse(refusal);
+        }
+        let Card { name: card, capability: (major, minor), .. } = &self.0.card;
+        let clusters = launch.cluster != [1; 3];
+        if clusters && (*major, *minor) < FIRST_WITH_CLUSTERS {
+            let [a, b, c] = launch.cluster;
+            return refuse(format!(
+                "a launch in clusters of {a} x {b} x {c} blocks; {card} (compute capability {major}.{minor}) has none, 9.0 \
+                 and later have"
+            ));
         }
         let context = &self.0.context;
         context.bind()?;
         let function = self.function(file, entry, launch.shared_bytes)?;
         let parameters = &function.parameters;
-        if !parameters.iter().copied().eq(args.iter().map(|arg| arg.bytes)) {
+        if !parameters.iter().map(|parameter| parameter.bytes).eq(args.iter().map(|arg| arg.bytes)) {
             let got: Vec<usize> = args.iter().map(|arg| arg.bytes).collect();
-            return refuse(format!("called with arguments of {got:?} bytes, it has parameters of {parameters:?}"));
+            let want: Vec<usize> = parameters.iter().map(|parameter| parameter.bytes).collect();
+            return refuse(format!("called with arguments of {got:?} bytes, it has parameters of {want:?}"));
         }
-        let mut values: Vec<*mut c_void> = args.iter().map(|arg| arg.value.cast_mut()).collect();
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
-        let result = unsafe {
-            let (block, shared) = (launch.block as u32, launch.shared_bytes as u32);
-            let (x, y, z) = (x as u32, y as u32, z as u32);
-            let none = std::ptr::null_mut();
-            sys::cuLaunchKernel(
-                function.handle,
-                x,
-                y,
-                z,
-                block,
-                1,
-                1,
-                shared,
-                context.stream,
-                values.as_mut_ptr(),
-                none,
-            )
+        for (index, (parameter, arg)) in parameters.iter().zip(args).enumerate() {
+            if !parameter.offset.is_multiple_of(arg.align) {
+                return refuse(format!(
+                    "parameter {index} lies at byte {}, where its argument's type wants a multiple of {}: the kernel \
+                     declares another type",
+                    parameter.offset, arg.align
+                ));
+            }
+        }
+        let mut attributes = Vec::new();
+        if clusters {
+            let [x, y, z] = launch.cluster.map(|blocks| blocks as u32);
+            let value = CUlaunchAttributeValue { clusterDim: ClusterDim { x, y, z } };
+            attributes.push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value));
+        }
+        if launch.dependent && function.can_depend {
+            let value = CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+            attributes
+                .push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value));
+        }
+        if let Some(percent) = launch.carveout {
+            let value = CUlaunchAttributeValue { sharedMemCarveout: percent as u32 };
+            attributes
+                .push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, value));
+        }
+        let [x, y, z] = launch.grid.map(|blocks| blocks as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes as u32,
+            hStream: context.stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
+        let mut values: Vec<*mut c_void> = args.iter().map(|arg| arg.value.cast_mut()).collect();
+        // SAFETY: the caller's promise; the driver copies arguments and attributes before it returns.
+        let result =
+            unsafe { sys::cuLaunchKernelEx(&config, function.handle, values.as_mut_ptr(), std::ptr::null_mut()) };
         match result {
-            CUresult::CUDA_ERROR_INVALID_VALUE | CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => refuse(format!(
-                "the card refuses a launch of {:?} blocks of {} threads with {} bytes of shared memory: {result:?}",
-                launch.grid, launch.block, launch.shared_bytes
-            )),
+            CUresult::CUDA_ERROR_INVALID_VALUE
+            | CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
+            | CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE => {
+                let in_clusters = if clusters { format!(", in clusters of {:?},", launch.cluster) } else { "".into() };
+                refuse(format!(
+                    "the card refuses a launch of {:?} blocks{in_clusters} of {} threads with {} bytes of shared memory: \
+                     {result:?}",
+                    launch.grid, launch.block, launch.shared_bytes
+                ))
+            }
             result => {
-                check(&context.name, "cuLaunchKernel", result)?;
+                check(&context.name, "cuLaunchKernelEx", result)?;
                 self.record(entry);
                 Ok(())
             }
@@ -496,10 +559,52 @@ impl CudaDevice {
         Ok(function)
     }
 
+    /// What kernels/`file`.cu was compiled to, loaded now if it was not yet.
+    fn module(&self, file: &KernelFile) -> Result<CUmodule> {
+        let refuse = |reason: String| Err(Error::Kernel { kernel: format!("kernels/{}.cu", file.name), reason });
+        let Card { name, capability: (major, minor), .. } = &self.0.card;
+        if !file.isa.runs_on((*major, *minor)) {
+            let isa = file.isa;
+            return refuse(format!("is for {isa}, which {name} (compute capability {major}.{minor}) does not have"));
+        }
+        let archs = env!("MEGAFUSE_CUDA_ARCHS");
+        let Some(image) = file.image else {
+            let arch = file.isa.arch();
+            return refuse(format!(
+                "was left out when this program was built: MEGAFUSE_CUDA_ARCHS={archs} does not name {arch}"
+            ));
+        };
+        let mut modules = self.0.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(&module) = modules.get(file.name) {
+            return Ok(module);
+        }
+        self.0.context.bind()?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is a whole fatbin; or a text, and the driver is the emulated card's, which does not look at it.
+        match unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) } {
+            result @ (CUresult::CUDA_ERROR_INVALID_IMAGE
+            | CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_INVALID_PTX
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION) => {
+                return refuse(format!(
+                    "cuModuleLoadData: {result:?}: compiled for {archs}, it does not load on {name} (compute capability \
+                     {major}.{minor}); set MEGAFUSE_CUDA_ARCHS and build again"
+                ));
+            }
+            result => check(&self.0.context.name, "cuModuleLoadData", result)?,
+        }
+        modules.insert(file.name, module);
+        Ok(module)
+    }
+
     fn find(&self, file: &'static str, entry: &str) -> Result<Function> {
         let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
-        let Some(&(_, module)) = self.0.modules.iter().find(|(name, _)| *name == file) else {
+        let Some(kernels) = KERNELS.iter().find(|kernels| kernels.name == file) else {
             return refuse(format!("there is no kernels/{file}.cu in this program"));
+        };
+        let module = match self.module(kernels) {
+            Err(Error::Kernel { kernel, reason }) => return refuse(format!("{kernel} {reason}")),
+            module => module?,
         };
         let name = CString::new(entry).map_err(|_| Error::argument("launch", "entry", entry, "a kernel's name"))?;
         let mut handle = std::ptr::null_mut();
@@ -510,22 +615,31 @@ impl CudaDevice {
         }
         // Asking beyond the last parameter is an error, which compute-sanitizer reports; so the number comes from the
         // build. Only the emulated card runs a program that was built without nvcc, and there is no harm in asking it.
-        let counted = KERNELS.iter().find(|kernels| kernels.name == file).and_then(|kernels| {
-            let at = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok()?;
-            Some(kernels.parameters[at].1)
-        });
-        let mut sizes = Vec::new();
-        while counted.is_none_or(|count| sizes.len() < count) {
+        let counted = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok();
+        let counted = counted.map(|at| kernels.parameters[at].1);
+        let mut parameters = Vec::new();
+        while counted.is_none_or(|count| parameters.len() < count) {
             let (mut offset, mut bytes) = (0, 0);
             // SAFETY: the function is loaded; past the last parameter the driver answers with an error.
-            match unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &mut offset, &mut bytes) } {
-                CUresult::CUDA_SUCCESS => sizes.push(bytes),
+            match unsafe { sys::cuFuncGetParamInfo(handle, parameters.len(), &mut offset, &mut bytes) } {
+                CUresult::CUDA_SUCCESS => parameters.push(Parameter { offset, bytes }),
                 _ if counted.is_none() => break,
                 result => check(&self.0.context.name, "cuFuncGetParamInfo", result)?,
             }
         }
-        Ok(Function { handle, parameters: sizes.into(), shared_bytes: DEFAULT_SHARED_BYTES })
+        // The architecture of the PTX, not of the card: code for an older one, compiled at load, does not wait.
+        let mut compiled_for = 0;
+        let ptx_version = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        // SAFETY: the function is loaded; the pointer is valid for the call.
+        let result = unsafe { sys::cuFuncGetAttribute(&mut compiled_for, ptx_version, handle) };
+        check(&self.0.context.name, "cuFuncGetAttribute", result)?;
+        let can_depend = compiled_for >= 90;
+        Ok(Function { handle, parameters: parameters.into(), can_depend, shared_bytes: DEFAULT_SHARED_BYTES })
     }
+}
+
+fn attribute(id: CUlaunchAttributeID, value: CUlaunchAttributeValue) -> CUlaunchAttribute {
+    CUlaunchAttribute { id, pad: [0; 4], value }
 }
 
 /// While it lives, the device's work is recorded.
