@@ -162,7 +162,7 @@ fn no_function_that_the_product_calls_is_missing() {
     let library = fs::read(built.join("plain/libcuda.so.1")).unwrap();
     let names: BTreeSet<&[u8]> = library.split(|&byte| byte == 0).collect();
     let called = called_in(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")));
-    assert!(called.contains("cuLaunchKernel"), "{called:?}");
+    assert!(called.contains("cuLaunchKernelEx"), "{called:?}");
     let missing: Vec<&String> = called.iter().filter(|name| !names.contains(name.as_bytes())).collect();
     assert!(missing.is_empty(), "kernels/emu/driver/*.cpp lack {missing:?}");
 }
