@@ -65,7 +65,9 @@ fn run(build: &Build) {
     let mut objects = vec![];
     let mut changed = false;
     for (source, extra) in emulator.iter().map(|s| (s, &[][..])).chain(tests.iter().map(|s| (s, build.kernel_flags))) {
-        let object = folder.join(source.with_extension("o").file_name().expect("a file"));
+        // A part of the machine and its tests may have the same name.
+        let kind = source.parent().and_then(Path::file_name).expect("in a folder").to_string_lossy();
+        let object = folder.join(format!("{kind}-{}.o", stem(source)));
         let current = modified(&object).is_some_and(|time| time > headers && Some(time) > modified(source));
         if !current {
             changed = true;

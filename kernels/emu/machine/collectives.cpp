@@ -15,7 +15,10 @@ void reset_collectives(Machine& m) {
         bar.arrived = 0;
         if constexpr (kRace) race::forget(bar.sum);
     }
-    for (unsigned w = 0; w < m.warps; w++) m.warp[w].busy = 0;
+    for (unsigned w = 0; w < m.warps; w++) {
+        m.warp[w].busy = 0;
+        m.warp[w].leader = m.sched == InOrder ? 0 : unsigned(m.random_state >> w % 16 & 31);
+    }
 }
 
 // ---- block barriers ----
@@ -79,12 +82,13 @@ void barrier(int id, int count, bool wait, Loc loc) {
 // ---- warp operations ----
 
 static const char* name_of(Collective kind) {
-    static const char* const names[] = {"__syncwarp", "__shfl_sync", "__ballot_sync", "ldmatrix", "ldmatrix.trans", "mma", "mma"};
+    static const char* const names[] = {"__syncwarp",     "__shfl_sync", "__ballot_sync",  "elect", "ldmatrix",
+                                        "ldmatrix.trans", "stmatrix",    "stmatrix.trans", "mma",   "mma"};
     return names[unsigned(kind)];
 }
 
-// .aligned: every lane of the warp executes the same instruction.
-static bool is_aligned(Collective kind) { return kind >= Collective::LdMatrix; }
+// .aligned, or of the full warp: every lane of the warp executes the same instruction.
+static bool is_aligned(Collective kind) { return kind >= Collective::Elect; }
 
 static void execute_shuffle(Warp& warp, const Rendezvous& r) {
     for (uint32_t lanes = r.arrived; lanes; lanes &= lanes - 1) {
@@ -113,6 +117,10 @@ static void execute_ballot(Warp& warp, const Rendezvous& r) {
         votes |= uint32_t(warp.shuffle[lane].value) << lane;
     }
     for (uint32_t lanes = r.arrived; lanes; lanes &= lanes - 1) warp.shuffle[std::countr_zero(lanes)].result = votes;
+}
+
+static void execute_elect(Warp& warp) {
+    for (unsigned lane = 0; lane < 32; lane++) warp.shuffle[lane].result = lane == warp.leader;
 }
 
 // Row k of matrix i goes to lanes 4k .. 4k + 3, four bytes each; transposed, column k does.
@@ -155,6 +163,20 @@ static void execute_ldmatrix(Machine& m, Warp& warp, unsigned warp_index, const 
                     read(k, pair * 2, 4);
                 }
             }
+        }
+    }
+}
+
+// The reverse. The writes are those of the lanes that name the rows.
+static void execute_stmatrix(Warp& warp, unsigned warp_index, const Rendezvous& r) {
+    for (int i = 0; i < r.detail; i++) {
+        alignas(16) uint16_t matrix[8][8], transposed[8][8];
+        memcpy(matrix, warp.fragment[i], sizeof matrix);
+        for (int k = 0; k < 64; k++) transposed[k % 8][k / 8] = matrix[k / 8][k % 8];
+        for (int k = 0; k < 8; k++) {
+            void* row = const_cast<void*>(warp.row[i * 8 + k]);
+            memcpy(row, r.kind == Collective::StMatrixTrans ? transposed[k] : matrix[k], 16);
+            if constexpr (kRace) race::touch_as(warp_index * 32 + unsigned(i * 8 + k), row, 16, race::Access::Write, r.where);
         }
     }
 }
@@ -246,6 +268,9 @@ static void complete(Machine& m, unsigned warp_index, Rendezvous& r, uint32_t ru
         case Collective::Ballot: execute_ballot(warp, r); break;
         case Collective::LdMatrix:
         case Collective::LdMatrixTrans: execute_ldmatrix(m, warp, warp_index, r); break;
+        case Collective::StMatrix:
+        case Collective::StMatrixTrans: execute_stmatrix(warp, warp_index, r); break;
+        case Collective::Elect: execute_elect(warp); break;
         case Collective::MmaBf16:
             execute_bf16(warp.mma);
             m.stats.mma++;
@@ -312,6 +337,7 @@ static EMU_INLINE void meet(Thread& me, uint32_t mask, Collective kind, int deta
 }
 
 void lane_left(Machine& m, Thread& thread) {
+    check_wgmma_at_exit(m, thread);
     Warp& warp = m.warp[thread.warp];
     for (uint32_t busy = warp.busy; busy; busy &= busy - 1) {
         Rendezvous& r = warp.slot[std::countr_zero(busy)];
@@ -354,6 +380,24 @@ void ldmatrix(uint32_t* r, int count, bool trans, const void* row, Loc loc) {
     meet(me, kFullWarp, trans ? Collective::LdMatrixTrans : Collective::LdMatrix, count, loc);
     const Thread& again = self();
     for (int i = 0; i < count; i++) r[i] = again.own_warp->fragment[i][again.lane];
+}
+
+void stmatrix(void* row, const uint32_t* r, int count, bool trans, Loc loc) {
+    Machine& m = *machine;
+    Thread& me = self();
+    if (int(me.lane) < count * 8) {
+        if (!m.in_shared(row, 16)) die_with(loc, "stmatrix: row %p is not in the block's shared memory", row);
+        if (uintptr_t(row) % 16) die_with(loc, "stmatrix: row at shared memory + %u is not aligned to 16", smem_addr(row, loc));
+    }
+    me.own_warp->row[me.lane] = row;
+    for (int i = 0; i < count; i++) me.own_warp->fragment[i][me.lane] = r[i];
+    meet(me, kFullWarp, trans ? Collective::StMatrixTrans : Collective::StMatrix, count, loc);
+}
+
+bool elect(Loc loc) {
+    meet(self(), kFullWarp, Collective::Elect, 0, loc);
+    const Thread& again = self();
+    return again.own_warp->shuffle[again.lane].result != 0;
 }
 
 // Lane 4 g + t holds rows g and g + 8 of a, columns g of b, and columns 2 t, 2 t + 1 of each eight of d. Found anew after

@@ -3,7 +3,8 @@
 //
 //   types.h           vector types, f16, bf16, arithmetic               seen by kernels
 //   emu.h             launches; primitives, where CUDA and device.cuh name them
-//   hopper.h          mbarrier, TMA, wgmma                             seen by kernels with common/hopper.cuh
+//   hopper.h          mbarrier, TMA, clusters                           seen by kernels with common/hopper.cuh
+//   wgmma.h           a warpgroup's words                               seen by kernels with common/wgmma.cuh
 //   machine.h         one block on one worker thread                     internal
 //   launch.cpp        kernel table, configuration, worker pool, messages
 //   fibers.cpp        context switch, stacks, the scheduler, shared memory
@@ -11,7 +12,8 @@
 //   async.cpp         cp.async
 //   fault.cpp         illegal addresses
 //   cluster.cpp       clusters: their barrier, shared memory of other blocks, dependent launches
-//   hopper.cpp        mbarrier, TMA, wgmma from shared memory
+//   hopper.cpp        mbarrier, TMA
+//   wgmma.cpp         a warpgroup's products and registers
 //   race.cpp          the race detector, in builds with -DEMU_RACE
 //
 // A cluster, mostly of one block, is one thread of the host, its threads are fibers: a thread runs until it waits for others. Which warp goes

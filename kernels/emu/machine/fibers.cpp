@@ -503,6 +503,7 @@ static void begin_block(Machine& m, uint3 block) {
 
     reset_collectives(m);
     reset_hopper(m);
+    reset_wgmma(m);
     m.ready_warps = 0;
     for (unsigned w = 0; w < m.warps; w++) {
         const unsigned lanes = min(m.threads - w * 32, 32u);

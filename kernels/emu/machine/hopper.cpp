@@ -1,4 +1,4 @@
-// Hopper's asynchronous parts: mbarrier, TMA, wgmma with both operands in shared memory.
+// Hopper's asynchronous parts: mbarrier, TMA.
 #include "machine.h"
 
 namespace emu {
@@ -13,11 +13,6 @@ void reset_hopper(Machine& m) {
         }
     }
     m.mbarriers.clear();
-    for (Warpgroup& group : m.warpgroup) {
-        group.arrived = group.open = group.committed = 0;
-        group.queue.clear();
-        group.groups.clear();
-    }
 }
 
 // ---- mbarrier ----
@@ -468,138 +463,6 @@ void check_stores_at_exit(const Thread& me) {
     }
 }
 
-// ---- wgmma ----
-
-static float to_float(uint16_t bits, bool is_bf16) { return is_bf16 ? to_f32(bf16{bits}) : to_f32(f16{bits}); }
-
-// Address of element (row, k) of an operand: with rows of k (K-major), or with rows of the other dimension (MN-major).
-static const char* element(const Machine& m, uint64_t descriptor, uint32_t row, uint32_t k, bool mn_major) {
-    const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4;
-    const uint32_t leading = uint32_t(descriptor >> 16 & 0x3FFF) << 4, stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
-    const uintptr_t address = mn_major ? start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2
-                                       : start + row / 8 * stride + row % 8 * 128 + k * 2;
-    return m.shared + (swizzled(address, 3) & 0x3FFFF);
-}
-
-static void multiply(Machine& m, const Wgmma& w) {
-    auto& [a, b, d] = m.wgmma_operands;
-    const WgmmaCall& call = w.call;
-    const auto value = [&](const char* p) {
-        uint16_t bits;
-        memcpy(&bits, p, 2);
-        return to_float(bits, call.is_bf16);
-    };
-    m.stats.wgmma++;
-    for (uint32_t row = 0; row < 64; row++) {
-        for (uint32_t k = 0; k < 16; k++) a[row][k] = value(element(m, call.a, row, k, false));
-    }
-    for (uint32_t column = 0; column < uint32_t(call.n); column++) {
-        for (uint32_t k = 0; k < 16; k++) b[k][column] = value(element(m, call.b, column, k, call.b_transposed));
-    }
-    // Thread t holds row t / 32 * 16 + t % 32 / 4, and the one 8 below, columns t % 4 * 2 and the next of each eight.
-    const auto each_register = [&](auto&& visit) {
-        for (int t = 0; t < 128; t++) {
-            const int row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
-            for (int i = 0; i < call.n / 2; i++) {
-                visit(w.d[t][i], d[row + (i >> 1 & 1) * 8][i / 4 * 8 + column + (i & 1)]);
-            }
-        }
-    };
-    each_register([&](float& held, float& sum) { sum = call.accumulate ? held : 0.f; });
-    for (int row = 0; row < 64; row++) {
-        for (int k = 0; k < 16; k++) {
-            for (int column = 0; column < call.n; column++) d[row][column] += a[row][k] * b[k][column];
-        }
-    }
-    each_register([&](float& held, float& sum) { held = sum; });
-}
-
-static void check_reads(Machine& m, const WgmmaCall& call, unsigned index, uint32_t group) {
-    for (uint32_t row = 0; row < 64; row++) {
-        for (uint32_t k = 0; k < 16; k += 8) race::wgmma_read(element(m, call.a, row, k, false), 16, index, group, call.loc);
-    }
-    if (!call.b_transposed) {
-        for (uint32_t row = 0; row < uint32_t(call.n); row++) {
-            for (uint32_t k = 0; k < 16; k += 8) race::wgmma_read(element(m, call.b, row, k, false), 16, index, group, call.loc);
-        }
-    } else {
-        for (uint32_t row = 0; row < uint32_t(call.n); row += 8) {
-            for (uint32_t k = 0; k < 16; k++) race::wgmma_read(element(m, call.b, row, k, true), 16, index, group, call.loc);
-        }
-    }
-}
-
-static void execute(Machine& m, Warpgroup& group, unsigned index) {
-    const WgmmaCall& first = *group.call[0];
-    switch (group.step) {
-        case WgmmaStep::Fence: break;
-        case WgmmaStep::Multiply: {
-            Wgmma w{first, {}};
-            for (int t = 0; t < 128; t++) {
-                const WgmmaCall& call = *group.call[t];
-                if (call.a != first.a || call.b != first.b || call.accumulate != first.accumulate) {
-                    die_with(call.loc, "wgmma with different descriptors in the threads of a warpgroup");
-                }
-                w.d[t] = call.d;
-            }
-            if (first.a >> 62 != 1 || first.b >> 62 != 1) die_with(first.loc, "the emulator knows the 128-byte swizzle only");
-            if constexpr (kRace) check_reads(m, first, index, group.committed + 1);
-            if (m.async == Early) {
-                multiply(m, w);
-            } else {
-                group.queue.push_back(w);
-                group.open++;
-            }
-            break;
-        }
-        case WgmmaStep::Commit:
-            group.groups.push_back(group.open);
-            group.open = 0;
-            group.committed++;
-            break;
-        case WgmmaStep::Wait:
-            while (group.groups.size() > size_t(first.pending)) {
-                for (uint32_t i = 0; i < group.groups[0]; i++) multiply(m, group.queue[i]);
-                group.queue.erase(group.queue.begin(), group.queue.begin() + group.groups[0]);
-                group.groups.erase(group.groups.begin());
-            }
-            if constexpr (kRace) {
-                const uint32_t pending = uint32_t(first.pending);
-                race::wgmmas_done(index, group.committed > pending ? group.committed - pending : 0);
-            }
-    }
-}
-
-static void meet(WgmmaStep step, WgmmaCall call, const char* what) {
-    Machine& m = *machine;
-    Thread& me = self();
-    const unsigned index = me.warp / 4;
-    if ((index + 1) * 128 > m.threads) die_with(call.loc, "%s in an incomplete warpgroup", what);
-    Warpgroup& group = m.warpgroup[index];
-    if (group.arrived && (group.step != step || group.where.line != call.loc.line)) {
-        die_with(call.loc, "threads of a warpgroup at different wgmma instructions, others at %s:%d", group.where.file,
-                 group.where.line);
-    }
-    group.step = step;
-    group.where = call.loc;
-    group.call[me.index % 128] = &call;
-    if (++group.arrived < 128) return wait_for_others(what, call.loc);
-    group.arrived = 0;
-    execute(m, group, index);
-    for (unsigned w = index * 4; w < index * 4 + 4; w++) {
-        const uint32_t lanes = w == me.warp ? ~(1u << me.lane) : kFullWarp;
-        m.make_ready(w, lanes);
-    }
-}
-
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, bool b_transposed, Loc loc) {
-    meet(WgmmaStep::Multiply, {d, n, a, b, accumulate, is_bf16, b_transposed, 0, loc}, "wgmma");
-}
-void wgmma_fence(Loc loc) { meet(WgmmaStep::Fence, {nullptr, 0, 0, 0, false, false, false, 0, loc}, "wgmma.fence"); }
-void wgmma_commit(Loc loc) { meet(WgmmaStep::Commit, {nullptr, 0, 0, 0, false, false, false, 0, loc}, "wgmma.commit_group"); }
-void wgmma_wait(int pending, Loc loc) {
-    meet(WgmmaStep::Wait, {nullptr, 0, 0, 0, false, false, false, pending, loc}, "wgmma.wait_group");
-}
 void fence_proxy_async(Loc) {
     if constexpr (kRace) race::fence_proxy_async();
 }

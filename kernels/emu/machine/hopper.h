@@ -1,5 +1,5 @@
-// Hopper's words (sm_90a): mbarrier, TMA, wgmma with both operands in shared memory.
-// Not modelled: wgmma operands from registers; of TMA reductions, interleaved maps, element strides in tile mode.
+// Hopper's words (sm_90a): mbarrier, TMA, clusters, dependent launches.
+// Not modelled: of TMA reductions, interleaved maps, element strides in tile mode.
 #pragma once
 #include "emu.h"
 
@@ -42,11 +42,6 @@ void mbar_expect_cluster(uint64_t* bar, int rank, uint32_t bytes, Loc loc);
 // Dependent launches.
 void next_may_start(Loc loc);
 void wait_for_previous(Loc loc);
-// m64 n k16; `a`, `b`: descriptors; b_rows_are_k: B is MN-major.
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, bool b_transposed, Loc loc);
-void wgmma_fence(Loc loc);
-void wgmma_commit(Loc loc);
-void wgmma_wait(int pending, Loc loc);
 void fence_proxy_async(Loc loc);
 }  // namespace emu
 
@@ -156,26 +151,3 @@ static inline uint32_t ld_acquire(const uint32_t* p, EMU_LOC) { return emu::load
 static inline void st_release(uint32_t* p, uint32_t x, EMU_LOC) { emu::store_release(p, x, loc); }
 static inline void fence_proxy_async_global(EMU_LOC) { emu::fence_proxy_async_global(loc); }
 static inline void fence_proxy_async(EMU_LOC) { emu::fence_proxy_async(loc); }
-static inline void wgmma_fence(EMU_LOC) { emu::wgmma_fence(loc); }
-static inline void wgmma_commit(EMU_LOC) { emu::wgmma_commit(loc); }
-template <int N>
-static inline void wgmma_wait(EMU_LOC) {
-    emu::wgmma_wait(N, loc);
-}
-template <class T, int Transposed = 0>
-static inline void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate, EMU_LOC) {
-    emu::wgmma(d, 64, a, b, accumulate, std::is_same_v<T, bf16>, Transposed, loc);
-}
-template <class T, int Transposed = 0>
-static inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate, EMU_LOC) {
-    emu::wgmma(d, 128, a, b, accumulate, std::is_same_v<T, bf16>, Transposed, loc);
-}
-template <int N>
-static inline void setmaxnreg_inc() {}
-template <int N>
-static inline void setmaxnreg_dec() {}
-// Descriptor of a matrix in shared memory with the 128-byte swizzle; the offsets in bytes.
-static inline uint64_t wgmma_desc128(uint32_t address, uint32_t leading_offset, uint32_t stride_offset) {
-    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading_offset >> 4) << 16 | uint64_t(stride_offset >> 4) << 32 |
-           uint64_t(1) << 62;
-}

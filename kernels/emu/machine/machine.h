@@ -1,11 +1,14 @@
 // One block in execution, on one worker thread with those of its cluster: the state that the parts of the emulator share. Internal.
 #pragma once
 #include <atomic>
+#include <deque>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
 #include "emu.h"
 #include "hopper.h"
+#include "wgmma.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1
@@ -126,7 +129,7 @@ struct Thread : Context {
 
 // ---- warps ----
 
-enum class Collective : uint8_t { Sync, Shuffle, Ballot, LdMatrix, LdMatrixTrans, MmaBf16, MmaF16 };
+enum class Collective : uint8_t { Sync, Shuffle, Ballot, Elect, LdMatrix, LdMatrixTrans, StMatrix, StMatrixTrans, MmaBf16, MmaF16 };
 
 // Lanes of a warp on their way into one operation.
 struct Rendezvous {
@@ -154,6 +157,7 @@ struct Warp {
     uint32_t present;  // lanes that exist
     uint32_t alive;    // and have not left the kernel
     uint32_t busy;     // slots in use: disjoint masks of a diverged warp
+    unsigned leader;   // of elect
     Rendezvous slot[kSlots];
     ShuffleLane shuffle[32];
     const void* row[32];
@@ -205,27 +209,50 @@ struct MbarrierInfo {
     unsigned agent = 0;
     uint32_t clock = 0;
 };
-enum class WgmmaStep : uint8_t { Fence, Multiply, Commit, Wait };
+
+// ---- wgmma ----
+
+enum class WgmmaStep : uint8_t { Fence, Multiply, Commit, Wait, Increase, Decrease };
+// What all threads of the warpgroup have in common.
 struct WgmmaCall {
-    float* d;
-    int n;
+    WgmmaStep step;
+    Factors factors;
+    bool accumulate, b_transposed, a_in_registers;
+    int n;  // columns; groups that may be pending; registers
     uint64_t a, b;
-    bool accumulate, is_bf16, b_transposed;
-    int pending;
-    Loc loc;
+    bool operator==(const WgmmaCall&) const = default;
 };
-struct Wgmma {
+// A warpgroup's d.
+struct Accumulators {
+    float* place[128];  // each thread's registers
+    int n;
+    uint32_t under_way;     // products not yet waited for
+    bool is_known, fenced;  // has been used; a fence came since
+    Loc where;              // of the latest product
+    // [64][n]: the sums of the products under way; else what the registers held at the latest wait or fence.
+    alignas(64) float value[64 * 256];
+};
+// A step that threads of a warpgroup have reached; a product until it was waited for.
+struct WgmmaRecord {
     WgmmaCall call;
+    Loc where;
+    unsigned arrived;
+    bool done;
+    Accumulators* accumulators;
     float* d[128];
+    const uint32_t* a_place[128];
+    uint32_t a[128][4];  // as issued
 };
 struct Warpgroup {
-    unsigned arrived;
-    WgmmaStep step;
-    Loc where;
-    WgmmaCall* call[128];
-    std::vector<Wgmma> queue;
-    std::vector<uint32_t> groups;  // multiplications of each outstanding group
-    uint32_t open, committed;
+    std::deque<std::unique_ptr<WgmmaRecord>> steps;  // that some threads have not reached
+    uint32_t executed, reached[128];                 // steps: by all; by each thread
+    std::deque<std::unique_ptr<WgmmaRecord>> products;  // issued and not waited for, in order
+    std::vector<std::unique_ptr<WgmmaRecord>> unused;
+    std::vector<uint32_t> groups;  // products of each outstanding group
+    uint32_t open, committed, committed_by_first;  // the first thread may be ahead
+    bool fenced_since_wait, fenced_since_commit;
+    std::vector<std::unique_ptr<Accumulators>> accumulators;
+    unsigned registers, wanted;  // per thread: has; waits for, or 0
 };
 
 // ---- clusters ----
@@ -249,6 +276,8 @@ struct Cluster {
 };
 
 // ---- one worker ----
+
+struct Tiles;
 
 struct Machine {
     char* region = nullptr;  // the shared window, then stacks; one piece, so that one comparison tells them from the rest
@@ -287,10 +316,8 @@ struct Machine {
     Warp warp[kMaxWarps];
     Barrier bar[kBarriers];
     Warpgroup warpgroup[kWarpgroups];
-    // Not thread_local: `cur` and `machine` make the library's thread-local block static, which has to be small.
-    struct {
-        float a[64][16], b[16][256], d[64][256];
-    } wgmma_operands;
+    Tiles* tiles = nullptr;       // a product's operands
+    unsigned free_registers = 0;  // per thread of one warpgroup, left by setmaxnreg.dec
     std::vector<TmaCopy> tma;
     std::vector<TmaStore> stores;
     std::unordered_map<uint64_t*, MbarrierInfo> mbarriers;
@@ -366,4 +393,8 @@ void mbar_arrive_at(Machine& owner, uint64_t* bar, uint32_t count, uint32_t tran
 void mbar_expect_at(Machine& owner, uint64_t* bar, uint32_t bytes, Loc loc);
 std::string mbarrier_text(const Machine& m, const Thread& waiting);  // what the phase it waits for lacks
 inline constexpr char kMbarrierWait[] = "mbarrier wait";
+
+// wgmma.cpp
+void reset_wgmma(Machine& m);
+void check_wgmma_at_exit(const Machine& m, const Thread& me);
 }  // namespace emu

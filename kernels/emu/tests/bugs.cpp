@@ -4,7 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "common/hopper.cuh"
+#include "common/wgmma.cuh"
 
 // ---- found by every build in every mode ----
 

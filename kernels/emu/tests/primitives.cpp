@@ -1,7 +1,7 @@
 // Every primitive against a plain computation, in every mode; and that correct kernels are reported clean.
 #include "harness.h"
 
-#include "common/hopper.cuh"
+#include "common/wgmma.cuh"
 
 // ---- indices, registration, configuration ----
 
@@ -481,7 +481,7 @@ KERNEL(tma_wgmma, 128, 1)(GRID_CONST TensorMap a, GRID_CONST TensorMap b, float*
     for (uint32_t k = 0; k < 4; k++) {
         const uint64_t a_rows = wgmma_desc128(smem_u32(s.a) + k * 32, 16, 1024);
         const uint64_t b_rows = wgmma_desc128(smem_u32(s.b) + k * 32, 16, 1024);
-        wgmma_m64n64k16<bf16>(sum, a_rows, b_rows, k > 0);
+        wgmma<bf16, 64>(sum, a_rows, b_rows, k > 0);
     }
     wgmma_commit();
     if (bug != 3) wgmma_wait<0>();
