@@ -1,8 +1,8 @@
 //! linear against plain f64 loops.
 
-use crate::common::{Random, assert_close, cards, devices};
+use crate::common::{F32_EPS, Random, assert_close, cards, devices, kernels};
 use megafuse::Error;
-use megafuse::ops::{self, Activation, Linear, Variant};
+use megafuse::ops::{self, Activation, Linear};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 /// Leading dimensions, K, rows of the weight: one element; primes; one off a tile (cpu: 14 rows, 32 columns, 256 k; card:
@@ -57,8 +57,14 @@ impl Inputs {
     }
 }
 
-/// 8: a chain of products (see the cpu's engine; a card's is one chain), and the activation's own few ulp.
-const F32_EPS_ALLOWED: f64 = 8.0;
+/// 8: a chain of products (see the cpu's engine; a card's is one chain), and the activation's own few ulp. A card's GELU
+/// for results of 16 bits errs by up to 5e-6 of the value where that counts (kernels/common/math.cuh): 84 more.
+fn f32_eps_allowed(activation: Activation, dtype: DType) -> f64 {
+    match activation {
+        Activation::Gelu | Activation::Geglu if dtype != DType::F32 => 8.0 + 5e-6 / F32_EPS,
+        _ => 8.0,
+    }
+}
 
 #[test]
 fn linear_matches_f64() {
@@ -67,12 +73,13 @@ fn linear_matches_f64() {
             for activation in ACTIVATIONS {
                 let n = if activation == Activation::Geglu { rows / 2 } else { rows };
                 let inputs = Inputs::new(&device, dtype, leading, k, rows, n);
+                let allowed = f32_eps_allowed(activation, dtype);
                 let alone = [(false, false), (true, true), (true, false), (false, true)];
                 for &(bias, residual) in if activation == Activation::None { &alone[..] } else { &alone[..2] } {
                     let args = inputs.args(activation, bias, residual);
                     let what =
                         format!("{device} {leading:?} {k} {rows} {activation:?} bias {bias} residual {residual}");
-                    assert_close(&ops::linear(args).unwrap(), &crate::common::linear(&args), F32_EPS_ALLOWED, what);
+                    assert_close(&ops::linear(args).unwrap(), &crate::common::linear(&args), allowed, what);
                 }
             }
         }
@@ -91,11 +98,10 @@ fn every_tile_matches_f64_and_the_others_bit_for_bit() {
                 let args = inputs.args(activation, true, true);
                 let want = crate::common::linear(&args);
                 let mut first: Option<Vec<f32>> = None;
-                for tile in ops::tile_names() {
-                    let variant = Variant { tile: Some(tile), ..Variant::default() };
-                    let got = ops::with_variant(variant, || ops::linear(args)).unwrap();
-                    let what = format!("{device} {tile} {m} {k} {rows} {activation:?}");
-                    assert_close(&got, &want, F32_EPS_ALLOWED, &what);
+                for kernel in kernels("linear", &device, dtype) {
+                    let got = ops::with_variants(&kernel, || ops::linear(args)).unwrap();
+                    let what = format!("{device} {kernel} {m} {k} {rows} {activation:?}");
+                    assert_close(&got, &want, f32_eps_allowed(activation, dtype), &what);
                     let got = got.to_f32_vec().unwrap();
                     assert!(*first.get_or_insert_with(|| got.clone()) == got, "{what} {dtype}: other bits");
                 }
@@ -187,13 +193,13 @@ fn nan_does_not_spread() {
         }
         let x = Tensor::from_f32(&device, &[m, k], dtype, &x).unwrap();
         let weight = Tensor::from_f32(&device, &[n, k], dtype, &weight).unwrap();
-        for tile in ops::tile_names() {
-            let variant = Variant { tile: Some(tile), ..Variant::default() };
-            let y = ops::with_variant(variant, || ops::linear(Linear::new(&x, &weight))).unwrap().to_f32_vec().unwrap();
+        for kernel in kernels("linear", &device, dtype) {
+            let y =
+                ops::with_variants(&kernel, || ops::linear(Linear::new(&x, &weight))).unwrap().to_f32_vec().unwrap();
             for (i, y) in y.into_iter().enumerate() {
                 let spoiled = (i / n) % 2 == 1 || (i % n) % 2 == 1;
                 let ok = if spoiled { y.is_nan() } else { y == k as f32 };
-                assert!(ok, "{device} {dtype} {tile}: row {} column {} is {y}", i / n, i % n);
+                assert!(ok, "{device} {dtype} {kernel}: row {} column {} is {y}", i / n, i % n);
             }
         }
     }

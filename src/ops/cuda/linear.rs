@@ -7,7 +7,23 @@ use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
 const OP: &str = "linear";
 
-/// `LinearActivation` of linear.cu.
+/// `LinearArgs` of linear.cuh.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct LinearArgs {
+    y: DevicePtr,
+    x: DevicePtr,
+    weight: DevicePtr,
+    bias: DevicePtr,
+    residual: DevicePtr,
+    m: i32,
+    columns: i32,
+    k: i32,
+    activation: i32,
+    wide: i32,
+}
+
+/// `LinearActivation` of linear.cuh.
 fn activation_number(activation: Activation) -> i32 {
     match activation {
         Activation::None => 0,
@@ -22,8 +38,6 @@ fn activation_number(activation: Activation) -> i32 {
 pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
     let (x, weight, dtype) = (args.x, args.weight, args.x.dtype());
     let columns = weight.shape()[0];
-    let (m_, columns_, k_) =
-        (tiles::count(OP, "rows of x", m)?, tiles::count(OP, "rows of weight", columns)?, tiles::count(OP, "K", k)?);
     let chunk = tiles::chunk(dtype);
     let wide = Wide {
         x: k % chunk == 0 && aligned(x),
@@ -31,27 +45,21 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
         output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
     };
     let chunks = wide.x && wide.weight;
-    let tile = tiles::pick(&Product { dtype, size: [m, columns, k], chunks, card: Card::of(device) });
+    let tile = tiles::pick(&Product { op: OP, dtype, size: [m, columns, k], chunks, card: Card::of(device) })?;
     let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
     let entry = entry(&format!("linear_{}", tile.name), dtype);
-    // SAFETY: arguments as the entry has them; shapes were checked against [m, n, k], `wide` against the addresses.
-    unsafe {
-        device.launch(
-            "linear",
-            &entry,
-            launch,
-            args![
-                y.cuda(),
-                x.cuda(),
-                weight.cuda(),
-                DevicePtr::or_null(args.bias),
-                DevicePtr::or_null(args.residual),
-                m_,
-                columns_,
-                k_,
-                activation_number(args.activation),
-                wide.bits()
-            ],
-        )
-    }
+    let arguments = LinearArgs {
+        y: y.cuda(),
+        x: x.cuda(),
+        weight: weight.cuda(),
+        bias: DevicePtr::or_null(args.bias),
+        residual: DevicePtr::or_null(args.residual),
+        m: tiles::count(OP, "rows of x", m)?,
+        columns: tiles::count(OP, "rows of weight", columns)?,
+        k: tiles::count(OP, "K", k)?,
+        activation: activation_number(args.activation),
+        wide: wide.bits(),
+    };
+    // SAFETY: the argument as the entry has it; shapes were checked against [m, n, k], `wide` against the addresses.
+    unsafe { device.launch("linear", &entry, launch, args![arguments]) }
 }

@@ -12,6 +12,7 @@ pub mod rms_norm;
 pub mod sampler;
 pub mod step;
 pub mod tiles;
+pub mod variants;
 
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Tensor};
