@@ -1,16 +1,16 @@
 use super::tiles::{self, Card, Product, Wide};
-use super::{aligned, entry};
+use super::{aligned, entry, linear_sm90, variants};
 use crate::error::Result;
 use crate::ops::{Activation, Linear};
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
-const OP: &str = "linear";
+pub(super) const OP: &str = "linear";
 
 /// `LinearArgs` of linear.cuh.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct LinearArgs {
+pub(super) struct LinearArgs {
     y: DevicePtr,
     x: DevicePtr,
     weight: DevicePtr,
@@ -36,6 +36,9 @@ fn activation_number(activation: Activation) -> i32 {
 
 /// `[m, n, k]`: rows and columns of y, terms of a sum.
 pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
+    if y.numel() == 0 {
+        return Ok(());
+    }
     let (x, weight, dtype) = (args.x, args.weight, args.x.dtype());
     let columns = weight.shape()[0];
     let chunk = tiles::chunk(dtype);
@@ -45,9 +48,6 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
         output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
     };
     let chunks = wide.x && wide.weight;
-    let tile = tiles::pick(&Product { op: OP, dtype, size: [m, columns, k], chunks, card: Card::of(device) })?;
-    let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
-    let entry = entry(&format!("linear_{}", tile.name), dtype);
     let arguments = LinearArgs {
         y: y.cuda(),
         x: x.cuda(),
@@ -60,6 +60,13 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
         activation: activation_number(args.activation),
         wide: wide.bits(),
     };
+    let asked = variants::asked(OP)?;
+    if linear_sm90::takes(device, args, [m, n, k], y) && asked.is_none_or(linear_sm90::is_one) {
+        return linear_sm90::linear(device, args, [m, n, k], arguments, asked, y);
+    }
+    let tile = tiles::pick(&Product { op: OP, dtype, size: [m, columns, k], chunks, card: Card::of(device) })?;
+    let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
+    let entry = entry(&format!("linear_{}", tile.name), dtype);
     // SAFETY: the argument as the entry has it; shapes were checked against [m, n, k], `wide` against the addresses.
     unsafe { device.launch("linear", &entry, launch, args![arguments]) }
 }

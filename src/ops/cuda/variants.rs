@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use super::{attention, tiles};
+use super::{attention, linear_sm90, tiles};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
@@ -41,7 +41,8 @@ pub struct Variants {
 pub fn all(op: &str) -> Vec<Variant> {
     let mut found: Vec<Variant> = Vec::new();
     let known = match op {
-        "linear" | "conv2d" => tiles::variants(&[DType::BF16, DType::F32]),
+        "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::all()].concat(),
+        "conv2d" => tiles::variants(&[DType::BF16, DType::F32]),
         "attention" => attention::variants(&[DType::BF16, DType::F32]),
         _ => vec![],
     };
@@ -53,11 +54,12 @@ pub fn all(op: &str) -> Vec<Variant> {
     found
 }
 
-/// Those that `device` has for whole aligned operands of `dtype`; nothing on a device that is no card. An attention's
-/// variant takes heads up to a width only.
+/// Those that `device` has for whole aligned operands of `dtype`; nothing on a device that is no card. Some take only a part
+/// of what the op does: heads up to a width, an activation.
 pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
     match (op, device) {
-        ("linear" | "conv2d", Device::Cuda(_)) => tiles::variants(&[dtype]),
+        ("linear", Device::Cuda(card)) => [tiles::variants(&[dtype]), linear_sm90::variants(card, dtype)].concat(),
+        ("conv2d", Device::Cuda(_)) => tiles::variants(&[dtype]),
         ("attention", Device::Cuda(_)) => attention::variants(&[dtype]),
         _ => vec![],
     }
