@@ -212,6 +212,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "S", value_parser = values::seconds, default_value = "0.3")]
     pub seconds: f64,
 
+    /// On a card: time each kernel that an op has to choose from, beside its own choice
+    #[arg(long)]
+    pub variants: bool,
+
     /// Whose shapes, separated by commas
     #[arg(long, value_enum, value_name = "MODEL,...", value_delimiter = ',', default_value = "sd15,vae,relay")]
     pub shapes: Vec<Shapes>,
@@ -240,6 +244,7 @@ Examples:
   megafuse bench
   megafuse bench --shapes sd15,sd15-1024 --filter attention
   megafuse bench --dtype f16 --shapes vae-1024 --json > bench.jsonl
+  megafuse bench --shapes sdxl --filter linear --variants
   megafuse bench --device cpu --dtype f32 --filter linear
 
 The peaks are measured first, on the same device: bare multiply-adds on registers (for f16 and bf16

@@ -7,7 +7,7 @@ use megafuse::ops::cases::{self, Call, Case, random, tensor};
 use megafuse::ops::peaks;
 use megafuse::runtime::cuda::{self, Mark};
 use megafuse::runtime::{CudaDevice, Work};
-use megafuse::{DType, Device, Result, Tensor};
+use megafuse::{DType, Device, Error, Result, Tensor, ops};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -66,12 +66,19 @@ fn run_emulated(args: &BenchArgs, device: &Device, card: &CudaDevice) -> Result<
         }
     }
     for case in &cases {
-        clock.median(&(case.prepare)(device, args.dtype)?)?;
-        if args.json {
-            let fields = json!({ "dtype": args.dtype.name(), "card": card.card(), "emulated": true, "ran": true });
-            print_line(merged(case, fields));
-        } else {
-            print_line(format!("{:58} ran", case.name));
+        let call = (case.prepare)(device, args.dtype)?;
+        for kernel in kernels(args, device, case) {
+            if clock.median_by(&kernel, &call)?.is_none() {
+                continue;
+            }
+            if args.json {
+                let fields = json!({
+                    "dtype": args.dtype.name(), "kernel": kernel, "card": card.card(), "emulated": true, "ran": true,
+                });
+                print_line(merged(case, fields));
+            } else {
+                print_line(format!("{:58} ran", title(case, &kernel)));
+            }
         }
     }
     Ok(())
@@ -103,29 +110,48 @@ fn run_timed(args: &BenchArgs, device: &Device) -> Result<()> {
     for case in &cases {
         let work = work(case, args.dtype)?;
         let call = (case.prepare)(device, args.dtype)?;
-        let seconds = clock.median(&call)?;
         let floor = (work.flops as f64 / peak.flops).max(work.bytes as f64 / peak.bytes);
-        let (flops, bytes, share) = (work.flops as f64 / seconds, work.bytes as f64 / seconds, floor / seconds);
-        if args.json {
-            let fields = json!({
-                "dtype": args.dtype.name(), "card": name, "driver": driver, "emulated": false,
-                "median_us": seconds * 1e6, "tflops": flops / 1e12, "gbytes_per_s": bytes / 1e9,
-                "share_of_peak": share, "floor_us": floor * 1e6,
-            });
-            print_line(merged(case, fields));
-        } else {
-            print_line(format!(
-                "{:58} {:8.1} us {:9.3} {:8.1} {:8.1} us {:5.0}%",
-                case.name,
-                seconds * 1e6,
-                flops / 1e12,
-                bytes / 1e9,
-                floor * 1e6,
-                100.0 * share
-            ));
+        for kernel in kernels(args, device, case) {
+            let Some(seconds) = clock.median_by(&kernel, &call)? else { continue };
+            let (flops, bytes, share) = (work.flops as f64 / seconds, work.bytes as f64 / seconds, floor / seconds);
+            if args.json {
+                let fields = json!({
+                    "dtype": args.dtype.name(), "kernel": kernel, "card": name, "driver": driver, "emulated": false,
+                    "median_us": seconds * 1e6, "tflops": flops / 1e12, "gbytes_per_s": bytes / 1e9,
+                    "share_of_peak": share, "floor_us": floor * 1e6,
+                });
+                print_line(merged(case, fields));
+            } else {
+                print_line(format!(
+                    "{:58} {:8.1} us {:9.3} {:8.1} {:8.1} us {:5.0}%",
+                    title(case, &kernel),
+                    seconds * 1e6,
+                    flops / 1e12,
+                    bytes / 1e9,
+                    floor * 1e6,
+                    100.0 * share
+                ));
+            }
         }
     }
     Ok(())
+}
+
+/// For [`ops::with_variants`]: the op's own choice, and with --variants each kernel that it has to choose from.
+fn kernels(args: &BenchArgs, device: &Device, case: &Case) -> Vec<String> {
+    let mut kernels = vec![String::new()];
+    if args.variants {
+        let variants = ops::variants_on(case.op, device, args.dtype);
+        kernels.extend(variants.iter().map(|variant| format!("{}={}", case.op, variant.name)));
+    }
+    kernels
+}
+
+fn title(case: &Case, kernel: &str) -> String {
+    match kernel.split_once('=') {
+        Some((_, variant)) => format!("{} {variant}", case.name),
+        None => case.name.clone(),
+    }
 }
 
 /// Flops and bytes that the meta device counts for the call.
@@ -172,6 +198,14 @@ impl Clock<'_> {
         };
         seconds.sort_by(f64::total_cmp);
         Ok(seconds[seconds.len() / 2])
+    }
+
+    /// By the kernels that are named, as [`ops::with_variants`] reads them; `None`: they do not take the call's operands.
+    fn median_by(self, kernels: &str, call: &Call) -> Result<Option<f64>> {
+        match ops::with_variants(kernels, || self.median(call)) {
+            Err(Error::Argument { arg: "MEGAFUSE_KERNEL", .. }) => Ok(None),
+            median => median.map(Some),
+        }
     }
 
     fn on_card(self, card: &CudaDevice, call: &Call) -> Result<Vec<f64>> {

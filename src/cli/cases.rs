@@ -51,6 +51,12 @@ impl<'a> Inputs<'a> {
         rounded.to_dtype(self.dtype)?.to_device(self.device)
     }
 
+    /// For [`ops::with_variants`]: this one of the op's, where the device has it for the dtype, else the op's choice.
+    fn kernel(&self, op: &str, name: &str) -> String {
+        let there = ops::variants_on(op, self.device, self.dtype).iter().any(|variant| variant.name == name);
+        if there { format!("{op}={name}") } else { String::new() }
+    }
+
     /// f32 whatever the dtype: samples and noise.
     fn f32(&mut self, shape: &[usize]) -> Result<Tensor> {
         self.seed += 1;
@@ -134,10 +140,10 @@ fn linears(cases: &mut Vec<Case>) {
             }));
         }
     }
-    for tile in ops::tile_names() {
-        cases.push(case("linear", format!("[150,192] -> 280 tile {tile}"), 96.0, move |inputs| {
-            let variant = Variant { tile: Some(tile), ..Variant::default() };
-            ops::with_variant(variant, || linear(inputs, [150, 192, 280], Activation::None))
+    for Variant { name, .. } in ops::variants("linear") {
+        cases.push(case("linear", format!("[150,192] -> 280 kernel {name}"), 96.0, move |inputs| {
+            let kernel = inputs.kernel("linear", name);
+            ops::with_variants(&kernel, || linear(inputs, [150, 192, 280], Activation::None))
         }));
     }
 }
@@ -165,7 +171,9 @@ struct Conv {
     resize_to: Option<[usize; 2]>,
     /// A row of the time embedding, a residual and a scale.
     fused: bool,
-    variant: Option<Variant>,
+    /// A kernel of conv2d's by name.
+    kernel_name: Option<&'static str>,
+    splits: Option<usize>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -184,7 +192,8 @@ const CONV: Conv = Conv {
     norm: None,
     resize_to: None,
     fused: false,
-    variant: None,
+    kernel_name: None,
+    splits: None,
 };
 
 fn convolutions(cases: &mut Vec<Case>) {
@@ -193,9 +202,10 @@ fn convolutions(cases: &mut Vec<Case>) {
         // A card rounds the normalised input: independent errors of up to half an ulp of terms of 1/2 on average, 1.7 at
         // most; six deviations of their sum.
         let intermediate = if conv.norm.is_some() { 6.0 * terms.sqrt() } else { 0.0 };
-        let run = move |inputs: &mut Inputs| match conv.variant {
-            Some(variant) => ops::with_variant(variant, || conv2d(inputs, conv)),
-            None => conv2d(inputs, conv),
+        let run = move |inputs: &mut Inputs| {
+            let kernel = conv.kernel_name.map(|name| inputs.kernel("conv2d", name)).unwrap_or_default();
+            let splits = conv.splits.map(|splits| format!(",conv2d.splits={splits}")).unwrap_or_default();
+            ops::with_variants(&(kernel + &splits), || conv2d(inputs, conv))
         };
         cases.push(case("conv2d", name, terms, run).intermediate(intermediate));
     };
@@ -211,11 +221,9 @@ fn convolutions(cases: &mut Vec<Case>) {
     push("norm silu".into(), Conv { norm: Some(Norm::Silu), ..CONV });
     push("resized to 18x22".into(), Conv { resize_to: Some([18, 22]), ..CONV });
     push("row, residual, scale".into(), Conv { fused: true, ..CONV });
-    let splits = Some(Variant { splits: Some(3), ..Variant::default() });
-    push("in 3 parts, row, residual, scale".into(), Conv { fused: true, variant: splits, ..CONV });
-    for tile in ops::tile_names() {
-        let variant = Some(Variant { tile: Some(tile), ..Variant::default() });
-        push(format!("tile {tile}"), Conv { outputs: 136, variant, ..CONV });
+    push("in 3 parts, row, residual, scale".into(), Conv { fused: true, splits: Some(3), ..CONV });
+    for Variant { name, .. } in ops::variants("conv2d") {
+        push(format!("kernel {name}"), Conv { outputs: 136, kernel_name: Some(name), ..CONV });
     }
 }
 

@@ -34,7 +34,7 @@ mod step;
 
 pub use attention::{Attention, attention};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
-pub use cuda::tiles::{Variant, tile_names, with_variant};
+pub use cuda::variants::{Variant, all as variants, on_device as variants_on, with_variants};
 pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};

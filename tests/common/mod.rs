@@ -103,6 +103,14 @@ pub fn f64s(x: &Tensor) -> Vec<f64> {
     x.to_f32_vec().unwrap().into_iter().map(f64::from).collect()
 }
 
+/// For `ops::with_variants`: each kernel that the device has for an op of whole aligned operands; where there is no choice,
+/// the op's own.
+pub fn kernels(op: &str, device: &Device, dtype: DType) -> Vec<String> {
+    let variants = megafuse::ops::variants_on(op, device, dtype);
+    let named: Vec<String> = variants.iter().map(|variant| format!("{op}={}", variant.name)).collect();
+    if named.is_empty() { vec![String::new()] } else { named }
+}
+
 /// What an op should return, and how large the terms were that each element is a sum of: f32 arithmetic errs by a few
 /// [`F32_EPS`] of that.
 #[derive(Clone, Debug)]

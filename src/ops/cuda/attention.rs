@@ -1,10 +1,11 @@
-use std::sync::OnceLock;
-
+use super::variants::{self, Variant};
 use super::{entry, tiles};
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Dims};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Tensor};
+
+const OP: &str = "attention";
 
 /// The widest head that has a kernel.
 const MAX_HEAD_DIM: usize = 512;
@@ -101,31 +102,54 @@ const F32: [Tile; 5] = [
     Tile::f32("d512", 512, 64),
 ];
 
+/// The tiles for operands of these dtypes.
+pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
+    let short: [(&[Tile], _); 3] = [
+        (&NARROW, "heads of the models' widths"),
+        (&LONG, "as without _long, for many queries: 32 a warp"),
+        (&ANY, "heads of any width and alignment, causal or not"),
+    ];
+    let long: [(&[Tile], _); 1] = [(&F32, "f32, the parity mode")];
+    let of_dtype = |dtype: &DType| if *dtype == DType::F32 { &long[..] } else { &short[..] };
+    let groups = dtypes.iter().flat_map(of_dtype);
+    groups.flat_map(|&(tiles, reason)| tiles.iter().map(move |tile| Variant { name: tile.name, reason })).collect()
+}
+
 impl Tile {
-    /// The tile for a head, or the one that `MEGAFUSE_ATTENTION_TILE` names (`d64_long`) where it will do: for research.
-    /// `plain`: not causal, and heads and addresses are whole 16 bytes.
-    fn choose(dims: &Dims, plain: bool, dtype: DType) -> Option<Tile> {
+    /// The tile for a head, or the one that `MEGAFUSE_KERNEL` names. `plain`: not causal, and heads and addresses are whole
+    /// 16 bytes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: there is none for so wide a head, or the one that is named cannot take it; [`Error::Config`]:
+    /// `MEGAFUSE_KERNEL` names none.
+    fn choose(dims: &Dims, plain: bool, dtype: DType) -> Result<Tile> {
         let fits = |tile: &&Tile| dims.head_dim <= tile.head_dim;
-        if dtype == DType::F32 {
-            return F32.iter().find(fits).copied();
-        }
-        let (narrow, long) = if plain { (NARROW.as_slice(), LONG.as_slice()) } else { Default::default() };
-        static NAMED: OnceLock<Option<String>> = OnceLock::new();
-        if let Some(name) = NAMED.get_or_init(|| std::env::var("MEGAFUSE_ATTENTION_TILE").ok())
-            && let Some(tile) = [narrow, long, &ANY].concat().iter().filter(fits).find(|tile| tile.name == name)
-        {
-            return Some(*tile);
+        let (narrow, long, any) = match (dtype, plain) {
+            (DType::F32, _) => (&[][..], &[][..], &F32[..]),
+            (_, true) => (&NARROW[..], &LONG[..], &ANY[..]),
+            (_, false) => (&[][..], &[][..], &ANY[..]),
+        };
+        if let Some(name) = variants::asked(OP)? {
+            let all = [narrow, long, any].concat();
+            return all.iter().filter(fits).find(|tile| tile.name == name).copied().ok_or_else(|| {
+                let others = variants(&[dtype]);
+                let can = |variant: &&Variant| all.iter().filter(fits).any(|tile| tile.name == variant.name);
+                let others: Vec<Variant> = others.iter().filter(can).copied().collect();
+                let kind = if plain { "" } else { ", causal or not of whole aligned 16 bytes" };
+                variants::refused(OP, name, &format!("{dtype} heads of {}{kind}", dims.head_dim), &others)
+            });
         }
         // The first of the narrowest.
-        let tile = narrow.iter().chain(&ANY).filter(fits).min_by_key(|tile| tile.head_dim)?;
+        let Some(tile) = narrow.iter().chain(any).filter(fits).min_by_key(|tile| tile.head_dim) else {
+            return Err(Error::argument(OP, "head_dim", dims.head_dim, format!("at most {MAX_HEAD_DIM}")));
+        };
         let long = long.iter().find(|long| long.head_dim == tile.head_dim);
         let long = long.filter(|long| dims.heads * dims.queries.div_ceil(long.rows) >= LONG_BLOCKS);
-        Some(*long.unwrap_or(tile))
+        Ok(*long.unwrap_or(tile))
     }
 }
 
 pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims, y: &mut Tensor) -> Result<()> {
-    const OP: &str = "attention";
     let &Dims { n, images_per_kv, queries, keys, heads, head_dim } = dims;
     let dtype = y.dtype();
     let width = heads * head_dim;
@@ -137,9 +161,7 @@ pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims
     let plain = !causal
         && (head_dim * dtype.size_bytes()).is_multiple_of(16)
         && [y.cuda(), q, k, v].iter().all(|address| address.0 % 16 == 0);
-    let Some(tile) = Tile::choose(dims, plain, dtype) else {
-        return Err(Error::argument(OP, "head_dim", head_dim, format!("at most {MAX_HEAD_DIM}")));
-    };
+    let tile = Tile::choose(dims, plain, dtype)?;
     // Rows of a tile are addressed from its first in 32 bits.
     let limit = i32::MAX as usize;
     for (what, got, limit) in
@@ -172,7 +194,7 @@ mod tests {
 
     fn choose(queries: usize, heads: usize, head_dim: usize, plain: bool, dtype: DType) -> Option<&'static str> {
         let dims = Dims { n: 1, images_per_kv: 1, queries, keys: queries, heads, head_dim };
-        Tile::choose(&dims, plain, dtype).map(|tile| tile.name)
+        Tile::choose(&dims, plain, dtype).ok().map(|tile| tile.name)
     }
 
     #[test]

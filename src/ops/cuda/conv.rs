@@ -211,11 +211,12 @@ pub fn conv2d(
                 .all(aligned),
     };
     let tile = tiles::pick(&Product {
+        op: OP,
         dtype,
         size: [plan.m * plan.splits, g.outputs, k / plan.splits],
         chunks: wide.x && wide.weight,
         card: Card::of(device),
-    });
+    })?;
     let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
         .block(tile.threads())
         .shared(tile.shared_bytes());

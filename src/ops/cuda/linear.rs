@@ -1,13 +1,29 @@
 use super::tiles::{self, Card, Product, Wide};
-use super::{aligned, entry};
+use super::{aligned, entry, linear_sm90, variants};
 use crate::error::Result;
 use crate::ops::{Activation, Linear};
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
-const OP: &str = "linear";
+pub(super) const OP: &str = "linear";
 
-/// `LinearActivation` of linear.cu.
+/// `LinearArgs` of linear.cuh.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct LinearArgs {
+    y: DevicePtr,
+    x: DevicePtr,
+    weight: DevicePtr,
+    bias: DevicePtr,
+    residual: DevicePtr,
+    m: i32,
+    columns: i32,
+    k: i32,
+    activation: i32,
+    wide: i32,
+}
+
+/// `LinearActivation` of linear.cuh.
 fn activation_number(activation: Activation) -> i32 {
     match activation {
         Activation::None => 0,
@@ -20,10 +36,11 @@ fn activation_number(activation: Activation) -> i32 {
 
 /// `[m, n, k]`: rows and columns of y, terms of a sum.
 pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
+    if y.numel() == 0 {
+        return Ok(());
+    }
     let (x, weight, dtype) = (args.x, args.weight, args.x.dtype());
     let columns = weight.shape()[0];
-    let (m_, columns_, k_) =
-        (tiles::count(OP, "rows of x", m)?, tiles::count(OP, "rows of weight", columns)?, tiles::count(OP, "K", k)?);
     let chunk = tiles::chunk(dtype);
     let wide = Wide {
         x: k % chunk == 0 && aligned(x),
@@ -31,27 +48,25 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
         output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
     };
     let chunks = wide.x && wide.weight;
-    let tile = tiles::pick(&Product { dtype, size: [m, columns, k], chunks, card: Card::of(device) });
+    let arguments = LinearArgs {
+        y: y.cuda(),
+        x: x.cuda(),
+        weight: weight.cuda(),
+        bias: DevicePtr::or_null(args.bias),
+        residual: DevicePtr::or_null(args.residual),
+        m: tiles::count(OP, "rows of x", m)?,
+        columns: tiles::count(OP, "rows of weight", columns)?,
+        k: tiles::count(OP, "K", k)?,
+        activation: activation_number(args.activation),
+        wide: wide.bits(),
+    };
+    let asked = variants::asked(OP)?;
+    if linear_sm90::takes(device, args, [m, n, k], y) && asked.is_none_or(linear_sm90::is_one) {
+        return linear_sm90::linear(device, args, [m, n, k], arguments, asked, y);
+    }
+    let tile = tiles::pick(&Product { op: OP, dtype, size: [m, columns, k], chunks, card: Card::of(device) })?;
     let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
     let entry = entry(&format!("linear_{}", tile.name), dtype);
-    // SAFETY: arguments as the entry has them; shapes were checked against [m, n, k], `wide` against the addresses.
-    unsafe {
-        device.launch(
-            "linear",
-            &entry,
-            launch,
-            args![
-                y.cuda(),
-                x.cuda(),
-                weight.cuda(),
-                DevicePtr::or_null(args.bias),
-                DevicePtr::or_null(args.residual),
-                m_,
-                columns_,
-                k_,
-                activation_number(args.activation),
-                wide.bits()
-            ],
-        )
-    }
+    // SAFETY: the argument as the entry has it; shapes were checked against [m, n, k], `wide` against the addresses.
+    unsafe { device.launch("linear", &entry, launch, args![arguments]) }
 }

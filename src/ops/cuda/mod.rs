@@ -5,6 +5,7 @@ pub mod conv;
 pub mod elementwise;
 pub mod embedding;
 pub mod linear;
+pub mod linear_sm90;
 pub mod norm;
 pub mod peaks;
 pub mod resize;
@@ -12,6 +13,7 @@ pub mod rms_norm;
 pub mod sampler;
 pub mod step;
 pub mod tiles;
+pub mod variants;
 
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Tensor};

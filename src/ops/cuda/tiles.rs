@@ -5,10 +5,7 @@
 //!
 //! All figures here are arithmetic for an A100 or H100, not measurements.
 
-use std::cell::RefCell;
-use std::str::FromStr;
-use std::sync::OnceLock;
-
+use super::variants::{self, Variant};
 use crate::error::{Error, Result};
 use crate::runtime::DType;
 use crate::runtime::cuda::CudaDevice;
@@ -20,6 +17,8 @@ const SLICE_BYTES: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     pub name: &'static str,
+    /// What the tile is there for.
+    reason: &'static str,
     /// Rows and columns of C.
     pub m: usize,
     pub n: usize,
@@ -33,29 +32,51 @@ pub struct Tile {
     general: bool,
 }
 
-const fn tile(name: &'static str, [m, n]: [usize; 2], warps: [usize; 2], stages: usize, blocks: usize) -> Tile {
-    Tile { name, m, n, warps, stages, blocks, general: false }
+const fn tile(
+    name: &'static str,
+    [m, n]: [usize; 2],
+    warps: [usize; 2],
+    stages: usize,
+    blocks: usize,
+    reason: &'static str,
+) -> Tile {
+    Tile { name, reason, m, n, warps, stages, blocks, general: false }
 }
 
-/// f16 and bf16. The larger a warp's part, the less shared memory a product reads: 64x64 in the first two, which want a
-/// large result; the smaller ones fill more multiprocessors with a small result, or waste less of a narrow one.
+/// f16 and bf16. The larger a warp's part, the less shared memory a product reads: 64x64 in the first two.
 static TILES_16_BIT: [Tile; 6] = [
-    tile("128x256", [128, 256], [2, 4], 4, 1),
-    tile("128x128", [128, 128], [2, 2], 4, 2),
-    tile("128x64", [128, 64], [2, 2], 4, 3),
-    tile("64x128", [64, 128], [2, 2], 4, 3),
-    tile("64x64", [64, 64], [2, 2], 4, 4),
-    Tile { general: true, ..tile("general", [64, 64], [2, 2], 2, 3) },
+    tile("128x256", [128, 256], [2, 4], 4, 1, "results that fill the card with its blocks: least traffic a product"),
+    tile("128x128", [128, 128], [2, 2], 4, 2, "large results: two blocks a multiprocessor hide each other's waits"),
+    tile("128x64", [128, 64], [2, 2], 4, 3, "narrow results, or too few blocks of the larger tiles"),
+    tile("64x128", [64, 128], [2, 2], 4, 3, "few rows, or too few blocks of the larger tiles"),
+    tile("64x64", [64, 64], [2, 2], 4, 4, "small results: most blocks"),
+    Tile { general: true, ..tile("general", [64, 64], [2, 2], 2, 3, "operands that are not whole aligned chunks") },
 ];
 
 /// f32, the parity mode.
 static TILES_F32: [Tile; 3] = [
-    tile("128x128", [128, 128], [4, 2], 3, 1),
-    tile("64x64", [64, 64], [2, 2], 3, 3),
-    Tile { general: true, ..tile("general", [64, 64], [2, 2], 2, 3) },
+    tile("128x128", [128, 128], [4, 2], 3, 1, "large results"),
+    tile("64x64", [64, 64], [2, 2], 3, 3, "small results: more blocks"),
+    Tile { general: true, ..tile("general", [64, 64], [2, 2], 2, 3, "operands that are not whole aligned chunks") },
 ];
 
+fn of_dtype(dtype: DType) -> &'static [Tile] {
+    match dtype {
+        DType::F32 => &TILES_F32,
+        _ => &TILES_16_BIT,
+    }
+}
+
+/// The tiles for operands of these dtypes.
+pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
+    dtypes.iter().flat_map(|&dtype| of_dtype(dtype)).map(Tile::variant).collect()
+}
+
 impl Tile {
+    fn variant(&self) -> Variant {
+        Variant { name: self.name, reason: self.reason }
+    }
+
     pub fn threads(&self) -> usize {
         32 * self.warps[0] * self.warps[1]
     }
@@ -127,6 +148,7 @@ impl Card {
 /// What a product asks of its tile.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
+    pub op: &'static str,
     pub dtype: DType,
     /// Rows and columns of the result, terms of a sum.
     pub size: [usize; 3],
@@ -135,23 +157,26 @@ pub struct Product {
     pub card: Card,
 }
 
-/// The tile with the fewest estimated clocks; `MEGAFUSE_TILE` or [`with_variant`] overrides where that one is possible.
-pub fn pick(product: &Product) -> &'static Tile {
-    let tiles: &'static [Tile] = match product.dtype {
-        DType::F32 => &TILES_F32,
-        _ => &TILES_16_BIT,
-    };
+/// The tile with the fewest estimated clocks, or the one that `MEGAFUSE_KERNEL` names.
+///
+/// # Errors
+/// [`Error::Argument`]: the tile that is named cannot take the operands; [`Error::Config`]: `MEGAFUSE_KERNEL` names none.
+pub fn pick(product: &Product) -> Result<&'static Tile> {
+    let tiles = of_dtype(product.dtype);
+    let fits = |tile: &&Tile| tile.general || product.chunks;
+    if let Some(name) = variants::asked(product.op)? {
+        return tiles.iter().filter(fits).find(|tile| tile.name == name).ok_or_else(|| {
+            let chunks = if product.chunks { "" } else { " that are not whole aligned 16-byte chunks" };
+            let others: Vec<Variant> = tiles.iter().filter(fits).map(Tile::variant).collect();
+            variants::refused(product.op, name, &format!("{} operands{chunks}", product.dtype), &others)
+        });
+    }
     let general = || tiles.iter().find(|tile| tile.general).unwrap_or(&tiles[0]);
     if !product.chunks {
-        return general();
-    }
-    if let Some(name) = Variant::current().tile
-        && let Some(tile) = tiles.iter().find(|tile| tile.name == name)
-    {
-        return tile;
+        return Ok(general());
     }
     let clocks = |tile: &&Tile| tile.clocks(product.dtype, product.size, product.card);
-    tiles.iter().filter(|tile| !tile.general).min_by_key(clocks).unwrap_or_else(general)
+    Ok(tiles.iter().filter(|tile| !tile.general).min_by_key(clocks).unwrap_or_else(general))
 }
 
 /// Parts of a convolution's sums that different blocks make, joined by a second launch; 1: no split.
@@ -164,58 +189,11 @@ pub fn pick(product: &Product) -> &'static Tile {
 pub fn splits(pixels: usize, outputs: usize, k: usize) -> usize {
     const BLOCKS: usize = 256;
     const TERMS: usize = 512;
-    if let Some(splits) = Variant::current().splits {
-        return splits.max(1);
+    if let Some(splits) = variants::asked_splits() {
+        return splits;
     }
     let tiles = (pixels.div_ceil(64) * outputs.div_ceil(64)).max(1);
     (BLOCKS / tiles).min(k / TERMS).max(1)
-}
-
-/// Overrides of the table, for research, benches and tests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Variant {
-    /// A tile's name, used where operands allow it: `128x128`, `general`, ...
-    pub tile: Option<&'static str>,
-    /// conv2d: parts of a sum.
-    pub splits: Option<usize>,
-}
-
-thread_local! {
-    static VARIANT: RefCell<Option<Variant>> = const { RefCell::new(None) };
-}
-
-/// Runs `f` with other choices than the table's, on this thread.
-pub fn with_variant<R>(variant: Variant, f: impl FnOnce() -> R) -> R {
-    struct Restore(Option<Variant>);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            VARIANT.with(|current| *current.borrow_mut() = self.0);
-        }
-    }
-    let _restore = Restore(VARIANT.with(|current| current.borrow_mut().replace(variant)));
-    f()
-}
-
-impl Variant {
-    /// Of [`with_variant`], else of the environment: `MEGAFUSE_TILE`, `MEGAFUSE_CONV_SPLITS`.
-    fn current() -> Variant {
-        static ENVIRONMENT: OnceLock<Variant> = OnceLock::new();
-        VARIANT.with(|variant| *variant.borrow()).unwrap_or_else(|| *ENVIRONMENT.get_or_init(Variant::from_environment))
-    }
-
-    /// A value that names nothing leaves the choice to the table.
-    fn from_environment() -> Variant {
-        let variable = |name| std::env::var(name).ok();
-        Variant {
-            tile: variable("MEGAFUSE_TILE").and_then(|name| tile_names().find(|tile| *tile == name)),
-            splits: variable("MEGAFUSE_CONV_SPLITS").and_then(|value| usize::from_str(&value).ok()),
-        }
-    }
-}
-
-/// The names that [`Variant::tile`] may have.
-pub fn tile_names() -> impl Iterator<Item = &'static str> {
-    TILES_16_BIT.iter().map(|tile| tile.name)
 }
 
 /// Bits of the kernels' `wide`: these rows are whole aligned chunks.
@@ -253,7 +231,7 @@ mod tests {
     const CARD: Card = Card { multiprocessors: 132, hopper: true };
 
     fn picked(dtype: DType, size: [usize; 3]) -> &'static str {
-        pick(&Product { dtype, size, chunks: true, card: CARD }).name
+        pick(&Product { op: "linear", dtype, size, chunks: true, card: CARD }).unwrap().name
     }
 
     #[test]
@@ -262,18 +240,31 @@ mod tests {
         assert_eq!(picked(DType::BF16, [4096, 1280, 640]), "128x128");
         assert_eq!(picked(DType::BF16, [154, 1280, 768]), "64x64");
         assert_eq!(picked(DType::F32, [154, 320, 768]), "64x64");
-        let unaligned = Product { dtype: DType::F16, size: [8192, 320, 36], chunks: false, card: CARD };
-        assert_eq!(pick(&unaligned).name, "general");
+        let unaligned = Product { op: "linear", dtype: DType::F16, size: [8192, 320, 36], chunks: false, card: CARD };
+        assert_eq!(pick(&unaligned).unwrap().name, "general");
     }
 
     #[test]
-    fn a_variant_overrides_on_its_thread_and_while_it_lasts() {
-        let size = [32768, 2560, 320];
-        let variant = Variant { tile: Some("64x128"), splits: Some(3) };
-        with_variant(variant, || {
-            assert_eq!((picked(DType::F16, size), splits(4096, 320, 2880)), ("64x128", 3));
-        });
-        assert_ne!(picked(DType::F16, size), "64x128");
+    fn a_tile_that_is_asked_for_is_taken_or_refused() {
+        let product = Product { op: "conv2d", dtype: DType::F16, size: [32768, 2560, 320], chunks: true, card: CARD };
+        variants::with_variants("conv2d=64x128,conv2d.splits=3", || {
+            assert_eq!((pick(&product)?.name, splits(4096, 320, 2880)), ("64x128", 3));
+            assert_ne!(pick(&Product { op: "linear", ..product })?.name, "64x128");
+            for (product, expected) in [
+                (
+                    Product { chunks: false, ..product },
+                    "conv2d: MEGAFUSE_KERNEL is conv2d=64x128, expected a variant that takes f16 operands that are not \
+                     whole aligned 16-byte chunks: general",
+                ),
+                (Product { dtype: DType::F32, ..product }, "takes f32 operands: 128x128, 64x64, general"),
+            ] {
+                let error = pick(&product).unwrap_err().to_string();
+                assert!(error.ends_with(expected), "{error}");
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_ne!(pick(&product).unwrap().name, "64x128");
         assert_eq!(splits(4096, 320, 2880), 1);
     }
 
@@ -284,6 +275,29 @@ mod tests {
         assert_eq!(splits(16, 1280, 2560), 5);
         assert_eq!(splits(1024, 640, 5760), 1);
         assert_eq!(splits(64, 64, 36), 1);
+    }
+
+    /// `ENTRY(128x64_##suffix, T, 3, 128, 64, 2, 2, 4, false)`: name, type, blocks, M, N, warps, stages, general.
+    #[test]
+    fn the_kernels_have_the_same_tiles() {
+        let text = include_str!("../../../kernels/common/tiles.cuh");
+        let (mut short, mut long) = (Vec::new(), Vec::new());
+        for entry in text.split("    ENTRY(").skip(1) {
+            let fields: Vec<&str> = entry.split_once(')').unwrap().0.split(", ").collect();
+            let [name, _, _, rest @ ..] = &fields[..] else { panic!("{entry}") };
+            let (name, kind) = name.split_once('_').unwrap();
+            let list = if kind == "f32" { &mut long } else { &mut short };
+            list.push(format!("{name} {}", rest.join(" ")));
+        }
+        let table = |tiles: &[Tile]| -> Vec<String> {
+            let line = |tile: &Tile| {
+                let Tile { name, m, n, warps: [down, across], stages, general, .. } = tile;
+                format!("{name} {m} {n} {down} {across} {stages} {general}")
+            };
+            tiles.iter().map(line).collect()
+        };
+        assert_eq!(table(&TILES_16_BIT), short);
+        assert_eq!(table(&TILES_F32), long);
     }
 
     #[test]

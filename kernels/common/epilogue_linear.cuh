@@ -1,0 +1,73 @@
+// epilogue_linear.cuh: from a tile's sums to the result of linear, for gemm.cuh's write_out.
+#pragma once
+#include "gemm.cuh"
+#include "linear.cuh"
+
+// kSpan: columns of C per output, 2 for GEGLU.
+template <class Tile, int kSpan>
+DEVICE void store_linear(const LinearArgs<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m0, int n0) {
+    using T = typename Tile::T;
+    constexpr int kCount = Chunk<T>::kCount, kAcross = Tile::kWarpN / (kCount * kSpan);
+    const int outputs = o.columns / kSpan;
+    for (int item = lane_index(); item < 16 * kAcross; item += 32) {
+        const int row = item / kAcross, column = item % kAcross * kCount * kSpan;
+        const int m = m0 + row, n = (n0 + column) / kSpan;
+        const float* sums = &rows[row][column];
+        const int64_t at = int64_t(m) * outputs + n;
+        if (o.wide & kWideOutput) {
+            if (GUARD(m < o.m) && GUARD(n < outputs)) {
+                float v[kCount * kSpan];
+                UNROLL
+                for (int e = 0; e < kCount * kSpan; e++) v[e] = sums[e];
+                if (o.bias != nullptr) {
+                    UNROLL
+                    for (int part = 0; part < kSpan; part++) {
+                        const auto bias =
+                            *reinterpret_cast<const Chunk<T>*>(o.bias + int64_t(n) * kSpan + part * kCount);
+                        UNROLL
+                        for (int e = 0; e < kCount; e++) v[part * kCount + e] += to_f32(bias.v[e]);
+                    }
+                }
+                if constexpr (kSpan == 2) {
+                    UNROLL
+                    for (int e = 0; e < kCount; e++) v[e] = v[2 * e] * gelu_for<T>(v[2 * e + 1]);
+                } else {
+                    UNROLL
+                    for (int e = 0; e < kCount; e++) v[e] = activate<T>(o.activation, v[e]);
+                }
+                if (o.residual != nullptr) {
+                    const auto residual = *reinterpret_cast<const Chunk<T>*>(o.residual + at);
+                    UNROLL
+                    for (int e = 0; e < kCount; e++) v[e] += to_f32(residual.v[e]);
+                }
+                Chunk<T> y;
+                UNROLL
+                for (int e = 0; e < kCount; e++) y.v[e] = from_f32<T>(v[e]);
+                *reinterpret_cast<Chunk<T>*>(o.y + at) = y;
+            }
+        } else {
+            for (int e = 0; e < kCount; e++) {
+                if (GUARD(m < o.m) && GUARD(n + e < outputs)) {
+                    const int64_t c = int64_t(n + e) * kSpan;
+                    float v = sums[e * kSpan] + (o.bias != nullptr ? to_f32(o.bias[c]) : 0.0f);
+                    if constexpr (kSpan == 2) {
+                        v *= gelu_for<T>(sums[e * kSpan + 1] + (o.bias != nullptr ? to_f32(o.bias[c + 1]) : 0.0f));
+                    } else {
+                        v = activate<T>(o.activation, v);
+                    }
+                    if (o.residual != nullptr) v += to_f32(o.residual[at + e]);
+                    o.y[at + e] = from_f32<T>(v);
+                }
+            }
+        }
+    }
+}
+
+template <class Tile>
+DEVICE void store(const LinearArgs<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m, int n) {
+    if (o.activation == kGeglu) {
+        store_linear<Tile, 2>(o, rows, m, n);
+    } else {
+        store_linear<Tile, 1>(o, rows, m, n);
+    }
+}

@@ -1,0 +1,49 @@
+// linear.cuh: what a linear is, whichever instructions make its sums.
+//   y[M, N] = activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N]
+//   activation: none, SiLU, GELU (exact), quick GELU: columns = N; GEGLU: columns = 2 N, weight rows interleaved, row 2j
+//   is value j and row 2j + 1 its gate: y_j = value_j gelu(gate_j)
+//   y, x, weight, bias, residual: T = f32 | f16 | bf16, contiguous; bias and residual may be null. y overlaps nothing.
+// Bias, activation and residual in f32, one rounding at the store.
+#pragma once
+#include "math.cuh"
+
+enum LinearActivation { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
+
+// Bits of `wide`: these rows are whole aligned chunks.
+enum LinearWide { kWideX = 1, kWideWeight = 2, kWideOutput = 4 };
+
+// The kernels' parameter, as src/ops/cuda/linear.rs has it; tests/kernel_arguments.rs compares the two.
+template <class T>
+struct LinearArgs {
+    T* y;
+    const T* x;
+    const T* weight;
+    const T* bias;
+    const T* residual;
+    int m;        // rows of x and y
+    int columns;  // rows of weight
+    int k;
+    int activation;
+    int wide;
+};
+
+// GELU as precise as a result of T can show.
+template <class T>
+DEVICE float gelu_for(float z) {
+    if constexpr (same_type<T, float>) {
+        return gelu(z);
+    } else {
+        return gelu_16_bit(z);
+    }
+}
+
+// All activations but GEGLU, which takes two sums.
+template <class T>
+DEVICE float activate(int activation, float z) {
+    switch (activation) {
+        case kSilu: return silu(z);
+        case kGelu: return gelu_for<T>(z);
+        case kQuickGelu: return quick_gelu(z);
+        default: return z;
+    }
+}

@@ -1,0 +1,208 @@
+// epilogue_linear.cuh: from the sums of main_loop.cuh to the result of linear, through a strip of shared memory per warp.
+//
+// A strip holds the warp's 16 rows of each part of 64 rows, in boxes of up to 128 bytes a row, swizzled as TMA does it. The
+// residual comes into it by TMA while the tile is multiplied, is replaced by the result in place, and leaves by TMA. Warps
+// do not wait for each other. TMA fills with zeros what is outside of the residual, and leaves out what is outside of y.
+#pragma once
+#include "common/linear.cuh"
+#include "sm90/main_loop.cuh"
+
+// What an entry can do: no activation; SiLU, GELU and quick GELU, by `args.activation`; GEGLU. Apart, because the
+// temporaries of the activations would spill beside the sums of the larger tiles.
+enum LinearKind { kPlain, kActivated, kGated };
+
+// kPasses: the columns of a tile go through the strip in so many steps.
+template <class Tile_, int kPasses_, LinearKind kKind_>
+struct LinearStrip {
+    using Tile = Tile_;
+    using T = typename Tile::T;
+    static constexpr int kPasses = kPasses_;
+    static constexpr LinearKind kKind = kKind_;
+    static constexpr int kSpan = kKind == kGated ? 2 : 1;                      // columns of C per output
+    static constexpr int kColumns = Tile::kN / kPasses / kSpan;       // of y, in a pass
+    static constexpr int kBox = kColumns % 64 == 0 ? 64 : kColumns % 32 == 0 ? 32 : 16;
+    static constexpr int kBoxes = kColumns / kBox, kBoxChunks = kBox / 8;
+    static_assert(Tile::kN % (kPasses * kSpan) == 0 && kColumns % kBox == 0);
+
+    // The swizzle goes by the address: it repeats after 8 rows.
+    struct alignas(8 * kBox * 2) Box {
+        T values[16 * kBox];
+    };
+    Box boxes[Tile::kParts][kBoxes];
+
+    static constexpr int kBytes = Tile::kParts * kBoxes * 16 * kBox * 2;
+};
+
+// Where chunk `chunk` (16 bytes) of row `row` lies in a box: TMA's swizzle of 128, 64 or 32 bytes.
+template <class Strip>
+DEVICE typename Strip::T* chunk_of(typename Strip::Box& box, int row, int chunk) {
+    constexpr int kRows = 8 / Strip::kBoxChunks;  // in 128 bytes
+    return box.values + (row * Strip::kBoxChunks + (chunk ^ (row / kRows % Strip::kBoxChunks))) * 8;
+}
+
+// Two neighbours of a row, as the operands have them.
+template <class T>
+struct alignas(4) Pair {
+    T low, high;
+};
+
+template <class Strip_>
+struct LinearEpilogue {
+    using Strip = Strip_;
+    using Tile = typename Strip::Tile;
+    using T = typename Tile::T;
+
+    Strip& strip;
+    uint64_t* arrived;  // the residual's mbarrier
+    uint32_t parity;
+    const TensorMap* y;
+    const TensorMap* residual;
+    const LinearArgs<T>& args;
+    int lane;
+    Pair<T> bias[Tile::kN / 8];  // of columns 8 j + 2 (lane % 4) and the next
+};
+
+// The residual of a pass, once the last store out of the strip has read it.
+template <class Strip>
+DEVICE void load_residual(LinearEpilogue<Strip>& e, int row, int column) {
+    if (e.lane == 0) {
+        bulk_wait_read<0>();
+        mbar_arrive_expect_tx(e.arrived, Strip::kBytes);
+        UNROLL
+        for (int i = 0; i < Strip::Tile::kParts; i++) {
+            UNROLL
+            for (int j = 0; j < Strip::kBoxes; j++) {
+                tma_load_2d(&e.strip.boxes[i][j], e.residual, e.arrived, column + j * Strip::kBox, row + 64 * i);
+            }
+        }
+    }
+    __syncwarp();
+}
+
+template <class Strip>
+DEVICE void begin(LinearEpilogue<Strip>& e, Place place, int row) {
+    using T = typename Strip::T;
+    if (e.args.residual != nullptr) load_residual(e, row, place.n / Strip::kSpan);
+    // Here, with all slices still to come, they are long there when they are needed.
+    const int inside = e.args.bias != nullptr ? e.args.columns - place.n : 0;
+    const T* from = e.args.bias + place.n + 2 * (e.lane % 4);
+    UNROLL
+    for (int j = 0; j < Strip::Tile::kN / 8; j++) {
+        Pair<T> pair = {from_f32<T>(0.f), from_f32<T>(0.f)};
+        if (GUARD(8 * j < inside)) pair = *reinterpret_cast<const Pair<T>*>(from + 8 * j);
+        e.bias[j] = pair;
+    }
+}
+
+// Results of 8 columns of y from 16 of C, values and gates in turns: of rows lane / 4 and 8 further down, columns
+// 2 (lane % 4) and the next, as of any 8 columns of C.
+template <class Strip>
+DEVICE void geglu(float (&y)[4], const float* sums, const Pair<typename Strip::T>* bias, int lane) {
+    using T = typename Strip::T;
+    UNROLL
+    for (int down = 0; down < 2; down++) {
+        float own[2];  // column lane % 4, and 4 further
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+            const float value = sums[4 * e + 2 * down] + to_f32(bias[e].low);
+            own[e] = value * gelu_for<T>(sums[4 * e + 2 * down + 1] + to_f32(bias[e].high));
+        }
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+            // Column 2 (lane % 4) + e is with lane (2 lane + e) % 4 of the quad, in its first half if that is below 4.
+            const int from = (lane & 28) | ((2 * lane + e) & 3);
+            const float near = __shfl_sync(0xFFFFFFFFu, own[0], from), far = __shfl_sync(0xFFFFFFFFu, own[1], from);
+            y[2 * down + e] = lane & 2 ? far : near;
+        }
+    }
+}
+
+template <int kActivation, class Strip>
+DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>& sums, Place place, int row) {
+    using T = typename Strip::T;
+    constexpr int kSpan = Strip::kSpan;
+    const int first_column = place.n / kSpan;
+    UNROLL
+    for (int pass = 0; pass < Strip::kPasses; pass++) {
+        const int column = first_column + pass * Strip::kColumns;
+        if (e.args.residual != nullptr) {
+            if (pass > 0) load_residual(e, row, column);
+            mbar_wait(e.arrived, e.parity);
+            e.parity ^= 1;
+        } else {
+            if (e.lane == 0) bulk_wait_read<0>();
+            __syncwarp();
+        }
+        UNROLL
+        for (int i = 0; i < Strip::Tile::kParts; i++) {
+            UNROLL
+            for (int j = 0; j < Strip::kColumns / 8; j += 2) {
+                // 16 x 16 results: two blocks of 8 columns, each of which a lane has four of.
+                T* to = chunk_of<Strip>(e.strip.boxes[i][j / Strip::kBoxChunks], e.lane % 16,
+                                        j % Strip::kBoxChunks + e.lane / 16);
+                float v[2][4];
+                UNROLL
+                for (int half = 0; half < 2; half++) {
+                    const int at = (pass * (Strip::kColumns / 8) + j + half) * kSpan;
+                    if constexpr (kActivation == kGeglu) {
+                        geglu<Strip>(v[half], &sums[i][4 * at], &e.bias[at], e.lane);
+                    } else {
+                        UNROLL
+                        for (int k = 0; k < 4; k++) {
+                            const float bias = to_f32(k % 2 ? e.bias[at].high : e.bias[at].low);
+                            v[half][k] = activate<T>(kActivation, sums[i][4 * at + k] + bias);
+                        }
+                    }
+                }
+                if (e.args.residual != nullptr) {
+                    uint32_t r[4];
+                    ldmatrix_x4(r, to);
+                    UNROLL
+                    for (int k = 0; k < 4; k++) {
+                        const auto pair = *reinterpret_cast<const Pair<T>*>(&r[k]);
+                        v[k / 2][k % 2 * 2] += to_f32(pair.low);
+                        v[k / 2][k % 2 * 2 + 1] += to_f32(pair.high);
+                    }
+                }
+                uint32_t packed[4];
+                UNROLL
+                for (int k = 0; k < 4; k++) packed[k] = pack2<T>(v[k / 2][k % 2 * 2], v[k / 2][k % 2 * 2 + 1]);
+                stmatrix_x4(to, packed);
+            }
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (e.lane == 0) {
+            UNROLL
+            for (int i = 0; i < Strip::Tile::kParts; i++) {
+                UNROLL
+                for (int j = 0; j < Strip::kBoxes; j++) {
+                    tma_store_2d(e.y, &e.strip.boxes[i][j], column + j * Strip::kBox, row + 64 * i);
+                }
+            }
+            bulk_commit();
+        }
+        __syncwarp();
+    }
+}
+
+template <class Strip>
+DEVICE void finish(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>& sums, Place place, int row) {
+    if constexpr (Strip::kKind == kGated) {
+        write_out<kGeglu>(e, sums, place, row);
+    } else if constexpr (Strip::kKind == kPlain) {
+        write_out<kNone>(e, sums, place, row);
+    } else {
+        switch (e.args.activation) {
+            case kSilu: return write_out<kSilu>(e, sums, place, row);
+            case kGelu: return write_out<kGelu>(e, sums, place, row);
+            default: return write_out<kQuickGelu>(e, sums, place, row);
+        }
+    }
+}
+
+template <class Strip>
+DEVICE void end(LinearEpilogue<Strip>& e) {
+    if (e.lane == 0) bulk_wait_read<0>();
+    __syncwarp();
+}
