@@ -8,6 +8,7 @@ use megafuse::models::{
     Adapters, ClipTextConfig, ClipTextModel, Family, Part, SingleFile, Unet, UnetConfig, Vae, VaeConfig, WeightStore,
 };
 use megafuse::pipeline::{self, Lora, ModelSource, Pipeline, Plain, Request, Silent, Size};
+use megafuse::schedulers::{Sampler, SchedulerConfig};
 use megafuse::text::{ClipTokenizer, ClipVocabulary, TokenizerFiles};
 use megafuse::{DType, Device};
 use safetensors::SafeTensors;
@@ -197,6 +198,12 @@ fn three_dialects_of_a_lora_give_the_same_weights() {
     }
 }
 
+/// `lora_adapter_metadata` of diffusers: per part alpha, `alpha_pattern`, ranks of their own, `use_rslora`.
+#[test]
+fn alphas_by_pattern_in_the_metadata() {
+    assert_merged("patterns", "lora-patterns-merged", &[Part::TextEncoder, Part::Unet]);
+}
+
 #[test]
 fn dora_loha_lokr_and_convolutions_under_ldm_names() {
     assert_merged("relatives", "lora-merged-relatives", &[Part::Unet]);
@@ -205,20 +212,27 @@ fn dora_loha_lokr_and_convolutions_under_ldm_names() {
 /// The single file of a small model, which is of no published size: the directory's configurations and tokenizers go into
 /// its metadata.
 fn described_file(model: &str, to: &Path) -> ModelSource {
+    described_file_with(model, &data(model), &[], to)
+}
+
+/// The same with the configurations of another directory, and with further tensors.
+fn described_file_with(model: &str, folder: &Path, further: &[(&str, TensorView)], to: &Path) -> ModelSource {
     let bytes = std::fs::read(data(&format!("single-file/{model}.safetensors"))).expect("a test file");
     let file = SafeTensors::deserialize(&bytes).expect("safetensors");
     let mut metadata = std::collections::HashMap::new();
-    for folder in ["", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler"] {
-        for file in std::fs::read_dir(data(model).join(folder)).into_iter().flatten().flatten() {
+    for part in ["", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler"] {
+        for file in std::fs::read_dir(folder.join(part)).into_iter().flatten().flatten() {
             let name = file.file_name().to_string_lossy().into_owned();
             if !name.starts_with("oracle") && (name.ends_with(".json") || name.ends_with(".txt")) {
-                let key = if folder.is_empty() { name } else { format!("{folder}/{name}") };
+                let key = if part.is_empty() { name } else { format!("{part}/{name}") };
                 metadata.insert(key, std::fs::read_to_string(file.path()).expect("text"));
             }
         }
     }
     let path = to.join(format!("{model}.safetensors"));
-    std::fs::write(&path, safetensors::serialize(file.tensors(), Some(metadata)).expect("serializes")).expect("writes");
+    let further = further.iter().map(|(key, view)| (key.to_string(), view.clone()));
+    let tensors = file.tensors().into_iter().chain(further);
+    std::fs::write(&path, safetensors::serialize(tensors, Some(metadata)).expect("serializes")).expect("writes");
     let source = ModelSource::at(&path);
     assert_eq!(source, ModelSource::File(path));
     source
@@ -246,6 +260,42 @@ fn a_single_file_makes_the_picture_of_its_directory() {
         let plan = |source| pipeline::plan(source, DType::BF16, &request()).expect("plans");
         assert_eq!(plan(&file), plan(&folder), "{model}");
     }
+}
+
+/// The projection of a guidance scale, in both forms of one model: the same picture, and not that of the scale left out.
+#[test]
+fn a_single_file_with_a_guidance_embedding_makes_the_picture_of_its_directory() {
+    let place = tempfile::tempdir().expect("a folder");
+    let folder = place.path().join("model");
+    for part in ["", "text_encoder", "tokenizer", "unet", "vae", "scheduler"] {
+        std::fs::create_dir_all(folder.join(part)).expect("a folder");
+        for file in std::fs::read_dir(data("sd15").join(part)).expect("a folder").flatten() {
+            if file.path().is_file() {
+                std::fs::copy(file.path(), folder.join(part).join(file.file_name())).expect("copies");
+            }
+        }
+    }
+    let bytes: Vec<u8> = (0..8 * 14).flat_map(|i| (0.6 * (0.37 * i as f32).sin()).to_le_bytes()).collect();
+    let projection = TensorView::new(safetensors::Dtype::F32, vec![8, 14], &bytes).expect("fits");
+    let weights = folder.join("unet/diffusion_pytorch_model.safetensors");
+    let unet = std::fs::read(&weights).expect("a UNet");
+    let unet = SafeTensors::deserialize(&unet).expect("safetensors");
+    let further = [("time_embedding.cond_proj.weight".to_string(), projection.clone())];
+    let tensors = unet.tensors().into_iter().chain(further);
+    std::fs::write(&weights, safetensors::serialize(tensors, None).expect("serializes")).expect("writes");
+    let config = folder.join("unet/config.json");
+    let text = std::fs::read_to_string(&config).expect("a text");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    json["time_cond_proj_dim"] = 14.into();
+    std::fs::write(&config, json.to_string()).expect("writes");
+
+    let further = [("model.diffusion_model.time_embed.cond_proj.weight", projection)];
+    let file = described_file_with("sd15", &folder, &further, place.path());
+    let of_directory = picture(&ModelSource::Directory(folder)).rgb;
+    assert_eq!(picture(&file).rgb, of_directory);
+    let pipeline = Pipeline::load(file, Device::cpu(), DType::F32).expect("loads");
+    let other = Request { guidance: 11.0, ..request() };
+    assert_ne!(pipeline.generate(&other, &mut Silent).expect("makes a picture").remove(0).rgb, of_directory);
 }
 
 #[test]
@@ -570,6 +620,61 @@ fn scaled_8_bit_weights_are_torchs_values() {
     }
 }
 
+/// Longer than what a thread decodes at once, with a scale of each row under its other name, to the bit; a LoRA on top; and
+/// what is no scale: beside a weight that has no 8 bits, or of another length.
+#[test]
+fn long_8_bit_tensors_and_their_neighbours() {
+    let bytes = std::fs::read(data("single-file/fp8.safetensors")).expect("torch's values");
+    let torch = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let value = f32s(raw(&torch, "values.e4m3").0);
+    let (rows, columns) = (150, 700);
+    // Every code but the two that are no numbers.
+    let codes: Vec<u8> =
+        (0..rows * columns).map(|i| (i * i % 251) as u8).map(|c| if c & 127 == 127 { 1 } else { c }).collect();
+    let scales: Vec<f32> = (0..rows).map(|row| 0.01 + (row * 7 % 13) as f32).collect();
+    let of = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let (up, down) = (vec![0.5; rows], (0..columns).map(|i| (i as f32 * 0.1).sin()).collect::<Vec<f32>>());
+    let (scale_bytes, plain_bytes, up_bytes, down_bytes) = (of(&scales), of(&[2.0; 6]), of(&up), of(&down));
+    let f8 =
+        |shape: &[usize], bytes| TensorView::new(safetensors::Dtype::F8_E4M3, shape.to_vec(), bytes).expect("fits");
+    let f32 = |shape: &[usize], bytes| TensorView::new(safetensors::Dtype::F32, shape.to_vec(), bytes).expect("fits");
+    let tensors = [
+        ("long.weight", f8(&[rows, columns], &codes)),
+        ("long.weight_scale", f32(&[rows, 1], &scale_bytes)),
+        ("long.input_scale", f32(&[], &scale_bytes[..4])),
+        ("plain.weight", f32(&[2, 3], &plain_bytes)),
+        ("plain.scale_weight", f32(&[2], &scale_bytes[..8])),
+        ("short.weight", f8(&[2, 3], &[0x38; 6])),
+        ("short.scale_weight", f32(&[3], &scale_bytes[..12])),
+    ];
+    let place = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, tensors: &[(&str, TensorView)]| {
+        let bytes = safetensors::serialize(tensors.iter().cloned(), None).expect("serializes");
+        std::fs::write(place.path().join(name), bytes).expect("writes");
+    };
+    write("x.safetensors", &tensors);
+    let open = || WeightStore::open(place.path(), "x", &Device::cpu(), DType::F32).expect("opens");
+    let store = open();
+    let scaled: Vec<f32> =
+        codes.iter().enumerate().map(|(i, &c)| value[usize::from(c)] * scales[i / columns]).collect();
+    assert!(values(&store, "long.weight", &[rows, columns]) == scaled);
+    assert_eq!(values(&store, "plain.weight", &[2, 3]), [2.0; 6]);
+    assert_eq!(values(&store, "short.weight", &[2, 3]), [1.0; 6]);
+    let unused: Vec<String> = store.unused().into_iter().flat_map(|unused| unused.keys).collect();
+    assert_eq!(unused, ["plain.scale_weight", "short.scale_weight"]);
+
+    write(
+        "lora.safetensors",
+        &[("long.lora_A.weight", f32(&[1, columns], &down_bytes)), ("long.lora_B.weight", f32(&[rows, 1], &up_bytes))],
+    );
+    let adapters = Adapters::open(&[(place.path().join("lora.safetensors"), 1.0)]).expect("opens");
+    let merged = open().with_adapters(Part::Unet, &adapters).expect("fits");
+    for (i, got) in values(&merged, "long.weight", &[rows, columns]).into_iter().enumerate() {
+        let want = f64::from(scaled[i]) + 0.5 * f64::from(down[i % columns]);
+        assert!((f64::from(got) - want).abs() <= 1e-6 * (1.0 + want.abs()), "{i}: {got}, expected {want}");
+    }
+}
+
 /// Keys and shapes of a published single file.
 fn published_file(name: &str) -> Vec<(String, Vec<usize>)> {
     let mut text = String::new();
@@ -640,6 +745,37 @@ fn published_single_files_have_every_tensor_of_their_configurations() {
             let taken = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum::<u64>();
             assert_eq!(taken, count, "{what}");
         }
+    }
+}
+
+/// A UNet with a projection of its guidance scale: the published files with this one tensor more.
+#[test]
+fn a_single_file_distilled_for_latent_consistency_is_recognised() {
+    let place = tempfile::tempdir().expect("a folder");
+    for (name, dim, parameters) in [("sd15", 256, 859_520_964u64), ("sdxl", 64, 2_567_463_684)] {
+        let path = place.path().join(format!("{name}.safetensors"));
+        let mut tensors = published_file(name);
+        tensors.push(("model.diffusion_model.time_embed.cond_proj.weight".into(), vec![320, dim]));
+        sparse(&path, &tensors, serde_json::Value::Null);
+        let file = SingleFile::open(&path).expect("opens");
+        assert_eq!(file.unused(), &[] as &[String], "{name}");
+        let config = UnetConfig::from_json(name, &file.config("unet/config.json").expect("published")).expect("good");
+        assert_eq!(config.time_cond_proj_dim, Some(dim));
+        let store = file.store(Part::Unet, &Device::meta(), DType::BF16).expect("a part");
+        Unet::from_weights(&store.root(), &config).expect(name);
+        assert_eq!(store.unused(), [], "{name}");
+        let planner = pipeline::Planner::new(&ModelSource::File(path.clone()), DType::BF16).expect("plans");
+        let suited = Request { prompt: "a cat".into(), ..Request::suited_to(&ModelSource::File(path)) };
+        assert_eq!((suited.method.name(), suited.guidance), ("plain", 8.5), "{name}");
+        let run = planner.pipeline().resolve(&suited).expect("fits");
+        assert_eq!((run.scheduler().sampler(), run.scheduler().timesteps().len()), (Sampler::Lcm, 4), "{name}");
+        assert_eq!(run.guidance(), None, "{name}: the network is told the scale");
+        let config = file.config("scheduler/scheduler_config.json").expect("published");
+        let config = SchedulerConfig::from_json("its scheduler", &config).expect("good");
+        assert_eq!(config.sampler(), Sampler::Lcm, "{name}");
+        let weights = planner.plan(&suited).expect("plans").weights;
+        let unet = weights.into_iter().find(|part| part.module == "unet").expect("a UNet");
+        assert_eq!((unet.parameters, unet.unused), (parameters + 320 * dim as u64, vec![]), "{name}");
     }
 }
 
@@ -822,9 +958,73 @@ fn a_text_encoder_of_peft_takes_alpha_from_its_configuration() {
         (r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 2}"#, true),
         (r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 1, "use_rslora": true}"#, true),
         (r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 4}"#, false),
+        (r#"{"r": 4, "lora_alpha": 9, "alpha_pattern": {"k_proj": 8, "self_attn.q_proj": 2, "q_proj": 8}}"#, true),
+        (r#"{"r": 4, "lora_alpha": 2, "alpha_pattern": {"j_proj": 8, "roj": 8, "q_proj.": 8, "q": 8}}"#, true),
+        (r#"{"r": 4, "lora_alpha": 2, "alpha_pattern": {".*layers\\.[0-9]\\..*": 8}}"#, false),
+        (r#"{"r": 4, "lora_alpha": 8, "alpha_pattern": {"^text_model.encoder.layers.1.self_attn.q_proj": 2}}"#, true),
+        (r#"{"r": 4, "lora_alpha": 2, "alpha_pattern": {"^self_attn.q_proj": 8}}"#, true),
+        (r#"{"r": 4, "lora_alpha": 2, "alpha_pattern": null, "use_rslora": null}"#, true),
+        (r#"{"r": 8, "lora_alpha": 2, "rank_pattern": {"k_proj": 16}}"#, true), // the tensors know their rank
     ] {
         std::fs::write(place.path().join("adapter_config.json"), config).expect("writes");
         let distance = distance(&merged(), &want);
         assert_eq!(distance <= 1e-5, right, "{config}: {distance}");
+    }
+    for (config, says) in [
+        ("[]", "is no JSON object"),
+        (r#"{"lora_alpha": "2"}"#, "lora_alpha is \"2\", expected a number"),
+        (r#"{"r": [4]}"#, "r is [4], expected a number"),
+        (r#"{"use_rslora": 1}"#, "use_rslora is 1, expected true or false"),
+        (r#"{"alpha_pattern": 3}"#, "alpha_pattern is 3, expected names with their numbers"),
+        (r#"{"alpha_pattern": {"q_proj": "a"}}"#, "alpha_pattern of q_proj is \"a\", expected a number"),
+        (r#"{"alpha_pattern": {"(q_proj": 4}}"#, "alpha_pattern has \"(q_proj\""),
+    ] {
+        std::fs::write(place.path().join("adapter_config.json"), config).expect("writes");
+        let error = Adapters::open(&[(path.clone(), 1.0)]).expect_err(config).to_string();
+        assert!(error.contains(says) && error.contains("adapter_config.json"), "{config}: {error}");
+    }
+}
+
+/// A Kronecker product of two whole factors: its tensors have no rank, so alpha and the rank of the configuration scale it,
+/// and without a configuration nothing does.
+#[test]
+fn whole_factors_are_scaled_by_the_configuration() {
+    let module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
+    let plain = directory("sd15", Part::Unet);
+    let key = format!("{module}.weight");
+    let shape = plain.tensors().find(|(other, _)| *other == key).expect("a weight").1.to_vec();
+    let (rows, columns) = (shape[0], shape[1]);
+    let w = values(&plain, &key, &shape);
+    let factor = |of: f32, count: usize| (0..count).map(|i| (of * i as f32).sin()).collect::<Vec<f32>>();
+    let (w1, w2) = (factor(0.7, 4), factor(1.3, rows / 2 * (columns / 2)));
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let (b1, b2) = (bytes(&w1), bytes(&w2));
+    let view =
+        |shape: [usize; 2], bytes| TensorView::new(safetensors::Dtype::F32, shape.to_vec(), bytes).expect("fits");
+    let tensors = [
+        (format!("base_model.model.{module}.lokr_w1"), view([2, 2], &b1)),
+        (format!("base_model.model.{module}.lokr_w2"), view([rows / 2, columns / 2], &b2)),
+    ];
+    let place = tempfile::tempdir().expect("a folder");
+    let path = place.path().join("adapter_model.safetensors");
+    std::fs::write(&path, safetensors::serialize(tensors, None).expect("serializes")).expect("writes");
+    for (config, scale) in [
+        (None, 1.0),
+        (Some(r#"{"peft_type": "LOKR", "r": 16, "alpha": 24}"#), 1.5),
+        (Some(r#"{"peft_type": "LOKR", "r": 16, "alpha": 24, "rank_pattern": {"to_q": 12}}"#), 2.0),
+        (Some(r#"{"peft_type": "LOKR", "alpha_pattern": {"attn1.to_q": 4}}"#), 0.5),
+    ] {
+        if let Some(config) = config {
+            std::fs::write(place.path().join("adapter_config.json"), config).expect("writes");
+        }
+        let adapters = Adapters::open(&[(path.clone(), 1.0)]).expect("opens");
+        let store = directory("sd15", Part::Unet).with_adapters(Part::Unet, &adapters).expect("fits");
+        for (i, got) in values(&store, &key, &shape).into_iter().enumerate() {
+            let (row, column) = (i / columns, i % columns);
+            let of_1 = f64::from(w1[row / (rows / 2) * 2 + column / (columns / 2)]);
+            let of_2 = f64::from(w2[row % (rows / 2) * (columns / 2) + column % (columns / 2)]);
+            let want = f64::from(w[i]) + scale * of_1 * of_2;
+            assert!((f64::from(got) - want).abs() <= 1e-6 * (1.0 + want.abs()), "{config:?} {i}: {got}, {want}");
+        }
     }
 }

@@ -115,28 +115,10 @@ impl Client {
         let mut bytes = Vec::new();
         let read = response.into_body().into_reader().take(LONGEST_LISTING_BYTES).read_to_end(&mut bytes);
         read.map_err(|error| Failure::Unreachable(format!("{}: {error}", self.endpoint)))?;
-        let odd =
-            |what: &str| self.refused(format!("{} sent no listing of a model: {what}; is it a hub?", self.endpoint));
-        let json: Value = serde_json::from_slice(&bytes).map_err(|error| odd(&error.to_string()))?;
-        let commit = json["sha"].as_str().filter(|sha| is_commit(sha)).ok_or_else(|| odd("sha is no commit"))?;
-        let siblings = json["siblings"].as_array().ok_or_else(|| odd("siblings is no list"))?;
-        let files = siblings.iter().map(|entry| {
-            let path = entry["rfilename"].as_str().ok_or_else(|| odd("a file without a name"))?;
-            let hash = |value: &Value, digits: usize| {
-                value
-                    .as_str()
-                    .filter(|id| id.len() == digits && id.bytes().all(|c| c.is_ascii_hexdigit()))
-                    .map(String::from)
-            };
-            let sha256 = hash(&entry["lfs"]["sha256"], 64);
-            let is_sha256 = sha256.is_some();
-            let id = sha256.or_else(|| hash(&entry["blobId"], 40)).ok_or_else(|| odd("a file without a hash"))?;
-            let size = entry["size"].as_u64().ok_or_else(|| odd("a file without a size"))?;
-            Ok(RemoteFile { path: path.to_string(), size, id, is_sha256 })
-        });
-        let files: Vec<RemoteFile> = files.collect::<Result<_>>()?;
-        let files = files.into_iter().filter(|file| is_inside(&file.path)).collect();
-        Ok(Listing { commit: commit.to_string(), files })
+        listing(&bytes).map_err(|what| {
+            let endpoint = &self.endpoint;
+            Failure::Final(self.refused(format!("{endpoint} sent no listing of a model: {what}; is it a hub?")))
+        })
     }
 
     /// The bytes of a file from `from` on; the answer may be an error's.
@@ -168,7 +150,7 @@ impl Client {
                 None => return Ok(response),
                 Some(location) => {
                     let next = joined(&url, location);
-                    if url.starts_with("https://") && !next.starts_with("https://") {
+                    if is_encrypted(&url) && !is_encrypted(&next) {
                         let reason = format!("{} redirects to an address without encryption", origin(&url));
                         return Err(Failure::Final(self.refused(reason)));
                     }
@@ -271,11 +253,38 @@ fn certificates(path: &Path) -> Result<RootCerts> {
     }
 }
 
+/// The commit and the files of a revision, as the hub's interface lists them. A name that would lead out of the model's
+/// folder is left out.
+fn listing(json: &[u8]) -> std::result::Result<Listing, String> {
+    let json: Value = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    let commit = json["sha"].as_str().filter(|sha| is_commit(sha)).ok_or("sha is no commit")?;
+    let siblings = json["siblings"].as_array().ok_or("siblings is no list")?;
+    let files = siblings.iter().map(|entry| {
+        let path = entry["rfilename"].as_str().ok_or("a file without a name")?;
+        let hash = |value: &Value, digits: usize| {
+            let id = value.as_str().filter(|id| id.len() == digits && id.bytes().all(|c| c.is_ascii_hexdigit()));
+            id.map(String::from)
+        };
+        let sha256 = hash(&entry["lfs"]["sha256"], 64);
+        let is_sha256 = sha256.is_some();
+        let id = sha256.or_else(|| hash(&entry["blobId"], 40)).ok_or("a file without a hash")?;
+        let size = entry["size"].as_u64().ok_or("a file without a size")?;
+        Ok(RemoteFile { path: path.to_string(), size, id, is_sha256 })
+    });
+    let files = files.collect::<std::result::Result<Vec<RemoteFile>, &str>>()?;
+    let files = files.into_iter().filter(|file| is_inside(&file.path)).collect();
+    Ok(Listing { commit: commit.to_string(), files })
+}
+
 /// `https://host:port` of an address.
 fn origin(url: &str) -> String {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |at| start + at);
     url[..end].to_ascii_lowercase()
+}
+
+fn is_encrypted(url: &str) -> bool {
+    origin(url).starts_with("https://")
 }
 
 /// Where a redirect of `url` leads.
@@ -317,6 +326,19 @@ mod tests {
             assert_eq!(joined(from, location), to);
         }
         assert_eq!(joined("http://h:1", "x"), "http://h:1/x");
+        let encrypted = |location| is_encrypted(&joined(from, location));
+        assert!(["HTTPS://cdn.org/x", "//cdn.org/x", "/x", "x"].into_iter().all(encrypted));
+        assert!(!["http://cdn.org/x", "ftp://cdn.org/x", "http://hub.org/https://x"].into_iter().any(encrypted));
+    }
+
+    #[test]
+    fn a_listed_name_stays_inside_the_folder() {
+        let entry = |path: &str| format!(r#"{{"rfilename": {path:?}, "size": 1, "blobId": "{}"}}"#, "0".repeat(40));
+        let names = ["unet/config.json", "../x", "unet/../../x", "/etc/x", "a//b", "./x", "..", "", r"a\b", "c:x"];
+        let siblings = names.map(entry).join(", ");
+        let json = format!(r#"{{"sha": "{}", "siblings": [{siblings}]}}"#, "a".repeat(40));
+        let paths: Vec<String> = listing(json.as_bytes()).unwrap().files.into_iter().map(|file| file.path).collect();
+        assert_eq!(paths, ["unet/config.json"]);
     }
 
     /// The token is for the endpoint, not for what looks like it.

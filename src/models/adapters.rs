@@ -7,6 +7,8 @@
 //!   DoRA  Liu et al. 2024, arXiv:2402.09353: W + scale delta, brought to stored norms of its rows or columns
 //! Keys are those of kohya's scripts and LyCORIS, of old diffusers, and of PEFT.
 
+mod peft;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -73,16 +75,16 @@ struct AdapterFile {
     modules: BTreeMap<(Part, String), Module>,
     /// Keys that are of no dialect.
     unknown: Vec<String>,
-    /// `lora_alpha` of the metadata, by part: holds for modules without an alpha of their own.
-    alphas: HashMap<Part, f32>,
-    /// As [`beside_alpha`] has it.
-    beside: Option<(f64, bool)>,
     matched: Mutex<HashSet<(Part, String)>>,
 }
 
 #[derive(Debug, Default)]
 struct Module {
     keys: Vec<String>,
+    /// The name in its network, with the dots that the file's keys have.
+    path: String,
+    /// What PEFT's configuration says of it.
+    scaling: Option<peft::Scaling>,
     slots: HashMap<&'static str, Entry>,
 }
 
@@ -209,8 +211,7 @@ impl WeightStore {
                 for name in &aliases {
                     let at = (part, name.clone());
                     let Some(module) = file.modules.get(&at) else { continue };
-                    let alpha = file.alpha(part, module);
-                    let delta = module.delta(file.weight, alpha).and_then(|delta| delta.fitting(&entry.shape));
+                    let delta = module.delta(file.weight).and_then(|delta| delta.fitting(&entry.shape));
                     let delta = delta.map_err(|reason| Error::Weight {
                         file: file.file.path.clone(),
                         key: module.keys.first().cloned().unwrap_or_default(),
@@ -240,53 +241,26 @@ impl AdapterFile {
         let mut modules: BTreeMap<(Part, String), Module> = BTreeMap::new();
         let mut unknown = Vec::new();
         for (key, entry) in file.entries()? {
-            let Some((part, module, slot)) = parse(&key).filter(|_| entry.is_float()) else {
+            let Some((part, path, name, slot)) = parse(&key).filter(|_| entry.is_float()) else {
                 unknown.push(key);
                 continue;
             };
-            let module = modules.entry((part, module)).or_default();
+            let module = modules.entry((part, name)).or_default();
             module.keys.push(key);
+            module.path = path;
             module.slots.insert(slot, entry);
         }
         if modules.is_empty() {
             return Err(Error::file(path, "is no LoRA: no key ends as one of kohya's, of diffusers' or of PEFT's"));
         }
-        let alphas = metadata_alphas(&file);
-        let beside = beside_alpha(path);
-        Ok(AdapterFile { file, weight, modules, unknown, alphas, beside, matched: Mutex::default() })
-    }
-
-    /// The alpha of a module that has none of its own.
-    fn alpha(&self, part: Part, module: &Module) -> Option<f32> {
-        let rank = || module.slots.get("down").and_then(|down| down.shape.first().copied()).unwrap_or(1);
-        self.alphas.get(&part).copied().or_else(|| match self.beside? {
-            (alpha, true) => Some((alpha * (rank() as f64).sqrt()) as f32),
-            (alpha, false) => Some(alpha as f32),
-        })
+        let mut opened = AdapterFile { file, weight, modules, unknown, matched: Mutex::default() };
+        peft::configure(&mut opened)?;
+        Ok(opened)
     }
 }
 
-/// `unet.lora_alpha` and its like, which diffusers writes into the metadata.
-fn metadata_alphas(file: &MappedFile) -> HashMap<Part, f32> {
-    let text = file.metadata().remove("lora_adapter_metadata").unwrap_or_default();
-    let tree: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    let alpha = |part: Part| Some((part, tree.get(format!("{}.lora_alpha", part.folder()))?.as_f64()? as f32));
-    Part::ALL.into_iter().filter_map(alpha).collect()
-}
-
-/// `lora_alpha` of the adapter_config.json that PEFT writes beside its `adapter_model.safetensors`, and whether the scale is
-/// alpha / sqrt(rank) (`use_rslora`; Kalajdzievski 2023, arXiv:2312.03732).
-fn beside_alpha(path: &Path) -> Option<(f64, bool)> {
-    if path.file_name()? != "adapter_model.safetensors" {
-        return None;
-    }
-    let text = std::fs::read_to_string(path.with_file_name("adapter_config.json")).ok()?;
-    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
-    Some((config["lora_alpha"].as_f64()?, config["use_rslora"].as_bool().unwrap_or(false)))
-}
-
-/// Part, flattened module name and slot of a key.
-fn parse(key: &str) -> Option<(Part, String, &'static str)> {
+/// Part, name of the module in its network, the same flattened, and slot of a key.
+fn parse(key: &str) -> Option<(Part, String, String, &'static str)> {
     let (module, slot, end) =
         ENDS.iter().chain([&CORE_END]).find_map(|(end, slot)| Some((key.strip_suffix(end)?, *slot, *end)))?;
     let module = module.strip_prefix("base_model.model.").unwrap_or(module);
@@ -294,15 +268,16 @@ fn parse(key: &str) -> Option<(Part, String, &'static str)> {
         BEGINNINGS.iter().find_map(|(beginning, part)| Some((*part, module.strip_prefix(beginning)?)))?;
     let module = module.strip_prefix("base_model.model.").unwrap_or(module);
     let part = if part == Part::Unet && module.starts_with("text_model.") { Part::TextEncoder } else { part };
-    let mut module = flat(part, &module.replace(".processor.", "."));
-    if end.starts_with('_') && module.ends_with("to_out") {
-        module.push_str("_0");
+    let path = module.to_string();
+    let mut name = flat(part, &module.replace(".processor.", "."));
+    if end.starts_with('_') && name.ends_with("to_out") {
+        name.push_str("_0");
     }
-    Some((part, module, slot))
+    Some((part, path, name, slot))
 }
 
 impl Module {
-    fn delta(&self, weight: f32, alpha: Option<f32>) -> std::result::Result<Delta, String> {
+    fn delta(&self, weight: f32) -> std::result::Result<Delta, String> {
         let slot = |name: &'static str| self.slots.get(name).cloned();
         let need = |name: &'static str| slot(name).ok_or_else(|| format!("its {name} is missing"));
         let factor = |whole: &'static str, a: &'static str, b: &'static str, core: &'static str| match slot(whole) {
@@ -334,9 +309,9 @@ impl Module {
             alone.sort_unstable();
             return Err(format!("there is its {} alone, and no up and down or their like", alone.join(" and ")));
         };
-        let alpha = slot("alpha").and_then(|entry| read_f32(&entry).first().copied()).or(alpha);
-        let scale = match (alpha, rank) {
-            (Some(alpha), Some(rank)) => alpha / rank.max(1) as f32,
+        let scale = match (slot("alpha").and_then(|entry| read_f32(&entry).first().copied()), &kind, self.scaling) {
+            (None, Kind::Lora { .. } | Kind::Hadamard(_) | Kind::Kronecker(_), Some(scaling)) => scaling.scale(rank),
+            (Some(alpha), ..) => rank.map_or(1.0, |rank| alpha / rank.max(1) as f32),
             _ => 1.0,
         };
         let magnitude = slot("magnitude").map(|magnitude| Dora { magnitude, per_output: true });

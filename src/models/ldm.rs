@@ -2,9 +2,10 @@
 //! model's configuration is read off the keys themselves.
 
 /// Layers that an LDM file and diffusers call by different names, beside those that are counted.
-const UNET_NAMES: [(&str, &str); 9] = [
+const UNET_NAMES: [(&str, &str); 10] = [
     ("time_embed.0", "time_embedding.linear_1"),
     ("time_embed.2", "time_embedding.linear_2"),
+    ("time_embed.cond_proj", "time_embedding.cond_proj"),
     ("label_emb.0.0", "add_embedding.linear_1"),
     ("label_emb.0.2", "add_embedding.linear_2"),
     ("input_blocks.0.0", "conv_in"),

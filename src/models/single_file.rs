@@ -1,5 +1,6 @@
 //! A whole model in one safetensors file, as the first Stable Diffusion code and the programs after it write it: Stable
-//! Diffusion 1.x, 2.x and XL. The family is read off the keys; configurations are the published ones.
+//! Diffusion 1.x, 2.x and XL, and models distilled from these for latent consistency (LCM). The family is read off the keys;
+//! configurations are the published ones.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -32,6 +33,17 @@ pub enum Family {
     Sdxl,
 }
 
+/// What models of one family differ in, as far as their configurations go.
+#[derive(Clone, Copy, Debug, Default)]
+struct Traits {
+    /// The UNet predicts v, not the noise.
+    v_prediction: bool,
+    /// Trained with betas rescaled to zero terminal SNR.
+    zero_snr: bool,
+    /// `time_cond_proj_dim`: width of the guidance scale's embedding, of models distilled for latent consistency.
+    guidance_embedding: Option<usize>,
+}
+
 /// A mapped single file and where each part's tensors are in it.
 #[derive(Debug)]
 pub struct SingleFile {
@@ -39,8 +51,7 @@ pub struct SingleFile {
     family: Family,
     parts: BTreeMap<Part, BTreeMap<String, Entry>>,
     metadata: HashMap<String, String>,
-    v_prediction: bool,
-    zero_snr: bool,
+    traits: Traits,
     unused: Vec<String>,
 }
 
@@ -52,6 +63,9 @@ impl SingleFile {
     /// terminal SNR), for 2.x a `global_step` of 875000, which is that of base, and else v for 2.x and noise for the others,
     /// all as diffusers assumes. The web UI runs the UNet once to find out; a caller who knows better overrides the
     /// scheduler's `prediction_type`.
+    ///
+    /// A UNet with `time_embed.cond_proj.weight` is distilled for latent consistency (Luo et al. 2023, arXiv:2310.04378): it
+    /// gets `time_cond_proj_dim`, and the model an `LCMScheduler`.
     ///
     /// # Errors
     /// [`Error::File`]: not safetensors (and what to do), not a checkpoint of these families (and what it seems to be), a
@@ -100,8 +114,11 @@ impl SingleFile {
             Some("epsilon") => false,
             _ => v_marker || (family == Family::Sd2 && global_step(&entries) != Some(875_000)),
         };
+        let cond_proj = entries.get("model.diffusion_model.time_embed.cond_proj.weight");
+        let guidance_embedding = cond_proj.and_then(|weight| weight.shape.get(1).copied());
+        let traits = Traits { v_prediction, zero_snr, guidance_embedding };
         let (parts, unused) = split(family, entries);
-        let file_of_parts = SingleFile { file, family, parts, metadata, v_prediction, zero_snr, unused };
+        let file_of_parts = SingleFile { file, family, parts, metadata, traits, unused };
         for &part in file_of_parts.part_list() {
             if !file_of_parts.parts.contains_key(&part) {
                 let reason = format!("holds no {}: download the full checkpoint", part.folder());
@@ -155,7 +172,7 @@ impl SingleFile {
         if let Some(text) = self.metadata.get(name) {
             return Some(text.clone());
         }
-        published(self.family, name, self.v_prediction, self.zero_snr).map(|config| config.to_string())
+        published(self.family, name, self.traits).map(|config| config.to_string())
     }
 }
 
@@ -285,7 +302,8 @@ fn openclip_entries(entries: Entries, without_last_layer: bool, unused: &mut Vec
 
 /// The published configurations: runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and -2-1-base,
 /// stabilityai/stable-diffusion-xl-base-1.0.
-fn published(family: Family, name: &str, v_prediction: bool, zero_snr: bool) -> Option<Value> {
+fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
+    let Traits { v_prediction, zero_snr, guidance_embedding } = traits;
     let blocks = |attention: &[bool], cross: &str, plain: &str| -> Vec<String> {
         attention.iter().map(|&has| if has { cross } else { plain }.to_string()).collect()
     };
@@ -317,6 +335,7 @@ fn published(family: Family, name: &str, v_prediction: bool, zero_snr: bool) -> 
             };
             if let (Value::Object(config), Value::Object(special)) = (&mut config, special) {
                 config.extend(special);
+                config.extend(guidance_embedding.map(|dim| ("time_cond_proj_dim".to_string(), dim.into())));
             }
             config
         }
@@ -341,6 +360,7 @@ fn published(family: Family, name: &str, v_prediction: bool, zero_snr: bool) -> 
         }
         ("scheduler/scheduler_config.json", _) => {
             let class = match family {
+                _ if guidance_embedding.is_some() => "LCMScheduler",
                 Family::Sd1 => "PNDMScheduler",
                 Family::Sd2 => "DDIMScheduler",
                 Family::Sdxl => "EulerDiscreteScheduler",
@@ -351,8 +371,12 @@ fn published(family: Family, name: &str, v_prediction: bool, zero_snr: bool) -> 
                 "prediction_type": if v_prediction { "v_prediction" } else { "epsilon" },
                 "timestep_spacing": "leading",
             });
-            if family == Family::Sd1 {
+            if class == "PNDMScheduler" {
                 config["skip_prk_steps"] = true.into();
+            }
+            if class == "LCMScheduler" {
+                config["original_inference_steps"] = 50.into();
+                config["set_alpha_to_one"] = true.into();
             }
             if zero_snr {
                 config["rescale_betas_zero_snr"] = true.into();
@@ -386,7 +410,8 @@ fn tokenizer_config(pad: &str) -> Value {
 
 /// The published configuration of a family, without a file: `None` where it has none of this name.
 pub fn published_config(family: Family, name: &str) -> Option<String> {
-    published(family, name, family == Family::Sd2, false).map(|config| config.to_string())
+    let traits = Traits { v_prediction: family == Family::Sd2, ..Traits::default() };
+    published(family, name, traits).map(|config| config.to_string())
 }
 
 /// Is this a file that could be a model (rather than a directory), and if it is of a kind that cannot be read, why?

@@ -6,6 +6,7 @@ mod common;
 mod attention;
 mod batch;
 mod conformance;
+mod conformance_tma;
 mod conv;
 mod elementwise;
 mod linear;

@@ -279,6 +279,32 @@ fn resize_matches_f64() {
     }
 }
 
+/// Where torch's bicubic looks is computed in f32, product by difference: 700 pixels from the border, exact coordinates would
+/// be 3e-5 of a pixel elsewhere.
+#[test]
+fn torchs_coordinates_are_rounded_to_f32() {
+    let (from, to) = (1111, 1501);
+    let values: Vec<f32> = (0..from).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 } * (1.0 + (i % 5) as f32)).collect();
+    for (device, tall) in devices().into_iter().flat_map(|device| [(device.clone(), false), (device, true)]) {
+        let (shape, size) = if tall { ([1, from, 1, 1], [to, 1]) } else { ([1, 1, from, 1], [1, to]) };
+        let x = Tensor::from_f32(&device, &shape, DType::F32, &values).unwrap();
+        let got = ops::resize(&x, size, Upsampler::BicubicTorch, None, None).unwrap().to_f32_vec().unwrap();
+        let keys = |x: f64| match x.abs() {
+            x if x < 1.0 => 1.25 * x.powi(3) - 2.25 * x.powi(2) + 1.0,
+            x => -0.75 * (x.powi(3) - 5.0 * x.powi(2) + 8.0 * x - 4.0),
+        };
+        let scale = from as f32 / to as f32;
+        for (i, got) in got.into_iter().enumerate() {
+            let product = scale * (i as f32 + 0.5);
+            let at = f64::from(product - 0.5);
+            let taps = at.floor() as isize - 1..=at.floor() as isize + 2;
+            let value = |j: isize| f64::from(values[j.clamp(0, from as isize - 1) as usize]);
+            let want: f64 = taps.map(|j| keys(at - j as f64) * value(j)).sum();
+            assert!((f64::from(got) - want).abs() < 4e-6, "{device} {i}: {got}, expected {want}");
+        }
+    }
+}
+
 /// Between equal sizes the filters pass everything through untouched, NaN included.
 #[test]
 fn the_same_size_is_a_copy() {

@@ -295,22 +295,27 @@ fn errors_name_the_argument() {
     }
 }
 
-/// Each image has its own scale and rescale, deviations and quantile; the history goes back two steps.
+/// Each image has its own scale and rescale, deviations and quantile; the history goes back three steps, of which
+/// one keeps nothing.
 #[test]
 fn images_rescale_threshold_and_remember() {
     let (n, size, f) = (3, 5 * 7 * 4, f64::from);
     let scales = [(7.5, 0.7), (3.0, 0.0), (1.5, 1.0)].map(|(scale, rescale)| GuidanceScale { scale, rescale });
     let limit = Thresholding { ratio: 0.83, max: 1.75 };
     let kept = Some(Kept { from_x: 0.2, from_e: 0.3, from_x0: 0.5 });
-    let k = StepCoefficients { next_from_history: [0.4, -0.6, 0.0], kept, ..COEFFICIENTS };
+    let k = StepCoefficients { next_from_history: [0.4, -0.6, 0.3], kept, ..COEFFICIENTS };
+    let keeps = [true, true, false, true, true];
     for device in devices() {
         let mut random = Random::new(9);
-        let mut steps = table(&device, &[k; 3]).with_thresholding(Some(limit)).unwrap();
+        let mut steps =
+            table(&device, &keeps.map(|keeps| if keeps { k } else { StepCoefficients { kept: None, ..k } }))
+                .with_thresholding(Some(limit))
+                .unwrap();
         let x = random.randn(&device, &[n, 5, 7, 4], DType::F32);
-        let (mut want, mut history) = (f64s(&x), [vec![0.0; n * size], vec![0.0; n * size]]);
+        let (mut want, mut history) = (f64s(&x), [0; 3].map(|_| vec![0.0; n * size]));
         let mut state = SampleState::with_history(x, steps.history()).unwrap();
         let guidance = Guidance::new(&device, &scales).unwrap();
-        for step in 0..3 {
+        for (step, keeps) in keeps.into_iter().enumerate() {
             let output = random.randn(&device, &[2 * n, 5, 7, 4], DType::F32);
             ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None).unwrap();
             steps.index_mut().advance().unwrap();
@@ -335,14 +340,162 @@ fn images_rescale_threshold_and_remember() {
                 for (j, i) in range.enumerate() {
                     let x0 = x0[j].clamp(-bound, bound) / bound;
                     latest[i] = 0.2 * want[i] + 0.3 * e[j] + 0.5 * x0;
-                    want[i] = 0.3 * want[i] + 0.4 * e[j] + 0.9 * x0 + 0.4 * history[0][i] - 0.6 * history[1][i];
+                    let before: f64 = [0.4, -0.6, 0.3].iter().zip(&history).map(|(weight, h)| weight * h[i]).sum();
+                    want[i] = 0.3 * want[i] + 0.4 * e[j] + 0.9 * x0 + before;
                     let got = f(state.x().to_f32_vec().unwrap()[i]);
                     assert!((got - want[i]).abs() < 2e-5, "{device} step {step} image {image}: {got}, {}", want[i]);
                 }
             }
-            history.swap(0, 1);
-            history[0] = latest;
+            if keeps {
+                history.rotate_right(1);
+                history[0] = latest;
+            }
         }
+    }
+}
+
+/// Samples that start anew in the place of others: what these left in the history has the weight 0 and is not read.
+#[test]
+fn a_restart_reads_no_history() {
+    let kept = Some(Kept { from_x: 1.0, ..Kept::default() });
+    let first = StepCoefficients { kept, ..COEFFICIENTS };
+    let second = StepCoefficients { next_from_history: [0.5, 0.0, 0.0], ..first };
+    for device in devices() {
+        let tensor = |v: f32| Tensor::from_f32(&device, &[1, 5, 7, 4], DType::F32, &[v; 140]).unwrap();
+        let mut steps = table(&device, &[first, second]);
+        let mut state = SampleState::with_history(tensor(f32::NAN), steps.history()).unwrap();
+        ops::sampler_step(&mut state, &tensor(1.0), None, &steps, None).unwrap();
+        steps.index_mut().set(&[0]).unwrap();
+        state.restart(&tensor(2.0)).unwrap();
+        let mut want = 2.0;
+        for before in [0.0, 0.5 * 2.0] {
+            ops::sampler_step(&mut state, &tensor(1.0), None, &steps, None).unwrap();
+            steps.index_mut().advance().unwrap();
+            want = 0.3 * want + 0.4 + 0.9 * (1.25 * want - 0.75) + before;
+            let got = state.x().to_f32_vec().unwrap();
+            assert!(
+                got.iter().all(|got| (f64::from(*got) - want).abs() < 1e-5),
+                "{device}: {}, expected {want}",
+                got[0]
+            );
+        }
+    }
+}
+
+/// An output without deviation, which rescaling would divide by: of an image that does not rescale, beside one that does.
+#[test]
+fn a_flat_output_that_is_not_rescaled_stays() {
+    for device in devices() {
+        let steps = table(&device, &[StepCoefficients { x0_from_x: 0.0, x0_from_e: 1.0, ..COEFFICIENTS }]);
+        let scales = [0.0, 0.5].map(|rescale| GuidanceScale { scale: 2.0, rescale });
+        let guidance = Guidance::new(&device, &scales).unwrap();
+        let mut state = SampleState::new(Tensor::zeros(&device, &[2, 1, 4, 1], DType::F32).unwrap()).unwrap();
+        let halves = [[1.0; 4], [1.0, -1.0, 2.0, 0.0], [3.0; 4], [0.0, 2.0, -1.0, 1.0]].concat();
+        let output = Tensor::from_f32(&device, &[4, 1, 4, 1], DType::F32, &halves).unwrap();
+        ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None).unwrap();
+        let got = state.x0().to_f32_vec().unwrap();
+        assert_eq!(got[..4], [5.0; 4], "{device}");
+        assert!(got[4..].iter().all(|value| value.is_finite()), "{device}");
+    }
+}
+
+/// The bound of the clean sample: between which ranks, with equal values among them, and within 1 and the most.
+#[test]
+fn thresholds_are_quantiles() {
+    // A clean sample that is the network's output.
+    let k = StepCoefficients { x0_from_x: 0.0, x0_from_e: 1.0, ..COEFFICIENTS };
+    let spread = |size: usize, scale: f32| -> Vec<f32> {
+        let mut random = Random::new(size as u64);
+        (0..size).map(|_| scale * random.normal() as f32).collect()
+    };
+    let levels = |size: usize| (0..size).map(|i| [1.5, -2.0, 2.5, -1.5][i * i % 7 % 4]).collect::<Vec<f32>>();
+    let mut odd = spread(90, 3.0);
+    (odd[7], odd[11], odd[50]) = (f32::NAN, f32::NEG_INFINITY, -0.0);
+    // The last: all but two values are below 1.
+    let rare = [vec![0.25; 60], vec![-3.0, 5.0]].concat();
+    let all = [spread(1, 4.0), spread(2, 4.0), spread(700, 2.0), spread(140, 0.01), levels(257), levels(6), odd, rare];
+    for (device, values) in devices().into_iter().flat_map(|device| all.clone().map(|values| (device.clone(), values)))
+    {
+        let mut sorted: Vec<f32> = values.iter().map(|v| v.abs()).collect();
+        sorted.sort_by(f32::total_cmp);
+        for ratio in [0.0, 0.3, 0.5, 0.83, 0.9, 0.995, 1.0] {
+            let rank = ratio * (values.len() - 1) as f32;
+            let [low, high] = [rank.floor(), rank.ceil()].map(|rank| f64::from(sorted[rank as usize]));
+            if !high.is_finite() {
+                continue; // a quantile between a number and none
+            }
+            let quantile = low + f64::from(rank.fract()) * (high - low);
+            for max in [1.0, 1.75, 100.0] {
+                let mut steps = table(&device, &[k]);
+                steps = steps.with_thresholding(Some(Thresholding { ratio, max })).unwrap();
+                let tensor = |v: &[f32]| Tensor::from_f32(&device, &[1, 1, v.len(), 1], DType::F32, v).unwrap();
+                let mut state = SampleState::new(tensor(&vec![0.0; values.len()])).unwrap();
+                ops::sampler_step(&mut state, &tensor(&values), None, &steps, None).unwrap();
+                steps.index_mut().advance().unwrap();
+                let bound = quantile.max(1.0).min(f64::from(max));
+                for (i, got) in state.x0().to_f32_vec().unwrap().into_iter().enumerate() {
+                    let (value, got) = (f64::from(values[i]), f64::from(got));
+                    let want = value.clamp(-bound, bound) / bound;
+                    let what = || format!("{device} {} values, ratio {ratio} max {max}: element {i}", values.len());
+                    assert_eq!(got.is_nan(), want.is_nan(), "{}", what());
+                    assert!(want.is_nan() || (got - want).abs() <= 5e-7, "{}: {got}, expected {want}", what());
+                }
+            }
+        }
+    }
+}
+
+/// A batch larger than the images with a step of their own takes these in turn: its images 0, 2, 4 at one step, 1, 3, 5 at
+/// another; when one of the two has ended, its images keep their samples, in the batch as in what follows it.
+#[test]
+fn a_batch_takes_the_images_in_turn() {
+    let (n, size, f) = (6, 3 * 5 * 4, f64::from);
+    let kinds = [0.25, 0.5, -1.5].map(|next_from_x| StepCoefficients { next_from_x, ..COEFFICIENTS });
+    let scales = [0.7, 1.3, -2.0];
+    let rows: Vec<StepRow> =
+        kinds.iter().zip(scales).map(|(&coefficients, input_scale)| StepRow { input_scale, coefficients }).collect();
+    for (device, bounded) in devices().into_iter().flat_map(|device| [(device.clone(), false), (device, true)]) {
+        let mut random = Random::new(15);
+        let mut steps = StepTable::new(&device, rows.clone()).unwrap().with_images(2).unwrap();
+        steps = steps.with_thresholding(bounded.then_some(Thresholding { ratio: 0.9, max: 1.5 })).unwrap();
+        steps.index_mut().set(&[2, 0]).unwrap();
+        let mut state = SampleState::new(random.randn(&device, &[n, 3, 5, 4], DType::F32)).unwrap();
+        for (t, at) in [[Some(2), Some(0)], [None, Some(1)], [None, Some(2)]].into_iter().enumerate() {
+            let x = f64s(state.x());
+            let input = ops::scale_input(state.x(), &steps, DType::F32, 2).unwrap().to_f32_vec().unwrap();
+            let output = random.randn(&device, &[n, 3, 5, 4], DType::F32);
+            let e = f64s(&output);
+            ops::sampler_step(&mut state, &output, None, &steps, None).unwrap();
+            steps.index_mut().advance().unwrap();
+            let got = state.x().to_f32_vec().unwrap();
+            for image in 0..n {
+                let range = image * size..(image + 1) * size;
+                // An image that has ended is scaled as in its last step.
+                let scale = f(scales[at[image % 2].unwrap_or(2)]);
+                let near = |got: f32, want: f64| (f(got) - want).abs() <= 2e-6 * (1.0 + want.abs());
+                for i in range.clone() {
+                    let what = format!("{device} step {t} image {image}");
+                    assert!(near(input[i], scale * x[i]) && near(input[n * size + i], scale * x[i]), "{what}");
+                }
+                let Some(step) = at[image % 2] else {
+                    assert!(range.clone().all(|i| f(got[i]) == x[i]), "{device} step {t} image {image} has ended");
+                    continue;
+                };
+                let k = kinds[step];
+                let clean: Vec<f64> = range.clone().map(|i| f(k.x0_from_x) * x[i] + f(k.x0_from_e) * e[i]).collect();
+                let mut sorted: Vec<f64> = clean.iter().map(|v| v.abs()).collect();
+                sorted.sort_by(f64::total_cmp);
+                let rank = f(0.9f32 * (size - 1) as f32);
+                let (low, high) = (sorted[rank as usize], sorted[rank.ceil() as usize]);
+                let bound = (low + rank.fract() * (high - low)).clamp(1.0, 1.5);
+                for (clean, i) in clean.into_iter().zip(range) {
+                    let clean = if bounded { clean.clamp(-bound, bound) / bound } else { clean };
+                    let want = f(k.next_from_x) * x[i] + f(k.next_from_e) * e[i] + f(k.next_from_x0) * clean;
+                    assert!(near(got[i], want), "{device} step {t} image {image}: {}, expected {want}", got[i]);
+                }
+            }
+        }
+        assert!(steps.index().has_ended(0) && steps.index().has_ended(1));
     }
 }
 

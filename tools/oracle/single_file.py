@@ -186,9 +186,49 @@ def loras():
         save_file({k: v.float().contiguous() for k, v in state.items()}, OUT / f"lora-{name}.safetensors")
 
 
+def patterns():
+    """A LoRA as diffusers saves it with the configurations of PEFT: alphas by pattern, ranks of their own."""
+    generator = torch.Generator().manual_seed(9)
+    draw = lambda *shape: torch.randn(shape, generator=generator) * 0.3
+    unet = weights(DATA / "sd15/unet", "diffusion_pytorch_model")
+    text = {k.removeprefix("text_model."): v for k, v in weights(DATA / "sd15/text_encoder", "model").items()}
+    at, up = "down_blocks.0.attentions.0.transformer_blocks.0", "up_blocks.1.attentions.0.transformer_blocks.0"
+    layer = "encoder.layers.1"
+    # Part, module, rank, and the scale that its configuration below comes to.
+    modules = [
+        ("unet", f"{at}.attn1.to_q", 4, 3 / 4),  # its own name
+        ("unet", f"{up}.attn1.to_q", 4, 6 / 4),  # no pattern: the first has ^, the others another layer
+        ("unet", f"{at}.attn2.to_k", 2, 5 / 2),  # the end of its name, and the first of two patterns
+        ("unet", f"{up}.attn2.to_v", 3, 1 / 3),  # a regular expression
+        ("unet", f"{at}.attn1.to_v", 4, 6 / 4),  # v is matched in up_blocks only, and 1.to_v is no end at a dot
+        ("unet", f"{at}.attn1.to_out.0", 4, 6 / 4),
+        ("text_encoder", f"{layer}.self_attn.q_proj", 4, 2 / 2),  # the root of the rank
+        ("text_encoder", f"{layer}.mlp.fc1", 2, 7 / 2 ** 0.5),
+    ]
+    configs = {
+        "unet": {"r": 4, "lora_alpha": 6, "rank_pattern": {"attn2.to_k": 2, r"up_blocks\..*\.to_v": 3}, "use_rslora": False,
+                 "alpha_pattern": {f"^{at}.attn1.to_q": 3, "attn2.to_k": 5, f"{at}.attn2.to_k": 9, "1.to_v": 9,
+                                   r"up_blocks\.\d+\..*\.to_[vx]": 1, "to": 9}},
+        "text_encoder": {"r": 4, "lora_alpha": 2, "rank_pattern": {"fc1": 2}, "alpha_pattern": {"fc1": 7},
+                         "use_rslora": True},
+    }
+    state, merged = {}, {}
+    for part, m, r, scale in modules:
+        w = (unet if part == "unet" else text)[f"{m}.weight"].double()
+        a, b = draw(r, w.shape[1]), draw(w.shape[0], r)
+        name = f"{part}.{m}" if part == "unet" else f"{part}.text_model.{m}"
+        state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        merged[f"{part}/{m}.weight"] = w + scale * b.double() @ a.double()
+    metadata = {f"{part}.{key}": value for part, config in configs.items() for key, value in config.items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, OUT / "lora-patterns.safetensors",
+              metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2)})
+    save_file({k: v.float().contiguous() for k, v in merged.items()}, OUT / "lora-patterns-merged.safetensors")
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     for name in ["sd15", "sd21", "sdxl"]:
         if (DATA / name).is_dir():
             write(name)
     loras()
+    patterns()

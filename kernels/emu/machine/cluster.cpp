@@ -94,14 +94,20 @@ std::pair<Machine*, char*> find_remote(uint32_t address, size_t bytes, Loc loc) 
 
 void cluster_load(void* to, uint32_t address, size_t bytes, Loc loc) {
     const auto [owner, p] = find_remote(address, bytes, loc);
-    if constexpr (kRace) race::touch_shared(*owner, p, bytes, race::Access::Read, loc);
+    if constexpr (kRace) {
+        race::touch_shared(*owner, p, bytes, race::Access::Read, loc);
+        race::note_remote_access(*owner, loc);
+    }
     memcpy(to, p, bytes);
     yield_at_random(*machine);
 }
 
 void cluster_store(uint32_t address, const void* from, size_t bytes, Loc loc) {
     const auto [owner, p] = find_remote(address, bytes, loc);
-    if constexpr (kRace) race::touch_shared(*owner, p, bytes, race::Access::Write, loc);
+    if constexpr (kRace) {
+        race::touch_shared(*owner, p, bytes, race::Access::Write, loc);
+        race::note_remote_access(*owner, loc);
+    }
     memcpy(p, from, bytes);
 }
 
@@ -116,11 +122,13 @@ void cluster_store_async(uint32_t address, const void* from, size_t bytes, uint3
 
 void mbar_arrive_cluster(uint64_t* bar, int rank, Loc loc) {
     const auto [owner, place] = find_remote(cluster_address(bar, rank, loc), 8, loc);
+    if constexpr (kRace) race::note_remote_access(*owner, loc);
     mbar_arrive_at(*owner, reinterpret_cast<uint64_t*>(place), 1, 0, loc);
 }
 
 void mbar_expect_cluster(uint64_t* bar, int rank, uint32_t bytes, Loc loc) {
     const auto [owner, place] = find_remote(cluster_address(bar, rank, loc), 8, loc);
+    if constexpr (kRace) race::note_remote_access(*owner, loc);
     mbar_expect_at(*owner, reinterpret_cast<uint64_t*>(place), bytes, loc);
 }
 

@@ -71,7 +71,8 @@ void tma_write(const Machine& owner, void* p, size_t bytes, unsigned agent, uint
 void tma_read(const Machine& owner, const void* global, size_t bytes, unsigned agent, uint32_t clock, Loc loc);
 void tma_done(const Machine& owner, Knowledge*& sum, unsigned agent, uint32_t clock);
 bool tma_is_known(const Machine& owner, unsigned agent, uint32_t clock);  // to some thread of the block
-// The block's last thread leaves: every access of other blocks has to be known to it.
+// The running thread uses another block's shared memory itself, which has to be known there before that block ends.
+void note_remote_access(const Machine& owner, Loc loc);
 void check_remote_accesses(const Machine& owner);
 // TMA stores of the running thread, by group.
 void bulk_read(const void* shared, size_t bytes, uint32_t group, Loc loc);

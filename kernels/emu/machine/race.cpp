@@ -531,7 +531,6 @@ static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
     const size_t offset = size_t(static_cast<const char*>(p) - a.owner.shared);
     const size_t first = offset / kGranule, last = std::min((offset + bytes - 1) / kGranule, kCells - 1);
     SharedCell* const cells = s.shared.data() + a.owner.block_rank * kCells;
-    if (&a.owner != machine && a.agent == a.viewer) s.remote[a.owner.block_rank * s.threads + a.viewer] = {s.clock[a.viewer], a.where};
     for (size_t g = first; g <= last; g++) {
         SharedCell& cell = cells[g];
         if (cell.block != s.block_serial) {
@@ -584,6 +583,10 @@ static void access_shared(const void* p, size_t bytes, const SharedAccess& a) {
 void touch_shared(const Machine& owner, const void* p, size_t bytes, Access kind, Loc loc) {
     const unsigned me = running();
     access_shared(p, bytes, {owner, me, me, state().clock[me], kind, number_of(packed(loc))});
+}
+void note_remote_access(const Machine& owner, Loc loc) {
+    State& s = state();
+    if (&owner != machine) s.remote[owner.block_rank * s.threads + running()] = {s.clock[running()], number_of(packed(loc))};
 }
 void check_remote_accesses(const Machine& owner) {
     const State& s = state();

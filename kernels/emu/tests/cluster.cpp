@@ -427,19 +427,18 @@ REGISTER_KERNEL(scales)
 
 TEST(dependent_launches) {
     Buffer<float> a(256), b(256), c(256), w(64);
-    for (size_t i = 0; i < 256; i++) a[i] = float(i);
     for (size_t i = 0; i < 64; i++) w[i] = 2.f;
     const auto scale = [&](const emu::LaunchAttributes& how, Buffer<float>& y, Buffer<float>& x, int early, int starts = 0) {
         return run_with(how, "scales", dim3(4), dim3(64), 0, y.data, (const float*)x.data, (const float*)w.data, early, starts);
     };
     in_every_mode([&] {
+        for (size_t i = 0; i < 256; i++) a[i] = float(i);
         expect_clean(scale({}, b, a, 0), __LINE__);
         expect_clean(scale(kDependent, c, b, 0), __LINE__);
         expect_clean(scale(kDependent, b, c, 0), __LINE__);
         CHECK(b[255] == 255.f * 8.f);
         expect_clean(scale({}, a, b, 1), __LINE__);  // without the attribute nothing may begin early
         expect_clean(scale({}, a, a, 3), __LINE__);
-        for (size_t i = 0; i < 256; i++) a[i] = float(i);
         if (!kRaceBuild) return;
         expect_clean(scale({}, b, a, 0), __LINE__);
         REPORTS(scale(kDependent, c, b, 1), "read before wait_for_previous of global memory", "a thread of scales", "cluster.cpp:");
