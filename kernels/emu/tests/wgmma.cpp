@@ -292,7 +292,7 @@ TEST(wgmma_mistakes_show) {
         reports(kOutside, {"of b is at shared memory +", "of which the block has 16384 bytes"}, __LINE__);
         reports(kWarpLeaves, {"its warpgroup", "left the kernel", "wgmma"}, __LINE__);
         if (kRaceBuild) {
-            reports(kNoProxyFence, {"asynchronous read without fence.proxy.async"}, __LINE__);
+            reports(kNoProxyFence, {"without fence.proxy.async", "the wgmma of warpgroup 0"}, __LINE__);
             reports(kNoBarrier, {"RACE", "wgmma of warpgroup 0"}, __LINE__);
             reports(kOverwritesOperand, {"RACE", "write after read", "wgmma of warpgroup 0"}, __LINE__);
         }
@@ -301,7 +301,7 @@ TEST(wgmma_mistakes_show) {
 
 // ---- registers ----
 
-// Warpgroup 0 gives registers up, the others take them. `give`: what warpgroup 0 keeps.
+// Warpgroup 0 gives registers up, the others take them.
 KERNEL(shares_registers, 384, 1)(int* out, int how) {
     const unsigned group = threadIdx.x / 128;
     if (group == 0) {
@@ -314,7 +314,7 @@ KERNEL(shares_registers, 384, 1)(int* out, int how) {
         if (how == 3) setmaxnreg_inc<160>();
         if (how != 5) setmaxnreg_inc<232>();
     }
-    out[threadIdx.x] = int(group);
+    out[blockIdx.x * 384 + threadIdx.x] = int(group);
 }
 REGISTER_KERNEL(shares_registers)
 KERNEL(registers_without_bounds, 384, 0)(int* out) {
@@ -325,10 +325,10 @@ REGISTER_KERNEL(registers_without_bounds)
 
 TEST(setmaxnreg_shares_the_block_s_registers) {
     in_every_mode([] {
-        Buffer<int> out(384);
+        Buffer<int> out(2 * 384);
         const auto share = [&](int how) { return run("shares_registers", dim3(2), dim3(384), 0, out.data, how); };
         expect_clean(share(0), __LINE__);
-        for (int i = 0; i < 384; i++) CHECK(out[size_t(i)] == i / 128);
+        for (int i = 0; i < 2 * 384; i++) CHECK(out[size_t(i)] == i / 128 % 3);
         expect_clean(share(5), __LINE__);
         REPORTS(share(1), "deadlock", "setmaxnreg.inc at");
         REPORTS(share(2), "setmaxnreg.dec to 176 registers per thread, but the warpgroup has 168");
