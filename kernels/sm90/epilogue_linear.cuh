@@ -157,6 +157,7 @@ DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>
                 if (e.args.residual != nullptr) {
                     uint32_t r[4];
                     ldmatrix_x4(r, to);
+                    __syncwarp();  // every lane has its part before the result takes the place
                     UNROLL
                     for (int k = 0; k < 4; k++) {
                         const auto pair = *reinterpret_cast<const Pair<T>*>(&r[k]);

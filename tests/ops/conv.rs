@@ -337,7 +337,7 @@ fn nan_and_infinity_reach_the_outputs_that_cover_them_and_no_others() {
         kernels.resize(kernels.len().max(2), String::new());
         for (kernel, dilation) in kernels.iter().zip([1, 2].into_iter().cycle()) {
             let args = Conv2d { dilation, padding: [dilation; 4], ..Conv2d::new(&x, &weight) };
-            let y = ops::with_variants(&kernel, || ops::conv2d(args)).unwrap().to_f32_vec().unwrap();
+            let y = ops::with_variants(kernel, || ops::conv2d(args)).unwrap().to_f32_vec().unwrap();
             for (i, y) in y.into_iter().enumerate() {
                 let (out_y, out_x) = (i / outputs / w, i / outputs % w);
                 let covers = |(y, x, _): &(usize, usize, f32)| {

@@ -195,7 +195,7 @@ fn hopper_kernels_run_where_tma_can_read() {
                 (Linear { residual: Some(residual), ..aligned }, false),
             ] {
                 let graph = cuda.capture(1 << 24, || ops::linear(args).map(drop)).unwrap();
-                let [kernel] = &graph.kernels()[..] else { panic!("{m} {k} {n}: {:?}", graph.kernels()) };
+                let [kernel] = graph.kernels() else { panic!("{m} {k} {n}: {:?}", graph.kernels()) };
                 assert_eq!(kernel.starts_with("linear_sm90_"), hopper, "{m} {k} {n} {dtype}: {kernel}");
             }
         }
