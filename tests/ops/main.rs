@@ -7,6 +7,7 @@ mod attention;
 mod batch;
 mod conformance;
 mod conformance_tma;
+mod conformance_wgmma;
 mod conv;
 mod elementwise;
 mod linear;
