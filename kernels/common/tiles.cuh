@@ -2,7 +2,7 @@
 //   name, T, blocks a multiprocessor that registers must allow, M, N, warps down, warps across, stages, general
 // A warp of 64x64 reads 8 KiB of shared memory for 128 Ki products, one of 32x32 4 KiB for 32 Ki.
 // Registers (nvcc 13.0; linear / conv2d, the larger of sm_80 and sm_90a), none spilled:
-//   16-bit  128x256 207/227   128x128 207/237   128x64 136/161   64x128 137/155   64x64 96/96   general 104/136
+//   16-bit  128x256 207/227   128x128 207/237   128x64 139/161   64x128 137/155   64x64 89/96   general 106/136
 //   f32     128x128 252/254   64x64 168/168   general 168/168
 #pragma once
 #define TILES_16_BIT(ENTRY, T, suffix)                      \
