@@ -130,7 +130,7 @@ static TILES: [Tile; 7] = [
         kinds: &[Kind::Plain, Kind::Gated],
         start_ns: 3300,
         slice_ns: 358,
-        tile_ns: [530, 1200],
+        tile_ns: [530, 800],
     },
     Tile {
         name: "sm90_pingpong_64x256",
