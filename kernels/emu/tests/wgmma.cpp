@@ -242,7 +242,10 @@ KERNEL(wgmma_mistake, 128, 1)(float* out, Mistake mistake) {
         if (mistake == kNewRegistersBeforeWait && round == 1) ones[2] = 0;
         if (mistake == kReadsBeforeWait) out[thread * 32] = d[0];
         if (mistake == kWritesBeforeWait) d[5] *= 2.f, d[6] = 3.f;
-        if (mistake == kOverwritesOperand) s.b[thread] = 0;
+        if (mistake == kOverwritesOperand) {
+            __syncthreads();
+            s.b[thread] = 0;
+        }
         if (mistake == kWaitsForTooMany) {
             wgmma_wait<1>();
         } else {
@@ -278,6 +281,9 @@ TEST(wgmma_mistakes_show) {
         CHECK(wrong_in_mistake(kReadsBeforeWait, &result) >= 128);
         CHECK(wrong_in_mistake(kNoCommit, &result) > 0);
         CHECK(wrong_in_mistake(kWaitsForTooMany, &result) > 0);
+        // Operands are read when a product is issued, or when it is waited for.
+        const int overwritten = wrong_in_mistake(kOverwritesOperand, &result);
+        if (emu::config.async != emu::Mixed) CHECK((overwritten == 0) == (emu::config.async == emu::Early));
         reports(kWritesBeforeWait, {"wgmma issued at", "accumulators", "written before wgmma_wait"}, __LINE__);
         reports(kNoFence, {"without wgmma_fence since its accumulators were free"}, __LINE__);
         reports(kNoFenceAfterWrite, {"written after the latest wgmma_wait, and no wgmma_fence"}, __LINE__);
