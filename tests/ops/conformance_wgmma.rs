@@ -102,7 +102,7 @@ impl Layout {
                 }
             };
         // Of the 16-byte chunks of 128 bytes number c of line l goes to c XOR l modulo 2, 4 or 8.
-        byte ^ (byte / 128 % (width / 16)) * 16
+        byte ^ ((byte / 128 % (width / 16)) * 16)
     }
 
     /// The descriptor but for the image's address.
@@ -113,7 +113,7 @@ impl Layout {
             32 => 3,
             _ => 0,
         };
-        (self.start / 16 + (self.leading / 16 << 16)) as u64 | (self.stride as u64 / 16) << 32 | swizzle << 62
+        (self.start / 16 + ((self.leading / 16) << 16)) as u64 | (self.stride as u64 / 16) << 32 | swizzle << 62
     }
 }
 
