@@ -29,6 +29,8 @@ DEVICE void conformance_wgmma(float* out, const uint4* a, const uint4* b, const 
     UNROLL
     for (int i = 0; i < N / 2; i++) d[i] = (top + i / 2 % 2 * 8) + (form == kE4m3 ? 0.f : (i / 4 * 8 + left + i % 2) / 256.f);
     const uint64_t a_descriptor = a_bits + (smem_u32(s.a) >> 4), b_descriptor = b_bits + (smem_u32(s.b) >> 4);
+    UNROLL
+    for (int i = 0; i < N / 2; i++) fence_register(d[i]);  // or the compiler sets some of them after the fence
     wgmma_fence();
     if constexpr (form == kShared) {
         wgmma<T, N, kTransposedB>(d, a_descriptor, b_descriptor, accumulate);
