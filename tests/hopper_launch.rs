@@ -4,24 +4,12 @@
 
 mod common;
 
-use common::cards;
-use megafuse::runtime::cuda::{Arg, DevicePtr, Im2col, Isa, Launch, Swizzle, TensorMap, TensorView};
+use common::hoppers;
+use megafuse::runtime::cuda::{Arg, DevicePtr, Im2col, Launch, Swizzle, TensorMap, TensorView};
 use megafuse::runtime::{CudaDevice, DType, Device, Tensor};
 
 /// A Box of launch.cu.
 const BOX_BYTES: usize = 8192;
-
-/// The cards that have Hopper's kernels.
-fn hoppers() -> Vec<(Device, CudaDevice)> {
-    let mut found = Vec::new();
-    for device in cards() {
-        match &device {
-            Device::Cuda(card) if card.has(Isa::Sm90a) => found.push((device.clone(), card.clone())),
-            other => common::skip::skipped(&format!("{other} or this build has no sm_90a")),
-        }
-    }
-    found
-}
 
 fn numbers(device: &Device, count: usize) -> Tensor {
     // Small whole numbers come and go as f32 whatever they are read as in between.

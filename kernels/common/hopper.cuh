@@ -1,14 +1,12 @@
 // Hopper's words (sm_90a), beside common/device.cuh: mbarrier, TMA, clusters; products are in common/wgmma.cuh. As there: PTX
-// instructions under nvcc, plain C++ on the emulated card. For sm_80 a kernel that uses wgmma compiles to an empty body: put
-// it under #ifdef HOPPER_BODY.
+// instructions under nvcc, plain C++ on the emulated card. For kernels/sm90, which is compiled for no other card.
 #pragma once
 #include "common/device.cuh"
 #ifndef __CUDACC__
 #include "emu/machine/hopper.h"
-#define HOPPER_BODY
 #else
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define HOPPER_BODY
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "common/hopper.cuh is for the kernels of kernels/sm90, which are compiled for sm_90a alone"
 #endif
 #define GRID_CONST const __grid_constant__
 

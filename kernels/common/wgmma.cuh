@@ -1,6 +1,5 @@
 // The words of a warpgroup (sm_90a): its products, with every width; setmaxnreg, stmatrix, elect.
-// As in common/device.cuh: PTX instructions under nvcc, plain C++ on the emulated card. A kernel that uses them stands under
-// #ifdef HOPPER_BODY (common/hopper.cuh).
+// As in common/device.cuh: PTX instructions under nvcc, plain C++ on the emulated card.
 //
 // Products:  wgmma_fence();                              after the last access to d, and to `a` in registers
 //            wgmma<bf16, 128>(d, a, b, false); ...       asynchronous, one after the other
@@ -14,7 +13,6 @@
 #include "emu/machine/wgmma.h"
 #else
 
-#ifdef HOPPER_BODY
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most N of the warpgroup's latest groups are under way.
@@ -229,7 +227,6 @@ DEVICE bool elect_one() {
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected)::"memory");
     return elected;
 }
-#endif
 #endif
 
 // ---- the same in both worlds ----

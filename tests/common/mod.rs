@@ -7,6 +7,7 @@ use std::fmt::Display;
 
 use megafuse::Error;
 use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source, StepRows};
+use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
 pub const F32_EPS: f64 = f32::EPSILON as f64;
@@ -25,6 +26,18 @@ pub fn cards() -> Vec<Device> {
         skip::skipped("no card among MEGAFUSE_TEST_DEVICES");
     }
     cards
+}
+
+/// The cards among [`devices`] that run kernels/sm90; each other one is said to be left out.
+pub fn hoppers() -> Vec<(Device, CudaDevice)> {
+    let mut found = Vec::new();
+    for device in cards() {
+        match &device {
+            Device::Cuda(card) if card.has(Isa::Sm90a) => found.push((device.clone(), card.clone())),
+            other => skip::skipped(&format!("{other} or this build has no sm_90a")),
+        }
+    }
+    found
 }
 
 fn device(name: &str) -> Device {

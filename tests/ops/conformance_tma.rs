@@ -2,10 +2,10 @@
 //! from NVIDIA's description (PTX ISA: tensors, mbarrier, clusters). tests/hopper_launch.rs has boxes of two and four
 //! dimensions and im2col.
 
-use megafuse::runtime::cuda::{Arg, DevicePtr, Isa, Launch, Swizzle, TensorMap, TensorView};
+use megafuse::runtime::cuda::{Arg, DevicePtr, Launch, Swizzle, TensorMap, TensorView};
 use megafuse::runtime::{CudaDevice, DType, Device, Tensor};
 
-use crate::common::{cards, skip};
+use crate::common::hoppers;
 
 /// Words of conformance_tma.cu's shared memory, its bytes with the mbarrier, and what no copy has written.
 const WORDS: usize = 4096;
@@ -13,17 +13,6 @@ const SHARED_BYTES: usize = WORDS * 4 + 1024;
 const UNTOUCHED: u32 = 0xeeee_eeee;
 /// In global memory before a kernel runs.
 const UNWRITTEN: f32 = -1.0;
-
-fn hoppers() -> Vec<(Device, CudaDevice)> {
-    let mut found = Vec::new();
-    for device in cards() {
-        match &device {
-            Device::Cuda(card) if card.has(Isa::Sm90a) => found.push((device.clone(), card.clone())),
-            other => skip::skipped(&format!("{other} or this build has no sm_90a")),
-        }
-    }
-    found
-}
 
 fn filled(device: &Device, values: &[f32]) -> Tensor {
     Tensor::from_f32(device, &[values.len()], DType::F32, values).unwrap()

@@ -3,25 +3,14 @@
 //! exact, so that the order in which a card adds does not matter.
 
 use half::{bf16, f16};
-use megafuse::runtime::cuda::{Arg, DevicePtr, Isa, Launch};
+use megafuse::runtime::cuda::{Arg, DevicePtr, Launch};
 use megafuse::runtime::{CudaDevice, DType, Device, Tensor};
 
-use crate::common::{cards, skip};
+use crate::common::hoppers;
 
 /// Bytes of the kernels' images of shared memory.
 const A_BYTES: usize = 16 << 10;
 const B_BYTES: usize = 64 << 10;
-
-fn hoppers() -> Vec<(Device, CudaDevice)> {
-    let mut found = Vec::new();
-    for device in cards() {
-        match &device {
-            Device::Cuda(card) if card.has(Isa::Sm90a) => found.push((device.clone(), card.clone())),
-            other => skip::skipped(&format!("{other} or this build has no sm_90a")),
-        }
-    }
-    found
-}
 
 /// What `entry` writes, of `count` numbers, with `args` after the output.
 fn written(device: &Device, card: &CudaDevice, entry: &str, launch: Launch, count: usize, args: &[Arg]) -> Vec<u32> {
