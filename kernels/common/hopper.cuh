@@ -246,14 +246,6 @@ DEVICE void tma_load_multicast_2d(void* shared, const TensorMap* map, uint64_t* 
         : "memory");
 }
 
-// ---- launches that may begin before the previous one has ended (programmatic stream serialization) ----
-
-// The next launch may begin once all blocks have said so or ended; what it may touch, only its own wait says.
-DEVICE void next_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-// Until the previous launch has ended and all its writes are seen. Before that: nothing it reads or writes is touched. A
-// dependent kernel that touches nothing waits all the same, or the launch after it cannot rely on those before it.
-DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // ---- between blocks of a grid: what was written before a release is seen after the acquire that meets it ----
 
 DEVICE uint32_t atom_add_acq_rel(uint32_t* p, uint32_t x) {

@@ -172,6 +172,9 @@ uint32_t add_acq_rel(uint32_t* p, uint32_t operand, Loc loc);
 uint32_t load_acquire(const uint32_t* p, Loc loc);
 void store_release(uint32_t* p, uint32_t value, Loc loc);
 void thread_fence(Loc loc);
+// Dependent launches.
+void next_may_start(Loc loc);
+void wait_for_previous(Loc loc);
 
 // ---- registration ----
 
@@ -323,5 +326,7 @@ template <int N>
 static inline void cp_async_wait(EMU_LOC) {
     emu::cp_async_wait(N, loc);
 }
+static inline void next_may_start(EMU_LOC) { emu::next_may_start(loc); }
+static inline void wait_for_previous(EMU_LOC) { emu::wait_for_previous(loc); }
 static inline void named_barrier_sync(int id, int threads, EMU_LOC) { emu::barrier(id, threads, true, loc); }
 static inline void named_barrier_arrive(int id, int threads, EMU_LOC) { emu::barrier(id, threads, false, loc); }

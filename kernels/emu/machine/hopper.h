@@ -1,4 +1,4 @@
-// Hopper's words (sm_90a): mbarrier, TMA, clusters, dependent launches.
+// Hopper's words (sm_90a): mbarrier, TMA, clusters.
 // Not modelled: of TMA reductions, interleaved maps, element strides in tile mode.
 #pragma once
 #include "emu.h"
@@ -39,9 +39,6 @@ void cluster_store(uint32_t address, const void* from, size_t bytes, Loc loc);
 void cluster_store_async(uint32_t address, const void* from, size_t bytes, uint32_t bar, Loc loc);
 void mbar_arrive_cluster(uint64_t* bar, int rank, Loc loc);
 void mbar_expect_cluster(uint64_t* bar, int rank, uint32_t bytes, Loc loc);
-// Dependent launches.
-void next_may_start(Loc loc);
-void wait_for_previous(Loc loc);
 void fence_proxy_async(Loc loc);
 }  // namespace emu
 
@@ -144,8 +141,6 @@ static inline void mbar_expect_cluster(uint64_t* bar, int rank, uint32_t bytes, 
     emu::mbar_expect_cluster(bar, rank, bytes, loc);
 }
 static inline void mbar_wait_cluster(uint64_t* bar, uint32_t parity, EMU_LOC) { emu::mbar_wait(bar, parity, loc); }
-static inline void next_may_start(EMU_LOC) { emu::next_may_start(loc); }
-static inline void wait_for_previous(EMU_LOC) { emu::wait_for_previous(loc); }
 static inline uint32_t atom_add_acq_rel(uint32_t* p, uint32_t x, EMU_LOC) { return emu::add_acq_rel(p, x, loc); }
 static inline uint32_t ld_acquire(const uint32_t* p, EMU_LOC) { return emu::load_acquire(p, loc); }
 static inline void st_release(uint32_t* p, uint32_t x, EMU_LOC) { emu::store_release(p, x, loc); }
