@@ -39,6 +39,11 @@ pub fn parse(text: &str) -> Result<Archs, String> {
     Ok(archs)
 }
 
+/// `90a` -> 90
+pub fn number(capability: &str) -> u32 {
+    capability.trim_end_matches(['a', 'f']).parse().expect("capabilities were checked when they were read")
+}
+
 fn check(capability: &str) -> Result<(), String> {
     let digits = capability.trim_end_matches(['a', 'f']);
     if capability.len() > digits.len() + 1 || digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {

@@ -17,6 +17,9 @@ use super::sources::Source;
 use super::toolchain::{self, Nvcc};
 use super::watched;
 
+/// From this compute capability on a launch may begin before the one before it has ended.
+const FIRST_WITH_OVERLAP: u32 = 90;
+
 pub struct Card {
     archs: Archs,
     nvcc: Result<Nvcc, String>,
@@ -164,7 +167,8 @@ impl Card {
         run_tool(&mut command).map(drop)
     }
 
-    /// How many parameters each kernel of a file has. All its PTX must say the same.
+    /// How many parameters each kernel of a file has. All its PTX must say the same; and where launches may overlap, that it
+    /// waits for the one before it.
     fn parameters(&self, out: &Path, source: &Source) -> Result<BTreeMap<String, usize>, String> {
         let mut found = BTreeMap::new();
         if self.nvcc.is_err() {
@@ -173,7 +177,15 @@ impl Card {
         for arch in source.archs(&self.archs).all() {
             let ptx = image(out, source, arch, "ptx");
             let text = std::fs::read_to_string(&ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
-            for (entry, count) in ptx::parameters(&text).map_err(|error| format!("{}: {error}", ptx.display()))? {
+            for (entry, kernel) in ptx::entries(&text).map_err(|error| format!("{}: {error}", ptx.display()))? {
+                if !kernel.waits && archs::number(arch) >= FIRST_WITH_OVERLAP {
+                    return Err(format!(
+                        "{}: {entry} for {arch} does not wait for the launch before it; begin it with follow_previous() \
+                         (kernels/common/device.cuh)",
+                        source.path.display()
+                    ));
+                }
+                let count = kernel.parameters;
                 match found.insert(entry.clone(), count) {
                     Some(other) if other != count => {
                         return Err(format!("{}: {entry} has {count} parameters, elsewhere {other}", ptx.display()));

@@ -600,6 +600,7 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
 
 #define TIER(T, suffix, head_dim, tiles, keys, any, blocks)                                                          \
     KERNEL(attention_##suffix, kWarps * 32, blocks)(T * y, const T* q, const T* k, const T* v, AttentionSize size) { \
+        follow_previous();                                                                                           \
         attention<T, head_dim, tiles, keys, any>(y, q, k, v, size);                                                  \
     }                                                                                                                \
     REGISTER_KERNEL(attention_##suffix)
@@ -619,12 +620,16 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
     TIER(T, d64_long_##suffix, 64, 2, 64, false, 2)                                                                \
     TIER(T, d80_long_##suffix, 80, 2, 64, false, 2)                                                                \
     KERNEL(attention_d512_##suffix, kWideThreads, 1)                                                               \
-    (T * y, const T* q, const T* k, const T* v, AttentionSize size) { attention_wide<T>(y, q, k, v, size); }       \
+    (T * y, const T* q, const T* k, const T* v, AttentionSize size) {                                              \
+        follow_previous();                                                                                         \
+        attention_wide<T>(y, q, k, v, size);                                                                       \
+    }                                                                                                              \
     REGISTER_KERNEL(attention_d512_##suffix)
 
 #define F32_TIER(head_dim)                                                                                 \
     KERNEL(attention_d##head_dim##_f32, kF32Threads, 1)                                                    \
     (float* y, const float* q, const float* k, const float* v, AttentionSize size) {                       \
+        follow_previous();                                                                                 \
         attention_f32<head_dim>(y, q, k, v, size);                                                         \
     }                                                                                                      \
     REGISTER_KERNEL(attention_d##head_dim##_f32)

@@ -12,6 +12,7 @@ DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 // Registers of ldmatrix.x4 and x4.trans over 32 rows of 8 numbers, row * 8 + column: rows in order, then row
 // (lane * 5 + 3) % 32 for lane. out [2 orders][plain, trans][32 lanes][4]. Block 32.
 KERNEL(conformance_ldmatrix, 32, 1)(uint32_t* out) {
+    follow_previous();
     SHARED_STATIC(uint16_t, image, [32][8]);
     const int lane = threadIdx.x;
     for (int i = 0; i < 8; i++) image[lane][i] = uint16_t(lane * 8 + i);
@@ -45,14 +46,21 @@ DEVICE void conformance_mma(float* out) {
     mma_m16n8k16<T>(d, a, b0, b1);
     for (int i = 0; i < 4; i++) out[(place * 32 + lane) * 4 + i] = d[i];
 }
-KERNEL(conformance_mma_f16, 32, 1)(float* out) { conformance_mma<f16>(out); }
+KERNEL(conformance_mma_f16, 32, 1)(float* out) {
+    follow_previous();
+    conformance_mma<f16>(out);
+}
 REGISTER_KERNEL(conformance_mma_f16)
-KERNEL(conformance_mma_bf16, 32, 1)(float* out) { conformance_mma<bf16>(out); }
+KERNEL(conformance_mma_bf16, 32, 1)(float* out) {
+    follow_previous();
+    conformance_mma<bf16>(out);
+}
 REGISTER_KERNEL(conformance_mma_bf16)
 
 // cp.async of 16 and of 4 bytes, two groups. Every third, every fifth copy is switched off and has no source.
 // in [64][4], then [64]; out [64][4]: own copy after the first group; [64]: another thread's after both. Block 64.
 KERNEL(conformance_cp_async, 64, 1)(uint32_t* out, const uint32_t* in) {
+    follow_previous();
     SHARED_STATIC(uint4, large, [64]);
     SHARED_STATIC(uint32_t, small, [64]);
     const int thread = threadIdx.x;
@@ -78,6 +86,7 @@ REGISTER_KERNEL(conformance_cp_async)
 
 // Shuffles of lane * 3 + 1 (the last as f32), then votes. out [17][32 lanes]. Block 32.
 KERNEL(conformance_shuffle, 32, 1)(uint32_t* out) {
+    follow_previous();
     const int lane = threadIdx.x, value = lane * 3 + 1;
     const uint32_t results[17] = {
         uint32_t(__shfl_sync(kWholeWarp, value, (lane * 7 + 3) % 32)),
@@ -104,6 +113,7 @@ REGISTER_KERNEL(conformance_shuffle)
 
 // 16-bit numbers in f32. out [2 * count]: of f16, of bf16. Grid ceil(count / 256), block 256.
 KERNEL(conformance_widen, 256, 1)(float* out, const f16* halves, const bf16* bfloats, int count) {
+    follow_previous();
     const int i = blockIdx.x * 256 + threadIdx.x;
     if (GUARD(i < count)) {
         out[i] = to_f32(halves[i]);
@@ -115,6 +125,7 @@ REGISTER_KERNEL(conformance_widen)
 // f32 rounded to 16 bits. out [3][count]: in f16 (low half) and bf16 by from_f32; it and the next packed in f16, in bf16.
 // Grid ceil(count / 256), block 256.
 KERNEL(conformance_round, 256, 1)(uint32_t* out, const float* in, int count) {
+    follow_previous();
     const int i = blockIdx.x * 256 + threadIdx.x;
     if (GUARD(i < count)) {
         const float x = in[i], next = in[(i + 1) % count];
@@ -128,6 +139,7 @@ REGISTER_KERNEL(conformance_round)
 
 // out [2][count]: exp2_approx, rcp_approx. Grid ceil(count / 256), block 256.
 KERNEL(conformance_approx, 256, 1)(float* out, const float* in, int count) {
+    follow_previous();
     const int i = blockIdx.x * 256 + threadIdx.x;
     if (GUARD(i < count)) {
         out[i] = exp2_approx(in[i]);
@@ -139,6 +151,7 @@ REGISTER_KERNEL(conformance_approx)
 // Warp 0 hands warp 1 three rounds of numbers through one buffer; barrier 1: filled, barrier 2: read; warp 2 takes no
 // part. out [3 rounds][32 lanes] = round * 100 + 31 - lane. Block 96.
 KERNEL(conformance_named_barrier, 96, 1)(uint32_t* out) {
+    follow_previous();
     SHARED_STATIC(uint32_t, buffer, [32]);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int round = 0; round < 3; round++) {
@@ -169,6 +182,7 @@ DEVICE uint32_t* dump_swizzle(uint32_t* out) {
 }
 // out: [16][C] for C = 2, 4, 6, 8, 10, 16, 20. One thread.
 KERNEL(conformance_swizzle, 1, 1)(uint32_t* out) {
+    follow_previous();
     out = dump_swizzle<2>(out);
     out = dump_swizzle<4>(out);
     out = dump_swizzle<6>(out);

@@ -327,6 +327,7 @@ DEVICE void conv2d(const ConvSource<T>& x, const T* weight, const ConvOutput<T>&
     KERNEL(conv2d_##name, (Tile<T, __VA_ARGS__>::kThreads), min_blocks)                                              \
     (T* y, float* partial, const T* a, const T* b, const T* weight, const T* bias, const T* row,                   \
      const unsigned* step, StepRows step_rows, const T* residual, float scale, ConvGeometry geometry, int wide) {    \
+        follow_previous();                                                                                           \
         const auto output = conv_output(y, partial, bias, row, step, step_rows, residual, scale, geometry, wide);  \
         const ConvSource<T> x = {a, b};                                                                              \
         conv2d<Tile<T, __VA_ARGS__>>(x, weight, output, geometry, wide);                                              \
@@ -373,6 +374,7 @@ DEVICE void conv2d_join(const ConvOutput<T>& o, int splits) {
     KERNEL(conv2d_join_##suffix, kJoinThreads, 1)                                                                  \
     (T* y, float* partial, const T* bias, const T* row, const unsigned* step, StepRows step_rows, const T* residual, \
      float scale, ConvGeometry geometry, int splits, int wide) {                                                   \
+        follow_previous();                                                                                         \
         auto output = conv_output(y, partial, bias, row, step, step_rows, residual, scale, geometry, wide);      \
         conv2d_join(output, splits);                                                                               \
     }                                                                                                              \

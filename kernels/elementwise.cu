@@ -98,31 +98,40 @@ DEVICE void count_non_finite(int* counter, const T* x, int64_t count) {
 
 #define ENTRIES(T, suffix)                                                                                            \
     KERNEL(activation_##suffix, kThreads, 1)(T* y, const T* x, int kind, int64_t count) {                             \
+        follow_previous();                                                                                            \
         activation(y, x, kind, count);                                                                                \
     }                                                                                                                 \
     REGISTER_KERNEL(activation_##suffix)                                                                              \
-    KERNEL(add_##suffix, kThreads, 1)(T* y, const T* a, const T* b, int64_t count) { add(y, a, b, count); }           \
+    KERNEL(add_##suffix, kThreads, 1)(T* y, const T* a, const T* b, int64_t count) {                                  \
+        follow_previous();                                                                                            \
+        add(y, a, b, count);                                                                                          \
+    }                                                                                                                 \
     REGISTER_KERNEL(add_##suffix)                                                                                     \
     KERNEL(clamp_##suffix, kThreads, 1)(T* y, const T* x, float low, float high, int64_t count) {                     \
+        follow_previous();                                                                                            \
         map(y, x, count, [=](float v) { return clamp(v, low, high); });                                               \
     }                                                                                                                 \
     REGISTER_KERNEL(clamp_##suffix)                                                                                   \
     KERNEL(scale_cast_##suffix##_f32, kThreads, 1)(float* y, const T* x, float scale, float shift, int64_t count,     \
                                                    int repeats) {                                                     \
+        follow_previous();                                                                                            \
         scale_cast(y, x, scale, shift, count, repeats);                                                               \
     }                                                                                                                 \
     REGISTER_KERNEL(scale_cast_##suffix##_f32)                                                                        \
     KERNEL(scale_cast_##suffix##_f16, kThreads, 1)(f16* y, const T* x, float scale, float shift, int64_t count,       \
                                                    int repeats) {                                                     \
+        follow_previous();                                                                                            \
         scale_cast(y, x, scale, shift, count, repeats);                                                               \
     }                                                                                                                 \
     REGISTER_KERNEL(scale_cast_##suffix##_f16)                                                                        \
     KERNEL(scale_cast_##suffix##_bf16, kThreads, 1)(bf16* y, const T* x, float scale, float shift, int64_t count,     \
                                                     int repeats) {                                                    \
+        follow_previous();                                                                                            \
         scale_cast(y, x, scale, shift, count, repeats);                                                               \
     }                                                                                                                 \
     REGISTER_KERNEL(scale_cast_##suffix##_bf16)                                                                       \
     KERNEL(count_non_finite_##suffix, kThreads, 1)(int* counter, const T* x, int64_t count) {                         \
+        follow_previous();                                                                                            \
         count_non_finite(counter, x, count);                                                                          \
     }                                                                                                                 \
     REGISTER_KERNEL(count_non_finite_##suffix)

@@ -24,6 +24,7 @@ DEVICE void embedding(T* y, const unsigned* ids, const T* table, const T* positi
 #define ENTRIES(T, suffix)                                                                                          \
     KERNEL(embedding_##suffix, kThreads, 1)(T* y, const unsigned* ids, const T* table, const T* positions,          \
                                             int length, int channels, int vector) {                                 \
+        follow_previous();                                                                                          \
         if (vector) {                                                                                               \
             embedding<kVector>(y, ids, table, positions, length, channels);                                         \
         } else {                                                                                                    \

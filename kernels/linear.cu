@@ -19,6 +19,7 @@ DEVICE void linear(const LinearArgs<typename Tile::T>& args) {
 
 #define LINEAR(name, T, min_blocks, ...)                                                         \
     KERNEL(linear_##name, (Tile<T, __VA_ARGS__>::kThreads), min_blocks)(const LinearArgs<T> args) { \
+        follow_previous();                                                                          \
         linear<Tile<T, __VA_ARGS__>>(args);                                                      \
     }                                                                                            \
     REGISTER_KERNEL(linear_##name)

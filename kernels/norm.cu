@@ -283,6 +283,7 @@ DEVICE void layer_norm(T* y, const T* x, const T* gamma, const T* beta, int64_t 
 
 KERNEL(group_norm_merge_f32, kMergeThreads, 1)(float2* statistics, const float2* partial, int channels, int pixels,
                                                int split_pixels, int splits, float eps) {
+    follow_previous();
     group_norm_merge(statistics, partial, channels, pixels, split_pixels, splits, eps);
 }
 REGISTER_KERNEL(group_norm_merge_f32)
@@ -291,6 +292,7 @@ REGISTER_KERNEL(group_norm_merge_f32)
     KERNEL(group_norm_statistics_##suffix, kThreads, 1)(float2* partial, const T* a, const T* b, int channels_a,     \
                                                         int channels_b, int pixels, int split_pixels, int tile,      \
                                                         int vector) {                                                \
+        follow_previous();                                                                                           \
         const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
         if (vector) {                                                                                                \
             group_norm_statistics<kVector>(partial, x, pixels, split_pixels, tile);                                  \
@@ -302,6 +304,7 @@ REGISTER_KERNEL(group_norm_merge_f32)
     KERNEL(group_norm_apply_##suffix, kThreads, 1)(T* y, const T* a, const T* b, const float2* statistics,           \
                                                    const T* gamma, const T* beta, int channels_a, int channels_b,    \
                                                    int pixels, int groups, int silu, int tile, int vector) {         \
+        follow_previous();                                                                                           \
         const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
         if (vector) {                                                                                                \
             group_norm_apply<kVector>(y, x, statistics, gamma, beta, pixels, groups, silu, tile);                    \
@@ -313,6 +316,7 @@ REGISTER_KERNEL(group_norm_merge_f32)
     KERNEL(group_norm_small_##suffix, kThreads, 1)(T* y, float2* statistics, const T* a, const T* b, const T* gamma, \
                                                    const T* beta, int channels_a, int channels_b, int pixels,        \
                                                    int groups, int window, float eps, int silu, int vector) {        \
+        follow_previous();                                                                                           \
         const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
         if (vector) {                                                                                                \
             group_norm_small<kVector>(y, statistics, x, gamma, beta, pixels, groups, window, eps, silu);             \
@@ -323,6 +327,7 @@ REGISTER_KERNEL(group_norm_merge_f32)
     REGISTER_KERNEL(group_norm_small_##suffix)                                                                       \
     KERNEL(layer_norm_##suffix, kThreads, 1)(T* y, const T* x, const T* gamma, const T* beta, int64_t rows,          \
                                              int channels, float eps, int vector) {                                  \
+        follow_previous();                                                                                           \
         if (vector) {                                                                                                \
             layer_norm<kVector>(y, x, gamma, beta, rows, channels, eps);                                             \
         } else {                                                                                                     \

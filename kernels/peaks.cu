@@ -55,15 +55,22 @@ DEVICE void peak_mma(float* y, const T* a, const T* b, int rounds) {
     }
 }
 
-KERNEL(peak_mma_f16, kThreads, 2)(float* y, const f16* a, const f16* b, int rounds) { peak_mma(y, a, b, rounds); }
+KERNEL(peak_mma_f16, kThreads, 2)(float* y, const f16* a, const f16* b, int rounds) {
+    follow_previous();
+    peak_mma(y, a, b, rounds);
+}
 REGISTER_KERNEL(peak_mma_f16)
-KERNEL(peak_mma_bf16, kThreads, 2)(float* y, const bf16* a, const bf16* b, int rounds) { peak_mma(y, a, b, rounds); }
+KERNEL(peak_mma_bf16, kThreads, 2)(float* y, const bf16* a, const bf16* b, int rounds) {
+    follow_previous();
+    peak_mma(y, a, b, rounds);
+}
 REGISTER_KERNEL(peak_mma_bf16)
 
 // peak_ffma: kSums sums s_i, first x + i, then `rounds` times s_i = s_i scale + shift; y is their sum.
 //   y [blocks * kThreads]   x [kThreads]   f32
 // Launch: grid blocks, block kThreads. 2 kSums flops a thread and round.
 KERNEL(peak_ffma_f32, kThreads, 2)(float* y, const float* x, float scale, float shift, int rounds) {
+    follow_previous();
     float sums[kSums];
     UNROLL
     for (int i = 0; i < kSums; i++) sums[i] = x[threadIdx.x] + i;
@@ -81,6 +88,7 @@ REGISTER_KERNEL(peak_ffma_f32)
 // peak_copy: y = x, 16 bytes at a time.   y, x [count] of 16 bytes, aligned to that
 // Launch: grid ceil(count / (kThreads kCopies)), block kThreads; neighbours read neighbours.
 KERNEL(peak_copy, kThreads, 1)(Pack<float>* __restrict__ y, const Pack<float>* __restrict__ x, int64_t count) {
+    follow_previous();
     const int64_t first = int64_t(blockIdx.x) * kThreads * kCopies + threadIdx.x;
     UNROLL
     for (int part = 0; part < kCopies; part++) {

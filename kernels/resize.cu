@@ -98,6 +98,7 @@ DEVICE void gaussian_taps(TapWriter& taps, int length, int i) {
 
 // The table of one dimension. Launch: grid ceil(to / kThreads), block kThreads.
 KERNEL(resize_filter, kThreads, 1)(unsigned* filter, int kind, int fixed, int taps, int from, int to) {
+    follow_previous();
     const int i = blockIdx.x * kThreads + threadIdx.x;
     if (!GUARD(i < to)) return;
     unsigned* index = filter + to + i * taps;
@@ -202,12 +203,14 @@ DEVICE void nearest(T* y, const T* x, int h, int w, int to_h, int to_w, int chan
 
 KERNEL(resize_fixed_horizontal_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps, int from,
                                                  int to, int channels) {
+    follow_previous();
     horizontal<int>(y, x, filter, taps, from, to, channels);
 }
 REGISTER_KERNEL(resize_fixed_horizontal_f32)
 
 KERNEL(resize_fixed_vertical_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps, int from,
                                                int to, int width) {
+    follow_previous();
     vertical<int>(y, x, filter, taps, from, to, width, Finish{0.f, 255.f, nullptr, 0.f, 0.f});
 }
 REGISTER_KERNEL(resize_fixed_vertical_f32)
@@ -215,25 +218,35 @@ REGISTER_KERNEL(resize_fixed_vertical_f32)
 #define ENTRIES(T, suffix)                                                                                             \
     KERNEL(resize_horizontal_##suffix, kThreads, 1)(float* y, const T* x, const unsigned* filter, int taps, int from,  \
                                                     int to, int channels) {                                            \
+        follow_previous();                                                                                             \
         horizontal<float>(y, x, filter, taps, from, to, channels);                                                     \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_horizontal_##suffix)                                                                        \
     KERNEL(resize_vertical_##suffix, kThreads, 1)(T* y, const float* x, const unsigned* filter, int taps, int from,    \
                                                   int to, int width, float low, float high, const float* noise,        \
                                                   float signal, float sigma) {                                         \
+        follow_previous();                                                                                             \
         vertical<float>(y, x, filter, taps, from, to, width, Finish{low, high, noise, signal, sigma});                 \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_vertical_##suffix)                                                                          \
     KERNEL(resize_edge_##suffix, kThreads, 1)(T* y, const float* x, int height, int width, int channels, float low,    \
                                               float high, const float* noise, float signal, float sigma) {             \
+        follow_previous();                                                                                             \
         edge(y, x, height, width, channels, Finish{low, high, noise, signal, sigma});                                  \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_edge_##suffix)                                                                              \
-    KERNEL(resize_levels_##suffix, kThreads, 1)(float* y, const T* x, int64_t count) { levels(y, x, count); }          \
+    KERNEL(resize_levels_##suffix, kThreads, 1)(float* y, const T* x, int64_t count) {                                 \
+        follow_previous();                                                                                             \
+        levels(y, x, count);                                                                                           \
+    }                                                                                                                  \
     REGISTER_KERNEL(resize_levels_##suffix)                                                                            \
-    KERNEL(resize_picture_##suffix, kThreads, 1)(T* y, const float* x, int64_t count) { picture(y, x, count); }        \
+    KERNEL(resize_picture_##suffix, kThreads, 1)(T* y, const float* x, int64_t count) {                                \
+        follow_previous();                                                                                             \
+        picture(y, x, count);                                                                                          \
+    }                                                                                                                  \
     REGISTER_KERNEL(resize_picture_##suffix)                                                                           \
     KERNEL(resize_nearest_##suffix, kThreads, 1)(T* y, const T* x, int h, int w, int to_h, int to_w, int channels) {   \
+        follow_previous();                                                                                             \
         nearest(y, x, h, w, to_h, to_w, channels);                                                                     \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_nearest_##suffix)

@@ -48,6 +48,7 @@ DEVICE void rms_norm(T* y, const T* x, const T* gamma, int64_t rows, int channel
 
 #define ENTRY(name, kRowThreads, T)                                                                                    \
     KERNEL(name, kThreads, 1)(T* y, const T* x, const T* gamma, int64_t rows, int channels, float eps, int vector) {   \
+        follow_previous();                                                                                             \
         if (vector) {                                                                                                  \
             rms_norm<kRowThreads, kVector>(y, x, gamma, rows, channels, eps);                                          \
         } else {                                                                                                       \

@@ -19,6 +19,7 @@ DEVICE void diagonal_gaussian(float* y, const T* moments, const float* noise, in
 // add_noise: y = signal x0 + sigma noise.   y, x0, noise [count] f32
 KERNEL(add_noise_f32, kThreads, 1)(float* y, const float* x0, const float* noise, float signal, float sigma,
                                    int64_t count) {
+    follow_previous();
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (GUARD(i < count)) y[i] = fmaf(signal, x0[i], sigma * noise[i]);
 }
@@ -27,6 +28,7 @@ REGISTER_KERNEL(add_noise_f32)
 #define ENTRIES(T, suffix)                                                                                         \
     KERNEL(diagonal_gaussian_##suffix, kThreads, 1)(float* y, const T* moments, const float* noise, int channels,  \
                                                     int64_t count) {                                               \
+        follow_previous();                                                                                         \
         diagonal_gaussian(y, moments, noise, channels, count);                                                     \
     }                                                                                                              \
     REGISTER_KERNEL(diagonal_gaussian_##suffix)

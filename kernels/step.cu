@@ -215,6 +215,7 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
     KERNEL(scale_input_##suffix, kThreads, 1)                                                                      \
     (T* y, const float* x, const float* table, const unsigned* step, int step_images, int64_t per_image,           \
      int64_t count, int repeats) {                                                                                 \
+        follow_previous();                                                                                         \
         scale_input<T>(y, x, table, step, step_images, per_image, count, repeats);                                 \
     }                                                                                                              \
     REGISTER_KERNEL(scale_input_##suffix)                                                                          \
@@ -222,12 +223,14 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
     (float* x, float* x0, float* history, const T* output, const float* guidance, const float* factors,            \
      const float* thresholds, const float* noise, const float* table, const unsigned* step, int step_images, int depth,\
      int64_t per_image, int64_t count) {                                                                           \
+        follow_previous();                                                                                         \
         const Output<T> guided{output, guidance, factors, count};                                                  \
         sampler_step<T>(x, x0, history, guided, thresholds, noise, table, step, step_images, depth, per_image);      \
     }                                                                                                              \
     REGISTER_KERNEL(sampler_step_##suffix)                                                                         \
     KERNEL(guidance_rescale_##suffix, kReduceThreads, 1)                                                           \
     (float* factors, const T* output, const float* guidance, int per_image, int images) {                          \
+        follow_previous();                                                                                         \
         guidance_rescale<T>(factors, output, guidance, per_image, images);                                         \
     }                                                                                                              \
     REGISTER_KERNEL(guidance_rescale_##suffix)                                                                     \
@@ -235,6 +238,7 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
     (float* thresholds, const float* x, const T* output, const float* guidance, const float* factors,              \
      const float* table, const unsigned* step, int step_images, float most, int below, int above, float weight,      \
      int per_image, int images) {                                                                                  \
+        follow_previous();                                                                                         \
         const Output<T> guided{output, guidance, factors, int64_t(images) * per_image};                            \
         dynamic_threshold<T>(thresholds, x, guided, table, step, step_images, most, below, above, weight, per_image);\
     }                                                                                                              \
@@ -247,6 +251,7 @@ ENTRIES(bf16, bf16)
 // advance_step: the last launch of a step. An image that takes its last one stays there. Launch: grid (images), one thread a
 // block.
 KERNEL(advance_step, 1, 1)(unsigned* step) {
+    follow_previous();
     unsigned& left = step[gridDim.x + blockIdx.x];
     if (left > 1) step[blockIdx.x]++;
     if (left > 0) left--;

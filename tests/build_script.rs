@@ -316,13 +316,15 @@ fn a_missing_compiler_is_named() {
 }
 
 #[test]
-fn parameters_are_counted_in_ptx() {
+fn ptx_says_how_many_parameters_a_kernel_has_and_whether_it_waits() {
     let text = ".version 9.0\n.target sm_80\n\t// .globl\tadd_bf16\n\
                 .visible .entry add_bf16(\n\t.param .u64 .ptr .align 1 add_bf16_param_0,\n\t.param .align 4 .b8 \
                 add_bf16_param_1[16],\n\t.param .u32 add_bf16_param_2\n)\n.maxntid 256\n{\n\
-                \tld.param.b64 \t%rd1, [add_bf16_param_0];\n}\n.entry advance()\n{\n\tret;\n}\n";
-    let found: Vec<(String, usize)> = ptx::parameters(text).unwrap().into_iter().collect();
-    assert_eq!(found, [("add_bf16".to_owned(), 3), ("advance".to_owned(), 0)]);
-    assert!(ptx::parameters(".entry add_bf16(.param .u64 x").unwrap_err().contains("add_bf16"));
-    assert!(ptx::parameters("nothing").unwrap().is_empty());
+                \tgriddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;\n\tld.param.b64 \t%rd1, \
+                [add_bf16_param_0];\n}\n.entry advance()\n{\n\tgriddepcontrol.launch_dependents;\n\tret;\n}\n";
+    let found: Vec<(String, ptx::Entry)> = ptx::entries(text).unwrap().into_iter().collect();
+    let entry = |name: &str, parameters, waits| (name.to_owned(), ptx::Entry { parameters, waits });
+    assert_eq!(found, [entry("add_bf16", 3, true), entry("advance", 0, false)]);
+    assert!(ptx::entries(".entry add_bf16(.param .u64 x").unwrap_err().contains("add_bf16"));
+    assert!(ptx::entries("nothing").unwrap().is_empty());
 }

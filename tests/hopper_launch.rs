@@ -285,7 +285,7 @@ fn dependent_launches_wait_for_each_other() {
         let of = |value: u32| Tensor::from_f32(&device, &[1000], DType::F32, &[f32::from_bits(value); 1000]).unwrap();
         let (x, y) = (of(3), of(0));
         let (from, to) = (address(&x), address(&y));
-        let launch = Launch::grid([8, 1, 1]).block(128).dependent();
+        let launch = Launch::grid([8, 1, 1]).block(128);
         let chain = || {
             for (to, from) in [(to, from), (from, to), (to, from)] {
                 // SAFETY: the arguments are the entry's; both tensors have `count` numbers.

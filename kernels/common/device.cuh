@@ -141,6 +141,14 @@ inline constexpr bool same_type<A, A> = true;
 
 #define GUARD(condition) (condition)
 
+// How a kernel begins: every launch may begin before the one before it has ended (src/runtime/cuda/launch.rs). One that has
+// something to do before its wait says the two words itself. No parameter is `const T* __restrict__`: what is read through
+// that counts as constant, and the compiler may read it before the wait.
+DEVICE void follow_previous() {
+    next_may_start();
+    wait_for_previous();
+}
+
 template <class T>
 DEVICE T from_f32(float x) {
     if constexpr (same_type<T, f16>) {

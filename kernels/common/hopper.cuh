@@ -68,6 +68,11 @@ DEVICE void mbar_wait(uint64_t* bar, uint32_t parity) {
 
 // Fetches the map itself ahead of its first use.
 DEVICE void tma_prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// Fetches a box into the L2 cache. What a later load sees is what is in memory then, so this may come before
+// wait_for_previous whoever writes the tensor.
+DEVICE void tma_prefetch_2d(const TensorMap* map, int c0, int c1) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");
+}
 
 // The box whose first element is c0 (innermost), c1 ..; all its bytes, zeros too, count as transactions of `bar`.
 DEVICE void tma_load_1d(void* shared, const TensorMap* map, uint64_t* bar, int c0) {

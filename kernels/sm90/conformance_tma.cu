@@ -13,6 +13,7 @@ struct Shared {
 // a wrong number of bytes shows as such. out [4096], then whether the bytes came. Grid 1, block 128, shared: a Shared.
 KERNEL(conformance_tma_load, 128, 1)(uint32_t* out, GRID_CONST TensorMap map, int rank, int c0, int c1, int c2, int c3, int c4,
                                      int bytes) {
+    follow_previous();
     SHARED_DYNAMIC(Shared, s);
     for (int i = threadIdx.x; i < kWords; i += 128) s.words[i] = kUntouched;
     fence_proxy_async();
@@ -39,6 +40,7 @@ REGISTER_KERNEL(conformance_tma_load)
 
 // Word i of shared memory holds i; the box is stored to wherever the map lies. Grid 1, block 128, shared: a Shared.
 KERNEL(conformance_tma_store, 128, 1)(GRID_CONST TensorMap map, int rank, int c0, int c1, int c2, int c3, int c4) {
+    follow_previous();
     SHARED_DYNAMIC(Shared, s);
     for (int i = threadIdx.x; i < kWords; i += 128) s.words[i] = i;
     fence_proxy_async();
@@ -64,6 +66,7 @@ struct Exchange {
     uint64_t multicast, stores, sends;
 };
 KERNEL(conformance_exchange, 32, 1)(uint32_t* out, GRID_CONST TensorMap map) {
+    follow_previous();
     SHARED_STATIC(Exchange, shared, [1]);
     Exchange& s = shared[0];
     const int lane = threadIdx.x, rank = cluster_rank(), next = (rank + 1) % 4;
@@ -109,6 +112,7 @@ REGISTER_KERNEL(conformance_exchange)
 // A mbarrier by hand. out: [0] not ended before the arrivals, [1] not after the arrivals alone, [2] ended with the bytes,
 // [3] the next parity not yet, [4] ended after three arrivals at once, [5] the old parity no longer. One thread.
 KERNEL(conformance_mbarrier, 1, 1)(uint32_t* out, GRID_CONST TensorMap map) {
+    follow_previous();
     SHARED_STATIC(Exchange, shared, [1]);
     Exchange& s = shared[0];
     uint64_t* bar = &s.multicast;
@@ -131,6 +135,7 @@ REGISTER_KERNEL(conformance_mbarrier)
 // Each block writes 64 numbers; the last one to come adds them up. sums [blocks * 64], count [1]: 0 before and after.
 // out [64]. Block 64.
 KERNEL(conformance_last_block, 64, 1)(uint32_t* out, uint32_t* sums, uint32_t* count) {
+    follow_previous();
     SHARED_STATIC(uint32_t, before, [1]);
     const int tid = threadIdx.x;
     sums[blockIdx.x * 64 + tid] = blockIdx.x * tid;

@@ -47,6 +47,7 @@ DEVICE void conformance_wgmma(float* out, const uint4* a, const uint4* b, const 
 #define WGMMA_ENTRY(name, T, n, transposed, form)                                                                            \
     KERNEL(name, 128, 1)(float* out, const uint4* a, const uint4* b, const uint32_t* registers, uint64_t a_bits,             \
                          uint64_t b_bits, int accumulate) {                                                                  \
+        follow_previous();                                                                                                   \
         conformance_wgmma<T, n, transposed, form>(out, a, b, registers, a_bits, b_bits, accumulate);                         \
     }                                                                                                                        \
     REGISTER_KERNEL(name)
@@ -78,6 +79,7 @@ WGMMA_ENTRIES(248, bf16, f16) WGMMA_ENTRIES(256, f16, bf16)
 // stmatrix of one, two, four matrices, plain, then transposed. Lane i's register j holds 2 * (j * 32 + i) and the next; it
 // names row i * 5 % 32 of 32. out [2][3][32 rows][4], a row's other words 0xffffffff. Block 32.
 KERNEL(conformance_stmatrix, 32, 1)(uint32_t* out) {
+    follow_previous();
     SHARED_STATIC(uint4, rows, [32]);
     const uint32_t lane = threadIdx.x;
     uint32_t r[4];
@@ -104,12 +106,14 @@ REGISTER_KERNEL(conformance_stmatrix)
 
 // elect_one twice. out [2][64]: 1 where elected. Block 64.
 KERNEL(conformance_elect, 64, 1)(uint32_t* out) {
+    follow_previous();
     for (int i = 0; i < 2; i++) out[i * 64 + int(threadIdx.x)] = elect_one();
 }
 REGISTER_KERNEL(conformance_elect)
 
 // One warpgroup leaves registers to two. out [grid][384]: the warpgroup. Block 384.
 KERNEL(conformance_setmaxnreg, 384, 1)(uint32_t* out) {
+    follow_previous();
     if (threadIdx.x < 128) {
         setmaxnreg_dec<40>();
         out[blockIdx.x * 384 + threadIdx.x] = 0;

@@ -28,16 +28,19 @@ DEVICE void copy_box(uint32_t* out, int bytes, Load load) {
 // out [bytes], bytes those of the map's box, at most a Box, with rows as wide as the swizzle. Grid 1, block 128, dynamic
 // shared memory: a Box.
 KERNEL(conformance_box_2d, kThreads, 1)(uint32_t* out, GRID_CONST TensorMap map, int c0, int c1, int bytes) {
+    follow_previous();
     copy_box(out, bytes, [&](void* box, uint64_t* bar) { tma_load_2d(box, &map, bar, c0, c1); });
 }
 REGISTER_KERNEL(conformance_box_2d)
 KERNEL(conformance_box_4d, kThreads, 1)(uint32_t* out, GRID_CONST TensorMap map, int c0, int c1, int c2, int c3, int bytes) {
+    follow_previous();
     copy_box(out, bytes, [&](void* box, uint64_t* bar) { tma_load_4d(box, &map, bar, c0, c1, c2, c3); });
 }
 REGISTER_KERNEL(conformance_box_4d)
 // The tap at offset w, h of the filter, from channel c and the output's first pixel at w0, h0 of image n.
 KERNEL(conformance_box_im2col, kThreads, 1)(uint32_t* out, GRID_CONST TensorMap map, int c, int w0, int h0, int n, int w, int h,
                                             int bytes) {
+    follow_previous();
     const auto load = [&](void* box, uint64_t* bar) {
         tma_load_im2col_4d(box, &map, bar, c, w0, h0, n, uint16_t(w), uint16_t(h));
     };
@@ -47,6 +50,7 @@ REGISTER_KERNEL(conformance_box_im2col)
 
 // out [blocks][2]: each block's rank in its cluster and the cluster's size; 0 and 1 in a launch without clusters. Block 32.
 KERNEL(conformance_cluster, 32, 1)(uint32_t* out) {
+    follow_previous();
     const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     if (threadIdx.x == 0) {
         out[block * 2] = uint32_t(cluster_rank());
@@ -68,5 +72,8 @@ REGISTER_KERNEL(conformance_dependent)
 struct Bytes {
     char bytes[128];
 };
-KERNEL(conformance_misplaced_map, 32, 1)(uint32_t* out, Bytes map) { *out = uint32_t(map.bytes[0]); }
+KERNEL(conformance_misplaced_map, 32, 1)(uint32_t* out, Bytes map) {
+    follow_previous();
+    *out = uint32_t(map.bytes[0]);
+}
 REGISTER_KERNEL(conformance_misplaced_map)

@@ -34,6 +34,15 @@ template <class Tile>
 DEVICE void load_b(const LinearProblem<Tile>& p, void* to, uint64_t* full, Place place, int slice) {
     tma_load_2d(to, p.weight, full, slice * Tile::kSlice, place.n);
 }
+// The weight of the ring's first round towards the card, while the launch before this one ends: it does not write it, or if
+// it does, the loads read what it wrote.
+template <class Tile>
+DEVICE void prefetch_b(const LinearProblem<Tile>& p) {
+    const Place place = place_of(p, blockIdx.x);
+    for (int slice = 0; slice < min(Tile::kStages, p.slices); slice++) {
+        tma_prefetch_2d(p.weight, slice * Tile::kSlice, place.n);
+    }
+}
 
 template <class Tile, int kPasses, LinearKind kKind>
 DEVICE void linear_sm90(const TensorMap* x, const TensorMap* weight, const TensorMap* y, const TensorMap* residual,
@@ -41,13 +50,6 @@ DEVICE void linear_sm90(const TensorMap* x, const TensorMap* weight, const Tenso
     using Strip = LinearStrip<Tile, kPasses, kKind>;
     SHARED_DYNAMIC(LinearShared<Strip>, s);
     const int warp = __shfl_sync(0xFFFFFFFFu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
-        init_barriers<Tile>(s.bars);
-        for (int i = 0; i < Tile::kWarps; i++) mbar_init(&s.residual[i], 1);
-        mbar_fence_init();
-    }
-    __syncthreads();
-
     LinearProblem<Tile> problem;
     problem.x = x;
     problem.weight = weight;
@@ -55,6 +57,15 @@ DEVICE void linear_sm90(const TensorMap* x, const TensorMap* weight, const Tenso
     problem.tiles_n = (args.columns + Tile::kN - 1) / Tile::kN;
     problem.tiles = problem.tiles_m * problem.tiles_n;
     problem.slices = (args.k + Tile::kSlice - 1) / Tile::kSlice;
+    next_may_start();
+    if (threadIdx.x == 0) {
+        prefetch_b(problem);
+        init_barriers<Tile>(s.bars);
+        for (int i = 0; i < Tile::kWarps; i++) mbar_init(&s.residual[i], 1);
+        mbar_fence_init();
+    }
+    __syncthreads();
+    wait_for_previous();
     if (warp < 4) {
         // One consumer: the block's registers suffice as they are.
         if constexpr (Tile::kConsumers > 1) {

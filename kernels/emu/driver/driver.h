@@ -59,6 +59,8 @@ namespace emu::driver {
 struct Work {
     virtual ~Work() = default;
     virtual CUgraphNodeType type() const = 0;
+    // Whether it may begin before the kernel before it has ended.
+    virtual bool dependent() const { return false; }
     // Runs with the driver locked. Anything but CUDA_SUCCESS is a fault of the context.
     virtual CUresult run() = 0;
 };

@@ -209,6 +209,27 @@ static CUresult hand_out(const std::vector<T>& all, T* place, size_t* count) {
     return CUDA_SUCCESS;
 }
 
+// A dependent launch becomes a node that its own wait orders behind the kernel before it; what it comes after that is no
+// kernel, it comes after altogether.
+static CUgraphEdgeData edge_data(const CUgraphNode_st& from, const CUgraphNode_st& to) {
+    CUgraphEdgeData data{};
+    if (to.work->dependent() && from.work->type() == CU_GRAPH_NODE_TYPE_KERNEL) {
+        data.from_port = CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC;
+        data.type = CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC;
+    }
+    return data;
+}
+
+// Hands out the edges' data, or refuses to hand out the edges without it.
+static CUresult hand_out_data(const std::vector<CUgraphEdgeData>& all, bool edges, CUgraphEdgeData* place, size_t count) {
+    if (place) return hand_out(all, place, &count);
+    const auto has_data = [](const CUgraphEdgeData& data) { return data.type || data.from_port || data.to_port; };
+    if (edges && std::any_of(all.begin(), all.end(), has_data)) {
+        return refuse(CUDA_ERROR_LOSSY_QUERY, "the edges have data, and there is no place for it");
+    }
+    return CUDA_SUCCESS;
+}
+
 static std::vector<CUgraphExec_st::Node> executable_nodes(const CUgraph_st& graph,
                                                           std::unordered_map<CUgraphNode_st*, size_t>& index) {
     std::vector<CUgraphExec_st::Node> nodes;
@@ -417,11 +438,15 @@ EMU_EXPORT CUresult cuGraphGetEdges_v2(CUgraph handle, CUgraphNode* from, CUgrap
         if (!graph) return unknown_graph("cuGraphGetEdges");
         if (!count || !from != !to) return CUDA_ERROR_INVALID_VALUE;
         std::vector<CUgraphNode> sources, targets;
+        std::vector<CUgraphEdgeData> all;
         for (const auto& node : graph->nodes) {
-            for (CUgraphNode_st* earlier : node->waits_for) sources.push_back(earlier), targets.push_back(node.get());
+            for (CUgraphNode_st* earlier : node->waits_for) {
+                sources.push_back(earlier), targets.push_back(node.get());
+                all.push_back(edge_data(*earlier, *node));
+            }
         }
         const size_t room = *count;
-        if (data) memset(data, 0, room * sizeof *data);
+        if (const CUresult e = hand_out_data(all, from, data, room)) return e;
         if (const CUresult e = hand_out(sources, from, count)) return e;
         *count = room;
         return hand_out(targets, to, count);
@@ -433,7 +458,9 @@ EMU_EXPORT CUresult cuGraphNodeGetDependencies_v2(CUgraphNode handle, CUgraphNod
     return api(Needs::Context, [&]() -> CUresult {
         CUgraphNode_st* node = find_node(handle);
         if (!node || !count) return refuse(CUDA_ERROR_INVALID_VALUE, "no such graph node");
-        if (data) memset(data, 0, *count * sizeof *data);
+        std::vector<CUgraphEdgeData> all;
+        for (CUgraphNode_st* earlier : node->waits_for) all.push_back(edge_data(*earlier, *node));
+        if (const CUresult e = hand_out_data(all, place, data, *count)) return e;
         return hand_out(node->waits_for, place, count);
     });
 }

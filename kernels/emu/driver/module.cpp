@@ -137,6 +137,7 @@ struct LaunchWork : Work {
     std::vector<Line> lines;
 
     CUgraphNodeType type() const override { return CU_GRAPH_NODE_TYPE_KERNEL; }
+    bool dependent() const override { return attributes.dependent; }
     unsigned char* arguments() { return reinterpret_cast<unsigned char*>(lines.data()); }
     std::vector<void*> pointers() {
         std::vector<void*> all;

@@ -138,6 +138,7 @@ void next_may_start(Loc) {
     if constexpr (kRace) race::next_launch_may_start();
 }
 void wait_for_previous(Loc) {
+    machine->has_waited = true;
     if constexpr (kRace) race::previous_launch_done();
 }
 }  // namespace emu

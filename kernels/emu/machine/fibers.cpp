@@ -477,6 +477,7 @@ static void begin_block(Machine& m, uint3 block) {
     m.index.block = block;
     m.alive = m.threads;
     m.has_met = false;
+    m.has_waited = false;
     m.sched = config.sched;
     m.async = config.async;
     m.random_state = mixed(config.seed * 0x9E3779B97F4A7C15ull + number + 1) | 1;

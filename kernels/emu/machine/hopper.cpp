@@ -343,6 +343,9 @@ static TmaCopy load_of(void* shared, const TensorMap* map, uint64_t* bar, const 
     return copy;
 }
 
+// Changes no value: only what is asked for is checked.
+void tma_prefetch(const TensorMap* map, const int* coordinates, int rank, Loc loc) { check_map(*map, coordinates, rank, false, loc); }
+
 void tma_load(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank,
               const uint16_t* im2col_offset, Loc loc) {
     const TmaCopy copy = load_of(shared, map, bar, coordinates, rank, im2col_offset, loc);
@@ -404,6 +407,10 @@ void finish_block(Machine& m) {
         if (under_way) {
             die_with(info.where, "the block ends while copies into its shared memory may be under way: nobody waited for this mbarrier");
         }
+    }
+    if (m.dependent && !m.has_waited) {
+        report(Message::Error, "a block of a dependent launch ends without wait_for_previous, which the launch after it relies on");
+        abandon_block();
     }
     if constexpr (kRace) race::check_remote_accesses(m);
 }

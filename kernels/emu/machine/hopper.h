@@ -22,6 +22,7 @@ bool mbar_try(uint64_t* bar, uint32_t parity, Loc loc);
 // In im2col mode with the offsets of the spatial dimensions, else null.
 void tma_load(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank,
               const uint16_t* im2col_offset, Loc loc);
+void tma_prefetch(const TensorMap* map, const int* coordinates, int rank, Loc loc);
 void tma_load_multicast(void* shared, const TensorMap* map, uint64_t* bar, const int* coordinates, int rank, uint16_t mask,
                         Loc loc);
 void tma_store(const TensorMap* map, const void* shared, const int* coordinates, int rank, Loc loc);
@@ -52,6 +53,10 @@ static inline void mbar_expect(uint64_t* bar, uint32_t bytes, EMU_LOC) { emu::mb
 static inline void mbar_wait(uint64_t* bar, uint32_t parity, EMU_LOC) { emu::mbar_wait(bar, parity, loc); }
 static inline bool mbar_try(uint64_t* bar, uint32_t parity, EMU_LOC) { return emu::mbar_try(bar, parity, loc); }
 static inline void tma_prefetch_map(const TensorMap*) {}
+static inline void tma_prefetch_2d(const TensorMap* map, int c0, int c1, EMU_LOC) {
+    const int at[2] = {c0, c1};
+    emu::tma_prefetch(map, at, 2, loc);
+}
 static inline void tma_load_1d(void* shared, const TensorMap* map, uint64_t* bar, int c0, EMU_LOC) {
     const int at[1] = {c0};
     emu::tma_load(shared, map, bar, at, 1, nullptr, loc);

@@ -188,6 +188,7 @@ static void prepare(Machine& m, Machine& first, unsigned rank, const Launch& lau
     m.threads = launch.block.x * launch.block.y * launch.block.z;
     m.warps = (m.threads + 31) / 32;
     m.dynamic_shared = launch.smem;
+    m.dependent = launch.attributes.dependent;
     m.allocation_begin = m.allocation_end = 0;
     m.stats = {};
     m.cluster = &first.own_cluster;

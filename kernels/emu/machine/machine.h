@@ -298,6 +298,8 @@ struct Machine {
     std::vector<Machine*> others;  // of that machine: for the cluster's other blocks
     unsigned block_rank = 0, first_thread = 0;  // in the cluster
     bool has_met = false;          // a thread has come through the cluster's barrier
+    bool dependent = false;        // the launch may begin before the previous one has ended
+    bool has_waited = false;       // for that one, a thread
     const std::atomic<int>* workers_at_work = nullptr;
     unsigned threads = 0, warps = 0, alive = 0;
 

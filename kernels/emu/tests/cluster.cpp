@@ -439,13 +439,15 @@ TEST(dependent_launches) {
         CHECK(b[255] == 255.f * 8.f);
         expect_clean(scale({}, a, b, 1), __LINE__);  // without the attribute nothing may begin early
         expect_clean(scale({}, a, a, 3), __LINE__);
+        const char* const forgotten = "a block of a dependent launch ends without wait_for_previous";
+        REPORTS(scale(kDependent, c, a, 3), forgotten);
         if (!kRaceBuild) return;
         expect_clean(scale({}, b, a, 0), __LINE__);
         REPORTS(scale(kDependent, c, b, 1), "read before wait_for_previous of global memory", "a thread of scales", "cluster.cpp:");
         expect_clean(scale({}, b, a, 0), __LINE__);
         REPORTS(scale(kDependent, a, b, 2), "write before wait_for_previous of global memory");
         expect_clean(scale({}, b, a, 0), __LINE__);
-        REPORTS(scale(kDependent, c, b, 3), "read before wait_for_previous of global memory");
+        REPORTS(scale(kDependent, c, b, 3), "read before wait_for_previous of global memory", forgotten);
         // What the launch before the previous one wrote: ended for sure only if the previous one let this start after its wait.
         for (const int starts : {0, 1, 2}) {
             Buffer<float> d(256), e(256);
@@ -460,7 +462,7 @@ TEST(dependent_launches) {
             }
             // And if the previous one never waits, not even after the wait.
             expect_clean(scale({}, b, a, 0), __LINE__);
-            expect_clean(scale(kDependent, d, e, 3, starts), __LINE__);
+            REPORTS(scale(kDependent, d, e, 3, starts), forgotten);
             REPORTS(scale(kDependent, c, b, 0), "the previous launch never waited");
         }
     });

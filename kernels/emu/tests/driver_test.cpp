@@ -95,6 +95,7 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode*);
 CUresult cuGraphDestroy(CUgraph);
 CUresult cuGraphGetNodes(CUgraph, CUgraphNode*, size_t*);
 CUresult cuGraphGetEdges_v2(CUgraph, CUgraphNode*, CUgraphNode*, CUgraphEdgeData*, size_t*);
+CUresult cuGraphNodeGetDependencies_v2(CUgraphNode, CUgraphNode*, CUgraphEdgeData*, size_t*);
 CUresult cuGraphNodeGetType(CUgraphNode, CUgraphNodeType*);
 CUresult cuGraphKernelNodeGetParams_v2(CUgraphNode, CUDA_KERNEL_NODE_PARAMS*);
 CUresult cuGraphInstantiateWithFlags(CUgraphExec*, CUgraph, unsigned long long);
@@ -117,6 +118,7 @@ int emu_set_schedule(const char* schedule, const char* async, uint64_t seed);
 // ---- kernels ----
 
 KERNEL(test_fill, 256, 1)(int* y, int value, int count) {
+    follow_previous();
     const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
     if (GUARD(i < count)) y[i] = value;
 }
@@ -1142,6 +1144,50 @@ static void attributes_in_a_graph() {
     OK(cuGraphExecKernelNodeSetParams_v2(executable, node, &changed));
 }
 
+// A captured launch that may overlap the kernel before it gets an edge that says so; one behind a memset does not.
+static void dependent_launches_in_a_graph() {
+    open_card();
+    const CUdeviceptr y = allocate(4);
+    CUdeviceptr to = y;
+    int value = 7, count = 1;
+    void* params[] = {&to, &value, &count};
+    const CUstream stream = new_stream();
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    CUlaunchConfig config{1, 1, 1, 32, 1, 1, 0, stream, &attribute, 1};
+    OK(cuStreamBeginCapture_v2(stream, CU_STREAM_CAPTURE_MODE_RELAXED));
+    OK(cuMemsetD8Async(y, 0, 4, stream));
+    for (const int allowed : {1, 1, 0}) {
+        attribute.value.programmaticStreamSerializationAllowed = allowed;
+        OK(cuLaunchKernelEx(&config, kernel("test_fill"), params, nullptr));
+    }
+    CUgraph graph;
+    OK(cuStreamEndCapture(stream, &graph));
+    CUgraphNode from[3], after[3];
+    CUgraphEdgeData data[3];
+    size_t edges = 0;
+    OK(cuGraphGetEdges_v2(graph, nullptr, nullptr, nullptr, &edges));
+    CHECK(edges == 3);
+    OK(cuGraphGetEdges_v2(graph, from, after, data, &edges));
+    const int programmatic = has_hopper();
+    for (int i = 0; i < 3; i++) {
+        CHECK(data[i].type == (i == 1 ? programmatic : 0));
+        CHECK(data[i].from_port == (i == 1 ? programmatic : 0) && data[i].to_port == 0);
+        size_t one = 1;
+        CUgraphNode earlier;
+        CUgraphEdgeData its;
+        OK(cuGraphNodeGetDependencies_v2(after[i], &earlier, &its, &one));
+        CHECK(one == 1 && earlier == from[i] && its.type == data[i].type);
+        const CUresult without = cuGraphNodeGetDependencies_v2(after[i], &earlier, nullptr, &one);
+        CHECK(without == (i == 1 && programmatic ? CUDA_ERROR_LOSSY_QUERY : CUDA_SUCCESS));
+    }
+    const CUresult without = cuGraphGetEdges_v2(graph, from, after, nullptr, &edges);
+    CHECK(without == (programmatic ? CUDA_ERROR_LOSSY_QUERY : CUDA_SUCCESS));
+    OK(cuGraphLaunch(instantiated(graph), stream));
+    OK(cuStreamSynchronize(stream));
+    CHECK(peek(y) == 7);
+}
+
 // ---- tensor maps ----
 
 // A map that is good, and what a rule is about changed in it. Of bf16: [6][20][40][24][64], a box of [1][2][4][8][64].
@@ -1909,6 +1955,7 @@ static const struct {
     SCENARIO(arguments),
     SCENARIO(launch_attributes),
     SCENARIO(attributes_in_a_graph),
+    SCENARIO(dependent_launches_in_a_graph),
     SCENARIO(tiled_tensor_maps),
     SCENARIO(im2col_tensor_maps),
     SCENARIO(no_tensor_maps),

@@ -489,7 +489,7 @@ impl CudaDevice {
             let value = CUlaunchAttributeValue { clusterDim: ClusterDim { x, y, z } };
             attributes.push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value));
         }
-        if launch.dependent && function.can_depend {
+        if function.can_depend {
             let value = CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
             attributes
                 .push(attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value));

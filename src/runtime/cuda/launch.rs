@@ -18,20 +18,24 @@ impl DevicePtr {
 }
 
 /// Grid, block and dynamic shared memory of a launch, and what else the driver is told of it.
+///
+/// Every launch may begin before the one before it is done (programmatic dependent launch): its kernel waits for that one by
+/// `wait_for_previous()`, before it reads what others write or writes what others may still read. The build refuses a kernel
+/// that does not wait, and the emulated card a launch of one. Where the card, or the code that was compiled for it, has no
+/// such wait, a launch begins when all before are done.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
     pub(super) grid: [usize; 3],
     pub(super) block: usize,
     pub(super) shared_bytes: usize,
     pub(super) cluster: [usize; 3],
-    pub(super) dependent: bool,
     pub(super) carveout: Option<usize>,
 }
 
 impl Launch {
     /// Blocks in x, y, z; a grid without blocks launches nothing.
     pub fn grid(grid: [usize; 3]) -> Launch {
-        Launch { grid, block: 1, shared_bytes: 0, cluster: [1; 3], dependent: false, carveout: None }
+        Launch { grid, block: 1, shared_bytes: 0, cluster: [1; 3], carveout: None }
     }
 
     /// Threads a block.
@@ -48,13 +52,6 @@ impl Launch {
     /// at most 8 together; the card must have clusters (compute capability 9.0).
     pub fn cluster(self, blocks: [usize; 3]) -> Launch {
         Launch { cluster: blocks, ..self }
-    }
-
-    /// The launch may begin before the one before it is done (programmatic dependent launch): the kernel waits for what it
-    /// reads, and before it writes what others may still read, by `wait_for_previous()`. Where the card, or the code that
-    /// was compiled for it, has no such wait, the launch begins when all before are done, as ever.
-    pub fn dependent(self) -> Launch {
-        Launch { dependent: true, ..self }
     }
 
     /// How much of the memory that shared memory and L1 share on a multiprocessor should be shared memory, in percent. A
@@ -120,9 +117,7 @@ mod tests {
     #[test]
     fn launches_that_the_driver_would_refuse_are_described() {
         let launch = Launch::grid([6, 4, 1]);
-        for good in
-            [launch, launch.cluster([2, 4, 1]), launch.cluster([3, 1, 1]).carveout(100), launch.carveout(0).dependent()]
-        {
+        for good in [launch, launch.cluster([2, 4, 1]), launch.cluster([3, 1, 1]).carveout(100), launch.carveout(0)] {
             assert_eq!(good.refusal(), None, "{good:?}");
         }
         for (bad, words) in [
