@@ -25,22 +25,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMergeThreads = 128;
 // Pixels a thread of group_norm_apply takes, over which the loads of its channels' parameters are spread.
 constexpr int kApplyPixels = 8;
-
-// Two sources side by side; b is null and channels_b 0 where there is one.
-template <class T>
-struct Sources {
-    const T* a;
-    const T* b;
-    int channels_a, channels_b;
-
-    __device__ int channels() const { return channels_a + channels_b; }
-    // Element [pixel, channel]; a vector of channels never lies in both sources.
-    __device__ const T* at(int64_t pixel, int channel) const {
-        return channel < channels_a ? a + pixel * channels_a + channel : b + pixel * channels_b + (channel - channels_a);
-    }
-    // Elements from one pixel to the next.
-    __device__ int64_t stride(int channel) const { return channel < channels_a ? channels_a : channels_b; }
-};
+// Pixels that a thread has on their way at once.
+constexpr int kInFlight = 4;
+static_assert(kApplyPixels % kInFlight == 0);
 
 // Mean and sum of squared deviations of V channels over `count` >= 1 samples at p, p + stride, ...
 template <int V, class T>
@@ -49,15 +36,28 @@ DEVICE void moments(float (&mean)[V], float (&squares)[V], const T* p, int64_t s
     load<V>(shift, p);
     UNROLL
     for (int j = 0; j < V; j++) squares[j] = 0.f;
-    for (int i = 1; i < count; i++) {
+    const auto take = [&](const Raw<V, T>& raw) {
         float x[V];
-        load<V>(x, p + i * stride);
+        widen(x, raw);
         UNROLL
         for (int j = 0; j < V; j++) {
             const float d = x[j] - shift[j];
             sum[j] += d;
             squares[j] = fmaf(d, d, squares[j]);
         }
+    };
+    int i = 1;
+    for (; i + kInFlight <= count; i += kInFlight) {
+        Raw<V, T> raw[kInFlight];
+        UNROLL
+        for (int k = 0; k < kInFlight; k++) fetch<V>(raw[k], p + (i + k) * stride);
+        UNROLL
+        for (int k = 0; k < kInFlight; k++) take(raw[k]);
+    }
+    for (; i < count; i++) {
+        Raw<V, T> raw;
+        fetch<V>(raw, p + i * stride);
+        take(raw);
     }
     const float scale = 1.f / count;
     UNROLL
@@ -109,11 +109,6 @@ DEVICE void group_norm_statistics(float2* partial, const Sources<T>& x, int pixe
     }
 }
 
-// {mean, 1 / sqrt(var + eps)} of `squares` squared deviations of `count` elements.
-DEVICE float2 finished(float mean, float squares, float count, float eps) {
-    return make_float2(mean, 1.f / sqrtf(squares / count + eps));
-}
-
 // group_norm_merge: statistics [N, G] of partial [N, splits, C]. Launch: grid (G, N), block kMergeThreads.
 DEVICE void group_norm_merge(float2* statistics, const float2* partial, int channels, int pixels, int split_pixels,
                              int splits, float eps) {
@@ -145,9 +140,9 @@ struct Affine {
     float gamma[V], beta[V];
 
     template <class T>
-    __device__ void apply(T* y, const T* x, int silu_too) const {
+    __device__ void apply(T* y, const Raw<V, T>& x, int silu_too) const {
         float values[V];
-        load<V>(values, x);
+        widen(values, x);
         UNROLL
         for (int j = 0; j < V; j++) {
             const float z = normalise(values[j], statistics[j], gamma[j], beta[j]);
@@ -172,6 +167,22 @@ DEVICE Affine<V> affine(const float2* statistics, const T* gamma, const T* beta,
     return affine;
 }
 
+// V channels of the next kInFlight pixels of a thread: `pixel`, `pixel` + `rows` .. below `pixels`. `first`: of the image.
+template <int V, class T>
+DEVICE void normalise_pixels(T* y, const Sources<T>& x, const Affine<V>& affine, int64_t first, int pixel, int rows,
+                             int pixels, int channel, int silu) {
+    Raw<V, T> raw[kInFlight];
+    UNROLL
+    for (int k = 0; k < kInFlight; k++) {
+        if (GUARD(pixel + k * rows < pixels)) fetch<V>(raw[k], x.at(first + pixel + k * rows, channel));
+    }
+    UNROLL
+    for (int k = 0; k < kInFlight; k++) {
+        const int64_t at = first + pixel + k * rows;
+        if (GUARD(pixel + k * rows < pixels)) affine.apply(y + at * x.channels() + channel, raw[k], silu);
+    }
+}
+
 // group_norm_apply: y [N, H*W, C] = norm (and SiLU) of x, statistics [N, G], gamma, beta [C]. Memory bound: x and y once.
 // Launch: grid (ceil(H*W / (rows kApplyPixels)), ceil(C / (tile V)), N), block tile * rows, rows = kThreads / tile.
 template <int V, class T>
@@ -182,11 +193,10 @@ DEVICE void group_norm_apply(T* y, const Sources<T>& x, const float2* statistics
     if (!GUARD(channel < x.channels())) return;
     statistics += blockIdx.z * groups + channel / group_channels;
     const Affine<V> normalised = affine<V>(statistics, gamma, beta, channel, group_channels);
+    const int first = blockIdx.x * kApplyPixels * rows + row;
     UNROLL
-    for (int i = 0; i < kApplyPixels; i++) {
-        const int pixel = (blockIdx.x * kApplyPixels + i) * rows + row;
-        const int64_t at = int64_t(blockIdx.z) * pixels + pixel;
-        if (GUARD(pixel < pixels)) normalised.apply(y + at * x.channels() + channel, x.at(at, channel), silu);
+    for (int i = 0; i < kApplyPixels; i += kInFlight) {
+        normalise_pixels(y, x, normalised, int64_t(blockIdx.z) * pixels, first + i * rows, rows, pixels, channel, silu);
     }
 }
 
@@ -238,46 +248,107 @@ DEVICE void group_norm_small(T* y, float2* statistics, const Sources<T>& x, cons
     __syncthreads();
     if (y && row < last) {
         const Affine<V> normalised = affine<V>(finals + column / group_channels, gamma, beta, channel, group_channels);
-        for (int pixel = row; pixel < pixels; pixel += rows) {
-            const int64_t at = first_pixel + pixel;
-            normalised.apply(y + at * x.channels() + channel, x.at(at, channel), silu);
+        for (int pixel = row; pixel < pixels; pixel += kInFlight * rows) {
+            normalise_pixels(y, x, normalised, first_pixel, pixel, rows, pixels, channel, silu);
         }
     }
 }
 
 // layer_norm: y = (x - mean) / sqrt(var + eps) * gamma + beta over the last dimension; Ba et al. 2016, arXiv:1607.06450.
 //   y, x [rows, C]   gamma, beta [C]
-// A warp a row; the row is read three times (mean, variance, result), from DRAM once: 8 rows of a block fit into L1.
+// A warp a row, of which a lane has every 32nd vector. Memory bound: x and y once. Rows of up to kLongest vectors a lane stay
+// in registers, all on their way at once; longer ones, and those without vectors, are read three times (mean, variance,
+// result), from DRAM once: 8 rows of a block fit into L1.
 // Launch: grid ceil(rows / kWarps), block kThreads.
+constexpr int kLongest = 8;
+
+// {mean, 1 / sqrt(var + eps)} of a row of which `each(f)` gives f the lane's elements. `shift`: one of the row's.
+template <class Each>
+DEVICE float2 row_statistics(Each each, float shift, int channels, float eps) {
+    float sum = 0.f, squares = 0.f;
+    each([&](float x) { sum += x - shift; });
+    const float mean = shift + warp_sum(sum) / channels;
+    each([&](float x) { squares = fmaf(x - mean, x - mean, squares); });
+    return finished(mean, warp_sum(squares), channels, eps);
+}
+
 template <int V, class T>
-DEVICE void layer_norm(T* y, const T* x, const T* gamma, const T* beta, int64_t rows, int channels, float eps) {
+DEVICE void normalise_vector(T* y, const float (&x)[V], float2 statistics, const T* gamma, const T* beta, int channel) {
+    float scale[V], shift[V], values[V];
+    load<V>(scale, gamma + channel);
+    load<V>(shift, beta + channel);
+    UNROLL
+    for (int j = 0; j < V; j++) values[j] = normalise(x[j], statistics, scale[j], shift[j]);
+    store<V>(y + channel, values);
+}
+
+// kHeld: vectors a lane; 32 kHeld kVector >= channels.
+template <int kHeld, class T>
+DEVICE void layer_norm_held(T* y, const T* x, const T* gamma, const T* beta, int channels, float eps) {
+    const int first = threadIdx.x % 32 * kVector;
+    Raw<kVector, T> held[kHeld];
+    UNROLL
+    for (int i = 0; i < kHeld; i++) {
+        const int c = first + i * 32 * kVector;
+        if (GUARD(c < channels)) fetch<kVector>(held[i], x + c);
+    }
+    const auto each = [&](auto f) {
+        UNROLL
+        for (int i = 0; i < kHeld; i++) {
+            if (first + i * 32 * kVector < channels) {
+                float values[kVector];
+                widen(values, held[i]);
+                UNROLL
+                for (int j = 0; j < kVector; j++) f(values[j]);
+            }
+        }
+    };
+    const float2 statistics = row_statistics(each, to_f32(x[0]), channels, eps);
+    UNROLL
+    for (int i = 0; i < kHeld; i++) {
+        const int c = first + i * 32 * kVector;
+        float values[kVector];
+        widen(values, held[i]);
+        if (GUARD(c < channels)) normalise_vector<kVector>(y, values, statistics, gamma, beta, c);
+    }
+}
+
+template <int V, class T>
+DEVICE void layer_norm_long(T* y, const T* x, const T* gamma, const T* beta, int channels, float eps) {
+    const int first = threadIdx.x % 32 * V, step = 32 * V;
+    const auto each = [&](auto f) {
+        for (int c = first; c < channels; c += step) {
+            float values[V];
+            load<V>(values, x + c);
+            UNROLL
+            for (int j = 0; j < V; j++) f(values[j]);
+        }
+    };
+    const float2 statistics = row_statistics(each, to_f32(x[0]), channels, eps);
+    for (int c = first; c < channels; c += step) {
+        float values[V];
+        load<V>(values, x + c);
+        normalise_vector<V>(y, values, statistics, gamma, beta, c);
+    }
+}
+
+template <class T>
+DEVICE void layer_norm(T* y, const T* x, const T* gamma, const T* beta, int64_t rows, int channels, float eps, int vector) {
     const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (!GUARD(row < rows)) return;
     x += row * channels;
     y += row * channels;
-    const int first = threadIdx.x % 32 * V, step = 32 * V;
-    const float shift = to_f32(x[0]);
-    float values[V], sum = 0.f, squares = 0.f;
-    for (int c = first; c < channels; c += step) {
-        load<V>(values, x + c);
-        UNROLL
-        for (int j = 0; j < V; j++) sum += values[j] - shift;
-    }
-    const float mean = shift + warp_sum(sum) / channels;
-    for (int c = first; c < channels; c += step) {
-        load<V>(values, x + c);
-        UNROLL
-        for (int j = 0; j < V; j++) squares = fmaf(values[j] - mean, values[j] - mean, squares);
-    }
-    const float2 statistics = finished(mean, warp_sum(squares), channels, eps);
-    for (int c = first; c < channels; c += step) {
-        float scale[V], shifts[V];
-        load<V>(values, x + c);
-        load<V>(scale, gamma + c);
-        load<V>(shifts, beta + c);
-        UNROLL
-        for (int j = 0; j < V; j++) values[j] = normalise(values[j], statistics, scale[j], shifts[j]);
-        store<V>(y + c, values);
+    constexpr int kStep = 32 * kVector;
+    if (!vector) {
+        layer_norm_long<1>(y, x, gamma, beta, channels, eps);
+    } else if (channels <= 3 * kStep) {
+        layer_norm_held<3>(y, x, gamma, beta, channels, eps);
+    } else if (channels <= 5 * kStep) {
+        layer_norm_held<5>(y, x, gamma, beta, channels, eps);
+    } else if (channels <= kLongest * kStep) {
+        layer_norm_held<kLongest>(y, x, gamma, beta, channels, eps);
+    } else {
+        layer_norm_long<kVector>(y, x, gamma, beta, channels, eps);
     }
 }
 
@@ -328,11 +399,7 @@ REGISTER_KERNEL(group_norm_merge_f32)
     KERNEL(layer_norm_##suffix, kThreads, 1)(T* y, const T* x, const T* gamma, const T* beta, int64_t rows,          \
                                              int channels, float eps, int vector) {                                  \
         follow_previous();                                                                                           \
-        if (vector) {                                                                                                \
-            layer_norm<kVector>(y, x, gamma, beta, rows, channels, eps);                                             \
-        } else {                                                                                                     \
-            layer_norm<1>(y, x, gamma, beta, rows, channels, eps);                                                   \
-        }                                                                                                            \
+        layer_norm(y, x, gamma, beta, rows, channels, eps, vector);                                                  \
     }                                                                                                                \
     REGISTER_KERNEL(layer_norm_##suffix)
 

@@ -15,6 +15,7 @@
 // Memory bound: x and y once; the taps of one input are read from L1 or L2.
 // Launch, unless said otherwise: grid (rows of y over the whole batch, ceil(elements of a row / kThreads)), block kThreads.
 #include "common/math.cuh"
+#include "common/vector.cuh"
 
 constexpr int kThreads = 256;
 // Of resize_fixed_*: 1 in units of the weights.
@@ -96,13 +97,28 @@ DEVICE void gaussian_taps(TapWriter& taps, int length, int i) {
     }
 }
 
-// The table of one dimension. Launch: grid ceil(to / kThreads), block kThreads.
-KERNEL(resize_filter, kThreads, 1)(unsigned* filter, int kind, int fixed, int taps, int from, int to) {
+// The tables of a resize, one per dimension and kind of filter, as src/ops/cuda/resize.rs has them.
+struct Filters {
+    unsigned* words[4];
+    int kind[4];
+    int taps[4];
+    int from[4];
+    int to[4];
+    int fixed;  // weights are integers, but the Gaussian's
+};
+
+// All tables of a resize. Launch: grid (ceil(largest to / kFilterThreads), filters), block kFilterThreads: few outputs, of
+// many f64 operations each, so spread over the card.
+constexpr int kFilterThreads = 32;
+KERNEL(resize_filter, kFilterThreads, 1)(GRID_CONST Filters filters) {
     follow_previous();
-    const int i = blockIdx.x * kThreads + threadIdx.x;
+    const int i = blockIdx.x * kFilterThreads + threadIdx.x;
+    unsigned* words = filters.words[blockIdx.y];
+    const int kind = filters.kind[blockIdx.y], taps = filters.taps[blockIdx.y];
+    const int from = filters.from[blockIdx.y], to = filters.to[blockIdx.y];
     if (!GUARD(i < to)) return;
-    unsigned* index = filter + to + i * taps;
-    TapWriter writer = {index, index + to * taps, fixed != 0, 0};
+    unsigned* index = words + to + i * taps;
+    TapWriter writer = {index, index + to * taps, filters.fixed != 0 && kind != kGaussian, 0};
     if (kind == kTorchCubic) {
         torch_taps(writer, from, to, i);
     } else if (kind == kGaussian) {
@@ -110,24 +126,19 @@ KERNEL(resize_filter, kThreads, 1)(unsigned* filter, int kind, int fixed, int ta
     } else {
         pil_taps(writer, kind == kTriangle, from, to, i);
     }
-    filter[i] = unsigned(writer.count);
+    words[i] = unsigned(writer.count);
 }
 REGISTER_KERNEL(resize_filter)
 
-// The weighted sum over inputs at `x`, `stride` apart. Starts with the first product: a copy stays a copy, -0 included.
-template <class T>
-DEVICE float filtered(const Taps<float>& taps, const T* x, int64_t stride) {
-    float sum = taps.weight[0] * to_f32(x[taps.index[0] * stride]);
-    for (int k = 1; k < taps.count; k++) sum = fmaf(taps.weight[k], to_f32(x[taps.index[k] * stride]), sum);
-    return sum;
+// A sum over taps, in f32; of levels in integers, which fit: 255 times absolute weights below 2 in units of 2^-22. Begins with
+// the first product: a copy stays a copy, -0 included.
+DEVICE void add_tap(float& sum, float weight, float x, bool first) { sum = first ? weight * x : fmaf(weight, x, sum); }
+DEVICE void add_tap(int& sum, int weight, float x, bool first) {
+    sum = (first ? 1 << (kFixedShift - 1) : sum) + weight * int(x);
 }
-
-// Levels: rounded half up and clamped to 8 bits. The sum fits: 255 times absolute weights below 2 in units of 2^-22.
-DEVICE float filtered(const Taps<int>& taps, const float* x, int64_t stride) {
-    int sum = 1 << (kFixedShift - 1);
-    for (int k = 0; k < taps.count; k++) sum += taps.weight[k] * int(x[taps.index[k] * stride]);
-    return float(min(max(sum >> kFixedShift, 0), 255));
-}
+// Levels: rounded half up and clamped to 8 bits.
+DEVICE float filtered(float sum) { return sum; }
+DEVICE float filtered(int sum) { return float(min(max(sum >> kFixedShift, 0), 255)); }
 
 // What the last pass does to a value.
 struct Finish {
@@ -141,22 +152,59 @@ struct Finish {
     }
 };
 
+// A thread has one column of kRows rows, so that it reads the taps once and has that many loads on their way for each.
+// Launch: grid (ceil(rows / kRows), ceil(to C / kThreads)).
+constexpr int kRows = 4;
 template <class W, class T>
-DEVICE void horizontal(float* y, const T* x, const unsigned* filter, int taps, int from, int to, int channels) {
+DEVICE void horizontal(float* y, const T* x, const unsigned* filter, int taps, int64_t rows, int from, int to,
+                       int channels) {
     const int i = blockIdx.y * kThreads + threadIdx.x;
     if (!GUARD(i < to * channels)) return;
-    x += int64_t(blockIdx.x) * from * channels + i % channels;
-    y[int64_t(blockIdx.x) * to * channels + i] = filtered(taps_of<W>(filter, taps, to, i / channels), x, channels);
+    const int64_t first = int64_t(blockIdx.x) * kRows, stride = int64_t(from) * channels;
+    x += first * stride + i % channels;
+    const Taps<W> t = taps_of<W>(filter, taps, to, i / channels);
+    W sum[kRows];
+    for (int k = 0; k < t.count; k++) {
+        const T* at = x + int64_t(t.index[k]) * channels;
+        const W weight = t.weight[k];
+        T value[kRows];
+        UNROLL
+        for (int r = 0; r < kRows; r++) {
+            if (GUARD(first + r < rows)) value[r] = at[r * stride];
+        }
+        UNROLL
+        for (int r = 0; r < kRows; r++) {
+            if (first + r < rows) add_tap(sum[r], weight, to_f32(value[r]), k == 0);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < kRows; r++) {
+        if (GUARD(first + r < rows)) y[(first + r) * to * channels + i] = filtered(sum[r]);
+    }
 }
 
-template <class W, class T>
+// A block has one row of y, so that its taps are the same for all threads; a thread has V elements of it.
+// Launch: grid (rows of y, ceil(width / (kThreads V))); V = kVector: width is a multiple of it and x, y, noise are aligned.
+template <int V, class W, class T>
 DEVICE void vertical(T* y, const float* x, const unsigned* filter, int taps, int from, int to, int width,
                      const Finish& finish) {
-    const int i = blockIdx.y * kThreads + threadIdx.x;
+    const int i = (blockIdx.y * kThreads + threadIdx.x) * V;
     if (!GUARD(i < width)) return;
     x += int64_t(blockIdx.x / to) * from * width + i;
+    const Taps<W> t = taps_of<W>(filter, taps, to, blockIdx.x % to);
+    W sum[V];
+    ROLLED
+    for (int k = 0; k < t.count; k++) {
+        float values[V];
+        load<V>(values, x + int64_t(t.index[k]) * width);
+        UNROLL
+        for (int j = 0; j < V; j++) add_tap(sum[j], t.weight[k], values[j], k == 0);
+    }
     const int64_t at = int64_t(blockIdx.x) * width + i;
-    y[at] = from_f32<T>(finish(filtered(taps_of<W>(filter, taps, to, blockIdx.x % to), x, width), at));
+    float results[V];
+    UNROLL
+    for (int j = 0; j < V; j++) results[j] = finish(filtered(sum[j]), at + j);
+    store<V>(y + at, results);
 }
 
 template <class T>
@@ -201,32 +249,42 @@ DEVICE void nearest(T* y, const T* x, int h, int w, int to_h, int to_w, int chan
     y[int64_t(blockIdx.x) * to_w * channels + i] = x[(row * w + column) * channels + i % channels];
 }
 
-KERNEL(resize_fixed_horizontal_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps, int from,
-                                                 int to, int channels) {
+KERNEL(resize_fixed_horizontal_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps,
+                                                 int64_t rows, int from, int to, int channels) {
     follow_previous();
-    horizontal<int>(y, x, filter, taps, from, to, channels);
+    horizontal<int>(y, x, filter, taps, rows, from, to, channels);
 }
 REGISTER_KERNEL(resize_fixed_horizontal_f32)
 
 KERNEL(resize_fixed_vertical_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps, int from,
-                                               int to, int width) {
+                                               int to, int width, int vector) {
     follow_previous();
-    vertical<int>(y, x, filter, taps, from, to, width, Finish{0.f, 255.f, nullptr, 0.f, 0.f});
+    const Finish levels = {0.f, 255.f, nullptr, 0.f, 0.f};
+    if (vector) {
+        vertical<kVector, int>(y, x, filter, taps, from, to, width, levels);
+    } else {
+        vertical<1, int>(y, x, filter, taps, from, to, width, levels);
+    }
 }
 REGISTER_KERNEL(resize_fixed_vertical_f32)
 
 #define ENTRIES(T, suffix)                                                                                             \
-    KERNEL(resize_horizontal_##suffix, kThreads, 1)(float* y, const T* x, const unsigned* filter, int taps, int from,  \
-                                                    int to, int channels) {                                            \
+    KERNEL(resize_horizontal_##suffix, kThreads, 1)(float* y, const T* x, const unsigned* filter, int taps,            \
+                                                    int64_t rows, int from, int to, int channels) {                    \
         follow_previous();                                                                                             \
-        horizontal<float>(y, x, filter, taps, from, to, channels);                                                     \
+        horizontal<float>(y, x, filter, taps, rows, from, to, channels);                                               \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_horizontal_##suffix)                                                                        \
     KERNEL(resize_vertical_##suffix, kThreads, 1)(T* y, const float* x, const unsigned* filter, int taps, int from,    \
                                                   int to, int width, float low, float high, const float* noise,        \
-                                                  float signal, float sigma) {                                         \
+                                                  float signal, float sigma, int vector) {                             \
         follow_previous();                                                                                             \
-        vertical<float>(y, x, filter, taps, from, to, width, Finish{low, high, noise, signal, sigma});                 \
+        const Finish finish = {low, high, noise, signal, sigma};                                                       \
+        if (vector) {                                                                                                  \
+            vertical<kVector, float>(y, x, filter, taps, from, to, width, finish);                                     \
+        } else {                                                                                                       \
+            vertical<1, float>(y, x, filter, taps, from, to, width, finish);                                           \
+        }                                                                                                              \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_vertical_##suffix)                                                                          \
     KERNEL(resize_edge_##suffix, kThreads, 1)(T* y, const float* x, int height, int width, int channels, float low,    \

@@ -21,6 +21,8 @@ typedef __nv_bfloat16 bf16;
 #define KERNEL(name, max_threads, min_blocks) \
     extern "C" __global__ void __launch_bounds__(max_threads, min_blocks) name
 #define REGISTER_KERNEL(name)
+// A parameter that is read where it lies, by an index or through its address.
+#define GRID_CONST const __grid_constant__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")  // not unrolled, where that would cost registers
 
@@ -104,6 +106,8 @@ DEVICE void cp_async_4(void* shared, const void* global, bool pred) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_u32(shared)), "l"(global), "r"(bytes)
                  : "memory");
 }
+// The compiler takes x for a new value from here on: what it computed from it before it does not keep, but computes again.
+DEVICE void make_opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N of this thread's latest groups are under way.
 template <int N>
@@ -142,8 +146,8 @@ inline constexpr bool same_type<A, A> = true;
 #define GUARD(condition) (condition)
 
 // How a kernel begins: every launch may begin before the one before it has ended (src/runtime/cuda/launch.rs). One that has
-// something to do before its wait says the two words itself. No parameter is `const T* __restrict__`: what is read through
-// that counts as constant, and the compiler may read it before the wait.
+// something to do before its wait says the two words itself. No parameter is `const T* __restrict__` (but in peaks.cu,
+// whose input nobody writes): what is read through that counts as constant, and the compiler may read it before the wait.
 DEVICE void follow_previous() {
     next_may_start();
     wait_for_previous();

@@ -8,8 +8,6 @@
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "common/hopper.cuh is for the kernels of kernels/sm90, which are compiled for sm_90a alone"
 #endif
-#define GRID_CONST const __grid_constant__
-
 // What cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col fill; a parameter: GRID_CONST TensorMap map.
 struct alignas(64) TensorMap {
     char opaque[128];

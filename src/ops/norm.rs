@@ -68,21 +68,22 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
     const OP: &str = "group_norm";
     let dims = args.check(OP)?;
     let x = args.x.first();
+    let form = cuda::norm::Form::of(x.device(), dims, args.groups, x.dtype());
 
     let mut y = Tensor::uninit(x.device(), &dims, x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
-            let _scratch = cuda::norm::scratch(x.device(), dims, args.groups)?;
+            let _scratch = cuda::norm::scratch(x.device(), &form)?;
             let flops = args.flops_per_element() * y.numel() as u64;
             let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)]);
-            let launches = cuda::norm::group_norm_launches(dims, args.groups);
+            let launches = form.launches();
             meta.record(OP, OpKind::Norm, y.shape(), Work { macs: 0, flops, bytes, launches });
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => group_norm_cpu::<T>(&args, dims, &mut y)),
         Device::Cuda(card) => {
-            let scratch = cuda::norm::scratch(x.device(), dims, args.groups)?;
+            let scratch = cuda::norm::scratch(x.device(), &form)?;
             cuda::norm::group_norm(card, &args, dims, scratch, &mut y)?;
         }
     }

@@ -2,7 +2,7 @@
 //! convolution of a stripe with [`Stripe`](super::Stripe), which normalises its input by them.
 
 use super::cpu::norm::{self, Moments, SourceRows};
-use super::cuda::norm::Statistics;
+use super::cuda::norm::{Form, Statistics};
 use super::{ConvNorm, GroupNorm, Source, Tensor, by_dtype, bytes_of, profile};
 use crate::error::{Error, Result};
 use crate::runtime::cuda::CudaDevice;
@@ -108,11 +108,12 @@ impl<'a> GroupMoments<'a> {
             return Err(Error::Shape { op: OP, arg: "dims", got: dims.to_vec(), want });
         }
         norm.of(Source::One(&Tensor::uninit(&device, &[1, 0, w, c], dtype)?)).check(OP)?;
-        let room = || Statistics::uninit(&device, dims, norm.groups);
+        let form = Form::of(&device, dims, norm.groups, dtype);
+        let room = || Statistics::uninit(&device, &form);
         let (chunk, sums) = match &device {
-            Device::Meta(meta) => (Statistics::chunk(dims, norm.groups), Sums::Meta(meta.clone(), room()?)),
+            Device::Meta(meta) => (Statistics::chunk(&form), Sums::Meta(meta.clone(), room()?)),
             Device::Cpu(_) => (norm::block_rows(c, h * w), Sums::Cpu(vec![Moments::default(); norm.groups])),
-            Device::Cuda(card) => (Statistics::chunk(dims, norm.groups), Sums::Cuda(card.clone(), room()?)),
+            Device::Cuda(card) => (Statistics::chunk(&form), Sums::Cuda(card.clone(), room()?)),
         };
         Ok(GroupMoments { norm, dims, dtype, device, chunk, done: 0, buffer: None, waiting: 0, sums })
     }

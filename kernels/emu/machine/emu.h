@@ -207,6 +207,7 @@ struct Entry<F> {
 #define DEVICE static inline
 #define UNROLL
 #define ROLLED
+#define GRID_CONST const
 #define KERNEL(name, max_threads, min_blocks)                                                      \
     static constexpr unsigned emu_bounds_##name[2] = {unsigned(max_threads), unsigned(min_blocks)}; \
     __attribute__((noinline)) static void name
@@ -321,6 +322,7 @@ static inline void cp_async_16(void* shared, const void* global, bool pred, EMU_
 static inline void cp_async_4(void* shared, const void* global, bool pred, EMU_LOC) {
     emu::cp_async(shared, global, 4, pred ? 4 : 0, loc);
 }
+static inline void make_opaque(uint32_t&) {}
 static inline void cp_async_commit(EMU_LOC) { emu::cp_async_commit(loc); }
 template <int N>
 static inline void cp_async_wait(EMU_LOC) {

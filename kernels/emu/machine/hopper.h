@@ -3,8 +3,6 @@
 #pragma once
 #include "emu.h"
 
-#define GRID_CONST const
-
 namespace emu {
 // What the encoders below write into the driver's 128 opaque bytes.
 struct alignas(64) TensorMap {

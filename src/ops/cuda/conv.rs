@@ -38,8 +38,8 @@ impl KernelStepRows {
 /// The launches that a convolution is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Groups of the norm, which the group norm's own kernels apply before, into a scratch tensor.
-    norm: Option<usize>,
+    /// The norm, which the group norm's own kernels apply before, into a scratch tensor.
+    norm: Option<norm::Form>,
     /// The statistics of the norm's input are given.
     statistics_given: bool,
     /// Of the input that is there, as stored.
@@ -56,7 +56,8 @@ impl Plan {
         let pixels = g.output[0] * g.output[1];
         let taps = g.kernel[0] * g.kernel[1];
         // Without values there is only padding.
-        let norm = args.norm.map(|norm| norm.groups).filter(|_| dims.iter().all(|&size| size > 0));
+        let norm = args.norm.filter(|_| dims.iter().all(|&size| size > 0));
+        let norm = norm.map(|norm| norm::Form::of(args.weight.device(), dims, norm.groups, args.weight.dtype()));
         // A stripe's sums are split as the whole image's.
         let splits = tiles::splits(g.whole_output[0] * g.whole_output[1], g.outputs, taps * g.channels);
         let statistics_given = args.stripe.is_some();
@@ -70,7 +71,7 @@ impl Plan {
         let norm = match self.norm {
             None => 0,
             Some(_) if self.statistics_given => 1,
-            Some(groups) => norm::group_norm_launches(self.dims, groups),
+            Some(form) => form.launches(),
         };
         norm + 1 + u64::from(self.splits > 1)
     }
@@ -93,9 +94,9 @@ impl Scratch {
         if plan.m * plan.outputs == 0 {
             return Ok(scratch);
         }
-        if let Some(groups) = plan.norm {
-            if !plan.statistics_given && norm::group_norm_launches(plan.dims, groups) > 1 {
-                scratch.statistics = Some(Statistics::uninit(device, plan.dims, groups)?);
+        if let Some(form) = &plan.norm {
+            if !plan.statistics_given {
+                scratch.statistics = norm::scratch(device, form)?;
             }
             scratch.normalised = Some(Tensor::uninit(device, &plan.dims, dtype)?);
         }

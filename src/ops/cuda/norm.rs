@@ -1,9 +1,10 @@
-//! Launches of kernels/norm.cu. How many there are follows from the shape, so that the meta device counts the same.
+//! Launches of kernels/norm.cu and kernels/sm90/norm.cu. How many there are follows from shape, dtype and card; the meta
+//! device counts as a card of sm_90 launches.
 
 use super::{aligned, entry, int};
 use crate::error::Result;
 use crate::ops::{GroupNorm, LayerNorm};
-use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Isa, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
 /// Threads a block: `kThreads` of norm.cu, and `kMergeThreads`.
@@ -13,24 +14,109 @@ const MERGE_THREADS: usize = 128;
 const VECTOR: usize = 8;
 /// `kApplyPixels`
 const APPLY_PIXELS: usize = 8;
-/// Up to here one launch beats three: 32x32.
+/// Up to here one launch of a block per group beats three launches: 32x32.
 const SMALL_PIXELS: usize = 1024;
 /// An image is split into at most so many parts, each of at least so many pixels.
 const SPLITS: usize = 512;
 const SPLIT_PIXELS: usize = 64;
 
-/// Does one launch do it all, statistics and result?
-fn small([_, h, w, c]: [usize; 4], groups: usize) -> bool {
-    h * w <= SMALL_PIXELS && c / groups <= THREADS
+/// What decides how a group norm is launched.
+#[derive(Clone, Copy, Debug)]
+pub struct Form {
+    /// `[N, H, W, C]`
+    dims: [usize; 4],
+    groups: usize,
+    dtype: DType,
+    /// The card has Hopper's kernels.
+    hopper: bool,
+}
+
+impl Form {
+    /// `dims`: of the input, `[N, H, W, C]`, which `groups` divide. The meta device stands for a card of sm_90.
+    pub fn of(device: &Device, dims: [usize; 4], groups: usize, dtype: DType) -> Form {
+        let hopper = match device {
+            Device::Cuda(card) => card.has(Isa::Sm90a),
+            Device::Cpu(_) | Device::Meta(_) => true,
+        };
+        Form { dims, groups, dtype, hopper }
+    }
+
+    fn on_card(device: &CudaDevice, args: &GroupNorm, dims: [usize; 4]) -> Form {
+        Form { dims, groups: args.groups, dtype: args.x.first().dtype(), hopper: device.has(Isa::Sm90a) }
+    }
+
+    /// Does a block per few groups do it, statistics and result?
+    fn small(&self) -> bool {
+        let [_, h, w, c] = self.dims;
+        h * w <= SMALL_PIXELS && c / self.groups <= THREADS
+    }
+
+    fn clusters(&self) -> Option<Clusters> {
+        let [_, h, w, c] = self.dims;
+        if self.hopper && self.dtype != DType::F32 { Clusters::of(h * w, c, self.groups) } else { None }
+    }
+
+    /// Does one launch do it all, statistics and result?
+    fn whole(&self) -> bool {
+        self.small() || self.clusters().is_some()
+    }
+
+    /// Launches of a group norm. (One whose tensors are not aligned to 16 bytes may need another number.)
+    pub fn launches(&self) -> u64 {
+        if self.whole() { 1 } else { 3 }
+    }
+}
+
+/// How clusters share an image out: kernels/sm90/norm.cu.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Clusters {
+    /// Groups that a cluster takes.
+    window: usize,
+    /// Blocks of a cluster.
+    blocks: usize,
+}
+
+impl Clusters {
+    /// `kThreads`, `kHeld` and `kMostGroups` of sm90/norm.cu.
+    const THREADS: usize = 512;
+    const HELD: usize = 12;
+    const MOST_GROUPS: usize = 16;
+    const MOST_BLOCKS: usize = 8;
+    /// A pixel's channels of a window are at least so many, 64 bytes, where that is possible: DRAM is read in such pieces.
+    const CHANNELS: usize = 32;
+    /// Blocks of an image: more would not all run at once.
+    const BLOCKS: usize = 128;
+    /// At least 1 in so many of a block's pixels stay in registers.
+    const PIXELS_PER_HELD: usize = 4;
+
+    /// By one image's size alone, so that its sums do not depend on the batch.
+    fn of(pixels: usize, channels: usize, groups: usize) -> Option<Clusters> {
+        let width = channels / groups;
+        let two_groups_a_vector = width >= VECTOR || width == VECTOR / 2;
+        // As few groups as whole vectors take.
+        let mut window = VECTOR / gcd(VECTOR, width);
+        if pixels == 0 || !two_groups_a_vector || width > THREADS || !groups.is_multiple_of(window) {
+            return None;
+        }
+        while window * width < Self::CHANNELS && 2 * window <= Self::MOST_GROUPS && groups.is_multiple_of(2 * window) {
+            window *= 2;
+        }
+        let columns = window * width / VECTOR;
+        let (windows, rows) = (groups / window, Self::THREADS.checked_div(columns).filter(|&rows| rows > 0)?);
+        let mut blocks = 1;
+        // More blocks while each has something to do and all run at once; then while they hold more of the image.
+        while blocks < Self::MOST_BLOCKS
+            && (pixels >= 4 * blocks * rows && 2 * blocks * windows <= Self::BLOCKS
+                || pixels > blocks * rows * Self::HELD)
+        {
+            blocks *= 2;
+        }
+        (pixels <= blocks * rows * Self::HELD * Self::PIXELS_PER_HELD).then_some(Clusters { window, blocks })
+    }
 }
 
 fn split_pixels(pixels: usize) -> usize {
     pixels.div_ceil(SPLITS).max(SPLIT_PIXELS)
-}
-
-/// Launches of a group norm. `dims`: `[N, H, W, C]`.
-pub fn group_norm_launches(dims: [usize; 4], groups: usize) -> u64 {
-    if small(dims, groups) { 1 } else { Statistics::launches(dims, groups) + 1 }
 }
 
 /// Mean and 1 / sqrt(var + eps) of every group, for the kernel that applies them (kernels/common/norm.cuh).
@@ -38,29 +124,24 @@ pub fn group_norm_launches(dims: [usize; 4], groups: usize) -> u64 {
 pub struct Statistics {
     /// `[N, groups, 2]`, f32
     pub values: Tensor,
-    /// `[N, splits, C, 2]`, f32
+    /// `[N, splits, C, 2]`, f32; none where one launch makes the statistics
     partial: Option<Tensor>,
 }
 
 impl Statistics {
-    /// Room for those of an input `[N, H, W, C]`, on any device.
+    /// Room for those of an input, on any device.
     ///
     /// # Errors
     /// As [`Tensor::uninit`].
-    pub fn uninit(device: &Device, dims: [usize; 4], groups: usize) -> Result<Statistics> {
-        let [n, h, w, c] = dims;
-        let values = Tensor::uninit(device, &[n, groups, 2], DType::F32)?;
+    pub fn uninit(device: &Device, form: &Form) -> Result<Statistics> {
+        let [n, h, w, c] = form.dims;
+        let values = Tensor::uninit(device, &[n, form.groups, 2], DType::F32)?;
         let splits = (h * w).div_ceil(split_pixels(h * w));
-        let partial = match small(dims, groups) {
+        let partial = match form.whole() {
             true => None,
             false => Some(Tensor::uninit(device, &[n, splits, c, 2], DType::F32)?),
         };
         Ok(Statistics { values, partial })
-    }
-
-    /// Launches of [`compute`](Statistics::compute).
-    pub fn launches(dims: [usize; 4], groups: usize) -> u64 {
-        if small(dims, groups) { 1 } else { 2 }
     }
 
     /// # Errors
@@ -71,7 +152,7 @@ impl Statistics {
             return Ok(());
         }
         let Some(partial) = &self.partial else {
-            return group_norm_small(device, args, dims, None, Some(&self.values));
+            return group_norm_whole(device, args, dims, None, Some(&self.values));
         };
         let split = split_pixels(h * w);
         gather(device, args, [n, h * w, c], split, partial.cuda())?;
@@ -79,8 +160,9 @@ impl Statistics {
     }
 
     /// Pixels that [`add`](Statistics::add) takes at a time, of one image `[1, H, W, C]`.
-    pub fn chunk([n, h, w, c]: [usize; 4], groups: usize) -> usize {
-        if small([n, h, w, c], groups) { (h * w).max(1) } else { split_pixels(h * w) }
+    pub fn chunk(form: &Form) -> usize {
+        let [_, h, w, _] = form.dims;
+        if form.whole() { (h * w).max(1) } else { split_pixels(h * w) }
     }
 
     /// Launches of [`finish`](Statistics::finish).
@@ -96,7 +178,7 @@ impl Statistics {
     pub fn add(&mut self, device: &CudaDevice, args: &GroupNorm, dims: [usize; 4], first: usize) -> Result<()> {
         let [_, _, pixels, c] = args.x.dims("group_norm")?;
         match &self.partial {
-            None => group_norm_small(device, args, [1, 1, pixels, c], None, Some(&self.values)),
+            None => group_norm_whole(device, args, [1, 1, pixels, c], None, Some(&self.values)),
             Some(partial) => {
                 let split = split_pixels(dims[1] * dims[2]);
                 let to = DevicePtr(partial.cuda().0 + (first / split * c * 2 * size_of::<f32>()) as u64);
@@ -183,12 +265,12 @@ fn merge(
 }
 
 /// Room for the statistics that [`group_norm`] passes from one launch to the next, on any device; `None` where
-/// [`group_norm_launches`] is 1.
+/// [`Form::launches`] is 1.
 ///
 /// # Errors
 /// As [`Tensor::uninit`].
-pub fn scratch(device: &Device, dims: [usize; 4], groups: usize) -> Result<Option<Statistics>> {
-    if small(dims, groups) { Ok(None) } else { Statistics::uninit(device, dims, groups).map(Some) }
+pub fn scratch(device: &Device, form: &Form) -> Result<Option<Statistics>> {
+    if form.whole() { Ok(None) } else { Statistics::uninit(device, form).map(Some) }
 }
 
 /// `y = group_norm(x)`, which is not empty. `statistics`: of [`scratch`].
@@ -200,7 +282,7 @@ pub fn group_norm(
     y: &mut Tensor,
 ) -> Result<()> {
     let Some(mut statistics) = statistics else {
-        return group_norm_small(device, args, dims, Some(y), None);
+        return group_norm_whole(device, args, dims, Some(y), None);
     };
     statistics.compute(device, args, dims)?;
     group_norm_apply(device, args, dims, &statistics.values, y)
@@ -246,6 +328,58 @@ pub fn group_norm_apply(
 }
 
 /// Statistics or result or both, in one launch.
+fn group_norm_whole(
+    device: &CudaDevice,
+    args: &GroupNorm,
+    dims: [usize; 4],
+    y: Option<&Tensor>,
+    statistics: Option<&Tensor>,
+) -> Result<()> {
+    match Form::on_card(device, args, dims).clusters() {
+        Some(clusters) if vectors(args) && all_aligned(args, y) => {
+            group_norm_cluster(device, args, dims, clusters, y, statistics)
+        }
+        _ => group_norm_small(device, args, dims, y, statistics),
+    }
+}
+
+fn group_norm_cluster(
+    device: &CudaDevice,
+    args: &GroupNorm,
+    [n, h, w, _]: [usize; 4],
+    Clusters { window, blocks }: Clusters,
+    y: Option<&Tensor>,
+    statistics: Option<&Tensor>,
+) -> Result<()> {
+    let (a, b) = (args.x.first(), args.x.second());
+    let [channels_a, channels_b] = channels("group_norm", args)?;
+    let launch = Launch::grid([args.groups / window * blocks, n, 1]).block(Clusters::THREADS).cluster([blocks, 1, 1]);
+    let entry = entry("group_norm_cluster", a.dtype());
+    // SAFETY: arguments as the entry has them; the op checked that they fit together, the caller that vectors do.
+    unsafe {
+        device.launch(
+            "sm90/norm",
+            &entry,
+            launch,
+            args![
+                DevicePtr::or_null(y),
+                DevicePtr::or_null(statistics),
+                a.cuda(),
+                DevicePtr::or_null(b),
+                args.gamma.cuda(),
+                args.beta.cuda(),
+                channels_a,
+                channels_b,
+                int("group_norm", "H*W", h * w)?,
+                args.groups as i32,
+                window as i32,
+                args.eps,
+                i32::from(args.silu)
+            ],
+        )
+    }
+}
+
 fn group_norm_small(
     device: &CudaDevice,
     args: &GroupNorm,
@@ -340,4 +474,28 @@ fn tiling(channels: usize, vector: bool) -> (usize, usize, usize) {
 
 fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The models' norms, and what the kernel cannot do.
+    #[test]
+    fn clusters_follow_from_one_images_size() {
+        let clusters = |size: usize, channels| Clusters::of(size * size, channels, 32);
+        let of = |window, blocks| Some(Clusters { window, blocks });
+        // SDXL at 1024: 128x128, 64x64, 32x32.
+        assert_eq!([320, 640, 960].map(|c| clusters(128, c)), [of(4, 8), of(2, 8), of(4, 8)]);
+        assert_eq!([640, 1280, 1920].map(|c| clusters(64, c)), [of(2, 8), of(1, 4), of(2, 8)]);
+        assert_eq!([1280, 2560].map(|c| clusters(32, c)), [of(1, 2), of(1, 2)]);
+        // The VAE's large maps have three launches.
+        assert_eq!([(1024, 128), (512, 256), (512, 512)].map(|(size, c)| clusters(size, c)), [None; 3]);
+        assert_eq!(clusters(1, 320), of(4, 1));
+        // Three groups in a vector; groups that are no whole windows; no pixels; groups wider than a block of sm_80 takes.
+        assert_eq!(Clusters::of(64, 40, 8), None);
+        assert_eq!(Clusters::of(64, 60, 6), None);
+        assert_eq!(Clusters::of(0, 320, 32), None);
+        assert_eq!(Clusters::of(64, 512, 1), None);
+    }
 }

@@ -1,6 +1,6 @@
 //! Launches of kernels/resize.cu.
 
-use super::{entry, int};
+use super::{aligned, entry, int};
 use crate::error::Result;
 use crate::ops::{RelayNoise, Upsampler};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
@@ -8,6 +8,10 @@ use crate::runtime::{DType, Device, Tensor};
 
 /// Threads a block: `kThreads` of resize.cu.
 const THREADS: usize = 256;
+/// `kFilterThreads`, `kRows`, and `kVector` of common/vector.cuh.
+const FILTER_THREADS: usize = 32;
+const ROWS: usize = 4;
+const VECTOR: usize = 8;
 
 /// What the last pass does to a value: clamps it, then adds noise.
 #[derive(Clone, Copy)]
@@ -54,7 +58,6 @@ impl FilterKind {
 /// A filter of one dimension, made on the device.
 struct Table {
     kind: FilterKind,
-    fixed_point: bool,
     from: usize,
     to: usize,
     taps: usize,
@@ -63,30 +66,56 @@ struct Table {
 }
 
 impl Table {
-    fn uninit(device: &Device, kind: FilterKind, [from, to]: [usize; 2], fixed_point: bool) -> Result<Table> {
+    fn uninit(device: &Device, kind: FilterKind, [from, to]: [usize; 2]) -> Result<Table> {
         let taps = kind.taps(from, to);
         let words = Tensor::uninit(device, &[to, 1 + 2 * taps], DType::U32)?;
-        Ok(Table { kind, fixed_point, from, to, taps, words })
+        Ok(Table { kind, from, to, taps, words })
     }
+}
 
-    fn compute(&self, device: &CudaDevice) -> Result<()> {
-        let launch = Launch::grid([self.to.div_ceil(THREADS), 1, 1]).block(THREADS);
+/// `Filters` of resize.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Filters {
+    words: [DevicePtr; 4],
+    kind: [i32; 4],
+    taps: [i32; 4],
+    from: [i32; 4],
+    to: [i32; 4],
+    fixed: i32,
+}
+
+/// All tables of a resize, at most four, in one launch. `fixed_point`: the weights are integers, but the Gaussian's.
+fn compute<'a>(device: &CudaDevice, tables: impl Iterator<Item = &'a Table>, fixed_point: bool) -> Result<()> {
+    let mut filters = Filters {
+        words: [DevicePtr::NULL; 4],
+        kind: [0; 4],
+        taps: [0; 4],
+        from: [0; 4],
+        to: [0; 4],
+        fixed: i32::from(fixed_point),
+    };
+    let (mut count, mut longest) = (0, 0);
+    for table in tables {
         // The kernel counts the table's words in 32 bits.
-        int("resize", "words of a filter", self.words.numel())?;
-        let (kind, fixed_point) = (self.kind as i32, i32::from(self.fixed_point));
-        let (taps, from, to) = (self.taps as i32, int("resize", "input size", self.from)?, self.to as i32);
-        // SAFETY: arguments as the entry has them; no output has more than `taps` taps.
-        unsafe {
-            let words = self.words.cuda();
-            device.launch("resize", "resize_filter", launch, args![words, kind, fixed_point, taps, from, to])
-        }
+        int("resize", "words of a filter", table.words.numel())?;
+        filters.words[count] = table.words.cuda();
+        filters.kind[count] = table.kind as i32;
+        filters.taps[count] = table.taps as i32;
+        filters.from[count] = int("resize", "input size", table.from)?;
+        filters.to[count] = table.to as i32;
+        (count, longest) = (count + 1, longest.max(table.to));
     }
+    let launch = Launch::grid([longest.div_ceil(FILTER_THREADS), count, 1]).block(FILTER_THREADS);
+    // SAFETY: the argument as the entry has it; no output of a table has more than its `taps` taps.
+    unsafe { device.launch("resize", "resize_filter", launch, args![filters]) }
 }
 
 /// One resize: its tables, and its images between the passes, f32.
 pub struct Passes {
     upsampler: Upsampler,
     eight_bit: bool,
+    fixed_point: bool,
     rows: Table,
     columns: Table,
     /// Of rows and columns.
@@ -111,18 +140,18 @@ impl Passes {
         let fixed_point = eight_bit && upsampler != Upsampler::BicubicTorch;
         let sharpens = matches!(upsampler, Upsampler::BicubicGaussian | Upsampler::BicubicEdge);
         let image = |h: usize, w: usize| Tensor::uninit(device, &[n, h, w, c], DType::F32);
-        let table = |kind, sizes, fixed_point| Table::uninit(device, kind, sizes, fixed_point);
+        let table = |kind, sizes| Table::uninit(device, kind, sizes);
         let kind = FilterKind::of(upsampler);
         Ok(Passes {
             upsampler,
             eight_bit,
-            rows: table(kind, [h, to_h], fixed_point)?,
-            columns: table(kind, [w, to_w], fixed_point)?,
+            fixed_point,
+            rows: table(kind, [h, to_h])?,
+            columns: table(kind, [w, to_w])?,
             gaussian: match upsampler {
-                Upsampler::BicubicGaussian => Some([
-                    table(FilterKind::Gaussian, [to_h; 2], false)?,
-                    table(FilterKind::Gaussian, [to_w; 2], false)?,
-                ]),
+                Upsampler::BicubicGaussian => {
+                    Some([table(FilterKind::Gaussian, [to_h; 2])?, table(FilterKind::Gaussian, [to_w; 2])?])
+                }
                 _ => None,
             },
             levels: if eight_bit { Some(image(h, w)?) } else { None },
@@ -143,7 +172,7 @@ impl Passes {
             Upsampler::BicubicEdge => 1,
         };
         let passes = if self.eight_bit { 4 + sharpening } else { 2 + sharpening };
-        passes + self.tables().count() as u64
+        1 + passes
     }
 
     fn tables(&self) -> impl Iterator<Item = &Table> {
@@ -151,7 +180,7 @@ impl Passes {
     }
 
     pub fn resize(&self, device: &CudaDevice, x: &Tensor, finish: Finish, y: &mut Tensor) -> Result<()> {
-        self.tables().try_for_each(|table| table.compute(device))?;
+        compute(device, self.tables(), self.fixed_point)?;
         horizontal(device, "resize_horizontal", x, &self.columns, &self.narrow)?;
         match (self.upsampler, &self.wide, &self.sharpened, &self.gaussian) {
             (Upsampler::BicubicGaussian, Some(wide), Some(sharpened), Some([rows, columns])) => {
@@ -169,7 +198,7 @@ impl Passes {
 
     pub fn resize_u8(&self, device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let (Some(levels), Some(wide)) = (&self.levels, &self.wide) else { unreachable!("allocated for 8 bits") };
-        self.tables().try_for_each(|table| table.compute(device))?;
+        compute(device, self.tables(), self.fixed_point)?;
         pointwise(device, &entry("resize_levels", x.dtype()), x, levels)?;
         if self.upsampler == Upsampler::BicubicTorch {
             horizontal(device, "resize_horizontal", levels, &self.columns, &self.narrow)?;
@@ -202,24 +231,36 @@ fn over_rows(y: &Tensor) -> Result<Launch> {
 }
 
 fn horizontal(device: &CudaDevice, name: &str, x: &Tensor, table: &Table, y: &Tensor) -> Result<()> {
-    let ([_, _, from, c], [_, _, to, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
+    let ([n, h, from, c], [_, _, to, _]) = (x.dims("resize", "x")?, y.dims("resize", "y")?);
     let (taps, from) = (int("resize", "taps", table.taps)?, int("resize", "W", from)?);
-    let (entry, launch) = (entry(name, x.dtype()), over_rows(y)?);
+    let row = int("resize", "width * channels", to * c)? as usize;
+    let launch = Launch::grid([(n * h).div_ceil(ROWS), row.div_ceil(THREADS), 1]).block(THREADS);
+    let entry = entry(name, x.dtype());
     // SAFETY: arguments as the entry has them; the table names columns of x for every column of y.
     unsafe {
         device.launch(
             "resize",
             &entry,
             launch,
-            args![y.cuda(), x.cuda(), table.words.cuda(), taps, from, to as i32, c as i32],
+            args![y.cuda(), x.cuda(), table.words.cuda(), taps, (n * h) as i64, from, to as i32, c as i32],
         )
     }
+}
+
+/// A row of y a block, vectors or elements of it a thread.
+fn along_rows(x: &Tensor, noise: Option<&Tensor>, y: &Tensor) -> Result<(Launch, bool)> {
+    let [n, h, w, c] = y.dims("resize", "y")?;
+    let row = int("resize", "width * channels", w * c)? as usize;
+    let vector = row.is_multiple_of(VECTOR) && [Some(x), noise, Some(y)].into_iter().flatten().all(aligned);
+    let threads = if vector { row / VECTOR } else { row };
+    Ok((Launch::grid([n * h, threads.div_ceil(THREADS), 1]).block(THREADS), vector))
 }
 
 fn vertical(device: &CudaDevice, x: &Tensor, table: &Table, finish: Finish, y: &Tensor) -> Result<()> {
     let ([_, from, ..], [_, to, w, c]) = (x.dims::<4>("resize", "x")?, y.dims::<4>("resize", "y")?);
     let (taps, from, to) = (int("resize", "taps", table.taps)?, int("resize", "H", from)?, int("resize", "H", to)?);
-    let (entry, launch) = (entry("resize_vertical", y.dtype()), over_rows(y)?);
+    let (launch, vector) = along_rows(x, finish.noise.map(|noise| noise.noise), y)?;
+    let entry = entry("resize_vertical", y.dtype());
     let (noise, signal, sigma) = finish.noise();
     // SAFETY: arguments as the entry has them; the table names rows of x for every row of y; the noise has y's shape.
     unsafe {
@@ -239,7 +280,8 @@ fn vertical(device: &CudaDevice, x: &Tensor, table: &Table, finish: Finish, y: &
                 finish.high,
                 noise,
                 signal,
-                sigma
+                sigma,
+                i32::from(vector)
             ],
         )
     }
@@ -248,14 +290,14 @@ fn vertical(device: &CudaDevice, x: &Tensor, table: &Table, finish: Finish, y: &
 fn fixed_vertical(device: &CudaDevice, x: &Tensor, table: &Table, y: &Tensor) -> Result<()> {
     let ([_, from, ..], [_, to, w, c]) = (x.dims::<4>("resize", "x")?, y.dims::<4>("resize", "y")?);
     let (taps, from, to) = (int("resize", "taps", table.taps)?, int("resize", "H", from)?, int("resize", "H", to)?);
-    let (entry, launch) = ("resize_fixed_vertical_f32", over_rows(y)?);
+    let (launch, vector) = along_rows(x, None, y)?;
     // SAFETY: arguments as the entry has them; the table names rows of x for every row of y.
     unsafe {
         device.launch(
             "resize",
-            entry,
+            "resize_fixed_vertical_f32",
             launch,
-            args![y.cuda(), x.cuda(), table.words.cuda(), taps, from, to, (w * c) as i32],
+            args![y.cuda(), x.cuda(), table.words.cuda(), taps, from, to, (w * c) as i32, i32::from(vector)],
         )
     }
 }
