@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -214,11 +215,17 @@ impl Card {
              /// The portable ones first, each kind sorted by name.\n\
              pub static KERNELS: &[KernelFile] = &[\n",
         );
+        let mut images = String::new();
         for source in &self.sources {
             let (name, isa) = (&source.name, source.isa());
             let image = match self.nvcc {
                 Ok(_) if source.archs(&self.archs).is_empty() => "None".to_owned(),
-                Ok(_) => format!("Some(include_bytes!(concat!(env!(\"OUT_DIR\"), \"/card/{name}.fatbin\")))"),
+                Ok(_) => {
+                    let (symbol, item) = embedded(name, &fat_binary(out, source))?;
+                    images += &item;
+                    // SAFETY, of the generated code: the symbol has as many bytes, which nothing writes.
+                    format!("Some(unsafe {{ &{symbol} }})")
+                }
                 Err(_) => "Some(b\"built without nvcc\")".to_owned(),
             };
             let parameters: Vec<(String, usize)> = self.parameters(out, source)?.into_iter().collect();
@@ -229,6 +236,34 @@ impl Card {
         }
         let built = self.nvcc.is_ok();
         let _ = writeln!(text, "];\n\n/// Whether there was an nvcc.\npub const BUILT: bool = {built};");
+        text += &images;
         Ok(text)
     }
+}
+
+/// A file as a symbol that the assembler puts into the program, and the Rust that says so. The compiler does not see the
+/// bytes: as `include_bytes!` megabytes of them go through its optimiser after every change of a kernel. Nor does it see that
+/// they change, so their hash is part of the text.
+fn embedded(name: &str, file: &Path) -> Result<(String, String), String> {
+    let bytes = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let path = file.to_str().ok_or_else(|| format!("{} is not UTF-8", file.display()))?;
+    let path = path.replace('\\', "\\\\").replace('"', "\\\"");
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    let (length, hash) = (bytes.len(), hasher.finish());
+    let symbol = format!("MEGAFUSE_KERNELS_{}", name.replace(|c: char| !c.is_ascii_alphanumeric(), "_").to_uppercase());
+    let lines = [
+        "    .pushsection .rodata.megafuse_kernels, \"a\", %progbits".to_owned(),
+        "    .balign 16".to_owned(),
+        format!("    .globl {symbol}"),
+        format!("{symbol}:"),
+        format!("    .incbin \"{path}\""),
+        "    .popsection".to_owned(),
+    ];
+    let mut item = format!("\nstd::arch::global_asm!(\n    \"/* {hash:016x} */\",\n");
+    for line in lines {
+        let _ = writeln!(item, "    {line:?},");
+    }
+    let _ = write!(item, "    options(raw),\n);\nunsafe extern \"C\" {{\n    static {symbol}: [u8; {length}];\n}}\n");
+    Ok((symbol, item))
 }
