@@ -520,7 +520,7 @@ impl<'a> Weights<'a> {
             DType::F32 => self.fill_all(tensor.cpu_mut::<f32>(), sources, layout)?,
             DType::F16 => self.fill_all(tensor.cpu_mut::<f16>(), sources, layout)?,
             DType::BF16 => self.fill_all(tensor.cpu_mut::<bf16>(), sources, layout)?,
-            got @ DType::U32 => {
+            got @ (DType::U32 | DType::F8E4M3) => {
                 let (op, arg, want) = ("WeightStore", "dtype", "f32, f16 or bf16".into());
                 return Err(Error::Dtype { op, arg, got, want });
             }
