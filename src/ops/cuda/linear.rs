@@ -5,7 +5,7 @@ use crate::ops::{Activation, Linear};
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
-pub(super) const OP: &str = "linear";
+const OP: &str = "linear";
 
 /// `LinearArgs` of linear.cuh.
 #[derive(Clone, Copy)]
@@ -68,8 +68,10 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
     let chunks = wide.x && wide.weight;
     let arguments = LinearArgs::new(OP, args, [m, n, k], &wide, y)?;
     let asked = variants::asked(OP)?;
-    if linear_sm90::takes(device, args, [m, n, k], y) && asked.is_none_or(linear_sm90::is_one) {
-        return linear_sm90::linear(device, args, [m, n, k], arguments, asked, y);
+    let hopper = &linear_sm90::LINEAR;
+    if hopper.takes(device, args, [m, n, k], y) && asked.is_none_or(|name| hopper.has(name)) {
+        // SAFETY: the arguments were made of the same operands, whose shapes were checked.
+        return unsafe { hopper.launch(device, args, [m, n, k], arguments, asked, y) };
     }
     let tile = tiles::pick(&Product { op: OP, dtype, size: [m, columns, k], chunks, card: Card::of(device) })?;
     let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());

@@ -2,7 +2,8 @@
 
 use super::linear::LinearArgs;
 use super::tiles::{self, Wide};
-use super::{aligned, entry, int};
+use super::variants::{self, Variant};
+use super::{aligned, entry, int, linear_sm90};
 use crate::error::Result;
 use crate::ops::{Linear, LinearFp8};
 use crate::runtime::Tensor;
@@ -41,6 +42,10 @@ struct LinearFp8Args {
     weight_scales: DevicePtr,
 }
 
+/// The kernel of every card.
+pub const PORTABLE: Variant =
+    Variant { name: "portable", reason: "any card, size and alignment: the codes become f16 on their way in" };
+
 /// `[m, n, k]`: rows and columns of y, terms of a sum.
 pub fn linear_fp8(device: &CudaDevice, args: &LinearFp8, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
     let LinearFp8 { x, weight, bias, activation, residual, dtype } = *args;
@@ -58,6 +63,13 @@ pub fn linear_fp8(device: &CudaDevice, args: &LinearFp8, [m, n, k]: [usize; 3], 
         x_scales: x.scales().cuda(),
         weight_scales: weight.scales().cuda(),
     };
+    let hopper = &linear_sm90::LINEAR_FP8;
+    let asked = variants::asked(OP)?;
+    let scales_aligned = aligned(weight.scales());
+    if scales_aligned && hopper.takes(device, &codes, [m, n, k], y) && asked.is_none_or(|name| hopper.has(name)) {
+        // SAFETY: the arguments were made of the same operands, whose shapes were checked.
+        return unsafe { hopper.launch(device, &codes, [m, n, k], arguments, asked, y) };
+    }
     let tile = tiles::general();
     let launch =
         Launch::grid([tile.blocks(m, codes.weight.shape()[0]), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
