@@ -486,7 +486,7 @@ impl Tensor {
         }
     }
 
-    fn cpu_bytes(&self) -> &[u8] {
+    pub(crate) fn cpu_bytes(&self) -> &[u8] {
         let size = self.dtype.size_bytes();
         match &*self.storage {
             Storage::Cpu { data, .. } => &data.as_bytes()[self.offset * size..][..self.numel() * size],
