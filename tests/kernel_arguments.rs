@@ -89,13 +89,18 @@ fn struct_of_kernels(text: &str, name: &str) -> Vec<Field> {
             return fields;
         }
         let Some(line) = line.strip_suffix(';') else { continue };
-        let split = line.find(|c: char| c == '*' || c == ' ' && !line.starts_with("const")).or_else(|| line.find('*'));
+        // `const T* a, b`, `int m, n`, `Other<T> c`
+        let ends = |c: char| c == '*' || c == ' ' && !line.starts_with("const") && !line.contains('<');
+        let split = line.find("> ").or_else(|| line.find(ends)).or_else(|| line.find('*'));
         let (kind, names) = line.split_at(split.unwrap_or_else(|| panic!("struct {name}: cannot read {line:?}")) + 1);
         let kind = match kind.trim() {
             "int" => "i32",
             "float" => "f32",
             pointer if pointer.ends_with('*') => "DevicePtr",
-            other => panic!("struct {name}: {other} has no counterpart here"),
+            other => match other.split_once('<') {
+                Some((of_kernels, _)) => of_kernels,
+                None => panic!("struct {name}: {other} has no counterpart here"),
+            },
         };
         for field in names.split(',').map(str::trim) {
             let (name, count) = match field.strip_suffix(']').and_then(|field| field.split_once('[')) {

@@ -3,10 +3,20 @@
 #include "gemm.cuh"
 #include "linear.cuh"
 
+// What a sum is multiplied by: nothing, or the scales of its rows of x and of weight.
+struct NoScales {};
+struct RowScales {
+    const float* x;
+    const float* weight;
+};
+DEVICE float scaled(NoScales, int, int64_t, float sum) { return sum; }
+DEVICE float scaled(RowScales scales, int m, int64_t column, float sum) {
+    return sum * scales.x[m] * scales.weight[column];
+}
+
 // kSpan: columns of C per output, 2 for GEGLU.
-template <class Tile, int kSpan>
-DEVICE void store_linear(const LinearArgs<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m0, int n0) {
-    using T = typename Tile::T;
+template <class Tile, int kSpan, class T, class In, class Scales>
+DEVICE void store_linear(const LinearArgs<T, In>& o, Scales scales, const float (&rows)[16][Tile::kPitch], int m0, int n0) {
     constexpr int kCount = Chunk<T>::kCount, kAcross = Tile::kWarpN / (kCount * kSpan);
     const int outputs = o.columns / kSpan;
     for (int item = lane_index(); item < 16 * kAcross; item += 32) {
@@ -18,7 +28,7 @@ DEVICE void store_linear(const LinearArgs<typename Tile::T>& o, const float (&ro
             if (GUARD(m < o.m) && GUARD(n < outputs)) {
                 float v[kCount * kSpan];
                 UNROLL
-                for (int e = 0; e < kCount * kSpan; e++) v[e] = sums[e];
+                for (int e = 0; e < kCount * kSpan; e++) v[e] = scaled(scales, m, int64_t(n) * kSpan + e, sums[e]);
                 if (o.bias != nullptr) {
                     UNROLL
                     for (int part = 0; part < kSpan; part++) {
@@ -49,9 +59,11 @@ DEVICE void store_linear(const LinearArgs<typename Tile::T>& o, const float (&ro
             for (int e = 0; e < kCount; e++) {
                 if (GUARD(m < o.m) && GUARD(n + e < outputs)) {
                     const int64_t c = int64_t(n + e) * kSpan;
-                    float v = sums[e * kSpan] + (o.bias != nullptr ? to_f32(o.bias[c]) : 0.0f);
+                    const float sum = scaled(scales, m, c, sums[e * kSpan]);
+                    float v = sum + (o.bias != nullptr ? to_f32(o.bias[c]) : 0.0f);
                     if constexpr (kSpan == 2) {
-                        v *= gelu_for<T>(sums[e * kSpan + 1] + (o.bias != nullptr ? to_f32(o.bias[c + 1]) : 0.0f));
+                        const float gate = scaled(scales, m, c + 1, sums[e * kSpan + 1]);
+                        v *= gelu_for<T>(gate + (o.bias != nullptr ? to_f32(o.bias[c + 1]) : 0.0f));
                     } else {
                         v = activate<T>(o.activation, v);
                     }
@@ -66,8 +78,8 @@ DEVICE void store_linear(const LinearArgs<typename Tile::T>& o, const float (&ro
 template <class Tile>
 DEVICE void store(const LinearArgs<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m, int n) {
     if (o.activation == kGeglu) {
-        store_linear<Tile, 2>(o, rows, m, n);
+        store_linear<Tile, 2>(o, NoScales{}, rows, m, n);
     } else {
-        store_linear<Tile, 1>(o, rows, m, n);
+        store_linear<Tile, 1>(o, NoScales{}, rows, m, n);
     }
 }

@@ -238,8 +238,8 @@ using Sums = typename SumsOf<Tile, sizeof(typename Tile::T) == 2>::Type;
 
 // ---- the loop over K ----
 
-template <class Tile, class RowsA>
-DEVICE void load_slices(RowsA& a, DenseRows<typename Tile::T>& b, typename Tile::Slices& to) {
+template <class Tile, class RowsA, class RowsB>
+DEVICE void load_slices(RowsA& a, RowsB& b, typename Tile::Slices& to) {
     if constexpr (Tile::kGeneral) {
         if (a.wide) {
             Chunk<typename Tile::T> chunks[Tile::kRowsA];
@@ -262,8 +262,8 @@ DEVICE void load_slices(RowsA& a, DenseRows<typename Tile::T>& b, typename Tile:
 }
 
 // The sums over `slices` slices of K. Afterwards shared memory may still be read by other warps.
-template <class Tile, class RowsA>
-DEVICE void product(Sums<Tile>& sums, typename Tile::Shared& s, RowsA& a, DenseRows<typename Tile::T>& b, int slices) {
+template <class Tile, class RowsA, class RowsB>
+DEVICE void product(Sums<Tile>& sums, typename Tile::Shared& s, RowsA& a, RowsB& b, int slices) {
     constexpr int kAhead = Tile::kStages - 1;
     for (int i = 0; i < kAhead; i++) {
         if (i < slices) load_slices<Tile>(a, b, s.ring[i]);

@@ -12,12 +12,13 @@ enum LinearActivation { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
 // Bits of `wide`: these rows are whole aligned chunks.
 enum LinearWide { kWideX = 1, kWideWeight = 2, kWideOutput = 4 };
 
-// The kernels' parameter, as src/ops/cuda/linear.rs has it; tests/kernel_arguments.rs compares the two.
-template <class T>
+// The kernels' parameter, as src/ops/cuda/linear.rs has it; tests/kernel_arguments.rs compares the two. `In`: of x and
+// weight, where it is not T.
+template <class T, class In = T>
 struct LinearArgs {
     T* y;
-    const T* x;
-    const T* weight;
+    const In* x;
+    const In* weight;
     const T* bias;
     const T* residual;
     int m;        // rows of x and y

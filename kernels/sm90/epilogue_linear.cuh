@@ -57,7 +57,7 @@ struct LinearEpilogue {
     uint32_t parity;
     const TensorMap* y;
     const TensorMap* residual;
-    const LinearArgs<T>& args;
+    const LinearArgs<T, typename Tile::In>& args;
     int lane;
     Pair<T> bias[Tile::kN / 8];  // of columns 8 j + 2 (lane % 4) and the next
 };

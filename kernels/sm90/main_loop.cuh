@@ -1,8 +1,8 @@
 // main_loop.cuh: the matrix product of Hopper's kernels: C[M, N] = A[M, K] B[N, K]^T, sums in f32, by TMA and wgmma.
 //
 // A block is a producer warpgroup and one or two consumer warpgroups. One thread of the producer fills a ring of stages,
-// each a slice (64 of k, 128 bytes a row) of A and of B, by TMA in the 128-byte swizzle; the consumers multiply out of it
-// by wgmma. Blocks are persistent: each does every gridDim.x-th tile.
+// each a slice (128 bytes a row: 64 of k, 128 of 8-bit floats) of A and of B, by TMA in the 128-byte swizzle; the consumers
+// multiply out of it by wgmma. Blocks are persistent: each does every gridDim.x-th tile.
 //   cooperative  the consumers take each a part of a tile's rows
 //   ping-pong    each takes a tile of its own: one multiplies while the other writes out
 // An mbarrier a stage says `full` (all bytes are there), another `empty` (every consumer warp has read it).
@@ -17,11 +17,12 @@
 //       load_b(problem, void* to, uint64_t* full, Place, int slice)                  Tile::kBytesB
 //   Epilogue: one per warp; all its lanes call together
 //       begin(epilogue, Place, int row)               the first slice is being multiplied: operands of the end
-//       finish(epilogue, const Sums<Tile>&, Place, int row)   row: of C, the first of the warp's 16; and 64 i further
+//       finish(epilogue, Sums<Tile>&, Place, int row)   row: of C, the first of the warp's 16; and 64 i further
 //       end(epilogue)                                 after the last tile
 //
 // An element's sum runs over k in ascending order, 16 at a time inside wgmma, whatever the tile: every variant gives the
 // same bits, and a row's sums do not depend on the other rows. mma.sync (common/gemm.cuh) adds in another order.
+// Of 8-bit floats wgmma's own sums keep some 14 bits. They are made of a slice each, and added up in f32.
 #pragma once
 #include "common/hopper.cuh"
 #include "common/wgmma.cuh"
@@ -41,23 +42,25 @@ DEVICE Place banded(int tile, int tiles_m, int tiles_n, int rows, int columns) {
     return {(band * kDown + within % down) * rows, within / down * columns};
 }
 
-// The shape of a block's work. kBlocksPerSm: how many the registers must leave room for.
-template <class T_, int kM_, int kN_, int kStages_, Schedule kSchedule_, int kConsumers_, int kBlocksPerSm_>
+// The shape of a block's work. kBlocksPerSm: how many the registers must leave room for. In: of A and B, if not T.
+template <class T_, int kM_, int kN_, int kStages_, Schedule kSchedule_, int kConsumers_, int kBlocksPerSm_, class In_ = T_>
 struct WgmmaTile {
     using T = T_;
+    using In = In_;
     static constexpr int kM = kM_, kN = kN_, kStages = kStages_, kConsumers = kConsumers_, kBlocksPerSm = kBlocksPerSm_;
     static constexpr bool kTurns = kSchedule_ == kPingPong;
-    static constexpr int kSlice = 64;
+    static constexpr bool kPromoted = sizeof(In) == 1;
+    static constexpr int kSlice = 128 / sizeof(In);
     static constexpr int kThreads = 128 * (1 + kConsumers), kWarps = 4 * kConsumers;
     static constexpr int kConsumerM = kTurns ? kM : kM / kConsumers;  // rows of a consumer's part
     static constexpr int kParts = kConsumerM / 64;                    // of 64 rows, what one wgmma makes
-    static constexpr int kBytesA = kM * kSlice * 2, kBytesB = kN * kSlice * 2;
+    static constexpr int kBytesA = kM * 128, kBytesB = kN * 128;
     static_assert(sizeof(T) == 2 && kConsumerM % 64 == 0 && kN % 8 == 0 && kN <= 256 && kM <= 256);
-    static_assert(!kTurns || kConsumers == 2);
+    static_assert(!kTurns || (kConsumers == 2 && !kPromoted));
 
     struct alignas(1024) Stage {
-        T a[kM * kSlice];
-        T b[kN * kSlice];
+        In a[kM * kSlice];
+        In b[kN * kSlice];
     };
     struct Ring {
         Stage stages[kStages];
@@ -98,12 +101,17 @@ constexpr int kDescriptorUnit = 16;  // bytes
 // One slice, asynchronously.
 template <class Tile>
 DEVICE void multiply(Sums<Tile>& sums, uint32_t a, uint32_t b, bool accumulate) {
+    // 32 bytes of k at a time.
     UNROLL
-    for (int k = 0; k < Tile::kSlice / 16; k++) {
+    for (int k = 0; k < 4; k++) {
         UNROLL
         for (int i = 0; i < Tile::kParts; i++) {
-            wgmma<typename Tile::T, Tile::kN>(sums[i], descriptor(a + 2 * k + 512 * i), descriptor(b + 2 * k),
-                                              accumulate || k > 0);
+            const uint64_t of_a = descriptor(a + 2 * k + 512 * i), of_b = descriptor(b + 2 * k);
+            if constexpr (Tile::kPromoted) {
+                wgmma_e4m3<Tile::kN>(sums[i], of_a, of_b, accumulate || k > 0);
+            } else {
+                wgmma<typename Tile::T, Tile::kN>(sums[i], of_a, of_b, accumulate || k > 0);
+            }
         }
     }
 }
@@ -115,6 +123,16 @@ DEVICE void fence_sums(Sums<Tile>& sums) {
     for (int i = 0; i < Tile::kParts; i++) {
         UNROLL
         for (int j = 0; j < Tile::kN / 2; j++) fence_register(sums[i][j]);
+    }
+}
+
+// Adds to the sums, or begins them.
+template <class Tile>
+DEVICE void add(Sums<Tile>& sums, const Sums<Tile>& of_slice, bool first) {
+    UNROLL
+    for (int i = 0; i < Tile::kParts; i++) {
+        UNROLL
+        for (int j = 0; j < Tile::kN / 2; j++) sums[i][j] = first ? of_slice[i][j] : sums[i][j] + of_slice[i][j];
     }
 }
 
@@ -165,34 +183,51 @@ DEVICE void consume(typename Tile::Ring& ring, typename Tile::Barriers& bars, co
             turn ^= 1;
         }
         Sums<Tile> sums;
-        mbar_wait(&bars.full[at.stage], at.parity);
-        wgmma_fence();
-        multiply<Tile>(sums, a + at.stage * kUnits, b + at.stage * kUnits, false);
-        wgmma_commit();
-        begin(epilogue, place, place.m + first_row);
-        uint64_t* last = &bars.empty[at.stage];
-        advance(at);
-        for (int slice = 1; slice < problem.slices; slice++) {
+        if constexpr (Tile::kPromoted) {
+            Sums<Tile> of_slice;
+            for (int slice = 0; slice < problem.slices; slice++) {
+                mbar_wait(&bars.full[at.stage], at.parity);
+                wgmma_fence();
+                multiply<Tile>(of_slice, a + at.stage * kUnits, b + at.stage * kUnits, false);
+                wgmma_commit();
+                if (slice == 0) begin(epilogue, place, place.m + first_row);
+                wgmma_wait<0>();
+                fence_sums<Tile>(of_slice);
+                if (lane == 0) mbar_arrive(&bars.empty[at.stage]);
+                __syncwarp();
+                advance(at);
+                add<Tile>(sums, of_slice, slice == 0);
+            }
+        } else {
             mbar_wait(&bars.full[at.stage], at.parity);
             wgmma_fence();
-            multiply<Tile>(sums, a + at.stage * kUnits, b + at.stage * kUnits, true);
+            multiply<Tile>(sums, a + at.stage * kUnits, b + at.stage * kUnits, false);
             wgmma_commit();
-            // The slice before has been read.
-            wgmma_wait<1>();
+            begin(epilogue, place, place.m + first_row);
+            uint64_t* last = &bars.empty[at.stage];
+            advance(at);
+            for (int slice = 1; slice < problem.slices; slice++) {
+                mbar_wait(&bars.full[at.stage], at.parity);
+                wgmma_fence();
+                multiply<Tile>(sums, a + at.stage * kUnits, b + at.stage * kUnits, true);
+                wgmma_commit();
+                // The slice before has been read.
+                wgmma_wait<1>();
+                if (lane == 0) mbar_arrive(last);
+                __syncwarp();
+                last = &bars.empty[at.stage];
+                advance(at);
+            }
+            if constexpr (Tile::kTurns) {
+                // All products are on their way, so the other's come after them.
+                if (lane == 0) mbar_arrive(&bars.turn[consumer ^ 1]);
+                __syncwarp();
+            }
+            wgmma_wait<0>();
+            fence_sums<Tile>(sums);
             if (lane == 0) mbar_arrive(last);
             __syncwarp();
-            last = &bars.empty[at.stage];
-            advance(at);
         }
-        if constexpr (Tile::kTurns) {
-            // All products are on their way, so the other's come after them.
-            if (lane == 0) mbar_arrive(&bars.turn[consumer ^ 1]);
-            __syncwarp();
-        }
-        wgmma_wait<0>();
-        fence_sums<Tile>(sums);
-        if (lane == 0) mbar_arrive(last);
-        __syncwarp();
         finish(epilogue, sums, place, place.m + first_row);
     }
     end(epilogue);

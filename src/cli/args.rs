@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use megafuse::pipeline::{Size, Upsampler};
+use megafuse::pipeline::{Lora, Size, Upsampler};
 use megafuse::{DType, Error};
 
 use super::hub::HubArgs;
@@ -42,6 +42,8 @@ pub enum Command {
     Probe(ProbeArgs),
     /// Resize a picture with an upsampler of the relay
     Resize(ResizeArgs),
+    /// Write a model with its large linear layers in 8 bits and LoRAs merged
+    Quantize(QuantizeArgs),
     /// Compare every kernel on this machine's card with the cpu
     Check(CheckArgs),
     /// Time every kernel at the models' shapes, beside what the device can do at most
@@ -49,6 +51,33 @@ pub enum Command {
     /// Say what this program and machine can do, and what is missing
     Doctor,
 }
+
+#[derive(Args)]
+#[command(after_long_help = QUANTIZE_EXAMPLES)]
+pub struct QuantizeArgs {
+    /// Model directory, single file or ORG/NAME of the Hugging Face hub
+    #[arg(long, value_name = "MODEL", value_parser = values::path())]
+    pub model: PathBuf,
+
+    #[command(flatten)]
+    pub hub: HubArgs,
+
+    /// A LoRA to merge into the weights, where wanted with its weight: FILE:0.8 (default weight: 1)
+    #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = values::library::<Lora>)]
+    pub lora: Vec<Lora>,
+
+    /// The new model: a directory, or a name in .safetensors where the model is a single file; it must not exist
+    #[arg(short, long, value_name = "PATH", value_parser = values::path())]
+    pub output: PathBuf,
+}
+
+const QUANTIZE_EXAMPLES: &str = "\
+Examples:
+  megafuse quantize --model stable-diffusion-xl-base-1.0 --output sdxl-fp8
+  megafuse quantize --model my-tune.safetensors --lora style.safetensors:0.7 --output my-tune-fp8.safetensors
+  megafuse generate --model sdxl-fp8 --weights fp8 \"two red balls\"
+
+The new model takes less room on disk. Without --weights fp8 it runs in the usual dtype, with the rounded values.";
 
 #[derive(Args)]
 #[command(after_long_help = PROBE_EXAMPLES)]

@@ -181,7 +181,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 17] = [
+const SAME: [(&str, &str); 18] = [
     ("size", "size"),
     ("steps", "steps"),
     ("scheduler", "scheduler"),
@@ -192,6 +192,7 @@ const SAME: [(&str, &str); 17] = [
     ("seed", "seed"),
     ("rng", "rng"),
     ("dtype", "dtype"),
+    ("weights", "weights"),
     ("vae_dtype", "vae_dtype"),
     ("vae_partition", "vae_partition"),
     ("clip_skip", "clip_skip"),

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use megafuse::Result;
 use megafuse::pipeline::{HubName, HubNeed, HubObserver, HubSettings, fetch_model};
+use megafuse::{DType, Result};
 
-use super::args::ProbeArgs;
+use super::args::{ProbeArgs, QuantizeArgs};
 use super::console::say;
 use super::memory::bytes_text;
 use super::output;
@@ -69,6 +69,15 @@ pub fn resolve_for_plan(run: &mut RunArgs) -> Result<()> {
 pub fn resolve_for_probe(args: &mut ProbeArgs) -> Result<()> {
     let dtype = args.dtype;
     resolve(&mut args.model, &args.hub, || Ok(HubNeed::Weights(dtype)))
+}
+
+/// # Errors
+/// As [`fetch_model`].
+pub fn resolve_for_quantize(args: &mut QuantizeArgs) -> Result<()> {
+    let mut model = Some(args.model.clone());
+    resolve(&mut model, &args.hub, || Ok(HubNeed::Weights(DType::F16)))?;
+    args.model = model.unwrap_or_default();
+    Ok(())
 }
 
 /// A bar of bytes on a terminal, else a line at the beginning, at the end and every ten seconds.

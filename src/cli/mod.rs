@@ -21,6 +21,7 @@ mod picture_args;
 mod plan;
 mod probe;
 mod progress;
+mod quantize;
 mod resize;
 mod run_folder;
 mod safetensors_file;
@@ -131,6 +132,11 @@ fn run(cli: Cli) -> Result<()> {
             output::end_at_once_on_interrupt()?;
             hub::resolve_for_probe(&mut args)?;
             probe::run(&args)
+        }
+        Command::Quantize(mut args) => {
+            output::end_at_once_on_interrupt()?;
+            hub::resolve_for_quantize(&mut args)?;
+            quantize::run(&args)
         }
         Command::Resize(args) => {
             output::end_at_once_on_interrupt()?;

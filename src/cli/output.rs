@@ -24,6 +24,14 @@ static ADVICE: Mutex<&str> = Mutex::new("");
 /// Folders that this run has made, parents first.
 static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// A folder that an interrupt removes, with all that is in it.
+static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// From now on an interrupt removes this folder, with all that is in it.
+pub fn remove_on_interrupt(folder: PathBuf) {
+    *UNFINISHED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(folder);
+}
+
 /// From now on an interrupt also says this.
 pub fn advise_on_interrupt(advice: &'static str) {
     *ADVICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = advice;
@@ -41,6 +49,9 @@ pub fn end_at_once_on_interrupt() -> Result<()> {
         match WRITTEN.load(Ordering::Relaxed) {
             0 => say!("\ninterrupted; nothing was written{advice}"),
             files => say!("\ninterrupted; the {files} file(s) named above are complete{advice}"),
+        }
+        if let Some(folder) = UNFINISHED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take() {
+            let _ = fs::remove_dir_all(folder);
         }
         remove_made_folders();
         std::process::exit(i32::from(INTERRUPTED));

@@ -149,7 +149,7 @@ impl EncoderLayer {
         Ok(EncoderLayer {
             layer_norm1: LayerNorm::load(&w.at("layer_norm1"), c, eps)?,
             qkv: Linear {
-                weight: attention.stacked(&["q_proj.weight", "k_proj.weight", "v_proj.weight"], c, Some(c))?,
+                weight: attention.stacked(&["q_proj.weight", "k_proj.weight", "v_proj.weight"], c, Some(c))?.into(),
                 bias: Some(attention.stacked(&["q_proj.bias", "k_proj.bias", "v_proj.bias"], c, None)?),
             },
             out_proj: Linear::load(&attention.at("out_proj"), c, c)?,

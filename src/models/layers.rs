@@ -2,22 +2,49 @@
 
 use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, ConvNorm, Source, StepRows, Stripe};
+use crate::ops::{self, Activation, ConvNorm, LinearFp8, Quantized, Source, StepRows, Stripe};
 use crate::runtime::Tensor;
+
+/// A linear layer's weight `[N, K]`, in the dtype of the activations or in 8 bits.
+pub enum Matrix {
+    Plain(Tensor),
+    Fp8(Quantized),
+}
+
+impl Matrix {
+    /// N
+    pub fn rows(&self) -> usize {
+        match self {
+            Matrix::Plain(weight) => weight.shape()[0],
+            Matrix::Fp8(weight) => weight.shape()[0],
+        }
+    }
+}
+
+impl From<Tensor> for Matrix {
+    fn from(weight: Tensor) -> Matrix {
+        Matrix::Plain(weight)
+    }
+}
 
 /// `weight: [N, K]`, `bias: [N]` or none.
 pub struct Linear {
-    pub weight: Tensor,
+    pub weight: Matrix,
     pub bias: Option<Tensor>,
 }
 
 impl Linear {
     pub fn load(w: &Weights, n: usize, k: usize) -> Result<Linear> {
-        Ok(Linear { weight: w.matrix("weight", n, k)?, bias: Some(w.tensor("bias", &[n])?) })
+        Ok(Linear { weight: w.matrix("weight", n, k)?.into(), bias: Some(w.tensor("bias", &[n])?) })
     }
 
     pub fn load_without_bias(w: &Weights, n: usize, k: usize) -> Result<Linear> {
-        Ok(Linear { weight: w.matrix("weight", n, k)?, bias: None })
+        Ok(Linear { weight: w.matrix("weight", n, k)?.into(), bias: None })
+    }
+
+    /// A layer whose weight may be in 8 bits: one with many rows of input, step after step.
+    pub fn load_product(w: &Weights, n: usize, k: usize) -> Result<Linear> {
+        Ok(Linear { weight: w.product("weight", n, k)?, bias: Some(w.tensor("bias", &[n])?) })
     }
 
     /// `[..., K]` to `[..., N]`.
@@ -30,7 +57,14 @@ impl Linear {
     }
 
     pub fn fused(&self, x: &Tensor, activation: Activation, residual: Option<&Tensor>) -> Result<Tensor> {
-        ops::linear(ops::Linear { x, weight: &self.weight, bias: self.bias.as_ref(), activation, residual })
+        let bias = self.bias.as_ref();
+        match &self.weight {
+            Matrix::Plain(weight) => ops::linear(ops::Linear { x, weight, bias, activation, residual }),
+            Matrix::Fp8(weight) => {
+                let dtype = x.dtype();
+                ops::linear_fp8(LinearFp8 { x: &ops::quantize(x)?, weight, bias, activation, residual, dtype })
+            }
+        }
     }
 }
 
@@ -59,7 +93,7 @@ impl Conv2d {
     }
 
     /// "Same" padding, stride 1, nothing fused.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward<'a>(&'a self, x: impl Into<Source<'a>>) -> Result<Tensor> {
         ops::conv2d(self.args(x))
     }
 }

@@ -17,4 +17,4 @@ pub use foreign::Foreign;
 pub use single_file::{Family, SingleFile};
 pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
 pub use vae::{Partition, Vae, VaeConfig};
-pub use weights::{Part, Unused, WeightStore, Weights};
+pub use weights::{Part, Rewritten, Unused, WeightFormat, WeightStore, Weights, rewrite};

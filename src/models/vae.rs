@@ -442,7 +442,7 @@ impl PixelAttention {
         Ok(PixelAttention {
             group_norm: GroupNorm::load(&w.at("group_norm"), channels, groups, EPS)?,
             to_qkv: Linear {
-                weight: w.stacked(&weights.each_ref().map(String::as_str), channels, Some(channels))?,
+                weight: w.stacked(&weights.each_ref().map(String::as_str), channels, Some(channels))?.into(),
                 bias: Some(w.stacked(&biases.each_ref().map(String::as_str), channels, None)?),
             },
             to_out: Linear::load(&w.at(out), channels, channels)?,

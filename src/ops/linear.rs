@@ -2,7 +2,7 @@ use super::cpu::gemm::{self, Dense, Store};
 use super::cpu::{self, OutputRows, math};
 use super::{Activation, Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
-use crate::runtime::{Device, Element, OpKind, Work};
+use crate::runtime::{DType, Device, Element, OpKind, Work};
 
 const OP: &str = "linear";
 
@@ -35,46 +35,64 @@ impl<'a> Linear<'a> {
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
 /// which argument; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn linear(args: Linear) -> Result<Tensor> {
-    let Linear { x, weight, bias, activation, residual } = args;
+    let Linear { x, weight, bias, residual, .. } = args;
     float(OP, "x", x)?;
+    let [m, n, k] = check(OP, &args, x.dtype(), x.dtype())?;
+
+    let mut y = Tensor::uninit(x.device(), &output_shape(x, n), x.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => {
+            let flops = flops(&args, [m, n, k]);
+            let (macs, launches) = ((m * weight.shape()[0] * k) as u64, u64::from(y.numel() > 0));
+            let bytes = bytes_of(&[Some(x), Some(weight), bias, residual, Some(&y)]);
+            meta.record(OP, OpKind::Linear, y.shape(), Work { macs, flops, bytes, launches });
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => {
+            let epilogue = Epilogue::<T>::new(&args, None, n, &mut y);
+            gemm::matmul([m, weight.shape()[0], k], &Dense { x: x.cpu::<T>(), k }, weight.cpu::<T>(), &epilogue)
+        }),
+        Device::Cuda(card) => cuda::linear::linear(card, &args, [m, n, k], &mut y)?,
+    }
+    Ok(y)
+}
+
+/// `[m, n, k]`: rows of x and of y, columns of y, terms of a sum. `operands`: the dtype of x, which has been checked, and of
+/// weight; `others`: of the rest.
+pub(super) fn check(op: &'static str, args: &Linear, operands: DType, others: DType) -> Result<[usize; 3]> {
+    let Linear { x, weight, bias, activation, residual } = *args;
     let Some((&k, leading)) = x.shape().split_last() else {
-        return Err(Error::shape(OP, "x", x, "[..., K]"));
+        return Err(Error::shape(op, "x", x, "[..., K]"));
     };
-    let [weight_rows, _] = weight.dims(OP, "weight")?;
-    weight.expect(OP, "weight", &[weight_rows, k], x.dtype(), x.device())?;
+    let [weight_rows, _] = weight.dims(op, "weight")?;
+    weight.expect(op, "weight", &[weight_rows, k], operands, x.device())?;
     let n = match activation {
         Activation::Geglu if weight_rows % 2 != 0 => {
-            return Err(Error::shape(OP, "weight", weight, "an even number of rows: GEGLU's values and gates"));
+            return Err(Error::shape(op, "weight", weight, "an even number of rows: GEGLU's values and gates"));
         }
         Activation::Geglu => weight_rows / 2,
         _ => weight_rows,
     };
     if let Some(bias) = bias {
-        bias.expect(OP, "bias", &[weight_rows], x.dtype(), x.device())?;
+        bias.expect(op, "bias", &[weight_rows], others, x.device())?;
     }
-    let output_shape = [leading, &[n]].concat();
     if let Some(residual) = residual {
-        residual.expect(OP, "residual", &output_shape, x.dtype(), x.device())?;
+        residual.expect(op, "residual", &output_shape(x, n), others, x.device())?;
     }
+    Ok([leading.iter().product(), n, k])
+}
 
-    let mut y = Tensor::uninit(x.device(), &output_shape, x.dtype())?;
-    let m: usize = leading.iter().product();
-    let _timed = profile::scope(OP, y.shape());
-    match x.device() {
-        Device::Meta(meta) => {
-            let macs = (m * weight_rows * k) as u64;
-            let per_row = weight_rows as u64 * u64::from(bias.is_some())
-                + n as u64 * (activation_flops(activation) + u64::from(residual.is_some()));
-            let flops = 2 * macs + m as u64 * per_row;
-            let bytes = bytes_of(&[Some(x), Some(weight), bias, residual, Some(&y)]);
-            let launches = u64::from(y.numel() > 0);
-            meta.record(OP, OpKind::Linear, y.shape(), Work { macs, flops, bytes, launches });
-        }
-        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
-        Device::Cpu(_) => by_dtype!(x.dtype(), T => linear_cpu::<T>(&args, [m, n, k], &mut y)),
-        Device::Cuda(card) => cuda::linear::linear(card, &args, [m, n, k], &mut y)?,
-    }
-    Ok(y)
+pub(super) fn output_shape(x: &Tensor, n: usize) -> Vec<usize> {
+    let leading = &x.shape()[..x.shape().len() - 1];
+    [leading, &[n]].concat()
+}
+
+pub(super) fn flops(args: &Linear, [m, n, k]: [usize; 3]) -> u64 {
+    let weight_rows = args.weight.shape()[0];
+    let per_row = weight_rows as u64 * u64::from(args.bias.is_some())
+        + n as u64 * (activation_flops(args.activation) + u64::from(args.residual.is_some()));
+    2 * (m * weight_rows * k) as u64 + m as u64 * per_row
 }
 
 /// Flops per output element, counted by the formula with exp and erf as one each; GEGLU's includes the product.
@@ -87,15 +105,10 @@ pub(super) fn activation_flops(activation: Activation) -> u64 {
     }
 }
 
-fn linear_cpu<T: Element>(args: &Linear, [m, n, k]: [usize; 3], y: &mut Tensor) {
-    let bias = args.bias.map(cpu::to_f32::<T>);
-    let residual = args.residual.map(|r| r.cpu::<T>());
-    let weight_rows = args.weight.shape()[0];
-    let epilogue = Epilogue { bias, activation: args.activation, residual, n, y: OutputRows::new(y.cpu_mut::<T>(), n) };
-    gemm::matmul([m, weight_rows, k], &Dense { x: args.x.cpu::<T>(), k }, args.weight.cpu::<T>(), &epilogue);
-}
-
-struct Epilogue<'a, T> {
+/// From sums to the result on the cpu.
+pub(super) struct Epilogue<'a, T> {
+    /// Of the rows of x and of weight.
+    scales: Option<[&'a [f32]; 2]>,
     bias: Option<Vec<f32>>,
     activation: Activation,
     residual: Option<&'a [T]>,
@@ -103,8 +116,20 @@ struct Epilogue<'a, T> {
     y: OutputRows<'a, T>,
 }
 
+impl<'a, T: Element> Epilogue<'a, T> {
+    pub(super) fn new(args: &Linear<'a>, scales: Option<[&'a [f32]; 2]>, n: usize, y: &'a mut Tensor) -> Self {
+        let bias = args.bias.map(cpu::to_f32::<T>);
+        let residual = args.residual.map(|r| r.cpu::<T>());
+        Epilogue { scales, bias, activation: args.activation, residual, n, y: OutputRows::new(y.cpu_mut::<T>(), n) }
+    }
+}
+
 impl<T: Element> Store for Epilogue<'_, T> {
     fn store(&self, row: usize, column: usize, sums: &mut [f32]) {
+        if let Some([rows, columns]) = self.scales {
+            let of_columns = &columns[column..column + sums.len()];
+            sums.iter_mut().zip(of_columns).for_each(|(sum, scale)| *sum = *sum * rows[row] * scale);
+        }
         if let Some(bias) = &self.bias {
             math::add(sums, &bias[column..column + sums.len()]);
         }

@@ -22,6 +22,7 @@ mod cuda;
 mod elementwise;
 mod embedding;
 mod linear;
+mod linear_fp8;
 mod norm;
 #[doc(hidden)]
 pub mod peaks;
@@ -38,6 +39,7 @@ pub use cuda::variants::{Variant, all as variants, on_device as variants_on, wit
 pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use linear::{Linear, linear};
+pub use linear_fp8::{LinearFp8, Quantized, linear_fp8, quantize};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use resize::{RelayNoise, Upsampler, resize, resize_nearest, resize_u8};
 pub use rms_norm::{RmsNorm, rms_norm};
@@ -132,7 +134,7 @@ macro_rules! by_dtype {
                 type $T = half::bf16;
                 $body
             }
-            $crate::runtime::DType::U32 => unreachable!("checked: a float dtype"),
+            $crate::runtime::DType::U32 | $crate::runtime::DType::F8E4M3 => unreachable!("checked: a float dtype"),
         }
     };
 }

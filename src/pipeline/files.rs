@@ -96,16 +96,16 @@ impl std::str::FromStr for Lora {
 
 /// The files of a model, read part by part: configurations and weights when asked for.
 pub struct ModelFiles {
-    place: Place,
-    family: &'static FamilySpec,
+    pub(super) place: Place,
+    pub(super) family: &'static FamilySpec,
     loras: Vec<Lora>,
-    adapters: Adapters,
+    pub(super) adapters: Adapters,
     embeddings: Vec<TextualInversion>,
     /// Whose weights stand for those of the model's own VAE.
     vae: Option<PathBuf>,
 }
 
-enum Place {
+pub(super) enum Place {
     Directory(PathBuf),
     File(SingleFile),
     /// Path inside the model's directory, contents.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::models::Partition;
+use crate::models::{Partition, WeightFormat};
 use crate::names::named;
 use crate::runtime::{DType, Device};
 
@@ -12,6 +12,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// Of weights and activations.
     pub dtype: DType,
+    /// How the denoiser's large linear layers hold their weights.
+    pub weights: WeightFormat,
     /// Of the VAE. `None`: as `dtype`, but bf16 in place of f16 for models whose VAE leaves the range of f16
     /// (`force_upcast`).
     pub vae_dtype: Option<DType>,
@@ -21,7 +23,8 @@ pub struct LoadOptions {
 impl LoadOptions {
     /// Everything else is decided by what there is.
     pub fn new(device: Device, dtype: DType) -> LoadOptions {
-        LoadOptions { device, dtype, vae_dtype: None, memory: MemoryOptions::default() }
+        let (weights, memory) = (WeightFormat::Plain, MemoryOptions::default());
+        LoadOptions { device, dtype, weights, vae_dtype: None, memory }
     }
 }
 
@@ -31,7 +34,8 @@ impl LoadOptions {
     pub fn named(&self) -> Vec<(&'static str, &'static str)> {
         let dtype = self.vae_dtype.map(|dtype| ("vae_dtype", dtype.name()));
         let tiles = (self.memory.vae == VaePartition::Tiles).then_some(("vae_partition", VaePartition::Tiles.name()));
-        dtype.into_iter().chain(tiles).collect()
+        let weights = (self.weights != WeightFormat::Plain).then_some(("weights", self.weights.name()));
+        weights.into_iter().chain(dtype).chain(tiles).collect()
     }
 }
 

@@ -13,7 +13,7 @@ mod tensor;
 
 pub use cuda::{CudaDevice, CudaOptions};
 pub use device::{CpuDevice, Device};
-pub use dtype::{DType, Element};
+pub use dtype::{DType, Element, F8E4M3};
 pub use host_memory::{available_bytes, bytes_text, total_bytes};
 pub use meta::{MetaDevice, OpKind, OpRecord, Report, Work};
 pub use repeat::Repeated;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::cuda::{Buffer, DevicePtr};
-use super::{CpuDevice, CudaDevice, DType, Device, Element, MetaDevice};
+use super::{CpuDevice, CudaDevice, DType, Device, Element, F8E4M3, MetaDevice};
 use crate::error::{Error, Result};
 
 /// A dense, contiguous, row-major array on a device.
@@ -35,6 +35,7 @@ pub enum CpuData {
     F16(Vec<f16>),
     BF16(Vec<bf16>),
     U32(Vec<u32>),
+    F8E4M3(Vec<F8E4M3>),
 }
 
 impl CpuData {
@@ -44,6 +45,7 @@ impl CpuData {
             CpuData::F16(v) => bytemuck::cast_slice(v),
             CpuData::BF16(v) => bytemuck::cast_slice(v),
             CpuData::U32(v) => bytemuck::cast_slice(v),
+            CpuData::F8E4M3(v) => bytemuck::cast_slice(v),
         }
     }
 
@@ -53,6 +55,7 @@ impl CpuData {
             CpuData::F16(v) => bytemuck::cast_slice_mut(v),
             CpuData::BF16(v) => bytemuck::cast_slice_mut(v),
             CpuData::U32(v) => bytemuck::cast_slice_mut(v),
+            CpuData::F8E4M3(v) => bytemuck::cast_slice_mut(v),
         }
     }
 }
@@ -91,6 +94,7 @@ impl Tensor {
                     DType::F16 => CpuData::F16(allocate(cpu, count, shape, f16::from_f32(value))?),
                     DType::BF16 => CpuData::BF16(allocate(cpu, count, shape, bf16::from_f32(value))?),
                     DType::U32 => CpuData::U32(allocate(cpu, count, shape, 0)?),
+                    DType::F8E4M3 => CpuData::F8E4M3(allocate(cpu, count, shape, F8E4M3::from_f32(value))?),
                 };
                 cpu.added((count * dtype.size_bytes()) as u64);
                 Storage::Cpu { data, device: cpu.clone() }
@@ -153,6 +157,7 @@ impl Tensor {
                     DType::F16 => store(self.cpu_mut::<f16>(), values),
                     DType::BF16 => store(self.cpu_mut::<bf16>(), values),
                     DType::U32 => store(self.cpu_mut::<u32>(), values),
+                    DType::F8E4M3 => store(self.cpu_mut::<F8E4M3>(), values),
                 }
                 Ok(())
             }
@@ -163,6 +168,7 @@ impl Tensor {
                     DType::F16 => upload_as::<f16>(cuda, to, values),
                     DType::BF16 => upload_as::<bf16>(cuda, to, values),
                     DType::U32 => upload_as::<u32>(cuda, to, values),
+                    DType::F8E4M3 => upload_as::<F8E4M3>(cuda, to, values),
                 }
             }
         }
@@ -215,6 +221,7 @@ impl Tensor {
             DType::F16 => load(self.cpu::<f16>()),
             DType::BF16 => load(self.cpu::<bf16>()),
             DType::U32 => load(self.cpu::<u32>()),
+            DType::F8E4M3 => load(self.cpu::<F8E4M3>()),
         })
     }
 
@@ -479,7 +486,7 @@ impl Tensor {
         }
     }
 
-    fn cpu_bytes(&self) -> &[u8] {
+    pub(crate) fn cpu_bytes(&self) -> &[u8] {
         let size = self.dtype.size_bytes();
         match &*self.storage {
             Storage::Cpu { data, .. } => &data.as_bytes()[self.offset * size..][..self.numel() * size],

@@ -180,7 +180,11 @@ pub fn erf(x: f64) -> f64 {
 }
 
 pub fn linear(args: &Linear) -> Expected {
-    let (x, weight) = (f64s(args.x), f64s(args.weight));
+    linear_of(args, &f64s(args.x), &f64s(args.weight))
+}
+
+/// With these values for x and weight, of which only the shapes are asked.
+pub fn linear_of(args: &Linear, x: &[f64], weight: &[f64]) -> Expected {
     let (bias, residual) = (args.bias.map(f64s), args.residual.map(f64s));
     let (k, rows) = (args.weight.shape()[1], args.weight.shape()[0]);
     let m: usize = args.x.shape().split_last().unwrap().1.iter().product();

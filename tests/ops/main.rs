@@ -11,6 +11,7 @@ mod conformance_wgmma;
 mod conv;
 mod elementwise;
 mod linear;
+mod linear_fp8;
 mod norm;
 mod peaks;
 mod profile;

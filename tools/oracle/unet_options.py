@@ -5,7 +5,8 @@ of SDXL and of LCM among them.
 
 NAME/config.json and weights as diffusers writes them (f16, every one drawn), and expected.safetensors with input and
 output: sample [N, C, H, W], timestep [], prompt_embeds [N, L, 16], out, computed in f64; with added conditioning
-pooled_prompt_embeds [N, P] and time_ids [N, 6], with a guidance embedding guidance [1].
+pooled_prompt_embeds [N, P] and time_ids [N, 6], with a guidance embedding guidance [1]. Of some models out_fp8: the same with the linear layers
+of the transformers in 8-bit floats, weights and inputs, a scale per row; but for the keys and values of the text.
 """
 
 import json
@@ -60,6 +61,44 @@ OPTIONS = {
 }
 
 
+# These with out_fp8.
+IN_8_BITS = ["only-cross-attention", "text-time", "guidance-embedding"]
+
+
+def in_8_bits(rows):
+    """Rows [..., K] as 8-bit floats would hold them: scaled, in f32, so that the largest of a row is 448."""
+    rows = rows.float()
+    peak = rows.abs().amax(-1, keepdim=True)
+    codes = (rows * (448.0 / peak)).to(torch.float8_e4m3fn)
+    return codes.double() * (peak / 448.0).double()
+
+
+def product_in_8_bits(module):
+    """Lets a linear layer or a 1x1 convolution compute with weight and input in 8 bits."""
+    weight, pixels = module.weight.data, isinstance(module, torch.nn.Conv2d)
+    module.weight.data = in_8_bits(weight.flatten(1)).reshape(weight.shape)
+
+    def rounded(_, inputs):
+        x = inputs[0]
+        return (in_8_bits(x.movedim(1, -1)).movedim(-1, 1) if pixels else in_8_bits(x),)
+
+    module.register_forward_pre_hook(rounded)
+
+
+def to_8_bits(unet):
+    of_text = ("attn2.to_k", "attn2.to_v")
+    for name, module in unet.named_modules():
+        cross = name.endswith(of_text) or (module_of_cross(unet, name) and name.endswith(("attn1.to_k", "attn1.to_v")))
+        if "attentions." in name and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not cross:
+            product_in_8_bits(module)
+
+
+def module_of_cross(unet, name):
+    """Is this a part of a block whose first attention is to the text as well?"""
+    block = name.rsplit(".", 2)[0]
+    return name.count(".") > 2 and getattr(unet.get_submodule(block), "only_cross_attention", False)
+
+
 def main():
     torch.set_num_threads(1)
     for seed, (name, (overrides, (n, h, w))) in enumerate(OPTIONS.items()):
@@ -95,6 +134,14 @@ def main():
                 added_cond_kwargs=added,
             ).sample
         tensors |= {"out": out.float()}
+        if name in IN_8_BITS:
+            to_8_bits(unet)
+            with torch.no_grad():
+                out = unet(
+                    sample.double(), timestep, encoder_hidden_states=embeds.double(), timestep_cond=guidance,
+                    added_cond_kwargs=added,
+                ).sample
+            tensors |= {"out_fp8": out.float()}
         save_file(tensors, folder / "expected.safetensors")
 
 

@@ -72,6 +72,7 @@ struct GlobalEvent {
 struct GlobalCell {
     GlobalEvent write, atomic, read[2];
     uint8_t reads;
+    uint8_t written;  // a bit per byte of the last write: two threads may write neighbouring bytes
     bool has_write, has_atomic;
 };
 struct GlobalPage {
@@ -708,10 +709,12 @@ static void access_global(uintptr_t address, size_t bytes, const GlobalAccess& a
     for (uintptr_t g = address / kGranule; g <= last; g++) {
         GlobalCell& cell = page_of(s, g * kGranule).cell[g % (kPage / kGranule)];
         const char* what = a.kind == Access::Read ? "read after write" : "write after write";
+        const uintptr_t first = std::max(address, g * kGranule), end = std::min(address + bytes, (g + 1) * kGranule);
+        const uint8_t touched = uint8_t(((1u << (end - first)) - 1) << (first - g * kGranule));
         if (cell.has_atomic && a.kind != Access::Atomic && !ordered(cell.atomic)) {
             report_global(kind(cell.atomic, what), g * kGranule, a.agent, a.where, cell.atomic);
         }
-        if (cell.has_write) {
+        if (cell.has_write && (cell.written & touched)) {
             const GlobalEvent& w = cell.write;
             if (!ordered(w)) {
                 report_global(kind(w, what), g * kGranule, a.agent, a.where, w);
@@ -737,7 +740,10 @@ static void access_global(uintptr_t address, size_t bytes, const GlobalAccess& a
         }
         cell.reads = 0;
         cell.has_atomic = a.kind == Access::Atomic;
-        if (!cell.has_atomic) cell.has_write = true;
+        if (!cell.has_atomic) {
+            cell.has_write = true;
+            cell.written = touched;
+        }
         (cell.has_atomic ? cell.atomic : cell.write) = event;
     }
 }

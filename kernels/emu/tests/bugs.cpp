@@ -420,6 +420,17 @@ TEST(races_in_global_memory) {
     });
 }
 
+// Each thread writes a byte of its own, or with `shared` half of them one of another's.
+KERNEL(writes_bytes, 64, 1)(uint8_t* bytes, int shared) { bytes[shared ? threadIdx.x / 2 : threadIdx.x] = uint8_t(threadIdx.x); }
+REGISTER_KERNEL(writes_bytes)
+
+TEST(neighbouring_bytes_are_of_different_threads) {
+    Buffer<uint8_t> bytes(64);
+    CLEAN("writes_bytes", dim3(1), dim3(64), 0, bytes.data, 0);
+    for (size_t i = 0; i < 64; i++) CHECK(bytes[i] == i);
+    if (kRaceBuild) REPORTS(run("writes_bytes", dim3(1), dim3(64), 0, bytes.data, 1), "write after write of global memory");
+}
+
 KERNEL(loads_four, 32, 1)(const float* x, float4* y) {
     if (threadIdx.x == 0) *y = *reinterpret_cast<const float4*>(x);
 }

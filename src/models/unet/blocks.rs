@@ -1,7 +1,7 @@
 use super::config::{AttentionConfig, BlockConfig, MidBlockConfig};
 use super::{UnetConditioning, UnetConfig};
 use crate::error::{Error, Result};
-use crate::models::layers::{Conv2d, Downsample, GroupNorm, LayerNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
+use crate::models::layers::{Downsample, GroupNorm, LayerNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use crate::models::weights::Weights;
 use crate::ops::{self, Activation, Attention, Source, StepIndex};
 use crate::runtime::Tensor;
@@ -67,11 +67,11 @@ impl Loader<'_> {
 
     fn transformer(&mut self, w: &Weights, channels: usize, c: &AttentionConfig, resnet: usize) -> Result<Transformer> {
         let projection = |w: Weights| match self.config.use_linear_projection {
-            true => Linear::load(&w, channels, channels),
-            false => {
-                let Conv2d { weight, bias } = Conv2d::load(&w, channels, channels, 1)?;
-                Ok(Linear { weight: weight.reshape(&[channels, channels])?, bias: Some(bias) })
-            }
+            true => Linear::load_product(&w, channels, channels),
+            false => Ok(Linear {
+                weight: w.pixel_product("weight", channels, channels)?,
+                bias: Some(w.tensor("bias", &[channels])?),
+            }),
         };
         let (proj_in, proj_out) = (projection(w.at("proj_in"))?, projection(w.at("proj_out"))?);
         let norm = GroupNorm::load(&w.at("norm"), channels, self.config.norm_num_groups, 1e-6)?;
@@ -94,10 +94,10 @@ impl Loader<'_> {
             attn2: self.cross_attention(&w.at("attn2"), channels, c.heads)?,
             norm3: LayerNorm::load(&w.at("norm3"), channels, 1e-5)?,
             ff_in: Linear {
-                weight: net.geglu("weight", 4 * channels, Some(channels))?,
+                weight: net.geglu_product("weight", 4 * channels, channels)?,
                 bias: Some(net.geglu("bias", 4 * channels, None)?),
             },
-            ff_out: Linear::load(&w.at("ff.net.2"), channels, 4 * channels)?,
+            ff_out: Linear::load_product(&w.at("ff.net.2"), channels, 4 * channels)?,
         })
     }
 
@@ -105,8 +105,8 @@ impl Loader<'_> {
         let weight = w.stacked(&["to_k.weight", "to_v.weight"], channels, Some(self.config.cross_attention_dim))?;
         self.projections.to_kv.push(ToKv { weight, heads });
         Ok(CrossAttention {
-            to_q: Linear::load_without_bias(&w.at("to_q"), channels, channels)?,
-            to_out: Linear::load(&w.at("to_out.0"), channels, channels)?,
+            to_q: Linear { weight: w.at("to_q").product("weight", channels, channels)?, bias: None },
+            to_out: Linear::load_product(&w.at("to_out.0"), channels, channels)?,
             kv: self.projections.to_kv.len() - 1,
             heads,
         })
@@ -303,8 +303,8 @@ struct SelfAttention {
 
 impl SelfAttention {
     fn load(w: &Weights, channels: usize, heads: usize) -> Result<SelfAttention> {
-        let weight = w.stacked(&["to_q.weight", "to_k.weight", "to_v.weight"], channels, Some(channels))?;
-        let to_out = Linear::load(&w.at("to_out.0"), channels, channels)?;
+        let weight = w.stacked_product(&["to_q.weight", "to_k.weight", "to_v.weight"], channels, channels)?;
+        let to_out = Linear::load_product(&w.at("to_out.0"), channels, channels)?;
         Ok(SelfAttention { to_qkv: Linear { weight, bias: None }, to_out, heads })
     }
 

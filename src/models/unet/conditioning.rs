@@ -2,7 +2,7 @@
 
 use super::{TIME_IDS, Unet, UnetConfig};
 use crate::error::{Error, Result};
-use crate::models::layers::Linear;
+use crate::models::layers::{Conv2d, Linear};
 use crate::models::weights::Weights;
 use crate::ops::{self, Activation, Source, StepIndex, StepRows, TimestepEmbedding};
 use crate::runtime::Tensor;
@@ -116,7 +116,8 @@ pub(super) struct TimeEmbedding {
 
 /// `add_embedding`: of the pooled text and the sizes.
 struct AddEmbedding {
-    linear_1: Linear, // [T, pooled_dim + TIME_IDS * time_id.dim]
+    /// A 1x1 convolution of two sources, so that pooled text and sinusoids lie side by side without a copy.
+    linear_1: Conv2d, // [T, 1, 1, pooled_dim + TIME_IDS * time_id.dim]
     linear_2: Linear, // [T, T]
 }
 
@@ -131,7 +132,15 @@ impl TimeEmbedding {
         let add_embedding = match &config.added {
             None => None,
             Some(config) => Some(AddEmbedding {
-                linear_1: Linear::load(&added.at("linear_1"), t, config.input_dim())?,
+                linear_1: Conv2d {
+                    weight: added.matrix("linear_1.weight", t, config.input_dim())?.reshape(&[
+                        t,
+                        1,
+                        1,
+                        config.input_dim(),
+                    ])?,
+                    bias: added.tensor("linear_1.bias", &[t])?,
+                },
                 linear_2: Linear::load(&added.at("linear_2"), t, t)?,
             }),
         };
@@ -148,12 +157,9 @@ impl AddEmbedding {
     /// `pooled: [R, P]`, `ids: [R, TIME_IDS * dim]` to `[R, T]`.
     fn forward(&self, pooled: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let ([r, p], [_, i]) = (pooled.dims("unet", "pooled")?, ids.dims("unet", "time_ids")?);
-        let t = self.linear_2.weight.shape()[0];
-        // As a 1x1 convolution of two sources, so that pooled text and sinusoids lie side by side without a copy.
+        let t = self.linear_2.weight.rows();
         let (pooled, ids) = (pooled.reshape(&[r, 1, 1, p])?, ids.reshape(&[r, 1, 1, i])?);
-        let weight = self.linear_1.weight.reshape(&[t, 1, 1, p + i])?;
-        let bias = self.linear_1.bias.as_ref();
-        let h = ops::conv2d(ops::Conv2d { bias, ..ops::Conv2d::new(Source::Two(&pooled, &ids), &weight) })?;
+        let h = self.linear_1.forward(Source::Two(&pooled, &ids))?;
         self.linear_2.forward(&ops::activation(&h.reshape(&[r, t])?, Activation::Silu)?)
     }
 }

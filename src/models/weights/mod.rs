@@ -7,6 +7,7 @@
 mod file;
 mod names;
 mod repack;
+mod rewrite;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,11 @@ use self::names::alike;
 pub(super) use self::names::unwrapped_names;
 pub(super) use self::repack::read_f32;
 use self::repack::{Layout, repack};
+pub use self::rewrite::{Rewritten, rewrite};
+use super::layers::Matrix;
 use crate::error::{Error, Result};
+use crate::names::named;
+use crate::ops::{self, Quantized};
 use crate::runtime::{DType, Device, Element, Tensor};
 
 /// A network of a model, by the folder that holds it in the layout of diffusers.
@@ -48,11 +53,24 @@ impl Part {
     }
 }
 
+/// How the weights of a denoiser's large linear layers are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// As everything else, in the dtype of the activations.
+    #[default]
+    Plain,
+    /// In 8-bit floats E4M3 with a scale per row; their inputs are brought into that form too (see
+    /// [`quantize`](ops::quantize)).
+    Fp8,
+}
+named!(WeightFormat, [Plain => "plain", Fp8 => "fp8"]);
+
 /// All tensors of one model. Every key is consumed exactly once: [`finish`](WeightStore::finish) reports what is left.
 #[derive(Debug)]
 pub struct WeightStore {
     device: Device,
     dtype: DType,
+    format: WeightFormat,
     /// The file, or the index of the shards: stands in errors about keys that no file holds.
     origin: PathBuf,
     /// `fp16` of `model.fp16.safetensors`.
@@ -69,6 +87,8 @@ pub struct WeightStore {
 struct Taken {
     keys: HashSet<String>,
     in_order: Vec<(String, Vec<usize>)>,
+    /// Weights that a layer takes in the store's format.
+    products: HashSet<String>,
     /// Of a survey.
     missing: Vec<(String, Vec<usize>)>,
 }
@@ -151,7 +171,8 @@ impl WeightStore {
         dtype: DType,
     ) -> WeightStore {
         let (device, taken) = (device.clone(), Mutex::default());
-        WeightStore { device, dtype, origin, variant: None, files, entries, survey: false, taken }
+        let format = WeightFormat::Plain;
+        WeightStore { device, dtype, format, origin, variant: None, files, entries, survey: false, taken }
     }
 
     fn open_sharded(index: PathBuf, device: &Device, dtype: DType) -> Result<WeightStore> {
@@ -238,6 +259,11 @@ impl WeightStore {
     /// Keys and checkpoint shapes asked for so far, in order.
     pub fn manifest(&self) -> Vec<(String, Vec<usize>)> {
         self.taken().in_order.clone()
+    }
+
+    /// Hands out the weights of linear layers in this form, where a layer is made for it.
+    pub fn with_format(self, format: WeightFormat) -> WeightStore {
+        WeightStore { format, ..self }
     }
 
     /// Of the tensors that it hands out.
@@ -484,11 +510,9 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// As [`tensor`](Weights::tensor).
     pub fn stacked(&self, names: &[&str], rows: usize, columns: Option<usize>) -> Result<Tensor> {
-        let shape = |rows: usize| [Some(rows), columns].into_iter().flatten().collect::<Vec<_>>();
-        let conv = [&shape(rows)[..], &[1, 1]].concat();
-        let also = columns.is_some().then_some(conv.as_slice());
-        let sources = names.iter().map(|name| self.take(name, &shape(rows), also)).collect::<Result<Vec<_>>>()?;
-        self.build(&shape(names.len() * rows), &sources, Layout::Same)
+        let sources = self.take_all(names, rows, columns)?;
+        let shape = [Some(names.len() * rows), columns].into_iter().flatten().collect::<Vec<_>>();
+        self.build(&shape, &sources, Layout::Same)
     }
 
     /// A GEGLU projection, `2 * n` rows `[values; gates]` in the file, as interleaved rows value 0, gate 0, value 1, ...:
@@ -500,6 +524,74 @@ impl<'a> Weights<'a> {
         let shape: Vec<usize> = [Some(2 * n), columns].into_iter().flatten().collect();
         let source = self.take(name, &shape, None)?;
         self.build(&shape, &[source], Layout::Interleaved { n, columns: columns.unwrap_or(1) })
+    }
+
+    /// As [`matrix`](Weights::matrix), for a layer that takes its weight in the store's [`WeightFormat`].
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn product(&self, name: &str, n: usize, k: usize) -> Result<Matrix> {
+        let source = self.take(name, &[n, k], Some(&[n, k, 1, 1]))?;
+        self.build_product(&[n, k], &[source], Layout::Same)
+    }
+
+    /// The same of a 1x1 conv, `[N, K, 1, 1]` in the file, or `[N, K]`.
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn pixel_product(&self, name: &str, n: usize, k: usize) -> Result<Matrix> {
+        let source = self.take(name, &[n, k, 1, 1], Some(&[n, k]))?;
+        self.build_product(&[n, k], &[source], Layout::Same)
+    }
+
+    /// As [`stacked`](Weights::stacked), in the store's [`WeightFormat`].
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn stacked_product(&self, names: &[&str], rows: usize, columns: usize) -> Result<Matrix> {
+        let sources = self.take_all(names, rows, Some(columns))?;
+        self.build_product(&[names.len() * rows, columns], &sources, Layout::Same)
+    }
+
+    /// As [`geglu`](Weights::geglu), in the store's [`WeightFormat`].
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn geglu_product(&self, name: &str, n: usize, columns: usize) -> Result<Matrix> {
+        let source = self.take(name, &[2 * n, columns], None)?;
+        self.build_product(&[2 * n, columns], &[source], Layout::Interleaved { n, columns })
+    }
+
+    fn take_all(
+        &self,
+        names: &[&str],
+        rows: usize,
+        columns: Option<usize>,
+    ) -> Result<Vec<(String, Option<&'a Entry>)>> {
+        let shape = [Some(rows), columns].into_iter().flatten().collect::<Vec<_>>();
+        let conv = [&shape[..], &[1, 1]].concat();
+        let also = columns.is_some().then_some(conv.as_slice());
+        names.iter().map(|name| self.take(name, &shape, also)).collect()
+    }
+
+    /// A weight in the store's form. In 8 bits it is rounded once, from f32.
+    fn build_product(&self, shape: &[usize], sources: &[(String, Option<&Entry>)], layout: Layout) -> Result<Matrix> {
+        let device = &self.store.device;
+        self.store.taken().products.extend(sources.iter().map(|(key, _)| key.clone()));
+        match (self.store.format, device) {
+            (WeightFormat::Plain, _) => Ok(Matrix::Plain(self.build(shape, sources, layout)?)),
+            (WeightFormat::Fp8, Device::Meta(_)) => {
+                let codes = Tensor::uninit(device, shape, DType::F8E4M3)?;
+                let scales = Tensor::uninit(device, &shape[..1], DType::F32)?;
+                Ok(Matrix::Fp8(Quantized::new(codes, scales)?))
+            }
+            (WeightFormat::Fp8, _) => {
+                let host = if let Device::Cpu(_) = device { device.clone() } else { Device::cpu() };
+                let mut weight = Tensor::uninit(&host, shape, DType::F32)?;
+                self.fill_all(weight.cpu_mut::<f32>(), sources, layout)?;
+                Ok(Matrix::Fp8(ops::quantize(&weight)?.to_device(device)?))
+            }
+        }
     }
 
     fn take(&self, name: &str, shape: &[usize], also: Option<&[usize]>) -> Result<(String, Option<&'a Entry>)> {
@@ -520,7 +612,7 @@ impl<'a> Weights<'a> {
             DType::F32 => self.fill_all(tensor.cpu_mut::<f32>(), sources, layout)?,
             DType::F16 => self.fill_all(tensor.cpu_mut::<f16>(), sources, layout)?,
             DType::BF16 => self.fill_all(tensor.cpu_mut::<bf16>(), sources, layout)?,
-            got @ DType::U32 => {
+            got @ (DType::U32 | DType::F8E4M3) => {
                 let (op, arg, want) = ("WeightStore", "dtype", "f32, f16 or bf16".into());
                 return Err(Error::Dtype { op, arg, got, want });
             }

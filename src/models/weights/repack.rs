@@ -117,7 +117,7 @@ fn out_of_range(bytes: &[u8], file_dtype: FileDtype, values: &[f32], dtype: DTyp
     let limit = match dtype {
         DType::F16 => 65520.0,
         DType::BF16 => f32::from_bits(0x7f7f_8000),
-        DType::F32 | DType::U32 => f32::INFINITY,
+        DType::F32 | DType::U32 | DType::F8E4M3 => f32::INFINITY,
     };
     let count = values.iter().filter(|value| value.abs() >= limit || value.is_nan()).count();
     if count == 0 {

@@ -13,14 +13,14 @@
 //! ```
 //! Functions of T in a [`simd!`] block: `pub fn name[T: Element](from: &[T]) { .. }`.
 
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
 use crate::ops::Activation;
-use crate::runtime::{DType, Element};
+use crate::runtime::{DType, Element, F8E4M3};
 
 /// Instruction set that the cpu ops use; a larger one can do all that a smaller one can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -273,6 +273,7 @@ pub fn load<T: Element>(to: &mut [f32], from: &[T]) {
         DType::F32 => to.copy_from_slice(bytemuck::cast_slice(from)),
         DType::F16 => bytemuck::cast_slice::<T, f16>(from).convert_to_f32_slice(to),
         DType::BF16 => load_bf16(to, bytemuck::cast_slice(from)),
+        DType::F8E4M3 => load_f8(to, bytemuck::cast_slice(from)),
         DType::U32 => unreachable!("a float dtype"),
     }
 }
@@ -283,8 +284,16 @@ pub fn store<T: Element>(to: &mut [T], from: &[f32]) {
         DType::F32 => bytemuck::cast_slice_mut(to).copy_from_slice(from),
         DType::F16 => bytemuck::cast_slice_mut::<T, f16>(to).convert_from_f32_slice(from),
         DType::BF16 => store_bf16(bytemuck::cast_slice_mut(to), from),
+        DType::F8E4M3 => to.iter_mut().zip(from).for_each(|(to, &from)| *to = T::from_f32(from)),
         DType::U32 => unreachable!("a float dtype"),
     }
+}
+
+/// All 256 values in a table: it stays in L1.
+fn load_f8(to: &mut [f32], from: &[F8E4M3]) {
+    static VALUES: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|code| F8E4M3(code as u8).to_f32()));
+    let values = &*VALUES;
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = values[usize::from(from.0)]);
 }
 
 /// `values += terms`; the slices have one length, `T` is a float type.

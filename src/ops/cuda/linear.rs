@@ -5,7 +5,7 @@ use crate::ops::{Activation, Linear};
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
-pub(super) const OP: &str = "linear";
+const OP: &str = "linear";
 
 /// `LinearArgs` of linear.cuh.
 #[derive(Clone, Copy)]
@@ -21,6 +21,24 @@ pub(super) struct LinearArgs {
     k: i32,
     activation: i32,
     wide: i32,
+}
+
+impl LinearArgs {
+    /// `[m, n, k]`: rows and columns of y, terms of a sum.
+    pub(super) fn new(op: &'static str, args: &Linear, [m, _, k]: [usize; 3], wide: &Wide, y: &Tensor) -> Result<Self> {
+        Ok(LinearArgs {
+            y: y.cuda(),
+            x: args.x.cuda(),
+            weight: args.weight.cuda(),
+            bias: DevicePtr::or_null(args.bias),
+            residual: DevicePtr::or_null(args.residual),
+            m: tiles::count(op, "rows of x", m)?,
+            columns: tiles::count(op, "rows of weight", args.weight.shape()[0])?,
+            k: tiles::count(op, "K", k)?,
+            activation: activation_number(args.activation),
+            wide: wide.bits(),
+        })
+    }
 }
 
 /// `LinearActivation` of linear.cuh.
@@ -48,21 +66,12 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
         output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
     };
     let chunks = wide.x && wide.weight;
-    let arguments = LinearArgs {
-        y: y.cuda(),
-        x: x.cuda(),
-        weight: weight.cuda(),
-        bias: DevicePtr::or_null(args.bias),
-        residual: DevicePtr::or_null(args.residual),
-        m: tiles::count(OP, "rows of x", m)?,
-        columns: tiles::count(OP, "rows of weight", columns)?,
-        k: tiles::count(OP, "K", k)?,
-        activation: activation_number(args.activation),
-        wide: wide.bits(),
-    };
+    let arguments = LinearArgs::new(OP, args, [m, n, k], &wide, y)?;
     let asked = variants::asked(OP)?;
-    if linear_sm90::takes(device, args, [m, n, k], y) && asked.is_none_or(linear_sm90::is_one) {
-        return linear_sm90::linear(device, args, [m, n, k], arguments, asked, y);
+    let hopper = &linear_sm90::LINEAR;
+    if hopper.takes(device, args, [m, n, k], y) && asked.is_none_or(|name| hopper.has(name)) {
+        // SAFETY: the arguments were made of the same operands, whose shapes were checked.
+        return unsafe { hopper.launch(device, args, [m, n, k], arguments, asked, y) };
     }
     let tile = tiles::pick(&Product { op: OP, dtype, size: [m, columns, k], chunks, card: Card::of(device) })?;
     let launch = Launch::grid([tile.blocks(m, columns), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());

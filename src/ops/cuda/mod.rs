@@ -5,6 +5,7 @@ pub mod conv;
 pub mod elementwise;
 pub mod embedding;
 pub mod linear;
+pub mod linear_fp8;
 pub mod linear_sm90;
 pub mod norm;
 pub mod peaks;

@@ -67,6 +67,11 @@ fn of_dtype(dtype: DType) -> &'static [Tile] {
     }
 }
 
+/// The tile of 16-bit operands that takes any alignment and any K.
+pub fn general() -> &'static Tile {
+    &TILES_16_BIT[5]
+}
+
 /// The tiles for operands of these dtypes.
 pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
     dtypes.iter().flat_map(|&dtype| of_dtype(dtype)).map(Tile::variant).collect()

@@ -11,14 +11,14 @@ use std::cell::Cell;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use super::{attention, linear_sm90, tiles};
+use super::{attention, linear_fp8, linear_sm90, tiles};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
 const VARIABLE: &str = "MEGAFUSE_KERNEL";
 
 /// The ops with a choice. `conv2d.splits` is a number: parts of a sum that different blocks make.
-const OPS: [&str; 4] = ["linear", "conv2d", "conv2d.splits", "attention"];
+const OPS: [&str; 5] = ["linear", "linear_fp8", "conv2d", "conv2d.splits", "attention"];
 
 /// A kernel that an op can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,7 @@ pub struct Variant {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Variants {
     linear: Option<&'static str>,
+    linear_fp8: Option<&'static str>,
     conv2d: Option<&'static str>,
     conv2d_splits: Option<usize>,
     attention: Option<&'static str>,
@@ -41,7 +42,8 @@ pub struct Variants {
 pub fn all(op: &str) -> Vec<Variant> {
     let mut found: Vec<Variant> = Vec::new();
     let known = match op {
-        "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::all()].concat(),
+        "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::LINEAR.all()].concat(),
+        "linear_fp8" => [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.all()].concat(),
         "conv2d" => tiles::variants(&[DType::BF16, DType::F32]),
         "attention" => attention::variants(&[DType::BF16, DType::F32]),
         _ => vec![],
@@ -58,7 +60,12 @@ pub fn all(op: &str) -> Vec<Variant> {
 /// of what the op does: heads up to a width, an activation.
 pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
     match (op, device) {
-        ("linear", Device::Cuda(card)) => [tiles::variants(&[dtype]), linear_sm90::variants(card, dtype)].concat(),
+        ("linear", Device::Cuda(card)) => {
+            [tiles::variants(&[dtype]), linear_sm90::LINEAR.variants(card, dtype)].concat()
+        }
+        ("linear_fp8", Device::Cuda(card)) => {
+            [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.variants(card, dtype)].concat()
+        }
         ("conv2d", Device::Cuda(_)) => tiles::variants(&[dtype]),
         ("attention", Device::Cuda(_)) => attention::variants(&[dtype]),
         _ => vec![],
@@ -82,6 +89,7 @@ impl FromStr for Variants {
             };
             match op {
                 "linear" => variants.linear = find()?,
+                "linear_fp8" => variants.linear_fp8 = find()?,
                 "conv2d" => variants.conv2d = find()?,
                 "attention" => variants.attention = find()?,
                 "conv2d.splits" => {
@@ -146,6 +154,7 @@ pub fn asked(op: &str) -> Result<Option<&'static str>> {
     let variants = current()?;
     Ok(match op {
         "linear" => variants.linear,
+        "linear_fp8" => variants.linear_fp8,
         "conv2d" => variants.conv2d,
         "attention" => variants.attention,
         _ => None,
@@ -174,8 +183,14 @@ mod tests {
         assert_eq!((variants.conv2d_splits, variants.attention), (Some(3), Some("d64_long")));
         assert_eq!("".parse::<Variants>().unwrap(), Variants::default());
         for (text, expected) in [
-            ("linear", "MEGAFUSE_KERNEL=linear: \"linear\" is not op=variant, with an op of linear, conv2d"),
-            ("gemm=64x64", "no op \"gemm\" with variants; there are linear, conv2d, conv2d.splits, attention"),
+            (
+                "linear",
+                "MEGAFUSE_KERNEL=linear: \"linear\" is not op=variant, with an op of linear, linear_fp8, conv2d",
+            ),
+            (
+                "gemm=64x64",
+                "no op \"gemm\" with variants; there are linear, linear_fp8, conv2d, conv2d.splits, attention",
+            ),
             (
                 "conv2d=64x65",
                 "conv2d has no variant \"64x65\"; it has 128x256, 128x128, 128x64, 64x128, 64x64, general",

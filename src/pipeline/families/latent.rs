@@ -167,9 +167,10 @@ pub fn check_fit(files: &ModelFiles, text: (&str, usize), unet: &UnetConfig, vae
 /// # Errors
 /// Those of the configuration.
 pub fn unet(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<(Arc<Resident<Unet>>, WeightReport)> {
-    let (_, report) = files.unet_of(files.outline("unet", &options.device, options.dtype)?)?;
+    let format = options.weights;
+    let (_, report) = files.unet_of(files.outline("unet", &options.device, options.dtype)?.with_format(format))?;
     let (files, device, dtype) = (files.clone(), options.device.clone(), options.dtype);
-    let load = move || Ok(files.unet(&device, dtype)?.0);
+    let load = move || Ok(files.unet_of(files.weights("unet", &device, dtype)?.with_format(format))?.0);
     Ok((Arc::new(Resident::new(Role::Network, load)), report))
 }
 
