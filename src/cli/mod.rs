@@ -83,7 +83,10 @@ fn parse() -> std::result::Result<Cli, Ending> {
         let takes_values = arg.get_action().takes_values();
         arg.allow_negative_numbers(takes_values)
     };
-    let mut command = Cli::command().mut_subcommands(|command| command.mut_args(takes_negative));
+    let of_command = |command: clap::Command| {
+        command.mut_args(takes_negative).mut_subcommands(|command| command.mut_args(takes_negative))
+    };
+    let mut command = Cli::command().mut_subcommands(of_command);
     let matches = command.try_get_matches_from_mut(std::env::args_os())?;
     match from::expanded(&matches)? {
         None => Ok(Cli::from_arg_matches(&matches)?),

@@ -1,6 +1,6 @@
 //! The ops at the shapes of the models, prepared on any device: what `megafuse bench` and benches/ops.rs time.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -14,7 +14,7 @@ use crate::runtime::{DType, Device, Tensor};
 
 /// One call of the op; what it returns is one of its results.
 pub type Call = Box<dyn Fn() -> Result<Tensor>>;
-pub type Prepare = Box<dyn Fn(&Device, DType) -> Result<Call>>;
+pub type Prepare = Box<dyn Fn(&Inputs) -> Result<Call>>;
 
 /// A call that can be prepared on any device.
 pub struct Case {
@@ -28,12 +28,7 @@ pub struct Case {
     pub prepare: Prepare,
 }
 
-fn case(
-    op: &'static str,
-    name: String,
-    shape: Value,
-    prepare: impl Fn(&Device, DType) -> Result<Call> + 'static,
-) -> Case {
+fn case(op: &'static str, name: String, shape: Value, prepare: impl Fn(&Inputs) -> Result<Call> + 'static) -> Case {
     Case { op, name: format!("{op} {name}"), shape, prepare: Box::new(prepare) }
 }
 
@@ -48,13 +43,52 @@ pub fn random(count: usize, seed: u64) -> Vec<f32> {
     (0..count).into_par_iter().map(value).collect()
 }
 
-/// [`random`] values on the device; none on the meta device.
-pub fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
-    match device {
-        Device::Meta(_) => Tensor::uninit(device, shape, dtype),
-        _ => Tensor::from_f32(device, shape, dtype, &random(shape.iter().product(), shape.len() as u64)),
+/// What the tensors of a case are made of: the same values for the same seed on every device.
+pub struct Inputs<'a> {
+    pub device: &'a Device,
+    pub dtype: DType,
+    /// What the values are rounded to, before they are stored in `dtype`.
+    rounded: DType,
+    /// Of the next tensor.
+    seed: Cell<u64>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Calls with another `seed` have other values in all their tensors.
+    pub fn new(device: &'a Device, dtype: DType, seed: u64) -> Inputs<'a> {
+        Inputs { device, dtype, rounded: dtype, seed: Cell::new(seed * TENSORS + 1) }
+    }
+
+    /// The values that [`new`](Inputs::new) would have in `rounded`, stored in f32: for a result to compare with.
+    pub fn in_f32(device: &'a Device, rounded: DType, seed: u64) -> Inputs<'a> {
+        Inputs { rounded, ..Inputs::new(device, DType::F32, seed) }
+    }
+
+    /// [`random`] values; none on the meta device.
+    pub fn tensor(&self, shape: &[usize]) -> Result<Tensor> {
+        self.of(shape, self.rounded, self.dtype)
+    }
+
+    /// f32 whatever the dtype: samples and noise.
+    pub fn f32(&self, shape: &[usize]) -> Result<Tensor> {
+        self.of(shape, DType::F32, DType::F32)
+    }
+
+    fn of(&self, shape: &[usize], rounded: DType, dtype: DType) -> Result<Tensor> {
+        if let Device::Meta(_) = self.device {
+            return Tensor::uninit(self.device, shape, dtype);
+        }
+        let values = random(shape.iter().product(), self.seed.replace(self.seed.get() + 1));
+        if rounded == dtype {
+            return Tensor::from_f32(self.device, shape, dtype, &values);
+        }
+        let host = if let Device::Cpu(_) = self.device { self.device.clone() } else { Device::cpu() };
+        Tensor::from_f32(&host, shape, rounded, &values)?.to_dtype(dtype)?.to_device(self.device)
     }
 }
+
+/// Tensors of a call, at most.
+const TENSORS: u64 = 16;
 
 /// The UNet of Stable Diffusion 1.5 in a guided step (batch 2), latents of `l` x `l`: 64 for 512x512 pixels.
 pub fn sd15(l: usize) -> Vec<Case> {
@@ -256,8 +290,8 @@ fn conv(c: Conv) -> Case {
         "stride": c.stride, "dilation": 1, "bias": true, "second_source": c.skip,
         "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm.then_some(32), "silu": c.norm,
     });
-    case("conv2d", name, fields, move |device, dtype| {
-        let t = |shape: &[usize]| tensor(device, dtype, shape);
+    case("conv2d", name, fields, move |inputs| {
+        let t = |shape: &[usize]| inputs.tensor(shape);
         let (a, b) = (t(&c.shape)?, t(&[n, h, w, c.skip])?);
         let weight = t(&[c.outputs, c.kernel, c.kernel, channels + c.skip])?;
         let (bias, gamma) = (t(&[c.outputs])?, t(&[channels + c.skip])?);
@@ -275,8 +309,8 @@ fn linear(m: usize, k: usize, rows: usize, activation: Activation) -> Case {
     let activation_name = format!("{activation:?}").to_lowercase();
     let suffix = if activation == Activation::None { String::new() } else { format!(" {activation_name}") };
     let fields = json!({ "m": m, "n": rows, "k": k, "bias": true, "activation": activation_name });
-    case("linear", format!("[{m},{k}] -> {rows}{suffix}"), fields, move |device, dtype| {
-        let t = |shape: &[usize]| tensor(device, dtype, shape);
+    case("linear", format!("[{m},{k}] -> {rows}{suffix}"), fields, move |inputs| {
+        let t = |shape: &[usize]| inputs.tensor(shape);
         let (x, weight, bias) = (t(&[m, k])?, t(&[rows, k])?, t(&[rows])?);
         Ok(Box::new(move || super::linear(Linear { bias: Some(&bias), activation, ..Linear::new(&x, &weight) })))
     })
@@ -286,8 +320,8 @@ fn group_norm(shape: [usize; 4], skip: usize) -> Case {
     let [n, h, w, channels] = shape;
     let fields =
         json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": 32, "silu": true });
-    case("group_norm", format!("silu [{n},{h},{w},{channels}+{skip}]"), fields, move |device, dtype| {
-        let t = |shape: &[usize]| tensor(device, dtype, shape);
+    case("group_norm", format!("silu [{n},{h},{w},{channels}+{skip}]"), fields, move |inputs| {
+        let t = |shape: &[usize]| inputs.tensor(shape);
         let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[channels + skip])?);
         Ok(Box::new(move || {
             let x = if skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
@@ -297,15 +331,15 @@ fn group_norm(shape: [usize; 4], skip: usize) -> Case {
 }
 
 fn layer_norm(rows: usize, c: usize) -> Case {
-    case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
-        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+    case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |inputs| {
+        let (x, gamma) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[c])?);
         Ok(Box::new(move || super::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
     })
 }
 
 fn rms_norm(rows: usize, c: usize) -> Case {
-    case("rms_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
-        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+    case("rms_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |inputs| {
+        let (x, gamma) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[c])?);
         Ok(Box::new(move || super::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })))
     })
 }
@@ -317,56 +351,51 @@ fn attention_fields(n: usize, [queries, keys]: [usize; 2], heads: usize, head_di
 fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
     let suffix = if causal { " causal" } else { "" };
     let fields = attention_fields(n, [l, l], heads, head_dim, causal);
-    case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |device, dtype| {
-        let qkv = tensor(device, dtype, &[n, l, 3, heads, head_dim])?;
+    case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |inputs| {
+        let qkv = inputs.tensor(&[n, l, 3, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Packed { qkv: &qkv, causal })))
     })
 }
 
 fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Case {
     let fields = attention_fields(n, [queries, keys], heads, head_dim, false);
-    case("attention", format!("[{n},{queries},{heads},{head_dim}] x {keys} keys"), fields, move |device, dtype| {
-        let q = tensor(device, dtype, &[n, queries, heads, head_dim])?;
-        let kv = tensor(device, dtype, &[n, keys, 2, heads, head_dim])?;
+    case("attention", format!("[{n},{queries},{heads},{head_dim}] x {keys} keys"), fields, move |inputs| {
+        let q = inputs.tensor(&[n, queries, heads, head_dim])?;
+        let kv = inputs.tensor(&[n, keys, 2, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Cross { q: &q, kv: &kv })))
     })
 }
 
 fn activation(shape: [usize; 2]) -> Case {
-    case(
-        "activation",
-        format!("silu {shape:?}"),
-        json!({ "dims": shape, "activation": "silu" }),
-        move |device, dtype| {
-            let x = tensor(device, dtype, &shape)?;
-            Ok(Box::new(move || super::activation(&x, Activation::Silu)))
-        },
-    )
+    case("activation", format!("silu {shape:?}"), json!({ "dims": shape, "activation": "silu" }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
+        Ok(Box::new(move || super::activation(&x, Activation::Silu)))
+    })
 }
 
 fn add(shape: [usize; 4]) -> Case {
-    case("add", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
-        let (a, b) = (tensor(device, dtype, &shape)?, tensor(device, dtype, &shape)?);
+    case("add", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let (a, b) = (inputs.tensor(&shape)?, inputs.tensor(&shape)?);
         Ok(Box::new(move || super::add(&a, &b)))
     })
 }
 
 fn embedding(n: usize, l: usize, rows: usize, c: usize) -> Case {
     let fields = json!({ "n": n, "l": l, "rows": rows, "c": c });
-    case("embedding", format!("[{n},{l}] of [{rows},{c}]"), fields, move |device, dtype| {
+    case("embedding", format!("[{n},{l}] of [{rows},{c}]"), fields, move |inputs| {
         let ids: Vec<u32> = (0..n * l).map(|i| (i * 7919 % rows) as u32).collect();
-        let ids = Tensor::from_u32(device, &[n, l], &ids)?;
-        let (table, positions) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[l, c])?);
+        let ids = Tensor::from_u32(inputs.device, &[n, l], &ids)?;
+        let (table, positions) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[l, c])?);
         Ok(Box::new(move || super::embedding(&ids, &table, &positions)))
     })
 }
 
 /// Made on the host: no kernel, but part of every run.
 fn timestep_embedding(steps: usize) -> Case {
-    case("timestep_embedding", format!("[{steps},320]"), json!({ "steps": steps, "dim": 320 }), move |device, dtype| {
+    case("timestep_embedding", format!("[{steps},320]"), json!({ "steps": steps, "dim": 320 }), move |inputs| {
         let timesteps: Vec<f32> = (0..steps).map(|step| (981 * (steps - step) / steps) as f32).collect();
         let embedding = TimestepEmbedding { dim: 320, flip_sin_to_cos: true, freq_shift: 0.0 };
-        let device = device.clone();
+        let (device, dtype) = (inputs.device.clone(), inputs.dtype);
         Ok(Box::new(move || super::timestep_embedding(&timesteps, embedding, &device, dtype)))
     })
 }
@@ -377,24 +406,24 @@ fn resize_fields([n, h, w, c]: [usize; 4], [to_h, to_w]: [usize; 2], filter: &st
 
 fn resize(shape: [usize; 4], size: [usize; 2], upsampler: Upsampler) -> Case {
     let fields = resize_fields(shape, size, &format!("{upsampler:?}"));
-    case("resize", format!("{upsampler:?} {shape:?} -> {size:?}"), fields, move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("resize", format!("{upsampler:?} {shape:?} -> {size:?}"), fields, move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::resize(&x, size, upsampler, Some((-1.0, 1.0)), None)))
     })
 }
 
 fn resize_u8(shape: [usize; 4], size: [usize; 2]) -> Case {
     let fields = resize_fields(shape, size, "Bicubic");
-    case("resize_u8", format!("Bicubic {shape:?} -> {size:?}"), fields, move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("resize_u8", format!("Bicubic {shape:?} -> {size:?}"), fields, move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::resize_u8(&x, size, Upsampler::Bicubic)))
     })
 }
 
 fn resize_nearest(shape: [usize; 4], size: [usize; 2]) -> Case {
     let fields = resize_fields(shape, size, "nearest");
-    case("resize_nearest", format!("{shape:?} -> {size:?}"), fields, move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("resize_nearest", format!("{shape:?} -> {size:?}"), fields, move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::resize_nearest(&x, size)))
     })
 }
@@ -415,9 +444,9 @@ pub fn step_table(device: &Device) -> Result<StepTable> {
 
 fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
     let fields = json!({ "n": n, "h": h, "w": w, "c": c, "guidance": 7.0 });
-    case("sampler_step", format!("guided [{n},{h},{w},{c}]"), fields, move |device, dtype| {
-        let (x, output) = (tensor(device, DType::F32, &[n, h, w, c])?, tensor(device, dtype, &[2 * n, h, w, c])?);
-        let (steps, guidance) = (step_table(device)?, Guidance::uniform(device, n, 7.0)?);
+    case("sampler_step", format!("guided [{n},{h},{w},{c}]"), fields, move |inputs| {
+        let (x, output) = (inputs.f32(&[n, h, w, c])?, inputs.tensor(&[2 * n, h, w, c])?);
+        let (steps, guidance) = (step_table(inputs.device)?, Guidance::uniform(inputs.device, n, 7.0)?);
         let state = RefCell::new(SampleState::new(x)?);
         Ok(Box::new(move || {
             let mut state = state.borrow_mut();
@@ -428,45 +457,45 @@ fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
 }
 
 fn scale_input(shape: [usize; 4]) -> Case {
-    case("scale_input", format!("twice {shape:?}"), json!({ "dims": shape, "repeats": 2 }), move |device, dtype| {
-        let (x, steps) = (tensor(device, DType::F32, &shape)?, step_table(device)?);
+    case("scale_input", format!("twice {shape:?}"), json!({ "dims": shape, "repeats": 2 }), move |inputs| {
+        let (x, steps, dtype) = (inputs.f32(&shape)?, step_table(inputs.device)?, inputs.dtype);
         Ok(Box::new(move || super::scale_input(&x, &steps, dtype, 2)))
     })
 }
 
 fn scale_cast(shape: [usize; 4]) -> Case {
-    case("scale_cast", format!("f32 {shape:?}"), json!({ "dims": shape, "repeats": 1 }), move |device, dtype| {
-        let x = tensor(device, DType::F32, &shape)?;
+    case("scale_cast", format!("f32 {shape:?}"), json!({ "dims": shape, "repeats": 1 }), move |inputs| {
+        let (x, dtype) = (inputs.f32(&shape)?, inputs.dtype);
         Ok(Box::new(move || super::scale_cast(&x, 5.5, 0.0, dtype, 1)))
     })
 }
 
 fn add_noise(shape: [usize; 4]) -> Case {
-    case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |device, _| {
-        let (x, noise) = (tensor(device, DType::F32, &shape)?, tensor(device, DType::F32, &shape)?);
+    case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let (x, noise) = (inputs.f32(&shape)?, inputs.f32(&shape)?);
         Ok(Box::new(move || super::add_noise(&x, &noise, 0.8, 0.6)))
     })
 }
 
 fn diagonal_gaussian(shape: [usize; 4]) -> Case {
-    case("diagonal_gaussian", format!("{shape:?}"), json!({ "dims": shape, "noise": true }), move |device, dtype| {
+    case("diagonal_gaussian", format!("{shape:?}"), json!({ "dims": shape, "noise": true }), move |inputs| {
         let [n, h, w, c] = shape;
-        let (moments, noise) = (tensor(device, dtype, &shape)?, tensor(device, DType::F32, &[n, h, w, c / 2])?);
+        let (moments, noise) = (inputs.tensor(&shape)?, inputs.f32(&[n, h, w, c / 2])?);
         Ok(Box::new(move || super::diagonal_gaussian(&moments, Some(&noise))))
     })
 }
 
 fn clamp(shape: [usize; 4]) -> Case {
-    case("clamp", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("clamp", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::clamp(&x, -0.5, 0.5)))
     })
 }
 
 /// On a card with the wait for the counter.
 fn count_non_finite(shape: [usize; 4]) -> Case {
-    case("count_non_finite", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("count_non_finite", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || {
             super::count_non_finite(&x)?;
             Ok(x.clone())

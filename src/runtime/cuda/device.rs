@@ -308,6 +308,31 @@ impl CudaDevice {
         self.0.card.shared_bytes
     }
 
+    /// Of the second-level cache.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]
+    pub fn l2_bytes(&self) -> Result<u64> {
+        self.0.context.bind()?;
+        Ok(self.0.context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as u64)
+    }
+
+    /// Where the card is on the bus, `0000:17:00.0`: the name by which other libraries find the same card.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]
+    pub fn pci_bus_id(&self) -> Result<String> {
+        let context = &self.0.context;
+        context.bind()?;
+        let mut text = [0; 32];
+        // SAFETY: the driver writes at most the length, with a terminating 0.
+        unsafe {
+            let result = sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as i32, context.device);
+            check(&context.name, "cuDeviceGetPCIBusId", result)?;
+            Ok(CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned())
+        }
+    }
+
     pub(super) fn context(&self) -> &Arc<Context> {
         &self.0.context
     }

@@ -1,0 +1,107 @@
+//! The flags of `megafuse bench`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use megafuse::DType;
+
+use crate::cli::args::named;
+use crate::cli::values::{self, DeviceChoice};
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true, after_long_help = EXAMPLES)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub what: Option<What>,
+
+    /// Without a word of what: kernels
+    #[command(flatten)]
+    pub kernels: KernelArgs,
+}
+
+#[derive(Subcommand)]
+pub enum What {
+    /// Time every kernel at the models' shapes, beside what the device can do at most (the default)
+    #[command(after_long_help = EXAMPLES)]
+    Kernels(Box<KernelArgs>),
+}
+
+#[derive(Args)]
+pub struct KernelArgs {
+    /// Where to run: auto, cpu, cuda, cuda:N or emu
+    #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
+    pub device: DeviceChoice,
+
+    /// Only cases with this in their op and name
+    #[arg(long, value_name = "S", default_value = "")]
+    pub filter: String,
+
+    /// Element type of weights and activations
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
+    pub dtype: DType,
+
+    /// Print a JSON object a line instead of a table (docs/performance.md has the fields)
+    #[arg(long)]
+    pub json: bool,
+
+    /// Time spent on each kernel and each peak, at most
+    #[arg(long, value_name = "S", value_parser = values::seconds, default_value = "0.3")]
+    pub seconds: f64,
+
+    /// On a card: time each kernel that an op has to choose from, beside its own choice and in turns with it
+    #[arg(long)]
+    pub variants: bool,
+
+    /// Whose shapes, separated by commas
+    #[arg(long, value_enum, value_name = "MODEL,...", value_delimiter = ',', default_value = "sd15,vae,relay")]
+    pub shapes: Vec<Shapes>,
+
+    /// Time nothing: compare two results of --json, case by case
+    #[arg(long, value_names = ["A.json", "B.json"], num_args = 2, value_parser = values::path(),
+          conflicts_with_all = ["device", "dtype", "seconds", "variants", "shapes", "roofline"])]
+    pub compare: Option<Vec<PathBuf>>,
+
+    /// Also draw every case below the device's peaks, to this SVG file; replaced when it exists
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    pub roofline: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shapes {
+    /// UNet of Stable Diffusion 1.5, a guided step at 512x512
+    Sd15,
+    /// The same at 1024x1024
+    #[value(name = "sd15-1024")]
+    Sd15At1024,
+    /// VAE decoder at 512x512
+    Vae,
+    /// The same at 1024x1024
+    #[value(name = "vae-1024")]
+    VaeAt1024,
+    /// UNet of SDXL, a guided step at 1024x1024
+    Sdxl,
+    /// A relay from 512x512 to 1024x1024, and the sampler's steps
+    Relay,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  megafuse bench
+  megafuse bench kernels --shapes sd15,sd15-1024 --filter attention
+  megafuse bench kernels --dtype f16 --shapes vae-1024 --json > bench.json
+  megafuse bench kernels --shapes sdxl --filter linear --variants --roofline linear.svg
+  megafuse bench kernels --compare before.json after.json
+  megafuse bench kernels --device cpu --dtype f32 --filter linear
+
+The peaks are measured first, on the same device, with the best instruction it has: bare products
+of the tensor cores (wgmma or mma.sync; for f32 fused multiply-adds) and a copy of memory. floor: the
+larger of flops and bytes over these; share: floor over time.
+
+On a card each kernel has two times. rotated: calls without a gap, from a graph, on operands that
+are together at least twice the second-level cache. cold: a call by itself, after that cache was
+emptied by reading. Each is a median; +-: half its 95% confidence interval. error: root mean square
+of the difference from the same call in f32, relative, on fresh inputs before and after; a result
+that is wrong, and a time below the floor, is an error. Clock, power and energy come from NVML,
+where it is there. On the cpu nothing is emptied, so what fits its caches may have a share above
+100%. The emulated card runs a few small cases once: its times say nothing about a card and are not
+printed.";

@@ -1,0 +1,23 @@
+//! `megafuse bench`: times of kernels, models and whole runs, beside what this device can do at most.
+
+mod args;
+mod clock;
+mod compare;
+mod errors;
+mod kernels;
+mod numbers;
+mod peaks;
+mod power;
+mod results;
+mod roofline;
+
+pub use args::BenchArgs;
+use args::What;
+use megafuse::Result;
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    match &args.what {
+        None => kernels::run(&args.kernels),
+        Some(What::Kernels(args)) => kernels::run(args),
+    }
+}
