@@ -5,7 +5,7 @@ mod place;
 
 use std::fs;
 
-use place::Place;
+use place::{MODEL, Place, text};
 use serde_json::{Value, json};
 
 /// The lines of --json.
@@ -118,4 +118,168 @@ fn what_cannot_be_compared_is_said() {
     }
     assert!(place.fails(2, &["bench", "--compare", "a.json"]).contains("--compare"));
     assert!(place.fails(2, &["bench", "--compare", "a", "b", "--variants"]).contains("--variants"));
+}
+
+/// A run's shapes are recorded and timed: on the cpu with their sum, on the emulated card without.
+#[test]
+fn the_shapes_of_a_run_are_recorded_and_timed() {
+    let place = Place::new();
+    let run = ["generate", "x", "--model", MODEL, "--stages", "16x16:2", "--out", "a.png", "--record-shapes", "w.json"];
+    assert_eq!(place.ok(&run), "w.json\na.png\n");
+    let workload: Value = serde_json::from_slice(&place.bytes("w.json")).expect("JSON");
+    let calls = workload["calls"].as_array().expect("calls");
+    let count = |op: &str| -> u64 {
+        calls.iter().filter(|call| call["op"] == op).map(|call| call["count"].as_u64().expect("a number")).sum()
+    };
+    // The launches of a plan are the same run's.
+    assert!(count("conv2d") > 20 && count("attention") > 4 && count("linear") > 20, "{workload}");
+    let bench =
+        ["bench", "kernels", "--workload", "w.json", "--filter", "attention", "--json", "--seconds", "0", "--device"];
+    let timed = lines(&place.ok(&[&bench[..], &["cpu", "--dtype", "f32"]].concat()));
+    let sums: Vec<&Value> = timed.iter().filter(|line| line["kind"] == "workload").collect();
+    let [attention, all] = sums[..] else { panic!("{timed:?}") };
+    assert_eq!((&attention["op"], &all["op"]), (&"attention".into(), &"all".into()));
+    assert_eq!(attention["calls"], count("attention"));
+    let of_cases = timed.iter().filter(|line| line["kind"] == "kernel");
+    let seconds: f64 =
+        of_cases.map(|line| line["count"].as_f64().unwrap() * line["median_us"].as_f64().unwrap() / 1e6).sum();
+    assert!((all["seconds"].as_f64().unwrap() / seconds - 1.0).abs() < 1e-6, "{timed:?}");
+    let emulated = lines(&place.ok(&[&bench[..], &["emu"]].concat()));
+    assert!(emulated.iter().all(|line| line["kind"] != "workload" && line.get("median_us").is_none()), "{emulated:?}");
+    assert!(emulated.iter().any(|line| line["count"].as_u64() > Some(1)), "{emulated:?}");
+
+    fs::write(place.path("other.json"), "{}").expect("a writable folder");
+    assert!(place.fails(1, &["bench", "--workload", "other.json"]).contains("other.json: it is no workload"));
+    let broken = json!({"kind": "workload", "schema": 1, "calls": [{"op": "linear", "shape": {"m": 1}, "count": 1}]});
+    fs::write(place.path("broken.json"), broken.to_string()).expect("a writable folder");
+    assert!(place.fails(1, &["bench", "--workload", "broken.json"]).contains("activation"));
+    assert!(place.fails(2, &["bench", "--workload", "w.json", "--shapes", "sd15"]).contains("--shapes"));
+}
+
+#[test]
+fn a_profile_is_a_table_and_a_trace() {
+    let place = Place::new();
+    let run = ["generate", "x", "--model", MODEL, "--stages", "16x16:2", "--out", "a.png", "--profile", "trace.json"];
+    let output = place.run(&[&run[..], &["--device", "cpu"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "a.png\ntrace.json\n");
+    let table = text(&output.stderr);
+    assert!(table.contains("all ops") && table.contains("conv2d"), "{table}");
+    let trace: Value = serde_json::from_slice(&place.bytes("trace.json")).expect("JSON");
+    let events: Vec<&Value> =
+        trace["traceEvents"].as_array().expect("events").iter().filter(|e| e["ph"] == "X").collect();
+    assert!(events.len() > 50, "{} events", events.len());
+    for event in events {
+        assert!(event["ts"].as_f64() >= Some(0.0) && event["dur"].as_f64() >= Some(0.0), "{event}");
+        assert!(event["args"]["output"].is_array(), "{event}");
+    }
+    let message = place.fails(2, &[&run[..], &["--device", "emu"]].concat());
+    assert!(message.contains("--profile trace.json: the emulated card has no times"), "{message}");
+}
+
+/// What is predicted is said to be, and follows from the card's figures.
+#[test]
+fn a_plan_predicts_the_time_of_a_card() {
+    let place = Place::new();
+    let plan = ["plan", "x", "--model", MODEL, "--stages", "16x16:2,24x24:1", "--dtype", "bf16"];
+    let table = place.ok(&[&plan[..], &["--card", "h200"]].concat());
+    assert!(table.contains("predicted, not measured: NVIDIA H200; predicted from prototypes"), "{table}");
+    let predicted = |card: &str| -> Value {
+        serde_json::from_str(&place.ok(&[&plan[..], &["--json", "--card", card]].concat())).expect("JSON")
+    };
+    let report = predicted("h200-portable");
+    let prediction = &report["prediction"];
+    assert_eq!(prediction["predicted"], true);
+    let phases = prediction["phases"].as_array().expect("phases");
+    assert_eq!(phases.len(), report["phases"].as_array().expect("phases").len());
+    let sum: f64 = phases.iter().map(|phase| phase["seconds"].as_f64().expect("a number")).sum();
+    assert!((sum / prediction["seconds"].as_f64().expect("a number") - 1.0).abs() < 1e-9, "{prediction}");
+    // Every call takes its start at least.
+    let launches = report["total"]["launches"].as_f64().expect("a number");
+    assert!(sum > launches * 1e-6, "{sum} {launches}");
+
+    // A file whose ops take a fixed time: as many of that as there are calls.
+    let run = json!({"kind": "run", "schema": 1, "card": "a card", "dtype": "bf16", "peak_tflops": 100.0,
+                     "peak_gbytes_per_s": 1000.0});
+    let case = |op: &str, us: f64| {
+        json!({"kind": "kernel", "op": op, "name": op, "dtype": "bf16", "kernel": "", "method": "cold", "floor_us": 0.0,
+               "cold": {"samples_us": [us, us, us]}})
+    };
+    let lines: Vec<String> = [run, case("linear", 1000.0), case("conv2d", 1000.0), case("other", 1000.0)]
+        .map(|line| line.to_string())
+        .to_vec();
+    fs::write(place.path("card.json"), lines.join("\n")).expect("a writable folder");
+    let prediction = &predicted("card.json")["prediction"];
+    assert_eq!(prediction["card"], "a card");
+    let error = place.fails(2, &[&plan[..], &["--card", "voodoo2"]].concat());
+    assert!(error.contains("--card voodoo2: expected h200, h200-portable"), "{error}");
+    let error = place.run(&["plan", "x", "--model", MODEL, "--dtype", "f32", "--card", "card.json"]);
+    assert!(text(&error.stderr).contains("--card was measured in bf16"), "{}", text(&error.stderr));
+}
+
+/// A norm as a reader writes it for the first time: a block per row.
+const OWN: &str = "\
+#include \"common/device.cuh\"
+
+// bench: op rms_norm, entry my_norm, grid rows, block 128
+template <class T>
+DEVICE void my_norm(T* y, const T* x, const T* gamma, int64_t rows, int channels, float eps) {
+    SHARED_STATIC(float, sums, [128]);
+    x += blockIdx.x * int64_t(channels);
+    y += blockIdx.x * int64_t(channels);
+    float sum = 0.f;
+    for (int c = threadIdx.x; c < channels; c += 128) sum += to_f32(x[c]) * to_f32(x[c]);
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = 64; half > 0; half /= 2) {
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    const float scale = 1.f / sqrtf(sums[0] / channels + eps);
+    for (int c = threadIdx.x; c < channels; c += 128) y[c] = from_f32<T>(to_f32(x[c]) * scale * to_f32(gamma[c]));
+}
+KERNEL(my_norm_bf16, 128, 1)(bf16* y, const bf16* x, const bf16* gamma, int64_t rows, int channels, float eps) {
+    my_norm(y, x, gamma, rows, channels, eps);
+}
+REGISTER_KERNEL(my_norm_bf16)
+";
+
+/// Compiled, compared with the cpu, raced; what is wrong with it is said.
+#[test]
+fn a_kernel_of_ones_own_is_checked_and_raced() {
+    let place = Place::new();
+    let bench = |text: &str| {
+        fs::write(place.path("my.cu"), text).expect("a writable folder");
+        place.run(&["bench", "kernels", "--kernel", "my.cu", "--device", "emu"])
+    };
+    let output = bench(OWN);
+    let table = text(&output.stdout);
+    assert!(output.status.success(), "{table}{}", text(&output.stderr));
+    assert!(
+        table.contains("(plain), compared with the cpu") && table.contains("(race), compared with the cpu"),
+        "{table}"
+    );
+    assert_eq!(table.matches("ok").count(), 16, "{table}");
+    assert!(!table.contains(" us") && !table.contains("GB/s"), "{table}");
+
+    // A barrier too few: the race build says so, whatever the results.
+    let output = bench(&OWN.replacen("__syncthreads();\n    for", "for", 1));
+    assert!(!output.status.success() && text(&output.stderr).contains("race"), "{}", text(&output.stderr));
+    // Wrong only where a row is longer than a block.
+    let output = bench(&OWN.replace("c += 128) y[c]", "c += 1024) y[c]"));
+    let message = text(&output.stderr);
+    assert!(
+        !output.status.success() && message.contains("kernel my_norm: wrong results for rows 2, channels 1025"),
+        "{message}"
+    );
+    let message = text(&bench(&OWN.replace("sqrtf", "sqrtff")).stderr);
+    assert!(message.contains("does not compile it") && message.contains("sqrtff"), "{message}");
+    let message = text(&bench(&OWN.replace("op rms_norm", "op rms")).stderr);
+    assert!(message.contains("my.cu: no contract for op \"rms\""), "{message}");
+    let message =
+        text(&bench(&OWN.replace("int channels, float eps) {\n    my", "float eps, int channels) {\n    my")).stderr);
+    assert!(message.contains("my_norm_bf16"), "{message}");
+    let message = text(&bench(&OWN.replace("entry my_norm", "entry your_norm")).stderr);
+    assert!(message.contains("your_norm_bf16"), "{message}");
+    assert!(place.fails(2, &["bench", "--kernel", "my.cu", "--device", "cpu"]).contains("--device cpu"));
 }

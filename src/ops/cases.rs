@@ -5,11 +5,12 @@ use std::cell::{Cell, RefCell};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use super::conv::Geometry;
 use super::{
     Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RmsNorm, SampleState, Source,
-    StepCoefficients, StepRow, StepTable, TimestepEmbedding, Upsampler,
+    StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding, Upsampler,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Tensor};
 
 /// One call of the op; what it returns is one of its results.
@@ -111,7 +112,7 @@ pub fn sd15(l: usize) -> Vec<Case> {
             kernel: 1,
             ..Conv::default()
         }),
-        conv(Conv { name: "conv_out".into(), shape: [2, l, l, 320], outputs: 4, norm: true, ..Conv::default() }),
+        conv(Conv { name: "conv_out".into(), shape: [2, l, l, 320], outputs: 4, ..Conv::default() }.normed()),
     ];
     let [m, m2, m4] = [2 * l * l, 2 * half * half, 2 * quarter * quarter];
     for (m, k, n) in [
@@ -170,7 +171,7 @@ pub fn vae_decode(l: usize) -> Vec<Case> {
     let (quadruple, picture) = (4 * l, 8 * l);
     let vae = |name: &str, size: usize, channels: usize, outputs: usize| {
         let (name, shape) = (format!("vae {name}"), [1, size, size, channels]);
-        conv(Conv { name, shape, outputs, norm: true, ..Conv::default() })
+        conv(Conv { name, shape, outputs, ..Conv::default() }.normed())
     };
     vec![
         vae(&l.to_string(), l, 512, 512),
@@ -249,9 +250,17 @@ struct Conv {
     outputs: usize,
     kernel: usize,
     stride: usize,
-    /// Group norm of 32 groups and SiLU.
-    norm: bool,
+    dilation: usize,
+    /// Top, bottom, left, right; `None`: as much as keeps the size at stride 1.
+    padding: Option<[usize; 4]>,
+    bias: bool,
+    /// Groups of the group norm of the input, and SiLU after it.
+    norm_groups: Option<usize>,
+    silu: bool,
     resize_to: Option<[usize; 2]>,
+    /// A row for each image (of its timestep), and a tensor of the result's shape, are added.
+    row: bool,
+    residual: bool,
 }
 
 impl Default for Conv {
@@ -263,15 +272,28 @@ impl Default for Conv {
             outputs: 1,
             kernel: 3,
             stride: 1,
-            norm: false,
+            dilation: 1,
+            padding: None,
+            bias: true,
+            norm_groups: None,
+            silu: false,
             resize_to: None,
+            row: false,
+            residual: false,
         }
+    }
+}
+
+impl Conv {
+    /// Group norm of 32 groups and SiLU.
+    fn normed(self) -> Conv {
+        Conv { norm_groups: Some(32), silu: true, ..self }
     }
 }
 
 fn res(n: usize, l: usize, channels: usize, skip: usize, outputs: usize) -> Case {
     let name = format!("res {l}{}", if skip > 0 { " skip" } else { "" });
-    conv(Conv { name, shape: [n, l, l, channels], skip, outputs, norm: true, ..Conv::default() })
+    conv(Conv { name, shape: [n, l, l, channels], skip, outputs, ..Conv::default() }.normed())
 }
 
 fn up(n: usize, l: usize, channels: usize) -> Case {
@@ -279,53 +301,128 @@ fn up(n: usize, l: usize, channels: usize) -> Case {
     conv(Conv { name: format!("up {l}"), shape, outputs: channels, resize_to, ..Conv::default() })
 }
 
+/// What [`Case::shape`] says of a convolution.
+pub(super) fn conv_shape(args: &Conv2d, g: &Geometry) -> Value {
+    let second = args.x.second().map_or(0, |second| second.shape()[3]);
+    let mut shape = json!({
+        "n": g.images, "h": g.input[0], "w": g.input[1], "c": g.channels, "o": g.outputs, "kernel": g.kernel[0],
+        "stride": args.stride, "dilation": args.dilation, "bias": args.bias.is_some(), "second_source": second,
+        "resized_from": args.resize_to.map(|_| g.stored), "norm_groups": args.norm.map(|norm| norm.groups),
+        "silu": args.norm.is_some_and(|norm| norm.silu), "padding": args.padding, "row": args.row.is_some(),
+        "residual": args.residual.is_some(),
+    });
+    if args.stripe.is_some() || g.kernel[0] != g.kernel[1] {
+        shape["part"] = true.into(); // which of_shape does not make
+    }
+    shape
+}
+
 fn conv(c: Conv) -> Case {
     let [n, h, w, channels] = c.shape;
     let skip = if c.skip > 0 { format!("+{}", c.skip) } else { String::new() };
-    let norm = if c.norm { " norm silu" } else { "" };
-    let name = format!("{} [{n},{h},{w},{channels}{skip}] {k}x{k} -> {o}{norm}", c.name, k = c.kernel, o = c.outputs);
+    let mut name = format!("[{n},{h},{w},{channels}{skip}] {k}x{k} -> {o}", k = c.kernel, o = c.outputs);
+    if !c.name.is_empty() {
+        name = format!("{} {name}", c.name);
+    }
+    let said = [
+        (c.norm_groups.is_some(), " norm"),
+        (c.silu, " silu"),
+        (c.row, " row"),
+        (c.residual, " residual"),
+        (!c.bias, " without bias"),
+    ];
+    said.iter().filter(|(is, _)| *is).for_each(|(_, words)| name += words);
     let [seen_h, seen_w] = c.resize_to.unwrap_or([h, w]);
+    let padding = c.padding.unwrap_or([c.dilation * (c.kernel / 2); 4]);
     let fields = json!({
         "n": n, "h": seen_h, "w": seen_w, "c": channels + c.skip, "o": c.outputs, "kernel": c.kernel,
-        "stride": c.stride, "dilation": 1, "bias": true, "second_source": c.skip,
-        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm.then_some(32), "silu": c.norm,
+        "stride": c.stride, "dilation": c.dilation, "bias": c.bias, "second_source": c.skip,
+        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm_groups, "silu": c.silu, "padding": padding,
+        "row": c.row, "residual": c.residual,
     });
+    let reach = c.dilation * (c.kernel - 1) + 1;
+    let output =
+        |size: usize, before: usize, after: usize| (size + before + after).saturating_sub(reach) / c.stride + 1;
+    let output = [output(seen_h, padding[0], padding[1]), output(seen_w, padding[2], padding[3])];
     case("conv2d", name, fields, move |inputs| {
         let t = |shape: &[usize]| inputs.tensor(shape);
+        let some = |is: bool, shape: &[usize]| is.then(|| inputs.tensor(shape)).transpose();
         let (a, b) = (t(&c.shape)?, t(&[n, h, w, c.skip])?);
         let weight = t(&[c.outputs, c.kernel, c.kernel, channels + c.skip])?;
-        let (bias, gamma) = (t(&[c.outputs])?, t(&[channels + c.skip])?);
-        let (two, stride, norm, resize_to) = (c.skip > 0, c.stride, c.norm, c.resize_to);
+        let (bias, gamma) = (some(c.bias, &[c.outputs])?, t(&[channels + c.skip])?);
+        let table = some(c.row, &[n, c.outputs])?;
+        let step = StepIndex::one(inputs.device, 0)?;
+        let residual = some(c.residual, &[n, output[0], output[1], c.outputs])?;
+        let (two, groups, silu, stride, dilation, resize_to) =
+            (c.skip > 0, c.norm_groups, c.silu, c.stride, c.dilation, c.resize_to);
         Ok(Box::new(move || {
             let x = if two { Source::Two(&a, &b) } else { Source::One(&a) };
-            let affine = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
-            let norm = norm.then_some(affine);
-            super::conv2d(Conv2d { bias: Some(&bias), norm, stride, resize_to, ..Conv2d::new(x, &weight) })
+            let norm = groups.map(|groups| ConvNorm { gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu });
+            let row = table.as_ref().map(|table| StepRows { table, step: &step, rows: n });
+            let (bias, residual) = (bias.as_ref(), residual.as_ref());
+            let plain = Conv2d::new(x, &weight);
+            super::conv2d(Conv2d { bias, norm, stride, dilation, padding, resize_to, row, residual, ..plain })
         }))
     })
 }
 
+/// What [`Case::shape`] says of a linear layer; `[m, n, k]`: rows of x, rows of the weight, terms of a sum.
+pub(super) fn linear_shape([m, n, k]: [usize; 3], bias: bool, activation: Activation, residual: bool) -> Value {
+    let activation = format!("{activation:?}").to_lowercase();
+    json!({ "m": m, "n": n, "k": k, "bias": bias, "activation": activation, "residual": residual })
+}
+
 fn linear(m: usize, k: usize, rows: usize, activation: Activation) -> Case {
-    let activation_name = format!("{activation:?}").to_lowercase();
-    let suffix = if activation == Activation::None { String::new() } else { format!(" {activation_name}") };
-    let fields = json!({ "m": m, "n": rows, "k": k, "bias": true, "activation": activation_name });
-    case("linear", format!("[{m},{k}] -> {rows}{suffix}"), fields, move |inputs| {
-        let t = |shape: &[usize]| inputs.tensor(shape);
-        let (x, weight, bias) = (t(&[m, k])?, t(&[rows, k])?, t(&[rows])?);
-        Ok(Box::new(move || super::linear(Linear { bias: Some(&bias), activation, ..Linear::new(&x, &weight) })))
+    linear_with([m, rows, k], true, activation, false)
+}
+
+fn linear_with([m, rows, k]: [usize; 3], bias: bool, activation: Activation, residual: bool) -> Case {
+    let mut name = format!("[{m},{k}] -> {rows}");
+    if activation != Activation::None {
+        name += &format!(" {activation:?}").to_lowercase();
+    }
+    [(residual, " residual"), (!bias, " without bias")]
+        .iter()
+        .filter(|(is, _)| *is)
+        .for_each(|(_, words)| name += words);
+    case("linear", name, linear_shape([m, rows, k], bias, activation, residual), move |inputs| {
+        let some = |is: bool, shape: &[usize]| is.then(|| inputs.tensor(shape)).transpose();
+        let (x, weight, bias) = (inputs.tensor(&[m, k])?, inputs.tensor(&[rows, k])?, some(bias, &[rows])?);
+        let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+        let residual = some(residual, &[m, n])?;
+        Ok(Box::new(move || {
+            let (bias, residual) = (bias.as_ref(), residual.as_ref());
+            super::linear(Linear { bias, activation, residual, ..Linear::new(&x, &weight) })
+        }))
     })
 }
 
+/// What [`Case::shape`] says of a group norm.
+pub(super) fn group_norm_shape(args: &GroupNorm, [n, h, w, c]: [usize; 4]) -> Value {
+    let second = args.x.second().map_or(0, |second| second.shape()[3]);
+    json!({ "n": n, "h": h, "w": w, "c": c, "second_source": second, "groups": args.groups, "silu": args.silu })
+}
+
+/// What [`Case::shape`] says of a norm of rows.
+pub(super) fn rows_shape(x: &Tensor, c: usize) -> Value {
+    json!({ "rows": x.numel() / c.max(1), "c": c })
+}
+
 fn group_norm(shape: [usize; 4], skip: usize) -> Case {
+    group_norm_with(shape, skip, 32, true)
+}
+
+fn group_norm_with(shape: [usize; 4], skip: usize, groups: usize, silu: bool) -> Case {
     let [n, h, w, channels] = shape;
     let fields =
-        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": 32, "silu": true });
-    case("group_norm", format!("silu [{n},{h},{w},{channels}+{skip}]"), fields, move |inputs| {
+        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": groups, "silu": silu });
+    let suffix = if silu { "silu " } else { "" };
+    case("group_norm", format!("{suffix}[{n},{h},{w},{channels}+{skip}]"), fields, move |inputs| {
         let t = |shape: &[usize]| inputs.tensor(shape);
         let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[channels + skip])?);
         Ok(Box::new(move || {
             let x = if skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
-            super::group_norm(GroupNorm { x, gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true })
+            super::group_norm(GroupNorm { x, gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu })
         }))
     })
 }
@@ -344,13 +441,22 @@ fn rms_norm(rows: usize, c: usize) -> Case {
     })
 }
 
-fn attention_fields(n: usize, [queries, keys]: [usize; 2], heads: usize, head_dim: usize, causal: bool) -> Value {
-    json!({ "n": n, "queries": queries, "keys": keys, "heads": heads, "head_dim": head_dim, "causal": causal })
+/// What [`Case::shape`] says of attention; `[n, queries, keys, heads, head_dim]`. `packed`: over one projection of q, k and v.
+pub(super) fn attention_shape(
+    [n, queries, keys, heads, head_dim]: [usize; 5],
+    images_per_kv: usize,
+    packed: bool,
+    causal: bool,
+) -> Value {
+    json!({
+        "n": n, "queries": queries, "keys": keys, "heads": heads, "head_dim": head_dim, "causal": causal,
+        "packed": packed, "kv_rows": n / images_per_kv.max(1),
+    })
 }
 
 fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
     let suffix = if causal { " causal" } else { "" };
-    let fields = attention_fields(n, [l, l], heads, head_dim, causal);
+    let fields = attention_shape([n, l, l, heads, head_dim], 1, true, causal);
     case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |inputs| {
         let qkv = inputs.tensor(&[n, l, 3, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Packed { qkv: &qkv, causal })))
@@ -358,12 +464,98 @@ fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: boo
 }
 
 fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Case {
-    let fields = attention_fields(n, [queries, keys], heads, head_dim, false);
-    case("attention", format!("[{n},{queries},{heads},{head_dim}] x {keys} keys"), fields, move |inputs| {
+    cross_attention_with([n, queries, keys, heads, head_dim], n)
+}
+
+fn cross_attention_with([n, queries, keys, heads, head_dim]: [usize; 5], rows: usize) -> Case {
+    let fields = attention_shape([n, queries, keys, heads, head_dim], n / rows.max(1), false, false);
+    let shared = if rows == n { String::new() } else { format!(" of {rows}") };
+    let name = format!("[{n},{queries},{heads},{head_dim}] x {keys} keys{shared}");
+    case("attention", name, fields, move |inputs| {
         let q = inputs.tensor(&[n, queries, heads, head_dim])?;
-        let kv = inputs.tensor(&[n, keys, 2, heads, head_dim])?;
+        let kv = inputs.tensor(&[rows, keys, 2, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Cross { q: &q, kv: &kv })))
     })
+}
+
+/// The case that [`Case::shape`] describes; `None` for ops that no recorded run asks for, and for parts of one.
+///
+/// # Errors
+/// [`Error::Config`]: a field that is missing, no number or no name.
+pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
+    let wrong = |field: &str| Error::config(format!("{op} {shape}"), format!("its {field:?} cannot be read"));
+    let number = |field: &str| shape[field].as_u64().map(|value| value as usize).ok_or_else(|| wrong(field));
+    let flag = |field: &str| shape[field].as_bool().ok_or_else(|| wrong(field));
+    let numbers = |field: &str| -> Result<Option<Vec<usize>>> {
+        if shape[field].is_null() {
+            return Ok(None);
+        }
+        let values: Option<Vec<u64>> = serde_json::from_value(shape[field].clone()).ok();
+        Ok(Some(values.ok_or_else(|| wrong(field))?.into_iter().map(|value| value as usize).collect()))
+    };
+    if !shape["part"].is_null() {
+        return Ok(None);
+    }
+    Ok(Some(match op {
+        "linear" => {
+            let all = [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
+            let named =
+                |activation: &&Activation| shape["activation"] == format!("{activation:?}").to_lowercase().as_str();
+            let activation = *all.iter().find(named).ok_or_else(|| wrong("activation"))?;
+            linear_with([number("m")?, number("n")?, number("k")?], flag("bias")?, activation, flag("residual")?)
+        }
+        "conv2d" => {
+            let (skip, seen) = (number("second_source")?, [number("h")?, number("w")?]);
+            let from = numbers("resized_from")?;
+            let [h, w] = match &from {
+                Some(from) => from[..].try_into().map_err(|_| wrong("resized_from"))?,
+                None => seen,
+            };
+            let padding = numbers("padding")?.ok_or_else(|| wrong("padding"))?;
+            let channels = number("c")?.checked_sub(skip).ok_or_else(|| wrong("second_source"))?;
+            let (kernel, stride, dilation) = (number("kernel")?, number("stride")?, number("dilation")?);
+            if kernel == 0 || stride == 0 || dilation == 0 {
+                return Err(wrong(if kernel == 0 { "kernel" } else { "stride" }));
+            }
+            conv(Conv {
+                name: String::new(),
+                shape: [number("n")?, h, w, channels],
+                skip,
+                outputs: number("o")?,
+                kernel,
+                stride,
+                dilation,
+                padding: Some(padding[..].try_into().map_err(|_| wrong("padding"))?),
+                bias: flag("bias")?,
+                norm_groups: if shape["norm_groups"].is_null() { None } else { Some(number("norm_groups")?) },
+                silu: flag("silu")?,
+                resize_to: from.is_some().then_some(seen),
+                row: flag("row")?,
+                residual: flag("residual")?,
+            })
+        }
+        "attention" => {
+            let [n, queries, heads, head_dim] =
+                [number("n")?, number("queries")?, number("heads")?, number("head_dim")?];
+            match flag("packed")? {
+                true => self_attention(n, queries, heads, head_dim, flag("causal")?),
+                false => cross_attention_with([n, queries, number("keys")?, heads, head_dim], number("kv_rows")?),
+            }
+        }
+        "group_norm" => {
+            let skip = number("second_source")?;
+            let channels = number("c")?.checked_sub(skip).ok_or_else(|| wrong("second_source"))?;
+            group_norm_with(
+                [number("n")?, number("h")?, number("w")?, channels],
+                skip,
+                number("groups")?,
+                flag("silu")?,
+            )
+        }
+        "layer_norm" => layer_norm(number("rows")?, number("c")?),
+        "rms_norm" => rms_norm(number("rows")?, number("c")?),
+        _ => return Ok(None),
+    }))
 }
 
 fn activation(shape: [usize; 2]) -> Case {

@@ -1,6 +1,6 @@
 use super::cpu::gemm::{self, Dense, Store};
 use super::cpu::{self, OutputRows, math};
-use super::{Activation, Tensor, by_dtype, bytes_of, cuda, float, profile};
+use super::{Activation, Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -60,6 +60,7 @@ pub fn linear(args: Linear) -> Result<Tensor> {
     let mut y = Tensor::uninit(x.device(), &output_shape, x.dtype())?;
     let m: usize = leading.iter().product();
     let _timed = profile::scope(OP, y.shape());
+    profile::call(OP, || cases::linear_shape([m, weight_rows, k], bias.is_some(), activation, residual.is_some()));
     match x.device() {
         Device::Meta(meta) => {
             let macs = (m * weight_rows * k) as u64;

@@ -56,9 +56,22 @@ pub struct KernelArgs {
     #[arg(long, value_enum, value_name = "MODEL,...", value_delimiter = ',', default_value = "sd15,vae,relay")]
     pub shapes: Vec<Shapes>,
 
+    /// Instead of --shapes: those of a real run, which generate --record-shapes wrote, and what they come to together
+    #[arg(long, value_name = "FILE", value_parser = values::path(), conflicts_with = "shapes")]
+    pub workload: Option<PathBuf>,
+
+    /// Your own kernel, a CUDA file, against the contract of one of our ops (docs/kernels.md has them)
+    ///
+    /// Compiled, compared with the cpu at odd sizes, raced on the emulated card, and on a card timed in turns with ours.
+    /// Without a card the emulated one is taken. A comment of the file says what it is:
+    /// // bench: op rms_norm, entry my_norm, grid rows, block 256
+    #[arg(long, value_name = "FILE.cu", value_parser = values::path(),
+          conflicts_with_all = ["filter", "variants", "shapes", "workload", "roofline", "compare"])]
+    pub kernel: Option<PathBuf>,
+
     /// Time nothing: compare two results of --json, case by case
     #[arg(long, value_names = ["A.json", "B.json"], num_args = 2, value_parser = values::path(),
-          conflicts_with_all = ["device", "dtype", "seconds", "variants", "shapes", "roofline"])]
+          conflicts_with_all = ["device", "dtype", "seconds", "variants", "shapes", "workload", "roofline"])]
     pub compare: Option<Vec<PathBuf>>,
 
     /// Also draw every case below the device's peaks, to this SVG file; replaced when it exists
@@ -91,6 +104,8 @@ Examples:
   megafuse bench kernels --dtype f16 --shapes vae-1024 --json > bench.json
   megafuse bench kernels --shapes sdxl --filter linear --variants --roofline linear.svg
   megafuse bench kernels --compare before.json after.json
+  megafuse generate \"a cat\" --model DIR --record-shapes cat.json; megafuse bench --workload cat.json
+  megafuse bench kernels --kernel my_norm.cu --device emu
   megafuse bench kernels --device cpu --dtype f32 --filter linear
 
 The peaks are measured first, on the same device, with the best instruction it has: bare products

@@ -11,10 +11,12 @@ use super::clock::{Clock, Timed};
 use super::compare;
 use super::errors::{Errors, Reference, errors};
 use super::numbers::Samples;
+use super::own;
 use super::peaks::{self, Peaks};
 use super::power::{Drawn, Meter};
 use super::results::SCHEMA;
 use super::roofline::{Point, Roofline};
+use super::workload;
 use crate::cli::check::{describe, driver, no_case};
 use crate::cli::console::say;
 use crate::cli::output::{self, print_line};
@@ -23,6 +25,9 @@ pub fn run(args: &KernelArgs) -> Result<()> {
     if let Some([first, second]) = args.compare.as_deref() {
         return compare::run(first, second, &args.filter, args.json);
     }
+    if let Some(path) = &args.kernel {
+        return own::run(path, args);
+    }
     let device = args.device.open()?;
     match &device {
         Device::Cuda(card) if cuda::is_emulated() => run_emulated(args, &device, card),
@@ -30,8 +35,13 @@ pub fn run(args: &KernelArgs) -> Result<()> {
     }
 }
 
-fn selected(args: &KernelArgs, cases: Vec<Case>) -> Result<Vec<Case>> {
-    let cases: Vec<Case> = cases.into_iter().filter(|case| case.name.contains(&args.filter)).collect();
+/// The cases to time, and how often a run has each, where they are a run's; `usual` without --workload.
+fn selected(args: &KernelArgs, usual: impl FnOnce() -> Vec<Case>) -> Result<Vec<(Case, u64)>> {
+    let cases = match &args.workload {
+        Some(path) => workload::read(path)?,
+        None => usual().into_iter().map(|case| (case, 1)).collect(),
+    };
+    let cases: Vec<_> = cases.into_iter().filter(|(case, _)| case.name.contains(&args.filter)).collect();
     if cases.is_empty() { Err(no_case(&args.filter)) } else { Ok(cases) }
 }
 
@@ -53,7 +63,7 @@ const CHECKED: [u64; 2] = [1, 2];
 
 /// Proves that everything runs and is right; measures nothing.
 fn run_emulated(args: &KernelArgs, device: &Device, card: &CudaDevice) -> Result<()> {
-    let cases = selected(args, cases::small())?;
+    let cases = selected(args, cases::small)?;
     let note =
         "no performance figures: the emulated card runs on this machine's cpu, and its times say nothing about a card";
     if args.json {
@@ -78,8 +88,8 @@ fn run_emulated(args: &KernelArgs, device: &Device, card: &CudaDevice) -> Result
         }
     }
     let mut wrong = Vec::new();
-    for case in &cases {
-        let mut bench = Bench::new(args, device, case)?;
+    for (case, count) in &cases {
+        let mut bench = Bench::new(args, device, case, *count)?;
         let mut kernels = bench.prepare(&clock)?;
         bench.check(CHECKED[0])?;
         clock.sample(&mut kernels)?;
@@ -104,7 +114,7 @@ fn run_emulated(args: &KernelArgs, device: &Device, card: &CudaDevice) -> Result
 }
 
 fn run_timed(args: &KernelArgs, device: &Device) -> Result<()> {
-    let cases = selected(args, args.shapes.iter().flat_map(|shapes| shapes.cases()).collect())?;
+    let cases = selected(args, || args.shapes.iter().flat_map(|shapes| shapes.cases()).collect())?;
     let clock = Clock::new(device, args.seconds)?;
     let peak = Peaks::measure(&clock, args.dtype)?;
     let (name, driver) = match device {
@@ -134,8 +144,9 @@ fn run_timed(args: &KernelArgs, device: &Device) -> Result<()> {
     }
     let mut roofline = Roofline::new(format!("{name}, {}", args.dtype), peak);
     let mut wrong = Vec::new();
-    for case in &cases {
-        let mut bench = Bench::new(args, device, case)?;
+    let mut sum = Sum::default();
+    for (case, count) in &cases {
+        let mut bench = Bench::new(args, device, case, *count)?;
         let mut kernels = bench.prepare(&clock)?;
         bench.check(CHECKED[0])?;
         clock.sample(&mut kernels)?;
@@ -159,6 +170,9 @@ fn run_timed(args: &KernelArgs, device: &Device) -> Result<()> {
             } else {
                 print_line(figures.row(&bench.title(&timed.kernel), on_card, meter.is_some()));
             }
+            if timed.kernel.is_empty() {
+                sum.add(case.op, *count, &figures);
+            }
             roofline.points.push(Point {
                 op: case.op.into(),
                 name: bench.title(&timed.kernel),
@@ -169,11 +183,53 @@ fn run_timed(args: &KernelArgs, device: &Device) -> Result<()> {
         }
         wrong.extend(bench.mistakes());
     }
+    if args.workload.is_some() {
+        sum.print(args.json);
+    }
     if let Some(path) = &args.roofline {
         output::replace(path, roofline.svg().as_bytes())?;
         say!("{}", path.display());
     }
     finish(wrong)
+}
+
+/// What a workload's calls come to, by op.
+#[derive(Default)]
+struct Sum {
+    ops: Vec<(&'static str, u64, f64, f64)>,
+}
+
+impl Sum {
+    fn add(&mut self, op: &'static str, count: u64, figures: &Figures) {
+        if !self.ops.iter().any(|(name, ..)| *name == op) {
+            self.ops.push((op, 0, 0.0, 0.0));
+        }
+        for (_, calls, seconds, floor) in self.ops.iter_mut().filter(|(name, ..)| *name == op) {
+            *calls += count;
+            *seconds += count as f64 * figures.seconds;
+            *floor += count as f64 * figures.floor;
+        }
+    }
+
+    fn print(&self, as_json: bool) {
+        let all = self.ops.iter().fold(("all", 0, 0.0, 0.0), |(name, calls, seconds, floor), op| {
+            (name, calls + op.1, seconds + op.2, floor + op.3)
+        });
+        if !as_json {
+            print_line(format!("{:18} {:>8} {:>12} {:>12} {:>6}", "of the run", "calls", "time", "floor", "share"));
+        }
+        for &(op, calls, seconds, floor) in self.ops.iter().chain([&all]) {
+            if as_json {
+                print_line(json!({
+                    "kind": "workload", "op": op, "calls": calls, "seconds": seconds, "floor_seconds": floor,
+                    "share_of_peak": floor / seconds,
+                }));
+            } else {
+                let [ms, floor_ms] = [seconds, floor].map(|seconds| format!("{:.3} ms", seconds * 1e3));
+                print_line(format!("{op:18} {calls:>8} {ms:>12} {floor_ms:>12} {:5.0}%", 100.0 * floor / seconds));
+            }
+        }
+    }
 }
 
 fn finish(wrong: Vec<String>) -> Result<()> {
@@ -200,6 +256,8 @@ struct Bench<'a> {
     args: &'a KernelArgs,
     device: &'a Device,
     case: &'a Case,
+    /// Calls of it in the run that is timed; 1 without --workload.
+    count: u64,
     work: Work,
     reference: Option<Reference>,
     /// By kernel.
@@ -207,10 +265,10 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(args: &'a KernelArgs, device: &'a Device, case: &'a Case) -> Result<Bench<'a>> {
+    fn new(args: &'a KernelArgs, device: &'a Device, case: &'a Case, count: u64) -> Result<Bench<'a>> {
         let work = work(case, args.dtype)?;
         let reference = Reference::of(device, args.dtype, work);
-        Ok(Bench { args, device, case, work, reference, errors: Vec::new() })
+        Ok(Bench { args, device, case, count, work, reference, errors: Vec::new() })
     }
 
     /// The op's own choice, and with --variants each kernel that it has to choose from and that takes the operands.
@@ -278,6 +336,9 @@ impl<'a> Bench<'a> {
             "kind": "kernel", "op": self.case.op, "name": self.case.name, "shape": self.case.shape,
             "dtype": self.args.dtype.name(), "flops": self.work.flops, "bytes": self.work.bytes,
         });
+        if self.args.workload.is_some() {
+            line["count"] = self.count.into();
+        }
         if let (Value::Object(line), Value::Object(fields)) = (&mut line, fields) {
             line.extend(fields);
         }

@@ -6,14 +6,18 @@ mod compare;
 mod errors;
 mod kernels;
 mod numbers;
+mod own;
 mod peaks;
 mod power;
 mod results;
 mod roofline;
+mod workload;
 
 pub use args::BenchArgs;
 use args::What;
 use megafuse::Result;
+pub use results::Results;
+pub use workload::write as write_workload;
 
 pub fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {

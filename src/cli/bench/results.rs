@@ -22,8 +22,10 @@ pub struct Results {
 pub struct Measured {
     /// Op and shape, kernel, dtype: what two runs have in common.
     pub key: String,
+    pub op: String,
     pub method: String,
     pub samples: Samples,
+    line: Value,
 }
 
 impl Results {
@@ -64,6 +66,16 @@ impl Measured {
         let samples = Samples::new(samples.map(|us| us / 1e6).collect());
         let variant = line["kernel"].as_str()?.split_once('=').map_or(String::new(), |(_, name)| format!(" {name}"));
         let key = format!("{}{variant} {}", line["name"].as_str()?, line["dtype"].as_str()?);
-        (samples.len() > 0).then_some(Measured { key, method, samples })
+        let op = line["op"].as_str()?.to_string();
+        (samples.len() > 0).then_some(Measured { key, op, method, samples, line })
+    }
+
+    /// Not the op's own choice, but one that --variants asked for.
+    pub fn is_variant(&self) -> bool {
+        self.line["kernel"] != ""
+    }
+
+    pub fn floor_us(&self) -> f64 {
+        self.line["floor_us"].as_f64().unwrap_or(0.0)
     }
 }
