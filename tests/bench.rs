@@ -217,32 +217,13 @@ fn a_plan_predicts_the_time_of_a_card() {
     assert!(text(&error.stderr).contains("--card was measured in bf16"), "{}", text(&error.stderr));
 }
 
-/// A norm as a reader writes it for the first time: a block per row.
-const OWN: &str = "\
-#include \"common/device.cuh\"
-
-// bench: op rms_norm, entry my_norm, grid rows, block 128
-template <class T>
-DEVICE void my_norm(T* y, const T* x, const T* gamma, int64_t rows, int channels, float eps) {
-    SHARED_STATIC(float, sums, [128]);
-    x += blockIdx.x * int64_t(channels);
-    y += blockIdx.x * int64_t(channels);
-    float sum = 0.f;
-    for (int c = threadIdx.x; c < channels; c += 128) sum += to_f32(x[c]) * to_f32(x[c]);
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = 64; half > 0; half /= 2) {
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
-    const float scale = 1.f / sqrtf(sums[0] / channels + eps);
-    for (int c = threadIdx.x; c < channels; c += 128) y[c] = from_f32<T>(to_f32(x[c]) * scale * to_f32(gamma[c]));
+/// The example of docs/kernels.md.
+fn example() -> String {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");
+    let page = fs::read_to_string(page).expect("the page");
+    let block = page.split("```cuda\n").find(|block| block.contains("// bench: op rms_norm"));
+    block.and_then(|block| block.split("```").next()).expect("an example in docs/kernels.md").to_string()
 }
-KERNEL(my_norm_bf16, 128, 1)(bf16* y, const bf16* x, const bf16* gamma, int64_t rows, int channels, float eps) {
-    my_norm(y, x, gamma, rows, channels, eps);
-}
-REGISTER_KERNEL(my_norm_bf16)
-";
 
 /// Compiled, compared with the cpu, raced; what is wrong with it is said.
 #[test]
@@ -252,7 +233,9 @@ fn a_kernel_of_ones_own_is_checked_and_raced() {
         fs::write(place.path("my.cu"), text).expect("a writable folder");
         place.run(&["bench", "kernels", "--kernel", "my.cu", "--device", "emu"])
     };
-    let output = bench(OWN);
+    let own = example();
+    assert!(own.lines().count() <= 25, "a short example");
+    let output = bench(&own);
     let table = text(&output.stdout);
     assert!(output.status.success(), "{table}{}", text(&output.stderr));
     assert!(
@@ -263,23 +246,83 @@ fn a_kernel_of_ones_own_is_checked_and_raced() {
     assert!(!table.contains(" us") && !table.contains("GB/s"), "{table}");
 
     // A barrier too few: the race build says so, whatever the results.
-    let output = bench(&OWN.replacen("__syncthreads();\n    for", "for", 1));
-    assert!(!output.status.success() && text(&output.stderr).contains("race"), "{}", text(&output.stderr));
+    let output = bench(&own.replacen("__syncthreads();\n    for", "for", 1));
+    assert!(!output.status.success() && text(&output.stderr).contains("RACE"), "{}", text(&output.stderr));
     // Wrong only where a row is longer than a block.
-    let output = bench(&OWN.replace("c += 128) y[c]", "c += 1024) y[c]"));
+    let output = bench(&own.replace("c += 128) y[c]", "c += 1024) y[c]"));
     let message = text(&output.stderr);
     assert!(
         !output.status.success() && message.contains("kernel my_norm: wrong results for rows 2, channels 1025"),
         "{message}"
     );
-    let message = text(&bench(&OWN.replace("sqrtf", "sqrtff")).stderr);
+    let message = text(&bench(&own.replace("sqrtf", "sqrtff")).stderr);
     assert!(message.contains("does not compile it") && message.contains("sqrtff"), "{message}");
-    let message = text(&bench(&OWN.replace("op rms_norm", "op rms")).stderr);
+    let message = text(&bench(&own.replace("op rms_norm", "op rms")).stderr);
     assert!(message.contains("my.cu: no contract for op \"rms\""), "{message}");
     let message =
-        text(&bench(&OWN.replace("int channels, float eps) {\n    my", "float eps, int channels) {\n    my")).stderr);
+        text(&bench(&own.replace("int channels, float eps) {\n    my", "float eps, int channels) {\n    my")).stderr);
     assert!(message.contains("my_norm_bf16"), "{message}");
-    let message = text(&bench(&OWN.replace("entry my_norm", "entry your_norm")).stderr);
+    let message = text(&bench(&own.replace("entry my_norm", "entry your_norm")).stderr);
     assert!(message.contains("your_norm_bf16"), "{message}");
     assert!(place.fails(2, &["bench", "--kernel", "my.cu", "--device", "cpu"]).contains("--device cpu"));
+}
+
+/// A step and a decoding: counted, timed on the cpu, run on the emulated card.
+#[test]
+fn the_parts_of_a_model_are_timed() {
+    let place = Place::new();
+    let bench = ["bench", "models", "--model", MODEL, "--json", "--seconds", "0", "--size", "16x16", "--device"];
+    let timed = lines(&place.ok(&[&bench[..], &["cpu", "--dtype", "f32", "--batch", "2"]].concat()));
+    let parts: Vec<&str> = timed.iter().filter_map(|line| line["part"].as_str()).collect();
+    assert_eq!(parts, ["UNet, guided step of 2 [4,8,8]", "VAE, decode 2 of 16x16"]);
+    for line in &timed {
+        assert_eq!(line["kind"], "model");
+        for figure in ["median_us", "tflops", "share_of_peak_flops", "flops", "launches"] {
+            assert!(line[figure].as_f64() > Some(0.0), "{figure} in {line}");
+        }
+    }
+    let emulated = lines(&place.ok(&[&bench[..], &["emu"]].concat()));
+    assert_eq!(emulated.len(), 2, "{emulated:?}");
+    for line in &emulated {
+        assert_eq!((&line["ran"], &line["emulated"]), (&true.into(), &true.into()));
+        assert!(line.get("median_us").is_none() && line.get("tflops").is_none(), "{line}");
+    }
+    let error = place.fails(2, &[&bench[..8], &["--size", "15x16", "--device", "cpu"]].concat());
+    assert!(error.contains("--size"), "{error}");
+    assert!(place.fails(1, &["bench", "models", "--model", "nowhere"]).contains("nowhere"));
+}
+
+#[test]
+fn whole_pictures_are_timed_by_batch() {
+    let place = Place::new();
+    let bench = ["bench", "generate", "--model", MODEL, "--size", "16x16", "--steps", "2", "--json", "--device"];
+    let timed = lines(&place.ok(&[&bench[..], &["cpu", "--dtype", "f32", "--batch", "1,2", "--runs", "1"]].concat()));
+    assert_eq!(timed.iter().map(|line| line["batch"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2)]);
+    for line in &timed {
+        let number = |value: &Value| value.as_f64().expect("a number");
+        let (seconds, phases) = (number(&line["seconds"]), &line["phases"]);
+        let rate = number(&line["batch"]) / seconds;
+        assert!((number(&line["pictures_per_second"]) / rate - 1.0).abs() < 1e-9, "{line}");
+        let sum: f64 = ["text", "steps", "decode"].iter().map(|phase| number(&phases[phase])).sum();
+        assert!((sum / seconds - 1.0).abs() < 1e-6, "{line}");
+        assert_eq!((&line["size"], &line["steps"], &line["guidance"]), (&"16x16".into(), &2.into(), &8.0.into()));
+    }
+    let emulated = lines(&place.ok(&[&bench[..], &["emu"]].concat()));
+    let [line] = &emulated[..] else { panic!("{emulated:?}") };
+    assert_eq!(line["ran"], true);
+    assert!(line.get("seconds").is_none() && line.get("pictures_per_second").is_none(), "{line}");
+}
+
+/// Nsight Compute counts on a card.
+#[test]
+fn counters_want_a_card() {
+    let place = Place::new();
+    for device in ["cpu", "emu"] {
+        let error = place.fails(2, &["bench", "kernels", "--ncu", "--device", device]);
+        assert!(error.contains(&format!("--device {device}: ncu counts on a real card")), "{error}");
+    }
+    assert!(place.fails(2, &["bench", "--ncu", "--json"]).contains("--json"));
+    // What ncu runs: every case once, without a word.
+    let quiet = place.ok(&["bench", "kernels", "--once", "--device", "cpu", "--filter", "layer_norm [512"]);
+    assert_eq!(quiet, "");
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use megafuse::DType;
+use megafuse::pipeline::Size;
 
 use crate::cli::args::named;
 use crate::cli::values::{self, DeviceChoice};
@@ -24,7 +25,103 @@ pub enum What {
     /// Time every kernel at the models' shapes, beside what the device can do at most (the default)
     #[command(after_long_help = EXAMPLES)]
     Kernels(Box<KernelArgs>),
+    /// Time the parts of a model: a guided step of its denoiser, and its VAE
+    #[command(after_long_help = MODEL_EXAMPLES)]
+    Models(ModelArgs),
+    /// Time whole pictures, from the prompt to the pixels, at several batch sizes
+    #[command(after_long_help = GENERATE_EXAMPLES)]
+    Generate(RunArgs),
 }
+
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Model directory with unet/ and vae/; tools/oracle/full_size.py writes random ones of the published sizes
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
+    pub model: PathBuf,
+
+    /// Where to run: auto, cpu, cuda, cuda:N or emu
+    #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
+    pub device: DeviceChoice,
+
+    /// Element type of weights and activations
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
+    pub dtype: DType,
+
+    /// Size of the pictures (default: the model's own)
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
+    pub size: Option<Size>,
+
+    /// Pictures at once; a guided step has twice as many samples
+    #[arg(long, value_name = "N", value_parser = values::count, default_value = "1")]
+    pub batch: usize,
+
+    /// Time spent on each part, at most
+    #[arg(long, value_name = "S", value_parser = values::seconds, default_value = "3")]
+    pub seconds: f64,
+
+    /// Print a JSON object a line instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+const MODEL_EXAMPLES: &str = "\
+Examples:
+  megafuse bench models --model ~/models/stable-diffusion-xl-base-1.0
+  megafuse bench models --model /tmp/sd15 --size 1024x1024 --dtype f16 --json
+
+On a card each part is timed as it runs in a picture, replayed from a graph, and launched by itself.
+The text and the timestep are embedded before, as in a picture. share: of the peak that is measured
+first, with the best instruction of the device.";
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// Model directory (default: the small model inside the program)
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
+    pub model: Option<PathBuf>,
+
+    /// Where to run: auto, cpu, cuda, cuda:N or emu
+    #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
+    pub device: DeviceChoice,
+
+    /// Element type of weights and activations
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
+    pub dtype: DType,
+
+    /// Size of the pictures (default: the model's own)
+    #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
+    pub size: Option<Size>,
+
+    /// Steps of the Euler sampler
+    #[arg(long, value_name = "N", value_parser = values::steps, default_value = "20")]
+    pub steps: usize,
+
+    /// Classifier-free guidance scale
+    #[arg(long, value_name = "X", value_parser = values::guidance, default_value = "8")]
+    pub guidance: f32,
+
+    /// Pictures at once, one size after the other, separated by commas
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = values::count, default_value = "1")]
+    pub batch: Vec<usize>,
+
+    /// Runs of each batch size that count; one more goes first
+    #[arg(long, value_name = "N", value_parser = values::count, default_value = "3")]
+    pub runs: usize,
+
+    /// Print a JSON object a line instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  megafuse bench generate --model ~/models/stable-diffusion-xl-base-1.0 --batch 1,2,4,8,16,32
+  megafuse bench generate --model /tmp/sdxl --batch 8 --json
+  megafuse bench generate --device cpu --dtype f32 --steps 4
+
+In the form of MLPerf's text-to-image test: 20 Euler steps, guidance 8, from prompts to pixels in
+memory, text encoders and VAE included; loading the weights and writing files is not. Without the
+published weights, random ones of the same shapes take the same time: tools/oracle/full_size.py.
+The emulated card runs each batch size once and prints no times.";
 
 #[derive(Args)]
 pub struct KernelArgs {
@@ -69,6 +166,14 @@ pub struct KernelArgs {
           conflicts_with_all = ["filter", "variants", "shapes", "workload", "roofline", "compare"])]
     pub kernel: Option<PathBuf>,
 
+    /// On a card: what ten counters of Nsight Compute say of each kernel, instead of times; ncu must be installed
+    #[arg(long, conflicts_with_all = ["json", "seconds", "roofline", "compare", "kernel"])]
+    pub ncu: bool,
+
+    /// Every case once, nothing else: what ncu runs
+    #[arg(long, hide = true)]
+    pub once: bool,
+
     /// Time nothing: compare two results of --json, case by case
     #[arg(long, value_names = ["A.json", "B.json"], num_args = 2, value_parser = values::path(),
           conflicts_with_all = ["device", "dtype", "seconds", "variants", "shapes", "workload", "roofline"])]
@@ -103,6 +208,7 @@ Examples:
   megafuse bench kernels --shapes sd15,sd15-1024 --filter attention
   megafuse bench kernels --dtype f16 --shapes vae-1024 --json > bench.json
   megafuse bench kernels --shapes sdxl --filter linear --variants --roofline linear.svg
+  megafuse bench kernels --shapes sdxl --filter attention --ncu
   megafuse bench kernels --compare before.json after.json
   megafuse generate \"a cat\" --model DIR --record-shapes cat.json; megafuse bench --workload cat.json
   megafuse bench kernels --kernel my_norm.cu --device emu

@@ -10,6 +10,7 @@ use super::args::{KernelArgs, Shapes};
 use super::clock::{Clock, Timed};
 use super::compare;
 use super::errors::{Errors, Reference, errors};
+use super::ncu;
 use super::numbers::Samples;
 use super::own;
 use super::peaks::{self, Peaks};
@@ -29,6 +30,15 @@ pub fn run(args: &KernelArgs) -> Result<()> {
         return own::run(path, args);
     }
     let device = args.device.open()?;
+    if args.ncu {
+        return ncu::run(args, &device);
+    }
+    if args.once {
+        for (case, _) in selected(args, || usual(args))? {
+            (case.prepare)(&Inputs::new(&device, args.dtype, CHECKED[0]))?()?;
+        }
+        return Ok(());
+    }
     match &device {
         Device::Cuda(card) if cuda::is_emulated() => run_emulated(args, &device, card),
         _ => run_timed(args, &device),
@@ -43,6 +53,10 @@ fn selected(args: &KernelArgs, usual: impl FnOnce() -> Vec<Case>) -> Result<Vec<
     };
     let cases: Vec<_> = cases.into_iter().filter(|(case, _)| case.name.contains(&args.filter)).collect();
     if cases.is_empty() { Err(no_case(&args.filter)) } else { Ok(cases) }
+}
+
+fn usual(args: &KernelArgs) -> Vec<Case> {
+    args.shapes.iter().flat_map(|shapes| shapes.cases()).collect()
 }
 
 impl Shapes {
@@ -114,7 +128,7 @@ fn run_emulated(args: &KernelArgs, device: &Device, card: &CudaDevice) -> Result
 }
 
 fn run_timed(args: &KernelArgs, device: &Device) -> Result<()> {
-    let cases = selected(args, || args.shapes.iter().flat_map(|shapes| shapes.cases()).collect())?;
+    let cases = selected(args, || usual(args))?;
     let clock = Clock::new(device, args.seconds)?;
     let peak = Peaks::measure(&clock, args.dtype)?;
     let (name, driver) = match device {

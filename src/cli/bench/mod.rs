@@ -4,7 +4,10 @@ mod args;
 mod clock;
 mod compare;
 mod errors;
+mod generate;
 mod kernels;
+mod models;
+mod ncu;
 mod numbers;
 mod own;
 mod peaks;
@@ -23,5 +26,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         None => kernels::run(&args.kernels),
         Some(What::Kernels(args)) => kernels::run(args),
+        Some(What::Models(args)) => models::run(args),
+        Some(What::Generate(args)) => generate::run(args),
     }
 }
