@@ -71,7 +71,7 @@ pub struct Card {
 /// The kernels of commit f9dc150 on one H200, in bf16, fitted to docs/gpu/h200-f9dc150-bench.jsonl (cold calls, mma.sync).
 const PORTABLE: [(&str, OpModel); 5] = [
     ("conv2d", OpModel { start_us: 23.5, efficiency: 0.385 }),
-    ("linear", OpModel { start_us: 10.9, efficiency: 0.369 }),
+    ("linear", OpModel { start_us: 11.3, efficiency: 0.3695 }),
     ("attention", OpModel { start_us: 7.6, efficiency: 0.312 }),
     ("group_norm", OpModel { start_us: 14.4, efficiency: 0.406 }),
     ("layer_norm", OpModel { start_us: 5.8, efficiency: 0.71 }),

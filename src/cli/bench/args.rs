@@ -36,8 +36,12 @@ pub enum What {
 #[derive(Args)]
 pub struct ModelArgs {
     /// Model directory with unet/ and vae/; tools/oracle/full_size.py writes random ones of the published sizes
-    #[arg(long, value_name = "DIR", value_parser = values::path())]
-    pub model: PathBuf,
+    #[arg(long, value_name = "DIR", value_parser = values::path(), required_unless_present = "random")]
+    pub model: Option<PathBuf>,
+
+    /// Instead of --model: random weights of a published model's shapes, made in memory
+    #[arg(long, value_enum, value_name = "MODEL", conflicts_with = "model")]
+    pub random: Option<Published>,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
@@ -64,8 +68,18 @@ pub struct ModelArgs {
     pub json: bool,
 }
 
+/// Shapes without a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Published {
+    /// Stable Diffusion 1.5
+    Sd15,
+    /// SDXL base 1.0
+    Sdxl,
+}
+
 const MODEL_EXAMPLES: &str = "\
 Examples:
+  megafuse bench models --random sdxl
   megafuse bench models --model ~/models/stable-diffusion-xl-base-1.0
   megafuse bench models --model /tmp/sd15 --size 1024x1024 --dtype f16 --json
 

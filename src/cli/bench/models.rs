@@ -9,10 +9,10 @@ use megafuse::models::{
 use megafuse::ops::StepIndex;
 use megafuse::ops::cases::{Call, Inputs};
 use megafuse::runtime::{Work, cuda};
-use megafuse::{Device, Error, Result};
-use serde_json::json;
+use megafuse::{DType, Device, Error, Result};
+use serde_json::{Value, json};
 
-use super::args::ModelArgs;
+use super::args::{ModelArgs, Published};
 use super::clock::Clock;
 use super::peaks::Peaks;
 use super::results::SCHEMA;
@@ -95,10 +95,73 @@ enum Part {
     Vae,
 }
 
-fn config(folder: &Path) -> Result<(String, String)> {
-    let path = folder.join("config.json");
-    let json = fs::read_to_string(&path).map_err(|error| Error::io(&path, error))?;
-    Ok((path.display().to_string(), json))
+/// Where configurations and weights come from.
+enum Source<'a> {
+    Directory(&'a Path),
+    Random(Published),
+}
+
+impl Source<'_> {
+    fn of(args: &ModelArgs) -> Result<Source<'_>> {
+        match (&args.model, args.random) {
+            (Some(path), _) => Ok(Source::Directory(path)),
+            (None, Some(published)) => Ok(Source::Random(published)),
+            (None, None) => Err(Error::config("bench models", "neither --model nor --random")),
+        }
+    }
+
+    /// What messages call it, and the JSON.
+    fn config(&self, part: &str) -> Result<(String, String)> {
+        match self {
+            Source::Directory(folder) => {
+                let path = folder.join(part).join("config.json");
+                let json = fs::read_to_string(&path).map_err(|error| Error::io(&path, error))?;
+                Ok((path.display().to_string(), json))
+            }
+            Source::Random(published) => Ok((format!("{published:?} {part}"), published.config(part).to_string())),
+        }
+    }
+
+    fn store(&self, part: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+        match (self, device) {
+            (_, Device::Meta(_)) => Ok(WeightStore::meta(device, dtype)),
+            (Source::Directory(folder), _) => {
+                WeightStore::open(&folder.join(part), "diffusion_pytorch_model", device, dtype)
+            }
+            (Source::Random(_), _) => Ok(WeightStore::random(device, dtype)),
+        }
+    }
+}
+
+impl Published {
+    /// As the published configurations have it, as far as it decides shapes.
+    fn config(self, part: &str) -> Value {
+        let (down, attention_down) = ("DownBlock2D", "CrossAttnDownBlock2D");
+        let (up, attention_up) = ("UpBlock2D", "CrossAttnUpBlock2D");
+        match (self, part) {
+            (Published::Sd15, "unet") => json!({
+                "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+                "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768, "norm_num_groups": 32,
+                "act_fn": "silu", "norm_eps": 1e-5,
+                "down_block_types": [attention_down, attention_down, attention_down, down],
+                "up_block_types": [up, attention_up, attention_up, attention_up],
+            }),
+            (Published::Sdxl, "unet") => json!({
+                "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
+                "layers_per_block": 2, "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
+                "cross_attention_dim": 2048, "norm_num_groups": 32, "act_fn": "silu", "norm_eps": 1e-5,
+                "use_linear_projection": true, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+                "down_block_types": [down, attention_down, attention_down],
+                "up_block_types": [attention_up, attention_up, up],
+            }),
+            _ => json!({
+                "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512],
+                "layers_per_block": 2, "norm_num_groups": 32, "act_fn": "silu", "sample_size": 512,
+                "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+            }),
+        }
+    }
 }
 
 impl Part {
@@ -118,16 +181,11 @@ impl Part {
     }
 
     fn prepare(self, args: &ModelArgs, device: &Device) -> Result<Call> {
-        let vae = args.model.join("vae");
-        let (vae_path, vae_json) = config(&vae)?;
-        let vae_config = VaeConfig::from_json(&vae_path, &vae_json)?;
-        let unet = args.model.join("unet");
-        let (path, json) = config(&unet)?;
-        let config = UnetConfig::from_json(&path, &json)?;
-        let store = |folder: &Path| match device {
-            Device::Meta(_) => Ok(WeightStore::meta(device, args.dtype)),
-            _ => WeightStore::open(folder, "diffusion_pytorch_model", device, args.dtype),
-        };
+        let source = Source::of(args)?;
+        let (what, json) = source.config("vae")?;
+        let vae_config = VaeConfig::from_json(&what, &json)?;
+        let (what, json) = source.config("unet")?;
+        let config = UnetConfig::from_json(&what, &json)?;
         let inputs = Inputs::new(device, args.dtype, 1);
         let factor = vae_config.factor();
         let [own_h, own_w] = config.sample_size.unwrap_or([64, 64]);
@@ -140,12 +198,12 @@ impl Part {
         let [h, w] = [height / factor, width / factor];
         match self {
             Part::Vae => {
-                let vae = Vae::load(store(&vae)?, &vae_config)?;
+                let vae = Vae::load(source.store("vae", device, args.dtype)?, &vae_config)?;
                 let latents = inputs.tensor(&[args.batch, h, w, vae_config.latent_channels])?;
                 Ok(Box::new(move || vae.decode(&latents)))
             }
             Part::Denoiser => {
-                let unet = Unet::load(store(&unet)?, &config)?;
+                let unet = Unet::load(source.store("unet", device, args.dtype)?, &config)?;
                 let samples = 2 * args.batch;
                 let latents = inputs.tensor(&[samples, h, w, config.in_channels])?;
                 let text = inputs.tensor(&[samples, TOKENS, config.cross_attention_dim])?;
@@ -157,6 +215,32 @@ impl Part {
                 let step = StepIndex::one(device, 0)?;
                 Ok(Box::new(move || unet.forward(&latents, &step, &conditioning, &UnetOptions::default())))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The published parameter counts.
+    #[test]
+    fn random_models_have_the_published_size() {
+        for (published, unet, vae) in
+            [(Published::Sd15, 859_520_964, 83_653_863), (Published::Sdxl, 2_567_463_684, 83_653_863u64)]
+        {
+            let source = Source::Random(published);
+            let counted = |part: &str| -> u64 {
+                let store = source.store(part, &Device::meta(), DType::BF16).unwrap();
+                let (what, json) = source.config(part).unwrap();
+                if part == "unet" {
+                    Unet::from_weights(&store.root(), &UnetConfig::from_json(&what, &json).unwrap()).unwrap();
+                } else {
+                    Vae::from_weights(&store.root(), &VaeConfig::from_json(&what, &json).unwrap()).unwrap();
+                }
+                store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
+            };
+            assert_eq!((counted("unet"), counted("vae")), (unet, vae), "{published:?}");
         }
     }
 }
