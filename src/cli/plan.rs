@@ -21,6 +21,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let report = planner.plan(&request)?;
     let ladder = planner.ladder(&request)?;
     let card = args.card.as_deref().map(Card::named).transpose()?;
+    let card = card.map(|card| card.with_vae_dtype(args.run.vae_dtype));
     if let Some(warning) = card.as_ref().and_then(|card| card.warning(report.dtype)) {
         say!("warning: {warning}");
     }

@@ -64,6 +64,8 @@ pub struct Card {
     ops: Vec<(String, OpModel)>,
     /// Of ops that are not among them.
     other: OpModel,
+    /// What the VAE computes in, where that is not what the rest does.
+    vae_dtype: Option<DType>,
     /// What the table was measured in, where that is one dtype.
     dtype: Option<DType>,
 }
@@ -114,6 +116,7 @@ impl Card {
             bytes,
             ops: table(ops),
             other: OTHER,
+            vae_dtype: None,
             dtype: None,
         };
         // What others reach of their data sheets is taken to be what the H200 reaches of its own: 0.80 (wgmma) of 989
@@ -161,7 +164,13 @@ impl Card {
         let ops = calls.iter().filter_map(|(op, calls)| Some((op.clone(), OpModel::fit(calls)?))).collect();
         let dtype = results.run["dtype"].as_str().and_then(|name| name.parse().ok());
         let basis = format!("fitted to {}; ops that it lacks as all of it together", path.display());
-        Ok(Card { name: results.device().into(), basis, flops, f32_flops: flops, bytes, ops, other, dtype })
+        let vae_dtype = None;
+        Ok(Card { name: results.device().into(), basis, flops, f32_flops: flops, bytes, ops, other, vae_dtype, dtype })
+    }
+
+    /// For a run whose VAE has a dtype of its own.
+    pub fn with_vae_dtype(self, vae_dtype: Option<DType>) -> Card {
+        Card { vae_dtype, ..self }
     }
 
     /// A sentence where the table was measured in another dtype.
@@ -185,6 +194,8 @@ impl Card {
 
     /// One run of a phase.
     pub fn seconds(&self, phase: &PhaseReport, dtype: DType) -> f64 {
+        let by_vae = ["decode", "relay decode", "relay encode"].contains(&phase.name);
+        let dtype = self.vae_dtype.filter(|_| by_vae).unwrap_or(dtype);
         phase.ops.iter().map(|cost| self.seconds_of(cost, dtype)).sum()
     }
 
@@ -241,6 +252,32 @@ mod tests {
             assert!((fitted.start_us - model.start_us).abs() < 0.2, "{op}: {fitted:?}");
             assert!((fitted.efficiency / model.efficiency - 1.0).abs() < 0.02, "{op}: {fitted:?}");
         }
+    }
+
+    /// A VAE in f32 multiplies at f32's peak, and nothing else does.
+    #[test]
+    fn a_vae_of_another_dtype_has_the_peak_of_it() {
+        let work = Work { macs: 5_000_000_000_000, flops: 10_000_000_000_000, bytes: 1, launches: 1 };
+        let phase = |name: &'static str| PhaseReport {
+            name,
+            stage: None,
+            size: None,
+            repeats: 1,
+            by_kind: vec![],
+            once: work,
+            ops: vec![OpCost { op: "conv2d", calls: 1, work }],
+            peak_bytes: 0,
+            weight_bytes: 0,
+        };
+        let card = Card::named("h200-portable").unwrap();
+        let f32_vae = card.clone().with_vae_dtype(Some(DType::F32));
+        let seconds = |card: &Card, name| card.seconds(&phase(name), DType::F16);
+        assert_eq!(seconds(&card, "denoise"), seconds(&f32_vae, "denoise"));
+        for name in ["decode", "relay decode", "relay encode"] {
+            let ratio = seconds(&f32_vae, name) / seconds(&card, name);
+            assert!((ratio - 647.0 / 60.0).abs() < 0.1, "{name}: {ratio}");
+        }
+        assert_eq!(seconds(&f32_vae, "decode"), card.seconds(&phase("decode"), DType::F32));
     }
 
     #[test]
