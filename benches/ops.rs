@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use megafuse::Result;
-use megafuse::ops::cases::{self, Case, random};
+use megafuse::ops::cases::{self, Case, Inputs, random};
 use megafuse::ops::peaks;
 use megafuse::runtime::{DType, Device, Work};
 use rayon::prelude::*;
@@ -64,13 +64,13 @@ fn run(args: &Args) -> Result<()> {
     }
     for case in cases().into_iter().filter(|case| case.name.contains(&args.filter)) {
         let meta = Device::meta();
-        let call = (case.prepare)(&meta, args.dtype)?;
+        let call = (case.prepare)(&Inputs::new(&meta, args.dtype, 0))?;
         let Device::Meta(recorder) = &meta else { unreachable!() };
         recorder.take_report();
         call()?;
         let work = recorder.take_report().total();
 
-        let call = (case.prepare)(&Device::cpu(), args.dtype)?;
+        let call = (case.prepare)(&Inputs::new(&Device::cpu(), args.dtype, 0))?;
         call()?; // the first call grows the scratch buffers
         let seconds = clock.measure(|| call().map(drop))?;
         report(args, &case.name, work, seconds, &peak);

@@ -1,4 +1,4 @@
-// peaks.cu: what a card can do at most, measured by `megafuse bench`: bare products on registers, a bare copy.
+// peaks.cu: what a card can do at most, measured by `megafuse bench`: bare products on registers, a bare copy, a bare read.
 //
 // The loops touch no memory. Each warp has kA kB = 8 products under way that do not wait for each other (each thread
 // kSums = 16 sums), enough for the latency of a tensor core (of an FMA unit) at two blocks a multiprocessor. What is
@@ -10,11 +10,12 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kA = 2, kB = 4;
 constexpr int kSums = 16;
 constexpr int kCopies = 4;
+constexpr int kReads = 16;
 
 // peak_mma: y[warp] = rounds * (sum over i, j of a[i] b[j]^T), by mma.sync.   T = f16 | bf16
 //   y [blocks * kWarps, 16, 8] f32   a [kA, 16, 16]   b [kB, 8, 16]; aligned to 4 bytes
 // Launch: grid blocks, block kThreads. 2 * 16 * 8 * 16 * kA * kB flops a warp and round. By warp: the products of a
-// Hopper warpgroup are faster than that.
+// Hopper warpgroup are faster (sm90/peaks.cu).
 template <class T>
 DEVICE void peak_mma(float* y, const T* a, const T* b, int rounds) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -97,3 +98,19 @@ KERNEL(peak_copy, kThreads, 1)(Pack<float>* __restrict__ y, const Pack<float>* _
     }
 }
 REGISTER_KERNEL(peak_copy)
+
+// peak_read: y[thread] = sum of the thread's kReads pieces of x, each of four f32; nothing is written but that. It empties
+// the second-level cache of what was there, and leaves nothing to be written back, as a fill would.
+//   y [threads] f32   x [threads * kReads] of 16 bytes, aligned to that
+// Launch: grid threads / kThreads, block kThreads; neighbours read neighbours.
+KERNEL(peak_read_f32, kThreads, 1)(float* __restrict__ y, const float4* __restrict__ x) {
+    const int64_t first = int64_t(blockIdx.x) * kThreads * kReads + threadIdx.x;
+    float sum = 0.f;
+    UNROLL
+    for (int part = 0; part < kReads; part++) {
+        const float4 piece = x[first + part * kThreads];
+        sum += piece.x + piece.y + (piece.z + piece.w);
+    }
+    y[int64_t(blockIdx.x) * kThreads + threadIdx.x] = sum;
+}
+REGISTER_KERNEL(peak_read_f32)

@@ -461,41 +461,6 @@ fn a_check_compares_kernels_with_the_cpu() {
     assert!(place.fails(1, &["check", "--device", "cuda:4096"]).contains("cuda:4096"));
 }
 
-/// The emulated card runs what a card would, and no time of it is called a card's.
-#[test]
-fn a_bench_of_the_emulated_card_has_no_figures() {
-    let place = Place::new();
-    let lines = place.ok(&["bench", "--device", "emu", "--json", "--filter", "add"]);
-    assert!(lines.lines().count() > 1, "{lines}");
-    for line in lines.lines() {
-        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
-        assert_eq!(line["emulated"], true, "{line}");
-        for figure in ["median_us", "tflops", "gbytes_per_s", "share_of_peak", "floor_us"] {
-            assert!(line.get(figure).is_none(), "{figure} in {line}");
-        }
-    }
-    let table = place.ok(&["bench", "--device", "emu", "--filter", "add"]);
-    assert!(table.contains("no performance figures") && !table.contains("FLOP/s"), "{table}");
-    assert!(place.fails(2, &["bench", "--device", "cpu", "--filter", "subtract"]).contains("subtract"));
-}
-
-#[test]
-fn a_bench_of_the_cpu_has_peaks_and_shares() {
-    let place = Place::new();
-    let args =
-        ["bench", "--device", "cpu", "--dtype", "f32", "--seconds", "0", "--filter", "layer_norm [512", "--json"];
-    let lines: Vec<serde_json::Value> =
-        place.ok(&args).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
-    let [peak, line] = &lines[..] else { panic!("{lines:?}") };
-    assert!(peak["peak_tflops"].as_f64() > Some(0.0) && peak["peak_gbytes_per_s"].as_f64() > Some(0.0), "{peak}");
-    assert_eq!((&line["op"], &line["dtype"]), (&"layer_norm".into(), &"f32".into()));
-    assert_eq!((&line["shape"]["rows"], &line["shape"]["c"]), (&512.into(), &1280.into()));
-    for figure in ["median_us", "tflops", "gbytes_per_s", "share_of_peak", "floor_us"] {
-        assert!(line[figure].as_f64() > Some(0.0), "{figure} in {line}");
-    }
-    assert_eq!(line["emulated"], false);
-}
-
 /// Flags that contradict each other or do nothing: each names the flag and its value before anything is computed.
 #[test]
 fn flags_that_do_not_go_together() {

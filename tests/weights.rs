@@ -552,3 +552,21 @@ fn files_of_another_family_are_recognised() {
         assert_says(&message(store.root().tensor("conv_in.bias", &[4])), &["conv_in.bias", "missing", says]);
     }
 }
+
+/// Weights for times: the same for the same key, other ones for another, none far from zero.
+#[test]
+fn random_weights_need_no_file() {
+    for dtype in DType::FLOATS {
+        let store = WeightStore::random(&Device::cpu(), dtype);
+        let values = |key: &str| store.root().at(key).conv("weight", 8, 4, 3).unwrap();
+        let (a, b) = (values("a"), values("b"));
+        assert_eq!((a.shape(), a.dtype()), (&[8, 3, 3, 4][..], dtype));
+        let (a, b) = (a.to_f32_vec().unwrap(), b.to_f32_vec().unwrap());
+        assert_ne!(a, b);
+        let again = WeightStore::random(&Device::cpu(), dtype);
+        assert_eq!(again.root().at("a").conv("weight", 8, 4, 3).unwrap().to_f32_vec().unwrap(), a);
+        let largest = a.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        assert!(largest > 0.02 && largest <= 0.031, "{largest}");
+        assert!(store.root().at("a").tensor("weight", &[1]).is_err(), "taken twice");
+    }
+}

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use megafuse::pipeline::{Lora, Size, Upsampler};
 use megafuse::{DType, Error};
 
+use super::bench::BenchArgs;
 use super::hub::HubArgs;
 use super::picture_args::{AddedFiles, GenerateArgs, GridArgs, PlanArgs};
 use super::values::{self, DeviceChoice};
@@ -46,8 +47,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Compare every kernel on this machine's card with the cpu
     Check(CheckArgs),
-    /// Time every kernel at the models' shapes, beside what the device can do at most
-    Bench(BenchArgs),
+    /// Time the kernels at the models' shapes, beside what the device can do at most
+    Bench(Box<BenchArgs>),
     /// Say what this program and machine can do, and what is missing
     Doctor,
 }
@@ -217,70 +218,6 @@ Examples:
 Each result of the card is compared, element by element, with what the cpu computes in f32 from
 the same inputs. Allowed are the rounding to the element type and a few f32 ulps of the terms. Exit
 status 1 when an op is wrong.";
-
-#[derive(Args)]
-#[command(after_long_help = BENCH_EXAMPLES)]
-pub struct BenchArgs {
-    /// Where to run: auto, cpu, cuda, cuda:N or emu
-    #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
-    pub device: DeviceChoice,
-
-    /// Only cases with this in their op and name
-    #[arg(long, value_name = "S", default_value = "")]
-    pub filter: String,
-
-    /// Element type of weights and activations
-    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", default_value = "bf16")]
-    pub dtype: DType,
-
-    /// Print a JSON object a line instead of a table
-    #[arg(long)]
-    pub json: bool,
-
-    /// Time spent on each case and each peak
-    #[arg(long, value_name = "S", value_parser = values::seconds, default_value = "0.3")]
-    pub seconds: f64,
-
-    /// On a card: time each kernel that an op has to choose from, beside its own choice
-    #[arg(long)]
-    pub variants: bool,
-
-    /// Whose shapes, separated by commas
-    #[arg(long, value_enum, value_name = "MODEL,...", value_delimiter = ',', default_value = "sd15,vae,relay")]
-    pub shapes: Vec<Shapes>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Shapes {
-    /// UNet of Stable Diffusion 1.5, a guided step at 512x512
-    Sd15,
-    /// The same at 1024x1024
-    #[value(name = "sd15-1024")]
-    Sd15At1024,
-    /// VAE decoder at 512x512
-    Vae,
-    /// The same at 1024x1024
-    #[value(name = "vae-1024")]
-    VaeAt1024,
-    /// UNet of SDXL, a guided step at 1024x1024
-    Sdxl,
-    /// A relay from 512x512 to 1024x1024, and the sampler's steps
-    Relay,
-}
-
-const BENCH_EXAMPLES: &str = "\
-Examples:
-  megafuse bench
-  megafuse bench --shapes sd15,sd15-1024 --filter attention
-  megafuse bench --dtype f16 --shapes vae-1024 --json > bench.jsonl
-  megafuse bench --shapes sdxl --filter linear --variants
-  megafuse bench --device cpu --dtype f32 --filter linear
-
-The peaks are measured first, on the same device: bare multiply-adds on registers (for f16 and bf16
-on a card: mma.sync on the tensor cores) and a copy of memory. floor: the larger of flops and bytes
-over these; share: floor over time. On a card the second-level cache is emptied before each
-repetition; on the cpu nothing is, so what fits its caches may have a share above 100%. The
-emulated card runs a few small cases once: its times say nothing about a card and are not printed.";
 
 /// One of these names, listed in the help, parsed by the library.
 pub fn named<T>(names: impl IntoIterator<Item = &'static str>) -> impl TypedValueParser<Value = T>

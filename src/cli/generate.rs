@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use megafuse::Result;
 use megafuse::image::{PngText, encode_png};
+use megafuse::ops::profile as ops_profile;
 use megafuse::pipeline::{Pipeline, PlanReport, Request, text_of};
 
 use super::console::say;
@@ -13,14 +14,17 @@ use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, Progress, seconds_text};
 use super::session::{Session, tell_unread};
-use super::{batch, safetensors_file, strip};
+use super::{batch, bench, profile, safetensors_file, strip};
 
 pub fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(manifest) = &args.manifest {
         return batch::run(args, manifest);
     }
     let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
-    let session = Session::open(&args.run)?;
+    let session = match &args.profile {
+        Some(path) => Session::on(&args.run, profile::device(args.run.device, path)?)?,
+        None => Session::open(&args.run)?,
+    };
     if let Some(picture) = &args.from {
         let parameters = session.planner.pipeline().parameters(&request)?.json;
         from::compare(picture, &parameters, &session.device().to_string(), args.run.model.as_deref())?;
@@ -28,9 +32,16 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
     check_strip(args, &plan)?;
+    if let Some(path) = &args.record_shapes {
+        bench::write_workload(path, &session, &request)?;
+    }
     let targets = targets(args, &request)?;
     let batch = session.batch(args.run.batch, &request, targets.len())?;
+    let device = session.device().clone();
     let pipeline = session.load()?;
+    if args.profile.is_some() {
+        ops_profile::start_on(&device)?;
+    }
     tell_unread(&pipeline, std::iter::once(&request))?;
     for (index, files) in targets.chunks(batch).enumerate() {
         let first = index * batch;
@@ -42,7 +53,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }
         make(&pipeline, &request, first, files, &plan)?;
     }
-    Ok(())
+    match &args.profile {
+        Some(path) => profile::report(path, &device, &ops_profile::stop_spans()?),
+        None => Ok(()),
+    }
 }
 
 /// Where the files of one picture go.

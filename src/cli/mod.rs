@@ -19,7 +19,9 @@ mod method_options;
 mod output;
 mod picture_args;
 mod plan;
+mod predict;
 mod probe;
+mod profile;
 mod progress;
 mod quantize;
 mod resize;
@@ -84,7 +86,10 @@ fn parse() -> std::result::Result<Cli, Ending> {
         let takes_values = arg.get_action().takes_values();
         arg.allow_negative_numbers(takes_values)
     };
-    let mut command = Cli::command().mut_subcommands(|command| command.mut_args(takes_negative));
+    let of_command = |command: clap::Command| {
+        command.mut_args(takes_negative).mut_subcommands(|command| command.mut_args(takes_negative))
+    };
+    let mut command = Cli::command().mut_subcommands(of_command);
     let matches = command.try_get_matches_from_mut(std::env::args_os())?;
     match from::expanded(&matches)? {
         None => Ok(Cli::from_arg_matches(&matches)?),

@@ -60,6 +60,19 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub strip: Option<PathBuf>,
 
+    /// Write the shapes of the run's ops and how often each is called, for bench kernels --workload
+    ///
+    /// JSON, of one batch in the fastest way, whatever memory there is; also before a picture is made that takes long.
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
+    pub record_shapes: Option<PathBuf>,
+
+    /// Print the time of every op of the run, and write a trace for chrome://tracing or ui.perfetto.dev
+    ///
+    /// On a card by its own clock, every launch by itself instead of from a graph; on the cpu by the host's. Not on the
+    /// emulated card, whose times say nothing.
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
+    pub profile: Option<PathBuf>,
+
     /// Make a picture for every line of this file, into the folder --out
     ///
     /// JSON lines: {"prompt": "..."}, and where wanted "id" (a string or number: the picture becomes ID.png; default: the
@@ -138,6 +151,12 @@ pub struct PlanArgs {
     /// Print JSON instead of tables
     #[arg(long)]
     pub json: bool,
+
+    /// Also predict how long it would take on a card: h200, h200-portable, h100, a100, 4090, or a file of bench kernels --json
+    ///
+    /// A prediction from counted work and measured kernels, not a measurement; docs/performance.md says how far off it is.
+    #[arg(long, value_name = "CARD")]
+    pub card: Option<String>,
 
     #[arg(long, hide = true)]
     pub out: Option<PathBuf>,

@@ -5,9 +5,11 @@ use megafuse::pipeline::{PlanReport, Planner, Rung};
 use megafuse::runtime::{OpKind, Work};
 use serde_json::json;
 
+use super::console::say;
 use super::memory::bytes_text;
 use super::output::print_line;
 use super::picture_args::PlanArgs;
+use super::predict::Card;
 use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
@@ -18,8 +20,16 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     // Without --memory and --vae-partition the fastest way is planned, wherever the command runs.
     let report = planner.plan(&request)?;
     let ladder = planner.ladder(&request)?;
+    let card = args.card.as_deref().map(Card::named).transpose()?;
+    let card = card.map(|card| card.with_vae_dtype(args.run.vae_dtype));
+    if let Some(warning) = card.as_ref().and_then(|card| card.warning(report.dtype)) {
+        say!("warning: {warning}");
+    }
     if args.json {
         let mut json = report.to_json();
+        if let Some(card) = &card {
+            json["prediction"] = card.to_json(&report);
+        }
         let rung = |(rung, peak): &(Rung, u64)| json!({"memory": rung.to_json(), "peak_bytes": peak});
         json["ladder"] = ladder.iter().map(rung).collect();
         print_line(format!("{json:#}"));
@@ -35,6 +45,11 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     }
     print_line("");
     table(&phases(&report)).iter().for_each(print_line);
+    if let Some(card) = &card {
+        print_line("");
+        print_line(format!("predicted, not measured: {}; {}", card.name, card.basis));
+        table(&predicted(&report, card)).iter().for_each(print_line);
+    }
     print_line("");
     table(&totals(&report)).iter().for_each(print_line);
     print_line("");
@@ -67,6 +82,25 @@ fn phases(report: &PlanReport) -> Vec<Vec<String>> {
         row.extend([giga(phase.once.flops), phase.once.launches.to_string(), bytes_text(phase.peak_bytes)]);
         rows.push(row);
     }
+    rows
+}
+
+fn predicted(report: &PlanReport, card: &Card) -> Vec<Vec<String>> {
+    let header = ["phase", "stage", "times", "predicted, once", "predicted, all"];
+    let mut rows = vec![header.map(String::from).to_vec()];
+    let milliseconds = |seconds: f64| format!("{:.2} ms", seconds * 1e3);
+    for phase in &report.phases {
+        let once = card.seconds(phase, report.dtype);
+        rows.push(vec![
+            phase.name.to_string(),
+            phase.stage.map_or("-".into(), |stage| (stage + 1).to_string()),
+            phase.repeats.to_string(),
+            milliseconds(once),
+            milliseconds(once * phase.repeats as f64),
+        ]);
+    }
+    let dash = || "-".to_string();
+    rows.push(vec!["total".into(), dash(), dash(), dash(), milliseconds(card.total_seconds(report))]);
     rows
 }
 

@@ -29,7 +29,15 @@ impl Session {
     /// # Errors
     /// Those of the device; as [`Planner::new`].
     pub fn open(run: &RunArgs) -> Result<Session> {
-        let (source, options) = (run.source(), run.load_options(&run.device.open()?));
+        Session::on(run, run.device.open()?)
+    }
+
+    /// The same on a device that is open.
+    ///
+    /// # Errors
+    /// As [`Planner::new`].
+    pub fn on(run: &RunArgs, device: Device) -> Result<Session> {
+        let (source, options) = (run.source(), run.load_options(&device));
         let planner = Planner::with(&source, &options)?;
         Ok(Session { source, options, planner, told: Cell::new(false) })
     }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use megafuse::pipeline::{MethodSpec, ModelSource, Stage, hub_name};
-use megafuse::runtime::CudaOptions;
+use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{Device, Error};
 
 use super::flags;
@@ -285,11 +285,24 @@ impl DeviceChoice {
     /// # Errors
     /// [`Error::DeviceUnavailable`]: what is missing, and what can be done; [`Error::Driver`].
     pub fn open(self) -> megafuse::Result<Device> {
+        self.open_with(CudaOptions::default())
+    }
+
+    /// The same; a card without graphs, every launch by itself.
+    ///
+    /// # Errors
+    /// As [`open`](DeviceChoice::open).
+    pub fn open_eager(self) -> megafuse::Result<Device> {
+        self.open_with(CudaOptions { eager: true, ..CudaOptions::default() })
+    }
+
+    fn open_with(self, options: CudaOptions) -> megafuse::Result<Device> {
+        let card = |ordinal| Ok(Device::Cuda(CudaDevice::open(CudaOptions { ordinal, ..options })?));
         match self {
-            DeviceChoice::Auto => Ok(Device::cuda(0).unwrap_or_else(|_| Device::cpu())),
+            DeviceChoice::Auto => Ok(card(0).unwrap_or_else(|_: Error| Device::cpu())),
             DeviceChoice::Cpu => Ok(Device::cpu()),
-            DeviceChoice::Cuda { index } => Device::cuda(index),
-            DeviceChoice::Emu => Device::emulated(CudaOptions::default()),
+            DeviceChoice::Cuda { index } => card(index),
+            DeviceChoice::Emu => Device::emulated(options),
         }
     }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::cpu::gemm::{K_BLOCK, TILE_STRIDE};
 use super::cpu::kernels::Kernel;
 use super::cpu::math::{self, exp_nonpositive, simd};
-use super::{Tensor, by_dtype, cuda, float, profile};
+use super::{Tensor, by_dtype, cases, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -62,6 +62,8 @@ pub fn attention(args: Attention) -> Result<Tensor> {
 
     let mut y = Tensor::uninit(q.device(), &shape, q.dtype())?;
     let _timed = profile::scope(OP, y.shape());
+    let packed = matches!(args, Attention::Packed { .. });
+    profile::call(OP, || cases::attention_shape([n, queries, keys, heads, head_dim], images_per_kv, packed, causal));
     match q.device() {
         Device::Meta(meta) => {
             let kv_values = 2 * (n / images_per_kv.max(1)) * keys * heads * head_dim;

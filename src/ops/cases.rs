@@ -1,20 +1,21 @@
 //! The ops at the shapes of the models, prepared on any device: what `megafuse bench` and benches/ops.rs time.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use super::conv::Geometry;
 use super::{
     Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RmsNorm, SampleState, Source,
-    StepCoefficients, StepRow, StepTable, TimestepEmbedding, Upsampler,
+    StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding, Upsampler,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Tensor};
 
 /// One call of the op; what it returns is one of its results.
 pub type Call = Box<dyn Fn() -> Result<Tensor>>;
-pub type Prepare = Box<dyn Fn(&Device, DType) -> Result<Call>>;
+pub type Prepare = Box<dyn Fn(&Inputs) -> Result<Call>>;
 
 /// A call that can be prepared on any device.
 pub struct Case {
@@ -28,12 +29,7 @@ pub struct Case {
     pub prepare: Prepare,
 }
 
-fn case(
-    op: &'static str,
-    name: String,
-    shape: Value,
-    prepare: impl Fn(&Device, DType) -> Result<Call> + 'static,
-) -> Case {
+fn case(op: &'static str, name: String, shape: Value, prepare: impl Fn(&Inputs) -> Result<Call> + 'static) -> Case {
     Case { op, name: format!("{op} {name}"), shape, prepare: Box::new(prepare) }
 }
 
@@ -48,13 +44,52 @@ pub fn random(count: usize, seed: u64) -> Vec<f32> {
     (0..count).into_par_iter().map(value).collect()
 }
 
-/// [`random`] values on the device; none on the meta device.
-pub fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
-    match device {
-        Device::Meta(_) => Tensor::uninit(device, shape, dtype),
-        _ => Tensor::from_f32(device, shape, dtype, &random(shape.iter().product(), shape.len() as u64)),
+/// What the tensors of a case are made of: the same values for the same seed on every device.
+pub struct Inputs<'a> {
+    pub device: &'a Device,
+    pub dtype: DType,
+    /// What the values are rounded to, before they are stored in `dtype`.
+    rounded: DType,
+    /// Of the next tensor.
+    seed: Cell<u64>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Calls with another `seed` have other values in all their tensors.
+    pub fn new(device: &'a Device, dtype: DType, seed: u64) -> Inputs<'a> {
+        Inputs { device, dtype, rounded: dtype, seed: Cell::new(seed * TENSORS + 1) }
+    }
+
+    /// The values that [`new`](Inputs::new) would have in `rounded`, stored in f32: for a result to compare with.
+    pub fn in_f32(device: &'a Device, rounded: DType, seed: u64) -> Inputs<'a> {
+        Inputs { rounded, ..Inputs::new(device, DType::F32, seed) }
+    }
+
+    /// [`random`] values; none on the meta device.
+    pub fn tensor(&self, shape: &[usize]) -> Result<Tensor> {
+        self.of(shape, self.rounded, self.dtype)
+    }
+
+    /// f32 whatever the dtype: samples and noise.
+    pub fn f32(&self, shape: &[usize]) -> Result<Tensor> {
+        self.of(shape, DType::F32, DType::F32)
+    }
+
+    fn of(&self, shape: &[usize], rounded: DType, dtype: DType) -> Result<Tensor> {
+        if let Device::Meta(_) = self.device {
+            return Tensor::uninit(self.device, shape, dtype);
+        }
+        let values = random(shape.iter().product(), self.seed.replace(self.seed.get() + 1));
+        if rounded == dtype {
+            return Tensor::from_f32(self.device, shape, dtype, &values);
+        }
+        let host = if let Device::Cpu(_) = self.device { self.device.clone() } else { Device::cpu() };
+        Tensor::from_f32(&host, shape, rounded, &values)?.to_dtype(dtype)?.to_device(self.device)
     }
 }
+
+/// Tensors of a call, at most.
+const TENSORS: u64 = 16;
 
 /// The UNet of Stable Diffusion 1.5 in a guided step (batch 2), latents of `l` x `l`: 64 for 512x512 pixels.
 pub fn sd15(l: usize) -> Vec<Case> {
@@ -77,7 +112,7 @@ pub fn sd15(l: usize) -> Vec<Case> {
             kernel: 1,
             ..Conv::default()
         }),
-        conv(Conv { name: "conv_out".into(), shape: [2, l, l, 320], outputs: 4, norm: true, ..Conv::default() }),
+        conv(Conv { name: "conv_out".into(), shape: [2, l, l, 320], outputs: 4, ..Conv::default() }.normed()),
     ];
     let [m, m2, m4] = [2 * l * l, 2 * half * half, 2 * quarter * quarter];
     for (m, k, n) in [
@@ -136,7 +171,7 @@ pub fn vae_decode(l: usize) -> Vec<Case> {
     let (quadruple, picture) = (4 * l, 8 * l);
     let vae = |name: &str, size: usize, channels: usize, outputs: usize| {
         let (name, shape) = (format!("vae {name}"), [1, size, size, channels]);
-        conv(Conv { name, shape, outputs, norm: true, ..Conv::default() })
+        conv(Conv { name, shape, outputs, ..Conv::default() }.normed())
     };
     vec![
         vae(&l.to_string(), l, 512, 512),
@@ -215,9 +250,17 @@ struct Conv {
     outputs: usize,
     kernel: usize,
     stride: usize,
-    /// Group norm of 32 groups and SiLU.
-    norm: bool,
+    dilation: usize,
+    /// Top, bottom, left, right; `None`: as much as keeps the size at stride 1.
+    padding: Option<[usize; 4]>,
+    bias: bool,
+    /// Groups of the group norm of the input, and SiLU after it.
+    norm_groups: Option<usize>,
+    silu: bool,
     resize_to: Option<[usize; 2]>,
+    /// A row for each image (of its timestep), and a tensor of the result's shape, are added.
+    row: bool,
+    residual: bool,
 }
 
 impl Default for Conv {
@@ -229,15 +272,28 @@ impl Default for Conv {
             outputs: 1,
             kernel: 3,
             stride: 1,
-            norm: false,
+            dilation: 1,
+            padding: None,
+            bias: true,
+            norm_groups: None,
+            silu: false,
             resize_to: None,
+            row: false,
+            residual: false,
         }
+    }
+}
+
+impl Conv {
+    /// Group norm of 32 groups and SiLU.
+    fn normed(self) -> Conv {
+        Conv { norm_groups: Some(32), silu: true, ..self }
     }
 }
 
 fn res(n: usize, l: usize, channels: usize, skip: usize, outputs: usize) -> Case {
     let name = format!("res {l}{}", if skip > 0 { " skip" } else { "" });
-    conv(Conv { name, shape: [n, l, l, channels], skip, outputs, norm: true, ..Conv::default() })
+    conv(Conv { name, shape: [n, l, l, channels], skip, outputs, ..Conv::default() }.normed())
 }
 
 fn up(n: usize, l: usize, channels: usize) -> Case {
@@ -245,128 +301,293 @@ fn up(n: usize, l: usize, channels: usize) -> Case {
     conv(Conv { name: format!("up {l}"), shape, outputs: channels, resize_to, ..Conv::default() })
 }
 
+/// What [`Case::shape`] says of a convolution.
+pub(super) fn conv_shape(args: &Conv2d, g: &Geometry) -> Value {
+    let second = args.x.second().map_or(0, |second| second.shape()[3]);
+    let mut shape = json!({
+        "n": g.images, "h": g.input[0], "w": g.input[1], "c": g.channels, "o": g.outputs, "kernel": g.kernel[0],
+        "stride": args.stride, "dilation": args.dilation, "bias": args.bias.is_some(), "second_source": second,
+        "resized_from": args.resize_to.map(|_| g.stored), "norm_groups": args.norm.map(|norm| norm.groups),
+        "silu": args.norm.is_some_and(|norm| norm.silu), "padding": args.padding, "row": args.row.is_some(),
+        "residual": args.residual.is_some(),
+    });
+    if args.stripe.is_some() || g.kernel[0] != g.kernel[1] {
+        shape["part"] = true.into(); // which of_shape does not make
+    }
+    shape
+}
+
 fn conv(c: Conv) -> Case {
     let [n, h, w, channels] = c.shape;
     let skip = if c.skip > 0 { format!("+{}", c.skip) } else { String::new() };
-    let norm = if c.norm { " norm silu" } else { "" };
-    let name = format!("{} [{n},{h},{w},{channels}{skip}] {k}x{k} -> {o}{norm}", c.name, k = c.kernel, o = c.outputs);
+    let mut name = format!("[{n},{h},{w},{channels}{skip}] {k}x{k} -> {o}", k = c.kernel, o = c.outputs);
+    if !c.name.is_empty() {
+        name = format!("{} {name}", c.name);
+    }
+    let said = [
+        (c.norm_groups.is_some(), " norm"),
+        (c.silu, " silu"),
+        (c.row, " row"),
+        (c.residual, " residual"),
+        (!c.bias, " without bias"),
+    ];
+    said.iter().filter(|(is, _)| *is).for_each(|(_, words)| name += words);
     let [seen_h, seen_w] = c.resize_to.unwrap_or([h, w]);
+    let padding = c.padding.unwrap_or([c.dilation * (c.kernel / 2); 4]);
     let fields = json!({
         "n": n, "h": seen_h, "w": seen_w, "c": channels + c.skip, "o": c.outputs, "kernel": c.kernel,
-        "stride": c.stride, "dilation": 1, "bias": true, "second_source": c.skip,
-        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm.then_some(32), "silu": c.norm,
+        "stride": c.stride, "dilation": c.dilation, "bias": c.bias, "second_source": c.skip,
+        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm_groups, "silu": c.silu, "padding": padding,
+        "row": c.row, "residual": c.residual,
     });
-    case("conv2d", name, fields, move |device, dtype| {
-        let t = |shape: &[usize]| tensor(device, dtype, shape);
+    let reach = c.dilation * (c.kernel - 1) + 1;
+    let output =
+        |size: usize, before: usize, after: usize| (size + before + after).saturating_sub(reach) / c.stride + 1;
+    let output = [output(seen_h, padding[0], padding[1]), output(seen_w, padding[2], padding[3])];
+    case("conv2d", name, fields, move |inputs| {
+        let t = |shape: &[usize]| inputs.tensor(shape);
+        let some = |is: bool, shape: &[usize]| is.then(|| inputs.tensor(shape)).transpose();
         let (a, b) = (t(&c.shape)?, t(&[n, h, w, c.skip])?);
         let weight = t(&[c.outputs, c.kernel, c.kernel, channels + c.skip])?;
-        let (bias, gamma) = (t(&[c.outputs])?, t(&[channels + c.skip])?);
-        let (two, stride, norm, resize_to) = (c.skip > 0, c.stride, c.norm, c.resize_to);
+        let (bias, gamma) = (some(c.bias, &[c.outputs])?, t(&[channels + c.skip])?);
+        let table = some(c.row, &[n, c.outputs])?;
+        let step = StepIndex::one(inputs.device, 0)?;
+        let residual = some(c.residual, &[n, output[0], output[1], c.outputs])?;
+        let (two, groups, silu, stride, dilation, resize_to) =
+            (c.skip > 0, c.norm_groups, c.silu, c.stride, c.dilation, c.resize_to);
         Ok(Box::new(move || {
             let x = if two { Source::Two(&a, &b) } else { Source::One(&a) };
-            let affine = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
-            let norm = norm.then_some(affine);
-            super::conv2d(Conv2d { bias: Some(&bias), norm, stride, resize_to, ..Conv2d::new(x, &weight) })
+            let norm = groups.map(|groups| ConvNorm { gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu });
+            let row = table.as_ref().map(|table| StepRows { table, step: &step, rows: n });
+            let (bias, residual) = (bias.as_ref(), residual.as_ref());
+            let plain = Conv2d::new(x, &weight);
+            super::conv2d(Conv2d { bias, norm, stride, dilation, padding, resize_to, row, residual, ..plain })
         }))
     })
 }
 
+/// What [`Case::shape`] says of a linear layer; `[m, n, k]`: rows of x, rows of the weight, terms of a sum.
+pub(super) fn linear_shape([m, n, k]: [usize; 3], bias: bool, activation: Activation, residual: bool) -> Value {
+    let activation = format!("{activation:?}").to_lowercase();
+    json!({ "m": m, "n": n, "k": k, "bias": bias, "activation": activation, "residual": residual })
+}
+
 fn linear(m: usize, k: usize, rows: usize, activation: Activation) -> Case {
-    let activation_name = format!("{activation:?}").to_lowercase();
-    let suffix = if activation == Activation::None { String::new() } else { format!(" {activation_name}") };
-    let fields = json!({ "m": m, "n": rows, "k": k, "bias": true, "activation": activation_name });
-    case("linear", format!("[{m},{k}] -> {rows}{suffix}"), fields, move |device, dtype| {
-        let t = |shape: &[usize]| tensor(device, dtype, shape);
-        let (x, weight, bias) = (t(&[m, k])?, t(&[rows, k])?, t(&[rows])?);
-        Ok(Box::new(move || super::linear(Linear { bias: Some(&bias), activation, ..Linear::new(&x, &weight) })))
+    linear_with([m, rows, k], true, activation, false)
+}
+
+fn linear_with([m, rows, k]: [usize; 3], bias: bool, activation: Activation, residual: bool) -> Case {
+    let mut name = format!("[{m},{k}] -> {rows}");
+    if activation != Activation::None {
+        name += &format!(" {activation:?}").to_lowercase();
+    }
+    [(residual, " residual"), (!bias, " without bias")]
+        .iter()
+        .filter(|(is, _)| *is)
+        .for_each(|(_, words)| name += words);
+    case("linear", name, linear_shape([m, rows, k], bias, activation, residual), move |inputs| {
+        let some = |is: bool, shape: &[usize]| is.then(|| inputs.tensor(shape)).transpose();
+        let (x, weight, bias) = (inputs.tensor(&[m, k])?, inputs.tensor(&[rows, k])?, some(bias, &[rows])?);
+        let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+        let residual = some(residual, &[m, n])?;
+        Ok(Box::new(move || {
+            let (bias, residual) = (bias.as_ref(), residual.as_ref());
+            super::linear(Linear { bias, activation, residual, ..Linear::new(&x, &weight) })
+        }))
     })
 }
 
+/// What [`Case::shape`] says of a group norm.
+pub(super) fn group_norm_shape(args: &GroupNorm, [n, h, w, c]: [usize; 4]) -> Value {
+    let second = args.x.second().map_or(0, |second| second.shape()[3]);
+    json!({ "n": n, "h": h, "w": w, "c": c, "second_source": second, "groups": args.groups, "silu": args.silu })
+}
+
+/// What [`Case::shape`] says of a norm of rows.
+pub(super) fn rows_shape(x: &Tensor, c: usize) -> Value {
+    json!({ "rows": x.numel() / c.max(1), "c": c })
+}
+
 fn group_norm(shape: [usize; 4], skip: usize) -> Case {
+    group_norm_with(shape, skip, 32, true)
+}
+
+fn group_norm_with(shape: [usize; 4], skip: usize, groups: usize, silu: bool) -> Case {
     let [n, h, w, channels] = shape;
     let fields =
-        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": 32, "silu": true });
-    case("group_norm", format!("silu [{n},{h},{w},{channels}+{skip}]"), fields, move |device, dtype| {
-        let t = |shape: &[usize]| tensor(device, dtype, shape);
+        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": groups, "silu": silu });
+    let suffix = if silu { "silu " } else { "" };
+    case("group_norm", format!("{suffix}[{n},{h},{w},{channels}+{skip}]"), fields, move |inputs| {
+        let t = |shape: &[usize]| inputs.tensor(shape);
         let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[channels + skip])?);
         Ok(Box::new(move || {
             let x = if skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
-            super::group_norm(GroupNorm { x, gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true })
+            super::group_norm(GroupNorm { x, gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu })
         }))
     })
 }
 
 fn layer_norm(rows: usize, c: usize) -> Case {
-    case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
-        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+    case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |inputs| {
+        let (x, gamma) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[c])?);
         Ok(Box::new(move || super::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
     })
 }
 
 fn rms_norm(rows: usize, c: usize) -> Case {
-    case("rms_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |device, dtype| {
-        let (x, gamma) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[c])?);
+    case("rms_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |inputs| {
+        let (x, gamma) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[c])?);
         Ok(Box::new(move || super::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })))
     })
 }
 
-fn attention_fields(n: usize, [queries, keys]: [usize; 2], heads: usize, head_dim: usize, causal: bool) -> Value {
-    json!({ "n": n, "queries": queries, "keys": keys, "heads": heads, "head_dim": head_dim, "causal": causal })
+/// What [`Case::shape`] says of attention; `[n, queries, keys, heads, head_dim]`. `packed`: over one projection of q, k and v.
+pub(super) fn attention_shape(
+    [n, queries, keys, heads, head_dim]: [usize; 5],
+    images_per_kv: usize,
+    packed: bool,
+    causal: bool,
+) -> Value {
+    json!({
+        "n": n, "queries": queries, "keys": keys, "heads": heads, "head_dim": head_dim, "causal": causal,
+        "packed": packed, "kv_rows": n / images_per_kv.max(1),
+    })
 }
 
 fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: bool) -> Case {
     let suffix = if causal { " causal" } else { "" };
-    let fields = attention_fields(n, [l, l], heads, head_dim, causal);
-    case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |device, dtype| {
-        let qkv = tensor(device, dtype, &[n, l, 3, heads, head_dim])?;
+    let fields = attention_shape([n, l, l, heads, head_dim], 1, true, causal);
+    case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |inputs| {
+        let qkv = inputs.tensor(&[n, l, 3, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Packed { qkv: &qkv, causal })))
     })
 }
 
 fn cross_attention(n: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Case {
-    let fields = attention_fields(n, [queries, keys], heads, head_dim, false);
-    case("attention", format!("[{n},{queries},{heads},{head_dim}] x {keys} keys"), fields, move |device, dtype| {
-        let q = tensor(device, dtype, &[n, queries, heads, head_dim])?;
-        let kv = tensor(device, dtype, &[n, keys, 2, heads, head_dim])?;
+    cross_attention_with([n, queries, keys, heads, head_dim], n)
+}
+
+fn cross_attention_with([n, queries, keys, heads, head_dim]: [usize; 5], rows: usize) -> Case {
+    let fields = attention_shape([n, queries, keys, heads, head_dim], n / rows.max(1), false, false);
+    let shared = if rows == n { String::new() } else { format!(" of {rows}") };
+    let name = format!("[{n},{queries},{heads},{head_dim}] x {keys} keys{shared}");
+    case("attention", name, fields, move |inputs| {
+        let q = inputs.tensor(&[n, queries, heads, head_dim])?;
+        let kv = inputs.tensor(&[rows, keys, 2, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Cross { q: &q, kv: &kv })))
     })
 }
 
+/// The case that [`Case::shape`] describes; `None` for ops that no recorded run asks for, and for parts of one.
+///
+/// # Errors
+/// [`Error::Config`]: a field that is missing, no number or no name.
+pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
+    let wrong = |field: &str| Error::config(format!("{op} {shape}"), format!("its {field:?} cannot be read"));
+    let number = |field: &str| shape[field].as_u64().map(|value| value as usize).ok_or_else(|| wrong(field));
+    let flag = |field: &str| shape[field].as_bool().ok_or_else(|| wrong(field));
+    let numbers = |field: &str| -> Result<Option<Vec<usize>>> {
+        if shape[field].is_null() {
+            return Ok(None);
+        }
+        let values: Option<Vec<u64>> = serde_json::from_value(shape[field].clone()).ok();
+        Ok(Some(values.ok_or_else(|| wrong(field))?.into_iter().map(|value| value as usize).collect()))
+    };
+    if !shape["part"].is_null() {
+        return Ok(None);
+    }
+    Ok(Some(match op {
+        "linear" => {
+            let all = [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
+            let named =
+                |activation: &&Activation| shape["activation"] == format!("{activation:?}").to_lowercase().as_str();
+            let activation = *all.iter().find(named).ok_or_else(|| wrong("activation"))?;
+            linear_with([number("m")?, number("n")?, number("k")?], flag("bias")?, activation, flag("residual")?)
+        }
+        "conv2d" => {
+            let (skip, seen) = (number("second_source")?, [number("h")?, number("w")?]);
+            let from = numbers("resized_from")?;
+            let [h, w] = match &from {
+                Some(from) => from[..].try_into().map_err(|_| wrong("resized_from"))?,
+                None => seen,
+            };
+            let padding = numbers("padding")?.ok_or_else(|| wrong("padding"))?;
+            let channels = number("c")?.checked_sub(skip).ok_or_else(|| wrong("second_source"))?;
+            let (kernel, stride, dilation) = (number("kernel")?, number("stride")?, number("dilation")?);
+            if kernel == 0 || stride == 0 || dilation == 0 {
+                return Err(wrong(if kernel == 0 { "kernel" } else { "stride" }));
+            }
+            conv(Conv {
+                name: String::new(),
+                shape: [number("n")?, h, w, channels],
+                skip,
+                outputs: number("o")?,
+                kernel,
+                stride,
+                dilation,
+                padding: Some(padding[..].try_into().map_err(|_| wrong("padding"))?),
+                bias: flag("bias")?,
+                norm_groups: if shape["norm_groups"].is_null() { None } else { Some(number("norm_groups")?) },
+                silu: flag("silu")?,
+                resize_to: from.is_some().then_some(seen),
+                row: flag("row")?,
+                residual: flag("residual")?,
+            })
+        }
+        "attention" => {
+            let [n, queries, heads, head_dim] =
+                [number("n")?, number("queries")?, number("heads")?, number("head_dim")?];
+            match flag("packed")? {
+                true => self_attention(n, queries, heads, head_dim, flag("causal")?),
+                false => cross_attention_with([n, queries, number("keys")?, heads, head_dim], number("kv_rows")?),
+            }
+        }
+        "group_norm" => {
+            let skip = number("second_source")?;
+            let channels = number("c")?.checked_sub(skip).ok_or_else(|| wrong("second_source"))?;
+            group_norm_with(
+                [number("n")?, number("h")?, number("w")?, channels],
+                skip,
+                number("groups")?,
+                flag("silu")?,
+            )
+        }
+        "layer_norm" => layer_norm(number("rows")?, number("c")?),
+        "rms_norm" => rms_norm(number("rows")?, number("c")?),
+        _ => return Ok(None),
+    }))
+}
+
 fn activation(shape: [usize; 2]) -> Case {
-    case(
-        "activation",
-        format!("silu {shape:?}"),
-        json!({ "dims": shape, "activation": "silu" }),
-        move |device, dtype| {
-            let x = tensor(device, dtype, &shape)?;
-            Ok(Box::new(move || super::activation(&x, Activation::Silu)))
-        },
-    )
+    case("activation", format!("silu {shape:?}"), json!({ "dims": shape, "activation": "silu" }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
+        Ok(Box::new(move || super::activation(&x, Activation::Silu)))
+    })
 }
 
 fn add(shape: [usize; 4]) -> Case {
-    case("add", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
-        let (a, b) = (tensor(device, dtype, &shape)?, tensor(device, dtype, &shape)?);
+    case("add", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let (a, b) = (inputs.tensor(&shape)?, inputs.tensor(&shape)?);
         Ok(Box::new(move || super::add(&a, &b)))
     })
 }
 
 fn embedding(n: usize, l: usize, rows: usize, c: usize) -> Case {
     let fields = json!({ "n": n, "l": l, "rows": rows, "c": c });
-    case("embedding", format!("[{n},{l}] of [{rows},{c}]"), fields, move |device, dtype| {
+    case("embedding", format!("[{n},{l}] of [{rows},{c}]"), fields, move |inputs| {
         let ids: Vec<u32> = (0..n * l).map(|i| (i * 7919 % rows) as u32).collect();
-        let ids = Tensor::from_u32(device, &[n, l], &ids)?;
-        let (table, positions) = (tensor(device, dtype, &[rows, c])?, tensor(device, dtype, &[l, c])?);
+        let ids = Tensor::from_u32(inputs.device, &[n, l], &ids)?;
+        let (table, positions) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[l, c])?);
         Ok(Box::new(move || super::embedding(&ids, &table, &positions)))
     })
 }
 
 /// Made on the host: no kernel, but part of every run.
 fn timestep_embedding(steps: usize) -> Case {
-    case("timestep_embedding", format!("[{steps},320]"), json!({ "steps": steps, "dim": 320 }), move |device, dtype| {
+    case("timestep_embedding", format!("[{steps},320]"), json!({ "steps": steps, "dim": 320 }), move |inputs| {
         let timesteps: Vec<f32> = (0..steps).map(|step| (981 * (steps - step) / steps) as f32).collect();
         let embedding = TimestepEmbedding { dim: 320, flip_sin_to_cos: true, freq_shift: 0.0 };
-        let device = device.clone();
+        let (device, dtype) = (inputs.device.clone(), inputs.dtype);
         Ok(Box::new(move || super::timestep_embedding(&timesteps, embedding, &device, dtype)))
     })
 }
@@ -377,24 +598,24 @@ fn resize_fields([n, h, w, c]: [usize; 4], [to_h, to_w]: [usize; 2], filter: &st
 
 fn resize(shape: [usize; 4], size: [usize; 2], upsampler: Upsampler) -> Case {
     let fields = resize_fields(shape, size, &format!("{upsampler:?}"));
-    case("resize", format!("{upsampler:?} {shape:?} -> {size:?}"), fields, move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("resize", format!("{upsampler:?} {shape:?} -> {size:?}"), fields, move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::resize(&x, size, upsampler, Some((-1.0, 1.0)), None)))
     })
 }
 
 fn resize_u8(shape: [usize; 4], size: [usize; 2]) -> Case {
     let fields = resize_fields(shape, size, "Bicubic");
-    case("resize_u8", format!("Bicubic {shape:?} -> {size:?}"), fields, move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("resize_u8", format!("Bicubic {shape:?} -> {size:?}"), fields, move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::resize_u8(&x, size, Upsampler::Bicubic)))
     })
 }
 
 fn resize_nearest(shape: [usize; 4], size: [usize; 2]) -> Case {
     let fields = resize_fields(shape, size, "nearest");
-    case("resize_nearest", format!("{shape:?} -> {size:?}"), fields, move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("resize_nearest", format!("{shape:?} -> {size:?}"), fields, move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::resize_nearest(&x, size)))
     })
 }
@@ -415,9 +636,9 @@ pub fn step_table(device: &Device) -> Result<StepTable> {
 
 fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
     let fields = json!({ "n": n, "h": h, "w": w, "c": c, "guidance": 7.0 });
-    case("sampler_step", format!("guided [{n},{h},{w},{c}]"), fields, move |device, dtype| {
-        let (x, output) = (tensor(device, DType::F32, &[n, h, w, c])?, tensor(device, dtype, &[2 * n, h, w, c])?);
-        let (steps, guidance) = (step_table(device)?, Guidance::uniform(device, n, 7.0)?);
+    case("sampler_step", format!("guided [{n},{h},{w},{c}]"), fields, move |inputs| {
+        let (x, output) = (inputs.f32(&[n, h, w, c])?, inputs.tensor(&[2 * n, h, w, c])?);
+        let (steps, guidance) = (step_table(inputs.device)?, Guidance::uniform(inputs.device, n, 7.0)?);
         let state = RefCell::new(SampleState::new(x)?);
         Ok(Box::new(move || {
             let mut state = state.borrow_mut();
@@ -428,45 +649,45 @@ fn sampler_step([n, h, w, c]: [usize; 4]) -> Case {
 }
 
 fn scale_input(shape: [usize; 4]) -> Case {
-    case("scale_input", format!("twice {shape:?}"), json!({ "dims": shape, "repeats": 2 }), move |device, dtype| {
-        let (x, steps) = (tensor(device, DType::F32, &shape)?, step_table(device)?);
+    case("scale_input", format!("twice {shape:?}"), json!({ "dims": shape, "repeats": 2 }), move |inputs| {
+        let (x, steps, dtype) = (inputs.f32(&shape)?, step_table(inputs.device)?, inputs.dtype);
         Ok(Box::new(move || super::scale_input(&x, &steps, dtype, 2)))
     })
 }
 
 fn scale_cast(shape: [usize; 4]) -> Case {
-    case("scale_cast", format!("f32 {shape:?}"), json!({ "dims": shape, "repeats": 1 }), move |device, dtype| {
-        let x = tensor(device, DType::F32, &shape)?;
+    case("scale_cast", format!("f32 {shape:?}"), json!({ "dims": shape, "repeats": 1 }), move |inputs| {
+        let (x, dtype) = (inputs.f32(&shape)?, inputs.dtype);
         Ok(Box::new(move || super::scale_cast(&x, 5.5, 0.0, dtype, 1)))
     })
 }
 
 fn add_noise(shape: [usize; 4]) -> Case {
-    case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |device, _| {
-        let (x, noise) = (tensor(device, DType::F32, &shape)?, tensor(device, DType::F32, &shape)?);
+    case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let (x, noise) = (inputs.f32(&shape)?, inputs.f32(&shape)?);
         Ok(Box::new(move || super::add_noise(&x, &noise, 0.8, 0.6)))
     })
 }
 
 fn diagonal_gaussian(shape: [usize; 4]) -> Case {
-    case("diagonal_gaussian", format!("{shape:?}"), json!({ "dims": shape, "noise": true }), move |device, dtype| {
+    case("diagonal_gaussian", format!("{shape:?}"), json!({ "dims": shape, "noise": true }), move |inputs| {
         let [n, h, w, c] = shape;
-        let (moments, noise) = (tensor(device, dtype, &shape)?, tensor(device, DType::F32, &[n, h, w, c / 2])?);
+        let (moments, noise) = (inputs.tensor(&shape)?, inputs.f32(&[n, h, w, c / 2])?);
         Ok(Box::new(move || super::diagonal_gaussian(&moments, Some(&noise))))
     })
 }
 
 fn clamp(shape: [usize; 4]) -> Case {
-    case("clamp", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("clamp", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || super::clamp(&x, -0.5, 0.5)))
     })
 }
 
 /// On a card with the wait for the counter.
 fn count_non_finite(shape: [usize; 4]) -> Case {
-    case("count_non_finite", format!("{shape:?}"), json!({ "dims": shape }), move |device, dtype| {
-        let x = tensor(device, dtype, &shape)?;
+    case("count_non_finite", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
         Ok(Box::new(move || {
             super::count_non_finite(&x)?;
             Ok(x.clone())

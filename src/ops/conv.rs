@@ -7,7 +7,7 @@ use super::cpu::gemm::{self, Rows, Store};
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, OutputRows, math};
 use super::cuda::conv::{Plan, Scratch};
-use super::{GroupNorm, GroupStatistics, Source, StepRows, Tensor, by_dtype, bytes_of, cuda, profile};
+use super::{GroupNorm, GroupStatistics, Source, StepRows, Tensor, by_dtype, bytes_of, cases, cuda, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -154,6 +154,7 @@ fn run(args: &Conv2d, g: &Geometry) -> Result<Tensor> {
     let x = args.x.first();
     let mut y = Tensor::uninit(x.device(), &[g.images, g.output[0], g.output[1], g.outputs], x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
+    profile::call(OP, || cases::conv_shape(args, g));
     match x.device() {
         Device::Meta(meta) => {
             let plan = Plan::new(args, g);

@@ -1,6 +1,6 @@
 use super::cpu::gemm::{self, Dense, Store};
 use super::cpu::{self, OutputRows, math};
-use super::{Activation, Tensor, by_dtype, bytes_of, cuda, float, profile};
+use super::{Activation, Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, OpKind, Work};
 
@@ -35,23 +35,25 @@ impl<'a> Linear<'a> {
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
 /// which argument; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn linear(args: Linear) -> Result<Tensor> {
-    let Linear { x, weight, bias, residual, .. } = args;
+    let Linear { x, weight, bias, activation, residual } = args;
     float(OP, "x", x)?;
     let [m, n, k] = check(OP, &args, x.dtype(), x.dtype())?;
 
     let mut y = Tensor::uninit(x.device(), &output_shape(x, n), x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
+    let rows = weight.shape()[0];
+    profile::call(OP, || cases::linear_shape([m, rows, k], bias.is_some(), activation, residual.is_some()));
     match x.device() {
         Device::Meta(meta) => {
             let flops = flops(&args, [m, n, k]);
-            let (macs, launches) = ((m * weight.shape()[0] * k) as u64, u64::from(y.numel() > 0));
+            let (macs, launches) = ((m * rows * k) as u64, u64::from(y.numel() > 0));
             let bytes = bytes_of(&[Some(x), Some(weight), bias, residual, Some(&y)]);
             meta.record(OP, OpKind::Linear, y.shape(), Work { macs, flops, bytes, launches });
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => {
             let epilogue = Epilogue::<T>::new(&args, None, n, &mut y);
-            gemm::matmul([m, weight.shape()[0], k], &Dense { x: x.cpu::<T>(), k }, weight.cpu::<T>(), &epilogue)
+            gemm::matmul([m, rows, k], &Dense { x: x.cpu::<T>(), k }, weight.cpu::<T>(), &epilogue)
         }),
         Device::Cuda(card) => cuda::linear::linear(card, &args, [m, n, k], &mut y)?,
     }

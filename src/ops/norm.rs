@@ -2,7 +2,7 @@ use rayon::prelude::*;
 
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, math};
-use super::{Source, Tensor, by_dtype, bytes_of, cuda, float, profile};
+use super::{Source, Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -72,6 +72,7 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
 
     let mut y = Tensor::uninit(x.device(), &dims, x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
+    profile::call(OP, || cases::group_norm_shape(&args, dims));
     match x.device() {
         Device::Meta(meta) => {
             let _scratch = cuda::norm::scratch(x.device(), &form)?;
@@ -135,6 +136,7 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
 
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
+    profile::call(OP, || cases::rows_shape(x, c));
     match x.device() {
         Device::Meta(meta) => {
             // As group norm without SiLU.

@@ -1,5 +1,5 @@
 //! What a device can do at most, for benches that compare an op with it: multiply-adds on registers, without memory.
-//! Copies of memory beside them.
+//! Copies and reads of memory beside them.
 //!
 //! On a card the kernels of kernels/peaks.cu; for the cpu one thread's loop, of which the caller starts as many as there
 //! are threads. The functions compute something, so that a test can check that all of it was done.
@@ -58,6 +58,58 @@ pub fn sums(x: &Tensor, scale: f32, shift: f32, blocks: usize, rounds: usize) ->
 /// Flops of [`sums`].
 pub fn sums_flops(blocks: usize, rounds: usize) -> f64 {
     (2 * SUMS) as f64 * (blocks * THREADS) as f64 * rounds as f64
+}
+
+/// Rows of a, of b and terms of a sum in [`warpgroup_products`], and warpgroups a block: `kM`, `kN`, `kK`, `kWarpgroups` of
+/// sm90/peaks.cu.
+pub const WGMMA: [usize; 3] = [64, 256, 64];
+pub const WARPGROUPS: usize = 2;
+
+/// On Hopper's tensor cores, operands in shared memory: `rounds` times `a b^T`, by each of `blocks * WARPGROUPS`
+/// warpgroups. `a: [64, 64]`, `b: [256, 64]`, f16 or bf16, to `[blocks * WARPGROUPS, 64, 256]`, f32.
+///
+/// # Errors
+/// As [`products`]; [`Error::Kernel`]: the card or this program has no sm_90a.
+pub fn warpgroup_products(a: &Tensor, b: &Tensor, blocks: usize, rounds: usize) -> Result<Tensor> {
+    let card = card("a", a)?;
+    let [m, n, k] = WGMMA;
+    if !matches!(a.dtype(), DType::F16 | DType::BF16) {
+        return Err(Error::Dtype { op: OP, arg: "a", got: a.dtype(), want: "f16 or bf16".into() });
+    }
+    a.expect(OP, "a", &[m, k], a.dtype(), a.device())?;
+    b.expect(OP, "b", &[n, k], a.dtype(), a.device())?;
+    let mut y = Tensor::uninit(a.device(), &[blocks * WARPGROUPS, m, n], DType::F32)?;
+    cuda::peaks::warpgroup_products(card, a, b, rounds, &mut y)?;
+    Ok(y)
+}
+
+/// Flops of [`warpgroup_products`].
+pub fn warpgroup_products_flops(blocks: usize, rounds: usize) -> f64 {
+    (2 * WGMMA.iter().product::<usize>()) as f64 * (blocks * WARPGROUPS) as f64 * rounds as f64
+}
+
+/// f32 values that [`read`] takes at a time: of a block of threads.
+pub const READ_BLOCK: usize = THREADS * 16 * 4;
+
+/// Reads all of `x`, whole [`READ_BLOCK`]s of f32, and writes hardly anything: a sum a thread, `[values / 64]`.
+///
+/// # Errors
+/// As [`copy`].
+pub fn read(x: &Tensor) -> Result<Tensor> {
+    let card = card("x", x)?;
+    if !x.numel().is_multiple_of(READ_BLOCK) || !cuda::aligned(x) {
+        let got = format!("{} values at {:#x}", x.numel(), x.cuda().0);
+        return Err(Error::argument(
+            OP,
+            "x",
+            got,
+            format!("whole blocks of {READ_BLOCK} at an address that 16 divides"),
+        ));
+    }
+    x.expect(OP, "x", x.shape(), DType::F32, x.device())?;
+    let mut y = Tensor::uninit(x.device(), &[x.numel() / 64], DType::F32)?;
+    cuda::peaks::read(card, x, &mut y)?;
+    Ok(y)
 }
 
 /// A copy on the same card, of any tensor of whole 16 bytes that begins at an address they divide.

@@ -2,7 +2,7 @@ use rayon::prelude::*;
 
 use super::cpu::{self, math};
 use super::norm::check_eps;
-use super::{Tensor, by_dtype, bytes_of, cuda, float, profile};
+use super::{Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -36,6 +36,7 @@ pub fn rms_norm(args: RmsNorm) -> Result<Tensor> {
 
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
+    profile::call(OP, || cases::rows_shape(x, c));
     match x.device() {
         Device::Meta(meta) => {
             // Square and add, scale, gamma.

@@ -25,7 +25,7 @@ pub use files::{Lora, ModelFiles, ModelSource, hub_name};
 pub use hub::{HubNeed, fetch_model};
 pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};
 pub use parameters::Parameters;
-pub use plan::{PhaseReport, PlanReport, Planner, WeightReport, plan};
+pub use plan::{OpCost, PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use quantize::{Quantized, quantize, unfinished};
 pub use request::{Request, SizeIds, TextOptions};
 pub use run::{Picture, Pipeline};

@@ -21,10 +21,21 @@ pub struct PhaseReport {
     /// One run of it, by kind (kinds without launches are left out) and in total.
     pub by_kind: Vec<(OpKind, Work)>,
     pub once: Work,
+    /// One run of it, by op and work of a call.
+    pub ops: Vec<OpCost>,
     /// Largest number of bytes alive at once during it, weights included.
     pub peak_bytes: u64,
     /// Bytes of the weights that are in memory at its end.
     pub weight_bytes: u64,
+}
+
+/// Calls of one op that cost the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpCost {
+    pub op: &'static str,
+    pub calls: u64,
+    /// One call.
+    pub work: Work,
 }
 
 /// Weights of one module.
@@ -257,7 +268,14 @@ impl Recorder<'_> {
         });
         let by_kind =
             OpKind::ALL.into_iter().map(|kind| (kind, report.of(kind))).filter(|(_, w)| w.launches > 0).collect();
+        let mut ops: Vec<OpCost> = Vec::new();
+        for record in &report.ops {
+            match ops.iter_mut().find(|cost| cost.op == record.op && cost.work == record.work) {
+                Some(cost) => cost.calls += 1,
+                None => ops.push(OpCost { op: record.op, calls: 1, work: record.work }),
+            }
+        }
         let (peak_bytes, weight_bytes) = (report.peak_bytes, self.pipeline.resident_bytes());
-        self.phases.push(PhaseReport { name, stage, size, repeats: 1, by_kind, once, peak_bytes, weight_bytes });
+        self.phases.push(PhaseReport { name, stage, size, repeats: 1, by_kind, once, ops, peak_bytes, weight_bytes });
     }
 }

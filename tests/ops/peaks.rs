@@ -1,8 +1,8 @@
 //! The kernels that measure a card: that they do all of what is counted.
 
-use crate::common::{Random, cards, f64s};
+use crate::common::{Random, cards, f64s, hoppers};
 use megafuse::Error;
-use megafuse::ops::peaks::{self, A, B, SUMS, THREADS, WARPS};
+use megafuse::ops::peaks::{self, A, B, READ_BLOCK, SUMS, THREADS, WARPGROUPS, WARPS, WGMMA};
 use megafuse::runtime::{DType, Device, Tensor};
 
 /// Small whole numbers, so that every sum is exact.
@@ -30,6 +30,43 @@ fn products_are_all_computed() {
                 assert_eq!(got, want * rounds as f64, "{card} {dtype} {blocks} {rounds}: element {at}");
             }
         }
+    }
+}
+
+#[test]
+fn products_of_warpgroups_are_all_computed() {
+    for (device, _) in hoppers() {
+        let [m, n, k] = WGMMA;
+        for (dtype, blocks, rounds) in [(DType::F16, 1, 1), (DType::BF16, 2, 3), (DType::F16, 1, 0)] {
+            let (a, b) = (whole(&device, &[m, k], dtype, 1), whole(&device, &[n, k], dtype, 2));
+            let got = peaks::warpgroup_products(&a, &b, blocks, rounds).unwrap();
+            assert_eq!(got.shape(), [blocks * WARPGROUPS, m, n]);
+            let (a, b) = (f64s(&a), f64s(&b));
+            let product =
+                |row: usize, column: usize| -> f64 { (0..k).map(|i| a[row * k + i] * b[column * k + i]).sum() };
+            let want: Vec<f64> = (0..m * n).map(|at| product(at / n, at % n) * rounds as f64).collect();
+            for (at, got) in f64s(&got).into_iter().enumerate() {
+                assert_eq!(got, want[at % (m * n)], "{device} {dtype} {blocks} {rounds}: element {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reads_are_of_every_value() {
+    for card in cards() {
+        let x = whole(&card, &[2 * READ_BLOCK], DType::F32, 6);
+        let sums = f64s(&peaks::read(&x).unwrap());
+        assert_eq!(sums.len(), 2 * THREADS);
+        let values = f64s(&x);
+        for (at, sum) in sums.into_iter().enumerate() {
+            // A thread's pieces of four values are THREADS pieces apart.
+            let first = at / THREADS * READ_BLOCK + at % THREADS * 4;
+            let want: f64 = (0..64).map(|i| values[first + i / 4 * THREADS * 4 + i % 4]).sum();
+            assert_eq!(sum, want, "{card} thread {at}");
+        }
+        let error = peaks::read(&x.rows(0..READ_BLOCK - 4).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("whole blocks of 16384"), "{error}");
     }
 }
 
@@ -76,6 +113,7 @@ fn arguments_are_checked() {
         assert!(matches!(peaks::products(&x, &x, 1, 1), Err(Error::Dtype { .. })));
         let x = Tensor::zeros(&card, &[THREADS], DType::F16).unwrap();
         assert!(matches!(peaks::products(&x, &x, 1, 1), Err(Error::Shape { .. })));
+        assert!(matches!(peaks::warpgroup_products(&x, &x, 1, 1), Err(Error::Shape { .. })));
         assert!(matches!(peaks::sums(&x, 1.0, 0.0, 1, 1), Err(Error::Dtype { .. })));
     }
 }

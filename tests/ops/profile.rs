@@ -8,8 +8,8 @@ use crate::common::devices;
 use megafuse::Result;
 use megafuse::ops::{
     self, Activation, Attention, Conv2d, ConvNorm, GroupMoments, GroupNorm, Guidance, GuidanceScale, LayerNorm, Linear,
-    RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepTable, Thresholding, TimestepEmbedding,
-    Upsampler, profile,
+    RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, Thresholding,
+    TimestepEmbedding, Upsampler, cases, profile,
 };
 use megafuse::runtime::{DType, Device, Tensor};
 
@@ -72,12 +72,86 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
     assert_eq!(names.len(), 24, "{names:?}");
     for device in devices() {
-        profile::start();
+        profile::start_on(&device).unwrap();
         every_op(&device).unwrap();
-        let timed = profile::stop();
+        let spans = profile::stop_spans().unwrap();
+        for (before, after) in spans.iter().zip(&spans[1..]).filter(|_| matches!(device, Device::Cuda(_))) {
+            assert!(before.start + before.time <= after.start + after.time, "{device}: {before:?} {after:?}");
+        }
+        let timed = profile::sums(&spans);
         let missing: Vec<_> = recorded.iter().filter(|key| !timed.contains_key(key)).collect();
         assert!(missing.is_empty(), "{device}: not timed: {missing:?}");
     }
+}
+
+/// `bench kernels --workload` makes a call from what is recorded of it: the same one, of the same work.
+#[test]
+fn a_recorded_call_is_made_again_from_its_shape() {
+    let meta = Device::meta();
+    let Device::Meta(recorder) = &meta else { unreachable!() };
+    let zeros = |shape: &[usize]| Tensor::zeros(&meta, shape, DType::BF16).unwrap();
+    let (x, skip, gamma) = (zeros(&[2, 6, 8, 64]), zeros(&[2, 6, 8, 32]), zeros(&[96]));
+    let norm = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
+    let step = StepIndex::one(&meta, 0).unwrap();
+    let table = zeros(&[2, 16]);
+    let row = StepRows { table: &table, step: &step, rows: 2 };
+    let (recorded, calls) = profile::record_calls(|| -> Result<()> {
+        let (bias, residual, weight) = (zeros(&[16]), zeros(&[2, 6, 8, 16]), zeros(&[16, 3, 3, 96]));
+        let source = Source::Two(&x, &skip);
+        let plain = Conv2d::new(source, &weight);
+        ops::conv2d(Conv2d {
+            norm: Some(norm),
+            bias: Some(&bias),
+            row: Some(row),
+            residual: Some(&residual),
+            ..plain
+        })?;
+        let down = zeros(&[16, 3, 3, 64]);
+        ops::conv2d(Conv2d { stride: 2, padding: [0, 1, 0, 1], ..Conv2d::new(&x, &down) })?;
+        ops::conv2d(Conv2d { dilation: 2, padding: [2; 4], ..Conv2d::new(&x, &down) })?;
+        ops::conv2d(Conv2d { resize_to: Some([12, 16]), ..Conv2d::new(&x, &down) })?;
+        ops::group_norm(GroupNorm { silu: false, ..norm.of(source) })?;
+        ops::layer_norm(LayerNorm { x: &x, gamma: &zeros(&[64]), beta: &zeros(&[64]), eps: 1e-5 })?;
+        ops::rms_norm(RmsNorm { x: &x, gamma: &zeros(&[64]), eps: 1e-5 })?;
+        let wide = zeros(&[32, 64]);
+        let geglu = Linear { activation: Activation::Geglu, bias: Some(&zeros(&[32])), ..Linear::new(&x, &wide) };
+        ops::linear(Linear { residual: Some(&zeros(&[2, 6, 8, 16])), ..geglu })?;
+        ops::linear(Linear::new(&x, &wide))?;
+        ops::linear(Linear::new(&x, &wide))?;
+        ops::attention(Attention::Packed { qkv: &zeros(&[2, 48, 3, 2, 32]), causal: true })?;
+        ops::attention(Attention::Cross { q: &zeros(&[4, 48, 2, 32]), kv: &zeros(&[2, 7, 2, 2, 32]) })?;
+        Ok(())
+    });
+    recorded.unwrap();
+    let works: Vec<_> = recorder.take_report().ops.into_iter().map(|op| (op.op, op.work, op.output)).collect();
+    assert_eq!(calls.iter().map(|call| call.count).sum::<u64>(), works.len() as u64);
+    assert_eq!(calls.iter().filter(|call| call.count == 2).count(), 1, "{calls:?}");
+    let mut again = Vec::new();
+    for call in &calls {
+        let case = cases::of_shape(call.op, &call.shape).unwrap().unwrap_or_else(|| panic!("{call:?}"));
+        assert_eq!((case.op, &case.shape), (call.op, &call.shape));
+        let made = (case.prepare)(&cases::Inputs::new(&meta, DType::BF16, 0)).unwrap();
+        recorder.take_report();
+        let (result, same) = profile::record_calls(made);
+        let output = result.unwrap();
+        assert_eq!(same, [profile::RecordedCall { count: 1, ..call.clone() }]);
+        let op = recorder.take_report().ops.remove(0);
+        // A norm of rows and a linear layer are made with one dimension of rows.
+        again.extend((0..call.count).map(|_| (op.op, op.work, output.numel())));
+    }
+    let mut works: Vec<_> = works.into_iter().map(|(op, work, output)| (op, work, output.iter().product())).collect();
+    works.sort_by_key(|(op, work, values): &(_, _, usize)| (*op, work.flops, *values));
+    again.sort_by_key(|(op, work, values)| (*op, work.flops, *values));
+    assert_eq!(works, again);
+    for (op, shape, part) in [
+        ("linear", serde_json::json!({"m": 1, "n": 2}), "activation"),
+        ("conv2d", serde_json::json!({"second_source": "x"}), "second_source"),
+        ("layer_norm", serde_json::json!({"rows": -1, "c": 2}), "rows"),
+    ] {
+        let error = cases::of_shape(op, &shape).err().expect(op).to_string();
+        assert!(error.contains(part) && error.contains(op), "{error}");
+    }
+    assert!(cases::of_shape("resize", &serde_json::json!({})).unwrap().is_none());
 }
 
 /// An op that the test above does not call.

@@ -10,10 +10,12 @@ mod repack;
 mod rewrite;
 
 use std::collections::{BTreeMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 
 use self::file::{Bytes, not_found, read_index, variants};
@@ -27,6 +29,7 @@ use super::layers::Matrix;
 use crate::error::{Error, Result};
 use crate::names::named;
 use crate::ops::{self, Quantized};
+use crate::ops::cases::random;
 use crate::runtime::{DType, Device, Element, Tensor};
 
 /// A network of a model, by the folder that holds it in the layout of diffusers.
@@ -80,6 +83,8 @@ pub struct WeightStore {
     entries: Option<BTreeMap<String, Entry>>,
     /// A survey hands out meta tensors for missing keys too, and remembers them.
     survey: bool,
+    /// Tensors that no file has are random.
+    random: bool,
     taken: Mutex<Taken>,
 }
 
@@ -163,6 +168,13 @@ impl WeightStore {
         WeightStore::new(PathBuf::from("manifest"), Vec::new(), None, device, dtype)
     }
 
+    /// No file: hands out tensors of the shapes asked for with random values, the same for the same key, uniform within
+    /// [`RANDOM_SIZE`] of 0. For times, which do not depend on values; a picture from them is noise.
+    pub fn random(device: &Device, dtype: DType) -> WeightStore {
+        let store = WeightStore::new(PathBuf::from("random weights"), Vec::new(), None, device, dtype);
+        WeightStore { random: true, ..store }
+    }
+
     fn new(
         origin: PathBuf,
         files: Vec<Arc<MappedFile>>,
@@ -172,7 +184,7 @@ impl WeightStore {
     ) -> WeightStore {
         let (device, taken) = (device.clone(), Mutex::default());
         let format = WeightFormat::Plain;
-        WeightStore { device, dtype, format, origin, variant: None, files, entries, survey: false, taken }
+        WeightStore { device, dtype, format, origin, variant: None, files, entries, survey: false, random: false, taken }
     }
 
     fn open_sharded(index: PathBuf, device: &Device, dtype: DType) -> Result<WeightStore> {
@@ -626,6 +638,12 @@ impl<'a> Weights<'a> {
             let to = &mut to[i * part..(i + 1) * part];
             match entry {
                 Some(entry) => self.store.fill(key, entry, to, layout)?,
+                None if self.store.random => {
+                    let mut hasher = DefaultHasher::new();
+                    key.hash(&mut hasher);
+                    let values = random(to.len(), hasher.finish() >> 40);
+                    to.par_iter_mut().zip(&values).for_each(|(to, value)| *to = T::from_f32(RANDOM_SIZE * value));
+                }
                 None => {
                     let reason = "a manifest has no data: it works on the meta device only";
                     return Err(Error::DeviceUnavailable { device: "cpu".into(), reason: reason.into() });
@@ -635,6 +653,9 @@ impl<'a> Weights<'a> {
         Ok(())
     }
 }
+
+/// Small enough that activations stay finite in f16 through a deep network.
+const RANDOM_SIZE: f32 = 0.03;
 
 /// The file of this variant (`""`, `.fp16`), or the index of its shards.
 fn files_of(dir: &Path, stem: &str, variant: &str) -> Option<PathBuf> {

@@ -308,6 +308,31 @@ impl CudaDevice {
         self.0.card.shared_bytes
     }
 
+    /// Of the second-level cache.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]
+    pub fn l2_bytes(&self) -> Result<u64> {
+        self.0.context.bind()?;
+        Ok(self.0.context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as u64)
+    }
+
+    /// Where the card is on the bus, `0000:17:00.0`: the name by which other libraries find the same card.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]
+    pub fn pci_bus_id(&self) -> Result<String> {
+        let context = &self.0.context;
+        context.bind()?;
+        let mut text = [0; 32];
+        // SAFETY: the driver writes at most the length, with a terminating 0.
+        unsafe {
+            let result = sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as i32, context.device);
+            check(&context.name, "cuDeviceGetPCIBusId", result)?;
+            Ok(CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned())
+        }
+    }
+
     pub(super) fn context(&self) -> &Arc<Context> {
         &self.0.context
     }
@@ -597,14 +622,36 @@ impl CudaDevice {
         Ok(module)
     }
 
+    /// Loads kernels that are not this program's own: a cubin or fat binary, or on the emulated card, where they register
+    /// themselves, a text that ends in 0. [`launch`](CudaDevice::launch) finds them as those of a file `name`.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`]: the name is taken, by one of this program's files or an earlier call; [`Error::Driver`].
+    pub fn load(&self, name: &'static str, image: &[u8]) -> Result<()> {
+        let mut modules = self.0.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if modules.contains_key(name) || KERNELS.iter().any(|file| file.name == name) {
+            return Err(Error::Kernel { kernel: name.into(), reason: "there are kernels of that name already".into() });
+        }
+        self.0.context.bind()?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is whole; the driver says what it does not take.
+        let result = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
+        check(&self.0.context.name, "cuModuleLoadData", result)?;
+        modules.insert(name, module);
+        Ok(())
+    }
+
     fn find(&self, file: &'static str, entry: &str) -> Result<Function> {
         let refuse = |reason: String| Err(Error::Kernel { kernel: entry.into(), reason });
-        let Some(kernels) = KERNELS.iter().find(|kernels| kernels.name == file) else {
-            return refuse(format!("there is no kernels/{file}.cu in this program"));
-        };
-        let module = match self.module(kernels) {
-            Err(Error::Kernel { kernel, reason }) => return refuse(format!("{kernel} {reason}")),
-            module => module?,
+        let kernels = KERNELS.iter().find(|kernels| kernels.name == file);
+        let loaded = self.0.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(file).copied();
+        let module = match (kernels, loaded) {
+            (None, None) => return refuse(format!("there is no kernels/{file}.cu in this program")),
+            (None, Some(module)) => module,
+            (Some(kernels), _) => match self.module(kernels) {
+                Err(Error::Kernel { kernel, reason }) => return refuse(format!("{kernel} {reason}")),
+                module => module?,
+            },
         };
         let name = CString::new(entry).map_err(|_| Error::argument("launch", "entry", entry, "a kernel's name"))?;
         let mut handle = std::ptr::null_mut();
@@ -615,8 +662,10 @@ impl CudaDevice {
         }
         // Asking beyond the last parameter is an error, which compute-sanitizer reports; so the number comes from the
         // build. Only the emulated card runs a program that was built without nvcc, and there is no harm in asking it.
-        let counted = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok();
-        let counted = counted.map(|at| kernels.parameters[at].1);
+        let counted = kernels.and_then(|kernels| {
+            let at = kernels.parameters.binary_search_by_key(&entry, |&(name, _)| name).ok()?;
+            Some(kernels.parameters[at].1)
+        });
         let mut parameters = Vec::new();
         while counted.is_none_or(|count| parameters.len() < count) {
             let (mut offset, mut bytes) = (0, 0);

@@ -1,0 +1,246 @@
+//! `megafuse bench models`: a guided step of a denoiser and a VAE's decoding, each by itself.
+
+use std::fs;
+use std::path::Path;
+
+use megafuse::models::{
+    AddedConditioning, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+};
+use megafuse::ops::StepIndex;
+use megafuse::ops::cases::{Call, Inputs};
+use megafuse::runtime::{Work, cuda};
+use megafuse::{DType, Device, Error, Result};
+use serde_json::{Value, json};
+
+use super::args::{ModelArgs, Published};
+use super::clock::Clock;
+use super::peaks::Peaks;
+use super::results::SCHEMA;
+use crate::cli::check::{describe, driver};
+use crate::cli::output::print_line;
+
+/// Tokens of a text encoder.
+const TOKENS: usize = 77;
+
+pub fn run(args: &ModelArgs) -> Result<()> {
+    let device = args.device.open()?;
+    let emulated = matches!(device, Device::Cuda(_)) && cuda::is_emulated();
+    let clock = if emulated { Clock::once(&device)? } else { Clock::new(&device, args.seconds)? };
+    let peak = if emulated { None } else { Some(Peaks::measure(&clock, args.dtype)?) };
+    let (title, card) = match &device {
+        Device::Cuda(card) => (describe(card), card.card().to_string()),
+        _ => {
+            let name = format!("cpu, {} threads", rayon::current_num_threads());
+            (name.clone(), name)
+        }
+    };
+    if !args.json {
+        print_line(title);
+        match &peak {
+            Some(peak) => print_line(format!(
+                "peaks measured: {:.3} TFLOP/s ({}), {:.1} GB/s (copy)",
+                peak.flops / 1e12,
+                peak.with,
+                peak.bytes / 1e9
+            )),
+            None => print_line("no performance figures: the times of the emulated card say nothing about a card"),
+        }
+    }
+    for part in [Part::Denoiser, Part::Vae] {
+        let (name, work) = part.work(args)?;
+        let call = part.prepare(args, &device)?;
+        let mut timed: Vec<_> = clock.ready("", vec![call])?.into_iter().collect();
+        clock.sample(&mut timed)?;
+        let Some(timed) = timed.first() else { continue };
+        let mut line = json!({
+            "kind": "model", "schema": SCHEMA, "part": name, "dtype": args.dtype.name(), "card": card,
+            "driver": if matches!(device, Device::Cuda(_)) { driver() } else { String::new() }, "emulated": emulated,
+            "flops": work.flops, "bytes": work.bytes, "launches": work.launches,
+        });
+        let Some(peak) = &peak else {
+            line["ran"] = true.into();
+            print_line(if args.json { line.to_string() } else { format!("{name:44} ran") });
+            continue;
+        };
+        let (graph, single) = (timed.rotated(), timed.single());
+        let best = graph.as_ref().unwrap_or(&single);
+        let tflops = work.flops as f64 / best.median() / 1e12;
+        let share = 1e12 * tflops / peak.flops;
+        if args.json {
+            line["median_us"] = (best.median() * 1e6).into();
+            line["tflops"] = tflops.into();
+            line["share_of_peak_flops"] = share.into();
+            line["launched"] = single.to_json();
+            if let Some(graph) = &graph {
+                line["graph"] = graph.to_json();
+            }
+            print_line(line);
+        } else {
+            let ms = |seconds: f64| format!("{:9.3} ms", seconds * 1e3);
+            let graph = graph.as_ref().map_or("-".into(), |graph| ms(graph.median()));
+            print_line(format!(
+                "{name:44} from a graph {graph:>12}  launched {} +- {:4.1}%  {tflops:8.3} TFLOP/s, {:3.0}% of the peak",
+                ms(single.median()),
+                100.0 * best.spread(),
+                100.0 * share
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Part {
+    Denoiser,
+    Vae,
+}
+
+/// Where configurations and weights come from.
+enum Source<'a> {
+    Directory(&'a Path),
+    Random(Published),
+}
+
+impl Source<'_> {
+    fn of(args: &ModelArgs) -> Result<Source<'_>> {
+        match (&args.model, args.random) {
+            (Some(path), _) => Ok(Source::Directory(path)),
+            (None, Some(published)) => Ok(Source::Random(published)),
+            (None, None) => Err(Error::config("bench models", "neither --model nor --random")),
+        }
+    }
+
+    /// What messages call it, and the JSON.
+    fn config(&self, part: &str) -> Result<(String, String)> {
+        match self {
+            Source::Directory(folder) => {
+                let path = folder.join(part).join("config.json");
+                let json = fs::read_to_string(&path).map_err(|error| Error::io(&path, error))?;
+                Ok((path.display().to_string(), json))
+            }
+            Source::Random(published) => Ok((format!("{published:?} {part}"), published.config(part).to_string())),
+        }
+    }
+
+    fn store(&self, part: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
+        match (self, device) {
+            (_, Device::Meta(_)) => Ok(WeightStore::meta(device, dtype)),
+            (Source::Directory(folder), _) => {
+                WeightStore::open(&folder.join(part), "diffusion_pytorch_model", device, dtype)
+            }
+            (Source::Random(_), _) => Ok(WeightStore::random(device, dtype)),
+        }
+    }
+}
+
+impl Published {
+    /// As the published configurations have it, as far as it decides shapes.
+    fn config(self, part: &str) -> Value {
+        let (down, attention_down) = ("DownBlock2D", "CrossAttnDownBlock2D");
+        let (up, attention_up) = ("UpBlock2D", "CrossAttnUpBlock2D");
+        match (self, part) {
+            (Published::Sd15, "unet") => json!({
+                "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+                "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768, "norm_num_groups": 32,
+                "act_fn": "silu", "norm_eps": 1e-5,
+                "down_block_types": [attention_down, attention_down, attention_down, down],
+                "up_block_types": [up, attention_up, attention_up, attention_up],
+            }),
+            (Published::Sdxl, "unet") => json!({
+                "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
+                "layers_per_block": 2, "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
+                "cross_attention_dim": 2048, "norm_num_groups": 32, "act_fn": "silu", "norm_eps": 1e-5,
+                "use_linear_projection": true, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+                "down_block_types": [down, attention_down, attention_down],
+                "up_block_types": [attention_up, attention_up, up],
+            }),
+            _ => json!({
+                "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512],
+                "layers_per_block": 2, "norm_num_groups": 32, "act_fn": "silu", "sample_size": 512,
+                "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+            }),
+        }
+    }
+}
+
+impl Part {
+    /// What it is, and what it costs, from the configuration.
+    fn work(self, args: &ModelArgs) -> Result<(String, Work)> {
+        let meta = Device::meta();
+        let call = self.prepare(args, &meta)?;
+        let Device::Meta(recorder) = &meta else { unreachable!("just made") };
+        recorder.take_report();
+        let y = call()?;
+        let work = recorder.take_report().total();
+        let [n, h, w, _] = y.dims("bench models", "result")?;
+        Ok(match self {
+            Part::Denoiser => (format!("UNet, guided step of {} [{n},{h},{w}]", args.batch), work),
+            Part::Vae => (format!("VAE, decode {n} of {w}x{h}"), work),
+        })
+    }
+
+    fn prepare(self, args: &ModelArgs, device: &Device) -> Result<Call> {
+        let source = Source::of(args)?;
+        let (what, json) = source.config("vae")?;
+        let vae_config = VaeConfig::from_json(&what, &json)?;
+        let (what, json) = source.config("unet")?;
+        let config = UnetConfig::from_json(&what, &json)?;
+        let inputs = Inputs::new(device, args.dtype, 1);
+        let factor = vae_config.factor();
+        let [own_h, own_w] = config.sample_size.unwrap_or([64, 64]);
+        let own = (own_w * factor, own_h * factor);
+        let (width, height) = args.size.map_or(own, |size| (size.width, size.height));
+        if width % factor != 0 || height % factor != 0 {
+            let reason = format!("{factor} pixels are one latent: both sides are multiples of it");
+            return Err(Error::Request { field: "--size", value: format!("{width}x{height}"), reason });
+        }
+        let [h, w] = [height / factor, width / factor];
+        match self {
+            Part::Vae => {
+                let vae = Vae::load(source.store("vae", device, args.dtype)?, &vae_config)?;
+                let latents = inputs.tensor(&[args.batch, h, w, vae_config.latent_channels])?;
+                Ok(Box::new(move || vae.decode(&latents)))
+            }
+            Part::Denoiser => {
+                let unet = Unet::load(source.store("unet", device, args.dtype)?, &config)?;
+                let samples = 2 * args.batch;
+                let latents = inputs.tensor(&[samples, h, w, config.in_channels])?;
+                let text = inputs.tensor(&[samples, TOKENS, config.cross_attention_dim])?;
+                let pooled = config.added.map(|added| inputs.tensor(&[samples, added.pooled_dim])).transpose()?;
+                let sizes = [height, width, 0, 0, height, width].map(|side| side as f32);
+                let time_ids = vec![sizes; samples];
+                let added = pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &time_ids });
+                let conditioning = unet.condition(TextConditioning { text: &text, added, guidance: None }, &[981.0])?;
+                let step = StepIndex::one(device, 0)?;
+                Ok(Box::new(move || unet.forward(&latents, &step, &conditioning, &UnetOptions::default())))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The published parameter counts.
+    #[test]
+    fn random_models_have_the_published_size() {
+        for (published, unet, vae) in
+            [(Published::Sd15, 859_520_964, 83_653_863), (Published::Sdxl, 2_567_463_684, 83_653_863u64)]
+        {
+            let source = Source::Random(published);
+            let counted = |part: &str| -> u64 {
+                let store = source.store(part, &Device::meta(), DType::BF16).unwrap();
+                let (what, json) = source.config(part).unwrap();
+                if part == "unet" {
+                    Unet::from_weights(&store.root(), &UnetConfig::from_json(&what, &json).unwrap()).unwrap();
+                } else {
+                    Vae::from_weights(&store.root(), &VaeConfig::from_json(&what, &json).unwrap()).unwrap();
+                }
+                store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
+            };
+            assert_eq!((counted("unet"), counted("vae")), (unet, vae), "{published:?}");
+        }
+    }
+}
