@@ -19,8 +19,10 @@ template <bool kAny, class T>
 DEVICE Head<T> this_head(const AttentionArgs<T>& args, int first_column) {
     const int y_stride = args.heads * args.head_dim, column = blockIdx.y * args.head_dim + first_column;
     const int width = args.head_dim - first_column;
-    const int64_t query = int64_t(blockIdx.z) * args.queries;
-    const int64_t key = int64_t(blockIdx.z / args.images_per_kv) * args.keys;
+    // Of windows the tokens are counted over all images.
+    const bool windows = kAny && args.map_h;
+    const int64_t query = windows ? 0 : int64_t(blockIdx.z) * args.queries;
+    const int64_t key = windows ? 0 : int64_t(blockIdx.z / args.images_per_kv) * args.keys;
     const int64_t key2 = kAny && args.k2 ? int64_t(blockIdx.z / args.images_per_kv2) * args.keys2 : 0;
     const uint64_t addresses = uint64_t(args.y) | uint64_t(args.q) | uint64_t(args.k) | uint64_t(args.v) |
                                uint64_t(args.k2) | uint64_t(args.v2);
@@ -66,6 +68,59 @@ struct KeyTiles {
         return {(from - second) * kKeys, args.keys2, true, kAdd};
     }
 };
+
+// Where the tokens of this block's window lie; else in their order.
+template <bool kAny, class T>
+struct TokenPlaces {
+    const AttentionArgs<T>& args;
+    WindowPlace place;
+
+    __device__ __forceinline__ explicit TokenPlaces(const AttentionArgs<T>& args_) : args(args_), place() {
+        if (kAny && args.map_h) place = window_place(args, blockIdx.z);
+    }
+    __device__ __forceinline__ bool scattered() const { return kAny && args.map_h; }
+    __device__ __forceinline__ int64_t of(int i) const {
+        return scattered() ? map_token(args, place, i / args.window_w, i % args.window_w) : i;
+    }
+};
+
+// load_rows and store_rows, of tokens wherever they lie.
+template <int kRows, int kChunks, int kThreads, class Places, class T>
+DEVICE void load_tokens(T* tile, const Rows<const T>& rows, const Places& places, int first, int thread) {
+    if (!places.scattered()) {
+        load_rows<kRows, kChunks, kThreads>(tile, rows, first, thread);
+        return;
+    }
+    ROLLED
+    for (int i = thread; i < kRows * kChunks; i += kThreads) {
+        const int row = i / kChunks, chunk = i % kChunks;
+        const bool inside = GUARD(first + row < rows.count) && GUARD(chunk * kChunk < rows.width);
+        const T* from = rows.data + (inside ? places.of(first + row) * rows.stride + chunk * kChunk : 0);
+        T* to = chunk_at<kChunks>(tile, row, chunk);
+        if (rows.aligned) {
+            cp_async_16(to, from, inside);
+            continue;
+        }
+        for (int c = 0; c < kChunk; c++) {
+            to[c] = inside && GUARD(chunk * kChunk + c < rows.width) ? from[c] : from_f32<T>(0.f);
+        }
+    }
+}
+template <int kRows, int kChunks, int kThreads, class Places, class T>
+DEVICE void store_tokens(const Rows<T>& rows, const Places& places, int first, T* tile, int thread) {
+    if (!places.scattered()) {
+        store_rows<kRows, kChunks, kThreads>(rows, first, tile, thread);
+        return;
+    }
+    ROLLED
+    for (int i = thread; i < kRows * kChunks * kChunk; i += kThreads) {
+        const int row = i / (kChunks * kChunk), column = i % (kChunks * kChunk);
+        if (GUARD(first + row < rows.count) && GUARD(column < rows.width)) {
+            rows.data[places.of(first + row) * rows.stride + column] =
+                chunk_at<kChunks>(tile, row, column / kChunk)[column % kChunk];
+        }
+    }
+}
 
 // By value, field by field: a choice between two structs would put both into local memory.
 template <class T>
@@ -148,10 +203,11 @@ DEVICE void attention(const AttentionArgs<T>& args) {
     const bool causal = kAny && args.causal;
     const T* bias = kAny ? this_bias(args) : nullptr;
     const KeyTiles<kKeys, kAny> tiles(args, first_query + kRows);
+    const TokenPlaces<kAny, T> places(args);
 
-    load_rows<kRows, kChunks, kThreads>(shared.q, head.q, first_query, thread);
-    load_rows<kKeys, kChunks, kThreads>(shared.k[0], head.k, 0, thread);
-    load_rows<kKeys, kChunks, kThreads>(shared.v[0], head.v, 0, thread);
+    load_tokens<kRows, kChunks, kThreads>(shared.q, head.q, places, first_query, thread);
+    load_tokens<kKeys, kChunks, kThreads>(shared.k[0], head.k, places, 0, thread);
+    load_tokens<kKeys, kChunks, kThreads>(shared.v[0], head.v, places, 0, thread);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -199,8 +255,8 @@ DEVICE void attention(const AttentionArgs<T>& args) {
         // Not before the product, whose fragments need the registers.
         if (tile + 1 < tiles.count) {
             const KeyTile next = tiles.at(args, tile + 1);
-            load_rows<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], rows_of(next, head.k, head.k2), next.first, thread);
-            load_rows<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], rows_of(next, head.v, head.v2), next.first, thread);
+            load_tokens<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], rows_of(next, head.k, head.k2), places, next.first, thread);
+            load_tokens<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], rows_of(next, head.v, head.v2), places, next.first, thread);
             cp_async_commit();
         }
         const int first_row = first_query + warp_row;
@@ -353,7 +409,7 @@ DEVICE void attention(const AttentionArgs<T>& args) {
         }
     }
     __syncwarp();
-    store_rows<kTiles * 16, kChunks, 32>(head.y, first_query + warp_row, shared.q + warp_row * kHeadDim, lane);
+    store_tokens<kTiles * 16, kChunks, 32>(head.y, places, first_query + warp_row, shared.q + warp_row * kHeadDim, lane);
 }
 
 // ---- f16 and bf16, head_dim up to 512 ----
@@ -385,10 +441,11 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
     const int first_query = blockIdx.x * kWideRows;
     const KeyTiles<kWideKeys, true> tiles(args, first_query + kWideRows);
     const T* bias = this_bias(args);
+    const TokenPlaces<true, T> places(args);
     T *const my_k = shared.k[warp], *const my_v = shared.v[warp];
 
-    load_rows<kWideRows, kSliceChunks, 32>(my_v, head.q, first_query, lane);
-    load_rows<kWideKeys, kSliceChunks, 32>(my_k, head.k, 0, lane);
+    load_tokens<kWideRows, kSliceChunks, 32>(my_v, head.q, places, first_query, lane);
+    load_tokens<kWideKeys, kSliceChunks, 32>(my_k, head.k, places, 0, lane);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
@@ -410,7 +467,7 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
     for (int tile = 0; tile < tiles.count; tile++) {
         const KeyTile now = tiles.at(args, tile);
         const int first_key = now.first;
-        load_rows<kWideKeys, kSliceChunks, 32>(my_v, rows_of(now, head.v, head.v2), first_key, lane);
+        load_tokens<kWideKeys, kSliceChunks, 32>(my_v, rows_of(now, head.v, head.v2), places, first_key, lane);
         cp_async_commit();
 
         float scores[2][kWideKeys / 8][4] = {};
@@ -443,7 +500,7 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
 
         if (tile + 1 < tiles.count) {
             const KeyTile next = tiles.at(args, tile + 1);
-            load_rows<kWideKeys, kSliceChunks, 32>(my_k, rows_of(next, head.k, head.k2), next.first, lane);
+            load_tokens<kWideKeys, kSliceChunks, 32>(my_k, rows_of(next, head.k, head.k2), places, next.first, lane);
         }
         cp_async_commit();
         // Between two softmaxes, as in the kernel above.
@@ -573,7 +630,7 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
         }
     }
     __syncwarp();
-    store_rows<kWideRows, kSliceChunks, 32>(head.y, first_query, my_k, lane);
+    store_tokens<kWideRows, kSliceChunks, 32>(head.y, places, first_query, my_k, lane);
 }
 
 // ---- f32 ----
@@ -603,6 +660,7 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
     const int first_query = blockIdx.x * kF32Rows, head_dim = args.head_dim;
     const KeyTiles<kF32Keys, true> tiles(args, first_query + kF32Rows);
     const float* bias = this_bias(args);
+    const TokenPlaces<true, float> places(args);
     float share[4] = {};
     float sums[4][kColumns / 16] = {}, total[4] = {}, largest[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
 
@@ -617,9 +675,9 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
             for (int i = thread; i < kF32Rows * kDepth; i += kF32Threads) {
                 const int row = i / kDepth, c = i % kDepth;
                 const bool inside = GUARD(c < depth);
-                const float* from = head.q.data + int64_t(first_query + row) * head.q.stride + d + c;
+                const float* from = head.q.data + places.of(first_query + row) * head.q.stride + d + c;
                 shared.q[row][c] = inside && GUARD(first_query + row < args.queries) ? *from : 0.f;
-                from = k.data + int64_t(first_key + row) * k.stride + d + c;
+                from = k.data + places.of(first_key + row) * k.stride + d + c;
                 shared.k[row][c] = inside && GUARD(first_key + row < k.count) ? *from : 0.f;
             }
             __syncthreads();
@@ -687,7 +745,7 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
             for (int i = thread; i < kF32Keys * kVColumns; i += kF32Threads) {
                 const int row = i / kVColumns, c = i % kVColumns;
                 const bool inside = GUARD(first_key + row < v.count) && GUARD(d + c < head_dim);
-                const float* from = v.data + int64_t(first_key + row) * v.stride + d + c;
+                const float* from = v.data + places.of(first_key + row) * v.stride + d + c;
                 shared.v[row][c] = inside ? *from : 0.f;
             }
             __syncthreads();
@@ -715,7 +773,7 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
         for (int j = 0; j < kColumns / 16; j++) {
             const int c = column + j * 16;
             if (GUARD(row < args.queries) && GUARD(c < head_dim)) {
-                head.y.data[int64_t(row) * head.y.stride + c] = args.apart ? sums[r][j] : sums[r][j] / sum;
+                head.y.data[places.of(row) * head.y.stride + c] = args.apart ? sums[r][j] : sums[r][j] / sum;
             }
         }
     }

@@ -6,6 +6,11 @@
 //   side), so that they are read where the projections left them. R divides N; image n attends to row n / (N / R).
 //   y is dense. causal: query i sees keys 0..=i.
 //   bias [B, heads, queries, keys] or null, B divides N: of T5's relative positions, or a mask.
+//   Windows: the tokens are those of a map [map_h, map_w], row by row, shifted cyclically, and attend to those of their own
+//   window (MSW-MSA of HiDiffusion, Zhang et al. 2024, arXiv:2311.17528, after Swin's, arXiv:2103.14030). N counts windows then,
+//   of an image one after the other, and queries = keys the tokens of one. Token i of a window lies on the map at row (window's
+//   first row + shift + i / window_w) mod map_h, columns likewise: read and stored there, so that nothing is rolled, cut or
+//   put together. The shift is factor * unit, the factor in the table's row of the image's step, read on the device.
 //   k2, v2 [R2, keys2, heads, d] or null: a second source of keys and values. Joined, their scores enter the same softmax
 //   (the streams of SD 3's transformer); apart they have one of their own, y = attention(q, k, v) + weight2 attention(q,
 //   k2, v2) (IP-Adapter, Ye et al. 2023, arXiv:2308.06721). Not with causal; bias is for the first source alone.
@@ -24,9 +29,13 @@ struct AttentionArgs {
     const T* k2;
     const T* v2;
     const T* bias;
+    const unsigned* shifts;  // [steps, shift_columns], this op's column; null: no shift
+    const unsigned* step;    // [2, step_images]
     int images, queries, keys, keys2, heads, head_dim;
     int q_stride, kv_stride, kv2_stride;                  // from a token to the next, in elements
     int images_per_kv, images_per_kv2, images_per_bias;  // N / R, N / R2, N / B
+    int map_h, map_w, window_h, window_w, unit_h, unit_w;  // map_h: 0 without windows
+    int shift_columns, step_images;
     int causal;
     int apart;
     float scale;  // times log2(e): exponentials are powers of two
@@ -45,4 +54,21 @@ struct Rescale {
 DEVICE Rescale rescale(float old_max, float new_max, float scale) {
     const float shift = new_max == -kInfinity ? 0.f : new_max * scale;
     return {shift, exp2_approx(old_max * scale - shift)};
+}
+
+// Of a window: its image, and where its first token lies on the map.
+struct WindowPlace {
+    int image, top, left;
+};
+template <class T>
+DEVICE WindowPlace window_place(const AttentionArgs<T>& args, int number) {
+    const int across = args.map_w / args.window_w, windows = across * (args.map_h / args.window_h);
+    const int image = number / windows, window = number % windows;
+    const int factor = args.shifts ? int(args.shifts[args.step[image % args.step_images] * args.shift_columns] % 65536) : 0;
+    return {image, window / across * args.window_h + factor * args.unit_h, window % across * args.window_w + factor * args.unit_w};
+}
+// Its token in row y and column x, among those of all images.
+template <class T>
+DEVICE int64_t map_token(const AttentionArgs<T>& args, const WindowPlace& place, int y, int x) {
+    return (int64_t(place.image) * args.map_h + (place.top + y) % args.map_h) * args.map_w + (place.left + x) % args.map_w;
 }

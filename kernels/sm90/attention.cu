@@ -8,7 +8,8 @@
 //   gridDim.x-th tile of queries. Text (up to kShortKeys keys) has a kernel without a ring.
 // Maps, boxes of 64 columns, 1 head: q [N, queries, heads, d] 64 tokens, k and v [R, keys, heads, d] kKeys tokens, k2 and v2
 //   likewise (kSecondKeys tokens where they have a softmax of their own; not read where there are none). What a box has
-//   beyond a head or its tokens is 0, so that no other head's, no other image's NaN comes in.
+//   beyond a head or its tokens is 0, so that no other head's, no other image's NaN comes in. The entries for windows have
+//   q, k and v as [N, map_h, map_w, heads, d], boxes of kBoxSide x kBoxSide tokens: windows and shifts are multiples of that.
 // An element's sums run over the keys from the last tile to the first, whatever the tile of queries: the entries with a ring
 //   for a width give the same bits.
 // Launch: attention_sm90_<tile>_<dtype>; grid: up to the number of tiles, as many as run at once; block
@@ -21,18 +22,21 @@
 
 constexpr int kRows = 64;       // queries of a warpgroup, what one wgmma makes
 constexpr int kBoxColumns = 64;  // 128 bytes, the width of the swizzle
+constexpr int kBoxSide = 8;      // rows and columns of a window's boxes, of kRows tokens
 constexpr int kShortKeys = 80, kSecondKeys = 16;
 
 // The shape of a block's work. kColumns: of v and y; the other columns of the head are another tile's, which computes the
 // same scores.
-template <class T_, int kHeadDim_, int kColumns_, int kConsumers_, int kKeys_, int kStages_>
+template <class T_, int kHeadDim_, int kColumns_, int kConsumers_, int kKeys_, int kStages_, bool kWindows_ = false>
 struct AttentionTile {
     using T = T_;
     static constexpr int kHeadDim = kHeadDim_, kColumns = kColumns_, kConsumers = kConsumers_, kKeys = kKeys_;
     static constexpr int kStages = kStages_, kThreads = 128 * (1 + kConsumers), kParts = kHeadDim / kColumns;
+    static constexpr bool kWindows = kWindows_;
     static constexpr int kDepthBoxes = (kHeadDim + 63) / 64, kColumnBoxes = (kColumns + 63) / 64;
     static_assert(kHeadDim % 8 == 0 && kKeys % 16 == 0 && kKeys <= 256 && kColumns <= 256 && kHeadDim % kColumns == 0);
     static_assert(kParts == 1 || kColumns % kBoxColumns == 0);
+    static_assert(!kWindows || (kKeys % kRows == 0 && kRows == kBoxSide * kBoxSide));
 };
 
 template <class Tile>
@@ -91,6 +95,37 @@ struct Maps {
     const TensorMap *q, *k, *v, *k2, *v2;
 };
 
+template <int kTokens_, int kCount_>
+struct Boxes {
+    static constexpr int kTokens = kTokens_, kCount = kCount_;
+};
+
+// The same of a window, whose tokens are in the order of its boxes: softmax is blind to the order of keys. Shifts, windows
+// and so the map are whole boxes, none of which crosses an edge. What is behind the window's last box is an image that there
+// is not: zeros.
+template <int kTokens, int kBoxes, class T>
+DEVICE void load_window(T* to, const TensorMap* map, uint64_t* full, int head, int token, const WindowPlace& place,
+                        const AttentionArgs<T>& args) {
+    mbar_arrive_expect_tx(full, kTokens * kBoxes * kBoxColumns * 2);
+    const int across = args.window_w / kBoxSide;
+    ROLLED
+    for (int i = 0; i < kTokens / kRows; i++) {
+        const int box = token / kRows + i;
+        const int y = (place.top + box / across * kBoxSide) % args.map_h, x = (place.left + box % across * kBoxSide) % args.map_w;
+        const int image = GUARD(box * kRows < args.keys) ? place.image : args.images;
+        UNROLL
+        for (int c = 0; c < kBoxes; c++) {
+            tma_load_5d(to + (c * kTokens + i * kRows) * kBoxColumns, map, full, c * kBoxColumns, head, x, y, image);
+        }
+    }
+}
+// Token i of a window in that order, among those of all images.
+template <class T>
+DEVICE int64_t box_token(const AttentionArgs<T>& args, const WindowPlace& place, int i) {
+    const int across = args.window_w / kBoxSide, box = i / kRows, inside = i % kRows;
+    return map_token(args, place, box / across * kBoxSide + inside / kBoxSide, box % across * kBoxSide + inside % kBoxSide);
+}
+
 // Tiles of keys: those of the first source, then the second's.
 template <class Tile>
 struct KeyTiles {
@@ -111,9 +146,19 @@ DEVICE void produce(AttentionShared<Tile>& s, const Maps& maps, const AttentionA
     for (int tile = blockIdx.x; tile < jobs; tile += gridDim.x) {
         const Job job = job_of<Tile>(args, tile);
         const int image = job.image / args.images_per_kv, image2 = job.image / args.images_per_kv2;
+        WindowPlace place = {};
+        if constexpr (Tile::kWindows) place = window_place(args, job.image);
+        const auto load = [&](auto* to, const TensorMap* map, uint64_t* full, int column, int token, int of_image, auto boxes) {
+            constexpr int kTokens = boxes.kTokens, kBoxes = boxes.kCount;
+            if constexpr (Tile::kWindows) {
+                load_window<kTokens, kBoxes>(to, map, full, job.head, token, place, args);
+            } else {
+                load_boxes<kTokens, kBoxes>(to, map, full, column, job.head, token, of_image);
+            }
+        };
         for (int i = 0; i < Tile::kConsumers; i++) {
             mbar_wait(&s.q_empty[i], q_parity);
-            load_boxes<kRows, Tile::kDepthBoxes>(s.q[i], maps.q, &s.q_full[i], 0, job.head, job.first + i * kRows, job.image);
+            load(s.q[i], maps.q, &s.q_full[i], 0, job.first + i * kRows, job.image, Boxes<kRows, Tile::kDepthBoxes>());
         }
         q_parity ^= 1;
         // Keys one tile ahead of values, as they are used.
@@ -121,19 +166,18 @@ DEVICE void produce(AttentionShared<Tile>& s, const Maps& maps, const AttentionA
             if (j >= 0) {
                 const bool second = j >= tiles.first;
                 mbar_wait(&s.k_empty[at_k.stage], at_k.parity ^ 1);
-                load_boxes<Tile::kKeys, Tile::kDepthBoxes>(s.k[at_k.stage], second ? maps.k2 : maps.k, &s.k_full[at_k.stage], 0,
-                                                           job.head, (second ? j - tiles.first : j) * Tile::kKeys,
-                                                           second ? image2 : image);
+                load(s.k[at_k.stage], second ? maps.k2 : maps.k, &s.k_full[at_k.stage], 0,
+                     (second ? j - tiles.first : j) * Tile::kKeys, second ? image2 : image,
+                     Boxes<Tile::kKeys, Tile::kDepthBoxes>());
                 advance(at_k);
             }
             const int before = j + 1;
             if (before < tiles.count) {
                 const bool second = before >= tiles.first;
                 mbar_wait(&s.v_empty[at_v.stage], at_v.parity ^ 1);
-                load_boxes<Tile::kKeys, Tile::kColumnBoxes>(s.v[at_v.stage], second ? maps.v2 : maps.v, &s.v_full[at_v.stage],
-                                                            job.column, job.head,
-                                                            (second ? before - tiles.first : before) * Tile::kKeys,
-                                                            second ? image2 : image);
+                load(s.v[at_v.stage], second ? maps.v2 : maps.v, &s.v_full[at_v.stage], job.column,
+                     (second ? before - tiles.first : before) * Tile::kKeys, second ? image2 : image,
+                     Boxes<Tile::kKeys, Tile::kColumnBoxes>());
                 advance(at_v);
             }
         }
@@ -281,7 +325,9 @@ DEVICE void store(const AttentionArgs<T>& args, const Job& job, int first_row, c
         const float factor = half ? lower_factor : upper_factor;
         const int row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
         const bool inside = GUARD(row < args.queries);
-        T* to = args.y + ((int64_t(job.image) * args.queries + row) * args.heads + job.head) * Tile::kHeadDim + job.column;
+        int64_t token = int64_t(job.image) * args.queries + row;
+        if constexpr (Tile::kWindows) token = box_token(args, window_place(args, job.image), row);
+        T* to = args.y + (token * args.heads + job.head) * Tile::kHeadDim + job.column;
         const auto pair = [&](int chunk) {
             return pack2<T>(sums[chunk * 4 + half * 2] * factor, sums[chunk * 4 + half * 2 + 1] * factor);
         };
@@ -544,7 +590,7 @@ DEVICE void attention_short(const Maps& maps, const AttentionArgs<T>& args) {
 
 #define ENTRY(name, T, threads, blocks, function, ...)                                                         \
     KERNEL(name, threads, blocks)                                                                              \
-    (GRID_CONST TensorMap q, GRID_CONST TensorMap k, GRID_CONST TensorMap v, GRID_CONST TensorMap k2,           \
+    (GRID_CONST TensorMap q, GRID_CONST TensorMap k, GRID_CONST TensorMap v, GRID_CONST TensorMap k2,          \
      GRID_CONST TensorMap v2, GRID_CONST AttentionArgs<T> args) {                                              \
         const Maps maps = {&q, &k, &v, &k2, &v2};                                                              \
         function<AttentionTile<T, __VA_ARGS__>>(maps, args);                                                   \
@@ -555,21 +601,23 @@ DEVICE void attention_short(const Maps& maps, const AttentionArgs<T>& args) {
 #define SHORT(tile, suffix, T, head_dim, blocks) \
     ENTRY(attention_sm90_##tile##_##suffix, T, 128, blocks, attention_short, head_dim, head_dim, 1, kShortKeys, 1)
 
-// Tile; head_dim, columns of a block, consumers, keys of a tile, stages. SHORT: head_dim, blocks per multiprocessor that the
-// registers must leave room for.
-#define ATTENTIONS(suffix, T)                           \
-    RING(d40_192, suffix, T, 40, 40, 3, 128, 2)         \
-    RING(d64_192, suffix, T, 64, 64, 3, 128, 2)         \
-    RING(d64_128, suffix, T, 64, 64, 2, 128, 3)         \
-    RING(d80_128, suffix, T, 80, 80, 2, 128, 2)         \
-    RING(d128_128, suffix, T, 128, 128, 2, 128, 2)      \
-    RING(d160_128, suffix, T, 160, 160, 2, 64, 2)       \
-    RING(d512_128, suffix, T, 512, 256, 2, 64, 1)       \
-    RING(d512_64, suffix, T, 512, 256, 1, 64, 1)        \
-    SHORT(d40_short, suffix, T, 40, 4)                  \
-    SHORT(d64_short, suffix, T, 64, 4)                  \
-    SHORT(d80_short, suffix, T, 80, 3)                  \
-    SHORT(d128_short, suffix, T, 128, 2)                \
+// Tile; head_dim, columns of a block, consumers, keys of a tile, stages, whether of windows. SHORT: head_dim, blocks per
+// multiprocessor that the registers must leave room for.
+#define ATTENTIONS(suffix, T)                                 \
+    RING(d40_192, suffix, T, 40, 40, 3, 128, 2)               \
+    RING(d64_192, suffix, T, 64, 64, 3, 128, 2)               \
+    RING(d64_128, suffix, T, 64, 64, 2, 128, 3)               \
+    RING(d80_128, suffix, T, 80, 80, 2, 128, 2)               \
+    RING(d128_128, suffix, T, 128, 128, 2, 128, 2)            \
+    RING(d160_128, suffix, T, 160, 160, 2, 64, 2)             \
+    RING(d512_128, suffix, T, 512, 256, 2, 64, 1)             \
+    RING(d512_64, suffix, T, 512, 256, 1, 64, 1)              \
+    RING(d40_192_windows, suffix, T, 40, 40, 3, 128, 2, true) \
+    RING(d64_192_windows, suffix, T, 64, 64, 3, 128, 2, true) \
+    SHORT(d40_short, suffix, T, 40, 4)                        \
+    SHORT(d64_short, suffix, T, 64, 4)                        \
+    SHORT(d80_short, suffix, T, 80, 3)                        \
+    SHORT(d128_short, suffix, T, 128, 2)                      \
     SHORT(d160_short, suffix, T, 160, 2)
 
 ATTENTIONS(f16, f16)

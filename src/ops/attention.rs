@@ -5,9 +5,9 @@ use rayon::prelude::*;
 use super::cpu::gemm::{K_BLOCK, TILE_STRIDE};
 use super::cpu::kernels::Kernel;
 use super::cpu::math::{self, exp_nonpositive, simd};
-use super::{Tensor, by_dtype, cuda, float, profile};
+use super::{StepIndex, Tensor, by_dtype, cuda, float, profile};
 use crate::error::{Error, Result};
-use crate::runtime::{Device, Element, OpKind, Work};
+use crate::runtime::{DType, Device, Element, OpKind, Work};
 
 /// Arguments of [`attention`]; heads are as the projections leave them, so nothing is transposed or copied.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,33 @@ pub struct AttentionOptions<'a> {
     pub bias: Option<&'a Tensor>,
     /// Further keys and values.
     pub second: Option<SecondSource<'a>>,
+    /// Self-attention within the windows of a map, with neither of the above but the scale.
+    pub windows: Option<Windows<'a>>,
+}
+
+/// Windows of a map whose tokens, row by row, are those of [`Attention::Packed`]: each token attends to those of its own
+/// window, and nothing is rolled, cut or put together in memory (MSW-MSA of HiDiffusion, Zhang et al. 2024,
+/// arXiv:2311.17528, without its resize of odd maps).
+#[derive(Clone, Copy, Debug)]
+pub struct Windows<'a> {
+    /// H and W, with H W = L.
+    pub map: [usize; 2],
+    /// Rows and columns of a window, which divide those of the map.
+    pub window: [usize; 2],
+    /// `None`: the windows begin at the map's first token.
+    pub shift: Option<WindowShift<'a>>,
+}
+
+/// A cyclic shift of [`Windows`], read on the device, so that a recorded step has each time another: that of image i is
+/// `factors[step of i, column] * unit`, and its windows begin so many rows and columns further.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowShift<'a> {
+    /// `[steps, C]`, u32, below 2^16: a column for each of the calls in a step, say.
+    pub factors: &'a Tensor,
+    pub step: &'a StepIndex,
+    pub column: usize,
+    /// Rows and columns. Hopper's kernel wants multiples of 8.
+    pub unit: [usize; 2],
 }
 
 /// Keys and values beside those of [`Attention`].
@@ -60,7 +87,8 @@ pub fn attention(args: Attention) -> Result<Tensor> {
 ///
 /// # Errors
 /// As [`attention`]; [`Error::Argument`](crate::Error::Argument): a scale that is not positive, a second source that has no
-/// keys or stands beside `causal` or, joined, beside `bias`.
+/// keys or stands beside `causal` or, joined, beside `bias`; windows that do not divide their map, a map that is not the
+/// tokens', or windows beside what they do not go with, a step or column that the factors do not have.
 pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tensor> {
     const OP: &str = "attention";
     let (q, kv, causal, parts) = match args {
@@ -119,12 +147,27 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
             Some(SecondDims { keys, images_per_kv, weight })
         }
     };
-    let dims = Dims { n, images_per_kv, queries, keys, heads, head_dim, scale, causal, second, images_per_bias };
+    let mut windows = None;
+    if let Some(given) = options.windows {
+        let packed = matches!(args, Attention::Packed { causal: false, .. });
+        if !packed || options.bias.is_some() || second.is_some() {
+            let want = "given for packed q, k and v, not causal, without bias and second source";
+            return Err(Error::argument(OP, "windows", "given", want));
+        }
+        windows = Some(given.check(OP, n, queries, q.device())?);
+    }
+    let (n, queries, keys) = match windows {
+        Some(WindowDims { count, window: [h, w], .. }) => (n * count, h * w, h * w),
+        None => (n, queries, keys),
+    };
+    let dims =
+        Dims { n, images_per_kv, queries, keys, heads, head_dim, scale, causal, second, images_per_bias, windows };
     let operands = Operands {
         q: Part { tensor: q, part: 0, parts: if parts == 3 { 3 } else { 1 } },
         kv: last_two(kv, parts),
         second: options.second.map(|second| last_two(second.kv, second.kv.shape()[2])),
         bias: options.bias,
+        shift: options.windows.and_then(|windows| windows.shift),
     };
 
     let mut y = Tensor::uninit(q.device(), &shape, q.dtype())?;
@@ -142,6 +185,42 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
         Device::Cuda(card) => cuda::attention::attention(card, &operands, &dims, &mut y)?,
     }
     Ok(y)
+}
+
+impl Windows<'_> {
+    fn check(&self, op: &'static str, n: usize, tokens: usize, device: &Device) -> Result<WindowDims> {
+        let Windows { map, window, shift } = *self;
+        if map[0].checked_mul(map[1]) != Some(tokens) {
+            return Err(Error::argument(op, "map", format!("{map:?}"), format!("{tokens} tokens, as q has")));
+        }
+        if window.contains(&0) || map.iter().zip(window).any(|(map, window)| !map.is_multiple_of(window)) {
+            let want = format!("sizes that divide those of the map, {map:?}");
+            return Err(Error::argument(op, "window", format!("{window:?}"), want));
+        }
+        let mut unit = [0, 0];
+        if let Some(shift) = shift {
+            let [steps, columns] = shift.factors.dims(op, "factors")?;
+            shift.factors.expect(op, "factors", &[steps, columns], DType::U32, device)?;
+            if !shift.step.tensor().device().same(device) {
+                let got = shift.step.tensor().device().to_string();
+                return Err(Error::Device { op, arg: "step", got, want: device.to_string() });
+            }
+            shift.step.check_images(op, n)?;
+            if shift.column >= columns {
+                return Err(Error::argument(op, "column", shift.column, format!("below {columns}")));
+            }
+            if n > 0 && shift.step.last() >= steps {
+                return Err(Error::argument(op, "step", shift.step.last(), format!("below {steps}")));
+            }
+            if shift.unit.iter().zip(map).any(|(&unit, map)| unit > map) {
+                let want = format!("at most the map, {map:?}");
+                return Err(Error::argument(op, "unit", format!("{:?}", shift.unit), want));
+            }
+            unit = shift.unit;
+        }
+        let count = map[0] / window[0] * (map[1] / window[1]);
+        Ok(WindowDims { map, window, unit, count })
+    }
 }
 
 /// Images that share each of `rows` rows.
@@ -170,11 +249,15 @@ pub(super) struct Operands<'a> {
     pub kv: [Part<'a>; 2],
     pub second: Option<[Part<'a>; 2]>,
     pub bias: Option<&'a Tensor>,
+    pub shift: Option<WindowShift<'a>>,
 }
 
 fn attention_cpu<T: Element>(operands: &Operands, dims: &Dims, y: &mut Tensor) {
     // Rows of all heads, so the distance of two tokens' rows of one head.
     let width = dims.heads * dims.head_dim;
+    if let Some(windows) = &dims.windows {
+        return windows_cpu::<T>(operands, dims, windows, width, y);
+    }
     let second = operands.second.as_ref().zip(dims.second);
     let inputs = Inputs {
         q: Tokens::of(&operands.q, width),
@@ -185,8 +268,45 @@ fn attention_cpu<T: Element>(operands: &Operands, dims: &Dims, y: &mut Tensor) {
     forward(dims, &inputs, y.cpu_mut());
 }
 
+/// Each window's tokens side by side, attention as of so many images, and its results back in their places.
+fn windows_cpu<T: Element>(operands: &Operands, dims: &Dims, windows: &WindowDims, width: usize, y: &mut Tensor) {
+    let WindowDims { map: [map_h, map_w], window: [h, w], unit, count } = *windows;
+    let factor = |image: usize| match &operands.shift {
+        Some(WindowShift { factors, step, column, .. }) => {
+            factors.cpu::<u32>()[step.get(image) * factors.shape()[1] + column] as usize
+        }
+        None => 0,
+    };
+    // Of the tokens of all windows, one after the other, where they lie among those of all images.
+    let places: Vec<usize> = (0..dims.n)
+        .flat_map(|number| {
+            let (image, window, across) = (number / count, number % count, map_w / w);
+            let [top, left] = [window / across * h, window % across * w];
+            let [down, right] = unit.map(|unit| factor(image) * unit);
+            (0..h * w).map(move |i| {
+                let (row, column) = ((top + down + i / w) % map_h, (left + right + i % w) % map_w);
+                (image * map_h + row) * map_w + column
+            })
+        })
+        .collect();
+    let qkv = operands.q.tensor.cpu::<T>();
+    let tokens = |part: usize| -> Vec<T> {
+        places.iter().flat_map(|place| &qkv[(place * 3 + part) * width..][..width]).copied().collect()
+    };
+    let [q, k, v] = [tokens(0), tokens(1), tokens(2)];
+    let of = |data| Tokens { data, offset: 0, stride: width };
+    let first = KeySource { k: of(&k), v: of(&v), keys: dims.keys, images_per_kv: 1 };
+    let mut results = q.clone();
+    forward(dims, &Inputs { q: of(&q), first, second: None, bias: None }, &mut results);
+    let y = y.cpu_mut::<T>();
+    for (from, place) in results.chunks_exact(width).zip(places) {
+        y[place * width..][..width].copy_from_slice(from);
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Dims {
+    /// Images; windows of all images.
     pub n: usize,
     /// Images that share a row of keys and values.
     pub images_per_kv: usize,
@@ -200,6 +320,17 @@ pub(super) struct Dims {
     pub second: Option<SecondDims>,
     /// Images that share a row of the bias.
     pub images_per_bias: usize,
+    pub windows: Option<WindowDims>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WindowDims {
+    pub map: [usize; 2],
+    pub window: [usize; 2],
+    /// What a factor of 1 shifts by.
+    pub unit: [usize; 2],
+    /// Windows of an image.
+    pub count: usize,
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use crate::common::{Expected, F32_EPS, Random, assert_close, cards, devices, f64s, kernels};
 use megafuse::Error;
-use megafuse::ops::{self, Attention, AttentionOptions, SecondSource};
+use megafuse::ops::{self, Attention, AttentionOptions, SecondSource, StepIndex, WindowShift, Windows};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 /// N, tokens, heads, head_dim. One; primes; off and on the cpu's tile of 14 rows, panel of 32 columns, blocks of 224
@@ -197,20 +197,23 @@ fn every_kernel_matches_f64() {
         let mut hopper: Vec<(usize, usize, String, Vec<f32>)> = Vec::new();
         for kernel in kernels("attention", &device, dtype) {
             let d = width_of(&kernel);
+            if kernel.contains("windows") {
+                continue;
+            }
             // A small picture's, and text; of a wide head fewer.
             let tokens = if d > 160 { [70, 130] } else { [201, 150] };
             let mut taken = 0;
             for [queries, keys] in [tokens, [70, 77], [3, 1]] {
                 let mut random = Random::new(15);
-                let q = random.randn(&device, &[2, queries, 1, d], dtype);
+                let q = random.randn(&device, &[1, queries, 1, d], dtype);
                 let kv = random.randn(&device, &[1, keys, 2, 1, d], dtype);
                 let args = Attention::Cross { q: &q, kv: &kv };
                 let Some(got) = attention_by(&kernel, args, AttentionOptions::default()) else { continue };
                 taken += 1;
                 let (q, kv) = (f64s(&q), f64s(&kv));
                 let want =
-                    reference([2, queries, keys, 1, d], false, weights(&device, dtype), |part, b, i, _| match part {
-                        0 => row(&q, d, b * queries + i),
+                    reference([1, queries, keys, 1, d], false, weights(&device, dtype), |part, _, i, _| match part {
+                        0 => row(&q, d, i),
                         _ => row(&kv, d, i * 2 + part - 1),
                     });
                 assert_close(&got, &want, 8.0, format!("{device} {kernel} {queries} x {keys}"));
@@ -229,26 +232,23 @@ fn every_kernel_matches_f64() {
     }
 }
 
-/// More tiles of queries than a card has multiprocessors: blocks that take several, whose rings go on from one to the next.
-/// With two tiles of keys and, so that rings of two stages do not begin each time where they began, with three.
+/// More tiles of queries than a card has multiprocessors: blocks that take several, whose rings of three stages go on from one
+/// to the next with two tiles of keys, and so begin each time elsewhere.
 #[test]
 fn blocks_take_tile_after_tile() {
     for (device, card) in crate::common::hoppers() {
-        for (kernel, heads, keys) in [("sm90_d40_192", 1, 257), ("sm90_d64_128", 1, 130), ("sm90_d64_short", 1, 80)] {
-            let n = card.multiprocessors() + 3;
-            let d = width_of(kernel);
-            let mut random = Random::new(16);
-            let q = random.randn(&device, &[n, 2, heads, d], DType::BF16);
-            let kv = random.randn(&device, &[1, keys, 2, heads, d], DType::BF16);
-            let args = Attention::Cross { q: &q, kv: &kv };
-            let got = attention_by(&format!("attention={kernel}"), args, AttentionOptions::default()).unwrap();
-            let (q, kv) = (f64s(&q), f64s(&kv));
-            let want = reference([n, 2, keys, heads, d], false, DType::BF16, |part, b, i, h| match part {
-                0 => row(&q, d, (b * 2 + i) * heads + h),
-                _ => row(&kv, d, (i * 2 + part - 1) * heads + h),
-            });
-            assert_close(&got, &want, 8.0, format!("{device} {kernel}"));
-        }
+        let (kernel, n, keys, d) = ("attention=sm90_d64_128", card.multiprocessors() + 3, 130, 64);
+        let mut random = Random::new(16);
+        let q = random.randn(&device, &[n, 2, 1, d], DType::BF16);
+        let kv = random.randn(&device, &[1, keys, 2, 1, d], DType::BF16);
+        let args = Attention::Cross { q: &q, kv: &kv };
+        let got = attention_by(kernel, args, AttentionOptions::default()).unwrap();
+        let (q, kv) = (f64s(&q), f64s(&kv));
+        let want = reference([n, 2, keys, 1, d], false, DType::BF16, |part, b, i, _| match part {
+            0 => row(&q, d, b * 2 + i),
+            _ => row(&kv, d, i * 2 + part - 1),
+        });
+        assert_close(&got, &want, 8.0, format!("{device} {kernel}"));
     }
 }
 
@@ -422,6 +422,103 @@ fn a_second_source_that_is_not_finite_is_seen() {
                 assert_eq!(infinite, f32::INFINITY, "{what}");
                 // The first of them masked: what it begins with is not NaN.
                 assert!(run(&|j| if j < more - 1 { f32::NEG_INFINITY } else { 0.0 }, &|_| 1.0).is_finite(), "{what}");
+            }
+        }
+    }
+}
+
+/// Map, window, unit of the shift, heads, head_dim. Windows of whole boxes, as Hopper wants them: less than a tile of keys,
+/// several with a rest, four of a wider map; and of others, for every portable kernel.
+const WINDOWS: [([[usize; 2]; 3], usize, usize); 7] = [
+    ([[16, 16], [8, 8], [8, 8]], 2, 64),
+    ([[32, 48], [16, 24], [8, 8]], 1, 40),
+    ([[24, 16], [24, 16], [0, 8]], 1, 64),
+    ([[6, 10], [3, 5], [1, 2]], 2, 12),
+    ([[4, 12], [4, 3], [3, 1]], 1, 40),
+    ([[12, 6], [6, 6], [1, 1]], 1, 100),
+    ([[4, 18], [2, 18], [2, 5]], 1, 200),
+];
+
+/// Where token `i` of window `number` of an image lies: on the map rolled by minus the shift, cut into windows row by row.
+fn place([h, w]: [usize; 2], window: [usize; 2], shift: [usize; 2], number: usize, i: usize) -> usize {
+    let across = w / window[1];
+    let y = number / across * window[0] + i / window[1];
+    let x = number % across * window[1] + i % window[1];
+    (y + shift[0]) % h * w + (x + shift[1]) % w
+}
+
+/// MSW-MSA: every image by the shift of its own step, in the column of the table that the call reads.
+#[test]
+fn windows_match_f64() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        let (steps, columns, column, n) = ([2, 1], 3, 1, 2);
+        let factors = [9, 9, 9, 9, 3, 9, 9, 2, 9];
+        let table = Tensor::from_u32(&device, &[3, columns], &factors).unwrap();
+        let step = StepIndex::new(&device, &steps).unwrap();
+        for ([map, window, unit], heads, d) in WINDOWS {
+            let (l, own) = (map[0] * map[1], window[0] * window[1]);
+            let count = l / own;
+            let qkv = Random::new(22).randn(&device, &[n, l, 3, heads, d], dtype);
+            for shifted in [false, true] {
+                let shift = shifted.then_some(WindowShift { factors: &table, step: &step, column, unit });
+                let windows = Some(Windows { map, window, shift });
+                let options = AttentionOptions { windows, ..AttentionOptions::default() };
+                let got = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+                let x = f64s(&qkv);
+                let token = |b: usize, i: usize| {
+                    let image = b / count;
+                    let factor = if shifted { factors[steps[image] * columns + column] as usize } else { 0 };
+                    image * l + place(map, window, unit.map(|unit| factor * unit), b % count, i)
+                };
+                let by_window = [n * count, own, own, heads, d];
+                let cut = reference(by_window, false, weights(&device, dtype), |part, b, i, h| {
+                    row(&x, d, (token(b, i) * 3 + part) * heads + h)
+                });
+                let shape = vec![n, l, heads, d];
+                let mut want =
+                    Expected { shape, values: vec![0.0; n * l * heads * d], magnitudes: vec![0.0; n * l * heads * d] };
+                let width = heads * d;
+                for (from, (b, i)) in (0..n * count).flat_map(|b| (0..own).map(move |i| (b, i))).enumerate() {
+                    let (from, to) = (from * width..(from + 1) * width, token(b, i) * width..(token(b, i) + 1) * width);
+                    want.values[to.clone()].copy_from_slice(&cut.values[from.clone()]);
+                    want.magnitudes[to].copy_from_slice(&cut.magnitudes[from]);
+                }
+                assert_close(&got, &want, 8.0, format!("{device} {map:?} {window:?} {heads} {d} shifted {shifted}"));
+            }
+        }
+    }
+}
+
+/// The others may be all NaN, of the same image and of other images.
+#[test]
+fn a_window_does_not_depend_on_the_others() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for (map, window, d) in [([16, 16], [8, 8], 64), ([6, 6], [3, 3], 24), ([6, 6], [3, 3], 200)] {
+            let l = map[0] * map[1];
+            let clean = Random::new(23).randn(&device, &[2, l, 3, 1, d], dtype).to_f32_vec().unwrap();
+            let run = |values: &[f32], n: usize| {
+                let qkv = Tensor::from_f32(&device, &[n, l, 3, 1, d], dtype, values).unwrap();
+                let windows = Some(Windows { map, window, shift: None });
+                let options = AttentionOptions { windows, ..AttentionOptions::default() };
+                let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+                y.to_f32_vec().unwrap()
+            };
+            let want = run(&clean[l * 3 * d..], 1);
+            let count = l / (window[0] * window[1]);
+            for number in 0..count {
+                let inside: Vec<usize> =
+                    (0..window[0] * window[1]).map(|i| place(map, window, [0, 0], number, i)).collect();
+                let mut values = vec![f32::NAN; clean.len()];
+                for token in &inside {
+                    let at = (l + token) * 3 * d..(l + token + 1) * 3 * d;
+                    values[at.clone()].copy_from_slice(&clean[at]);
+                }
+                let got = run(&values, 2);
+                for token in inside {
+                    let at = token * d..(token + 1) * d;
+                    let what = format!("{device} {dtype} {d}: window {number}, token {token}");
+                    assert!(got[l * d..][at.clone()] == want[at], "{what}");
+                }
             }
         }
     }
@@ -602,11 +699,17 @@ fn meta_records_the_fused_cost() {
     }
     let bias = Tensor::uninit(&device, &[1, heads, l, l], DType::F16).unwrap();
     let second = Some(SecondSource { kv: &kv, weight: Some(1.0) });
-    let options = AttentionOptions { scale: None, bias: Some(&bias), second };
+    let options = AttentionOptions { bias: Some(&bias), second, ..AttentionOptions::default() };
     ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
     let work = meta.take_report().ops[0].work;
     assert_eq!(work.macs, (2 * n * heads * d * l * (l + k)) as u64);
     assert_eq!(work.bytes, bytes(n * heads * d * 2 * (2 * l + k) + heads * l * l));
+    let windows = Some(Windows { map: [7, 11], window: [7, 1], shift: None });
+    let options = AttentionOptions { windows, ..AttentionOptions::default() };
+    let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+    let work = meta.take_report().ops[0].work;
+    assert_eq!(y.shape(), [n, l, heads, d]);
+    assert_eq!((work.macs, work.bytes), ((2 * n * heads * d * l * 7) as u64, bytes(n * heads * d * 4 * l)));
 }
 
 #[test]
@@ -663,4 +766,30 @@ fn errors_name_the_argument() {
     let bias = zeros(&[1, 3, 5, 5], DType::F32);
     let both = AttentionOptions { bias: Some(&bias), second: Some(SecondSource { kv: &kv, weight: None }), ..none };
     assert!(matches!(with(false, both), Error::Argument { arg: "bias", .. }));
+
+    let step = StepIndex::one(&device, 2).unwrap();
+    let factors = Tensor::from_u32(&device, &[3, 2], &[0; 6]).unwrap();
+    let shift = WindowShift { factors: &factors, step: &step, column: 1, unit: [1, 1] };
+    let windows = Windows { map: [1, 5], window: [1, 5], shift: Some(shift) };
+    let of = |windows| with(false, AttentionOptions { windows: Some(windows), ..none });
+    let argument = |error: Error, name: &str| {
+        let Error::Argument { arg, .. } = &error else { panic!("{error}") };
+        assert_eq!(*arg, name, "{error}");
+    };
+    argument(of(Windows { map: [2, 2], ..windows }), "map");
+    for window in [[1, 2], [0, 5], [2, 5]] {
+        argument(of(Windows { window, ..windows }), "window");
+    }
+    argument(of(Windows { shift: Some(WindowShift { column: 2, ..shift }), ..windows }), "column");
+    argument(of(Windows { shift: Some(WindowShift { unit: [2, 0], ..shift }), ..windows }), "unit");
+    let late = StepIndex::one(&device, 3).unwrap();
+    argument(of(Windows { shift: Some(WindowShift { step: &late, ..shift }), ..windows }), "step");
+    let floats = zeros(&[3, 2], DType::F32);
+    let error = of(Windows { shift: Some(WindowShift { factors: &floats, ..shift }), ..windows });
+    assert!(matches!(error, Error::Dtype { arg: "factors", .. }), "{error}");
+    argument(with(true, AttentionOptions { windows: Some(windows), ..none }), "windows");
+    argument(with(false, AttentionOptions { windows: Some(windows), bias: Some(&bias), ..none }), "windows");
+    let error =
+        ops::attention_with(Attention::Cross { q: &q, kv: &kv }, AttentionOptions { windows: Some(windows), ..none });
+    argument(error.unwrap_err(), "windows");
 }

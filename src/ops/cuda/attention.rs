@@ -21,6 +21,8 @@ pub(super) struct AttentionArgs {
     pub k2: DevicePtr,
     pub v2: DevicePtr,
     bias: DevicePtr,
+    shifts: DevicePtr,
+    step: DevicePtr,
     images: i32,
     queries: i32,
     keys: i32,
@@ -33,6 +35,14 @@ pub(super) struct AttentionArgs {
     images_per_kv: i32,
     images_per_kv2: i32,
     images_per_bias: i32,
+    map_h: i32,
+    map_w: i32,
+    window_h: i32,
+    window_w: i32,
+    unit_h: i32,
+    unit_w: i32,
+    shift_columns: i32,
+    step_images: i32,
     causal: i32,
     apart: i32,
     scale: f32,
@@ -86,8 +96,8 @@ const LONG: [Tile; 3] = [
     Tile::narrow("d80_long", 80, 128, 64),
 ];
 
-/// f16 and bf16 of any width and alignment, causal or not, with bias and second source or without: CLIP, T5, and models for
-/// tests. All of that costs registers, so the others do without.
+/// f16 and bf16 of any width and alignment, causal or not, with bias, second source and windows or without: CLIP, T5, and models
+/// for tests. All of that costs registers, so the others do without.
 const ANY: [Tile; 5] = [
     Tile::narrow("d16_any", 16, 64, 64),
     Tile::narrow("d32_any", 32, 64, 64),
@@ -122,7 +132,7 @@ pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
     let short: [(&[Tile], _); 3] = [
         (&NARROW, "heads of the models' widths"),
         (&LONG, "as without _long, for many queries: 32 a warp"),
-        (&ANY, "heads of any width and alignment, causal, with bias or a second source"),
+        (&ANY, "heads of any width and alignment, causal, with bias, a second source or windows"),
     ];
     let long: [(&[Tile], _); 1] = [(&F32, "f32, the parity mode")];
     let of_dtype = |dtype: &DType| if *dtype == DType::F32 { &long[..] } else { &short[..] };
@@ -131,8 +141,8 @@ pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
 }
 
 impl Tile {
-    /// The tile for a head, or the one that `MEGAFUSE_KERNEL` names. `plain`: neither causal, bias nor second source, and heads
-    /// and addresses are whole 16 bytes.
+    /// The tile for a head, or the one that `MEGAFUSE_KERNEL` names. `plain`: neither causal, bias, second source nor windows, and
+    /// heads and addresses are whole 16 bytes.
     ///
     /// # Errors
     /// [`Error::Argument`]: there is none for so wide a head, or the one that is named cannot take it; [`Error::Config`]:
@@ -150,7 +160,11 @@ impl Tile {
                 let others = variants(&[dtype]);
                 let can = |variant: &&Variant| all.iter().filter(fits).any(|tile| tile.name == variant.name);
                 let others: Vec<Variant> = others.iter().filter(can).copied().collect();
-                let kind = if plain { "" } else { ", causal, biased, of two sources or not of whole aligned 16 bytes" };
+                let kind = if plain {
+                    ""
+                } else {
+                    ", causal, biased, of two sources, in windows or not of whole aligned 16 bytes"
+                };
                 variants::refused(OP, name, &format!("{dtype} heads of {}{kind}", dims.head_dim), &others)
             });
         }
@@ -174,7 +188,8 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
     let [k, v] = &operands.kv;
     let [k2, v2] = operands.second.as_ref().map_or([DevicePtr::NULL; 2], |[k, v]| [address(k), address(v)]);
     // Rows of a tile are addressed from its first in 32 bits.
-    let most = queries.max(keys).max(second.map_or(0, |second| second.keys));
+    let map_tokens = dims.windows.map_or(0, |windows| windows.map[0] * windows.map[1]);
+    let most = queries.max(keys).max(second.map_or(0, |second| second.keys)).max(map_tokens);
     let limit = i32::MAX as usize;
     for (what, got) in [("256 * L", 256 * most), ("128 * 3 * heads * head_dim", 128 * 3 * width)] {
         if got > limit {
@@ -182,6 +197,10 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
         }
     }
     let weight = second.and_then(|second| second.weight);
+    let [map, window, unit] = dims.windows.map_or([[0; 2]; 3], |windows| [windows.map, windows.window, windows.unit]);
+    let shifts = operands.shift.map_or(DevicePtr::NULL, |shift| {
+        DevicePtr(shift.factors.cuda().0 + (shift.column * DType::U32.size_bytes()) as u64)
+    });
     let arguments = AttentionArgs {
         y: y.cuda(),
         q: address(&operands.q),
@@ -190,6 +209,8 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
         k2,
         v2,
         bias: DevicePtr::or_null(operands.bias),
+        shifts,
+        step: DevicePtr::or_null(operands.shift.map(|shift| shift.step.tensor())),
         images: tiles::count(OP, "images", n)?,
         queries: queries as i32,
         keys: keys as i32,
@@ -202,6 +223,14 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
         images_per_kv: tiles::count(OP, "images of a row of kv", images_per_kv)?,
         images_per_kv2: second.map_or(1, |second| second.images_per_kv as i32),
         images_per_bias: dims.images_per_bias as i32,
+        map_h: map[0] as i32,
+        map_w: map[1] as i32,
+        window_h: window[0] as i32,
+        window_w: window[1] as i32,
+        unit_h: unit[0] as i32,
+        unit_w: unit[1] as i32,
+        shift_columns: operands.shift.map_or(0, |shift| shift.factors.shape()[1] as i32),
+        step_images: operands.shift.map_or(1, |shift| shift.step.images() as i32),
         causal: i32::from(causal),
         apart: i32::from(weight.is_some()),
         scale: (std::f64::consts::LOG2_E * f64::from(dims.scale)) as f32,
@@ -214,7 +243,7 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
     if taken && asked.is_none_or(attention_sm90::is_one) {
         return attention_sm90::attention(device, dtype, dims, arguments, asked);
     }
-    let plain = whole && !causal && operands.bias.is_none() && second.is_none();
+    let plain = whole && !causal && operands.bias.is_none() && second.is_none() && dims.windows.is_none();
     let tile = Tile::choose(dims, plain, dtype)?;
     let launch = Launch::grid([queries.div_ceil(tile.rows), heads, n]).block(tile.threads).shared(tile.shared_bytes);
     let entry = entry(&format!("attention_{}", tile.name), dtype);
@@ -239,6 +268,7 @@ mod tests {
             causal: false,
             second: None,
             images_per_bias: 1,
+            windows: None,
         };
         Tile::choose(&dims, plain, dtype).ok().map(|tile| tile.name)
     }

@@ -8,7 +8,7 @@ use super::attention::{AttentionArgs, OP};
 use super::entry;
 use super::variants::{self, Variant};
 use crate::error::Result;
-use crate::ops::attention::{Dims, SecondDims};
+use crate::ops::attention::{Dims, SecondDims, WindowDims};
 use crate::runtime::DType;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Isa, Launch, Swizzle, TensorMap, TensorView, args};
 
@@ -21,6 +21,9 @@ const COLUMNS: usize = 64;
 /// Keys that the kernels without a ring take, and keys of their second softmax: `kShortKeys`, `kSecondKeys`.
 const SHORT_KEYS: usize = 80;
 const SECOND_KEYS: usize = 16;
+
+/// Rows and columns of a window's boxes: `kBoxSide`.
+const BOX_SIDE: usize = 8;
 
 /// A block's work: `AttentionTile` of sm90/attention.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +46,8 @@ enum Kind {
     /// `key_tile_ns`: what a block takes for a tile of keys. Measured for a prototype of these kernels on one H200, bf16, at
     /// 1024 tokens and more; of these themselves nothing has been measured.
     Ring { key_tile_ns: usize },
+    /// As `Ring`, of windows: their boxes have to lie whole on the map.
+    Windows { key_tile_ns: usize },
     /// `blocks`: per multiprocessor that the registers must leave room for.
     Short { blocks: usize },
 }
@@ -56,20 +61,29 @@ const fn ring(
     Tile { name, reason, head_dim, columns, consumers, keys, stages, kind: Kind::Ring { key_tile_ns } }
 }
 
+const fn windows(name: &'static str, of: Tile) -> Tile {
+    let Kind::Ring { key_tile_ns } = of.kind else { panic!("of a ring") };
+    Tile { name, reason: "windows of a map, shifted (MSW-MSA)", kind: Kind::Windows { key_tile_ns }, ..of }
+}
+
 const fn short(name: &'static str, head_dim: usize, blocks: usize) -> Tile {
     let reason = "text, whose keys are one tile: no ring, several blocks on a multiprocessor";
     let kind = Kind::Short { blocks };
     Tile { name, reason, head_dim, columns: head_dim, consumers: 1, keys: SHORT_KEYS, stages: 1, kind }
 }
 
-static TILES: [Tile; 13] = [
-    ring(
-        "sm90_d40_192",
-        "SD 1.5's first level: three warpgroups, whose exponentials outlast the products of one",
-        [40, 40, 3, 128, 2],
-        1315,
-    ),
-    ring("sm90_d64_192", "SD 2.1, SDXL, SD 3: three warpgroups, of which one multiplies", [64, 64, 3, 128, 2], 1444),
+const D40: Tile = ring(
+    "sm90_d40_192",
+    "SD 1.5's first level: three warpgroups, whose exponentials outlast the products of one",
+    [40, 40, 3, 128, 2],
+    1315,
+);
+const D64: Tile =
+    ring("sm90_d64_192", "SD 2.1, SDXL, SD 3: three warpgroups, of which one multiplies", [64, 64, 3, 128, 2], 1444);
+
+static TILES: [Tile; 15] = [
+    D40,
+    D64,
     ring("sm90_d64_128", "as sm90_d64_192, where its tiles leave multiprocessors idle", [64, 64, 2, 128, 3], 1198),
     ring("sm90_d80_128", "SD 1.5's second level", [80, 80, 2, 128, 2], 1349),
     ring("sm90_d128_128", "transformers with heads of 128", [128, 128, 2, 128, 2], 1605),
@@ -77,6 +91,8 @@ static TILES: [Tile; 13] = [
     ring("sm90_d512_128", "the VAE: half of the columns per block, the scores twice", [512, 256, 2, 64, 1], 2480),
     // Predicted: not half of the time, for nothing fills that of the exponentials.
     ring("sm90_d512_64", "as sm90_d512_128, for small pictures: twice the blocks", [512, 256, 1, 64, 1], 1500),
+    windows("sm90_d40_192_windows", D40),
+    windows("sm90_d64_192_windows", D64),
     short("sm90_d40_short", 40, 4),
     short("sm90_d64_short", 64, 4),
     short("sm90_d80_short", 80, 3),
@@ -95,10 +111,16 @@ impl Tile {
 
     /// A second softmax is for the short ones, a second source of one softmax for the others.
     fn takes(&self, dims: &Dims) -> bool {
-        let fits = match (self.is_short(), dims.second) {
-            (true, None) => dims.keys <= SHORT_KEYS,
-            (true, Some(second)) => second.weight.is_some() && dims.keys <= SHORT_KEYS && second.keys <= SECOND_KEYS,
-            (false, second) => second.is_none_or(|second| second.weight.is_none()),
+        let fits = match (self.kind, dims.windows) {
+            (Kind::Windows { .. }, Some(windows)) => {
+                [windows.window, windows.unit].concat().iter().all(|size| size.is_multiple_of(BOX_SIDE))
+            }
+            (Kind::Windows { .. }, None) | (_, Some(_)) => false,
+            (Kind::Ring { .. }, None) => dims.second.is_none_or(|second| second.weight.is_none()),
+            (Kind::Short { .. }, None) => {
+                let fits = |second: SecondDims| second.weight.is_some() && second.keys <= SECOND_KEYS;
+                dims.keys <= SHORT_KEYS && dims.second.is_none_or(fits)
+            }
         };
         self.head_dim == dims.head_dim && fits
     }
@@ -121,7 +143,7 @@ impl Tile {
 
     /// Predicted duration of a kernel with a ring; those without are always the shorter ones.
     fn nanoseconds(&self, dims: &Dims, multiprocessors: usize) -> usize {
-        let Kind::Ring { key_tile_ns } = self.kind else { return 0 };
+        let (Kind::Ring { key_tile_ns } | Kind::Windows { key_tile_ns }) = self.kind else { return 0 };
         let key_tiles = dims.keys.div_ceil(self.keys) + dims.second.map_or(0, |second| second.keys.div_ceil(self.keys));
         self.tiles(dims).div_ceil(multiprocessors) * key_tiles * key_tile_ns
     }
@@ -157,7 +179,8 @@ fn pick(dims: &Dims, multiprocessors: usize, asked: Option<&str>) -> Result<&'st
                 Some(SecondDims { keys, weight: None, .. }) => format!(" and {keys} more"),
                 Some(SecondDims { keys, .. }) => format!(" and {keys} of a second softmax"),
             };
-            let what = format!("heads of {} with {} keys{second}", dims.head_dim, dims.keys);
+            let windows = if dims.windows.is_some() { " in windows" } else { "" };
+            let what = format!("heads of {} with {} keys{second}{windows}", dims.head_dim, dims.keys);
             variants::refused(OP, name, &what, &can().map(Tile::variant).collect::<Vec<_>>())
         }),
         None => {
@@ -184,6 +207,12 @@ pub(super) fn attention(
     let element = dtype.size_bytes();
     let map = |base: DevicePtr, images: usize, tokens: usize, stride: i32, rows: usize| {
         let stride = stride as usize * element;
+        if let Some(WindowDims { map: [h, w], count, .. }) = dims.windows {
+            let dims = &[head_dim, heads, w, h, images / count];
+            let strides_bytes = &[head_dim * element, stride, w * stride, h * w * stride];
+            let view = TensorView { base, dtype, dims, strides_bytes };
+            return TensorMap::tiled(device, view, &[COLUMNS, 1, BOX_SIDE, BOX_SIDE, 1], Swizzle::Bytes128);
+        }
         let (dims, strides_bytes) =
             (&[head_dim, heads, tokens, images], &[head_dim * element, stride, tokens * stride]);
         let view = TensorView { base, dtype, dims, strides_bytes };
@@ -217,20 +246,32 @@ mod tests {
     use super::*;
 
     fn dims(n: usize, heads: usize, [queries, keys]: [usize; 2], head_dim: usize) -> Dims {
-        let (scale, causal, second) = (1.0, false, None);
-        Dims { n, images_per_kv: 1, queries, keys, heads, head_dim, scale, causal, second, images_per_bias: 1 }
+        Dims {
+            n,
+            images_per_kv: 1,
+            queries,
+            keys,
+            heads,
+            head_dim,
+            scale: 1.0,
+            causal: false,
+            second: None,
+            images_per_bias: 1,
+            windows: None,
+        }
     }
 
     /// What was fastest when the prototype was measured on an H200; at 512 the one warpgroup is a prediction.
     #[test]
     fn tiles_by_shape() {
         for (dims, expected) in [
-            (dims(2, 10, [4096, 4096], 64), "sm90_d64_128"),
+            (dims(1, 10, [1024, 1024], 64), "sm90_d64_128"),
+            (dims(2, 10, [4096, 4096], 64), "sm90_d64_192"),
             (dims(2, 20, [1024, 1024], 64), "sm90_d64_192"),
             (dims(2, 20, [4096, 4096], 64), "sm90_d64_192"),
             (dims(2, 10, [16384, 16384], 64), "sm90_d64_192"),
             (dims(2, 10, [4096, 77], 64), "sm90_d64_short"),
-            (dims(2, 10, [4096, 81], 64), "sm90_d64_128"),
+            (dims(2, 10, [4096, 81], 64), "sm90_d64_192"),
             (dims(2, 8, [4096, 4096], 40), "sm90_d40_192"),
             (dims(2, 8, [4096, 80], 40), "sm90_d40_short"),
             (dims(2, 8, [1024, 1024], 80), "sm90_d80_128"),
@@ -258,6 +299,22 @@ mod tests {
         assert_eq!(with(4096, 16, Some(0.5)), None);
     }
 
+    /// HiDiffusion's maps at 2048x2048 pixels, whole and pooled; one whose quarter windows are no whole boxes.
+    #[test]
+    fn windows_of_whole_boxes_have_their_tiles() {
+        let with = |side: usize, head_dim: usize| {
+            let (window, unit) = (side / 2, side / 8);
+            let windows = Some(WindowDims { map: [side; 2], window: [window; 2], unit: [unit; 2], count: 4 });
+            let dims = Dims { windows, ..dims(8, 10, [window * window; 2], head_dim) };
+            TILES.iter().any(|tile| tile.takes(&dims)).then(|| pick(&dims, 132, None).unwrap().name)
+        };
+        assert_eq!(with(128, 64), Some("sm90_d64_192_windows"));
+        assert_eq!(with(64, 64), Some("sm90_d64_192_windows"));
+        assert_eq!(with(128, 40), Some("sm90_d40_192_windows"));
+        assert_eq!(with(96, 64), None);
+        assert_eq!(with(128, 80), None);
+    }
+
     #[test]
     fn a_tile_that_is_asked_for_is_taken_or_refused() {
         let asked = |keys, name| pick(&dims(1, 1, [64, keys], 64), 132, Some(name));
@@ -276,6 +333,7 @@ mod tests {
     #[test]
     fn the_kernels_have_the_same_tiles() {
         let text = include_str!("../../../kernels/sm90/attention.cu");
+        assert!(text.contains(&format!("constexpr int kBoxSide = {BOX_SIDE};")));
         assert!(text.contains(&format!("constexpr int kShortKeys = {SHORT_KEYS}, kSecondKeys = {SECOND_KEYS};")));
         let lines = text.lines().map(|line| line.trim().trim_end_matches('\\').trim_end());
         let theirs: Vec<&str> = lines
@@ -287,6 +345,9 @@ mod tests {
             match tile.kind {
                 Kind::Ring { .. } => {
                     format!("RING({name}, suffix, T, {head_dim}, {columns}, {consumers}, {keys}, {stages})")
+                }
+                Kind::Windows { .. } => {
+                    format!("RING({name}, suffix, T, {head_dim}, {columns}, {consumers}, {keys}, {stages}, true)")
                 }
                 Kind::Short { blocks } => format!("SHORT({name}, suffix, T, {head_dim}, {blocks})"),
             }
