@@ -1,63 +1,147 @@
-// attention.cu: softmax(q k^T / sqrt(head_dim)) v per head, without the scores in memory.
-//   s_ij = q_i . k_j / sqrt(d);   p_ij = exp(s_ij - max_j s_ij);   y_i = sum_j p_ij v_j / sum_j p_ij
-//   Keys come in tiles. max and both sums are kept for the keys so far and brought to a new max when one appears
-//   (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
-//   q, y [N, queries, heads, d]; k, v [R, keys, heads, d], tokens q_stride, kv_stride elements apart (heads side by
-//   side), so that they are read where the projections left them. R divides N; image n attends to row n / (N / R).
-//   y is dense. causal: query i sees keys 0..=i.
+// attention.cu: attention (common/attention.cuh) without the scores in memory, on every card.
 //   T = f16 | bf16: tensor cores, scores and sums in f32, p rounded to T for the second product. T = f32: f32 throughout.
 // Compute bound: 4 * N * heads * queries * keys * d flops (half of it causal); each tile of queries reads its head's k
 // and v once, from L2 where a head fits. No alignment asked; 16-byte copies where d and the addresses allow.
-// NaN and infinity spread to what a query sees and no further: neither masked keys nor other heads or images.
 // Launch: grid (ceil(queries / rows of a block), heads, N), block 128 | 256; shared memory: see src/ops/cuda/attention.rs.
-#include "common/device.cuh"
+#include "common/attention.cuh"
+#include "common/math.cuh"
 #include "common/rows.cuh"
-
-struct AttentionSize {
-    int queries, keys, head_dim;
-    int q_stride, kv_stride;  // from a token to the next, in elements
-    float scale;              // log2(e) / sqrt(head_dim): exponentials are powers of two
-    int causal;
-    int images_per_kv;        // N / R
-};
-
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr uint32_t kWholeWarp = ~0u;
 
 template <class T>
 struct Head {
-    Rows<const T> q, k, v;
+    Rows<const T> q, k, v, k2, v2;
     Rows<T> y;
 };
 
 // Head blockIdx.y of image blockIdx.z, its columns from `first_column` on.
 // kAny: of any width and alignment; else both are whole chunks.
 template <bool kAny, class T>
-DEVICE Head<T> this_head(T* y, const T* q, const T* k, const T* v, const AttentionSize& size, int first_column) {
-    const int y_stride = gridDim.y * size.head_dim, column = blockIdx.y * size.head_dim + first_column;
-    const int width = size.head_dim - first_column;
-    const int64_t query = int64_t(blockIdx.z) * size.queries;
-    const int64_t key = int64_t(blockIdx.z / size.images_per_kv) * size.keys;
-    const uint64_t addresses = uint64_t(y) | uint64_t(q) | uint64_t(k) | uint64_t(v);
+DEVICE Head<T> this_head(const AttentionArgs<T>& args, int first_column) {
+    const int y_stride = args.heads * args.head_dim, column = blockIdx.y * args.head_dim + first_column;
+    const int width = args.head_dim - first_column;
+    // Of windows the tokens are counted over all images.
+    const bool windows = kAny && args.map_h;
+    const int64_t query = windows ? 0 : int64_t(blockIdx.z) * args.queries;
+    const int64_t key = windows ? 0 : int64_t(blockIdx.z / args.images_per_kv) * args.keys;
+    const int64_t key2 = kAny && args.k2 ? int64_t(blockIdx.z / args.images_per_kv2) * args.keys2 : 0;
+    const uint64_t addresses = uint64_t(args.y) | uint64_t(args.q) | uint64_t(args.k) | uint64_t(args.v) |
+                               uint64_t(args.k2) | uint64_t(args.v2);
     // Whole chunks in a head make whole chunks of the strides.
-    const bool aligned = !kAny || (addresses % 16 == 0 && size.head_dim % kChunk == 0);
+    const bool aligned = !kAny || (addresses % 16 == 0 && args.head_dim % kChunk == 0);
     return {
-        {q + query * size.q_stride + column, size.q_stride, size.queries, width, aligned},
-        {k + key * size.kv_stride + column, size.kv_stride, size.keys, width, aligned},
-        {v + key * size.kv_stride + column, size.kv_stride, size.keys, width, aligned},
-        {y + query * y_stride + column, y_stride, size.queries, width, aligned},
+        {args.q + query * args.q_stride + column, args.q_stride, args.queries, width, aligned},
+        {args.k + key * args.kv_stride + column, args.kv_stride, args.keys, width, aligned},
+        {args.v + key * args.kv_stride + column, args.kv_stride, args.keys, width, aligned},
+        {args.k2 + key2 * args.kv2_stride + column, args.kv2_stride, args.keys2, width, aligned},
+        {args.v2 + key2 * args.kv2_stride + column, args.kv2_stride, args.keys2, width, aligned},
+        {args.y + query * y_stride + column, y_stride, args.queries, width, aligned},
     };
 }
 
-// What a new maximum of scores does: exponents are score * scale - shift, and sums so far are multiplied by correction.
-struct Rescale {
-    float shift, correction;
+// What a tile of keys is there for. The tiles of a second source that is apart come twice: first their softmax's maximum
+// and sum are found, then their values are added, each p times weight2 over that sum. So no second sums are needed.
+enum Pass { kSoftmax, kMeasure, kAdd };
+
+struct KeyTile {
+    int first, keys;  // its first key, and how many the source has
+    bool second;      // of the second source
+    Pass pass;
 };
 
-// A row that so far saw only -inf keeps sums of 0, for exp(-inf) relative to any finite maximum; NaN passes through.
-DEVICE Rescale rescale(float old_max, float new_max, float scale) {
-    const float shift = new_max == -kInfinity ? 0.f : new_max * scale;
-    return {shift, exp2_approx(old_max * scale - shift)};
+// The tiles of a block, of kKeys keys each: those of the first source, as far as its queries see, then the second's.
+template <int kKeys, bool kAny>
+struct KeyTiles {
+    int first, second, count;
+
+    template <class T>
+    __device__ __forceinline__ KeyTiles(const AttentionArgs<T>& args, int queries_end) {
+        const int keys = kAny && args.causal ? min(args.keys, queries_end) : args.keys;
+        first = (keys + kKeys - 1) / kKeys;
+        second = kAny ? (args.keys2 + kKeys - 1) / kKeys : 0;
+        count = first + (kAny && args.apart ? 2 * second : second);
+    }
+    template <class T>
+    __device__ __forceinline__ KeyTile at(const AttentionArgs<T>& args, int tile) const {
+        if (!kAny || tile < first) return {tile * kKeys, args.keys, false, kSoftmax};
+        const int from = tile - first;
+        if (from < second) return {from * kKeys, args.keys2, true, args.apart ? kMeasure : kSoftmax};
+        return {(from - second) * kKeys, args.keys2, true, kAdd};
+    }
+};
+
+// Where the tokens of this block's window lie; else in their order.
+template <bool kAny, class T>
+struct TokenPlaces {
+    const AttentionArgs<T>& args;
+    WindowPlace place;
+
+    __device__ __forceinline__ explicit TokenPlaces(const AttentionArgs<T>& args_) : args(args_), place() {
+        if (kAny && args.map_h) place = window_place(args, blockIdx.z);
+    }
+    __device__ __forceinline__ bool scattered() const { return kAny && args.map_h; }
+    __device__ __forceinline__ int64_t of(int i) const {
+        return scattered() ? map_token(args, place, i / args.window_w, i % args.window_w) : i;
+    }
+};
+
+// load_rows and store_rows, of tokens wherever they lie.
+template <int kRows, int kChunks, int kThreads, class Places, class T>
+DEVICE void load_tokens(T* tile, const Rows<const T>& rows, const Places& places, int first, int thread) {
+    if (!places.scattered()) {
+        load_rows<kRows, kChunks, kThreads>(tile, rows, first, thread);
+        return;
+    }
+    ROLLED
+    for (int i = thread; i < kRows * kChunks; i += kThreads) {
+        const int row = i / kChunks, chunk = i % kChunks;
+        const bool inside = GUARD(first + row < rows.count) && GUARD(chunk * kChunk < rows.width);
+        const T* from = rows.data + (inside ? places.of(first + row) * rows.stride + chunk * kChunk : 0);
+        T* to = chunk_at<kChunks>(tile, row, chunk);
+        if (rows.aligned) {
+            cp_async_16(to, from, inside);
+            continue;
+        }
+        for (int c = 0; c < kChunk; c++) {
+            to[c] = inside && GUARD(chunk * kChunk + c < rows.width) ? from[c] : from_f32<T>(0.f);
+        }
+    }
+}
+template <int kRows, int kChunks, int kThreads, class Places, class T>
+DEVICE void store_tokens(const Rows<T>& rows, const Places& places, int first, T* tile, int thread) {
+    if (!places.scattered()) {
+        store_rows<kRows, kChunks, kThreads>(rows, first, tile, thread);
+        return;
+    }
+    ROLLED
+    for (int i = thread; i < kRows * kChunks * kChunk; i += kThreads) {
+        const int row = i / (kChunks * kChunk), column = i % (kChunks * kChunk);
+        if (GUARD(first + row < rows.count) && GUARD(column < rows.width)) {
+            rows.data[places.of(first + row) * rows.stride + column] =
+                chunk_at<kChunks>(tile, row, column / kChunk)[column % kChunk];
+        }
+    }
+}
+
+// By value, field by field: a choice between two structs would put both into local memory.
+template <class T>
+DEVICE Rows<const T> rows_of(const KeyTile& tile, const Rows<const T>& first, const Rows<const T>& second) {
+    return {tile.second ? second.data : first.data, tile.second ? second.stride : first.stride,
+            tile.second ? second.count : first.count, first.width, first.aligned};
+}
+
+// The bias of this block's head and image, from query 0 and key 0 on; null: none.
+template <class T>
+DEVICE const T* this_bias(const AttentionArgs<T>& args) {
+    if (!args.bias) return nullptr;
+    const int64_t head = int64_t(blockIdx.z / args.images_per_bias) * args.heads + blockIdx.y;
+    return args.bias + head * args.queries * args.keys;
+}
+
+// A score as an exponent of 2, whose scale is 1 then.
+template <class T>
+DEVICE float biased(float score, const AttentionArgs<T>& args, const T* bias, int query, int key) {
+    const bool inside = GUARD(query < args.queries) && GUARD(key < args.keys);
+    return score * args.scale + (inside ? to_f32(bias[int64_t(query) * args.keys + key]) * kLog2E : 0.f);
 }
 
 // ---- f16 and bf16, head_dim up to 160 ----
@@ -107,22 +191,23 @@ DEVICE void add_diagonal(float (&sums)[kHeadDim / 8][4], const float (&p0)[4], c
 }
 
 template <class T, int kHeadDim, int kTiles, int kKeys, bool kAny>
-DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionSize& size) {
+DEVICE void attention(const AttentionArgs<T>& args) {
     constexpr int kThreads = kWarps * 32, kRows = kWarps * kTiles * 16, kChunks = kHeadDim / kChunk;
     // Chunks of 16 columns of q that stay in registers: all, or one at a time where there are none to spare.
     constexpr int kKept = kTiles == 1 ? kHeadDim / 16 : 1;
     using Shared = AttentionShared<T, kHeadDim, kTiles, kKeys>;
     SHARED_DYNAMIC(Shared, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const Head<T> head = this_head<kAny>(y, q, k, v, size, 0);
+    const Head<T> head = this_head<kAny>(args, 0);
     const int first_query = blockIdx.x * kRows, warp_row = warp * kTiles * 16;
-    const bool causal = kAny && size.causal;
-    const int keys = causal ? min(size.keys, first_query + kRows) : size.keys;
-    const int tiles = (keys + kKeys - 1) / kKeys;
+    const bool causal = kAny && args.causal;
+    const T* bias = kAny ? this_bias(args) : nullptr;
+    const KeyTiles<kKeys, kAny> tiles(args, first_query + kRows);
+    const TokenPlaces<kAny, T> places(args);
 
-    load_rows<kRows, kChunks, kThreads>(shared.q, head.q, first_query, thread);
-    load_rows<kKeys, kChunks, kThreads>(shared.k[0], head.k, 0, thread);
-    load_rows<kKeys, kChunks, kThreads>(shared.v[0], head.v, 0, thread);
+    load_tokens<kRows, kChunks, kThreads>(shared.q, head.q, places, first_query, thread);
+    load_tokens<kKeys, kChunks, kThreads>(shared.k[0], head.k, places, 0, thread);
+    load_tokens<kKeys, kChunks, kThreads>(shared.v[0], head.v, places, 0, thread);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -139,12 +224,14 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
     }
 
     // Of this thread's rows, lane / 4 and 8 below it in each 16: sums of p v and of p, the largest score.
-    float sums[kTiles][kHeadDim / 8][4] = {}, total[kTiles][2] = {}, largest[kTiles][2];
+    float sums[kTiles][kHeadDim / 8][4] = {}, total[kTiles][2] = {}, largest[kTiles][2], share[kTiles][2];
     UNROLL
     for (int m = 0; m < kTiles; m++) largest[m][0] = largest[m][1] = -kInfinity;
 
     for (int tile = 0;; tile++) {
-        const int stage = tile % 2, first_key = tile * kKeys;
+        const int stage = tile % 2;
+        const KeyTile now = tiles.at(args, tile);
+        const int first_key = now.first;
         float scores[kTiles][kKeys / 8][4] = {};
         UNROLL
         for (int d = 0; d < kHeadDim / 16; d++) {
@@ -166,13 +253,16 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
         }
 
         // Not before the product, whose fragments need the registers.
-        if (tile + 1 < tiles) {
-            load_rows<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], head.k, first_key + kKeys, thread);
-            load_rows<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], head.v, first_key + kKeys, thread);
+        if (tile + 1 < tiles.count) {
+            const KeyTile next = tiles.at(args, tile + 1);
+            load_tokens<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], rows_of(next, head.k, head.k2), places, next.first, thread);
+            load_tokens<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], rows_of(next, head.v, head.v2), places, next.first, thread);
             cp_async_commit();
         }
         const int first_row = first_query + warp_row;
-        if (first_key + kKeys > size.keys || (causal && first_key + kKeys > first_row)) {
+        float scale = args.scale;
+        if (kAny && bias && !now.second) {
+            scale = 1.f;
             UNROLL
             for (int m = 0; m < kTiles; m++) {
                 UNROLL
@@ -181,7 +271,46 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
                     for (int i = 0; i < 4; i++) {
                         const int key = first_key + j * 8 + lane % 4 * 2 + i % 2;
                         const int query = first_row + m * 16 + lane / 4 + i / 2 * 8;
-                        if (key >= size.keys || (causal && key > query)) scores[m][j][i] = -kInfinity;
+                        scores[m][j][i] = biased(scores[m][j][i], args, bias, query, key);
+                    }
+                }
+            }
+        }
+        if (first_key + kKeys > now.keys || (causal && first_key + kKeys > first_row)) {
+            UNROLL
+            for (int m = 0; m < kTiles; m++) {
+                UNROLL
+                for (int j = 0; j < kKeys / 8; j++) {
+                    UNROLL
+                    for (int i = 0; i < 4; i++) {
+                        const int key = first_key + j * 8 + lane % 4 * 2 + i % 2;
+                        const int query = first_row + m * 16 + lane / 4 + i / 2 * 8;
+                        if (key >= now.keys || (causal && key > query)) scores[m][j][i] = -kInfinity;
+                    }
+                }
+            }
+        }
+
+        // Between two softmaxes: the first one's sums are what it gives, the second begins; and when its sum is known.
+        const bool begins = kAny && now.pass == kMeasure && first_key == 0, adds = kAny && now.pass == kAdd;
+        if (begins || (adds && first_key == 0)) {
+            UNROLL
+            for (int m = 0; m < kTiles; m++) {
+                UNROLL
+                for (int half = 0; half < 2; half++) {
+                    float sum = total[m][half];
+                    sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+                    sum += __shfl_xor_sync(kWholeWarp, sum, 2);
+                    if (adds) {
+                        share[m][half] = args.weight2 / sum;
+                        continue;
+                    }
+                    total[m][half] = 0.f;
+                    largest[m][half] = -kInfinity;
+                    UNROLL
+                    for (int j = 0; j < kHeadDim / 8; j++) {
+                        sums[m][j][half * 2] /= sum;
+                        sums[m][j][half * 2 + 1] /= sum;
                     }
                 }
             }
@@ -198,18 +327,21 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
                 }
                 max = fmaxf(max, __shfl_xor_sync(kWholeWarp, max, 1));
                 max = fmaxf(max, __shfl_xor_sync(kWholeWarp, max, 2));
-                const Rescale to = rescale(largest[m][half], max, size.scale);
+                const Rescale to = rescale(largest[m][half], max, scale);
                 largest[m][half] = max;
                 float sum = 0.f;
                 UNROLL
                 for (int j = 0; j < kKeys / 8; j++) {
                     UNROLL
                     for (int i = half * 2; i < half * 2 + 2; i++) {
-                        scores[m][j][i] = exp2_approx(scores[m][j][i] * size.scale - to.shift);
+                        scores[m][j][i] = exp2_approx(scores[m][j][i] * scale - to.shift);
                         sum += scores[m][j][i];
+                        if (adds) scores[m][j][i] *= share[m][half];
                     }
                 }
                 total[m][half] = total[m][half] * to.correction + sum;
+                // Not of the first softmax's result, which another's sums of 0 would make NaN if these were infinite.
+                if (kAny && now.pass != kSoftmax) continue;
                 UNROLL
                 for (int j = 0; j < kHeadDim / 8; j++) {
                     sums[m][j][half * 2] *= to.correction;
@@ -220,6 +352,7 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
 
         UNROLL
         for (int j = 0; j < kKeys / 16; j++) {
+            if (kAny && now.pass == kMeasure) continue;
             if (causal) {
                 // Of the 16 by 16 blocks of a causal warp, one is partly seen.
                 const int key = first_key + j * 16;
@@ -250,7 +383,7 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
             }
         }
 
-        if (tile + 1 == tiles) break;
+        if (tile + 1 == tiles.count) break;
         cp_async_wait<0>();
         __syncthreads();
     }
@@ -265,7 +398,7 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
             float sum = total[m][half];
             sum += __shfl_xor_sync(kWholeWarp, sum, 1);
             sum += __shfl_xor_sync(kWholeWarp, sum, 2);
-            const float factor = 1.f / sum;
+            const float factor = kAny && args.apart ? 1.f : 1.f / sum;
             const int row = warp_row + m * 16 + lane / 4 + half * 8;
             UNROLL
             for (int j = 0; j < kHeadDim / 8; j++) {
@@ -276,7 +409,7 @@ DEVICE void attention(T* y, const T* q, const T* k, const T* v, const AttentionS
         }
     }
     __syncwarp();
-    store_rows<kTiles * 16, kChunks, 32>(head.y, first_query + warp_row, shared.q + warp_row * kHeadDim, lane);
+    store_tokens<kTiles * 16, kChunks, 32>(head.y, places, first_query + warp_row, shared.q + warp_row * kHeadDim, lane);
 }
 
 // ---- f16 and bf16, head_dim up to 512 ----
@@ -301,16 +434,18 @@ struct WideShared {
 DEVICE int term_at(int row, int key) { return row * kWideKeys + (key ^ (row % 4 * 8)); }
 
 template <class T>
-DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const AttentionSize& size) {
+DEVICE void attention_wide(const AttentionArgs<T>& args) {
     SHARED_DYNAMIC(WideShared<T>, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const Head<T> head = this_head<true>(y, q, k, v, size, warp * kSlice);
+    const Head<T> head = this_head<true>(args, warp * kSlice);
     const int first_query = blockIdx.x * kWideRows;
-    const int keys = size.causal ? min(size.keys, first_query + kWideRows) : size.keys;
+    const KeyTiles<kWideKeys, true> tiles(args, first_query + kWideRows);
+    const T* bias = this_bias(args);
+    const TokenPlaces<true, T> places(args);
     T *const my_k = shared.k[warp], *const my_v = shared.v[warp];
 
-    load_rows<kWideRows, kSliceChunks, 32>(my_v, head.q, first_query, lane);
-    load_rows<kWideKeys, kSliceChunks, 32>(my_k, head.k, 0, lane);
+    load_tokens<kWideRows, kSliceChunks, 32>(my_v, head.q, places, first_query, lane);
+    load_tokens<kWideKeys, kSliceChunks, 32>(my_k, head.k, places, 0, lane);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
@@ -327,10 +462,12 @@ DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const Atten
     float sums[2][kSlice / 8][4] = {};
     // Of query thread / 8, the same in 8 threads.
     const int query = thread / 8, first_of_eight = thread % 8 * 4;
-    float total = 0.f, largest = -kInfinity;
+    float total = 0.f, largest = -kInfinity, share = 0.f;
 
-    for (int first_key = 0; first_key < keys; first_key += kWideKeys) {
-        load_rows<kWideKeys, kSliceChunks, 32>(my_v, head.v, first_key, lane);
+    for (int tile = 0; tile < tiles.count; tile++) {
+        const KeyTile now = tiles.at(args, tile);
+        const int first_key = now.first;
+        load_tokens<kWideKeys, kSliceChunks, 32>(my_v, rows_of(now, head.v, head.v2), places, first_key, lane);
         cp_async_commit();
 
         float scores[2][kWideKeys / 8][4] = {};
@@ -361,10 +498,23 @@ DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const Atten
         }
         __syncthreads();
 
-        if (first_key + kWideKeys < keys) {
-            load_rows<kWideKeys, kSliceChunks, 32>(my_k, head.k, first_key + kWideKeys, lane);
+        if (tile + 1 < tiles.count) {
+            const KeyTile next = tiles.at(args, tile + 1);
+            load_tokens<kWideKeys, kSliceChunks, 32>(my_k, rows_of(next, head.k, head.k2), places, next.first, lane);
         }
         cp_async_commit();
+        // Between two softmaxes, as in the kernel above.
+        const bool begins = now.pass == kMeasure && first_key == 0;
+        float before = 1.f;
+        if (begins || (now.pass == kAdd && first_key == 0)) {
+            float sum = total;
+            UNROLL
+            for (int i = 1; i < 8; i *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, i);
+            share = args.weight2 / sum;
+            before = begins ? 1.f / sum : 1.f;
+            total = begins ? 0.f : total;
+            largest = begins ? -kInfinity : largest;
+        }
         float score[4] = {}, max = largest, sum = 0.f;
         UNROLL
         for (int w = 0; w < kWideWarps; w++) {
@@ -374,25 +524,29 @@ DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const Atten
             score[2] += term.z;
             score[3] += term.w;
         }
+        const bool has_bias = bias && !now.second;
+        const float scale = has_bias ? 1.f : args.scale;
         UNROLL
         for (int i = 0; i < 4; i++) {
             const int key = first_key + first_of_eight + i;
-            if (key >= size.keys || (size.causal && key > first_query + query)) score[i] = -kInfinity;
+            if (has_bias) score[i] = biased(score[i], args, bias, first_query + query, key);
+            if (key >= now.keys || (args.causal && key > first_query + query)) score[i] = -kInfinity;
             max = fmaxf(max, score[i]);
         }
         UNROLL
         for (int i = 1; i < 8; i *= 2) max = fmaxf(max, __shfl_xor_sync(kWholeWarp, max, i));
-        const Rescale to = rescale(largest, max, size.scale);
+        const Rescale to = rescale(largest, max, scale);
         largest = max;
         UNROLL
         for (int i = 0; i < 4; i++) {
-            score[i] = exp2_approx(score[i] * size.scale - to.shift);
+            score[i] = exp2_approx(score[i] * scale - to.shift);
             sum += score[i];
+            if (now.pass == kAdd) score[i] *= share;
         }
         total = total * to.correction + sum;
         T* p = chunk_at<kWideKeys / kChunk>(shared.p, query, first_of_eight / kChunk) + first_of_eight % kChunk;
         *reinterpret_cast<uint2*>(p) = make_uint2(pack2<T>(score[0], score[1]), pack2<T>(score[2], score[3]));
-        if (thread % 8 == 0) shared.factor[query] = to.correction;
+        if (thread % 8 == 0) shared.factor[query] = now.pass == kSoftmax ? to.correction : before;
         cp_async_wait<1>();
         __syncthreads();
 
@@ -412,7 +566,8 @@ DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const Atten
         for (int m = 0; m < 2; m++) {
             UNROLL
             for (int j = 0; j < kWideKeys / 16; j++) {
-                if (size.causal) {
+                if (now.pass == kMeasure) continue;
+                if (args.causal) {
                     const int key = first_key + j * 16, row = first_query + m * 16;
                     if (key > row) continue;
                     if (key == row) {
@@ -458,7 +613,7 @@ DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const Atten
     UNROLL
     for (int i = 1; i < 8; i *= 2) total += __shfl_xor_sync(kWholeWarp, total, i);
     __syncthreads();
-    if (thread % 8 == 0) shared.factor[query] = 1.f / total;
+    if (thread % 8 == 0) shared.factor[query] = args.apart ? 1.f : 1.f / total;
     __syncthreads();
     UNROLL
     for (int m = 0; m < 2; m++) {
@@ -475,7 +630,7 @@ DEVICE void attention_wide(T* y, const T* q, const T* k, const T* v, const Atten
         }
     }
     __syncwarp();
-    store_rows<kWideRows, kSliceChunks, 32>(head.y, first_query, my_k, lane);
+    store_tokens<kWideRows, kSliceChunks, 32>(head.y, places, first_query, my_k, lane);
 }
 
 // ---- f32 ----
@@ -497,16 +652,22 @@ struct F32Shared {
 };
 
 template <int kColumns>
-DEVICE void attention_f32(float* y, const float* q, const float* k, const float* v, const AttentionSize& size) {
+DEVICE void attention_f32(const AttentionArgs<float>& args) {
     constexpr int kVColumns = kColumns < 64 ? kColumns : 64;
     SHARED_DYNAMIC(F32Shared<kVColumns>, shared);
     const int thread = threadIdx.x, column = thread % 16, first_row = thread / 16 * 4;
-    const Head<float> head = this_head<true>(y, q, k, v, size, 0);
-    const int first_query = blockIdx.x * kF32Rows, head_dim = size.head_dim;
-    const int keys = size.causal ? min(size.keys, first_query + kF32Rows) : size.keys;
+    const Head<float> head = this_head<true>(args, 0);
+    const int first_query = blockIdx.x * kF32Rows, head_dim = args.head_dim;
+    const KeyTiles<kF32Keys, true> tiles(args, first_query + kF32Rows);
+    const float* bias = this_bias(args);
+    const TokenPlaces<true, float> places(args);
+    float share[4] = {};
     float sums[4][kColumns / 16] = {}, total[4] = {}, largest[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
 
-    for (int first_key = 0; first_key < keys; first_key += kF32Keys) {
+    for (int tile = 0; tile < tiles.count; tile++) {
+        const KeyTile now = tiles.at(args, tile);
+        const int first_key = now.first;
+        const Rows<const float> k = rows_of(now, head.k, head.k2), v = rows_of(now, head.v, head.v2);
         float scores[4][4] = {};
         for (int d = 0; d < head_dim; d += kDepth) {
             const int depth = min(kDepth, head_dim - d);
@@ -514,10 +675,10 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
             for (int i = thread; i < kF32Rows * kDepth; i += kF32Threads) {
                 const int row = i / kDepth, c = i % kDepth;
                 const bool inside = GUARD(c < depth);
-                const float* from = head.q.data + int64_t(first_query + row) * head.q.stride + d + c;
-                shared.q[row][c] = inside && GUARD(first_query + row < size.queries) ? *from : 0.f;
-                from = head.k.data + int64_t(first_key + row) * head.k.stride + d + c;
-                shared.k[row][c] = inside && GUARD(first_key + row < size.keys) ? *from : 0.f;
+                const float* from = head.q.data + places.of(first_query + row) * head.q.stride + d + c;
+                shared.q[row][c] = inside && GUARD(first_query + row < args.queries) ? *from : 0.f;
+                from = k.data + places.of(first_key + row) * k.stride + d + c;
+                shared.k[row][c] = inside && GUARD(first_key + row < k.count) ? *from : 0.f;
             }
             __syncthreads();
             for (int c = 0; c < depth; c++) {
@@ -534,37 +695,57 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
         int seen[4];
         UNROLL
         for (int r = 0; r < 4; r++) {
-            seen[r] = min(kF32Keys, size.keys - first_key);
-            if (size.causal) seen[r] = min(seen[r], max(0, first_query + first_row + r + 1 - first_key));
+            const int query = first_query + first_row + r;
+            seen[r] = min(kF32Keys, now.keys - first_key);
+            if (args.causal) seen[r] = min(seen[r], max(0, query + 1 - first_key));
+            // Between two softmaxes, as in the kernels above.
+            const bool begins = now.pass == kMeasure && first_key == 0;
+            if (begins || (now.pass == kAdd && first_key == 0)) {
+                float sum = total[r];
+                UNROLL
+                for (int i = 1; i < 16; i *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, i);
+                share[r] = args.weight2 / sum;
+                if (begins) {
+                    total[r] = 0.f;
+                    largest[r] = -kInfinity;
+                    UNROLL
+                    for (int j = 0; j < kColumns / 16; j++) sums[r][j] /= sum;
+                }
+            }
+            const bool has_bias = bias && !now.second;
+            const float scale = has_bias ? 1.f : args.scale;
             float max = largest[r], sum = 0.f;
             UNROLL
             for (int j = 0; j < 4; j++) {
+                if (has_bias) scores[r][j] = biased(scores[r][j], args, bias, query, first_key + column + j * 16);
                 if (column + j * 16 >= seen[r]) scores[r][j] = -kInfinity;
                 max = fmaxf(max, scores[r][j]);
             }
             UNROLL
             for (int i = 1; i < 16; i *= 2) max = fmaxf(max, __shfl_xor_sync(kWholeWarp, max, i));
             const float shift = max == -kInfinity ? 0.f : max;
-            const float correction = exp2_approx((largest[r] - shift) * size.scale);
+            const float correction = exp2_approx((largest[r] - shift) * scale);
             largest[r] = max;
             UNROLL
             for (int j = 0; j < 4; j++) {
-                const float p = exp2_approx((scores[r][j] - shift) * size.scale);
+                const float p = exp2_approx((scores[r][j] - shift) * scale);
                 sum += p;
-                shared.p[first_row + r][column + j * 16] = p;
+                shared.p[first_row + r][column + j * 16] = now.pass == kAdd ? p * share[r] : p;
             }
             total[r] = total[r] * correction + sum;
+            if (now.pass != kSoftmax) continue;
             UNROLL
             for (int j = 0; j < kColumns / 16; j++) sums[r][j] *= correction;
         }
 
         UNROLL
         for (int d = 0; d < kColumns; d += kVColumns) {
+            if (now.pass == kMeasure) continue;
             __syncthreads();
             for (int i = thread; i < kF32Keys * kVColumns; i += kF32Threads) {
                 const int row = i / kVColumns, c = i % kVColumns;
-                const bool inside = GUARD(first_key + row < size.keys) && GUARD(d + c < head_dim);
-                const float* from = head.v.data + int64_t(first_key + row) * head.v.stride + d + c;
+                const bool inside = GUARD(first_key + row < v.count) && GUARD(d + c < head_dim);
+                const float* from = v.data + places.of(first_key + row) * v.stride + d + c;
                 shared.v[row][c] = inside ? *from : 0.f;
             }
             __syncthreads();
@@ -591,47 +772,45 @@ DEVICE void attention_f32(float* y, const float* q, const float* k, const float*
         UNROLL
         for (int j = 0; j < kColumns / 16; j++) {
             const int c = column + j * 16;
-            if (GUARD(row < size.queries) && GUARD(c < head_dim)) {
-                head.y.data[int64_t(row) * head.y.stride + c] = sums[r][j] / sum;
+            if (GUARD(row < args.queries) && GUARD(c < head_dim)) {
+                head.y.data[places.of(row) * head.y.stride + c] = args.apart ? sums[r][j] : sums[r][j] / sum;
             }
         }
     }
 }
 
-#define TIER(T, suffix, head_dim, tiles, keys, any, blocks)                                                          \
-    KERNEL(attention_##suffix, kWarps * 32, blocks)(T * y, const T* q, const T* k, const T* v, AttentionSize size) { \
-        follow_previous();                                                                                           \
-        attention<T, head_dim, tiles, keys, any>(y, q, k, v, size);                                                  \
-    }                                                                                                                \
+#define TIER(T, suffix, head_dim, tiles, keys, any, blocks)                                    \
+    KERNEL(attention_##suffix, kWarps * 32, blocks)(AttentionArgs<T> args) {                   \
+        follow_previous();                                                                     \
+        attention<T, head_dim, tiles, keys, any>(args);                                        \
+    }                                                                                          \
     REGISTER_KERNEL(attention_##suffix)
 
-#define TIERS(T, suffix)                                                                                           \
-    TIER(T, d16_any_##suffix, 16, 1, 64, true, 4)                                                                  \
-    TIER(T, d32_any_##suffix, 32, 1, 64, true, 3)                                                                  \
-    TIER(T, d64_any_##suffix, 64, 1, 64, true, 2)                                                                  \
-    TIER(T, d160_any_##suffix, 160, 1, 32, true, 2)                                                                \
-    TIER(T, d32_##suffix, 32, 1, 64, false, 4)                                                                     \
-    TIER(T, d48_##suffix, 48, 1, 64, false, 3)                                                                     \
-    TIER(T, d64_##suffix, 64, 1, 64, false, 3)                                                                     \
-    TIER(T, d80_##suffix, 80, 1, 64, false, 2)                                                                     \
-    TIER(T, d128_##suffix, 128, 1, 64, false, 2)                                                                   \
-    TIER(T, d160_##suffix, 160, 1, 32, false, 2)                                                                   \
-    TIER(T, d48_long_##suffix, 48, 2, 64, false, 2)                                                                \
-    TIER(T, d64_long_##suffix, 64, 2, 64, false, 2)                                                                \
-    TIER(T, d80_long_##suffix, 80, 2, 64, false, 2)                                                                \
-    KERNEL(attention_d512_##suffix, kWideThreads, 1)                                                               \
-    (T * y, const T* q, const T* k, const T* v, AttentionSize size) {                                              \
-        follow_previous();                                                                                         \
-        attention_wide<T>(y, q, k, v, size);                                                                       \
-    }                                                                                                              \
+#define TIERS(T, suffix)                                                                       \
+    TIER(T, d16_any_##suffix, 16, 1, 64, true, 4)                                              \
+    TIER(T, d32_any_##suffix, 32, 1, 64, true, 3)                                              \
+    TIER(T, d64_any_##suffix, 64, 1, 64, true, 2)                                              \
+    TIER(T, d160_any_##suffix, 160, 1, 32, true, 2)                                            \
+    TIER(T, d32_##suffix, 32, 1, 64, false, 4)                                                 \
+    TIER(T, d48_##suffix, 48, 1, 64, false, 3)                                                 \
+    TIER(T, d64_##suffix, 64, 1, 64, false, 3)                                                 \
+    TIER(T, d80_##suffix, 80, 1, 64, false, 2)                                                 \
+    TIER(T, d128_##suffix, 128, 1, 64, false, 2)                                               \
+    TIER(T, d160_##suffix, 160, 1, 32, false, 2)                                               \
+    TIER(T, d48_long_##suffix, 48, 2, 64, false, 2)                                            \
+    TIER(T, d64_long_##suffix, 64, 2, 64, false, 2)                                            \
+    TIER(T, d80_long_##suffix, 80, 2, 64, false, 2)                                            \
+    KERNEL(attention_d512_##suffix, kWideThreads, 1)(AttentionArgs<T> args) {                  \
+        follow_previous();                                                                     \
+        attention_wide<T>(args);                                                               \
+    }                                                                                          \
     REGISTER_KERNEL(attention_d512_##suffix)
 
-#define F32_TIER(head_dim)                                                                                 \
-    KERNEL(attention_d##head_dim##_f32, kF32Threads, 1)                                                    \
-    (float* y, const float* q, const float* k, const float* v, AttentionSize size) {                       \
-        follow_previous();                                                                                 \
-        attention_f32<head_dim>(y, q, k, v, size);                                                         \
-    }                                                                                                      \
+#define F32_TIER(head_dim)                                                                     \
+    KERNEL(attention_d##head_dim##_f32, kF32Threads, 1)(AttentionArgs<float> args) {           \
+        follow_previous();                                                                     \
+        attention_f32<head_dim>(args);                                                         \
+    }                                                                                          \
     REGISTER_KERNEL(attention_d##head_dim##_f32)
 
 TIERS(f16, f16)

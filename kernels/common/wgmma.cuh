@@ -22,6 +22,13 @@ DEVICE void wgmma_wait() {
 }
 // The compiler moves no use of the register across this line. For d before wgmma_fence: ptxas says C7519 where it was needed.
 DEVICE void fence_register(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+DEVICE void fence_register(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+// What makes x, which is not negative, stays before this line, and a wgmma_wait behind it stays behind: ptxas moves such a
+// wait, which reads no register, up to the products whose time that work is to fill. A branch on x that is never taken ends
+// the basic block; a trap in it would make ptxas ignore setmaxnreg, an empty branch is removed.
+DEVICE void work_before_wait(float x) {
+    if (x < 0.f) asm volatile("nanosleep.u32 1;" ::: "memory");
+}
 
 // The preprocessor writes out the 32 widths: nothing is generated, so nothing can be out of date. A line has N and the
 // numbers of the seven operands after the N / 2 of d.

@@ -5,9 +5,9 @@ use rayon::prelude::*;
 use super::cpu::gemm::{K_BLOCK, TILE_STRIDE};
 use super::cpu::kernels::Kernel;
 use super::cpu::math::{self, exp_nonpositive, simd};
-use super::{Tensor, by_dtype, cases, cuda, float, profile};
+use super::{StepIndex, Tensor, by_dtype, cases, cuda, float, profile};
 use crate::error::{Error, Result};
-use crate::runtime::{Device, Element, OpKind, Work};
+use crate::runtime::{DType, Device, Element, OpKind, Work};
 
 /// Arguments of [`attention`]; heads are as the projections leave them, so nothing is transposed or copied.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +19,57 @@ pub enum Attention<'a> {
     Cross { q: &'a Tensor, kv: &'a Tensor },
 }
 
+/// What attention does beyond `softmax(q k^T / sqrt(head_dim)) v`: arguments of [`attention_with`]. The default is nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AttentionOptions<'a> {
+    /// Factor of the scores, positive; `None`: 1 / sqrt(head_dim). T5 has 1.
+    pub scale: Option<f32>,
+    /// `[B, heads, L_q, L_k]`, dtype of q, added to the scaled scores: T5's relative positions, or a mask of -inf. B divides N;
+    /// image i has row `i / (N / B)`.
+    pub bias: Option<&'a Tensor>,
+    /// Further keys and values.
+    pub second: Option<SecondSource<'a>>,
+    /// Self-attention within the windows of a map, with neither of the above but the scale.
+    pub windows: Option<Windows<'a>>,
+}
+
+/// Windows of a map whose tokens, row by row, are those of [`Attention::Packed`]: each token attends to those of its own
+/// window, and nothing is rolled, cut or put together in memory (MSW-MSA of HiDiffusion, Zhang et al. 2024,
+/// arXiv:2311.17528, without its resize of odd maps).
+#[derive(Clone, Copy, Debug)]
+pub struct Windows<'a> {
+    /// H and W, with H W = L.
+    pub map: [usize; 2],
+    /// Rows and columns of a window, which divide those of the map.
+    pub window: [usize; 2],
+    /// `None`: the windows begin at the map's first token.
+    pub shift: Option<WindowShift<'a>>,
+}
+
+/// A cyclic shift of [`Windows`], read on the device, so that a recorded step has each time another: that of image i is
+/// `factors[step of i, column] * unit`, and its windows begin so many rows and columns further.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowShift<'a> {
+    /// `[steps, C]`, u32, below 2^16: a column for each of the calls in a step, say.
+    pub factors: &'a Tensor,
+    pub step: &'a StepIndex,
+    pub column: usize,
+    /// Rows and columns. Hopper's kernel wants multiples of 8.
+    pub unit: [usize; 2],
+}
+
+/// Keys and values beside those of [`Attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct SecondSource<'a> {
+    /// `[R, L_k2, P, heads, head_dim]`: keys and values are the last two of P = 2 or 3 parts, so that the fused projection of
+    /// another stream serves as it is. R divides N, as in [`Attention::Cross`].
+    pub kv: &'a Tensor,
+    /// `None`: their scores enter the same softmax. That is how the streams of SD 3's transformer attend to both (Esser et al.
+    /// 2024, arXiv:2403.03206), each by a call of its own. `Some(weight)`: they have a softmax of their own, whose result is
+    /// added with this weight (IP-Adapter, Ye et al. 2023, arXiv:2308.06721).
+    pub weight: Option<f32>,
+}
+
 /// `softmax(q k^T / sqrt(head_dim)) v` per head: `[N, L_q, heads, head_dim]`, without the score matrix in memory. The
 /// softmax is f32 whatever the dtype (so `upcast_attention` has nothing left to ask for). `causal`: query i sees keys
 /// `0..=i`. Dao et al. 2022, arXiv:2205.14135.
@@ -28,73 +79,240 @@ pub enum Attention<'a> {
 /// which argument; [`Error::Argument`](crate::Error::Argument): queries but no keys, rows of kv that do not divide the
 /// images; on a card, a head wider than 512.
 pub fn attention(args: Attention) -> Result<Tensor> {
+    attention_with(args, AttentionOptions::default())
+}
+
+/// [`attention`] with a scale, a bias, or a second source of keys and values:
+/// `softmax(scale q k^T + bias) v`, of `[k; k2]` and `[v; v2]`, or plus `weight softmax(scale q k2^T) v2`.
+///
+/// # Errors
+/// As [`attention`]; [`Error::Argument`](crate::Error::Argument): a scale that is not positive, a second source that has no
+/// keys or stands beside `causal` or, joined, beside `bias`; windows that do not divide their map, a map that is not the
+/// tokens', or windows beside what they do not go with, a step or column that the factors do not have.
+pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tensor> {
     const OP: &str = "attention";
-    let (q, causal, dims) = match args {
+    let (q, kv, causal, parts) = match args {
         Attention::Packed { qkv, causal } => {
-            let [n, l, three, heads, head_dim] = qkv.dims(OP, "qkv")?;
+            let [_, _, three, _, _] = qkv.dims(OP, "qkv")?;
             float(OP, "qkv", qkv)?;
             if three != 3 {
                 return Err(Error::shape(OP, "qkv", qkv, "[N, L, 3, heads, head_dim]"));
             }
-            (qkv, causal, Dims { n, images_per_kv: 1, queries: l, keys: l, heads, head_dim })
+            (qkv, qkv, causal, 3)
         }
         Attention::Cross { q, kv } => {
-            let [n, queries, heads, head_dim] = q.dims(OP, "q")?;
+            let [_, _, heads, head_dim] = q.dims(OP, "q")?;
             let [rows, keys, _, _, _] = kv.dims(OP, "kv")?;
             float(OP, "q", q)?;
             kv.expect(OP, "kv", &[rows, keys, 2, heads, head_dim], q.dtype(), q.device())?;
-            if n > 0 && (rows == 0 || !n.is_multiple_of(rows)) {
-                return Err(Error::argument(
-                    OP,
-                    "rows of kv",
-                    rows,
-                    format!("a number that divides the {n} images of q"),
-                ));
-            }
-            (q, false, Dims { n, images_per_kv: n / rows.max(1), queries, keys, heads, head_dim })
+            (q, kv, false, 2)
         }
     };
-    let Dims { n, images_per_kv, queries, keys, heads, head_dim } = dims;
+    let [n, queries] = [q.shape()[0], q.shape()[1]];
+    let &[rows, keys, _, heads, head_dim] = kv.shape() else { unreachable!("checked: five dimensions") };
+    let images_per_kv = images_of_a_row(OP, "rows of kv", rows, n)?;
     let shape = [n, queries, heads, head_dim];
-    if keys == 0 && !shape.contains(&0) {
+    let empty = shape.contains(&0);
+    if keys == 0 && !empty {
         return Err(Error::argument(OP, "L_k", keys, "at least one key"));
     }
+    let scale = options.scale.unwrap_or((1.0 / (head_dim as f64).sqrt()) as f32);
+    if options.scale.is_some_and(|scale| !(scale > 0.0 && scale.is_finite())) {
+        return Err(Error::argument(OP, "scale", scale, "a positive number"));
+    }
+    let mut images_per_bias = 1;
+    if let Some(bias) = options.bias {
+        let [rows, _, _, _] = bias.dims(OP, "bias")?;
+        bias.expect(OP, "bias", &[rows, heads, queries, keys], q.dtype(), q.device())?;
+        images_per_bias = images_of_a_row(OP, "rows of bias", rows, n)?;
+    }
+    let second = match options.second {
+        None => None,
+        Some(SecondSource { kv, weight }) => {
+            let [rows, keys, parts, _, _] = kv.dims(OP, "second.kv")?;
+            if !(2..=3).contains(&parts) {
+                return Err(Error::shape(OP, "second.kv", kv, "[R, L_k2, 2 or 3, heads, head_dim]"));
+            }
+            kv.expect(OP, "second.kv", &[rows, keys, parts, heads, head_dim], q.dtype(), q.device())?;
+            if causal {
+                return Err(Error::argument(OP, "causal", causal, "false beside a second source"));
+            }
+            if options.bias.is_some() && weight.is_none() {
+                return Err(Error::argument(OP, "bias", "given", "none beside a second source in the same softmax"));
+            }
+            if keys == 0 && !empty {
+                return Err(Error::argument(OP, "L_k2", keys, "at least one key"));
+            }
+            let images_per_kv = images_of_a_row(OP, "rows of second.kv", rows, n)?;
+            Some(SecondDims { keys, images_per_kv, weight })
+        }
+    };
+    let mut windows = None;
+    if let Some(given) = options.windows {
+        let packed = matches!(args, Attention::Packed { causal: false, .. });
+        if !packed || options.bias.is_some() || second.is_some() {
+            let want = "given for packed q, k and v, not causal, without bias and second source";
+            return Err(Error::argument(OP, "windows", "given", want));
+        }
+        windows = Some(given.check(OP, n, queries, q.device())?);
+    }
+    let (n, queries, keys) = match windows {
+        Some(WindowDims { count, window: [h, w], .. }) => (n * count, h * w, h * w),
+        None => (n, queries, keys),
+    };
+    let dims =
+        Dims { n, images_per_kv, queries, keys, heads, head_dim, scale, causal, second, images_per_bias, windows };
+    let operands = Operands {
+        q: Part { tensor: q, part: 0, parts: if parts == 3 { 3 } else { 1 } },
+        kv: last_two(kv, parts),
+        second: options.second.map(|second| last_two(second.kv, second.kv.shape()[2])),
+        bias: options.bias,
+        shift: options.windows.and_then(|windows| windows.shift),
+    };
 
     let mut y = Tensor::uninit(q.device(), &shape, q.dtype())?;
     let _timed = profile::scope(OP, y.shape());
-    let packed = matches!(args, Attention::Packed { .. });
-    profile::call(OP, || cases::attention_shape([n, queries, keys, heads, head_dim], images_per_kv, packed, causal));
+    let AttentionOptions { scale, bias, second: given, windows: within } = options;
+    // The recorded shapes have no words for the options.
+    if scale.is_none() && bias.is_none() && given.is_none() && within.is_none() {
+        let packed = matches!(args, Attention::Packed { .. });
+        profile::call(OP, || cases::attention_shape([n, queries, keys, heads, head_dim], images_per_kv, packed, causal));
+    }
     match q.device() {
         Device::Meta(meta) => {
-            let kv_values = 2 * (n / images_per_kv.max(1)) * keys * heads * head_dim;
-            let bytes = 2 * y.bytes() + (kv_values * y.dtype().size_bytes()) as u64;
-            meta.record(OP, OpKind::Attention, y.shape(), dims.work(causal, bytes));
+            let rows = |images_per_kv: usize, keys: usize| 2 * (n / images_per_kv.max(1)) * keys * heads * head_dim;
+            let second = second.map_or(0, |second| rows(second.images_per_kv, second.keys));
+            let values = rows(images_per_kv, keys) + second + options.bias.map_or(0, Tensor::numel);
+            let bytes = 2 * y.bytes() + (values * y.dtype().size_bytes()) as u64;
+            meta.record(OP, OpKind::Attention, y.shape(), dims.work(bytes));
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
-        Device::Cpu(_) => by_dtype!(q.dtype(), T => attention_cpu::<T>(args, causal, &dims, &mut y)),
-        Device::Cuda(card) => cuda::attention::attention(card, args, causal, &dims, &mut y)?,
+        Device::Cpu(_) => by_dtype!(q.dtype(), T => attention_cpu::<T>(&operands, &dims, &mut y)),
+        Device::Cuda(card) => cuda::attention::attention(card, &operands, &dims, &mut y)?,
     }
     Ok(y)
 }
 
-fn attention_cpu<T: Element>(args: Attention, causal: bool, dims: &Dims, y: &mut Tensor) {
-    // Rows of all heads, so the distance of two tokens' rows of one head.
-    let width = dims.heads * dims.head_dim;
-    let (q, k, v) = match args {
-        Attention::Packed { qkv, .. } => {
-            let part = |part| Tokens { data: qkv.cpu::<T>(), offset: part * width, stride: 3 * width };
-            (part(0), part(1), part(2))
+impl Windows<'_> {
+    fn check(&self, op: &'static str, n: usize, tokens: usize, device: &Device) -> Result<WindowDims> {
+        let Windows { map, window, shift } = *self;
+        if map[0].checked_mul(map[1]) != Some(tokens) {
+            return Err(Error::argument(op, "map", format!("{map:?}"), format!("{tokens} tokens, as q has")));
         }
-        Attention::Cross { q, kv } => {
-            let part = |part| Tokens { data: kv.cpu::<T>(), offset: part * width, stride: 2 * width };
-            (Tokens { data: q.cpu(), offset: 0, stride: width }, part(0), part(1))
+        if window.contains(&0) || map.iter().zip(window).any(|(map, window)| !map.is_multiple_of(window)) {
+            let want = format!("sizes that divide those of the map, {map:?}");
+            return Err(Error::argument(op, "window", format!("{window:?}"), want));
         }
-    };
-    forward(dims, causal, [q, k, v], y.cpu_mut());
+        let mut unit = [0, 0];
+        if let Some(shift) = shift {
+            let [steps, columns] = shift.factors.dims(op, "factors")?;
+            shift.factors.expect(op, "factors", &[steps, columns], DType::U32, device)?;
+            if !shift.step.tensor().device().same(device) {
+                let got = shift.step.tensor().device().to_string();
+                return Err(Error::Device { op, arg: "step", got, want: device.to_string() });
+            }
+            shift.step.check_images(op, n)?;
+            if shift.column >= columns {
+                return Err(Error::argument(op, "column", shift.column, format!("below {columns}")));
+            }
+            if n > 0 && shift.step.last() >= steps {
+                return Err(Error::argument(op, "step", shift.step.last(), format!("below {steps}")));
+            }
+            if shift.unit.iter().zip(map).any(|(&unit, map)| unit > map) {
+                let want = format!("at most the map, {map:?}");
+                return Err(Error::argument(op, "unit", format!("{:?}", shift.unit), want));
+            }
+            unit = shift.unit;
+        }
+        let count = map[0] / window[0] * (map[1] / window[1]);
+        Ok(WindowDims { map, window, unit, count })
+    }
 }
 
+/// Images that share each of `rows` rows.
+fn images_of_a_row(op: &'static str, what: &'static str, rows: usize, n: usize) -> Result<usize> {
+    if n > 0 && (rows == 0 || !n.is_multiple_of(rows)) {
+        let want = format!("a number that divides the {n} images of q");
+        return Err(Error::argument(op, what, rows, want));
+    }
+    Ok(n / rows.max(1))
+}
+
+/// One of the `parts` that lie side by side in each token's row: `[_, L, parts, heads, head_dim]`.
 #[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub tensor: &'a Tensor,
+    pub part: usize,
+    pub parts: usize,
+}
+
+fn last_two(tensor: &Tensor, parts: usize) -> [Part<'_>; 2] {
+    [parts - 2, parts - 1].map(|part| Part { tensor, part, parts })
+}
+
+pub(super) struct Operands<'a> {
+    pub q: Part<'a>,
+    pub kv: [Part<'a>; 2],
+    pub second: Option<[Part<'a>; 2]>,
+    pub bias: Option<&'a Tensor>,
+    pub shift: Option<WindowShift<'a>>,
+}
+
+fn attention_cpu<T: Element>(operands: &Operands, dims: &Dims, y: &mut Tensor) {
+    // Rows of all heads, so the distance of two tokens' rows of one head.
+    let width = dims.heads * dims.head_dim;
+    if let Some(windows) = &dims.windows {
+        return windows_cpu::<T>(operands, dims, windows, width, y);
+    }
+    let second = operands.second.as_ref().zip(dims.second);
+    let inputs = Inputs {
+        q: Tokens::of(&operands.q, width),
+        first: KeySource::of(&operands.kv, width, dims.keys, dims.images_per_kv),
+        second: second.map(|(kv, second)| KeySource::of(kv, width, second.keys, second.images_per_kv)),
+        bias: operands.bias.map(|bias| bias.cpu::<T>()),
+    };
+    forward(dims, &inputs, y.cpu_mut());
+}
+
+/// Each window's tokens side by side, attention as of so many images, and its results back in their places.
+fn windows_cpu<T: Element>(operands: &Operands, dims: &Dims, windows: &WindowDims, width: usize, y: &mut Tensor) {
+    let WindowDims { map: [map_h, map_w], window: [h, w], unit, count } = *windows;
+    let factor = |image: usize| match &operands.shift {
+        Some(WindowShift { factors, step, column, .. }) => {
+            factors.cpu::<u32>()[step.get(image) * factors.shape()[1] + column] as usize
+        }
+        None => 0,
+    };
+    // Of the tokens of all windows, one after the other, where they lie among those of all images.
+    let places: Vec<usize> = (0..dims.n)
+        .flat_map(|number| {
+            let (image, window, across) = (number / count, number % count, map_w / w);
+            let [top, left] = [window / across * h, window % across * w];
+            let [down, right] = unit.map(|unit| factor(image) * unit);
+            (0..h * w).map(move |i| {
+                let (row, column) = ((top + down + i / w) % map_h, (left + right + i % w) % map_w);
+                (image * map_h + row) * map_w + column
+            })
+        })
+        .collect();
+    let qkv = operands.q.tensor.cpu::<T>();
+    let tokens = |part: usize| -> Vec<T> {
+        places.iter().flat_map(|place| &qkv[(place * 3 + part) * width..][..width]).copied().collect()
+    };
+    let [q, k, v] = [tokens(0), tokens(1), tokens(2)];
+    let of = |data| Tokens { data, offset: 0, stride: width };
+    let first = KeySource { k: of(&k), v: of(&v), keys: dims.keys, images_per_kv: 1 };
+    let mut results = q.clone();
+    forward(dims, &Inputs { q: of(&q), first, second: None, bias: None }, &mut results);
+    let y = y.cpu_mut::<T>();
+    for (from, place) in results.chunks_exact(width).zip(places) {
+        y[place * width..][..width].copy_from_slice(from);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Dims {
+    /// Images; windows of all images.
     pub n: usize,
     /// Images that share a row of keys and values.
     pub images_per_kv: usize,
@@ -102,13 +320,39 @@ pub(super) struct Dims {
     pub keys: usize,
     pub heads: usize,
     pub head_dim: usize,
+    /// Of the scores.
+    pub scale: f32,
+    pub causal: bool,
+    pub second: Option<SecondDims>,
+    /// Images that share a row of the bias.
+    pub images_per_bias: usize,
+    pub windows: Option<WindowDims>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WindowDims {
+    pub map: [usize; 2],
+    pub window: [usize; 2],
+    /// What a factor of 1 shifts by.
+    pub unit: [usize; 2],
+    /// Windows of an image.
+    pub count: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SecondDims {
+    pub keys: usize,
+    pub images_per_kv: usize,
+    /// Of a softmax of its own.
+    pub weight: Option<f32>,
 }
 
 impl Dims {
-    fn work(&self, causal: bool, bytes: u64) -> Work {
+    fn work(&self, bytes: u64) -> Work {
         let (queries, keys) = (self.queries as u64, self.keys as u64);
-        let pairs = if causal { queries.saturating_mul(queries + 1) / 2 } else { queries.saturating_mul(keys) };
-        let scores = pairs.saturating_mul((self.n * self.heads) as u64);
+        let pairs = if self.causal { queries.saturating_mul(queries + 1) / 2 } else { queries.saturating_mul(keys) };
+        let second = self.second.map_or(0, |second| queries.saturating_mul(second.keys as u64));
+        let scores = pairs.saturating_add(second).saturating_mul((self.n * self.heads) as u64);
         let macs = scores.saturating_mul(2 * self.head_dim as u64);
         // Beside the products: scale, maximum, subtraction, exponential and sum of each score.
         let flops = macs.saturating_mul(2).saturating_add(scores.saturating_mul(5));
@@ -124,11 +368,37 @@ struct Tokens<'a, T> {
     stride: usize,
 }
 
-impl<'a, T> Tokens<'a, T> {
+impl<'a, T: Element> Tokens<'a, T> {
+    fn of(&Part { tensor, part, parts }: &Part<'a>, width: usize) -> Tokens<'a, T> {
+        Tokens { data: tensor.cpu(), offset: part * width, stride: parts * width }
+    }
+
     /// From token `token` (counted over the whole batch) of head `head` on.
     fn from(&self, token: usize, head: usize, head_dim: usize) -> &'a [T] {
         &self.data[self.offset + token * self.stride + head * head_dim..]
     }
+}
+
+/// Keys and values: row `image / images_per_kv` of `keys` tokens.
+#[derive(Clone, Copy)]
+struct KeySource<'a, T> {
+    k: Tokens<'a, T>,
+    v: Tokens<'a, T>,
+    keys: usize,
+    images_per_kv: usize,
+}
+
+impl<'a, T: Element> KeySource<'a, T> {
+    fn of([k, v]: &[Part<'a>; 2], width: usize, keys: usize, images_per_kv: usize) -> KeySource<'a, T> {
+        KeySource { k: Tokens::of(k, width), v: Tokens::of(v, width), keys, images_per_kv }
+    }
+}
+
+struct Inputs<'a, T> {
+    q: Tokens<'a, T>,
+    first: KeySource<'a, T>,
+    second: Option<KeySource<'a, T>>,
+    bias: Option<&'a [T]>,
 }
 
 /// Queries of one task, about: so many rows share the packed keys and values.
@@ -140,7 +410,7 @@ const KEYS: usize = K_BLOCK;
 /// The blocks of one head, one rayon task per head and block of queries. A task walks the keys in blocks: keys and values
 /// are packed into the kernel's panels, then each tile of queries gets its scores (a tile by a block, in L1), the
 /// running softmax, and the product with the values, which is added to the tile's rows of `sums`.
-fn forward<T: Element>(dims: &Dims, causal: bool, qkv: [Tokens<T>; 3], y: &mut [T]) {
+fn forward<T: Element>(dims: &Dims, inputs: &Inputs<T>, y: &mut [T]) {
     let kernel = Kernel::best();
     let Dims { n, queries, heads, head_dim, .. } = *dims;
     // Equal blocks of whole tiles; smaller ones where there would be fewer than four tasks a thread.
@@ -149,16 +419,16 @@ fn forward<T: Element>(dims: &Dims, causal: bool, qkv: [Tokens<T>; 3], y: &mut [
     let blocks = queries.div_ceil(block);
     let y = Output { data: y.as_mut_ptr(), len: y.len() };
     (0..n * heads * blocks).into_par_iter().for_each_init(
-        || Scratch::new(kernel, block, head_dim, dims.keys),
+        || Scratch::new(kernel, block, dims),
         |scratch, task| {
             let (batch, head, first) = (task / blocks / heads, task / blocks % heads, task % blocks * block);
             let rows = first..queries.min(first + block);
-            scratch.attend(dims, causal, qkv, batch, head, rows.clone());
+            scratch.attend(dims, inputs, batch, head, rows.clone());
             for (i, query) in rows.enumerate() {
                 let at = ((batch * queries + query) * heads + head) * head_dim;
                 // SAFETY: a row of a head belongs to one task alone, and no task reads y.
                 let row = unsafe { y.slice_mut(at..at + head_dim) };
-                scratch.finish(i, row);
+                scratch.finish(i, dims, row);
             }
         },
     );
@@ -207,12 +477,19 @@ struct Scratch {
     /// For each query the largest score so far and the sum of the exponentials relative to it.
     max: Vec<f32>,
     total: Vec<f32>,
+    /// `[queries, width]`: what a first softmax gave, where there is another.
+    kept: Vec<f32>,
+    /// A row of the bias for one block of keys.
+    bias: Vec<f32>,
 }
 
 impl Scratch {
-    fn new(kernel: Kernel, queries: usize, head_dim: usize, keys: usize) -> Scratch {
+    fn new(kernel: Kernel, queries: usize, dims: &Dims) -> Scratch {
+        let head_dim = dims.head_dim;
         let width = head_dim.next_multiple_of(kernel.columns);
-        let keys = keys.min(KEYS).next_multiple_of(kernel.columns);
+        let most = dims.keys.max(dims.second.map_or(0, |second| second.keys));
+        let keys = most.min(KEYS).next_multiple_of(kernel.columns);
+        let keeps = dims.second.is_some_and(|second| second.weight.is_some());
         Scratch {
             kernel,
             head_dim,
@@ -226,27 +503,55 @@ impl Scratch {
             sums: vec![0.0; queries * width],
             max: vec![0.0; queries],
             total: vec![0.0; queries],
+            kept: vec![0.0; if keeps { queries * width } else { 0 }],
+            bias: vec![0.0; keys],
         }
     }
 
-    /// One head's block of queries against all the keys it sees; the result waits in `sums` and `total`.
-    fn attend<T: Element>(
+    /// One head's block of queries against all the keys it sees; the result waits in `sums` and `total`, and `kept`.
+    fn attend<T: Element>(&mut self, dims: &Dims, inputs: &Inputs<T>, batch: usize, head: usize, rows: Range<usize>) {
+        let count = rows.len();
+        self.load_queries(inputs.q, batch * dims.queries + rows.start, head, count, dims.scale);
+        self.begin(count);
+        let bias = inputs.bias.map(|bias| {
+            let block = batch / dims.images_per_bias * dims.heads + head;
+            &bias[(block * dims.queries + rows.start) * dims.keys..]
+        });
+        self.walk(&inputs.first, dims.causal, bias, true, batch, head, rows.clone());
+        let Some(second) = &inputs.second else { return };
+        let apart = !self.kept.is_empty();
+        if apart {
+            for (i, row) in self.sums[..count * self.width].chunks_mut(self.width).enumerate() {
+                multiply(row, 1.0 / self.total[i]);
+            }
+            self.kept[..count * self.width].copy_from_slice(&self.sums[..count * self.width]);
+            self.begin(count);
+        }
+        self.walk(second, false, None, apart, batch, head, rows);
+    }
+
+    fn begin(&mut self, count: usize) {
+        self.max[..count].fill(f32::NEG_INFINITY);
+        self.total[..count].fill(0.0);
+    }
+
+    /// A source's keys, block by block. `bias`: from the first of the queries on. `fresh`: nothing was added to the sums yet.
+    #[allow(clippy::too_many_arguments)]
+    fn walk<T: Element>(
         &mut self,
-        dims: &Dims,
+        source: &KeySource<T>,
         causal: bool,
-        [q, k, v]: [Tokens<T>; 3],
+        bias: Option<&[T]>,
+        fresh: bool,
         batch: usize,
         head: usize,
         rows: Range<usize>,
     ) {
-        let count = rows.len();
-        self.load_queries(q, batch * dims.queries + rows.start, head, count);
-        self.max[..count].fill(f32::NEG_INFINITY);
-        self.total[..count].fill(0.0);
-        let seen = if causal { rows.end } else { dims.keys };
+        let (count, KeySource { k, v, keys: all, images_per_kv }) = (rows.len(), *source);
+        let seen = if causal { rows.end } else { all };
         for first in (0..seen).step_by(KEYS) {
             let keys = KEYS.min(seen - first);
-            let token = batch / dims.images_per_kv * dims.keys + first;
+            let token = batch / images_per_kv * all + first;
             self.pack_keys(k.from(token, head, self.head_dim), k.stride, keys);
             self.pack_values(v.from(token, head, self.head_dim), v.stride, keys);
             for tile in (0..count).step_by(self.kernel.rows) {
@@ -258,21 +563,34 @@ impl Scratch {
                     continue;
                 }
                 self.score(tile, tile_rows, visible(last));
+                if let Some(bias) = bias {
+                    for row in 0..tile_rows {
+                        let from = &bias[(tile + row) * all + first..][..visible(last)];
+                        self.add_bias(row, from);
+                    }
+                }
+                let fresh = fresh && first == 0;
                 if visible(rows.start + tile) == keys {
-                    self.update(tile, 0..tile_rows, keys, first == 0);
+                    self.update(tile, 0..tile_rows, keys, fresh);
                 } else {
                     // The diagonal: row by row, so that no row touches a key or a value behind its own.
                     for row in 0..tile_rows {
-                        self.update(tile, row..row + 1, visible(rows.start + tile + row), first == 0);
+                        self.update(tile, row..row + 1, visible(rows.start + tile + row), fresh);
                     }
                 }
             }
         }
     }
 
-    /// q / sqrt(head_dim) of `count` queries from `token` on.
-    fn load_queries<T: Element>(&mut self, q: Tokens<T>, token: usize, head: usize, count: usize) {
-        let scale = (1.0 / (self.head_dim as f64).sqrt()) as f32;
+    fn add_bias<T: Element>(&mut self, row: usize, from: &[T]) {
+        let bias = &mut self.bias[..from.len()];
+        math::load(bias, from);
+        let scores = &mut self.scores[row * TILE_STRIDE..][..from.len()];
+        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += *bias);
+    }
+
+    /// `scale q` of `count` queries from `token` on.
+    fn load_queries<T: Element>(&mut self, q: Tokens<T>, token: usize, head: usize, count: usize, scale: f32) {
         for i in 0..count {
             let row = &q.from(token + i, head, self.head_dim)[..self.head_dim];
             for (part, row) in row.chunks(K_BLOCK).enumerate() {
@@ -337,10 +655,14 @@ impl Scratch {
         }
     }
 
-    /// `y = sums / total`, row `i` of the block.
-    fn finish<T: Element>(&mut self, i: usize, y: &mut [T]) {
+    /// `y = sums / total`, row `i` of the block; of a second softmax, what the first gave and this times its weight.
+    fn finish<T: Element>(&mut self, i: usize, dims: &Dims, y: &mut [T]) {
         let row = &mut self.sums[i * self.width..][..self.head_dim];
         multiply(row, 1.0 / self.total[i]);
+        if let Some(weight) = dims.second.and_then(|second| second.weight) {
+            let kept = &self.kept[i * self.width..][..self.head_dim];
+            row.iter_mut().zip(kept).for_each(|(value, first)| *value = first + weight * *value);
+        }
         math::store(y, row);
     }
 }

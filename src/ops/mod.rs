@@ -33,7 +33,7 @@ mod sampler;
 mod statistics;
 mod step;
 
-pub use attention::{Attention, attention};
+pub use attention::{Attention, AttentionOptions, SecondSource, WindowShift, Windows, attention, attention_with};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
 pub use cuda::variants::{Variant, all as variants, on_device as variants_on, with_variants};
 pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};

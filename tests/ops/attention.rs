@@ -1,8 +1,8 @@
 //! attention against plain f64 loops.
 
-use crate::common::{Expected, F32_EPS, Random, assert_close, cards, devices, f64s};
+use crate::common::{Expected, F32_EPS, Random, assert_close, cards, devices, f64s, kernels};
 use megafuse::Error;
-use megafuse::ops::{self, Attention};
+use megafuse::ops::{self, Attention, AttentionOptions, SecondSource, StepIndex, WindowShift, Windows};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 /// N, tokens, heads, head_dim. One; primes; off and on the cpu's tile of 14 rows, panel of 32 columns, blocks of 224
@@ -132,6 +132,18 @@ fn reference<'a>(
     part: impl Fn(usize, usize, usize, usize) -> &'a [f64],
 ) -> Expected {
     let scale = 1.0 / (d as f64).sqrt();
+    softmax_sum([n, queries, keys, heads, d], causal, weights, scale, |_, _, _, _| 0.0, part)
+}
+
+/// The same with a scale, and `bias(batch, query, key, head)`.
+fn softmax_sum<'a>(
+    [n, queries, keys, heads, d]: [usize; 5],
+    causal: bool,
+    weights: DType,
+    scale: f64,
+    bias: impl Fn(usize, usize, usize, usize) -> f64,
+    part: impl Fn(usize, usize, usize, usize) -> &'a [f64],
+) -> Expected {
     let relative = if weights == DType::F32 { 0.0 } else { weights.ulp() / 2.0 };
     // f16 rounds what is below its normal numbers to multiples of 2^-24.
     let absolute = if weights == DType::F16 { 2f64.powi(-25) } else { 0.0 };
@@ -140,9 +152,11 @@ fn reference<'a>(
         let q = part(0, b, i, h);
         let seen = if causal { i + 1 } else { keys };
         let terms = |j: usize| q.iter().zip(part(1, b, j, h)).map(move |(q, k)| scale * q * k);
-        let scores: Vec<f64> = (0..seen).map(|j| terms(j).sum()).collect();
+        let bias = |j: usize| bias(b, i, j, h);
+        let scores: Vec<f64> = (0..seen).map(|j| terms(j).sum::<f64>() + bias(j)).collect();
         // What the roundings of a score are relative to; they move the weights by as much, relatively.
-        let largest_terms = (0..seen).map(|j| terms(j).map(f64::abs).sum::<f64>()).fold(0.0, f64::max);
+        let size = |j: usize| terms(j).map(f64::abs).sum::<f64>() + bias(j).abs();
+        let largest_terms = (0..seen).map(size).filter(|size| size.is_finite()).fold(0.0, f64::max);
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let total: f64 = scores.iter().map(|score| (score - max).exp()).sum();
         let (mut sum, mut magnitude) = (vec![0.0; d], vec![0.0; d]);
@@ -158,6 +172,375 @@ fn reference<'a>(
         magnitudes.extend(magnitude);
     }
     Expected { shape: vec![n, queries, heads, d], values, magnitudes }
+}
+
+/// Whether the kernel that `MEGAFUSE_KERNEL` names can take this, and what it gives.
+fn attention_by(kernel: &str, args: Attention, options: AttentionOptions) -> Option<Tensor> {
+    match ops::with_variants(kernel, || ops::attention_with(args, options)) {
+        Err(Error::Argument { arg: "MEGAFUSE_KERNEL", .. }) => None,
+        result => Some(result.unwrap()),
+    }
+}
+
+/// The width that a kernel is for: 64 of `attention=sm90_d64_192`.
+fn width_of(kernel: &str) -> usize {
+    let words = kernel.split(['=', '_']);
+    let width = words.filter_map(|word| word.strip_prefix('d')?.parse().ok()).next();
+    width.unwrap_or_else(|| panic!("{kernel} names no width"))
+}
+
+/// Each kernel by its name, at more than one tile of queries and of keys, both with an end inside a tile; and whichever ring
+/// Hopper has for a width, it gives the same bits.
+#[test]
+fn every_kernel_matches_f64() {
+    for (device, dtype) in cards().into_iter().flat_map(|card| DType::FLOATS.map(|dtype| (card.clone(), dtype))) {
+        let mut hopper: Vec<(usize, usize, String, Vec<f32>)> = Vec::new();
+        for kernel in kernels("attention", &device, dtype) {
+            let d = width_of(&kernel);
+            if kernel.contains("windows") {
+                continue;
+            }
+            // A small picture's, and text; of a wide head fewer.
+            let tokens = if d > 160 { [70, 130] } else { [201, 150] };
+            let mut taken = 0;
+            for [queries, keys] in [tokens, [70, 77], [3, 1]] {
+                let mut random = Random::new(15);
+                let q = random.randn(&device, &[1, queries, 1, d], dtype);
+                let kv = random.randn(&device, &[1, keys, 2, 1, d], dtype);
+                let args = Attention::Cross { q: &q, kv: &kv };
+                let Some(got) = attention_by(&kernel, args, AttentionOptions::default()) else { continue };
+                taken += 1;
+                let (q, kv) = (f64s(&q), f64s(&kv));
+                let want =
+                    reference([1, queries, keys, 1, d], false, weights(&device, dtype), |part, _, i, _| match part {
+                        0 => row(&q, d, i),
+                        _ => row(&kv, d, i * 2 + part - 1),
+                    });
+                assert_close(&got, &want, 8.0, format!("{device} {kernel} {queries} x {keys}"));
+                if kernel.contains("sm90") && !kernel.contains("short") {
+                    let bits = got.to_f32_vec().unwrap();
+                    match hopper.iter().find(|(width, count, _, _)| (*width, *count) == (d, keys)) {
+                        Some((.., other, values)) => {
+                            assert!(bits == *values, "{device} {dtype}: {kernel} and {other} differ")
+                        }
+                        None => hopper.push((d, keys, kernel.clone(), bits)),
+                    }
+                }
+            }
+            assert!(taken > 0, "{device} {dtype}: {kernel} took none of the shapes");
+        }
+    }
+}
+
+/// More tiles of queries than a card has multiprocessors: blocks that take several, whose rings go on from one to the next. Two
+/// tiles of keys in rings of two stages; and one, the first and the last, in rings of three, which so begin each time elsewhere.
+#[test]
+fn blocks_take_tile_after_tile() {
+    for (device, card) in crate::common::hoppers() {
+        for (kernel, keys) in [("attention=sm90_d64_192", 130), ("attention=sm90_d64_128", 5)] {
+            let (n, d) = (card.multiprocessors() + 3, 64);
+            let mut random = Random::new(16);
+            let q = random.randn(&device, &[n, 2, 1, d], DType::BF16);
+            let kv = random.randn(&device, &[1, keys, 2, 1, d], DType::BF16);
+            let args = Attention::Cross { q: &q, kv: &kv };
+            let got = attention_by(kernel, args, AttentionOptions::default()).unwrap();
+            let (q, kv) = (f64s(&q), f64s(&kv));
+            let want = reference([n, 2, keys, 1, d], false, DType::BF16, |part, b, i, _| match part {
+                0 => row(&q, d, b * 2 + i),
+                _ => row(&kv, d, i * 2 + part - 1),
+            });
+            assert_close(&got, &want, 8.0, format!("{device} {kernel} {keys} keys"));
+        }
+    }
+}
+
+/// Hopper's kernels may begin before the launch that makes their queries is done: they wait for it. With a ring and without.
+#[test]
+fn a_dependent_launch_sees_the_one_before() {
+    for (device, _) in crate::common::hoppers() {
+        for keys in [130, 77] {
+            let mut random = Random::new(24);
+            let q = random.randn(&device, &[1, 3, 1, 64], DType::BF16);
+            let kv = random.randn(&device, &[1, keys, 2, 1, 64], DType::BF16);
+            let run = |q: &Tensor| ops::attention(Attention::Cross { q, kv: &kv }).unwrap();
+            let got = run(&run(&q)).to_f32_vec().unwrap();
+            let first = run(&q).to_f32_vec().unwrap();
+            let first = Tensor::from_f32(&device, &[1, 3, 1, 64], DType::BF16, &first).unwrap();
+            assert_eq!(got, run(&first).to_f32_vec().unwrap(), "{device}: {keys} keys");
+        }
+    }
+}
+
+/// Queries, keys, heads, head_dim: of every kernel that knows a bias; T5 has heads of 64.
+const BIASED: [[usize; 4]; 4] = [[33, 70, 2, 64], [9, 65, 1, 12], [35, 33, 1, 100], [17, 40, 1, 200]];
+
+/// T5's: a bias per pair of tokens and head, the same for all images or not, scores that are not scaled; -inf masks a key.
+#[test]
+fn bias_and_scale_match_f64() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for [l, keys, heads, d] in BIASED {
+            for (rows, masks) in [(1, false), (2, true)] {
+                let mut random = Random::new(17);
+                let n = 2;
+                let q = random.tensor(&device, &[n, l, heads, d], dtype, 0.0, 0.3);
+                let kv = random.randn(&device, &[n, keys, 2, heads, d], dtype);
+                let mut values = random.randn(&device, &[rows, heads, l, keys], dtype).to_f32_vec().unwrap();
+                if masks {
+                    for (i, value) in values.iter_mut().enumerate() {
+                        // Whole tiles at the beginning among them.
+                        if i % keys < keys * 2 / 3 || i % 5 == 0 {
+                            *value = f32::NEG_INFINITY;
+                        }
+                    }
+                }
+                let bias = Tensor::from_f32(&device, &[rows, heads, l, keys], dtype, &values).unwrap();
+                let options = AttentionOptions { scale: Some(1.0), bias: Some(&bias), ..AttentionOptions::default() };
+                let got = ops::attention_with(Attention::Cross { q: &q, kv: &kv }, options).unwrap();
+                let (q, kv, bias) = (f64s(&q), f64s(&kv), f64s(&bias));
+                let bias =
+                    |b: usize, i: usize, j: usize, h: usize| bias[((b / (n / rows) * heads + h) * l + i) * keys + j];
+                let want =
+                    softmax_sum([n, l, keys, heads, d], false, weights(&device, dtype), 1.0, bias, |part, b, i, h| {
+                        match part {
+                            0 => row(&q, d, (b * l + i) * heads + h),
+                            _ => row(&kv, d, ((b * keys + i) * 2 + part - 1) * heads + h),
+                        }
+                    });
+                assert_close(&got, &want, 8.0, format!("{device} {l} {keys} {heads} {d} of {rows} rows"));
+            }
+        }
+    }
+}
+
+/// A causal query with a bias: both masks at once, as a decoder with relative positions has them.
+#[test]
+fn causal_with_bias_matches_f64() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        let [l, heads, d] = [70, 2, 24];
+        let mut random = Random::new(18);
+        let qkv = random.randn(&device, &[1, l, 3, heads, d], dtype);
+        let bias = random.randn(&device, &[1, heads, l, l], dtype);
+        let options = AttentionOptions { bias: Some(&bias), ..AttentionOptions::default() };
+        let got = ops::attention_with(Attention::Packed { qkv: &qkv, causal: true }, options).unwrap();
+        let (x, bias) = (f64s(&qkv), f64s(&bias));
+        let scale = 1.0 / (d as f64).sqrt();
+        let bias = |_, i: usize, j: usize, h: usize| bias[(h * l + i) * l + j];
+        let want = softmax_sum([1, l, l, heads, d], true, weights(&device, dtype), scale, bias, |part, _, i, h| {
+            row(&x, d, (i * 3 + part) * heads + h)
+        });
+        assert_close(&got, &want, 8.0, format!("{device}"));
+    }
+}
+
+/// Image tokens, text tokens, heads, head_dim: on and off the tiles' edges in both sources; every kernel.
+const JOINT: [[usize; 4]; 9] = [
+    [70, 33, 2, 64],
+    [129, 130, 1, 64],
+    [128, 1, 1, 40],
+    [1, 77, 2, 80],
+    [64, 64, 1, 160],
+    [20, 150, 1, 128],
+    [5, 3, 1, 7],
+    [33, 40, 1, 200],
+    [66, 9, 1, 512],
+];
+
+/// SD 3's streams: the queries of either one see the keys of both.
+#[test]
+fn joined_sources_match_f64() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for [image, text, heads, d] in JOINT {
+            let mut random = Random::new(19);
+            let n = 2;
+            let streams = [image, text].map(|l| (l, random.randn(&device, &[n, l, 3, heads, d], dtype)));
+            for (own, other) in [(0, 1), (1, 0)] {
+                let ((l, qkv), (more, kv)) = (&streams[own], &streams[other]);
+                let options =
+                    AttentionOptions { second: Some(SecondSource { kv, weight: None }), ..AttentionOptions::default() };
+                let got = ops::attention_with(Attention::Packed { qkv, causal: false }, options).unwrap();
+                let (x, y) = (f64s(qkv), f64s(kv));
+                let want = reference([n, *l, l + more, heads, d], false, weights(&device, dtype), |part, b, i, h| {
+                    match i.checked_sub(*l) {
+                        None => row(&x, d, ((b * l + i) * 3 + part) * heads + h),
+                        Some(i) => row(&y, d, ((b * more + i) * 3 + part) * heads + h),
+                    }
+                });
+                assert_close(&got, &want, 8.0, format!("{device} {l} and {more} tokens, {heads} {d}"));
+            }
+        }
+    }
+}
+
+/// Queries, keys, keys of the second, heads, head_dim: IP-Adapter's 4 and 16 tokens beside 77 of text, and what only the
+/// portable kernels have.
+const APART: [[usize; 5]; 8] = [
+    [70, 77, 4, 2, 40],
+    [65, 77, 16, 1, 64],
+    [64, 80, 1, 1, 80],
+    [3, 5, 16, 1, 160],
+    [9, 77, 17, 1, 64],
+    [33, 130, 70, 1, 128],
+    [5, 3, 90, 2, 7],
+    [33, 40, 70, 1, 200],
+];
+
+/// IP-Adapter's: a softmax of its own for the second source, added with a weight. Rows of either shared by images or not.
+#[test]
+fn a_second_softmax_matches_f64() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for [l, keys, more, heads, d] in APART {
+            let mut random = Random::new(20);
+            let (n, weight) = (2, 0.6f32);
+            let q = random.randn(&device, &[n, l, heads, d], dtype);
+            let kv = random.randn(&device, &[1, keys, 2, heads, d], dtype);
+            let kv2 = random.randn(&device, &[n, more, 2, heads, d], dtype);
+            let second = Some(SecondSource { kv: &kv2, weight: Some(weight) });
+            let options = AttentionOptions { second, ..AttentionOptions::default() };
+            let got = ops::attention_with(Attention::Cross { q: &q, kv: &kv }, options).unwrap();
+            let (q, kv, kv2) = (f64s(&q), f64s(&kv), f64s(&kv2));
+            let of = |keys: usize, kv: &[f64], rows: usize| {
+                reference([n, l, keys, heads, d], false, weights(&device, dtype), |part, b, i, h| match part {
+                    0 => row(&q, d, (b * l + i) * heads + h),
+                    _ => row(kv, d, ((b / (n / rows) * keys + i) * 2 + part - 1) * heads + h),
+                })
+            };
+            let (mut want, second) = (of(keys, &kv, 1), of(more, &kv2, n));
+            for (value, second) in want.values.iter_mut().zip(&second.values) {
+                *value += f64::from(weight) * second;
+            }
+            for (size, second) in want.magnitudes.iter_mut().zip(&second.magnitudes) {
+                *size += f64::from(weight) * second;
+            }
+            assert_close(&got, &want, 8.0, format!("{device} {l} x {keys}, {more} {heads} {d}"));
+        }
+    }
+}
+
+/// What is not finite in the second source: its softmax's NaN, where all its scores are -inf, or an infinite value, comes out.
+#[test]
+fn a_second_source_that_is_not_finite_is_seen() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for [keys, more, d] in [[77, 4, 64], [77, 40, 64], [77, 40, 200]] {
+            let q = Tensor::from_f32(&device, &[1, 1, 1, d], dtype, &vec![1.0; d]).unwrap();
+            let kv = Random::new(21).randn(&device, &[1, keys, 2, 1, d], dtype);
+            for weight in [None, Some(0.5)] {
+                let run = |key: &dyn Fn(usize) -> f32, value: &dyn Fn(usize) -> f32| {
+                    let values: Vec<f32> =
+                        (0..more).flat_map(|j| [vec![key(j); d], vec![value(j); d]].concat()).collect();
+                    let kv2 = Tensor::from_f32(&device, &[1, more, 2, 1, d], dtype, &values).unwrap();
+                    let second = Some(SecondSource { kv: &kv2, weight });
+                    let options = AttentionOptions { second, ..AttentionOptions::default() };
+                    let y = ops::attention_with(Attention::Cross { q: &q, kv: &kv }, options).unwrap();
+                    y.to_f32_vec().unwrap()[0]
+                };
+                let what = format!("{device} {dtype} {more} {d} {weight:?}");
+                let masked = run(&|_| f32::NEG_INFINITY, &|_| 1.0);
+                assert_eq!(masked.is_nan(), weight.is_some(), "{what}: {masked}");
+                assert!(run(&|j| if j == 2 { f32::NAN } else { 0.0 }, &|_| 1.0).is_nan(), "{what}");
+                let infinite = run(&|_| 0.0, &|j| if j == 2 { f32::INFINITY } else { 0.0 });
+                assert_eq!(infinite, f32::INFINITY, "{what}");
+                // The first of them masked: what it begins with is not NaN.
+                assert!(run(&|j| if j < more - 1 { f32::NEG_INFINITY } else { 0.0 }, &|_| 1.0).is_finite(), "{what}");
+            }
+        }
+    }
+}
+
+/// Map, window, unit of the shift, heads, head_dim. Windows of whole boxes, as Hopper wants them: less than a tile of keys,
+/// several with a rest, four of a wider map; and of others, for every portable kernel.
+const WINDOWS: [([[usize; 2]; 3], usize, usize); 7] = [
+    ([[16, 16], [8, 8], [8, 8]], 2, 64),
+    ([[16, 48], [16, 24], [8, 8]], 1, 40),
+    ([[24, 16], [24, 16], [0, 8]], 1, 64),
+    ([[6, 10], [3, 5], [1, 2]], 2, 12),
+    ([[4, 12], [4, 3], [3, 1]], 1, 40),
+    ([[12, 6], [6, 6], [1, 1]], 1, 100),
+    ([[4, 18], [2, 18], [2, 5]], 1, 200),
+];
+
+/// Where token `i` of window `number` of an image lies: on the map rolled by minus the shift, cut into windows row by row.
+fn place([h, w]: [usize; 2], window: [usize; 2], shift: [usize; 2], number: usize, i: usize) -> usize {
+    let across = w / window[1];
+    let y = number / across * window[0] + i / window[1];
+    let x = number % across * window[1] + i % window[1];
+    (y + shift[0]) % h * w + (x + shift[1]) % w
+}
+
+/// MSW-MSA: every image by the shift of its own step, in the column of the table that the call reads.
+#[test]
+fn windows_match_f64() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        let (steps, columns, column, n) = ([2, 1], 3, 1, 2);
+        let factors = [9, 9, 9, 9, 3, 9, 9, 2, 9];
+        let table = Tensor::from_u32(&device, &[3, columns], &factors).unwrap();
+        let step = StepIndex::new(&device, &steps).unwrap();
+        for ([map, window, unit], heads, d) in WINDOWS {
+            let (l, own) = (map[0] * map[1], window[0] * window[1]);
+            let count = l / own;
+            let qkv = Random::new(22).randn(&device, &[n, l, 3, heads, d], dtype);
+            for shifted in [false, true] {
+                let shift = shifted.then_some(WindowShift { factors: &table, step: &step, column, unit });
+                let windows = Some(Windows { map, window, shift });
+                let options = AttentionOptions { windows, ..AttentionOptions::default() };
+                let got = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+                let x = f64s(&qkv);
+                let token = |b: usize, i: usize| {
+                    let image = b / count;
+                    let factor = if shifted { factors[steps[image] * columns + column] as usize } else { 0 };
+                    image * l + place(map, window, unit.map(|unit| factor * unit), b % count, i)
+                };
+                let by_window = [n * count, own, own, heads, d];
+                let cut = reference(by_window, false, weights(&device, dtype), |part, b, i, h| {
+                    row(&x, d, (token(b, i) * 3 + part) * heads + h)
+                });
+                let shape = vec![n, l, heads, d];
+                let mut want =
+                    Expected { shape, values: vec![0.0; n * l * heads * d], magnitudes: vec![0.0; n * l * heads * d] };
+                let width = heads * d;
+                for (from, (b, i)) in (0..n * count).flat_map(|b| (0..own).map(move |i| (b, i))).enumerate() {
+                    let (from, to) = (from * width..(from + 1) * width, token(b, i) * width..(token(b, i) + 1) * width);
+                    want.values[to.clone()].copy_from_slice(&cut.values[from.clone()]);
+                    want.magnitudes[to].copy_from_slice(&cut.magnitudes[from]);
+                }
+                assert_close(&got, &want, 8.0, format!("{device} {map:?} {window:?} {heads} {d} shifted {shifted}"));
+            }
+        }
+    }
+}
+
+/// The others may be all NaN, of the same image and of other images.
+#[test]
+fn a_window_does_not_depend_on_the_others() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for (map, window, d) in [([16, 16], [8, 8], 64), ([6, 6], [3, 3], 24), ([6, 6], [3, 3], 200)] {
+            let l = map[0] * map[1];
+            let clean = Random::new(23).randn(&device, &[2, l, 3, 1, d], dtype).to_f32_vec().unwrap();
+            let run = |values: &[f32], n: usize| {
+                let qkv = Tensor::from_f32(&device, &[n, l, 3, 1, d], dtype, values).unwrap();
+                let windows = Some(Windows { map, window, shift: None });
+                let options = AttentionOptions { windows, ..AttentionOptions::default() };
+                let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+                y.to_f32_vec().unwrap()
+            };
+            let want = run(&clean[l * 3 * d..], 1);
+            let count = l / (window[0] * window[1]);
+            for number in 0..count {
+                let inside: Vec<usize> =
+                    (0..window[0] * window[1]).map(|i| place(map, window, [0, 0], number, i)).collect();
+                let mut values = vec![f32::NAN; clean.len()];
+                for token in &inside {
+                    let at = (l + token) * 3 * d..(l + token + 1) * 3 * d;
+                    values[at.clone()].copy_from_slice(&clean[at]);
+                }
+                let got = run(&values, 2);
+                for token in inside {
+                    let at = token * d..(token + 1) * d;
+                    let what = format!("{device} {dtype} {d}: window {number}, token {token}");
+                    assert!(got[l * d..][at.clone()] == want[at], "{what}");
+                }
+            }
+        }
+    }
 }
 
 /// Tensors that begin at any element, and so at addresses that no vector load may touch.
@@ -333,6 +716,19 @@ fn meta_records_the_fused_cost() {
         assert_eq!(record.work.bytes, bytes(n * heads * d * 2 * (l + kv_tokens)));
         assert_eq!(record.work.launches, 1);
     }
+    let bias = Tensor::uninit(&device, &[1, heads, l, l], DType::F16).unwrap();
+    let second = Some(SecondSource { kv: &kv, weight: Some(1.0) });
+    let options = AttentionOptions { bias: Some(&bias), second, ..AttentionOptions::default() };
+    ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+    let work = meta.take_report().ops[0].work;
+    assert_eq!(work.macs, (2 * n * heads * d * l * (l + k)) as u64);
+    assert_eq!(work.bytes, bytes(n * heads * d * 2 * (2 * l + k) + heads * l * l));
+    let windows = Some(Windows { map: [7, 11], window: [7, 1], shift: None });
+    let options = AttentionOptions { windows, ..AttentionOptions::default() };
+    let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+    let work = meta.take_report().ops[0].work;
+    assert_eq!(y.shape(), [n, l, heads, d]);
+    assert_eq!((work.macs, work.bytes), ((2 * n * heads * d * l * 7) as u64, bytes(n * heads * d * 4 * l)));
 }
 
 #[test]
@@ -358,4 +754,61 @@ fn errors_name_the_argument() {
     let other = Tensor::zeros(&Device::cpu(), &[2, 7, 2, 3, 8], DType::F32).unwrap();
     assert!(matches!(cross(&q, &other), Error::Device { arg: "kv", .. }));
     assert!(matches!(cross(&q, &zeros(&[2, 0, 2, 3, 8], DType::F32)), Error::Argument { arg: "L_k", .. }));
+
+    let (qkv, kv) = (zeros(&[2, 5, 3, 3, 8], DType::F32), zeros(&[2, 7, 2, 3, 8], DType::F32));
+    let with = |causal: bool, options: AttentionOptions| {
+        ops::attention_with(Attention::Packed { qkv: &qkv, causal }, options).unwrap_err()
+    };
+    let none = AttentionOptions::default();
+    for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let error = with(false, AttentionOptions { scale: Some(scale), ..none });
+        assert!(matches!(error, Error::Argument { arg: "scale", .. }), "{error}");
+    }
+    let biased = |shape: &[usize], dtype| with(false, AttentionOptions { bias: Some(&zeros(shape, dtype)), ..none });
+    for shape in [[1, 2, 5, 5], [1, 3, 4, 5], [1, 3, 5, 7]] {
+        assert!(matches!(biased(&shape, DType::F32), Error::Shape { arg: "bias", .. }), "{shape:?}");
+    }
+    assert!(matches!(biased(&[1, 3, 5, 5], DType::F16), Error::Dtype { arg: "bias", .. }));
+    assert!(matches!(biased(&[3, 3, 5, 5], DType::F32), Error::Argument { arg: "rows of bias", .. }));
+    let second = |causal: bool, kv: &Tensor, weight: Option<f32>| {
+        with(causal, AttentionOptions { second: Some(SecondSource { kv, weight }), ..none })
+    };
+    for shape in [[2, 7, 1, 3, 8], [2, 7, 4, 3, 8], [2, 7, 2, 2, 8], [2, 7, 2, 3, 9]] {
+        let error = second(false, &zeros(&shape, DType::F32), None);
+        assert!(matches!(error, Error::Shape { arg: "second.kv", .. }), "{shape:?}");
+    }
+    let error = second(false, &zeros(&[3, 7, 2, 3, 8], DType::F32), None);
+    assert!(matches!(error, Error::Argument { arg: "rows of second.kv", .. }), "{error}");
+    let error = second(false, &zeros(&[2, 0, 2, 3, 8], DType::F32), Some(1.0));
+    assert!(matches!(error, Error::Argument { arg: "L_k2", .. }), "{error}");
+    assert!(matches!(second(true, &kv, None), Error::Argument { arg: "causal", .. }));
+    let bias = zeros(&[1, 3, 5, 5], DType::F32);
+    let both = AttentionOptions { bias: Some(&bias), second: Some(SecondSource { kv: &kv, weight: None }), ..none };
+    assert!(matches!(with(false, both), Error::Argument { arg: "bias", .. }));
+
+    let step = StepIndex::one(&device, 2).unwrap();
+    let factors = Tensor::from_u32(&device, &[3, 2], &[0; 6]).unwrap();
+    let shift = WindowShift { factors: &factors, step: &step, column: 1, unit: [1, 1] };
+    let windows = Windows { map: [1, 5], window: [1, 5], shift: Some(shift) };
+    let of = |windows| with(false, AttentionOptions { windows: Some(windows), ..none });
+    let argument = |error: Error, name: &str| {
+        let Error::Argument { arg, .. } = &error else { panic!("{error}") };
+        assert_eq!(*arg, name, "{error}");
+    };
+    argument(of(Windows { map: [2, 2], ..windows }), "map");
+    for window in [[1, 2], [0, 5], [2, 5]] {
+        argument(of(Windows { window, ..windows }), "window");
+    }
+    argument(of(Windows { shift: Some(WindowShift { column: 2, ..shift }), ..windows }), "column");
+    argument(of(Windows { shift: Some(WindowShift { unit: [2, 0], ..shift }), ..windows }), "unit");
+    let late = StepIndex::one(&device, 3).unwrap();
+    argument(of(Windows { shift: Some(WindowShift { step: &late, ..shift }), ..windows }), "step");
+    let floats = zeros(&[3, 2], DType::F32);
+    let error = of(Windows { shift: Some(WindowShift { factors: &floats, ..shift }), ..windows });
+    assert!(matches!(error, Error::Dtype { arg: "factors", .. }), "{error}");
+    argument(with(true, AttentionOptions { windows: Some(windows), ..none }), "windows");
+    argument(with(false, AttentionOptions { windows: Some(windows), bias: Some(&bias), ..none }), "windows");
+    let error =
+        ops::attention_with(Attention::Cross { q: &q, kv: &kv }, AttentionOptions { windows: Some(windows), ..none });
+    argument(error.unwrap_err(), "windows");
 }

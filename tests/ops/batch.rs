@@ -2,7 +2,10 @@
 //! difference.
 
 use crate::common::{Random, devices};
-use megafuse::ops::{self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, Linear, StepIndex, StepRows};
+use megafuse::ops::{
+    self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Linear, SecondSource, StepIndex,
+    StepRows,
+};
 use megafuse::runtime::{DType, Device, Tensor};
 
 const BATCHES: [usize; 3] = [2, 3, 5];
@@ -103,6 +106,14 @@ fn attention_has_the_same_bits_in_every_batch() {
             check(device, dtype, &format!("cross {l} {heads} {d}"), &[l, heads, d], |q, _| {
                 ops::attention(Attention::Cross { q, kv: &kv }).unwrap()
             });
+            for (more, weight) in [(16, Some(0.7)), (40, None)] {
+                let kv2 = Random::new(26).randn(device, &[1, more, 2, heads, d], dtype);
+                let second = Some(SecondSource { kv: &kv2, weight });
+                check(device, dtype, &format!("cross {l} {heads} {d}, {more} more"), &[l, heads, d], |q, _| {
+                    let options = AttentionOptions { second, ..AttentionOptions::default() };
+                    ops::attention_with(Attention::Cross { q, kv: &kv }, options).unwrap()
+                });
+            }
         }
     });
 }

@@ -24,6 +24,8 @@ static inline void wgmma_wait(EMU_LOC) {
     emu::wgmma_wait(N, loc);
 }
 static inline void fence_register(float&) {}
+static inline void fence_register(uint32_t&) {}
+static inline void work_before_wait(float) {}
 template <class T, int N, int kTransposedB = 0>
 static inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, EMU_LOC) {
     static_assert(N >= 8 && N <= 256 && N % 8 == 0 && (std::is_same_v<T, bf16> || std::is_same_v<T, f16>));

@@ -1,27 +1,52 @@
 use super::variants::{self, Variant};
-use super::{entry, tiles};
+use super::{attention_sm90, entry, tiles};
 use crate::error::{Error, Result};
-use crate::ops::attention::{Attention, Dims};
+use crate::ops::attention::{Dims, Operands, Part};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Tensor};
 
-const OP: &str = "attention";
+pub(super) const OP: &str = "attention";
 
 /// The widest head that has a kernel.
 const MAX_HEAD_DIM: usize = 512;
 
-/// `AttentionSize` of attention.cu.
+/// `AttentionArgs` of attention.cuh.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Size {
+pub(super) struct AttentionArgs {
+    pub y: DevicePtr,
+    pub q: DevicePtr,
+    pub k: DevicePtr,
+    pub v: DevicePtr,
+    pub k2: DevicePtr,
+    pub v2: DevicePtr,
+    bias: DevicePtr,
+    shifts: DevicePtr,
+    step: DevicePtr,
+    images: i32,
     queries: i32,
     keys: i32,
+    keys2: i32,
+    heads: i32,
     head_dim: i32,
-    q_stride: i32,
-    kv_stride: i32,
-    scale: f32,
-    causal: i32,
+    pub q_stride: i32,
+    pub kv_stride: i32,
+    pub kv2_stride: i32,
     images_per_kv: i32,
+    images_per_kv2: i32,
+    images_per_bias: i32,
+    map_h: i32,
+    map_w: i32,
+    window_h: i32,
+    window_w: i32,
+    unit_h: i32,
+    unit_w: i32,
+    shift_columns: i32,
+    step_images: i32,
+    causal: i32,
+    apart: i32,
+    scale: f32,
+    weight2: f32,
 }
 
 /// One instantiation of a kernel of attention.cu.
@@ -71,8 +96,8 @@ const LONG: [Tile; 3] = [
     Tile::narrow("d80_long", 80, 128, 64),
 ];
 
-/// f16 and bf16 of any width and alignment, causal or not: CLIP, and models for tests. Both cost registers, so the others
-/// do without.
+/// f16 and bf16 of any width and alignment, causal or not, with bias, second source and windows or without: CLIP, T5, and models
+/// for tests. All of that costs registers, so the others do without.
 const ANY: [Tile; 5] = [
     Tile::narrow("d16_any", 16, 64, 64),
     Tile::narrow("d32_any", 32, 64, 64),
@@ -107,7 +132,7 @@ pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
     let short: [(&[Tile], _); 3] = [
         (&NARROW, "heads of the models' widths"),
         (&LONG, "as without _long, for many queries: 32 a warp"),
-        (&ANY, "heads of any width and alignment, causal or not"),
+        (&ANY, "heads of any width and alignment, causal, with bias, a second source or windows"),
     ];
     let long: [(&[Tile], _); 1] = [(&F32, "f32, the parity mode")];
     let of_dtype = |dtype: &DType| if *dtype == DType::F32 { &long[..] } else { &short[..] };
@@ -116,8 +141,8 @@ pub fn variants(dtypes: &[DType]) -> Vec<Variant> {
 }
 
 impl Tile {
-    /// The tile for a head, or the one that `MEGAFUSE_KERNEL` names. `plain`: not causal, and heads and addresses are whole
-    /// 16 bytes.
+    /// The tile for a head, or the one that `MEGAFUSE_KERNEL` names. `plain`: neither causal, bias, second source nor windows, and
+    /// heads and addresses are whole 16 bytes.
     ///
     /// # Errors
     /// [`Error::Argument`]: there is none for so wide a head, or the one that is named cannot take it; [`Error::Config`]:
@@ -135,7 +160,11 @@ impl Tile {
                 let others = variants(&[dtype]);
                 let can = |variant: &&Variant| all.iter().filter(fits).any(|tile| tile.name == variant.name);
                 let others: Vec<Variant> = others.iter().filter(can).copied().collect();
-                let kind = if plain { "" } else { ", causal or not of whole aligned 16 bytes" };
+                let kind = if plain {
+                    ""
+                } else {
+                    ", causal, biased, of two sources, in windows or not of whole aligned 16 bytes"
+                };
                 variants::refused(OP, name, &format!("{dtype} heads of {}{kind}", dims.head_dim), &others)
             });
         }
@@ -149,43 +178,78 @@ impl Tile {
     }
 }
 
-pub fn attention(device: &CudaDevice, args: Attention, causal: bool, dims: &Dims, y: &mut Tensor) -> Result<()> {
-    let &Dims { n, images_per_kv, queries, keys, heads, head_dim } = dims;
+pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut Tensor) -> Result<()> {
+    let &Dims { n, images_per_kv, queries, keys, heads, head_dim, causal, second, .. } = dims;
     let dtype = y.dtype();
     let width = heads * head_dim;
-    let part = |tensor: &Tensor, part: usize| DevicePtr(tensor.cuda().0 + (part * width * dtype.size_bytes()) as u64);
-    let (q, k, v, q_parts, kv_parts) = match args {
-        Attention::Packed { qkv, .. } => (part(qkv, 0), part(qkv, 1), part(qkv, 2), 3, 3),
-        Attention::Cross { q, kv } => (part(q, 0), part(kv, 0), part(kv, 1), 1, 2),
-    };
-    let plain = !causal
-        && (head_dim * dtype.size_bytes()).is_multiple_of(16)
-        && [y.cuda(), q, k, v].iter().all(|address| address.0 % 16 == 0);
-    let tile = Tile::choose(dims, plain, dtype)?;
+    let address =
+        |&Part { tensor, part, .. }: &Part| DevicePtr(tensor.cuda().0 + (part * width * dtype.size_bytes()) as u64);
+    let stride = |part: &Part| (part.parts * width) as i32;
+    let [k, v] = &operands.kv;
+    let [k2, v2] = operands.second.as_ref().map_or([DevicePtr::NULL; 2], |[k, v]| [address(k), address(v)]);
     // Rows of a tile are addressed from its first in 32 bits.
+    let map_tokens = dims.windows.map_or(0, |windows| windows.map[0] * windows.map[1]);
+    let most = queries.max(keys).max(second.map_or(0, |second| second.keys)).max(map_tokens);
     let limit = i32::MAX as usize;
-    for (what, got, limit) in
-        [("128 * L", 128 * queries.max(keys), limit), ("128 * 3 * heads * head_dim", 128 * 3 * width, limit)]
-    {
+    for (what, got) in [("256 * L", 256 * most), ("128 * 3 * heads * head_dim", 128 * 3 * width)] {
         if got > limit {
             return Err(Error::TooLarge { op: OP, what, got: got as u128, limit: limit as u128 });
         }
     }
-    let size = Size {
+    let weight = second.and_then(|second| second.weight);
+    let [map, window, unit] = dims.windows.map_or([[0; 2]; 3], |windows| [windows.map, windows.window, windows.unit]);
+    let shifts = operands.shift.map_or(DevicePtr::NULL, |shift| {
+        DevicePtr(shift.factors.cuda().0 + (shift.column * DType::U32.size_bytes()) as u64)
+    });
+    let arguments = AttentionArgs {
+        y: y.cuda(),
+        q: address(&operands.q),
+        k: address(k),
+        v: address(v),
+        k2,
+        v2,
+        bias: DevicePtr::or_null(operands.bias),
+        shifts,
+        step: DevicePtr::or_null(operands.shift.map(|shift| shift.step.tensor())),
+        images: tiles::count(OP, "images", n)?,
         queries: queries as i32,
         keys: keys as i32,
+        keys2: second.map_or(0, |second| second.keys as i32),
+        heads: heads as i32,
         head_dim: head_dim as i32,
-        q_stride: (q_parts * width) as i32,
-        kv_stride: (kv_parts * width) as i32,
-        scale: (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32,
-        causal: i32::from(causal),
+        q_stride: stride(&operands.q),
+        kv_stride: stride(k),
+        kv2_stride: operands.second.as_ref().map_or(0, |[k, _]| stride(k)),
         images_per_kv: tiles::count(OP, "images of a row of kv", images_per_kv)?,
+        images_per_kv2: second.map_or(1, |second| second.images_per_kv as i32),
+        images_per_bias: dims.images_per_bias as i32,
+        map_h: map[0] as i32,
+        map_w: map[1] as i32,
+        window_h: window[0] as i32,
+        window_w: window[1] as i32,
+        unit_h: unit[0] as i32,
+        unit_w: unit[1] as i32,
+        shift_columns: operands.shift.map_or(0, |shift| shift.factors.shape()[1] as i32),
+        step_images: operands.shift.map_or(1, |shift| shift.step.images() as i32),
+        causal: i32::from(causal),
+        apart: i32::from(weight.is_some()),
+        scale: (std::f64::consts::LOG2_E * f64::from(dims.scale)) as f32,
+        weight2: weight.unwrap_or(0.0),
     };
+    let whole = (head_dim * dtype.size_bytes()).is_multiple_of(16)
+        && [arguments.y, arguments.q, arguments.k, arguments.v, k2, v2].iter().all(|a| a.0.is_multiple_of(16));
+    let asked = variants::asked(OP)?;
+    let taken = whole && operands.bias.is_none() && attention_sm90::takes(device, dtype, dims);
+    if taken && asked.is_none_or(attention_sm90::is_one) {
+        return attention_sm90::attention(device, dtype, dims, arguments, asked);
+    }
+    let plain = whole && !causal && operands.bias.is_none() && second.is_none() && dims.windows.is_none();
+    let tile = Tile::choose(dims, plain, dtype)?;
     let launch = Launch::grid([queries.div_ceil(tile.rows), heads, n]).block(tile.threads).shared(tile.shared_bytes);
     let entry = entry(&format!("attention_{}", tile.name), dtype);
-    // SAFETY: arguments as the entry has them; the op checked that the tensors have the shapes that `size` describes, the
-    // kernel guards what is outside them, and only y is written. What a kernel asks of addresses, `plain` has checked.
-    unsafe { device.launch("attention", &entry, launch, args![y.cuda(), q, k, v, size]) }
+    // SAFETY: the argument as the entry has it; the op checked that the tensors have the shapes that it describes, the kernel
+    // guards what is outside them, and only y is written. What a kernel asks of addresses, `whole` has checked.
+    unsafe { device.launch("attention", &entry, launch, args![arguments]) }
 }
 
 #[cfg(test)]
@@ -193,7 +257,19 @@ mod tests {
     use super::*;
 
     fn choose(queries: usize, heads: usize, head_dim: usize, plain: bool, dtype: DType) -> Option<&'static str> {
-        let dims = Dims { n: 1, images_per_kv: 1, queries, keys: queries, heads, head_dim };
+        let dims = Dims {
+            n: 1,
+            images_per_kv: 1,
+            queries,
+            keys: queries,
+            heads,
+            head_dim,
+            scale: 1.0,
+            causal: false,
+            second: None,
+            images_per_bias: 1,
+            windows: None,
+        };
         Tile::choose(&dims, plain, dtype).ok().map(|tile| tile.name)
     }
 

@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use super::{attention, linear_fp8, linear_sm90, tiles};
+use super::{attention, attention_sm90, linear_fp8, linear_sm90, tiles};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
@@ -45,7 +45,7 @@ pub fn all(op: &str) -> Vec<Variant> {
         "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::LINEAR.all()].concat(),
         "linear_fp8" => [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.all()].concat(),
         "conv2d" => tiles::variants(&[DType::BF16, DType::F32]),
-        "attention" => attention::variants(&[DType::BF16, DType::F32]),
+        "attention" => [attention::variants(&[DType::BF16, DType::F32]), attention_sm90::all()].concat(),
         _ => vec![],
     };
     for variant in known {
@@ -67,7 +67,9 @@ pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
             [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.variants(card, dtype)].concat()
         }
         ("conv2d", Device::Cuda(_)) => tiles::variants(&[dtype]),
-        ("attention", Device::Cuda(_)) => attention::variants(&[dtype]),
+        ("attention", Device::Cuda(card)) => {
+            [attention::variants(&[dtype]), attention_sm90::variants(card, dtype)].concat()
+        }
         _ => vec![],
     }
 }

@@ -127,7 +127,7 @@ impl StepIndex {
         self.write(images)
     }
 
-    pub(super) fn check_images(&self, op: &'static str, images: usize) -> Result<()> {
+    pub(in crate::ops) fn check_images(&self, op: &'static str, images: usize) -> Result<()> {
         if images.is_multiple_of(self.images()) {
             return Ok(());
         }
