@@ -5,35 +5,13 @@ use super::norm::{self, Statistics};
 use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry};
 use crate::error::{Error, Result};
+use crate::ops::GroupStatistics;
 use crate::ops::conv::{Conv2d, Geometry, OP};
-use crate::ops::{GroupStatistics, StepRows};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
 /// `kJoinThreads` of conv2d.cu.
 const JOIN_THREADS: usize = 256;
-
-/// `StepRows` of conv2d.cu.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct KernelStepRows {
-    images: i32,
-    rows: i32,
-    images_per_row: i32,
-}
-
-impl KernelStepRows {
-    /// One row for all without a table, which the kernel does not read then.
-    fn new(row: Option<StepRows>, images: usize) -> Result<KernelStepRows> {
-        let (steps, rows) = row.map_or((1, 1), |row| (row.step.images(), row.rows));
-        let count = |what, value| tiles::count(OP, what, value);
-        Ok(KernelStepRows {
-            images: count("images with a step of their own", steps)?,
-            rows: count("conditioning rows", rows)?,
-            images_per_row: count("N / conditioning rows", images / rows)?,
-        })
-    }
-}
 
 /// The launches that a convolution is made of.
 #[derive(Clone, Copy, Debug)]
@@ -107,10 +85,24 @@ impl Scratch {
     }
 }
 
-/// `ConvGeometry` of conv2d.cu.
+/// `ConvArgs` of conv2d.cuh.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct KernelGeometry {
+pub(super) struct ConvArgs {
+    y: DevicePtr,
+    partial: DevicePtr,
+    a: DevicePtr,
+    b: DevicePtr,
+    weight: DevicePtr,
+    bias: DevicePtr,
+    row: DevicePtr,
+    step: DevicePtr,
+    residual: DevicePtr,
+    scale: f32,
+    splits: i32,
+    step_images: i32,
+    step_rows: i32,
+    images_per_row: i32,
     m: i32,
     outputs: i32,
     channels: [i32; 2],
@@ -124,11 +116,19 @@ struct KernelGeometry {
     top: i32,
     left: i32,
     first_row: i32,
+    wide: i32,
 }
 
-impl KernelGeometry {
-    /// `channels`: of the two sources.
-    fn new(args: &Conv2d, g: &Geometry, channels: [usize; 2]) -> Result<KernelGeometry> {
+/// What a launch reads and writes; `a` and `b` are normalised where the convolution has a norm.
+pub(super) struct Operands<'a> {
+    pub(super) a: &'a Tensor,
+    pub(super) b: Option<&'a Tensor>,
+    pub(super) y: &'a Tensor,
+    pub(super) partial: Option<&'a Tensor>,
+}
+
+impl ConvArgs {
+    fn new(args: &Conv2d, g: &Geometry, plan: &Plan, operands: &Operands, wide: Wide) -> Result<ConvArgs> {
         let count = |what, value| tiles::count(OP, what, value);
         let [top, bottom, left, right] = args.padding;
         for (size, padding) in [(g.input[0], [top, bottom]), (g.input[1], [left, right])] {
@@ -152,10 +152,27 @@ impl KernelGeometry {
         }
         count("kh * kw * C", g.kernel[0] * g.kernel[1] * g.channels)?;
         let pixels = g.output[0] * g.output[1];
-        Ok(KernelGeometry {
+        // One row for all without a table, which the kernels do not read then.
+        let (steps, rows) = args.row.map_or((1, 1), |row| (row.step.images(), row.rows));
+        let channels = |x: Option<&Tensor>| count("C", x.map_or(0, |x| x.shape()[3]));
+        Ok(ConvArgs {
+            y: operands.y.cuda(),
+            partial: DevicePtr::or_null(operands.partial),
+            a: operands.a.cuda(),
+            b: DevicePtr::or_null(operands.b),
+            weight: args.weight.cuda(),
+            bias: DevicePtr::or_null(args.bias),
+            row: DevicePtr::or_null(args.row.map(|row| row.table)),
+            step: DevicePtr::or_null(args.row.map(|row| row.step.tensor())),
+            residual: DevicePtr::or_null(args.residual),
+            scale: args.scale,
+            splits: count("splits", plan.splits)?,
+            step_images: count("images with a step of their own", steps)?,
+            step_rows: count("conditioning rows", rows)?,
+            images_per_row: count("N / conditioning rows", g.images / rows)?,
             m: count("N * H_out * W_out", g.images * pixels)?,
             outputs: count("O", g.outputs)?,
-            channels: [count("C", channels[0])?, count("C", channels[1])?],
+            channels: [channels(Some(operands.a))?, channels(operands.b)?],
             stored: [count("H", g.stored[0])?, count("W", g.stored[1])?],
             input: [g.input[0] as i32, g.input[1] as i32],
             output_width: count("W_out", g.output[1])?,
@@ -167,6 +184,7 @@ impl KernelGeometry {
             top: count("padding", top)? - count("stripe.output * stride", g.first_output * args.stride)?,
             left: left as i32,
             first_row: count("first row", g.held[0])?,
+            wide: wide.bits(),
         })
     }
 }
@@ -182,7 +200,7 @@ pub fn conv2d(
     if y.numel() == 0 {
         return Ok(());
     }
-    let (dtype, weight) = (y.dtype(), args.weight);
+    let dtype = y.dtype();
     let given = args.stripe.and_then(|stripe| stripe.statistics).and_then(GroupStatistics::card);
     if let (Some(norm), Some(normalised)) = (args.norm, &mut scratch.normalised) {
         let args = norm.of(args.x);
@@ -195,21 +213,17 @@ pub fn conv2d(
         Some(normalised) => (normalised, None),
         None => (args.x.first(), args.x.second()),
     };
-    let channels = [a.shape()[3], b.map_or(0, |b| b.shape()[3])];
-    let geometry = KernelGeometry::new(args, g, channels)?;
+    let operands = Operands { a, b, y, partial: scratch.partial.as_ref() };
     let k = g.kernel[0] * g.kernel[1] * g.channels;
-
     let chunk = tiles::chunk(dtype);
     let table = args.row.map(|row| row.table);
     let wide = Wide {
-        x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
-        weight: k.is_multiple_of(chunk) && aligned(weight),
+        x: [Some(a), b].into_iter().flatten().all(|x| x.shape()[3] % chunk == 0 && aligned(x)),
+        weight: k.is_multiple_of(chunk) && aligned(args.weight),
         output: g.outputs.is_multiple_of(chunk)
-            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()]
-                .into_iter()
-                .flatten()
-                .all(aligned),
+            && [Some(operands.y), args.bias, table, args.residual, operands.partial].into_iter().flatten().all(aligned),
     };
+    let arguments = ConvArgs::new(args, g, plan, &operands, wide)?;
     let tile = tiles::pick(&Product {
         op: OP,
         dtype,
@@ -220,59 +234,14 @@ pub fn conv2d(
     let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
         .block(tile.threads())
         .shared(tile.shared_bytes());
-    let conv_entry = entry(&format!("conv2d_{}", tile.name), dtype);
-    let pointer = DevicePtr::or_null;
-    let partial = pointer(scratch.partial.as_ref());
-    let step = pointer(args.row.map(|row| row.step.tensor()));
-    let step_rows = KernelStepRows::new(args.row, g.images)?;
-    // SAFETY: arguments as the entry has them; the op checked that they fit together, `wide` says what is aligned; the
-    // partial sums have room for every split.
-    unsafe {
-        device.launch(
-            "conv2d",
-            &conv_entry,
-            launch,
-            args![
-                y.cuda(),
-                partial,
-                a.cuda(),
-                pointer(b),
-                weight.cuda(),
-                pointer(args.bias),
-                pointer(table),
-                step,
-                step_rows,
-                pointer(args.residual),
-                args.scale,
-                geometry,
-                wide.bits()
-            ],
-        )?;
-    }
+    // SAFETY: the argument as the entry has it; the op checked that the tensors fit together, `wide` says what is aligned;
+    // the partial sums have room for every split.
+    unsafe { device.launch("conv2d", &entry(&format!("conv2d_{}", tile.name), dtype), launch, args![arguments])? };
     if plan.splits == 1 {
         return Ok(());
     }
     let items = plan.m * g.outputs.div_ceil(chunk);
     let launch = Launch::grid([items.div_ceil(JOIN_THREADS), 1, 1]).block(JOIN_THREADS);
     // SAFETY: as above; the partial sums are those of the launch before.
-    unsafe {
-        device.launch(
-            "conv2d",
-            &entry("conv2d_join", dtype),
-            launch,
-            args![
-                y.cuda(),
-                partial,
-                pointer(args.bias),
-                pointer(table),
-                step,
-                step_rows,
-                pointer(args.residual),
-                args.scale,
-                geometry,
-                plan.splits as i32,
-                wide.bits()
-            ],
-        )
-    }
+    unsafe { device.launch("conv2d", &entry("conv2d_join", dtype), launch, args![arguments]) }
 }
