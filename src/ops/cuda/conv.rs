@@ -1,9 +1,9 @@
-//! Launches of kernels/conv2d.cu. How a convolution is split into launches follows from its shape, so that the meta
+//! Launches of kernels/conv2d.cu, or of the kernels for Hopper (`conv_sm90`). How a convolution is split into launches follows from its shape, so that the meta
 //! device counts the same launches and the same scratch memory.
 
 use super::norm::{self, Statistics};
 use super::tiles::{self, Card, Product, Wide};
-use super::{aligned, entry};
+use super::{aligned, conv_sm90, entry, variants};
 use crate::error::{Error, Result};
 use crate::ops::GroupStatistics;
 use crate::ops::conv::{Conv2d, Geometry, OP};
@@ -224,19 +224,24 @@ pub fn conv2d(
             && [Some(operands.y), args.bias, table, args.residual, operands.partial].into_iter().flatten().all(aligned),
     };
     let arguments = ConvArgs::new(args, g, plan, &operands, wide)?;
-    let tile = tiles::pick(&Product {
-        op: OP,
-        dtype,
-        size: [plan.m * plan.splits, g.outputs, k / plan.splits],
-        chunks: wide.x && wide.weight,
-        card: Card::of(device),
-    })?;
-    let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
-        .block(tile.threads())
-        .shared(tile.shared_bytes());
-    // SAFETY: the argument as the entry has it; the op checked that the tensors fit together, `wide` says what is aligned;
-    // the partial sums have room for every split.
-    unsafe { device.launch("conv2d", &entry(&format!("conv2d_{}", tile.name), dtype), launch, args![arguments])? };
+    let asked = variants::asked(OP)?;
+    if conv_sm90::takes(device, args, g, &operands) && asked.is_none_or(conv_sm90::is_one) {
+        conv_sm90::conv2d(device, args, g, plan.splits, &operands, arguments, asked)?;
+    } else {
+        let tile = tiles::pick(&Product {
+            op: OP,
+            dtype,
+            size: [plan.m * plan.splits, g.outputs, k / plan.splits],
+            chunks: wide.x && wide.weight,
+            card: Card::of(device),
+        })?;
+        let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
+            .block(tile.threads())
+            .shared(tile.shared_bytes());
+        // SAFETY: the argument as the entry has it; the op checked that the tensors fit together, `wide` says what is
+        // aligned; the partial sums have room for every split.
+        unsafe { device.launch("conv2d", &entry(&format!("conv2d_{}", tile.name), dtype), launch, args![arguments])? };
+    }
     if plan.splits == 1 {
         return Ok(());
     }

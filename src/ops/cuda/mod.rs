@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv;
+pub mod conv_sm90;
 pub mod elementwise;
 pub mod embedding;
 pub mod linear;

@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use super::{attention, linear_sm90, tiles};
+use super::{attention, conv_sm90, linear_sm90, tiles};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
@@ -42,7 +42,7 @@ pub fn all(op: &str) -> Vec<Variant> {
     let mut found: Vec<Variant> = Vec::new();
     let known = match op {
         "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::all()].concat(),
-        "conv2d" => tiles::variants(&[DType::BF16, DType::F32]),
+        "conv2d" => [tiles::variants(&[DType::BF16, DType::F32]), conv_sm90::all()].concat(),
         "attention" => attention::variants(&[DType::BF16, DType::F32]),
         _ => vec![],
     };
@@ -55,11 +55,11 @@ pub fn all(op: &str) -> Vec<Variant> {
 }
 
 /// Those that `device` has for whole aligned operands of `dtype`; nothing on a device that is no card. Some take only a part
-/// of what the op does: heads up to a width, an activation.
+/// of what the op does: heads up to a width, an activation, a kernel size.
 pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
     match (op, device) {
         ("linear", Device::Cuda(card)) => [tiles::variants(&[dtype]), linear_sm90::variants(card, dtype)].concat(),
-        ("conv2d", Device::Cuda(_)) => tiles::variants(&[dtype]),
+        ("conv2d", Device::Cuda(card)) => [tiles::variants(&[dtype]), conv_sm90::variants(card, dtype)].concat(),
         ("attention", Device::Cuda(_)) => attention::variants(&[dtype]),
         _ => vec![],
     }
