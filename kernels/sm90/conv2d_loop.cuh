@@ -7,6 +7,9 @@
 //           shared memory with a pixel in each 128 bytes; a tap reads 8 rows of 8 pixels by a descriptor that begins at its
 //           first pixel. The swizzle goes by the address, so that it may begin at any pixel. Of a tile that is `united` the
 //           blocks lie side by side, 2 x 2, and have one box together.
+//   doubled x enlarged to twice its edges (nearest), then 3 x 3: the output pixels of one parity of row and column are a 2 x 2
+//           convolution of x itself, with weights that are sums of those of the nine taps, [4, O, 2, 2, C]; parity (a, b)
+//           reads pixels y + a - 1, y + a of x. A block is 8 x 8 pixels of x, a tile one parity of them. As halo otherwise.
 //   im2col  any kernel, stride and dilation: a block is 64 pixels in the order of the output. A box for each tap: those
 //           pixels' input under it, which TMA finds.
 // In both the channels beyond a source's end and the pixels outside the input are zeros that TMA fills in, the weights beyond
@@ -18,32 +21,38 @@
 #include "common/conv2d.cuh"
 #include "sm90/main_loop.cuh"
 
-enum ConvForm { kHalo, kIm2col };
+enum ConvForm { kHalo, kDoubled, kIm2col };
 
 // How the work is cut, as src/ops/cuda/conv_sm90.rs has it; a unit is a block, or the united blocks of a tile.
 struct ConvTiles {
     int images;
     int units;         // of an image
-    int units_across;  // halo: in a row of them
+    int units_across;  // in a row of them; not im2col
     int tiles_m, tiles_n;
-    int tiles;     // with those of every split
+    int parities;  // 4 in the form doubled, else 1
+    int tiles;     // with those of every parity and split
     int slices_a;  // of the first source
     int slices;
     int share;  // slices of a split
+    int corner_y, corner_x;  // pixel of x, as held, under the first tap of the first output pixel; doubled: of parity 0, 0
+    // doubled, a stripe of which may begin with an odd row:
+    int odd;       // the first row is
+    int later[2];  // rows of x by which the map of y of each parity of rows begins later
 };
 
 // The shape of a block's work: two consumer warpgroups, each with half of the pixels.
 template <class T_, ConvForm kForm, int kBlocks_, bool kUnited_, int kDilation_, int kN_, int kStagesA_, int kStagesB_>
 struct ConvTile {
     using T = T_;
-    static constexpr bool kIsHalo = kForm == kHalo, kUnited = kUnited_;
+    static constexpr bool kIsHalo = kForm != kIm2col, kIsDoubled = kForm == kDoubled, kUnited = kUnited_;
     static constexpr int kBlocks = kBlocks_, kDilation = kDilation_, kN = kN_;
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers), kWarps = 4 * kConsumers;
     static constexpr int kParts = kBlocks / kConsumers;  // blocks of a consumer
     static constexpr int kSlice = 64;
     static constexpr int kUnits = kUnited ? 1 : kBlocks;
-    static constexpr int kEdge = kIsHalo ? kUnited ? 16 : 8 : 0;                 // output pixels along a unit
-    static constexpr int kPitch = kIsHalo ? kEdge + 2 * kDilation : 8;           // pixels of a row of a box
+    static constexpr int kEdge = kIsHalo ? kUnited ? 16 : 8 : 0;                 // pixels along a unit
+    static constexpr int kSide = kIsDoubled ? 2 : 3;                             // taps along the kernel; not im2col
+    static constexpr int kPitch = kIsHalo ? kEdge + (kSide - 1) * kDilation : 8;  // pixels of a row of a box
     static constexpr int kPixelBytes = kSlice * 2;
     static constexpr int kBoxBytes = (kIsHalo ? kPitch * kPitch : 64) * kPixelBytes;
     static constexpr int kUnitBytes = (kBoxBytes + 1023) / 1024 * 1024;
@@ -53,6 +62,7 @@ struct ConvTile {
     static constexpr int kConsumerBytes = kUnited ? 8 * kPitch * kPixelBytes : kParts * kUnitBytes;
     static_assert(sizeof(T) == 2 && kN % 32 == 0 && kN <= 256 && kBlocks % kConsumers == 0);
     static_assert(!kUnited || (kIsHalo && kBlocks == 4));
+    static_assert(!kIsDoubled || kDilation == 1);
 
     struct RingA {
         static constexpr int kStages = kStagesA_;
@@ -74,15 +84,16 @@ struct ConvTile {
 
 // A tile: its number among those of the pixels, its first output channel, and the slices that it sums up, none perhaps.
 struct ConvPlace {
-    int m, n, first, end;
+    int m, n, parity, first, end;
 };
 // Blocks that run at once share pixels, then weights.
 DEVICE ConvPlace place_of(const ConvTiles& t, int tile, int columns) {
-    const int row = tile / t.tiles_n, split = row / t.tiles_m;
-    return {row % t.tiles_m, tile % t.tiles_n * columns, split * t.share, min(t.slices, (split + 1) * t.share)};
+    const int row = tile / t.tiles_n, pixels = row / t.parities, split = pixels / t.tiles_m;
+    const int first = split * t.share, end = min(t.slices, first + t.share);
+    return {pixels % t.tiles_m, tile % t.tiles_n * columns, row % t.parities, first, end};
 }
 
-// First output pixel of a unit or a block; im2col: y is 0, x counts all pixels of the image. Past the last image there is
+// First output pixel of a unit or a block; doubled: pixel of x; im2col: y is 0, x counts all pixels of the image. Past the last image there is
 // nothing to read or to write.
 struct Spot {
     int image, y, x;
@@ -109,11 +120,11 @@ DEVICE Spot block_at(const ConvTiles& t, int m, int consumer, int part) {
 // Taps down and across.
 template <class Tile>
 DEVICE int taps_down(const ConvArgs<typename Tile::T>& c) {
-    return Tile::kIsHalo ? 3 : c.kernel_height;
+    return Tile::kIsHalo ? Tile::kSide : c.kernel_height;
 }
 template <class Tile>
 DEVICE int taps_across(const ConvArgs<typename Tile::T>& c) {
-    return Tile::kIsHalo ? 3 : c.kernel_width;
+    return Tile::kIsHalo ? Tile::kSide : c.kernel_width;
 }
 
 template <class Tile>
@@ -144,8 +155,8 @@ DEVICE void produce_pixels(typename Tile::RingA& ring, typename Tile::Barriers& 
                 corner[i].y = pixel / c.output_width * c.stride;
                 corner[i].x = pixel % c.output_width * c.stride;
             }
-            corner[i].y -= c.top + c.first_row;
-            corner[i].x -= c.left;
+            corner[i].y += t.corner_y + place.parity / 2;
+            corner[i].x += t.corner_x + place.parity % 2;
         }
         for (int slice = place.first; slice < place.end; slice++) {
             const bool second = slice >= t.slices_a;
@@ -187,6 +198,7 @@ DEVICE void produce_weights(typename Tile::RingB& ring, typename Tile::Barriers&
     RingPosition<typename Tile::RingB> at = {0, 0};
     for (int tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
         const ConvPlace place = place_of(t, tile, Tile::kN);
+        const int row = place.parity * c.outputs + place.n;
         for (int slice = place.first; slice < place.end; slice++) {
             const bool second = slice >= t.slices_a;
             const TensorMap* weight = second ? weight_b : weight_a;
@@ -196,7 +208,7 @@ DEVICE void produce_weights(typename Tile::RingB& ring, typename Tile::Barriers&
                 uint64_t* full = &bars.full_b[at.stage];
                 mbar_wait(&bars.empty_b[at.stage], at.parity ^ 1);
                 mbar_arrive_expect_tx(full, Tile::kBytesB);
-                tma_load_3d(ring.stages[at.stage], weight, full, channel, tap, place.n);
+                tma_load_3d(ring.stages[at.stage], weight, full, channel, tap, row);
                 advance(at);
             }
         }

@@ -32,8 +32,8 @@ struct ConvEpilogue {
     uint64_t* arrived;  // the residual's mbarrier
     uint32_t parity;
     int turn;  // place of the strip that is next
-    const TensorMap* y;
-    const TensorMap* residual;
+    const TensorMap* y;  // of every parity
+    const TensorMap* residual;  // not in the form doubled
     const ConvArgs<T>& c;
     const ConvTiles& t;
     int consumer, warp, lane;  // warp: of the consumer's four
@@ -114,10 +114,14 @@ DEVICE void write_partial(const ConvEpilogue<Tile>& e, const Sums<Tile>& sums, c
         UNROLL
         for (int half = 0; half < 2; half++) {
             const int row = e.lane / 4 + 8 * half;
-            const int y = spot.y + (Tile::kIsHalo ? half : 0), x = spot.x + (Tile::kIsHalo ? e.lane / 4 : row);
+            int y = spot.y + (Tile::kIsHalo ? half : 0), x = spot.x + (Tile::kIsHalo ? e.lane / 4 : row);
+            if constexpr (Tile::kIsDoubled) {
+                y = 2 * y + place.parity / 2 - e.t.odd;
+                x = 2 * x + place.parity % 2;
+            }
             const int pixel = y * width + x;
-            const bool in_row = !Tile::kIsHalo || GUARD(x < width);
-            if (in_row && GUARD(pixel < e.c.pixels) && GUARD(spot.image < e.t.images)) {
+            const bool in_rows = !Tile::kIsDoubled || GUARD(y >= 0), in_row = !Tile::kIsHalo || GUARD(x < width);
+            if (in_rows && in_row && GUARD(pixel < e.c.pixels) && GUARD(spot.image < e.t.images)) {
                 float* to = partial + (int64_t(spot.image) * e.c.pixels + pixel) * e.c.outputs;
                 UNROLL
                 for (int j = 0; j < Tile::kN / 8; j++) {
@@ -184,7 +188,8 @@ DEVICE void finish(ConvEpilogue<Tile>& e, const Sums<Tile>& sums, const ConvPlac
             UNROLL
             for (int i = 0; i < Tile::kParts; i++) {
                 const Spot spot = warp_spot(e, place.m, i);
-                tma_store_4d(e.y, &boxes[i], column, spot.x, spot.y, spot.image);
+                const int later = Tile::kIsDoubled ? e.t.later[place.parity / 2] : 0;
+                tma_store_4d(e.y + place.parity, &boxes[i], column, spot.x, spot.y - later, spot.image);
             }
             bulk_commit();
         }

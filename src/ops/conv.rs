@@ -156,14 +156,14 @@ fn run(args: &Conv2d, g: &Geometry) -> Result<Tensor> {
     let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {
-            let plan = Plan::new(args, g);
+            let plan = Plan::new(args, g, None);
             let _scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
             meta.record(OP, OpKind::Conv, y.shape(), work(args, g, &plan, &y));
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(args, g, &mut y)),
         Device::Cuda(card) => {
-            let plan = Plan::new(args, g);
+            let plan = Plan::new(args, g, Some(card));
             let scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
             cuda::conv::conv2d(card, args, g, &plan, scratch, &mut y)?;
         }

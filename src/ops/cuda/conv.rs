@@ -7,7 +7,7 @@ use super::{aligned, conv_sm90, entry, variants};
 use crate::error::{Error, Result};
 use crate::ops::GroupStatistics;
 use crate::ops::conv::{Conv2d, Geometry, OP};
-use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Isa, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
 /// `kJoinThreads` of conv2d.cu.
@@ -26,10 +26,16 @@ pub struct Plan {
     /// Output pixels, over all images, and channels.
     m: usize,
     outputs: usize,
+    /// Of both sources.
+    channels: usize,
+    /// Twice the edges as 2 x 2 convolutions, with sums of weights that a launch makes before.
+    doubled: bool,
 }
 
 impl Plan {
-    pub fn new(args: &Conv2d, g: &Geometry) -> Plan {
+    /// Without a card as one of Hopper's does it, where the two differ: with the sums of weights for twice the edges, which
+    /// the others do not need.
+    pub fn new(args: &Conv2d, g: &Geometry, card: Option<&CudaDevice>) -> Plan {
         let dims = [g.images, g.held[1] - g.held[0], g.stored[1], g.channels];
         let pixels = g.output[0] * g.output[1];
         let taps = g.kernel[0] * g.kernel[1];
@@ -38,7 +44,9 @@ impl Plan {
         // A stripe's sums are split as the whole image's.
         let splits = tiles::splits(g.whole_output[0] * g.whole_output[1], g.outputs, taps * g.channels);
         let statistics_given = args.stripe.is_some();
-        Plan { norm, statistics_given, dims, splits, m: g.images * pixels, outputs: g.outputs }
+        let doubled = conv_sm90::is_doubled(args, g) && card.is_none_or(|card| card.has(Isa::Sm90a));
+        let (m, outputs, channels) = (g.images * pixels, g.outputs, g.channels);
+        Plan { norm, statistics_given, dims, splits, m, outputs, channels, doubled }
     }
 
     pub fn launches(&self) -> u64 {
@@ -50,7 +58,7 @@ impl Plan {
             Some(_) if self.statistics_given => 1,
             Some(groups) => norm::group_norm_launches(self.dims, groups),
         };
-        norm + 1 + u64::from(self.splits > 1)
+        norm + u64::from(self.doubled) + 1 + u64::from(self.splits > 1)
     }
 }
 
@@ -61,13 +69,15 @@ pub struct Scratch {
     normalised: Option<Tensor>,
     /// `[splits, M, O]`, f32
     partial: Option<Tensor>,
+    /// `[4, O, 2, 2, C]`
+    doubled_weights: Option<Tensor>,
 }
 
 impl Scratch {
     /// # Errors
     /// As [`Tensor::uninit`].
     pub fn uninit(device: &Device, plan: &Plan, dtype: DType) -> Result<Scratch> {
-        let mut scratch = Scratch { statistics: None, normalised: None, partial: None };
+        let mut scratch = Scratch { statistics: None, normalised: None, partial: None, doubled_weights: None };
         if plan.m * plan.outputs == 0 {
             return Ok(scratch);
         }
@@ -80,6 +90,9 @@ impl Scratch {
         if plan.splits > 1 {
             let shape = [plan.splits, plan.m, plan.outputs];
             scratch.partial = Some(Tensor::uninit(device, &shape, DType::F32)?);
+        }
+        if plan.doubled {
+            scratch.doubled_weights = Some(Tensor::uninit(device, &[4, plan.outputs, 2, 2, plan.channels], dtype)?);
         }
         Ok(scratch)
     }
@@ -125,6 +138,8 @@ pub(super) struct Operands<'a> {
     pub(super) b: Option<&'a Tensor>,
     pub(super) y: &'a Tensor,
     pub(super) partial: Option<&'a Tensor>,
+    /// For twice the edges.
+    pub(super) doubled_weights: Option<&'a Tensor>,
 }
 
 impl ConvArgs {
@@ -209,11 +224,13 @@ pub fn conv2d(
             None => norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?,
         }
     }
+    let asked = variants::asked(OP)?;
     let (a, b) = match &scratch.normalised {
         Some(normalised) => (normalised, None),
         None => (args.x.first(), args.x.second()),
     };
-    let operands = Operands { a, b, y, partial: scratch.partial.as_ref() };
+    let operands =
+        Operands { a, b, y, partial: scratch.partial.as_ref(), doubled_weights: scratch.doubled_weights.as_ref() };
     let k = g.kernel[0] * g.kernel[1] * g.channels;
     let chunk = tiles::chunk(dtype);
     let table = args.row.map(|row| row.table);
@@ -224,8 +241,10 @@ pub fn conv2d(
             && [Some(operands.y), args.bias, table, args.residual, operands.partial].into_iter().flatten().all(aligned),
     };
     let arguments = ConvArgs::new(args, g, plan, &operands, wide)?;
-    let asked = variants::asked(OP)?;
     if conv_sm90::takes(device, args, g, &operands) && asked.is_none_or(conv_sm90::is_one) {
+        if let Some(sums) = operands.doubled_weights {
+            conv_sm90::join_weights(device, args.weight, sums)?;
+        }
         conv_sm90::conv2d(device, args, g, plan.splits, &operands, arguments, asked)?;
     } else {
         let tile = tiles::pick(&Product {

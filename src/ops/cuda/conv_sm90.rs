@@ -5,6 +5,8 @@
 //! neighbours, nor a stripe's on where the image is cut. All tiles here give the same bits, so which tile may depend on the
 //! batch and on the stripe too.
 
+use std::ops::Range;
+
 use super::conv::{ConvArgs, Operands};
 use super::variants::{self, Variant};
 use super::{aligned, entry, tiles};
@@ -28,6 +30,8 @@ const LARGEST_STRIDE: usize = 8;
 enum Form {
     /// 3 x 3 with stride 1 and this dilation: one box of pixels for all taps.
     Halo(usize),
+    /// 3 x 3 of an input enlarged to twice its edges, as four 2 x 2 convolutions of what is stored.
+    Doubled,
     /// A box for each tap.
     Im2col,
 }
@@ -36,7 +40,7 @@ enum Form {
 ///
 /// The costs were fitted to measurements of a prototype of these kernels on one H200, bf16, operands not in L2: a convolution
 /// takes `start_ns + rounds * (steps * step_ns + tile_ns)`, where a step is a tap of a slice and a round a tile on every
-/// multiprocessor. Those of `halo2` and of `im2col_128x160` are its neighbours', by the bytes that L2 has to deliver. These
+/// multiprocessor. Those of `halo2`, `doubled_128x160` and `im2col_128x160` are their neighbours', by the bytes that L2 has to deliver. These
 /// kernels themselves have not been measured, so what the choice rests on is a prediction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
@@ -58,7 +62,7 @@ struct Tile {
     tile_ns: usize,
 }
 
-static TILES: [Tile; 7] = [
+static TILES: [Tile; 10] = [
     Tile {
         name: "sm90_halo_128x160",
         reason: "3x3 on small maps, or whose edges are no multiples of 16: most tiles",
@@ -120,6 +124,42 @@ static TILES: [Tile; 7] = [
         tile_ns: 3000,
     },
     Tile {
+        name: "sm90_doubled_128x160",
+        reason: "twice the edges, then 3x3, as sm90_halo_128x160",
+        form: Form::Doubled,
+        blocks: 2,
+        united: false,
+        n: 160,
+        stages: [4, 5],
+        start_ns: 5400,
+        step_ns: 370,
+        tile_ns: 2300,
+    },
+    Tile {
+        name: "sm90_doubled_256x160",
+        reason: "twice the edges, then 3x3, as sm90_halo_256x160",
+        form: Form::Doubled,
+        blocks: 4,
+        united: true,
+        n: 160,
+        stages: [3, 4],
+        start_ns: 4700,
+        step_ns: 780,
+        tile_ns: 3000,
+    },
+    Tile {
+        name: "sm90_doubled_256x128",
+        reason: "twice the edges, then 3x3, as sm90_halo_256x128",
+        form: Form::Doubled,
+        blocks: 4,
+        united: true,
+        n: 128,
+        stages: [3, 5],
+        start_ns: 4000,
+        step_ns: 570,
+        tile_ns: 4500,
+    },
+    Tile {
         name: "sm90_im2col_128x160",
         reason: "1x1, strides, other kernels and dilations: most tiles",
         form: Form::Im2col,
@@ -145,9 +185,14 @@ static TILES: [Tile; 7] = [
     },
 ];
 
+/// Rows later than any image has: what begins then lies outside.
+const NEVER: usize = 1 << 30;
+
 /// Two warpgroups multiply, one loads.
 const THREADS: usize = 384;
 const CONSUMER_WARPS: usize = 8;
+/// `kSumThreads` of sm90/conv2d.cu.
+const SUM_THREADS: usize = 256;
 
 impl Tile {
     fn variant(&self) -> Variant {
@@ -159,15 +204,19 @@ impl Tile {
         if self.united { 16 } else { 8 }
     }
 
-    /// Pixels along the edge of a halo's box.
-    fn pitch(&self, dilation: usize) -> usize {
-        self.edge() + 2 * dilation
+    /// Pixels along the edge of a box that serves all taps; none where each tap has its own.
+    fn pitch(&self) -> Option<usize> {
+        match self.form {
+            Form::Halo(dilation) => Some(self.edge() + 2 * dilation),
+            Form::Doubled => Some(self.edge() + 1),
+            Form::Im2col => None,
+        }
     }
 
-    /// Units of an image: all, and those of a row.
+    /// Units of an image, of this many pixels: all, and those of a row.
     fn units(&self, [height, width]: [usize; 2]) -> [usize; 2] {
         match self.form {
-            Form::Halo(_) => {
+            Form::Halo(_) | Form::Doubled => {
                 let across = width.div_ceil(self.edge());
                 [height.div_ceil(self.edge()) * across, across]
             }
@@ -177,10 +226,7 @@ impl Tile {
 
     /// `sizeof(ConvShared)`: the rings, a strip per consumer warp, the mbarriers; it is aligned to 1024.
     fn shared_bytes(&self) -> usize {
-        let pixels = match self.form {
-            Form::Halo(dilation) => self.pitch(dilation).pow(2),
-            Form::Im2col => BLOCK,
-        };
+        let pixels = self.pitch().map_or(BLOCK, |pitch| pitch * pitch);
         let units = if self.united { 1 } else { self.blocks };
         let pixels = units * (pixels * SLICE * 2).next_multiple_of(1024);
         let rings = self.stages[0] * pixels + self.stages[1] * self.n * SLICE * 2;
@@ -191,7 +237,11 @@ impl Tile {
 
     /// How a convolution is cut.
     fn cut(&self, g: &Geometry, channels: [usize; 2], splits: usize) -> Cut {
-        let [units, units_across] = self.units(g.output);
+        let (pixels, parities) = match self.form {
+            Form::Doubled => ([doubled_rows(g).len(), g.stored[1]], 4),
+            _ => (g.output, 1),
+        };
+        let [units, units_across] = self.units(pixels);
         let units_of_a_tile = if self.united { 1 } else { self.blocks };
         let slices = channels.map(|channels| channels.div_ceil(SLICE));
         let (tiles_m, tiles_n) = ((g.images * units).div_ceil(units_of_a_tile), g.outputs.div_ceil(self.n));
@@ -201,7 +251,8 @@ impl Tile {
             units_across,
             tiles_m,
             tiles_n,
-            tiles: splits * tiles_m * tiles_n,
+            parities,
+            tiles: splits * parities * tiles_m * tiles_n,
             slices_a: slices[0],
             slices: all,
             share: all.div_ceil(splits),
@@ -222,6 +273,7 @@ struct Cut {
     units_across: usize,
     tiles_m: usize,
     tiles_n: usize,
+    parities: usize,
     tiles: usize,
     slices_a: usize,
     slices: usize,
@@ -237,10 +289,15 @@ struct ConvTiles {
     units_across: i32,
     tiles_m: i32,
     tiles_n: i32,
+    parities: i32,
     tiles: i32,
     slices_a: i32,
     slices: i32,
     share: i32,
+    corner_y: i32,
+    corner_x: i32,
+    odd: i32,
+    later: [i32; 2],
 }
 
 /// The tiles that a card has for operands of a dtype.
@@ -258,12 +315,30 @@ pub fn is_one(name: &str) -> bool {
     TILES.iter().any(|tile| tile.name == name)
 }
 
-/// The forms that a convolution may have, by the geometry of the whole image.
-fn forms(args: &Conv2d, g: &Geometry) -> impl Fn(Form) -> bool + use<> {
+/// Whether a convolution of 16 bits is one of twice the edges that has a form of its own, by the geometry of the whole image:
+/// it reads sums of its weights, which are made before it.
+pub(super) fn is_doubled(args: &Conv2d, g: &Geometry) -> bool {
+    g.input == g.stored.map(|size| 2 * size)
+        && g.kernel == [3, 3]
+        && (args.stride, args.dilation, args.padding) == (1, 1, [1; 4])
+        && args.residual.is_none()
+        && args.x.first().dtype() != DType::F32
+        && [args.x.first().shape()[3], g.channels, g.outputs].iter().all(|size| size.is_multiple_of(8))
+}
+
+/// Rows of the stored image whose doubles a convolution to twice the edges makes.
+fn doubled_rows(g: &Geometry) -> Range<usize> {
+    g.first_output / 2..(g.first_output + g.output[0]).div_ceil(2)
+}
+
+/// The forms that a convolution may have, by the geometry of the whole image. `doubled`: [`is_doubled`].
+fn forms(args: &Conv2d, g: &Geometry, doubled: bool) -> impl Fn(Form) -> bool + use<> {
     let ([kh, kw], Conv2d { stride, dilation, padding, .. }) = (g.kernel, *args);
     let im2col = stride <= LARGEST_STRIDE
         && padding.into_iter().chain([dilation * (kh - 1), dilation * (kw - 1)]).all(|size| size <= LARGEST_OFFSET);
     move |form| match form {
+        _ if doubled => form == Form::Doubled,
+        Form::Doubled => false,
         Form::Halo(wanted) => [kh, kw] == [3, 3] && stride == 1 && dilation == wanted,
         Form::Im2col => im2col,
     }
@@ -272,11 +347,12 @@ fn forms(args: &Conv2d, g: &Geometry) -> impl Fn(Form) -> bool + use<> {
 /// Whether the kernels take these operands: TMA wants rows of whole 16 bytes, and there must be something to sum. A stripe
 /// that reads no row is not for them; its sums are zeros, whoever makes them.
 pub(super) fn takes(device: &CudaDevice, args: &Conv2d, g: &Geometry, operands: &Operands) -> bool {
-    let form = forms(args, g);
+    let doubled = operands.doubled_weights.is_some();
+    let form = forms(args, g, doubled);
     let sources = [Some(operands.a), operands.b];
     device.has(Isa::Sm90a)
         && operands.y.dtype() != DType::F32
-        && g.input == g.stored
+        && (g.input == g.stored || doubled)
         && TILES.iter().any(|tile| form(tile.form))
         && sources.into_iter().flatten().all(|x| x.numel() > 0 && x.shape()[3].is_multiple_of(8))
         && g.outputs.is_multiple_of(8)
@@ -307,6 +383,16 @@ fn pick(
     }
 }
 
+/// The sums of weights that the form doubled reads: conv2d_join_weights of sm90/conv2d.cu.
+pub(super) fn join_weights(device: &CudaDevice, weight: &Tensor, sums: &Tensor) -> Result<()> {
+    let &[outputs, _, _, channels] = weight.shape() else { unreachable!("checked: [O, 3, 3, C]") };
+    let launch = Launch::grid([(outputs * channels / 8).div_ceil(SUM_THREADS), 1, 1]).block(SUM_THREADS);
+    let (outputs, channels) = (tiles::count(OP, "O", outputs)?, tiles::count(OP, "C", channels)?);
+    let entry = entry("conv2d_join_weights", weight.dtype());
+    // SAFETY: arguments as the entry has them: sums [4, O, 2, 2, C], weight [O, 3, 3, C], C a multiple of 8; both aligned.
+    unsafe { device.launch("sm90/conv2d", &entry, launch, args![sums.cuda(), weight.cuda(), outputs, channels]) }
+}
+
 /// `arguments`: as the portable kernel gets them. `splits`: parts of the sums, which the caller joins if there are several.
 /// `asked`: a tile by its name.
 ///
@@ -323,66 +409,83 @@ pub(super) fn conv2d(
 ) -> Result<()> {
     let dtype = operands.y.dtype();
     let bytes = dtype.size_bytes();
-    let Operands { a, b, y, .. } = *operands;
+    let Operands { a, b, y, doubled_weights, .. } = *operands;
     let channels = [a.shape()[3], b.map_or(0, |b| b.shape()[3])];
     let multiprocessors = device.multiprocessors();
-    let taps = g.kernel[0] * g.kernel[1];
+    // In the form doubled 2 x 2 weights for each of the four parities.
+    let (weight, taps, weight_rows) = match doubled_weights {
+        Some(sums) => (sums, 4, 4 * g.outputs),
+        None => (args.weight, g.kernel[0] * g.kernel[1], g.outputs),
+    };
     let cut = |tile: &Tile| tile.cut(g, channels, splits);
-    let tile = pick(forms(args, g), cut, taps, multiprocessors, asked)?;
+    let tile = pick(forms(args, g, doubled_weights.is_some()), cut, taps, multiprocessors, asked)?;
     let cut = cut(tile);
 
     let [height, width] = [g.held[1] - g.held[0], g.stored[1]];
+    let [top, _, left, _] = args.padding;
+    // The pixel under the first tap of the first output.
+    let corner = match tile.form {
+        Form::Doubled => [doubled_rows(g).start as i64 - 1 - g.held[0] as i64, -1],
+        _ => [(g.first_output * args.stride) as i64 - top as i64 - g.held[0] as i64, -(left as i64)],
+    };
     let x_map = |x: &Tensor| {
-        let c = x.shape()[3];
-        let (dims, strides_bytes) =
-            (&[c, width, height, g.images], &[c * bytes, width * c * bytes, height * width * c * bytes]);
+        let (c, pixel) = (x.shape()[3], x.shape()[3] * bytes);
+        let (dims, strides_bytes) = (&[c, width, height, g.images], &[pixel, width * pixel, height * width * pixel]);
         let view = TensorView { base: x.cuda(), dtype, dims, strides_bytes };
-        match tile.form {
-            Form::Halo(dilation) => {
-                let pitch = tile.pitch(dilation);
-                TensorMap::tiled(device, view, &[SLICE, pitch, pitch, 1], Swizzle::Bytes128)
-            }
-            Form::Im2col => {
-                // The corner of the kernel at the first output, and so many pixels from the last one of x at the last.
-                let [_, _, left, _] = args.padding;
-                let top = (args.padding[0] as i64) - (g.first_output * args.stride) as i64 + g.held[0] as i64;
-                let lower = [-(left as i64), -top];
-                let upper = [0, 1].map(|d| {
-                    let [outputs, pixels] = [[g.output[1], width], [g.output[0], height]][d];
-                    lower[d] + ((outputs - 1) * args.stride) as i64 + 1 - pixels as i64
-                });
-                let im2col = Im2col {
-                    lower_corner: &lower.map(|corner| corner as i32),
-                    upper_corner: &upper.map(|corner| corner as i32),
-                    channels: SLICE,
-                    pixels: BLOCK,
-                    strides: &[args.stride; 2],
-                };
-                TensorMap::im2col(device, view, im2col, Swizzle::Bytes128)
-            }
+        if let Some(pitch) = tile.pitch() {
+            return TensorMap::tiled(device, view, &[SLICE, pitch, pitch, 1], Swizzle::Bytes128);
         }
+        // From the corner at the first output to that at the last, which is counted from the last pixel of x.
+        let last = [0, 1].map(|d| corner[d] + ((g.output[d] - 1) * args.stride) as i64 + 1 - [height, width][d] as i64);
+        let im2col = Im2col {
+            lower_corner: &[corner[1] as i32, corner[0] as i32],
+            upper_corner: &[last[1] as i32, last[0] as i32],
+            channels: SLICE,
+            pixels: BLOCK,
+            strides: &[args.stride; 2],
+        };
+        TensorMap::im2col(device, view, im2col, Swizzle::Bytes128)
     };
     let weight_map = |first: usize, channels: usize| {
-        let base = DevicePtr(args.weight.cuda().0 + (first * bytes) as u64);
-        let (dims, strides_bytes) = (&[channels, taps, g.outputs], &[g.channels * bytes, taps * g.channels * bytes]);
+        let base = DevicePtr(weight.cuda().0 + (first * bytes) as u64);
+        let (dims, strides_bytes) = (&[channels, taps, weight_rows], &[g.channels * bytes, taps * g.channels * bytes]);
         let view = TensorView { base, dtype, dims, strides_bytes };
         TensorMap::tiled(device, view, &[SLICE, 1, tile.n], Swizzle::Bytes128)
     };
     let output_map = |tensor: &Tensor| {
         let ([h, w], pixel) = (g.output, g.outputs * bytes);
         let (dims, strides_bytes, boxes) = match tile.form {
-            Form::Halo(_) => ([g.outputs, w, h, g.images], [pixel, w * pixel, h * w * pixel], [STRIP_COLUMNS, 8, 2, 1]),
             Form::Im2col => {
                 ([g.outputs, h * w, 1, g.images], [pixel, h * w * pixel, h * w * pixel], [STRIP_COLUMNS, 16, 1, 1])
             }
+            _ => ([g.outputs, w, h, g.images], [pixel, w * pixel, h * w * pixel], [STRIP_COLUMNS, 8, 2, 1]),
         };
         let view = TensorView { base: tensor.cuda(), dtype, dims: &dims, strides_bytes: &strides_bytes };
         TensorMap::tiled(device, view, &boxes, Swizzle::Bytes64)
     };
+    // The pixels of y of one parity of rows and columns; the rows begin with the first that y has.
+    let odd = g.first_output % 2;
+    let parity_map = |parity: usize| {
+        let ([h, w], pixel) = (g.output, g.outputs * bytes);
+        let first_row = (parity / 2 + odd) % 2;
+        let rows = h.saturating_sub(first_row).div_ceil(2);
+        // One row makes no map empty; what has no row is never written.
+        let base = DevicePtr(y.cuda().0 + (first_row.min(h - 1) * w * pixel + parity % 2 * pixel) as u64);
+        let dims = &[g.outputs, w / 2, rows.max(1), g.images];
+        let view = TensorView { base, dtype, dims, strides_bytes: &[2 * pixel, 2 * w * pixel, h * w * pixel] };
+        TensorMap::tiled(device, view, &[STRIP_COLUMNS, 8, 2, 1], Swizzle::Bytes64)
+    };
+    let later = [0, 1].map(|parity| {
+        let has_rows = (parity + odd) % 2 < g.output[0];
+        if has_rows { usize::from(parity < odd) } else { NEVER }
+    });
     let (a_map, b_map) = (x_map(a)?, b.map(x_map).transpose()?);
     let weight_a = weight_map(0, channels[0])?;
     let weight_b = if channels[1] > 0 { weight_map(channels[0], channels[1])? } else { weight_a };
-    let y_map = output_map(y)?;
+    let y_maps = match tile.form {
+        Form::Doubled => [parity_map(0)?, parity_map(1)?, parity_map(2)?, parity_map(3)?],
+        _ => [output_map(y)?; 4],
+    };
     let residual_map = args.residual.map(output_map).transpose()?;
 
     let count = |what, value| tiles::count(OP, what, value);
@@ -392,10 +495,15 @@ pub(super) fn conv2d(
         units_across: count("blocks of a row", cut.units_across)?,
         tiles_m: count("tiles", cut.tiles_m)?,
         tiles_n: count("tiles", cut.tiles_n)?,
+        parities: count("parities", cut.parities)?,
         tiles: count("tiles", cut.tiles)?,
         slices_a: count("slices", cut.slices_a)?,
         slices: count("slices", cut.slices)?,
         share: count("slices", cut.share)?,
+        corner_y: corner[0] as i32,
+        corner_x: corner[1] as i32,
+        odd: odd as i32,
+        later: later.map(|rows| rows as i32),
     };
     let launch =
         Launch::grid([cut.tiles.min(multiprocessors), 1, 1]).block(THREADS).shared(tile.shared_bytes()).dependent();
@@ -412,8 +520,8 @@ pub(super) fn conv2d(
                 b_map.unwrap_or(a_map),
                 weight_a,
                 weight_b,
-                y_map,
-                residual_map.unwrap_or(y_map),
+                y_maps,
+                residual_map.unwrap_or(y_maps[0]),
                 arguments,
                 conv_tiles
             ],
@@ -494,6 +602,7 @@ mod tests {
             let Tile { name, form, blocks, united, n, stages: [a, b], .. } = tile;
             let (form, dilation) = match form {
                 Form::Halo(dilation) => ("kHalo", dilation),
+                Form::Doubled => ("kDoubled", &1),
                 Form::Im2col => ("kIm2col", &1),
             };
             format!("{name} {form} {blocks} {united} {dilation} {n} {a} {b}")
