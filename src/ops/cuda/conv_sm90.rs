@@ -40,8 +40,8 @@ enum Form {
 ///
 /// The costs were fitted to measurements of a prototype of these kernels on one H200, bf16, operands not in L2: a convolution
 /// takes `start_ns + rounds * (steps * step_ns + tile_ns)`, where a step is a tap of a slice and a round a tile on every
-/// multiprocessor. Those of `halo2`, `doubled_128x160` and `im2col_128x160` are their neighbours', by the bytes that L2 has to deliver. These
-/// kernels themselves have not been measured, so what the choice rests on is a prediction.
+/// multiprocessor. Those of `halo2`, `doubled_128x160` and `im2col_128x160` are their neighbours', by the bytes that L2 has to
+/// deliver. These kernels themselves have not been measured, so what the choice rests on is a prediction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
     name: &'static str,
@@ -71,9 +71,9 @@ static TILES: [Tile; 10] = [
         united: false,
         n: 160,
         stages: [4, 5],
-        start_ns: 5400,
-        step_ns: 360,
-        tile_ns: 2300,
+        start_ns: 4700,
+        step_ns: 400,
+        tile_ns: 1600,
     },
     Tile {
         name: "sm90_halo_256x160",
@@ -107,9 +107,9 @@ static TILES: [Tile; 10] = [
         united: false,
         n: 160,
         stages: [3, 5],
-        start_ns: 5400,
-        step_ns: 380,
-        tile_ns: 2300,
+        start_ns: 4700,
+        step_ns: 410,
+        tile_ns: 1600,
     },
     Tile {
         name: "sm90_halo2_256x160",
@@ -131,9 +131,9 @@ static TILES: [Tile; 10] = [
         united: false,
         n: 160,
         stages: [4, 5],
-        start_ns: 5400,
-        step_ns: 370,
-        tile_ns: 2300,
+        start_ns: 4700,
+        step_ns: 405,
+        tile_ns: 1600,
     },
     Tile {
         name: "sm90_doubled_256x160",
@@ -169,7 +169,7 @@ static TILES: [Tile; 10] = [
         stages: [5, 5],
         start_ns: 4700,
         step_ns: 540,
-        tile_ns: 2300,
+        tile_ns: 1600,
     },
     Tile {
         name: "sm90_im2col_256x128",
