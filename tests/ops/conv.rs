@@ -458,6 +458,31 @@ fn hopper_tiles_match_f64_and_each_other_bit_for_bit() {
     }
 }
 
+/// What a kernel right before wrote: Hopper's begin while that may still be at it.
+#[test]
+fn hopper_kernels_wait_for_the_launch_before() {
+    let case = Case { input: [1, 3, 5], channels: [8, 0], outputs: 8, row: true, ..PLAIN };
+    for (device, _) in hoppers() {
+        for residual in [true, false] {
+            let case = Case { residual, ..case };
+            let inputs = Inputs::new(&device, &case, DType::BF16);
+            let fresh = |x: &Tensor| ops::add(x, x).unwrap();
+            // The kernel first: what the expected values read waits for the card.
+            let (got, want) = if residual {
+                let residual = fresh(&inputs.residual);
+                let args = Conv2d { residual: Some(&residual), ..inputs.args(&case) };
+                (ops::conv2d(args), crate::common::conv2d(&args))
+            } else {
+                let table = fresh(&inputs.row);
+                let row = Some(StepRows { table: &table, step: &inputs.step, rows: inputs.rows });
+                let args = Conv2d { row, ..inputs.args(&case) };
+                (ops::conv2d(args), crate::common::conv2d(&args))
+            };
+            assert_close(&got.unwrap(), &want, 8.0, format!("{device} residual {residual}"));
+        }
+    }
+}
+
 /// Hopper's kernels are for rows of whole aligned 16 bytes, without a resize or to twice the edges; what is not so goes to the
 /// portable ones. The meta device counts for twice the edges what they launch.
 #[test]
