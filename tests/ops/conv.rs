@@ -322,7 +322,7 @@ const HOPPER: [(Case, &[usize], usize); 14] = [
         &[1],
         3,
     ),
-    // More tiles than a card has multiprocessors.
+    // More tiles than a card has multiprocessors; in the second, more steps per tile than stages.
     (
         Case { input: [267, 1, 1], channels: [8, 0], kernel: [1, 1], padding: [0; 4], row: true, outputs: 16, ..PLAIN },
         &[1],
@@ -332,8 +332,8 @@ const HOPPER: [(Case, &[usize], usize); 14] = [
         Case {
             input: [267, 1, 1],
             channels: [8, 0],
-            kernel: [1, 1],
-            padding: [0; 4],
+            kernel: [2, 3],
+            padding: [1, 0, 1, 1],
             row: true,
             outputs: 8,
             residual: true,
