@@ -6,6 +6,7 @@
 #pragma once
 #include "common/linear.cuh"
 #include "sm90/main_loop.cuh"
+#include "sm90/strip.cuh"
 
 // What an entry can do: no activation; SiLU, GELU and quick GELU, by `args.activation`; GEGLU. Apart, because the
 // temporaries of the activations would spill beside the sums of the larger tiles.
@@ -31,19 +32,6 @@ struct LinearStrip {
     Box boxes[Tile::kParts][kBoxes];
 
     static constexpr int kBytes = Tile::kParts * kBoxes * 16 * kBox * 2;
-};
-
-// Where chunk `chunk` (16 bytes) of row `row` lies in a box: TMA's swizzle of 128, 64 or 32 bytes.
-template <class Strip>
-DEVICE typename Strip::T* chunk_of(typename Strip::Box& box, int row, int chunk) {
-    constexpr int kRows = 8 / Strip::kBoxChunks;  // in 128 bytes
-    return box.values + (row * Strip::kBoxChunks + (chunk ^ (row / kRows % Strip::kBoxChunks))) * 8;
-}
-
-// Two neighbours of a row, as the operands have them.
-template <class T>
-struct alignas(4) Pair {
-    T low, high;
 };
 
 template <class Strip_>

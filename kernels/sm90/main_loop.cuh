@@ -92,10 +92,13 @@ DEVICE void advance(RingPosition<Tile>& at) {
     }
 }
 
-// Descriptors of rows of 128 swizzled bytes, 8 rows each 1024 bytes: the low word has the address and is all that changes,
-// so that it alone takes a register. 16 of k further is 2 more, 64 rows further 512.
-DEVICE uint32_t descriptor_low(const void* rows) { return uint32_t(wgmma_desc128(smem_u32(rows), 16, 1024)); }
-DEVICE uint64_t descriptor(uint32_t low) { return uint64_t(wgmma_desc128(0, 16, 1024) >> 32) << 32 | low; }
+// Descriptors of rows of 128 swizzled bytes, 8 rows each `kStride` bytes: the low word has the address and is all that
+// changes, so that it alone takes a register. 16 of k further is 2 more, 64 rows of 1024 bytes each 8 are 512.
+DEVICE uint32_t descriptor_low(const void* rows) { return uint32_t(wgmma_desc128(smem_u32(rows), 16, 0)); }
+template <int kStride = 1024>
+DEVICE uint64_t descriptor(uint32_t low) {
+    return uint64_t(wgmma_desc128(0, 16, kStride) >> 32) << 32 | low;
+}
 constexpr int kDescriptorUnit = 16;  // bytes
 
 // One slice, asynchronously.

@@ -199,9 +199,9 @@ const CONV: Conv = Conv {
 fn convolutions(cases: &mut Vec<Case>) {
     let mut push = |name: String, conv: Conv| {
         let terms = (conv.kernel * conv.kernel * (conv.channels + conv.skip)) as f64;
-        // A card rounds the normalised input: independent errors of up to half an ulp of terms of 1/2 on average, 1.7 at
-        // most; six deviations of their sum.
-        let intermediate = if conv.norm.is_some() { 6.0 * terms.sqrt() } else { 0.0 };
+        // A card rounds the normalised input, and Hopper's kernels sums of the weights to enlarge by two: independent errors of
+        // up to half an ulp of terms of 1/2 on average, 1.7 at most; six deviations of their sum.
+        let intermediate = if conv.norm.is_some() || conv.resize_to.is_some() { 6.0 * terms.sqrt() } else { 0.0 };
         let run = move |inputs: &mut Inputs| {
             let kernel = conv.kernel_name.map(|name| inputs.kernel("conv2d", name)).unwrap_or_default();
             let splits = conv.splits.map(|splits| format!(",conv2d.splits={splits}")).unwrap_or_default();
@@ -223,7 +223,10 @@ fn convolutions(cases: &mut Vec<Case>) {
     push("row, residual, scale".into(), Conv { fused: true, ..CONV });
     push("in 3 parts, row, residual, scale".into(), Conv { fused: true, splits: Some(3), ..CONV });
     for Variant { name, .. } in ops::variants("conv2d") {
-        push(format!("kernel {name}"), Conv { outputs: 136, kernel_name: Some(name), ..CONV });
+        // What the kernel is for.
+        let dilation = if name.contains("halo2") { 2 } else { 1 };
+        let resize_to = name.contains("doubled").then_some([18, 22]);
+        push(format!("kernel {name}"), Conv { outputs: 136, dilation, resize_to, kernel_name: Some(name), ..CONV });
     }
 }
 

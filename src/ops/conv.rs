@@ -157,14 +157,14 @@ fn run(args: &Conv2d, g: &Geometry) -> Result<Tensor> {
     profile::call(OP, || cases::conv_shape(args, g));
     match x.device() {
         Device::Meta(meta) => {
-            let plan = Plan::new(args, g);
+            let plan = Plan::new(args, g, None);
             let _scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
             meta.record(OP, OpKind::Conv, y.shape(), work(args, g, &plan, &y));
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(x.dtype(), T => conv2d_cpu::<T>(args, g, &mut y)),
         Device::Cuda(card) => {
-            let plan = Plan::new(args, g);
+            let plan = Plan::new(args, g, Some(card));
             let scratch = Scratch::uninit(x.device(), &plan, x.dtype())?;
             cuda::conv::conv2d(card, args, g, &plan, scratch, &mut y)?;
         }

@@ -1,6 +1,6 @@
 //! conv2d against plain f64 loops: every kernel, stride, dilation and padding, every fused option alone and together.
 
-use crate::common::{F32_EPS, Random, assert_close, cards, devices, kernels, unaligned};
+use crate::common::{F32_EPS, Random, assert_close, cards, devices, hoppers, kernels, unaligned};
 use megafuse::Error;
 use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
@@ -110,9 +110,11 @@ impl Inputs {
 }
 
 /// Allowed arithmetic error in units of [`F32_EPS`] times the magnitude: 8 for a chain of products and the norm's rounding
-/// of each factor; on a card a normalised factor is also rounded to the dtype, half an ulp of every term.
+/// of each factor; on a card a normalised factor is also rounded to the dtype, and so is a sum of weights that Hopper's
+/// kernels make to enlarge an input: half an ulp of every term.
 fn allowed(device: &Device, case: &Case, dtype: DType) -> f64 {
-    let rounded = matches!(device, Device::Cuda(_)) && case.groups > 0 && dtype != DType::F32;
+    let doubled = case.resize_to == Some([2 * case.input[1], 2 * case.input[2]]);
+    let rounded = matches!(device, Device::Cuda(_)) && (case.groups > 0 || doubled) && dtype != DType::F32;
     8.0 + if rounded { dtype.ulp() / 2.0 / F32_EPS } else { 0.0 }
 }
 
@@ -249,8 +251,26 @@ fn rows_by_step_and_conditioning() {
     }
 }
 
-/// Every tile of the card, with sums in one part and in several, at shapes that end inside its edges; without a split all
-/// tiles make the same bits, with one too.
+/// For `with_variants`: the kernels that every card has; where there is no choice, the op's own.
+fn portable_kernels(device: &Device, dtype: DType) -> Vec<String> {
+    kernels("conv2d", device, dtype).into_iter().filter(|kernel| !kernel.contains("sm90")).collect()
+}
+
+/// Hopper's; none where the card is another.
+fn hopper_kernels(device: &Device, dtype: DType) -> Vec<String> {
+    kernels("conv2d", device, dtype).into_iter().filter(|kernel| kernel.contains("sm90")).collect()
+}
+
+/// `None`: the kernel cannot make this convolution, and says so.
+fn conv_by(kernel: &str, args: Conv2d) -> Option<Tensor> {
+    match ops::with_variants(kernel, || ops::conv2d(args)) {
+        Err(Error::Argument { arg: "MEGAFUSE_KERNEL", want, .. }) if want.contains("this convolution") => None,
+        result => Some(result.unwrap()),
+    }
+}
+
+/// Every portable tile of the card, with sums in one part and in several, at shapes that end inside its edges; without a
+/// split all tiles make the same bits, with one too.
 #[test]
 fn every_tile_matches_f64_and_the_others_bit_for_bit() {
     let cases = [
@@ -267,7 +287,7 @@ fn every_tile_matches_f64_and_the_others_bit_for_bit() {
             // 5 does not divide the slices, 50 leaves parts without any.
             for splits in [1, 2, 5, 50] {
                 let mut first: Option<Vec<f32>> = None;
-                for tile in kernels("conv2d", &device, dtype) {
+                for tile in portable_kernels(&device, dtype) {
                     let kernel = format!("{tile},conv2d.splits={splits}");
                     let got = ops::with_variants(&kernel, || ops::conv2d(args)).unwrap();
                     let what = format!("{device} {kernel} {case:?}");
@@ -276,6 +296,252 @@ fn every_tile_matches_f64_and_the_others_bit_for_bit() {
                     assert!(*first.get_or_insert_with(|| got.clone()) == got, "{what} {dtype}: other bits");
                 }
             }
+        }
+    }
+}
+
+/// What Hopper's kernels are for, each with channels and outputs that end inside a slice and a tile: maps that end inside a
+/// block and are smaller than one; both sources; every stride, dilation and padding, every end. Splits; how many kernels.
+const HOPPER: [(Case, &[usize], usize); 14] = [
+    // Twice the edges: blocks of x that end inside, both sources, and sums in parts.
+    (
+        Case {
+            input: [2, 9, 11],
+            channels: [40, 72],
+            outputs: 24,
+            resize_to: Some([18, 22]),
+            bias: true,
+            scale: 0.7,
+            ..PLAIN
+        },
+        &[1, 2, 7],
+        3,
+    ),
+    (
+        Case { input: [1, 17, 5], channels: [8, 0], outputs: 168, resize_to: Some([34, 10]), row: true, ..PLAIN },
+        &[1],
+        3,
+    ),
+    // More tiles than a card has multiprocessors; in the second, more steps per tile than stages.
+    (
+        Case { input: [267, 1, 1], channels: [8, 0], kernel: [1, 1], padding: [0; 4], row: true, outputs: 16, ..PLAIN },
+        &[1],
+        2,
+    ),
+    (
+        Case {
+            input: [267, 1, 1],
+            channels: [8, 0],
+            kernel: [2, 3],
+            padding: [1, 0, 1, 1],
+            row: true,
+            outputs: 8,
+            residual: true,
+            ..PLAIN
+        },
+        &[1],
+        2,
+    ),
+    // Slices of both sources; a split that leaves parts without any.
+    (
+        Case {
+            input: [2, 9, 11],
+            channels: [40, 72],
+            outputs: 24,
+            bias: true,
+            row: true,
+            residual: true,
+            scale: 0.7,
+            ..PLAIN
+        },
+        &[1, 2, 7],
+        5,
+    ),
+    // Blocks and boxes of 16 that end inside the map, and more outputs than a tile has.
+    (Case { input: [1, 17, 18], channels: [8, 0], outputs: 168, residual: true, ..PLAIN }, &[1], 5),
+    (Case { input: [1, 10, 9], channels: [16, 0], outputs: 8, padding: [2, 0, 3, 1], bias: true, ..PLAIN }, &[1, 2], 5),
+    (Case { input: [3, 3, 2], channels: [64, 0], outputs: 32, row: true, ..PLAIN }, &[1], 5),
+    (
+        Case {
+            input: [2, 7, 10],
+            channels: [72, 0],
+            outputs: 40,
+            dilation: 2,
+            padding: [2; 4],
+            residual: true,
+            ..PLAIN
+        },
+        &[1, 2],
+        4,
+    ),
+    (
+        Case { input: [1, 12, 19], channels: [8, 8], outputs: 16, dilation: 3, padding: [3; 4], bias: true, ..PLAIN },
+        &[1],
+        2,
+    ),
+    (
+        Case {
+            input: [3, 9, 8],
+            channels: [32, 0],
+            outputs: 40,
+            stride: 2,
+            padding: [0, 1, 0, 1],
+            bias: true,
+            ..PLAIN
+        },
+        &[1, 2],
+        2,
+    ),
+    (Case { input: [2, 9, 13], channels: [24, 0], outputs: 8, stride: 4, row: true, residual: true, ..PLAIN }, &[1], 2),
+    (
+        Case {
+            input: [2, 13, 11],
+            channels: [8, 136],
+            outputs: 16,
+            kernel: [1, 1],
+            padding: [0; 4],
+            scale: 0.5,
+            residual: true,
+            ..PLAIN
+        },
+        &[1, 3],
+        2,
+    ),
+    (
+        Case {
+            input: [2, 11, 9],
+            channels: [16, 0],
+            outputs: 8,
+            kernel: [4, 1],
+            stride: 3,
+            dilation: 2,
+            padding: [2, 0, 3, 1],
+            ..PLAIN
+        },
+        &[1],
+        2,
+    ),
+];
+
+/// Every tile of Hopper's that can. Whatever the tile, the bits are the same, and so they are for each image alone.
+#[test]
+fn hopper_tiles_match_f64_and_each_other_bit_for_bit() {
+    for ((device, _), (i, (case, splits, count))) in
+        hoppers().iter().flat_map(|h| HOPPER.iter().enumerate().map(move |c| (h, c)))
+    {
+        let dtype = [DType::BF16, DType::F16][i % 2];
+        let inputs = Inputs::new(device, case, dtype);
+        let args = inputs.args(case);
+        let want = crate::common::conv2d(&args);
+        for splits in *splits {
+            let what = format!("{device} {case:?} {dtype} splits {splits}");
+            let by =
+                |kernel: &String| Some((kernel.clone(), conv_by(&format!("{kernel},conv2d.splits={splits}"), args)?));
+            let results: Vec<_> = hopper_kernels(device, dtype).iter().filter_map(by).collect();
+            assert_eq!(results.len(), *count, "{what}: {:?}", results.iter().map(|r| &r.0).collect::<Vec<_>>());
+            let first = results[0].1.to_f32_vec().unwrap();
+            for (kernel, got) in &results {
+                assert_close(got, &want, allowed(device, case, dtype), format!("{what} {kernel}"));
+                assert!(got.to_f32_vec().unwrap() == first, "{what} {kernel}: other bits");
+            }
+            // The op's own choice among them.
+            let images = case.input[0];
+            for image in (0..images).filter(|_| images > 1 && !case.row) {
+                let [a, b] = [&inputs.a, &inputs.b].map(|x| x.rows(image..image + 1).unwrap());
+                let residual = args.residual.map(|residual| residual.rows(image..image + 1).unwrap());
+                let x = if case.channels[1] > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
+                let alone = Conv2d { x, residual: residual.as_ref(), ..args };
+                let got = conv_by(&format!("conv2d.splits={splits}"), alone).unwrap().to_f32_vec().unwrap();
+                assert!(got == first[image * got.len()..(image + 1) * got.len()], "{what}: image {image} alone");
+            }
+        }
+    }
+}
+
+/// What a kernel right before wrote: Hopper's begin while that may still be at it.
+#[test]
+fn hopper_kernels_wait_for_the_launch_before() {
+    let case = Case { input: [1, 3, 5], channels: [8, 0], outputs: 8, row: true, ..PLAIN };
+    for (device, _) in hoppers() {
+        for residual in [true, false] {
+            let case = Case { residual, ..case };
+            let inputs = Inputs::new(&device, &case, DType::BF16);
+            let fresh = |x: &Tensor| ops::add(x, x).unwrap();
+            // The kernel first: what the expected values read waits for the card.
+            let (got, want) = if residual {
+                let residual = fresh(&inputs.residual);
+                let args = Conv2d { residual: Some(&residual), ..inputs.args(&case) };
+                (ops::conv2d(args), crate::common::conv2d(&args))
+            } else {
+                let table = fresh(&inputs.row);
+                let row = Some(StepRows { table: &table, step: &inputs.step, rows: inputs.rows });
+                let args = Conv2d { row, ..inputs.args(&case) };
+                (ops::conv2d(args), crate::common::conv2d(&args))
+            };
+            assert_close(&got.unwrap(), &want, 8.0, format!("{device} residual {residual}"));
+        }
+    }
+}
+
+/// Hopper's kernels are for rows of whole aligned 16 bytes, without a resize or to twice the edges; what is not so goes to the
+/// portable ones. The meta device counts for twice the edges what they launch.
+#[test]
+fn hopper_kernels_run_where_tma_can_read() {
+    let case = Case { input: [1, 5, 4], channels: [8, 16], outputs: 8, bias: true, row: true, residual: true, ..PLAIN };
+    for (device, cuda) in hoppers() {
+        let runs = |args: Conv2d, hopper: bool, what: &str| {
+            let graph = cuda.capture(1 << 24, || ops::conv2d(args).map(drop)).unwrap();
+            let found = graph.kernels().iter().any(|kernel| kernel.starts_with("conv2d_sm90_"));
+            assert_eq!(found, hopper, "{what}: {:?}", graph.kernels());
+            graph.kernels().len() as u64
+        };
+        let doubled = Case { resize_to: Some([10, 8]), residual: false, ..case };
+        let on_meta = Device::meta();
+        let inputs = Inputs::new(&on_meta, &doubled, DType::BF16);
+        let Device::Meta(meta) = &on_meta else { unreachable!() };
+        meta.take_report();
+        ops::conv2d(inputs.args(&doubled)).unwrap();
+        let counted = meta.take_report().total().launches;
+        let inputs = Inputs::new(&device, &doubled, DType::BF16);
+        assert_eq!(runs(inputs.args(&doubled), true, "twice the edges"), counted);
+        assert_eq!(counted, 2, "{device}");
+        for (case, dtype, hopper) in [
+            (Case { residual: true, ..doubled }, DType::BF16, false),
+            (Case { padding: [1, 1, 1, 0], ..doubled }, DType::BF16, false),
+            (Case { dilation: 2, padding: [2; 4], ..doubled }, DType::BF16, false),
+            (Case { resize_to: Some([10, 7]), ..doubled }, DType::BF16, false),
+            (Case { kernel: [3, 1], padding: [1, 1, 0, 0], ..doubled }, DType::BF16, false),
+            (case, DType::F16, true),
+            (case, DType::F32, false),
+            (Case { channels: [8, 12], ..case }, DType::BF16, false),
+            (Case { channels: [4, 0], ..case }, DType::BF16, false),
+            (Case { outputs: 12, ..case }, DType::BF16, false),
+            (Case { resize_to: Some([5, 4]), ..case }, DType::BF16, true),
+            (Case { resize_to: Some([6, 4]), ..case }, DType::BF16, false),
+            (Case { stride: 8, ..case }, DType::BF16, true),
+            (Case { stride: 9, ..case }, DType::BF16, false),
+            (Case { kernel: [2, 2], padding: [127, 0, 0, 127], residual: false, ..case }, DType::BF16, true),
+            (Case { kernel: [2, 2], padding: [128, 0, 0, 0], residual: false, ..case }, DType::BF16, false),
+            // The box of 3 x 3 may lie anywhere.
+            (Case { padding: [128, 0, 1, 1], residual: false, ..case }, DType::BF16, true),
+        ] {
+            let inputs = Inputs::new(&device, &case, dtype);
+            runs(inputs.args(&case), hopper, &format!("{case:?} {dtype}"));
+        }
+        let inputs = Inputs::new(&device, &case, DType::BF16);
+        let args = inputs.args(&case);
+        let tensors = [&inputs.a, &inputs.b, &inputs.weight, &inputs.bias, &inputs.row, &inputs.residual];
+        let [a, b, weight, bias, row, residual] = &tensors.map(unaligned);
+        let row = StepRows { table: row, step: &inputs.step, rows: inputs.rows };
+        for (what, args) in [
+            ("x", Conv2d { x: Source::Two(a, &inputs.b), ..args }),
+            ("x2", Conv2d { x: Source::Two(&inputs.a, b), ..args }),
+            ("weight", Conv2d { weight, ..args }),
+            ("bias", Conv2d { bias: Some(bias), ..args }),
+            ("row", Conv2d { row: Some(row), ..args }),
+            ("residual", Conv2d { residual: Some(residual), ..args }),
+        ] {
+            runs(args, false, &format!("{what} unaligned"));
         }
     }
 }
@@ -321,7 +587,7 @@ fn tensors_may_begin_at_any_element() {
 /// the card's every tile.
 #[test]
 fn nan_and_infinity_reach_the_outputs_that_cover_them_and_no_others() {
-    let (h, w, outputs) = (9, 8, 20);
+    let (h, w, outputs) = (9, 8, 24);
     let spoiled = [(0, 0, f32::NAN), (4, 3, f32::INFINITY), (8, 7, f32::NAN)];
     // 37: the way without 16-byte chunks.
     let cases = DType::FLOATS.into_iter().flat_map(|dtype| [(dtype, 40), (dtype, 37)]);
@@ -335,9 +601,13 @@ fn nan_and_infinity_reach_the_outputs_that_cover_them_and_no_others() {
         // Kernels that want whole chunks cannot take the odd rows.
         let mut kernels = if c == 40 { kernels("conv2d", &device, dtype) } else { vec![] };
         kernels.resize(kernels.len().max(2), String::new());
-        for (kernel, dilation) in kernels.iter().zip([1, 2].into_iter().cycle()) {
+        let hopper = |kernel: &String| kernel.contains("sm90");
+        let runs = kernels.iter().zip([1, 2].into_iter().cycle());
+        let both = kernels.iter().filter(|kernel| hopper(kernel)).flat_map(|kernel| [(kernel, 1), (kernel, 2)]);
+        for (kernel, dilation) in runs.filter(|(kernel, _)| !hopper(kernel)).chain(both) {
             let args = Conv2d { dilation, padding: [dilation; 4], ..Conv2d::new(&x, &weight) };
-            let y = ops::with_variants(kernel, || ops::conv2d(args)).unwrap().to_f32_vec().unwrap();
+            let Some(y) = conv_by(kernel, args) else { continue };
+            let y = y.to_f32_vec().unwrap();
             for (i, y) in y.into_iter().enumerate() {
                 let (out_y, out_x) = (i / outputs / w, i / outputs % w);
                 let covers = |(y, x, _): &(usize, usize, f32)| {

@@ -1,6 +1,6 @@
 //! Convolutions in stripes: the bits of the whole, wherever the image is cut.
 
-use crate::common::{cards, devices};
+use crate::common::{cards, devices, hoppers};
 use crate::conv::{Case, Inputs, PLAIN};
 use megafuse::ops::{self, Conv2d, ConvNorm, GroupMoments, GroupStatistics, Source, Stripe};
 use megafuse::runtime::{DType, Device, Tensor};
@@ -61,18 +61,45 @@ fn stripes_have_the_bits_of_the_whole() {
     };
     for (device, case) in devices().into_iter().flat_map(|device| CASES.map(|case| (device.clone(), case))) {
         for dtype in dtypes(&device) {
-            check(&device, &case, dtype);
+            check(&device, &case, dtype, &[1, 3, 4, 100]);
         }
     }
 }
 
-fn check(device: &Device, case: &Case, dtype: DType) {
+/// With outputs that Hopper's kernels take: a stripe and its whole run on the same kernels, or the stripe reads nothing.
+#[test]
+fn hopper_stripes_have_the_bits_of_the_whole() {
+    for (device, cuda) in hoppers() {
+        for case in CASES.map(|case| Case { outputs: 16, ..case }).into_iter().filter(|case| case.channels[0] % 8 == 0)
+        {
+            // Twice the edges: also stripes of one row.
+            let doubled = case.resize_to == Some([2 * case.input[1], 2 * case.input[2]]);
+            check(&device, &case, DType::BF16, if doubled { &[1, 3] } else { &[3] });
+            let inputs = Inputs::new(&device, &case, DType::BF16);
+            let statistics = statistics(&inputs.args(&case), 4);
+            let hopper = |stripe: Option<Stripe>| {
+                let args = Conv2d { stripe, residual: None, ..inputs.args(&case) };
+                let graph = cuda.capture(1 << 26, || ops::conv2d(args).map(drop)).unwrap();
+                graph.kernels().iter().any(|kernel| kernel.starts_with("conv2d_sm90_"))
+            };
+            let height = case.input[1];
+            let stripe = Stripe { height, first_row: 0, output: [1, 4], statistics: statistics.as_ref() };
+            // Its row 0 lies 4 rows outside.
+            let nothing = Stripe { output: [0, 1], ..stripe };
+            assert_eq!(hopper(None), case.resize_to.is_none() || doubled, "{device} {case:?}");
+            assert_eq!(hopper(Some(stripe)), hopper(None), "{device} {case:?}");
+            assert_eq!(hopper(Some(nothing)), hopper(None) && case.padding[0] < 4, "{device} {case:?}");
+        }
+    }
+}
+
+fn check(device: &Device, case: &Case, dtype: DType, cuts: &[usize]) {
     let inputs = Inputs::new(device, case, dtype);
     let args = inputs.args(case);
     let whole = ops::conv2d(args).unwrap();
     let [_, height, w, c] = whole.dims("test", "y").unwrap();
     let whole = whole.to_f32_vec().unwrap();
-    for cut in [1, 3, 4, 100] {
+    for &cut in cuts {
         let statistics = statistics(&args, cut);
         for (first, end) in (0..height).step_by(cut).map(|first| (first, height.min(first + cut))) {
             let residual = args.residual.map(|residual| rows(residual, first, end));

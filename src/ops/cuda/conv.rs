@@ -1,39 +1,17 @@
-//! Launches of kernels/conv2d.cu. How a convolution is split into launches follows from its shape, so that the meta
+//! Launches of kernels/conv2d.cu, or of the kernels for Hopper (`conv_sm90`). How a convolution is split into launches follows from its shape, so that the meta
 //! device counts the same launches and the same scratch memory.
 
 use super::norm::{self, Statistics};
 use super::tiles::{self, Card, Product, Wide};
-use super::{aligned, entry};
+use super::{aligned, conv_sm90, entry, variants};
 use crate::error::{Error, Result};
+use crate::ops::GroupStatistics;
 use crate::ops::conv::{Conv2d, Geometry, OP};
-use crate::ops::{GroupStatistics, StepRows};
-use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Isa, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
 /// `kJoinThreads` of conv2d.cu.
 const JOIN_THREADS: usize = 256;
-
-/// `StepRows` of conv2d.cu.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct KernelStepRows {
-    images: i32,
-    rows: i32,
-    images_per_row: i32,
-}
-
-impl KernelStepRows {
-    /// One row for all without a table, which the kernel does not read then.
-    fn new(row: Option<StepRows>, images: usize) -> Result<KernelStepRows> {
-        let (steps, rows) = row.map_or((1, 1), |row| (row.step.images(), row.rows));
-        let count = |what, value| tiles::count(OP, what, value);
-        Ok(KernelStepRows {
-            images: count("images with a step of their own", steps)?,
-            rows: count("conditioning rows", rows)?,
-            images_per_row: count("N / conditioning rows", images / rows)?,
-        })
-    }
-}
 
 /// The launches that a convolution is made of.
 #[derive(Clone, Copy, Debug)]
@@ -48,10 +26,16 @@ pub struct Plan {
     /// Output pixels, over all images, and channels.
     m: usize,
     outputs: usize,
+    /// Of both sources.
+    channels: usize,
+    /// Twice the edges as 2 x 2 convolutions, with sums of weights that a launch makes before.
+    doubled: bool,
 }
 
 impl Plan {
-    pub fn new(args: &Conv2d, g: &Geometry) -> Plan {
+    /// Without a card as one of Hopper's does it, where the two differ: with the sums of weights for twice the edges, which
+    /// the others do not need.
+    pub fn new(args: &Conv2d, g: &Geometry, card: Option<&CudaDevice>) -> Plan {
         let dims = [g.images, g.held[1] - g.held[0], g.stored[1], g.channels];
         let pixels = g.output[0] * g.output[1];
         let taps = g.kernel[0] * g.kernel[1];
@@ -61,7 +45,9 @@ impl Plan {
         // A stripe's sums are split as the whole image's.
         let splits = tiles::splits(g.whole_output[0] * g.whole_output[1], g.outputs, taps * g.channels);
         let statistics_given = args.stripe.is_some();
-        Plan { norm, statistics_given, dims, splits, m: g.images * pixels, outputs: g.outputs }
+        let doubled = conv_sm90::is_doubled(args, g) && card.is_none_or(|card| card.has(Isa::Sm90a));
+        let (m, outputs, channels) = (g.images * pixels, g.outputs, g.channels);
+        Plan { norm, statistics_given, dims, splits, m, outputs, channels, doubled }
     }
 
     pub fn launches(&self) -> u64 {
@@ -73,7 +59,7 @@ impl Plan {
             Some(_) if self.statistics_given => 1,
             Some(form) => form.launches(),
         };
-        norm + 1 + u64::from(self.splits > 1)
+        norm + u64::from(self.doubled) + 1 + u64::from(self.splits > 1)
     }
 }
 
@@ -84,13 +70,15 @@ pub struct Scratch {
     normalised: Option<Tensor>,
     /// `[splits, M, O]`, f32
     partial: Option<Tensor>,
+    /// `[4, O, 2, 2, C]`
+    doubled_weights: Option<Tensor>,
 }
 
 impl Scratch {
     /// # Errors
     /// As [`Tensor::uninit`].
     pub fn uninit(device: &Device, plan: &Plan, dtype: DType) -> Result<Scratch> {
-        let mut scratch = Scratch { statistics: None, normalised: None, partial: None };
+        let mut scratch = Scratch { statistics: None, normalised: None, partial: None, doubled_weights: None };
         if plan.m * plan.outputs == 0 {
             return Ok(scratch);
         }
@@ -104,14 +92,31 @@ impl Scratch {
             let shape = [plan.splits, plan.m, plan.outputs];
             scratch.partial = Some(Tensor::uninit(device, &shape, DType::F32)?);
         }
+        if plan.doubled {
+            scratch.doubled_weights = Some(Tensor::uninit(device, &[4, plan.outputs, 2, 2, plan.channels], dtype)?);
+        }
         Ok(scratch)
     }
 }
 
-/// `ConvGeometry` of conv2d.cu.
+/// `ConvArgs` of conv2d.cuh.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct KernelGeometry {
+pub(super) struct ConvArgs {
+    y: DevicePtr,
+    partial: DevicePtr,
+    a: DevicePtr,
+    b: DevicePtr,
+    weight: DevicePtr,
+    bias: DevicePtr,
+    row: DevicePtr,
+    step: DevicePtr,
+    residual: DevicePtr,
+    scale: f32,
+    splits: i32,
+    step_images: i32,
+    step_rows: i32,
+    images_per_row: i32,
     m: i32,
     outputs: i32,
     channels: [i32; 2],
@@ -125,11 +130,21 @@ struct KernelGeometry {
     top: i32,
     left: i32,
     first_row: i32,
+    wide: i32,
 }
 
-impl KernelGeometry {
-    /// `channels`: of the two sources.
-    fn new(args: &Conv2d, g: &Geometry, channels: [usize; 2]) -> Result<KernelGeometry> {
+/// What a launch reads and writes; `a` and `b` are normalised where the convolution has a norm.
+pub(super) struct Operands<'a> {
+    pub(super) a: &'a Tensor,
+    pub(super) b: Option<&'a Tensor>,
+    pub(super) y: &'a Tensor,
+    pub(super) partial: Option<&'a Tensor>,
+    /// For twice the edges.
+    pub(super) doubled_weights: Option<&'a Tensor>,
+}
+
+impl ConvArgs {
+    fn new(args: &Conv2d, g: &Geometry, plan: &Plan, operands: &Operands, wide: Wide) -> Result<ConvArgs> {
         let count = |what, value| tiles::count(OP, what, value);
         let [top, bottom, left, right] = args.padding;
         for (size, padding) in [(g.input[0], [top, bottom]), (g.input[1], [left, right])] {
@@ -153,10 +168,27 @@ impl KernelGeometry {
         }
         count("kh * kw * C", g.kernel[0] * g.kernel[1] * g.channels)?;
         let pixels = g.output[0] * g.output[1];
-        Ok(KernelGeometry {
+        // One row for all without a table, which the kernels do not read then.
+        let (steps, rows) = args.row.map_or((1, 1), |row| (row.step.images(), row.rows));
+        let channels = |x: Option<&Tensor>| count("C", x.map_or(0, |x| x.shape()[3]));
+        Ok(ConvArgs {
+            y: operands.y.cuda(),
+            partial: DevicePtr::or_null(operands.partial),
+            a: operands.a.cuda(),
+            b: DevicePtr::or_null(operands.b),
+            weight: args.weight.cuda(),
+            bias: DevicePtr::or_null(args.bias),
+            row: DevicePtr::or_null(args.row.map(|row| row.table)),
+            step: DevicePtr::or_null(args.row.map(|row| row.step.tensor())),
+            residual: DevicePtr::or_null(args.residual),
+            scale: args.scale,
+            splits: count("splits", plan.splits)?,
+            step_images: count("images with a step of their own", steps)?,
+            step_rows: count("conditioning rows", rows)?,
+            images_per_row: count("N / conditioning rows", g.images / rows)?,
             m: count("N * H_out * W_out", g.images * pixels)?,
             outputs: count("O", g.outputs)?,
-            channels: [count("C", channels[0])?, count("C", channels[1])?],
+            channels: [channels(Some(operands.a))?, channels(operands.b)?],
             stored: [count("H", g.stored[0])?, count("W", g.stored[1])?],
             input: [g.input[0] as i32, g.input[1] as i32],
             output_width: count("W_out", g.output[1])?,
@@ -168,6 +200,7 @@ impl KernelGeometry {
             top: count("padding", top)? - count("stripe.output * stride", g.first_output * args.stride)?,
             left: left as i32,
             first_row: count("first row", g.held[0])?,
+            wide: wide.bits(),
         })
     }
 }
@@ -183,7 +216,7 @@ pub fn conv2d(
     if y.numel() == 0 {
         return Ok(());
     }
-    let (dtype, weight) = (y.dtype(), args.weight);
+    let dtype = y.dtype();
     let given = args.stripe.and_then(|stripe| stripe.statistics).and_then(GroupStatistics::card);
     if let (Some(norm), Some(normalised)) = (args.norm, &mut scratch.normalised) {
         let args = norm.of(args.x);
@@ -192,63 +225,42 @@ pub fn conv2d(
             None => norm::group_norm(device, &args, plan.dims, scratch.statistics.take(), normalised)?,
         }
     }
+    let asked = variants::asked(OP)?;
     let (a, b) = match &scratch.normalised {
         Some(normalised) => (normalised, None),
         None => (args.x.first(), args.x.second()),
     };
-    let channels = [a.shape()[3], b.map_or(0, |b| b.shape()[3])];
-    let geometry = KernelGeometry::new(args, g, channels)?;
+    let operands =
+        Operands { a, b, y, partial: scratch.partial.as_ref(), doubled_weights: scratch.doubled_weights.as_ref() };
     let k = g.kernel[0] * g.kernel[1] * g.channels;
-
     let chunk = tiles::chunk(dtype);
     let table = args.row.map(|row| row.table);
     let wide = Wide {
-        x: channels.iter().all(|channels| channels % chunk == 0) && aligned(a) && b.is_none_or(aligned),
-        weight: k.is_multiple_of(chunk) && aligned(weight),
+        x: [Some(a), b].into_iter().flatten().all(|x| x.shape()[3] % chunk == 0 && aligned(x)),
+        weight: k.is_multiple_of(chunk) && aligned(args.weight),
         output: g.outputs.is_multiple_of(chunk)
-            && [Some(&*y), args.bias, table, args.residual, scratch.partial.as_ref()]
-                .into_iter()
-                .flatten()
-                .all(aligned),
+            && [Some(operands.y), args.bias, table, args.residual, operands.partial].into_iter().flatten().all(aligned),
     };
-    let tile = tiles::pick(&Product {
-        op: OP,
-        dtype,
-        size: [plan.m * plan.splits, g.outputs, k / plan.splits],
-        chunks: wide.x && wide.weight,
-        card: Card::of(device),
-    })?;
-    let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
-        .block(tile.threads())
-        .shared(tile.shared_bytes());
-    let conv_entry = entry(&format!("conv2d_{}", tile.name), dtype);
-    let pointer = DevicePtr::or_null;
-    let partial = pointer(scratch.partial.as_ref());
-    let step = pointer(args.row.map(|row| row.step.tensor()));
-    let step_rows = KernelStepRows::new(args.row, g.images)?;
-    // SAFETY: arguments as the entry has them; the op checked that they fit together, `wide` says what is aligned; the
-    // partial sums have room for every split.
-    unsafe {
-        device.launch(
-            "conv2d",
-            &conv_entry,
-            launch,
-            args![
-                y.cuda(),
-                partial,
-                a.cuda(),
-                pointer(b),
-                weight.cuda(),
-                pointer(args.bias),
-                pointer(table),
-                step,
-                step_rows,
-                pointer(args.residual),
-                args.scale,
-                geometry,
-                wide.bits()
-            ],
-        )?;
+    let arguments = ConvArgs::new(args, g, plan, &operands, wide)?;
+    if conv_sm90::takes(device, args, g, &operands) && asked.is_none_or(conv_sm90::is_one) {
+        if let Some(sums) = operands.doubled_weights {
+            conv_sm90::join_weights(device, args.weight, sums)?;
+        }
+        conv_sm90::conv2d(device, args, g, plan.splits, &operands, arguments, asked)?;
+    } else {
+        let tile = tiles::pick(&Product {
+            op: OP,
+            dtype,
+            size: [plan.m * plan.splits, g.outputs, k / plan.splits],
+            chunks: wide.x && wide.weight,
+            card: Card::of(device),
+        })?;
+        let launch = Launch::grid([tile.blocks(plan.m, g.outputs), plan.splits, 1])
+            .block(tile.threads())
+            .shared(tile.shared_bytes());
+        // SAFETY: the argument as the entry has it; the op checked that the tensors fit together, `wide` says what is
+        // aligned; the partial sums have room for every split.
+        unsafe { device.launch("conv2d", &entry(&format!("conv2d_{}", tile.name), dtype), launch, args![arguments])? };
     }
     if plan.splits == 1 {
         return Ok(());
@@ -256,24 +268,5 @@ pub fn conv2d(
     let items = plan.m * g.outputs.div_ceil(chunk);
     let launch = Launch::grid([items.div_ceil(JOIN_THREADS), 1, 1]).block(JOIN_THREADS);
     // SAFETY: as above; the partial sums are those of the launch before.
-    unsafe {
-        device.launch(
-            "conv2d",
-            &entry("conv2d_join", dtype),
-            launch,
-            args![
-                y.cuda(),
-                partial,
-                pointer(args.bias),
-                pointer(table),
-                step,
-                step_rows,
-                pointer(args.residual),
-                args.scale,
-                geometry,
-                plan.splits as i32,
-                wide.bits()
-            ],
-        )
-    }
+    unsafe { device.launch("conv2d", &entry("conv2d_join", dtype), launch, args![arguments]) }
 }

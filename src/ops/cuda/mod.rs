@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod attention_sm90;
 pub mod conv;
+pub mod conv_sm90;
 pub mod elementwise;
 pub mod embedding;
 pub mod linear;

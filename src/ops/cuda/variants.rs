@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use super::{attention, attention_sm90, linear_fp8, linear_sm90, tiles};
+use super::{attention, attention_sm90, conv_sm90, linear_fp8, linear_sm90, tiles};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
@@ -44,7 +44,7 @@ pub fn all(op: &str) -> Vec<Variant> {
     let known = match op {
         "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::LINEAR.all()].concat(),
         "linear_fp8" => [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.all()].concat(),
-        "conv2d" => tiles::variants(&[DType::BF16, DType::F32]),
+        "conv2d" => [tiles::variants(&[DType::BF16, DType::F32]), conv_sm90::all()].concat(),
         "attention" => [attention::variants(&[DType::BF16, DType::F32]), attention_sm90::all()].concat(),
         _ => vec![],
     };
@@ -57,7 +57,7 @@ pub fn all(op: &str) -> Vec<Variant> {
 }
 
 /// Those that `device` has for whole aligned operands of `dtype`; nothing on a device that is no card. Some take only a part
-/// of what the op does: heads up to a width, an activation.
+/// of what the op does: heads up to a width, an activation, a kernel size.
 pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
     match (op, device) {
         ("linear", Device::Cuda(card)) => {
@@ -66,7 +66,7 @@ pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
         ("linear_fp8", Device::Cuda(card)) => {
             [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.variants(card, dtype)].concat()
         }
-        ("conv2d", Device::Cuda(_)) => tiles::variants(&[dtype]),
+        ("conv2d", Device::Cuda(card)) => [tiles::variants(&[dtype]), conv_sm90::variants(card, dtype)].concat(),
         ("attention", Device::Cuda(card)) => {
             [attention::variants(&[dtype]), attention_sm90::variants(card, dtype)].concat()
         }
