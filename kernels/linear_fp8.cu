@@ -5,7 +5,7 @@
 // Launch: quantize_<dtype>: a warp a row, grid ceil(rows / 8); quantize_wide_<dtype>: a block a row; the host picks by K
 //   alone; block kThreads; `vector`: K is a multiple of kVector, pointers aligned to 16. Memory bound: x comes from DRAM
 //   once, the second time from L1.
-//   linear_fp8_<dtype of y>: grid ceil(M / kM) * ceil(columns / kN), block Product::kThreads, dynamic shared memory
+//   linear_fp8_general_<dtype of y>: grid ceil(M / kM) * ceil(columns / kN), block Product::kThreads, dynamic shared memory
 //   sizeof(Product::Shared). kWideX, kWideWeight: K is a multiple of 8 and the codes are aligned to 8.
 #include "common/epilogue_linear.cuh"
 #include "common/linear_fp8.cuh"
@@ -161,6 +161,6 @@ DEVICE void linear_fp8(const LinearFp8Args<T>& args) {
     }                                                                                                \
     REGISTER_KERNEL(name)
 
-LINEAR_FP8(linear_fp8_f32, float)
-LINEAR_FP8(linear_fp8_f16, f16)
-LINEAR_FP8(linear_fp8_bf16, bf16)
+LINEAR_FP8(linear_fp8_general_f32, float)
+LINEAR_FP8(linear_fp8_general_f16, f16)
+LINEAR_FP8(linear_fp8_general_bf16, bf16)

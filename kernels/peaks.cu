@@ -104,6 +104,7 @@ REGISTER_KERNEL(peak_copy)
 //   y [threads] f32   x [threads * kReads] of 16 bytes, aligned to that
 // Launch: grid threads / kThreads, block kThreads; neighbours read neighbours.
 KERNEL(peak_read_f32, kThreads, 1)(float* __restrict__ y, const float4* __restrict__ x) {
+    follow_previous();
     const int64_t first = int64_t(blockIdx.x) * kThreads * kReads + threadIdx.x;
     float sum = 0.f;
     UNROLL

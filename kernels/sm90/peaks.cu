@@ -56,7 +56,13 @@ DEVICE void peak_wgmma(float* y, const T* a, const T* b, int rounds) {
     }
 }
 
-KERNEL(peak_wgmma_f16, kThreads, 1)(float* y, const f16* a, const f16* b, int rounds) { peak_wgmma(y, a, b, rounds); }
+KERNEL(peak_wgmma_f16, kThreads, 1)(float* y, const f16* a, const f16* b, int rounds) {
+    follow_previous();
+    peak_wgmma(y, a, b, rounds);
+}
 REGISTER_KERNEL(peak_wgmma_f16)
-KERNEL(peak_wgmma_bf16, kThreads, 1)(float* y, const bf16* a, const bf16* b, int rounds) { peak_wgmma(y, a, b, rounds); }
+KERNEL(peak_wgmma_bf16, kThreads, 1)(float* y, const bf16* a, const bf16* b, int rounds) {
+    follow_previous();
+    peak_wgmma(y, a, b, rounds);
+}
 REGISTER_KERNEL(peak_wgmma_bf16)

@@ -176,7 +176,9 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
     // The recorded shapes have no words for the options.
     if scale.is_none() && bias.is_none() && given.is_none() && within.is_none() {
         let packed = matches!(args, Attention::Packed { .. });
-        profile::call(OP, || cases::attention_shape([n, queries, keys, heads, head_dim], images_per_kv, packed, causal));
+        profile::call(OP, || {
+            cases::attention_shape([n, queries, keys, heads, head_dim], images_per_kv, packed, causal)
+        });
     }
     match q.device() {
         Device::Meta(meta) => {

@@ -28,8 +28,8 @@ pub use self::rewrite::{Rewritten, rewrite};
 use super::layers::Matrix;
 use crate::error::{Error, Result};
 use crate::names::named;
-use crate::ops::{self, Quantized};
 use crate::ops::cases::random;
+use crate::ops::{self, Quantized};
 use crate::runtime::{DType, Device, Element, Tensor};
 
 /// A network of a model, by the folder that holds it in the layout of diffusers.
@@ -184,7 +184,18 @@ impl WeightStore {
     ) -> WeightStore {
         let (device, taken) = (device.clone(), Mutex::default());
         let format = WeightFormat::Plain;
-        WeightStore { device, dtype, format, origin, variant: None, files, entries, survey: false, random: false, taken }
+        WeightStore {
+            device,
+            dtype,
+            format,
+            origin,
+            variant: None,
+            files,
+            entries,
+            survey: false,
+            random: false,
+            taken,
+        }
     }
 
     fn open_sharded(index: PathBuf, device: &Device, dtype: DType) -> Result<WeightStore> {

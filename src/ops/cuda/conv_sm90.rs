@@ -505,8 +505,7 @@ pub(super) fn conv2d(
         odd: odd as i32,
         later: later.map(|rows| rows as i32),
     };
-    let launch =
-        Launch::grid([cut.tiles.min(multiprocessors), 1, 1]).block(THREADS).shared(tile.shared_bytes());
+    let launch = Launch::grid([cut.tiles.min(multiprocessors), 1, 1]).block(THREADS).shared(tile.shared_bytes());
     let entry = entry(&format!("conv2d_{}", tile.name), dtype);
     // SAFETY: arguments as the entry has them; the maps end where the tensors end, whose shapes were checked; the partial sums
     // have room for every split; the kernel waits for the launch before it reads or writes what others do.

@@ -43,8 +43,8 @@ struct LinearFp8Args {
 }
 
 /// The kernel of every card.
-pub const PORTABLE: Variant =
-    Variant { name: "portable", reason: "any card, size and alignment: the codes become f16 on their way in" };
+pub const GENERAL: Variant =
+    Variant { name: "general", reason: "any card, size and alignment: the codes become f16 on their way in" };
 
 /// `[m, n, k]`: rows and columns of y, terms of a sum.
 pub fn linear_fp8(device: &CudaDevice, args: &LinearFp8, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
@@ -74,5 +74,5 @@ pub fn linear_fp8(device: &CudaDevice, args: &LinearFp8, [m, n, k]: [usize; 3], 
     let launch =
         Launch::grid([tile.blocks(m, codes.weight.shape()[0]), 1, 1]).block(tile.threads()).shared(tile.shared_bytes());
     // SAFETY: the argument as the entry has it; shapes were checked against [m, n, k], `wide` against the addresses.
-    unsafe { device.launch("linear_fp8", &entry(OP, dtype), launch, args![arguments]) }
+    unsafe { device.launch("linear_fp8", &entry("linear_fp8_general", dtype), launch, args![arguments]) }
 }

@@ -43,7 +43,7 @@ pub fn all(op: &str) -> Vec<Variant> {
     let mut found: Vec<Variant> = Vec::new();
     let known = match op {
         "linear" => [tiles::variants(&[DType::BF16, DType::F32]), linear_sm90::LINEAR.all()].concat(),
-        "linear_fp8" => [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.all()].concat(),
+        "linear_fp8" => [vec![linear_fp8::GENERAL], linear_sm90::LINEAR_FP8.all()].concat(),
         "conv2d" => [tiles::variants(&[DType::BF16, DType::F32]), conv_sm90::all()].concat(),
         "attention" => [attention::variants(&[DType::BF16, DType::F32]), attention_sm90::all()].concat(),
         _ => vec![],
@@ -64,7 +64,7 @@ pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
             [tiles::variants(&[dtype]), linear_sm90::LINEAR.variants(card, dtype)].concat()
         }
         ("linear_fp8", Device::Cuda(card)) => {
-            [vec![linear_fp8::PORTABLE], linear_sm90::LINEAR_FP8.variants(card, dtype)].concat()
+            [vec![linear_fp8::GENERAL], linear_sm90::LINEAR_FP8.variants(card, dtype)].concat()
         }
         ("conv2d", Device::Cuda(card)) => [tiles::variants(&[dtype]), conv_sm90::variants(card, dtype)].concat(),
         ("attention", Device::Cuda(card)) => {
