@@ -116,7 +116,10 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         let target = to.join(path.file_name().unwrap());
-        if path.is_dir() { copy(&path, &target) } else { drop(fs::copy(&path, &target).unwrap()) }
+        match path.is_dir() {
+            true => copy(&path, &target),
+            false => assert!(fs::copy(&path, &target).is_ok(), "{path:?}"),
+        }
     }
 }
 
@@ -213,7 +216,7 @@ fn mistakes_are_named_and_leave_nothing() {
     };
     bytes[start..start + 4].fill(0xff);
     fs::write(&path, &bytes).unwrap();
-    fails(&["--model", "broken", "--output", "x"], &format!("{key}"));
+    fails(&["--model", "broken", "--output", "x"], &key);
     let error = pipeline::quantize(&ModelSource::Embedded, &place.path("x"), &mut |_| {}).unwrap_err();
     assert!(matches!(error, Error::Config { .. }), "{error}");
     let vae =

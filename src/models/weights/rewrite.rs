@@ -1,7 +1,7 @@
 //! A checkpoint's files once more, with the weights of large linear layers in 8 bits and adapters merged.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -70,7 +70,8 @@ pub fn rewrite(stores: &[&WeightStore], path: &Path, to: &Path) -> Result<Rewrit
         known.extend(of_file.map(|(key, entry)| (entry, taken.products.contains(key))));
     }
     let mut done = Rewritten::default();
-    let mut written: Vec<(String, Written)> = Vec::new();
+    // A new scale stands in place of one of its name, whichever comes first.
+    let mut written: BTreeMap<String, Written> = BTreeMap::new();
     let mut old_scales = HashSet::new();
     let raw = file.entries()?;
     for (key, tensor) in &raw {
@@ -88,35 +89,28 @@ pub fn rewrite(stores: &[&WeightStore], path: &Path, to: &Path) -> Result<Rewrit
                     done.added.push(scale_key.clone());
                 }
                 done.quantized += 1;
-                written.push((key.clone(), Written { shape: tensor.shape.clone(), ..codes }));
-                written.push((scale_key, scales));
+                written.insert(key.clone(), Written { shape: tensor.shape.clone(), ..codes });
+                written.insert(scale_key, scales);
             }
             _ if merged => {
                 old_scales.extend(parts.iter().filter_map(|(entry, _)| Some(entry.scale.as_ref()?.start)));
-                written.push((key.clone(), with_adapters(key, tensor, parts.iter().map(|(entry, _)| *entry))?));
+                written.insert(key.clone(), with_adapters(key, tensor, parts.iter().map(|(entry, _)| *entry))?);
             }
             _ => {
                 let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
-                written.push((key.clone(), Written { dtype, shape, bytes: Cow::Borrowed(bytes) }));
+                written.entry(key.clone()).or_insert(Written { dtype, shape, bytes: Cow::Borrowed(bytes) });
             }
         }
     }
-    // A scale that stood beside a weight gave way to the new one.
-    let now: HashSet<&String> =
-        written.iter().filter(|(_, w)| matches!(w.bytes, Cow::Owned(_))).map(|(k, _)| k).collect();
-    let stale: HashSet<String> = raw
-        .iter()
-        .filter(|(key, tensor)| old_scales.contains(&tensor.start) && !now.contains(key))
-        .map(|(key, _)| key.clone())
-        .collect();
-    let replaced: HashSet<String> = raw.keys().filter(|key| now.contains(key)).cloned().collect();
-    written.retain(|(key, tensor)| {
-        !stale.contains(key) && !(replaced.contains(key) && matches!(tensor.bytes, Cow::Borrowed(_)))
-    });
-    done.removed = stale.into_iter().filter(|key| !written.iter().any(|(other, _)| other == key)).collect();
-    done.removed.sort();
+    // The scales that were there belong to no weight any more.
+    for (key, _) in raw.iter().filter(|(_, tensor)| old_scales.contains(&tensor.start)) {
+        if written.get(key).is_some_and(|tensor| matches!(tensor.bytes, Cow::Borrowed(_))) {
+            written.remove(key);
+            done.removed.push(key.clone());
+        }
+    }
     done.bytes[0] = raw.values().map(|tensor| tensor.len as u64).sum();
-    done.bytes[1] = written.iter().map(|(_, tensor)| tensor.bytes.len() as u64).sum();
+    done.bytes[1] = written.values().map(|tensor| tensor.bytes.len() as u64).sum();
     let metadata: HashMap<String, String> = file.metadata();
     let metadata = if metadata.is_empty() { HashMap::from([("format".into(), "pt".into())]) } else { metadata };
     safetensors::serialize_to_file(written, Some(metadata), to)
