@@ -5,7 +5,7 @@
 // Launch: linear_sm90_<tile>_<dtype>, linear_sm90_<tile>_activated_<dtype>, linear_sm90_<tile>_geglu_<dtype>; grid up to
 //   the number of tiles, as many as run at once; block WgmmaTile::kThreads; dynamic shared memory sizeof(LinearShared).
 //   src/ops/cuda/linear_sm90.rs has the table and who picks from it.
-#include "sm90/linear.cuh"
+#include "sm90/linear_block.cuh"
 
 template <class Tile, int kPasses, LinearKind kKind>
 DEVICE void linear_sm90(const LinearMaps& maps, const LinearArgs<typename Tile::T>& args) {

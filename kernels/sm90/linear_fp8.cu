@@ -4,7 +4,7 @@
 // Maps and launch as of sm90/linear.cu, slices of 128 of k: linear_fp8_sm90_<tile>[_activated|_geglu]_<dtype of y>; dynamic
 //   shared memory sizeof(LinearFp8Shared). src/ops/cuda/linear_sm90.rs has the table and who picks from it.
 #include "common/linear_fp8.cuh"
-#include "sm90/linear.cuh"
+#include "sm90/linear_block.cuh"
 
 template <class Strip>
 struct LinearFp8Shared {

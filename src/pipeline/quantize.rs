@@ -48,8 +48,8 @@ impl Drop for Unfinished {
 }
 
 /// Writes the model of `source` to `output`: a single file for a single file, a directory for a directory. The linear
-/// layers of the UNet's transformers become 8-bit floats (F8_E4M3) with a scale per row, those that `--weights fp8` would
-/// hold so; LoRAs are merged into all parts first; every other tensor stays as it is, and so do the other files of a
+/// layers of the UNet's transformers become 8-bit floats (F8_E4M3) with a scale per row, those that
+/// [`WeightFormat::Fp8`] holds so; LoRAs are merged into all parts first; every other tensor stays as it is, and so do the other files of a
 /// directory, but for weights in further formats. `output` is complete or not there; `progress` gets the name of each file
 /// of weights before it is written.
 ///

@@ -485,8 +485,8 @@ mod tests {
     fn clusters_follow_from_one_images_size() {
         let clusters = |size: usize, channels| Clusters::of(size * size, channels, 32);
         let of = |window, blocks| Some(Clusters { window, blocks });
-        // SDXL at 1024: 128x128, 64x64, 32x32.
-        assert_eq!([320, 640, 960].map(|c| clusters(128, c)), [of(4, 8), of(2, 8), of(4, 8)]);
+        // SDXL at 1024: 128x128, 64x64, 32x32. Of 960 channels too little of 128x128 stays in registers.
+        assert_eq!([320, 640, 960].map(|c| clusters(128, c)), [of(4, 8), of(2, 8), None]);
         assert_eq!([640, 1280, 1920].map(|c| clusters(64, c)), [of(2, 8), of(1, 4), of(2, 8)]);
         assert_eq!([1280, 2560].map(|c| clusters(32, c)), [of(1, 2), of(1, 2)]);
         // The VAE's large maps have three launches.

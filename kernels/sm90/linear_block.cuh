@@ -1,4 +1,4 @@
-// linear.cuh: a block of linear.cu and of linear_fp8.cu: main_loop.cuh over x [M, K] and weight [columns, K].
+// linear_block.cuh: a block of linear.cu and of linear_fp8.cu: main_loop.cuh over x [M, K] and weight [columns, K].
 #pragma once
 #include "sm90/epilogue_linear.cuh"
 
