@@ -488,7 +488,7 @@ mod tests {
         // SDXL at 1024: 128x128, 64x64, 32x32. Of 960 channels too little of 128x128 stays in registers.
         assert_eq!([320, 640, 960].map(|c| clusters(128, c)), [of(4, 8), of(2, 8), None]);
         assert_eq!([640, 1280, 1920].map(|c| clusters(64, c)), [of(2, 8), of(1, 4), of(2, 8)]);
-        assert_eq!([1280, 2560].map(|c| clusters(32, c)), [of(1, 2), of(1, 2)]);
+        assert_eq!([1280, 2560].map(|c| clusters(32, c)), [of(1, 4), of(1, 4)]);
         // The VAE's large maps have three launches.
         assert_eq!([(1024, 128), (512, 256), (512, 512)].map(|(size, c)| clusters(size, c)), [None; 3]);
         assert_eq!(clusters(1, 320), of(4, 1));
