@@ -7,8 +7,7 @@
 //   [N, Hout, Wout, O] by 2 x 8 pixels, doubled the same of the pixels of each parity, im2col [N, 1, Hout Wout, O] by 16. A map
 //   of what is not there is not read.
 // Launch: conv2d_sm90_<tile>_<dtype>; grid up to the number of tiles, as many as run at once; block ConvTile::kThreads; dynamic
-//   shared memory sizeof(ConvShared); may be a dependent launch: only the weights, but not those of the
-//   form doubled, are read before the launch before has ended.
+//   shared memory sizeof(ConvShared).
 //   src/ops/cuda/conv_sm90.rs has the table and who picks from it. Parts of sums are joined by conv2d_join of conv2d.cu.
 #include "common/vector.cuh"
 #include "sm90/epilogue_conv2d.cuh"

@@ -84,7 +84,8 @@ const OTHER: OpModel = OpModel { start_us: 4.0, efficiency: 0.45 };
 const PORTABLE_PEAK: f64 = 647e12;
 const H200_BYTES: f64 = 4.11e12;
 
-/// Kernels by wgmma and TMA: fitted to prototypes of them measured on one H200, in bf16; those of the program have not been.
+/// Kernels by wgmma and TMA, in bf16; they themselves have not been measured. Linear and attention follow what prototypes of
+/// them took on one H200, set by hand; convolutions and norms are rougher estimates from a few prototypes' times.
 const HOPPER: [(&str, OpModel); 5] = [
     ("conv2d", OpModel { start_us: 8.0, efficiency: 0.75 }),
     ("linear", OpModel { start_us: 3.0, efficiency: 0.93 }),
@@ -104,8 +105,8 @@ impl Card {
     /// # Errors
     /// [`Error::Request`]: neither; as [`Results::read`].
     pub fn named(text: &str) -> Result<Card> {
-        let hopper = "predicted from prototypes of its Hopper kernels measured on one H200; the kernels themselves are not \
-                      measured";
+        let hopper = "predicted from prototypes of its Hopper kernels measured on one H200, for convolutions and norms a \
+                      rough estimate; the kernels themselves are not measured";
         let portable = "the portable kernels of commit f9dc150, measured on one H200";
         let table = |table: &[(&str, OpModel)]| table.iter().map(|&(op, model)| (op.to_string(), model)).collect();
         let card = |name: &str, basis: String, [flops, f32_flops, bytes]: [f64; 3], ops: &[(&str, OpModel)]| Card {
