@@ -181,6 +181,23 @@ fn pictures_come_out_of_8_bits() {
     generate("small", "dequantised.png", &[]);
 }
 
+/// Of each weight in 8 bits its codes and an f32 per row.
+#[test]
+fn plan_counts_the_bytes_of_8_bits() {
+    let store = directory(Path::new(MODEL), Part::Unet);
+    let bytes = |(key, shape): (&str, &[usize])| {
+        let values: usize = shape.iter().product();
+        if is_product(key) { values + 4 * shape[0] } else { 2 * values }
+    };
+    let expected: usize = store.tensors().map(bytes).sum();
+    let place = Place::new();
+    let json = place.ok(&["plan", "x", "--model", MODEL, "--dtype", "bf16", "--weights", "fp8", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let weights = report["weights"].as_array().expect("parts");
+    let unet = weights.iter().find(|part| part["module"] == "unet").expect("a UNet");
+    assert_eq!(unet["bytes"], expected);
+}
+
 fn pixels(path: &Path) -> Vec<u8> {
     let mut reader = png::Decoder::new(std::io::BufReader::new(fs::File::open(path).unwrap())).read_info().unwrap();
     let mut pixels = vec![0; reader.output_buffer_size().unwrap()];

@@ -289,6 +289,19 @@ impl WeightStore {
         WeightStore { format, ..self }
     }
 
+    /// Bytes of the tensors handed out so far, in the form in which they are.
+    pub fn bytes(&self) -> u64 {
+        let taken = self.taken();
+        let bytes = |(key, shape): &(String, Vec<usize>)| {
+            let values = shape.iter().product::<usize>();
+            match self.format == WeightFormat::Fp8 && taken.products.contains(key) {
+                true => values * DType::F8E4M3.size_bytes() + shape[0] * DType::F32.size_bytes(),
+                false => values * self.dtype.size_bytes(),
+            }
+        };
+        taken.in_order.iter().map(|taken| bytes(taken) as u64).sum()
+    }
+
     /// Of the tensors that it hands out.
     pub fn dtype(&self) -> DType {
         self.dtype

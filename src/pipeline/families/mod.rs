@@ -307,7 +307,7 @@ pub(super) fn load_part<T>(
 ) -> Result<(T, WeightReport)> {
     let part = load(&store.root()).map_err(|error| store.explained(error, &load))?;
     let parameters = store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-    let bytes = parameters * store.dtype().size_bytes() as u64;
+    let bytes = store.bytes();
     let (variant, unused) = (store.variant().map(String::from), store.unused());
     Ok((part, WeightReport { module, parameters, bytes, variant, unused }))
 }
