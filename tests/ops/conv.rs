@@ -3,6 +3,7 @@
 use crate::common::{F32_EPS, Random, assert_close, cards, devices, hoppers, kernels, unaligned};
 use megafuse::Error;
 use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows};
+use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 #[derive(Clone, Copy, Debug)]
@@ -699,7 +700,10 @@ fn a_card_launches_what_meta_counts() {
         let Device::Cuda(cuda) = &card else { unreachable!() };
         let inputs = Inputs::new(&card, &case, DType::F16);
         let graph = cuda.capture(0, || ops::conv2d(inputs.args(&case)).map(drop)).unwrap();
-        assert_eq!(graph.kernels().len() as u64, counted, "{card} {case:?}: {:?}", graph.kernels());
+        // One launch by clusters normalises a map above 1024 pixels on the card that the meta device stands for, else three.
+        let by_clusters = case.groups > 0 && case.input[1] * case.input[2] > 1024;
+        let want = counted + if by_clusters && !cuda.has(Isa::Sm90a) { 2 } else { 0 };
+        assert_eq!(graph.kernels().len() as u64, want, "{card} {case:?}: {:?}", graph.kernels());
     }
 }
 
