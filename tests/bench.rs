@@ -261,9 +261,8 @@ fn a_kernel_of_ones_own_is_checked_and_raced() {
     assert!(message.contains("does not compile it") && message.contains("sqrtff"), "{message}");
     let message = text(&bench(&own.replace("op rms_norm", "op rms")).stderr);
     assert!(message.contains("my.cu: no contract for op \"rms\""), "{message}");
-    let message = text(
-        &bench(&own.replace("int channels, float eps) {\n    follow", "float eps, int channels) {\n    follow")).stderr,
-    );
+    let message =
+        text(&bench(&own.replace("int channels, float eps) {\n    my", "float eps, int channels) {\n    my")).stderr);
     assert!(message.contains("my_norm_bf16"), "{message}");
     let message = text(&bench(&own.replace("entry my_norm", "entry your_norm")).stderr);
     assert!(message.contains("your_norm_bf16"), "{message}");

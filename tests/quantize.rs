@@ -162,7 +162,7 @@ fn with_configurations(file: &Path, model: &Path, to: &Path) {
 #[test]
 fn pictures_come_out_of_8_bits() {
     let place = Place::new();
-    let said = place.ok(&["quantize", "--model", MODEL, "--output", "small"]);
+    let said = place.ok(&["quantize", "--model", MODEL, "--out", "small"]);
     assert_eq!(said.trim(), "small");
     let generate = |model: &str, out: &str, further: &[&str]| {
         let base = ["generate", "a photo of a cat", "--model", model, "--stages", "16x16:2,24x24:1", "--device", "cpu"];
@@ -213,14 +213,14 @@ fn mistakes_are_named_and_leave_nothing() {
         let message = place.fails(1, &[&["quantize"], args].concat());
         assert!(message.contains(expected), "{message} does not contain {expected}");
     };
-    fails(&["--model", MODEL, "--output", "there"], "there: exists already: give another name, or remove it");
-    fails(&["--model", "nowhere", "--output", "x"], "nowhere: no such directory");
+    fails(&["--model", MODEL, "--out", "there"], "there: exists already: give another name, or remove it");
+    fails(&["--model", "nowhere", "--out", "x"], "nowhere: no such directory");
     let file = data("single-file/sd15.safetensors");
     let file = file.to_str().unwrap();
-    fails(&["--model", file, "--output", "x"], "is written as safetensors: give a name that ends in .safetensors");
+    fails(&["--model", file, "--out", "x"], "is written as safetensors: give a name that ends in .safetensors");
     // A LoRA for another family: found out at the end, when the files are written.
     let lora = data("single-file/lora-sdxl.safetensors");
-    fails(&["--model", MODEL, "--lora", lora.to_str().unwrap(), "--output", "x"], "lora-sdxl");
+    fails(&["--model", MODEL, "--lora", lora.to_str().unwrap(), "--out", "x"], "lora-sdxl");
     // A weight that is not finite.
     copy(Path::new(MODEL), &place.path("broken"));
     let path = place.path("broken/unet/diffusion_pytorch_model.safetensors");
@@ -233,7 +233,7 @@ fn mistakes_are_named_and_leave_nothing() {
     };
     bytes[start..start + 4].fill(0xff);
     fs::write(&path, &bytes).unwrap();
-    fails(&["--model", "broken", "--output", "x"], &key);
+    fails(&["--model", "broken", "--out", "x"], &key);
     let error = pipeline::quantize(&ModelSource::Embedded, &place.path("x"), &mut |_| {}).unwrap_err();
     assert!(matches!(error, Error::Config { .. }), "{error}");
     let vae =

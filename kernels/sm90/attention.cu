@@ -18,7 +18,7 @@
 //   picks from it.
 #include "common/attention.cuh"
 #include "common/hopper.cuh"
-#include "common/wgmma.cuh"
+#include "sm90/ring.cuh"
 
 constexpr int kRows = 64;       // queries of a warpgroup, what one wgmma makes
 constexpr int kBoxColumns = 64;  // 128 bytes, the width of the swizzle
@@ -63,20 +63,6 @@ template <class Tile, class T>
 DEVICE int job_count(const AttentionArgs<T>& args) {
     const int rows = Tile::kConsumers * kRows;
     return (args.queries + rows - 1) / rows * Tile::kParts * args.heads * args.images;
-}
-
-// Where in a ring a thread is.
-template <int kStages>
-struct RingPlace {
-    int stage = 0;
-    uint32_t parity = 0;
-};
-template <int kStages>
-DEVICE void advance(RingPlace<kStages>& at) {
-    if (++at.stage == kStages) {
-        at.stage = 0;
-        at.parity ^= 1;
-    }
 }
 
 // ---- copies: by one thread ----
@@ -141,7 +127,7 @@ template <class Tile, class T>
 DEVICE void produce(AttentionShared<Tile>& s, const Maps& maps, const AttentionArgs<T>& args) {
     const KeyTiles<Tile> tiles = key_tiles<Tile>(args);
     const int jobs = job_count<Tile>(args);
-    RingPlace<Tile::kStages> at_k, at_v;
+    RingPosition<Tile> at_k = {0, 0}, at_v = {0, 0};
     uint32_t q_parity = 1;  // a fresh barrier counts as emptied
     for (int tile = blockIdx.x; tile < jobs; tile += gridDim.x) {
         const Job job = job_of<Tile>(args, tile);
@@ -186,13 +172,8 @@ DEVICE void produce(AttentionShared<Tile>& s, const Maps& maps, const AttentionA
 
 // ---- products ----
 //
-// Descriptors of rows of 128 swizzled bytes, 8 rows each 1024 bytes. The low word has the address, in units of 16 bytes, and
-// is all that changes, so that it alone takes a register.
-DEVICE uint64_t rows_of_128(uint32_t low) { return uint64_t(wgmma_desc128(0, 0, 1024) >> 32) << 32 | low; }
-constexpr int kUnit = 16;
+// q and k: 64 columns further is a box further.
 
-// q or k: 64 columns further is a box further.
-DEVICE uint32_t along_columns(const void* boxes) { return uint32_t(wgmma_desc128(smem_u32(boxes), 0, 1024)); }
 // v, transposed: 64 columns further is a box of kKeys rows further.
 template <int kKeys>
 DEVICE uint32_t along_keys(const void* boxes) {
@@ -207,9 +188,9 @@ DEVICE void multiply_keys(float (&scores)[kKeys / 2], uint32_t q, uint32_t k) {
     fence_register(k);
     UNROLL
     for (int i = 0; i < (Tile::kHeadDim + 15) / 16; i++) {
-        const int box = i / 4, inside = i % 4 * 32 / kUnit;
-        wgmma<typename Tile::T, kKeys>(scores, rows_of_128(q + box * (kRows * 128 / kUnit) + inside),
-                                       rows_of_128(k + box * (kKeys * 128 / kUnit) + inside), i > 0);
+        const int box = i / 4, inside = i % 4 * 32 / kDescriptorUnit;
+        wgmma<typename Tile::T, kKeys>(scores, descriptor(q + box * (kRows * 128 / kDescriptorUnit) + inside),
+                                       descriptor(k + box * (kKeys * 128 / kDescriptorUnit) + inside), i > 0);
     }
 }
 
@@ -218,7 +199,7 @@ template <class Tile, int kKeys>
 DEVICE void add_values(float (&sums)[Tile::kColumns / 2], const uint32_t (&p)[kKeys / 16][4], uint32_t v) {
     UNROLL
     for (int i = 0; i < kKeys / 16; i++) {
-        wgmma_registers<typename Tile::T, Tile::kColumns, 1>(sums, p[i], rows_of_128(v + i * (16 * 128 / kUnit)), true);
+        wgmma_registers<typename Tile::T, Tile::kColumns, 1>(sums, p[i], descriptor(v + i * (16 * 128 / kDescriptorUnit)), true);
     }
 }
 
@@ -353,8 +334,8 @@ DEVICE void consume(AttentionShared<Tile>& s, const AttentionArgs<T>& args, int 
     const KeyTiles<Tile> tiles = key_tiles<Tile>(args);
     const int jobs = job_count<Tile>(args);
     const bool speaks = threadIdx.x % 32 == 0;
-    const uint32_t q = along_columns(s.q[consumer]), k = along_columns(s.k), v = along_keys<kKeys>(s.v);
-    constexpr int kStepK = sizeof(s.k[0]) / kUnit, kStepV = sizeof(s.v[0]) / kUnit;
+    const uint32_t q = descriptor_low(s.q[consumer]), k = descriptor_low(s.k), v = along_keys<kKeys>(s.v);
+    constexpr int kStepK = sizeof(s.k[0]) / kDescriptorUnit, kStepV = sizeof(s.v[0]) / kDescriptorUnit;
     // Warpgroups issue their products in turn, so that one's fill the time of the other's exponentials: the barrier of a
     // turn is armed by whose turn was before. The last turn given is taken after the last tile.
     constexpr bool kTurns = kConsumers > 1;
@@ -363,7 +344,7 @@ DEVICE void consume(AttentionShared<Tile>& s, const AttentionArgs<T>& args, int 
         named_barrier_arrive(next_turn, 256);
     }
 
-    RingPlace<Tile::kStages> at_k, at_v;
+    RingPosition<Tile> at_k = {0, 0}, at_v = {0, 0};
     uint32_t q_parity = 0;
     for (int tile = blockIdx.x; tile < jobs; tile += gridDim.x) {
         const Job job = job_of<Tile>(args, tile);
@@ -513,7 +494,7 @@ DEVICE void weigh(uint32_t (&p)[kKeys / 16][4], Softmax& softmax, const void* q,
                   const float* weight) {
     float scores[kKeys / 2], correction[2];
     wgmma_fence();
-    multiply_keys<Tile, kKeys>(scores, along_columns(q), along_columns(k));
+    multiply_keys<Tile, kKeys>(scores, descriptor_low(q), descriptor_low(k));
     wgmma_commit();
     wgmma_wait<0>();
     fence_registers(scores);

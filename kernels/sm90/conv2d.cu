@@ -40,19 +40,13 @@ DEVICE void conv2d_sm90(const ConvMaps& maps, const ConvArgs<typename Tile::T>& 
         mbar_fence_init();
     }
     __syncthreads();
+    wait_for_previous();
     if (warp < 4) {
         setmaxnreg_dec<40>();
-        if (threadIdx.x == 0) {
-            wait_for_previous();
-            produce_pixels<Tile>(s.rings.a, s.bars, args, tiles, maps.x_a, maps.x_b);
-        }
-        if (threadIdx.x == 32) {
-            wait_for_previous();
-            produce_weights<Tile>(s.rings.b, s.bars, args, tiles, maps.weight_a, maps.weight_b);
-        }
+        if (threadIdx.x == 0) produce_pixels<Tile>(s.rings.a, s.bars, args, tiles, maps.x_a, maps.x_b);
+        if (threadIdx.x == 32) produce_weights<Tile>(s.rings.b, s.bars, args, tiles, maps.weight_a, maps.weight_b);
     } else {
         setmaxnreg_inc<232>();
-        wait_for_previous();
         ConvEpilogue<Tile> epilogue = {s.strips[warp - 4], &s.residual[warp - 4], 0,     0,        maps.y,
                                        maps.residual,      args,                  tiles, warp / 4 - 1, warp % 4, lane};
         consume<Tile>(s.rings, s.bars, args, tiles, epilogue, warp / 4 - 1, lane);

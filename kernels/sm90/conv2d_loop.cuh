@@ -12,7 +12,7 @@
 //           reads pixels y + a - 1, y + a of x. A block is 8 x 8 pixels of x, a tile one parity of them. As halo otherwise.
 //   im2col  any kernel, stride and dilation: a block is 64 pixels in the order of the output. A box for each tap: those
 //           pixels' input under it, which TMA finds.
-// In both the channels beyond a source's end and the pixels outside the input are zeros that TMA fills in, the weights beyond
+// In all three the channels beyond a source's end and the pixels outside the input are zeros that TMA fills in, the weights beyond
 // the source's channels too, so that nothing meets them.
 //
 // A sum runs over slices, in each over the taps, in each over the 64 channels, 16 at a time inside wgmma, whatever the form
@@ -93,8 +93,8 @@ DEVICE ConvPlace place_of(const ConvTiles& t, int tile, int columns) {
     return {pixels % t.tiles_m, tile % t.tiles_n * columns, row % t.parities, first, end};
 }
 
-// First output pixel of a unit or a block; doubled: pixel of x; im2col: y is 0, x counts all pixels of the image. Past the last image there is
-// nothing to read or to write.
+// First output pixel of a unit or a block; doubled: pixel of x; im2col: y is 0, x counts all pixels of the image. Past the
+// last image there is nothing to read or to write.
 struct Spot {
     int image, y, x;
 };

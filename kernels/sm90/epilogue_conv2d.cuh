@@ -159,27 +159,15 @@ DEVICE void finish(ConvEpilogue<Tile>& e, const Sums<Tile>& sums, const ConvPlac
         for (int i = 0; i < Tile::kParts; i++) {
             UNROLL
             for (int j = 0; j < kStripColumns / 8; j += 2) {
-                // 16 x 16 results: two blocks of 8 columns, each of which a lane has four of.
                 T* to = chunk_of<Strip>(boxes[i], e.lane % 16, j + e.lane / 16);
                 const float* from = &sums[i][4 * (pass * (kStripColumns / 8) + j)];
-                float v[8];
+                float v[2][4];
                 UNROLL
-                for (int k = 0; k < 8; k++) v[k] = from[k];
-                if (e.c.residual != nullptr) {
-                    uint32_t r[4];
-                    ldmatrix_x4(r, to);
-                    __syncwarp();  // every lane has its part before the result takes the place
-                    UNROLL
-                    for (int k = 0; k < 4; k++) {
-                        const auto pair = *reinterpret_cast<const Pair<T>*>(&r[k]);
-                        v[2 * k] += to_f32(pair.low);
-                        v[2 * k + 1] += to_f32(pair.high);
-                    }
-                }
-                uint32_t packed[4];
+                for (int k = 0; k < 8; k++) v[k / 4][k % 4] = from[k];
+                if (e.c.residual != nullptr) add_from<T>(v, to);
                 UNROLL
-                for (int k = 0; k < 4; k++) packed[k] = pack2<T>(v[2 * k] * e.c.scale, v[2 * k + 1] * e.c.scale);
-                stmatrix_x4(to, packed);
+                for (int k = 0; k < 8; k++) v[k / 4][k % 4] *= e.c.scale;
+                put<T>(to, v);
             }
         }
         fence_proxy_async();

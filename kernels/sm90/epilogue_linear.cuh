@@ -125,7 +125,6 @@ DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>
         for (int i = 0; i < Strip::Tile::kParts; i++) {
             UNROLL
             for (int j = 0; j < Strip::kColumns / 8; j += 2) {
-                // 16 x 16 results: two blocks of 8 columns, each of which a lane has four of.
                 T* to = chunk_of<Strip>(e.strip.boxes[i][j / Strip::kBoxChunks], e.lane % 16,
                                         j % Strip::kBoxChunks + e.lane / 16);
                 float v[2][4];
@@ -142,21 +141,8 @@ DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>
                         }
                     }
                 }
-                if (e.args.residual != nullptr) {
-                    uint32_t r[4];
-                    ldmatrix_x4(r, to);
-                    __syncwarp();  // every lane has its part before the result takes the place
-                    UNROLL
-                    for (int k = 0; k < 4; k++) {
-                        const auto pair = *reinterpret_cast<const Pair<T>*>(&r[k]);
-                        v[k / 2][k % 2 * 2] += to_f32(pair.low);
-                        v[k / 2][k % 2 * 2 + 1] += to_f32(pair.high);
-                    }
-                }
-                uint32_t packed[4];
-                UNROLL
-                for (int k = 0; k < 4; k++) packed[k] = pack2<T>(v[k / 2][k % 2 * 2], v[k / 2][k % 2 * 2 + 1]);
-                stmatrix_x4(to, packed);
+                if (e.args.residual != nullptr) add_from<T>(v, to);
+                put<T>(to, v);
             }
         }
         fence_proxy_async();

@@ -68,14 +68,14 @@ pub struct QuantizeArgs {
     pub lora: Vec<Lora>,
 
     /// The new model: a directory, or a name in .safetensors where the model is a single file; it must not exist
-    #[arg(short, long, value_name = "PATH", value_parser = values::path())]
-    pub output: PathBuf,
+    #[arg(long, value_name = "PATH", value_parser = values::path())]
+    pub out: PathBuf,
 }
 
 const QUANTIZE_EXAMPLES: &str = "\
 Examples:
-  megafuse quantize --model stable-diffusion-xl-base-1.0 --output sdxl-fp8
-  megafuse quantize --model my-tune.safetensors --lora style.safetensors:0.7 --output my-tune-fp8.safetensors
+  megafuse quantize --model stable-diffusion-xl-base-1.0 --out sdxl-fp8
+  megafuse quantize --model my-tune.safetensors --lora style.safetensors:0.7 --out my-tune-fp8.safetensors
   megafuse generate --model sdxl-fp8 --weights fp8 \"two red balls\"
 
 The new model takes less room on disk. Without --weights fp8 it runs in the usual dtype, with the rounded values.";

@@ -1,7 +1,7 @@
 //! `megafuse quantize`: a model once more, in less room.
 
 use megafuse::Result;
-use megafuse::pipeline::{ModelSource, quantize, unfinished};
+use megafuse::pipeline::{ModelSource, quantize, unfinished_output};
 
 use super::args::QuantizeArgs;
 use super::console::say;
@@ -10,8 +10,8 @@ use super::output;
 
 pub fn run(args: &QuantizeArgs) -> Result<()> {
     let source = ModelSource::at(&args.model).with(args.lora.clone(), Vec::new(), None);
-    output::remove_on_interrupt(unfinished(&args.output));
-    let done = quantize(&source, &args.output, &mut |path| say!("{} ...", path.display()))?;
+    output::remove_on_interrupt(unfinished_output(&args.out));
+    let done = quantize(&source, &args.out, &mut |path| say!("{} ...", path.display()))?;
     done.warnings.iter().for_each(|warning| say!("warning: {warning}"));
     let [before, after] = done.bytes.map(bytes_text);
     let merged = match done.merged {
@@ -19,6 +19,6 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
         count => format!(", {count} tensors changed by LoRAs"),
     };
     say!("{} weights in 8 bits{merged}: {before} became {after}", done.weights);
-    output::print_name(&args.output);
+    output::print_name(&args.out);
     Ok(())
 }

@@ -26,6 +26,6 @@ pub use hub::{HubNeed, fetch_model};
 pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};
 pub use parameters::Parameters;
 pub use plan::{OpCost, PhaseReport, PlanReport, Planner, WeightReport, plan};
-pub use quantize::{Quantized, quantize, unfinished};
+pub use quantize::{QuantizeReport, quantize, unfinished_output};
 pub use request::{Request, SizeIds, TextOptions};
 pub use run::{Picture, Pipeline};

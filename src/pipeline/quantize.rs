@@ -11,7 +11,7 @@ use crate::runtime::{DType, Device};
 
 /// What was written.
 #[derive(Clone, Debug, Default)]
-pub struct Quantized {
+pub struct QuantizeReport {
     /// Weights in 8 bits, each with a scale per row.
     pub weights: usize,
     /// Tensors that LoRAs changed.
@@ -22,7 +22,7 @@ pub struct Quantized {
     pub warnings: Vec<String>,
 }
 
-impl Quantized {
+impl QuantizeReport {
     fn add(&mut self, file: &Rewritten) {
         self.weights += file.quantized;
         self.merged += file.merged;
@@ -32,7 +32,7 @@ impl Quantized {
 }
 
 /// Where [`quantize`] writes before all is complete: beside `output`.
-pub fn unfinished(output: &Path) -> PathBuf {
+pub fn unfinished_output(output: &Path) -> PathBuf {
     let name = output.file_name().unwrap_or_default().to_string_lossy();
     output.with_file_name(format!(".{name}.unfinished"))
 }
@@ -56,7 +56,7 @@ impl Drop for Unfinished {
 /// # Errors
 /// [`Error::File`]: `output` exists; those of the model's files; [`Error::Config`]: the model inside the program, or one
 /// with another VAE or embeddings; [`Error::Io`].
-pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&Path)) -> Result<Quantized> {
+pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&Path)) -> Result<QuantizeReport> {
     if let ModelSource::Modified { embeddings, vae, .. } = source
         && (!embeddings.is_empty() || vae.is_some())
     {
@@ -75,7 +75,7 @@ pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&P
     }
     let parts = parts(&files)?;
     let name = output.file_name().ok_or_else(|| Error::file(output, "is no name for a file or a directory"))?;
-    let unfinished = Unfinished(unfinished(output));
+    let unfinished = Unfinished(unfinished_output(output));
     // Of a run that was killed.
     let _ = fs::remove_dir_all(&unfinished.0);
     fs::create_dir_all(&unfinished.0).map_err(|error| Error::io(&unfinished.0, error))?;
@@ -85,7 +85,7 @@ pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&P
         Place::File(file) => {
             progress(file.path());
             let stores: Vec<&WeightStore> = parts.values().collect();
-            let mut done = Quantized::default();
+            let mut done = QuantizeReport::default();
             done.add(&models::rewrite(&stores, file.path(), &made)?);
             done
         }
@@ -128,10 +128,10 @@ fn directory(
     parts: &BTreeMap<&'static str, WeightStore>,
     to: &Path,
     progress: &mut dyn FnMut(&Path),
-) -> Result<Quantized> {
+) -> Result<QuantizeReport> {
     let indices: Vec<&Path> = parts.values().filter_map(WeightStore::shard_index).collect();
     copy_tree(from, to, &indices, true)?;
-    let mut done = Quantized::default();
+    let mut done = QuantizeReport::default();
     for (folder, store) in parts {
         let (from, to) = (from.join(folder), to.join(folder));
         let mut shards: Vec<(String, Rewritten)> = Vec::new();

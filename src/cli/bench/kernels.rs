@@ -285,15 +285,20 @@ impl<'a> Bench<'a> {
         Ok(Bench { args, device, case, count, work, reference, errors: Vec::new() })
     }
 
-    /// The op's own choice, and with --variants each kernel that it has to choose from and that takes the operands.
-    fn prepare(&self, clock: &Clock) -> Result<Vec<Timed>> {
+    /// For [`ops::with_variants`]: the op's own choice, and with --variants each kernel that it has to choose from.
+    fn kernels(&self) -> Vec<String> {
         let mut names = vec![String::new()];
         if self.args.variants {
             let variants = ops::variants_on(self.case.op, self.device, self.args.dtype);
             names.extend(variants.iter().map(|variant| format!("{}={}", self.case.op, variant.name)));
         }
+        names
+    }
+
+    /// Those of [`kernels`](Bench::kernels) that take the operands.
+    fn prepare(&self, clock: &Clock) -> Result<Vec<Timed>> {
         let mut kernels = Vec::new();
-        for name in names {
+        for name in self.kernels() {
             kernels.extend(clock.prepare(self.case, self.args.dtype, &name, self.work.bytes)?);
         }
         Ok(kernels)
@@ -303,12 +308,7 @@ impl<'a> Bench<'a> {
     fn check(&mut self, seed: u64) -> Result<()> {
         let Some(reference) = self.reference else { return Ok(()) };
         let want = reference.result(self.case, self.device, self.args.dtype, seed)?;
-        let mut names = vec![String::new()];
-        if self.args.variants {
-            let variants = ops::variants_on(self.case.op, self.device, self.args.dtype);
-            names.extend(variants.iter().map(|variant| format!("{}={}", self.case.op, variant.name)));
-        }
-        for name in names {
+        for name in self.kernels() {
             let Some(errors) = errors(self.case, self.device, self.args.dtype, &name, seed, &want)? else { continue };
             match self.errors.iter_mut().find(|(kernel, _)| *kernel == name) {
                 Some((_, before)) => *before = before.or_worse(errors),

@@ -3,14 +3,15 @@
 use std::fs;
 use std::path::Path;
 
+use megafuse::models::single_file::published_config;
 use megafuse::models::{
-    AddedConditioning, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+    AddedConditioning, Family, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
 };
 use megafuse::ops::StepIndex;
 use megafuse::ops::cases::{Call, Inputs};
 use megafuse::runtime::{Work, cuda};
 use megafuse::{DType, Device, Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::args::{ModelArgs, Published};
 use super::clock::Clock;
@@ -118,7 +119,12 @@ impl Source<'_> {
                 let json = fs::read_to_string(&path).map_err(|error| Error::io(&path, error))?;
                 Ok((path.display().to_string(), json))
             }
-            Source::Random(published) => Ok((format!("{published:?} {part}"), published.config(part).to_string())),
+            Source::Random(published) => {
+                let name = format!("{part}/config.json");
+                let json = published_config(published.family(), &name);
+                let json = json.ok_or_else(|| Error::config(name.clone(), "the family has none"))?;
+                Ok((format!("{published:?} {name}"), json))
+            }
         }
     }
 
@@ -134,32 +140,10 @@ impl Source<'_> {
 }
 
 impl Published {
-    /// As the published configurations have it, as far as it decides shapes.
-    fn config(self, part: &str) -> Value {
-        let (down, attention_down) = ("DownBlock2D", "CrossAttnDownBlock2D");
-        let (up, attention_up) = ("UpBlock2D", "CrossAttnUpBlock2D");
-        match (self, part) {
-            (Published::Sd15, "unet") => json!({
-                "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-                "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768, "norm_num_groups": 32,
-                "act_fn": "silu", "norm_eps": 1e-5,
-                "down_block_types": [attention_down, attention_down, attention_down, down],
-                "up_block_types": [up, attention_up, attention_up, attention_up],
-            }),
-            (Published::Sdxl, "unet") => json!({
-                "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
-                "layers_per_block": 2, "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
-                "cross_attention_dim": 2048, "norm_num_groups": 32, "act_fn": "silu", "norm_eps": 1e-5,
-                "use_linear_projection": true, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-                "projection_class_embeddings_input_dim": 2816,
-                "down_block_types": [down, attention_down, attention_down],
-                "up_block_types": [attention_up, attention_up, up],
-            }),
-            _ => json!({
-                "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512],
-                "layers_per_block": 2, "norm_num_groups": 32, "act_fn": "silu", "sample_size": 512,
-                "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
-            }),
+    fn family(self) -> Family {
+        match self {
+            Published::Sd15 => Family::Sd1,
+            Published::Sdxl => Family::Sdxl,
         }
     }
 }

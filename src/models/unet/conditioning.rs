@@ -131,18 +131,14 @@ impl TimeEmbedding {
         };
         let add_embedding = match &config.added {
             None => None,
-            Some(config) => Some(AddEmbedding {
-                linear_1: Conv2d {
-                    weight: added.matrix("linear_1.weight", t, config.input_dim())?.reshape(&[
-                        t,
-                        1,
-                        1,
-                        config.input_dim(),
-                    ])?,
-                    bias: added.tensor("linear_1.bias", &[t])?,
-                },
-                linear_2: Linear::load(&added.at("linear_2"), t, t)?,
-            }),
+            Some(config) => {
+                let (linear_1, inputs) = (added.at("linear_1"), config.input_dim());
+                let weight = linear_1.matrix("weight", t, inputs)?.reshape(&[t, 1, 1, inputs])?;
+                Some(AddEmbedding {
+                    linear_1: Conv2d { weight, bias: linear_1.tensor("bias", &[t])? },
+                    linear_2: Linear::load(&added.at("linear_2"), t, t)?,
+                })
+            }
         };
         Ok(TimeEmbedding {
             linear_1: Linear::load(&time.at("linear_1"), t, first)?,

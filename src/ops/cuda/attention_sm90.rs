@@ -149,11 +149,6 @@ impl Tile {
     }
 }
 
-/// The tiles that a card has for operands of a dtype.
-pub fn variants(device: &CudaDevice, dtype: DType) -> Vec<Variant> {
-    if device.has(Isa::Sm90a) && dtype != DType::F32 { all() } else { vec![] }
-}
-
 /// The tiles that some card has.
 pub fn all() -> Vec<Variant> {
     TILES.iter().map(Tile::variant).collect()
@@ -169,25 +164,18 @@ pub(super) fn takes(device: &CudaDevice, dtype: DType, dims: &Dims) -> bool {
     device.has(Isa::Sm90a) && dtype != DType::F32 && !dims.causal && TILES.iter().any(|tile| tile.takes(dims))
 }
 
-/// The tile that is asked for, or that with the shortest predicted duration.
 fn pick(dims: &Dims, multiprocessors: usize, asked: Option<&str>) -> Result<&'static Tile> {
-    let can = || TILES.iter().filter(|tile| tile.takes(dims));
-    match asked {
-        Some(name) => can().find(|tile| tile.name == name).ok_or_else(|| {
-            let second = match dims.second {
-                None => String::new(),
-                Some(SecondDims { keys, weight: None, .. }) => format!(" and {keys} more"),
-                Some(SecondDims { keys, .. }) => format!(" and {keys} of a second softmax"),
-            };
-            let windows = if dims.windows.is_some() { " in windows" } else { "" };
-            let what = format!("heads of {} with {} keys{second}{windows}", dims.head_dim, dims.keys);
-            variants::refused(OP, name, &what, &can().map(Tile::variant).collect::<Vec<_>>())
-        }),
-        None => {
-            let shortest = can().min_by_key(|tile| tile.nanoseconds(dims, multiprocessors));
-            Ok(shortest.unwrap_or(&TILES[0]))
-        }
-    }
+    let what = || {
+        let second = match dims.second {
+            None => String::new(),
+            Some(SecondDims { keys, weight: None, .. }) => format!(" and {keys} more"),
+            Some(SecondDims { keys, .. }) => format!(" and {keys} of a second softmax"),
+        };
+        let windows = if dims.windows.is_some() { " in windows" } else { "" };
+        format!("heads of {} with {} keys{second}{windows}", dims.head_dim, dims.keys)
+    };
+    let nanoseconds = |tile: &Tile| tile.nanoseconds(dims, multiprocessors);
+    variants::pick(OP, asked, TILES.iter().filter(|tile| tile.takes(dims)), Tile::variant, what, nanoseconds)
 }
 
 /// `arguments`: as the portable kernel gets them. `asked`: a tile by its name.

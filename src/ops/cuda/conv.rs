@@ -1,5 +1,5 @@
-//! Launches of kernels/conv2d.cu, or of the kernels for Hopper (`conv_sm90`). How a convolution is split into launches follows from its shape, so that the meta
-//! device counts the same launches and the same scratch memory.
+//! Launches of kernels/conv2d.cu, or of the kernels for Hopper (`conv_sm90`). How a convolution is split into launches follows
+//! from its shape, so that the meta device counts the same launches and the same scratch memory.
 
 use super::norm::{self, Statistics};
 use super::tiles::{self, Card, Product, Wide};

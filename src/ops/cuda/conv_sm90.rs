@@ -300,11 +300,6 @@ struct ConvTiles {
     later: [i32; 2],
 }
 
-/// The tiles that a card has for operands of a dtype.
-pub fn variants(device: &CudaDevice, dtype: DType) -> Vec<Variant> {
-    if device.has(Isa::Sm90a) && dtype != DType::F32 { all() } else { vec![] }
-}
-
 /// The tiles that some card has.
 pub fn all() -> Vec<Variant> {
     TILES.iter().map(Tile::variant).collect()
@@ -363,7 +358,6 @@ pub(super) fn takes(device: &CudaDevice, args: &Conv2d, g: &Geometry, operands: 
             .all(aligned)
 }
 
-/// The tile that is asked for, or that with the shortest predicted duration.
 fn pick(
     form: impl Fn(Form) -> bool,
     cut: impl Fn(&Tile) -> Cut,
@@ -371,16 +365,10 @@ fn pick(
     multiprocessors: usize,
     asked: Option<&str>,
 ) -> Result<&'static Tile> {
-    let can = || TILES.iter().filter(|tile| form(tile.form));
-    match asked {
-        Some(name) => can().find(|tile| tile.name == name).ok_or_else(|| {
-            variants::refused(OP, name, "this convolution", &can().map(Tile::variant).collect::<Vec<_>>())
-        }),
-        None => {
-            let shortest = can().min_by_key(|tile| tile.nanoseconds(&cut(tile), taps, multiprocessors));
-            Ok(shortest.unwrap_or(&TILES[0]))
-        }
-    }
+    let what = || "this convolution".into();
+    let nanoseconds = |tile: &Tile| tile.nanoseconds(&cut(tile), taps, multiprocessors);
+    let form = &form;
+    variants::pick(OP, asked, TILES.iter().filter(|tile| form(tile.form)), Tile::variant, what, nanoseconds)
 }
 
 /// The sums of weights that the form doubled reads: conv2d_join_weights of sm90/conv2d.cu.

@@ -305,11 +305,6 @@ impl Tile {
 }
 
 impl Family {
-    /// The tiles that a card has for a result of a dtype.
-    pub fn variants(&self, device: &CudaDevice, dtype: DType) -> Vec<Variant> {
-        if device.has(Isa::Sm90a) && dtype != DType::F32 { self.all() } else { vec![] }
-    }
-
     /// The tiles that some card has.
     pub fn all(&self) -> Vec<Variant> {
         self.tiles.iter().map(Tile::variant).collect()
@@ -322,21 +317,17 @@ impl Family {
 
     /// The tile that is asked for, or that with the shortest predicted duration.
     fn pick(&self, kind: Kind, size: [usize; 3], multiprocessors: usize, asked: Option<&str>) -> Result<&'static Tile> {
-        let can = || self.tiles.iter().filter(|tile| tile.kinds.contains(&kind));
-        match asked {
-            Some(name) => can().find(|tile| tile.name == name).ok_or_else(|| {
-                let what = match kind {
-                    Kind::Plain => "no activation",
-                    Kind::Activated => "an activation",
-                    Kind::Gated => "GEGLU",
-                };
-                variants::refused(self.op, name, what, &can().map(Tile::variant).collect::<Vec<_>>())
-            }),
-            None => {
-                let shortest = can().min_by_key(|tile| tile.nanoseconds(kind, size, multiprocessors));
-                Ok(shortest.unwrap_or(&self.tiles[0]))
-            }
-        }
+        let what = || {
+            let what = match kind {
+                Kind::Plain => "no activation",
+                Kind::Activated => "an activation",
+                Kind::Gated => "GEGLU",
+            };
+            what.into()
+        };
+        let nanoseconds = |tile: &Tile| tile.nanoseconds(kind, size, multiprocessors);
+        let fit = self.tiles.iter().filter(|tile| tile.kinds.contains(&kind));
+        variants::pick(self.op, asked, fit, Tile::variant, what, nanoseconds)
     }
 
     /// Whether the kernels take these operands: TMA wants rows of whole 16 bytes, and there must be something to sum.

@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 
 use super::{attention, attention_sm90, conv_sm90, linear_fp8, linear_sm90, tiles};
 use crate::error::{Error, Result};
+use crate::runtime::cuda::{CudaDevice, Isa};
 use crate::runtime::{DType, Device};
 
 const VARIABLE: &str = "MEGAFUSE_KERNEL";
@@ -61,14 +62,16 @@ pub fn all(op: &str) -> Vec<Variant> {
 pub fn on_device(op: &str, device: &Device, dtype: DType) -> Vec<Variant> {
     match (op, device) {
         ("linear", Device::Cuda(card)) => {
-            [tiles::variants(&[dtype]), linear_sm90::LINEAR.variants(card, dtype)].concat()
+            [tiles::variants(&[dtype]), on_hopper(card, dtype, linear_sm90::LINEAR.all())].concat()
         }
         ("linear_fp8", Device::Cuda(card)) => {
-            [vec![linear_fp8::GENERAL], linear_sm90::LINEAR_FP8.variants(card, dtype)].concat()
+            [vec![linear_fp8::GENERAL], on_hopper(card, dtype, linear_sm90::LINEAR_FP8.all())].concat()
         }
-        ("conv2d", Device::Cuda(card)) => [tiles::variants(&[dtype]), conv_sm90::variants(card, dtype)].concat(),
+        ("conv2d", Device::Cuda(card)) => {
+            [tiles::variants(&[dtype]), on_hopper(card, dtype, conv_sm90::all())].concat()
+        }
         ("attention", Device::Cuda(card)) => {
-            [attention::variants(&[dtype]), attention_sm90::variants(card, dtype)].concat()
+            [attention::variants(&[dtype]), on_hopper(card, dtype, attention_sm90::all())].concat()
         }
         _ => vec![],
     }
@@ -167,6 +170,31 @@ pub fn asked(op: &str) -> Result<Option<&'static str>> {
 /// every convolution on a card calls.
 pub fn asked_splits() -> Option<usize> {
     current().ok().and_then(|variants| variants.conv2d_splits)
+}
+
+/// Those of Hopper's kernels, `all` of an op, that a card has for operands of a dtype: of 16 bits, where it runs sm_90a.
+pub fn on_hopper(device: &CudaDevice, dtype: DType, all: Vec<Variant>) -> Vec<Variant> {
+    if device.has(Isa::Sm90a) && dtype != DType::F32 { all } else { vec![] }
+}
+
+/// One kernel of a table: the one that is asked for by name, else that with the shortest predicted duration. `fit`: those that
+/// take the operands, which `what` describes.
+///
+/// # Errors
+/// [`Error::Argument`]: the one that is asked for does not fit, or none does.
+pub fn pick<'a, T>(
+    op: &'static str,
+    asked: Option<&str>,
+    fit: impl Iterator<Item = &'a T> + Clone,
+    variant: impl Fn(&T) -> Variant,
+    what: impl FnOnce() -> String,
+    nanoseconds: impl Fn(&T) -> usize,
+) -> Result<&'a T> {
+    let found = match asked {
+        Some(name) => fit.clone().find(|tile| variant(tile).name == name),
+        None => fit.clone().min_by_key(|tile| nanoseconds(tile)),
+    };
+    found.ok_or_else(|| refused(op, asked.unwrap_or("none"), &what(), &fit.map(variant).collect::<Vec<_>>()))
 }
 
 /// A variant that was asked for by name cannot take the operands that `what` describes; `others` can.

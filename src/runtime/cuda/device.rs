@@ -676,13 +676,14 @@ impl CudaDevice {
                 result => check(&self.0.context.name, "cuFuncGetParamInfo", result)?,
             }
         }
-        // The architecture of the PTX, not of the card: code for an older one, compiled at load, does not wait.
+        // The architecture of the PTX, not of the card: code for an older one, compiled at load, does not wait. That this
+        // program's own kernels wait, the build has seen; of others nobody knows.
         let mut compiled_for = 0;
         let ptx_version = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
         // SAFETY: the function is loaded; the pointer is valid for the call.
         let result = unsafe { sys::cuFuncGetAttribute(&mut compiled_for, ptx_version, handle) };
         check(&self.0.context.name, "cuFuncGetAttribute", result)?;
-        let can_depend = compiled_for >= 90;
+        let can_depend = kernels.is_some() && compiled_for >= 90;
         Ok(Function { handle, parameters: parameters.into(), can_depend, shared_bytes: DEFAULT_SHARED_BYTES })
     }
 }
