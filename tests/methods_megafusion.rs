@@ -2,11 +2,12 @@
 //! drawn, and which stage gets which options.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use megafuse::methods::{
     self, Denoiser, DiffusionModel, Event, GenerationMethod, Geometry, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
-    NoiseSource, Observer, Plain, RecordedSteps, RelayClamp, Run, Size, Stage, Watch,
+    MethodSpec, NoiseSource, Observer, Plain, RecordedSteps, RelayClamp, Run, Sampling, Size, Stage, Watch,
 };
 use megafuse::models::UnetOptions;
 use megafuse::ops::StepTable;
@@ -508,7 +509,59 @@ fn plans_that_cannot_run_name_the_field() {
     let scheduler = Scheduler::new(&config("leading"), ddim, 9, 0.0).unwrap();
     let stages = two.map(|stage| stage.parse().unwrap()).to_vec();
     let error = Run::new(mega().into(), stages, scheduler, None, 8).unwrap_err().to_string();
-    assert!(error.contains("10 steps") && error.contains("the scheduler 9"), "{error}");
+    assert!(error.contains("10 steps") && error.contains("the scheduler has 9"), "{error}");
+}
+
+/// Two stages, of which the second does the last steps of the first one's schedule again.
+#[derive(Debug, serde::Serialize)]
+struct Again;
+
+static AGAIN: MethodSpec = MethodSpec {
+    name: "again",
+    summary: "",
+    relays: true,
+    options: &[],
+    parse: |_| unreachable!("it is made by name"),
+};
+
+impl GenerationMethod for Again {
+    fn stages(&self, _: &Geometry) -> Result<Vec<Stage>> {
+        unreachable!("its stages are given")
+    }
+
+    fn ranges(&self, stages: &[Stage]) -> Vec<Range<usize>> {
+        stages.iter().map(|stage| stages[0].steps - stage.steps..stages[0].steps).collect()
+    }
+
+    fn check(&self, _: &Run) -> Result<()> {
+        Ok(())
+    }
+
+    fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
+        sampling.prepare(vec![sampling.run().scheduler().clone(); 2], |coefficients| coefficients)?;
+        let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
+        let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
+        Ok(sampling.stage(1, x, &|_| UnetOptions::default())?.0)
+    }
+}
+
+#[test]
+fn a_stage_takes_the_steps_that_its_method_says() {
+    let method = Method::of(&AGAIN, Again);
+    let stages: Vec<Stage> = ["16x16:6", "16x16:2"].iter().map(|stage| stage.parse().unwrap()).collect();
+    assert_eq!(method.scheduled_steps(&stages), 6);
+    let scheduler = Scheduler::new(&config("leading"), Sampler::Euler, 6, 0.0).unwrap();
+    let (own, all) = (scheduler.evaluations(4..6), scheduler.timesteps().to_vec());
+    let plan = Run::new(method, stages, scheduler, None, 8).unwrap();
+    assert_eq!((plan.ranges(), plan.steps()), (&[0..6, 4..6][..], 8));
+    assert_eq!(plan.timesteps(), [&all[..], &all[4..]].concat());
+    let model = formula();
+    run_with(&model, &plan, &mut Draws::default());
+    let calls = model.calls.lock().unwrap();
+    let scales: Vec<f32> = calls.iter().map(|call| call.2).collect();
+    assert_eq!(calls.iter().map(|call| call.0).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+    assert_eq!(scales[6..], [own[0].input_scale, own[1].input_scale]);
+    assert_eq!(scales[6..], scales[4..6]);
 }
 
 #[test]

@@ -229,7 +229,7 @@ impl Grid {
         }
         if !wanted.method.relays {
             let run = session.planner.pipeline().resolve(&request)?;
-            request.steps = Some(run.stages().iter().map(|stage| stage.steps).sum());
+            request.steps = Some(run.scheduler().timesteps().len());
             request.size = Some(run.last_stage().size);
         }
         if wanted.size.is_some() {

@@ -533,15 +533,15 @@ impl RunArgs {
 /// # Errors
 /// [`Error::Request`]: an option's value does not fit.
 pub fn by_method(request: &Request, spec: &'static MethodSpec) -> Result<Request> {
+    let scheduled = request.method.scheduled_steps(&request.stages);
     let request = Request { method: request.method.replaced_by(spec)?, ..request.clone() };
     if spec.relays || request.stages.is_empty() {
         return Ok(request);
     }
-    let steps = request.stages.iter().map(|stage| stage.steps).sum();
     let last = request.stages.last().map(|last| last.size);
     Ok(Request {
         size: request.size.or(last),
-        steps: Some(request.steps.unwrap_or(steps)),
+        steps: Some(request.steps.unwrap_or(scheduled)),
         stages: Vec::new(),
         ..request
     })

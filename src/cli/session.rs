@@ -171,12 +171,12 @@ pub fn batches(requests: &[&Request], most: usize) -> Vec<Vec<usize>> {
     groups
 }
 
-/// What many requests cost, worked out once for those of the same stages.
+/// What many requests cost, worked out once for those of the same method and stages.
 #[derive(Default)]
 pub struct Costs {
     asked: HashMap<Asked, u64>,
-    /// By stages, and whether there is guidance.
-    planned: HashMap<(Vec<Stage>, bool), u64>,
+    /// By method with its options, stages, and whether there is guidance.
+    planned: HashMap<(String, Vec<Stage>, bool), u64>,
 }
 
 /// What of a request decides its cost and whether it can be met, beside the flags that all have in common.
@@ -207,7 +207,7 @@ impl Costs {
         if let Some(&cost) = self.asked.get(&asked) {
             return Ok(cost);
         }
-        let planned = (session.planner.pipeline().resolve(request)?.stages().to_vec(), guided);
+        let planned = (asked.method.clone(), session.planner.pipeline().resolve(request)?.stages().to_vec(), guided);
         let cost = match self.planned.get(&planned) {
             Some(&cost) => cost,
             None => session.check(request)?.total.macs,

@@ -220,7 +220,7 @@ impl MegaFusion {
         drop((upsampled, posterior_noise));
         sampling.dump(&format!("relay{to}.encoded"), &encoded)?;
 
-        let level = sampling.done().saturating_add_signed(self.relay_noise_offset as isize);
+        let level = sampling.run().ranges()[to].start.saturating_add_signed(self.relay_noise_offset as isize);
         let (signal, sigma) = sampling.scheduler(to).noise_level(level);
         let noise = sampling.draw(shape)?;
         let noised = ops::add_noise(&encoded, &noise, signal as f32, sigma as f32)?;

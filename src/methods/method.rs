@@ -1,6 +1,7 @@
 //! What a method is to the rest of the program: a name, options that are defined once, and the run that they make.
 
 use std::fmt::{self, Debug};
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{Geometry, METHODS, Run, Sampling, Size, Stage};
+use super::{Geometry, METHODS, Run, Sampling, Size, Stage, consecutive};
 use crate::error::{Error, Result};
 use crate::names::one_of;
 use crate::runtime::Tensor;
@@ -32,6 +33,12 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// # Errors
     /// [`Error::Request`]: the size is not made of whole cells.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>>;
+
+    /// Which steps of the run's schedule each stage takes; the schedule has as many as the last of them asks for. Default:
+    /// the stages share it, one after the other, as those of a relay do.
+    fn ranges(&self, stages: &[Stage]) -> Vec<Range<usize>> {
+        consecutive(stages)
+    }
 
     /// Can a run be made as the options and `run` say? What every method asks (stages with steps, sizes of whole cells)
     /// has been checked.
@@ -228,6 +235,11 @@ impl Method {
     /// `option`, if the method has it and it is set.
     pub fn option(&self, name: &str) -> Option<&Value> {
         self.options.get(name)
+    }
+
+    /// Steps of the schedule of a run with these stages.
+    pub fn scheduled_steps(&self, stages: &[Stage]) -> usize {
+        self.implementation.ranges(stages).iter().map(|range| range.end).max().unwrap_or(0)
     }
 
     pub(crate) fn implementation(&self) -> &dyn GenerationMethod {

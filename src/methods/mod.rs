@@ -24,7 +24,7 @@ pub use recorded::{RecordedSteps, StageSteps, StepKey};
 pub use run::{PublishedSchedule, Run};
 pub use sampling::{Sampling, generate, images};
 pub use size::{Size, Stage};
-pub use stages::{Geometry, base_size, check_size, relay_stages};
+pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
 
 use crate::names::named;
 

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use super::{Method, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::ops::GuidanceScale;
@@ -8,6 +10,8 @@ use crate::schedulers::Scheduler;
 pub struct Run {
     method: Method,
     stages: Vec<Stage>,
+    /// Of each stage.
+    ranges: Vec<Range<usize>>,
     scheduler: Scheduler,
     guidance: Option<Vec<GuidanceScale>>,
     published: PublishedSchedule,
@@ -37,7 +41,7 @@ impl PublishedSchedule {
 
 impl Run {
     /// * `stages`: at least one
-    /// * `scheduler`: the base schedule, with as many steps as the stages together
+    /// * `scheduler`: the base schedule, with [`Method::scheduled_steps`]
     /// * `guidance`: classifier-free guidance scale of every picture; `None`: the model has no unconditional rows
     /// * `factor`: pixels per latent cell, which divides every side
     ///
@@ -52,7 +56,8 @@ impl Run {
         factor: usize,
     ) -> Result<Run> {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
-        let run = Run { method, stages, scheduler, guidance, published: PublishedSchedule::SD };
+        let ranges = method.implementation().ranges(&stages);
+        let run = Run { method, stages, ranges, scheduler, guidance, published: PublishedSchedule::SD };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -60,10 +65,11 @@ impl Run {
         for stage in &run.stages {
             check_size("stages", stage.size, factor)?;
         }
-        let (steps, scheduled) =
-            (run.stages.iter().map(|stage| stage.steps).sum::<usize>(), run.scheduler.timesteps().len());
+        let (steps, scheduled) = (run.method.scheduled_steps(&run.stages), run.scheduler.timesteps().len());
         if steps != scheduled {
-            return refuse(format!("the stages have {steps} steps, the scheduler {scheduled}; they must be equal"));
+            return refuse(format!(
+                "the stages ask for {steps} steps, the scheduler has {scheduled}; they must be equal"
+            ));
         }
         run.method.implementation().check(&run)?;
         Ok(run)
@@ -92,24 +98,30 @@ impl Run {
         &self.stages
     }
 
+    /// Which of the schedule's steps each stage takes.
+    pub fn ranges(&self) -> &[Range<usize>] {
+        &self.ranges
+    }
+
+    /// Steps of all stages together.
+    pub fn steps(&self) -> usize {
+        self.ranges.iter().map(Range::len).sum()
+    }
+
     /// The last stage, whose size is the picture's.
     pub fn last_stage(&self) -> Stage {
         self.stages[self.stages.len() - 1]
     }
 
-    /// The base schedule, with as many steps as the stages together.
+    /// The base schedule, of which [`ranges`](Run::ranges) says who takes what.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
     }
 
     /// What the network is told at every evaluation of the run, in order.
     pub fn timesteps(&self) -> Vec<f32> {
-        let mut begin = 0;
-        let of_stage = |stage: &Stage| {
-            begin += stage.steps;
-            self.scheduler.evaluations(begin - stage.steps..begin)
-        };
-        self.stages.iter().flat_map(of_stage).map(|evaluation| evaluation.timestep).collect()
+        let of_stage = |range: &Range<usize>| self.scheduler.evaluations(range.clone());
+        self.ranges.iter().flat_map(of_stage).map(|evaluation| evaluation.timestep).collect()
     }
 
     /// Classifier-free guidance of each picture of a batch, or one for all; `None`: the model has no unconditional rows.

@@ -1,5 +1,7 @@
 //! What every method's run is made of: draws, stages of steps, decoding and encoding, and telling the observer.
 
+use std::ops::Range;
+
 use super::observer::check_finite;
 use super::{DiffusionModel, Event, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
 use crate::error::Result;
@@ -76,13 +78,9 @@ impl<'a> Sampling<'a> {
         schedulers: Vec<Scheduler>,
         adapt: impl Fn(StepCoefficients) -> StepCoefficients,
     ) -> Result<()> {
-        let mut begin = 0;
-        let mut evaluations = Vec::new();
-        for (stage, scheduler) in self.run.stages().iter().zip(&schedulers) {
-            // A stage knows no evaluations of the one before.
-            evaluations.extend(scheduler.evaluations(begin..begin + stage.steps));
-            begin += stage.steps;
-        }
+        // A stage knows no evaluations of the one before.
+        let of_stage = |(range, scheduler): (&Range<usize>, &Scheduler)| scheduler.evaluations(range.clone());
+        let evaluations: Vec<Evaluation> = self.run.ranges().iter().zip(&schedulers).flat_map(of_stage).collect();
         let row = |evaluation: &Evaluation| StepRow {
             input_scale: evaluation.input_scale,
             coefficients: adapt(evaluation.coefficients),
@@ -92,11 +90,6 @@ impl<'a> Sampling<'a> {
         self.evaluations = evaluations;
         self.schedulers = schedulers;
         self.dump_tables()
-    }
-
-    /// Steps done over all stages.
-    pub fn done(&self) -> usize {
-        self.done
     }
 
     pub fn scheduler(&self, stage: usize) -> &Scheduler {
@@ -165,7 +158,7 @@ impl<'a> Sampling<'a> {
                 }
             }
             self.done += 1;
-            let (run_step, run_steps) = (self.done, self.run.scheduler().timesteps().len());
+            let (run_step, run_steps) = (self.done, self.run.steps());
             self.watch.dump(&format!("step{run_step}"), on_device.state().x())?;
             let progress = StepProgress { stage: index, step, stage_steps: steps, run_step, run_steps };
             self.watch.observer.event(&Event::Step(progress));

@@ -1,4 +1,6 @@
-//! Which sizes and how many steps, when the user names only the final size.
+//! Which sizes and how many steps, when the user names only the final size; which steps of a schedule stages take.
+
+use std::ops::Range;
 
 use super::{Size, Stage};
 use crate::error::{Error, Result};
@@ -61,6 +63,16 @@ pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
         stages.push(Stage { size, steps: relayed_steps / relays + extra });
     }
     Ok(stages)
+}
+
+/// The steps of a schedule that stages take one after the other.
+pub fn consecutive(stages: &[Stage]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let of_stage = |stage: &Stage| {
+        end += stage.steps;
+        end - stage.steps..end
+    };
+    stages.iter().map(of_stage).collect()
 }
 
 /// The native area in the aspect ratio of `size`.

@@ -20,7 +20,7 @@ impl Parameters {
     pub(super) fn new(request: &Request, run: &Run, pipeline: &Pipeline, seed: u64) -> Parameters {
         let last = run.last_stage();
         let stages: Vec<String> = run.stages().iter().map(Stage::to_string).collect();
-        let steps: usize = run.stages().iter().map(|stage| stage.steps).sum();
+        let steps = run.scheduler().timesteps().len();
         let version = concat!("megafuse ", env!("CARGO_PKG_VERSION"));
         let method = run.method();
         let sampler = run.scheduler().sampler();

@@ -147,7 +147,7 @@ impl Request {
             return Err(refused("negative_prompt", format!("{negative:?}"), unguided));
         }
         let stages = self.resolve_stages(native, factor, defaults)?;
-        let steps = stages.iter().map(|stage| stage.steps).sum();
+        let steps = self.method.scheduled_steps(&stages);
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
             return Err(refused(
                 "steps",
