@@ -1,4 +1,5 @@
-//! Seeded Gaussian noise, value for value what torch draws, so that a seed means the same picture everywhere.
+//! Seeded Gaussian noise, value for value what torch draws, so that a seed means the same picture everywhere; and what torch
+//! and Python draw beside it, for methods that choose something at random.
 //!
 //! The order of draws is part of a method's documentation; within a draw values come in NCHW order, as
 //! `torch.randn([N, C, H, W], generator=g)` fills its tensor.
@@ -109,6 +110,30 @@ impl Mt19937 {
         Mt19937 { state, next: 624 }
     }
 
+    /// The published init_by_array, of at least one word.
+    fn by_array(key: &[u32]) -> Mt19937 {
+        let Mt19937 { mut state, next } = Mt19937::new(19_650_218);
+        let mixed = |last: u32, factor: u32| (last ^ (last >> 30)).wrapping_mul(factor);
+        // Places 1 to 623 in turn; place 0 holds what stands before place 1.
+        let places = || (1..624).cycle();
+        let mut last = 0;
+        for (i, j) in places().zip((0..key.len()).cycle()).take(624.max(key.len())) {
+            state[i] = (state[i] ^ mixed(state[i - 1], 1_664_525)).wrapping_add(key[j]).wrapping_add(j as u32);
+            if i == 623 {
+                state[0] = state[623];
+            }
+            last = i;
+        }
+        for i in places().skip(last).take(623) {
+            state[i] = (state[i] ^ mixed(state[i - 1], 1_566_083_941)).wrapping_sub(i as u32);
+            if i == 623 {
+                state[0] = state[623];
+            }
+        }
+        state[0] = 0x8000_0000;
+        Mt19937 { state, next }
+    }
+
     fn next_u32(&mut self) -> u32 {
         if self.next == 624 {
             for i in 0..624 {
@@ -135,6 +160,61 @@ impl Mt19937 {
     fn uniform_f64(&mut self) -> f64 {
         let word = u64::from(self.next_u32()) << 32 | u64::from(self.next_u32());
         (word & ((1 << 53) - 1)) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// torch's CPU generator as methods draw from it beside the noise: `torch.manual_seed(seed)`, then one number at a time. Of the
+/// seed it uses the lower 32 bits.
+#[derive(Clone, Debug)]
+pub struct TorchUniform(Mt19937);
+
+impl TorchUniform {
+    pub fn new(seed: u64) -> TorchUniform {
+        TorchUniform(Mt19937::new(seed as u32))
+    }
+
+    /// `torch.rand(1)`: in [0, 1), of 24 bits. So many draws are those of one larger `torch.rand`.
+    pub fn rand(&mut self) -> f32 {
+        self.0.uniform_f32()
+    }
+
+    /// `torch.empty(1).uniform_(from, to)`, where torch's compiler fused the multiplication and the addition.
+    pub fn uniform(&mut self, from: f32, to: f32) -> f32 {
+        self.rand().mul_add(to - from, from)
+    }
+}
+
+/// Python's `random.Random(seed)`.
+#[derive(Clone, Debug)]
+pub struct PythonRandom(Mt19937);
+
+impl PythonRandom {
+    /// Python seeds by an array: the seed's words of 32 bits, the lowest first, without zeros at the top.
+    pub fn new(seed: u64) -> PythonRandom {
+        let words = [seed as u32, (seed >> 32) as u32];
+        PythonRandom(Mt19937::by_array(if words[1] == 0 { &words[..1] } else { &words }))
+    }
+
+    /// `randint(low, high)`, both ends included; `low` where `high` is less.
+    pub fn randint(&mut self, low: i64, high: i64) -> i64 {
+        // Values, less one: their number may be 2^64.
+        let most = high.max(low).wrapping_sub(low) as u64;
+        let Some(values) = most.checked_add(1) else { return low.wrapping_add(self.bits(64) as i64) };
+        let bits = values.ilog2() + 1;
+        loop {
+            let drawn = self.bits(bits);
+            if drawn < values {
+                return low.wrapping_add(drawn as i64);
+            }
+        }
+    }
+
+    /// `getrandbits(count)`, of 1 to 64: the lower word is drawn first, of the last one the upper bits count.
+    fn bits(&mut self, count: u32) -> u64 {
+        match count {
+            0..=32 => u64::from(self.0.next_u32()) >> (32 - count),
+            _ => u64::from(self.0.next_u32()) | u64::from(self.0.next_u32() >> (64 - count.min(64))) << 32,
+        }
     }
 }
 

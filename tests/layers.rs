@@ -8,7 +8,7 @@ const LAYERS: [(&str, &[&str]); 15] = [
     ("main", &["cli"]),
     ("cli", &["pipeline", "hub", "image", "models", "ops", "runtime", "json"]),
     ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime", "json", "hub"]),
-    ("methods", &["schedulers", "models", "ops", "runtime"]),
+    ("methods", &["schedulers", "models", "ops", "rng", "runtime"]),
     ("schedulers", &["ops", "runtime", "json"]),
     ("models", &["ops", "runtime", "json"]),
     ("ops", &["runtime"]),

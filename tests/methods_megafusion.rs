@@ -103,6 +103,10 @@ struct Draws {
 }
 
 impl NoiseSource for Draws {
+    fn seeds(&self) -> Vec<u64> {
+        vec![0]
+    }
+
     fn normal(&mut self, shape: [usize; 4]) -> Result<Tensor> {
         let draw = self.shapes.len();
         self.shapes.push(shape);
@@ -520,6 +524,7 @@ static AGAIN: MethodSpec = MethodSpec {
     name: "again",
     summary: "",
     relays: true,
+    choices: &[],
     options: &[],
     parse: |_| unreachable!("it is made by name"),
 };

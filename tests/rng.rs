@@ -1,13 +1,12 @@
-//! The generators against values that torch drew: `torch.randn(n, generator=torch.Generator("cpu").manual_seed(seed))`,
+//! The generators against values that torch and Python drew: `torch.randn(n, generator=torch.Generator("cpu").manual_seed(seed))`,
 //! torch 2.15 on a processor with AVX-512 (the same with ATEN_CPU_CAPABILITY=avx2).
 
-use megafuse::rng::{CUDA_THREADS, Rng, RngKind};
+use megafuse::rng::{CUDA_THREADS, PythonRandom, Rng, RngKind, TorchUniform};
 use megafuse::{DType, Device};
 
 /// FNV-1a over the bits, little endian.
 fn fnv(values: &[f32]) -> u64 {
-    let bytes = values.iter().flat_map(|value| value.to_bits().to_le_bytes());
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    fnv_bytes(values.iter().flat_map(|value| value.to_bits().to_le_bytes()))
 }
 
 fn cpu(seed: u64) -> Rng {
@@ -178,4 +177,35 @@ fn kinds_parse() {
     assert_eq!("torch-cuda".parse::<RngKind>().unwrap(), RngKind::TorchCuda);
     let error = "numpy".parse::<RngKind>().unwrap_err().to_string();
     assert!(error.contains("numpy") && error.contains("torch-cuda"), "{error}");
+}
+
+/// FNV-1a over the bytes, little endian.
+fn fnv_bytes(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Per seed 700 draws of `torch.rand(1)` after `torch.manual_seed(seed)`, 700 of `torch.empty(1).uniform_(0.1, 2.0)` after
+/// those, and 2000 of `random.Random(seed).randint` with the ends below in turn.
+const CHOSEN: [(u64, [u64; 3]); 4] = [
+    (0, [0x4a4d_8a01_f2e2_6b76, 0xce0a_4966_267f_f2cf, 0xb6d9_fdc3_4e4c_5f3b]),
+    (42, [0xd10c_dc37_35b0_4ba1, 0x43a7_e400_c4c2_7c55, 0xfeb6_4d7b_5a88_d90a]),
+    (4294967301, [0xb19b_0421_0707_5ae0, 0x273b_3de2_659a_b84a, 0x1704_24c3_a610_7ce7]),
+    (18446744073709551613, [0x27f8_4fe7_fae6_70ed, 0xe47d_34be_9e1d_d81d, 0xfe35_a156_a9c1_6e5e]),
+];
+const ENDS: [(i64, i64); 8] =
+    [(0, 7), (-3, 3), (0, 0), (5, 1_000_000), (-(1 << 62), 1 << 62), (-16, 15), (0, 1 << 32), (i64::MIN, i64::MAX)];
+
+#[test]
+fn choices_are_drawn_as_torch_and_python_draw_them() {
+    for (seed, want) in CHOSEN {
+        let mut torch = TorchUniform::new(seed);
+        let rand: Vec<f32> = (0..700).map(|_| torch.rand()).collect();
+        let uniform: Vec<f32> = (0..700).map(|_| torch.uniform(0.1, 2.0)).collect();
+        let mut python = PythonRandom::new(seed);
+        let whole = ENDS.iter().cycle().take(2000).flat_map(|&(low, high)| python.randint(low, high).to_le_bytes());
+        assert_eq!([fnv(&rand), fnv(&uniform), fnv_bytes(whole)], want, "seed {seed}");
+    }
+    let mut torch = TorchUniform::new(0);
+    assert_eq!([(); 4].map(|()| torch.rand()), [0.4962566, 0.7682218, 0.08847743, 0.13203049]);
+    assert_eq!(PythonRandom::new(3).randint(5, 4), 5, "no values: the lower end");
 }

@@ -4,8 +4,9 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 18] = [
+const FLAGS: [(&str, &str); 19] = [
     ("batch", "--batch"),
+    ("choices", "--choices"),
     ("count", "--count"),
     ("eta", "--eta"),
     ("guidance", "--guidance"),

@@ -271,8 +271,12 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         let vae = vae.as_str().ok_or_else(|| wrong("vae", "a name"))?;
         recipe.files.push(("vae", format!("--vae {vae}.safetensors")));
     }
+    if let Some(choices) = json.get("choices") {
+        let choices = choices.as_str().ok_or_else(|| wrong("choices", "a name"))?;
+        recipe.files.push(("choices", format!("--choices {choices}")));
+    }
     let known = |key: &str| {
-        let others = ["prompt", "negative_prompt", "negative_prompt_is_empty", "stages", "crop", "method"];
+        let others = ["prompt", "negative_prompt", "negative_prompt_is_empty", "stages", "crop", "method", "choices"];
         SAME.iter().any(|(same, _)| *same == key)
             || others.contains(&key)
             || COMPARED.contains(&key)

@@ -6,7 +6,7 @@ use std::time::Instant;
 use megafuse::Result;
 use megafuse::image::{PngText, encode_png};
 use megafuse::ops::profile as ops_profile;
-use megafuse::pipeline::{Pipeline, PlanReport, Request, text_of};
+use megafuse::pipeline::{Choices, Pipeline, PlanReport, Request, text_of};
 
 use super::console::say;
 use super::from;
@@ -20,7 +20,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(manifest) = &args.manifest {
         return batch::run(args, manifest);
     }
-    let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
+    let mut request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
+    if let Some(path) = &args.choices {
+        request.choices = Choices::read(path, request.method.spec())?;
+    }
     let session = match &args.profile {
         Some(path) => Session::on(&args.run, profile::device(args.run.device, path)?)?,
         None => Session::open(&args.run)?,

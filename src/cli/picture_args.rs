@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
-    LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource, Request, Residency, RngKind,
-    Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePartition, without_effect,
+    Choices, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource, Request, Residency,
+    RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePartition, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -53,6 +53,13 @@ pub struct GenerateArgs {
     /// exists; with --count N the names get -1 to -N before the ending.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub dump: Option<PathBuf>,
+
+    /// What the method would draw besides noise, from a safetensors file: the --dump of another run will do
+    ///
+    /// Tensors that the method does not draw are passed over. The same for every picture of --count; without it each
+    /// picture's follow from its seed.
+    #[arg(long, value_name = "FILE", value_parser = values::path(), conflicts_with = "manifest")]
+    pub choices: Option<PathBuf>,
 
     /// Write the run stage by stage to a labelled PNG: x0 at every relay, before and after the upsampler, and the picture
     ///
@@ -157,6 +164,10 @@ pub struct PlanArgs {
     /// A prediction from counted work and measured kernels, not a measurement; docs/performance.md says how far off it is.
     #[arg(long, value_name = "CARD")]
     pub card: Option<String>,
+
+    /// As generate --choices
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    pub choices: Option<PathBuf>,
 
     #[arg(long, hide = true)]
     pub out: Option<PathBuf>,
@@ -492,6 +503,7 @@ impl RunArgs {
             count: 1,
             batch: 1,
             rng: self.rng,
+            choices: Choices::default(),
         })
     }
 

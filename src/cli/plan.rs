@@ -1,7 +1,7 @@
 //! `megafuse plan`: what a request would cost, from the configuration files alone.
 
 use megafuse::Result;
-use megafuse::pipeline::{PlanReport, Planner, Rung};
+use megafuse::pipeline::{Choices, PlanReport, Planner, Rung};
 use megafuse::runtime::{OpKind, Work};
 use serde_json::json;
 
@@ -13,7 +13,10 @@ use super::predict::Card;
 use super::values;
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
+    let mut request = args.picture.request(&args.run, args.prompt.as_deref().unwrap_or_default())?;
+    if let Some(path) = &args.choices {
+        request.choices = Choices::read(path, request.method.spec())?;
+    }
     let device = args.run.device.open()?;
     let source = args.run.source();
     let planner = Planner::with(&source, &args.run.load_options(&device))?;

@@ -125,7 +125,7 @@ fn encode(
     let last = encoder.forward(rows, ClipOutput::LAST.with_pooled())?;
     let penultimate = encoder.forward(rows, ClipOutput::PENULTIMATE)?.hidden;
     let ids: Vec<i64> = tokens.ids.iter().map(|&id| i64::from(id)).collect();
-    arrays.insert(format!("{prefix}input_ids"), Array { shape: vec![1, ids.len()], values: Values::I64(ids) });
+    arrays.insert(format!("{prefix}input_ids"), Array::i64(&[1, ids.len()], ids));
     for (name, tensor) in [
         ("last_hidden_state", Some(&last.hidden)),
         ("penultimate", Some(&penultimate)),

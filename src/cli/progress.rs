@@ -57,6 +57,13 @@ impl Progress {
         }
     }
 
+    fn insert(&mut self, index: usize, name: &str, array: Array) {
+        if self.tensors.len() <= index {
+            self.tensors.resize_with(index + 1, BTreeMap::new);
+        }
+        self.tensors[index].insert(name.to_string(), array);
+    }
+
     fn begin(&mut self, stage: String, steps: usize) {
         self.finish();
         self.stage = stage;
@@ -121,10 +128,14 @@ impl Observer for Progress {
     fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
         let picture = name.ends_with(".decoded") || name.ends_with(".upsampled");
         if self.keep == Keep::All || self.keep == Keep::Pictures && picture {
-            if self.tensors.len() <= index {
-                self.tensors.resize_with(index + 1, BTreeMap::new);
-            }
-            self.tensors[index].insert(name.to_string(), Array::f32(shape, values));
+            self.insert(index, name, Array::f32(shape, values));
+        }
+        Ok(())
+    }
+
+    fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {
+        if self.keep == Keep::All {
+            self.insert(index, name, Array::i64(shape, values));
         }
         Ok(())
     }

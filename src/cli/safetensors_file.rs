@@ -26,6 +26,10 @@ impl Array {
         Array { shape: shape.to_vec(), values: Values::F32(values) }
     }
 
+    pub fn i64(shape: &[usize], values: Vec<i64>) -> Array {
+        Array { shape: shape.to_vec(), values: Values::I64(values) }
+    }
+
     fn view(&self) -> TensorView<'_> {
         let (dtype, bytes): (Dtype, &[u8]) = match &self.values {
             Values::F32(values) => (Dtype::F32, bytemuck::cast_slice(values)),

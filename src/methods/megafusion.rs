@@ -30,6 +30,7 @@ pub static MEGAFUSION: MethodSpec = MethodSpec {
     name: "megafusion",
     summary: "the first steps at the model's own size, then relays to larger ones (arXiv:2408.11001)",
     relays: true,
+    choices: &[],
     options: OPTIONS,
     parse: |given| from_options(MegaFusion::default(), given),
 };
@@ -38,6 +39,7 @@ pub static MEGAFUSION_PLUS: MethodSpec = MethodSpec {
     name: "megafusion++",
     summary: "the same, with noise re-scheduling and dilated convolutions in the later stages",
     relays: true,
+    choices: &[],
     options: OPTIONS,
     parse: |given| from_options(MegaFusion::plus(), given),
 };

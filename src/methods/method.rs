@@ -62,6 +62,8 @@ pub struct MethodSpec {
     pub summary: &'static str,
     /// Can a run have several sizes (`stages`)?
     pub relays: bool,
+    /// What it draws besides noise, by name ([`Choices`](super::Choices)); `jitter` stands for `jitter2`, `jitter3` and so on.
+    pub choices: &'static [&'static str],
     /// The options that it reads, in the order of the struct's fields.
     pub options: &'static [OptionSpec],
     /// From options as JSON, the rest being the defaults; made by [`from_options`].

@@ -4,6 +4,7 @@
 //! A method is one file: a struct of its options with serde and a [`MethodSpec`], which [`METHODS`] lists. Its flags, their
 //! help, JSON, a picture's text and the grid's labels follow from these (docs/architecture.md shows a whole one).
 
+mod choices;
 mod megafusion;
 mod method;
 mod model;
@@ -15,6 +16,7 @@ mod sampling;
 mod size;
 mod stages;
 
+pub use choices::Choices;
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
 pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
 pub use model::{Denoiser, DiffusionModel, NoiseSource};

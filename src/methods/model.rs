@@ -54,6 +54,9 @@ pub trait Denoiser: Any + Send {
 
 /// Where a method's noise comes from.
 pub trait NoiseSource {
+    /// The seed of each image of the batch.
+    fn seeds(&self) -> Vec<u64>;
+
     /// The next draw: independent N(0, 1), f32, of `shape` (NHWC), each image of the batch from its own generator.
     ///
     /// # Errors

@@ -69,6 +69,14 @@ pub trait Observer {
     fn tensor(&mut self, _index: usize, _name: &str, _shape: &[usize], _values: Vec<f32>) -> Result<()> {
         Ok(())
     }
+
+    /// What the method chose for picture `index` besides noise, by the names of [`MethodSpec::choices`](super::MethodSpec).
+    ///
+    /// # Errors
+    /// End the run.
+    fn integers(&mut self, _index: usize, _name: &str, _shape: &[usize], _values: Vec<i64>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// An observer that does nothing.
@@ -108,6 +116,24 @@ impl Watch<'_> {
         let (values, plane) = (x.to_f32_vec()?, h * w);
         let planar = (0..c).flat_map(|channel| values[channel..].iter().step_by(c).copied().take(plane)).collect();
         self.observer.tensor(index, name, &[n, c, h, w], planar)
+    }
+
+    /// What was chosen for image `index` of the batch, to the observer.
+    pub(super) fn dump_choice(&mut self, index: usize, name: &str, shape: &[usize], values: &[i64]) -> Result<()> {
+        let index = self.first + index;
+        match self.observer.wants_tensors(index) {
+            true => self.observer.integers(index, name, shape, values.to_vec()),
+            false => Ok(()),
+        }
+    }
+
+    /// The same of f32.
+    pub(super) fn dump_values_of(&mut self, index: usize, name: &str, shape: &[usize], values: &[f32]) -> Result<()> {
+        let index = self.first + index;
+        match self.observer.wants_tensors(index) {
+            true => self.observer.tensor(index, name, shape, values.to_vec()),
+            false => Ok(()),
+        }
     }
 
     /// A table that the `images` pictures of the batch have in common.

@@ -12,6 +12,7 @@ pub static PLAIN: MethodSpec = MethodSpec {
     name: "plain",
     summary: "every step at the final size",
     relays: false,
+    choices: &[],
     options: &[],
     parse: |given| from_options(Plain {}, given),
 };

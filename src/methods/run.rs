@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::{Method, Size, Stage, check_size};
+use super::{Choices, Method, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::ops::GuidanceScale;
 use crate::schedulers::Scheduler;
@@ -15,6 +15,7 @@ pub struct Run {
     scheduler: Scheduler,
     guidance: Option<Vec<GuidanceScale>>,
     published: PublishedSchedule,
+    choices: Choices,
 }
 
 /// What MegaFusion's published code has for the models of a family, whatever their sizes.
@@ -57,7 +58,8 @@ impl Run {
     ) -> Result<Run> {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
-        let run = Run { method, stages, ranges, scheduler, guidance, published: PublishedSchedule::SD };
+        let (published, choices) = (PublishedSchedule::SD, Choices::default());
+        let run = Run { method, stages, ranges, scheduler, guidance, published, choices };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -80,9 +82,23 @@ impl Run {
         Run { published, ..self }
     }
 
+    /// With what is given in place of the method's own draws.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the method draws nothing.
+    pub fn with_choices(self, choices: Choices) -> Result<Run> {
+        choices.check(self.method.spec())?;
+        Ok(Run { choices, ..self })
+    }
+
     /// With guidance of its own for each picture of a batch, where there is guidance.
     pub fn with_guidance(self, pictures: Vec<GuidanceScale>) -> Run {
         Run { guidance: self.guidance.map(|_| pictures), ..self }
+    }
+
+    /// What is given in place of the method's own draws.
+    pub fn choices(&self) -> &Choices {
+        &self.choices
     }
 
     pub fn published(&self) -> PublishedSchedule {

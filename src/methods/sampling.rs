@@ -1,6 +1,6 @@
 //! What every method's run is made of: draws, stages of steps, decoding and encoding, and telling the observer.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use super::observer::check_finite;
 use super::{DiffusionModel, Event, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
@@ -191,6 +191,49 @@ impl<'a> Sampling<'a> {
         self.watch.dump(&format!("noise{}", self.draws), &noise)?;
         self.draws += 1;
         Ok(noise)
+    }
+
+    /// Whole numbers of `shape` for each picture of the batch, row-major: those that the run was given under `name`, else those
+    /// that `draw` gives for the picture's seed. Shown to the observer under the same name.
+    ///
+    /// # Errors
+    /// [`Error::Request`](crate::Error::Request): what was given has another shape or values that are not allowed, or lacks the
+    /// name; those of the observer.
+    pub fn choose(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        allowed: RangeInclusive<i64>,
+        draw: &mut dyn FnMut(u64) -> Vec<i64>,
+    ) -> Result<Vec<Vec<i64>>> {
+        let given = self.run.choices().whole(name, shape, &allowed)?;
+        let seeds = self.noise.seeds();
+        let chosen: Vec<Vec<i64>> = seeds.iter().map(|&seed| given.map_or_else(|| draw(seed), <[_]>::to_vec)).collect();
+        for (index, values) in chosen.iter().enumerate() {
+            debug_assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
+            self.watch.dump_choice(index, name, shape, values)?;
+        }
+        Ok(chosen)
+    }
+
+    /// The same of f32.
+    ///
+    /// # Errors
+    /// As [`choose`](Sampling::choose).
+    pub fn choose_f32(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        allowed: RangeInclusive<f32>,
+        draw: &mut dyn FnMut(u64) -> Vec<f32>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let given = self.run.choices().real(name, shape, &allowed)?;
+        let seeds = self.noise.seeds();
+        let chosen: Vec<Vec<f32>> = seeds.iter().map(|&seed| given.map_or_else(|| draw(seed), <[_]>::to_vec)).collect();
+        for (index, values) in chosen.iter().enumerate() {
+            self.watch.dump_values_of(index, name, shape, values)?;
+        }
+        Ok(chosen)
     }
 
     /// The pictures of clean samples, one by one: a batch needs no more memory than one picture.

@@ -14,8 +14,8 @@ mod run;
 
 pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
-    Event, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent,
-    Size, Stage, StepProgress, text_of, without_effect,
+    Choices, Event, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec, Plain, RelayClamp, Run,
+    Silent, Size, Stage, StepProgress, text_of, without_effect,
 };
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;

@@ -83,6 +83,10 @@ impl Parameters {
             fields.push(("VAE".into(), vae.to_string()));
             json["vae"] = vae.into();
         }
+        if !request.choices.is_empty() {
+            fields.push(("Choices".into(), request.choices.source()));
+            json["choices"] = request.choices.source().into();
+        }
         for (name, value) in pipeline.options().named() {
             fields.push((title(name), value.to_string()));
             json[name] = value.into();

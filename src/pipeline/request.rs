@@ -1,7 +1,7 @@
 use super::families::Defaults;
 use super::{ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
+use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
@@ -44,6 +44,8 @@ pub struct Request {
     /// Pictures in one batch, at most; at least 1. They have the same bytes as those made alone.
     pub batch: usize,
     pub rng: RngKind,
+    /// What stands in place of the method's own draws besides noise, for every picture; empty: it draws.
+    pub choices: Choices,
 }
 
 impl Default for Request {
@@ -66,6 +68,7 @@ impl Default for Request {
             count: 1,
             batch: 1,
             rng: RngKind::default(),
+            choices: Choices::default(),
         }
     }
 }
@@ -160,7 +163,9 @@ impl Request {
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
         let guidance = guided.then_some(self.guidance);
         let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
-        Ok(run.with_guidance(vec![self.guidance_scale()]).published_as(defaults.published))
+        run.with_guidance(vec![self.guidance_scale()])
+            .published_as(defaults.published)
+            .with_choices(self.choices.clone())
     }
 
     pub(super) fn guidance_scale(&self) -> GuidanceScale {

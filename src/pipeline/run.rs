@@ -350,7 +350,8 @@ impl Pipeline {
             observer.event(&Event::PictureBegins { index: first_index + index, count, seed: request.seed });
         }
         let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
-        let mut noise = Noise { rngs, device: self.device() };
+        let seeds = requests.iter().map(|request| request.seed).collect();
+        let mut noise = Noise { seeds, rngs, device: self.device() };
         let images = methods::generate(&model, &run, &mut noise, Watch { observer, first: first_index })?;
         let mut pictures = Vec::new();
         for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
@@ -528,6 +529,10 @@ impl Observer for Group<'_> {
     fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
         self.observer.tensor(self.pictures[index], name, shape, values)
     }
+
+    fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {
+        self.observer.integers(self.pictures[index], name, shape, values)
+    }
 }
 
 /// The model with the prompts of a batch.
@@ -608,11 +613,16 @@ impl DiffusionModel for Conditioned<'_> {
 
 /// The draws of a batch: every picture has its own generator.
 struct Noise<'a> {
+    seeds: Vec<u64>,
     rngs: Vec<Rng>,
     device: &'a Device,
 }
 
 impl NoiseSource for Noise<'_> {
+    fn seeds(&self) -> Vec<u64> {
+        self.seeds.clone()
+    }
+
     fn normal(&mut self, [_, h, w, c]: [usize; 4]) -> Result<Tensor> {
         let device = self.device;
         let parts: Vec<Tensor> =
