@@ -199,11 +199,16 @@ impl PythonRandom {
     pub fn randint(&mut self, low: i64, high: i64) -> i64 {
         // Values, less one: their number may be 2^64.
         let most = high.max(low).wrapping_sub(low) as u64;
-        let Some(values) = most.checked_add(1) else { return low.wrapping_add(self.bits(64) as i64) };
-        let bits = values.ilog2() + 1;
+        // As many bits as their number has, drawn until they are below it.
         loop {
-            let drawn = self.bits(bits);
-            if drawn < values {
+            let (drawn, below) = match most.checked_add(1) {
+                Some(values) => {
+                    let drawn = self.bits(values.ilog2() + 1);
+                    (drawn, drawn < values)
+                }
+                None => (self.bits(64), self.bits(1) == 0),
+            };
+            if below {
                 return low.wrapping_add(drawn as i64);
             }
         }

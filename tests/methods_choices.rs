@@ -55,7 +55,10 @@ impl GenerationMethod for Drawing {
 
 /// What a run shows of each picture, as in the file of a dump.
 #[derive(Default)]
-struct Dump(BTreeMap<(usize, String), (Dtype, Vec<usize>, Vec<u8>)>);
+struct Dump(BTreeMap<(usize, String), Kept>);
+
+/// Element type, shape and bytes.
+type Kept = (Dtype, Vec<usize>, Vec<u8>);
 
 impl Observer for Dump {
     fn wants_tensors(&self, _: usize) -> bool {
@@ -81,7 +84,7 @@ impl Dump {
         safetensors::serialize_to_file(views, None, path).unwrap();
     }
 
-    fn of(&self, index: usize, name: &str) -> &(Dtype, Vec<usize>, Vec<u8>) {
+    fn of(&self, index: usize, name: &str) -> &Kept {
         &self.0[&(index, name.to_string())]
     }
 }
