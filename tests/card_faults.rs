@@ -236,7 +236,7 @@ fn parts_that_leave_memory_come_back() {
 }
 
 #[test]
-fn two_hundred_runs_take_no_more_than_the_first() {
+fn twenty_runs_take_no_more_than_the_second() {
     let _turn = turn();
     let emulated = Emulated::open();
     let device = CudaDevice::open(CudaOptions::default()).unwrap();
@@ -251,7 +251,8 @@ fn two_hundred_runs_take_no_more_than_the_first() {
         (memory.in_use_bytes, memory.reserved_bytes, live)
     };
     let before = state();
-    for i in 0..200 {
+    // To the byte: a run that kept one would show it at once.
+    for i in 0..20 {
         assert_eq!(run(), want, "run {i}");
         assert_eq!(state(), before, "run {i}");
     }
