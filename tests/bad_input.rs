@@ -605,7 +605,7 @@ fn files() -> Vec<Case> {
             &[UNET, "conv_out.bias", "too large for f16", "bf16"],
         ),
         input("no picture", RESIZE, |_| {}, &["in.png", "no such file"]),
-        input("text as picture", RESIZE, |m| m.write("in.png", "no picture"), &["in.png", "not a PNG or JPEG"]),
+        input("text as picture", RESIZE, |m| m.write("in.png", "no picture"), &["in.png", "not a PNG, JPEG or WebP"]),
         input("an empty picture", RESIZE, |m| m.write("in.png", ""), &["in.png", "empty"]),
         input(
             "half a picture",

@@ -138,7 +138,7 @@ fn files_that_are_no_picture_are_named() {
     flipped[middle] ^= 0x55;
     let cases: [(&str, &[u8], &[&str]); 8] = [
         ("empty.png", b"", &["empty"]),
-        ("text.png", b"this is no picture at all", &["not a PNG or JPEG"]),
+        ("text.png", b"this is no picture at all", &["not a PNG, JPEG or WebP"]),
         ("truncated.png", &png[..png.len() / 2], &["truncated"]),
         ("header.png", &png[..20], &["truncated"]),
         ("truncated.jpg", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", &["truncated.jpg"]),

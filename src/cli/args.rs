@@ -147,7 +147,7 @@ Inputs are f32, f16, bf16 or f64 (timestep also i32 or i64); outputs are f32, in
 #[derive(Args)]
 #[command(after_long_help = RESIZE_EXAMPLES)]
 pub struct ResizeArgs {
-    /// A PNG or JPEG file
+    /// A PNG, JPEG or WebP file
     #[arg(value_name = "IN", value_parser = values::path())]
     pub input: PathBuf,
 

@@ -1,13 +1,15 @@
-//! Pictures in and out: PNG with the parameters of the run, PNG and JPEG as input, f32 pixels to bytes and back.
+//! Pictures in and out: PNG with the parameters of the run, PNG, JPEG and WebP as input, f32 pixels to bytes and back.
 
 mod atomic;
 mod infotext;
 mod pixels;
 mod png;
 mod read;
+mod scale;
 
 pub use atomic::{is_part, write_atomically};
 pub use infotext::{Infotext, infotext};
 pub use pixels::{from_bytes, to_bytes};
 pub use png::{PngText, encode_png, read_png_text, read_png_texts, write_png};
 pub use read::read_image;
+pub use scale::{luma, resize_levels};

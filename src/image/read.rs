@@ -10,22 +10,26 @@ const MAX_SIDE: u32 = 32_768;
 /// Largest number of bytes that decoding may take: 32768 x 32768 RGB would be 3.2e9.
 const MAX_BYTES: u64 = 4 << 30;
 
-/// Reads a PNG or JPEG (by its content, not its name) as 8-bit RGB: width, height, `[height, width, 3]`. Transparency is
-/// dropped, grey becomes RGB, 16 bits become 8, a JPEG's Exif orientation is applied.
+/// What is read, for messages.
+const WANTED: &str = "expected a PNG, JPEG or WebP file";
+
+/// Reads a PNG, JPEG or WebP (by its content, not its name) as 8-bit RGB: width, height, `[height, width, 3]`. Transparency
+/// is dropped, as PIL's `convert("RGB")` does it: what lies under it shows. Grey, palette and CMYK become RGB, 16 bits
+/// become the nearest 8, an Exif orientation is applied, and of an animation the first picture is read.
 ///
 /// # Errors
 /// [`Error::File`]: no such file, a folder, another kind of file, truncated or corrupt, a side above 32768 pixels;
 /// [`Error::Io`] when the system cannot read it.
 pub fn read_image(path: &Path) -> Result<(usize, usize, Vec<u8>)> {
     if path.is_dir() {
-        return Err(Error::file(path, "is a folder; expected a PNG or JPEG file"));
+        return Err(Error::file(path, format!("is a folder; {WANTED}")));
     }
     let bytes = std::fs::read(path).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => Error::file(path, "no such file; expected a PNG or JPEG file"),
+        ErrorKind::NotFound => Error::file(path, format!("no such file; {WANTED}")),
         _ => Error::io(path, error),
     })?;
     if bytes.is_empty() {
-        return Err(Error::file(path, "the file is empty; expected a PNG or JPEG file"));
+        return Err(Error::file(path, format!("the file is empty; {WANTED}")));
     }
     let image = decode(&bytes).map_err(|error| Error::file(path, explain(&error)))?.into_rgb8();
     Ok((image.width() as usize, image.height() as usize, image.into_raw()))
@@ -47,7 +51,7 @@ fn decode(bytes: &[u8]) -> image::ImageResult<DynamicImage> {
 
 fn explain(error: &ImageError) -> String {
     match error {
-        ImageError::Unsupported(_) => "not a PNG or JPEG file that can be read; convert it to one".into(),
+        ImageError::Unsupported(_) => "not a PNG, JPEG or WebP file that can be read; convert it to one".into(),
         ImageError::Limits(limits) => {
             format!("too large ({limits}); at most {MAX_SIDE} pixels a side and {} GiB are read", MAX_BYTES >> 30)
         }
