@@ -137,6 +137,12 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
             description[name] = value.into();
         }
     }
+    if let Some(init) = &flags.init_image {
+        description["init_image"] = json!({"name": init.picture.name(), "digest": init.picture.digest()});
+        description["mask"] =
+            init.mask.as_ref().map(|mask| json!({"name": mask.name(), "digest": mask.digest()})).into();
+        description["strength"] = init.strength().into();
+    }
     for (name, value) in flags.method.options() {
         description[name] = value.clone();
     }

@@ -4,14 +4,16 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 19] = [
+const FLAGS: [(&str, &str); 22] = [
     ("batch", "--batch"),
     ("choices", "--choices"),
     ("count", "--count"),
     ("eta", "--eta"),
     ("guidance", "--guidance"),
     ("guidance_rescale", "--guidance-rescale"),
+    ("init_image", "--init-image"),
     ("lora", "--lora"),
+    ("mask", "--mask"),
     ("method", "--method"),
     ("negative_prompt", "--negative"),
     ("scheduler", "--scheduler"),
@@ -22,6 +24,7 @@ const FLAGS: [(&str, &str); 19] = [
     ("size_ids.target", "--target-size"),
     ("stages", "--stages"),
     ("steps", "--steps"),
+    ("strength", "--strength"),
     ("text.clip_skip", "--clip-skip"),
     ("text.syntax", "--prompt-syntax"),
 ];

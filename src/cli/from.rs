@@ -181,7 +181,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 18] = [
+const SAME: [(&str, &str); 19] = [
     ("size", "size"),
     ("steps", "steps"),
     ("scheduler", "scheduler"),
@@ -190,6 +190,7 @@ const SAME: [(&str, &str); 18] = [
     ("guidance", "guidance"),
     ("guidance_rescale", "guidance_rescale"),
     ("seed", "seed"),
+    ("strength", "strength"),
     ("rng", "rng"),
     ("dtype", "dtype"),
     ("weights", "weights"),
@@ -275,8 +276,24 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         let choices = choices.as_str().ok_or_else(|| wrong("choices", "a name"))?;
         recipe.files.push(("choices", format!("--choices {choices}")));
     }
+    for (key, flag) in [("init_image", "--init-image"), ("mask", "--mask")] {
+        if let Some(name) = json.get(key) {
+            let name = name.as_str().ok_or_else(|| wrong(key, "the name of a file"))?;
+            recipe.files.push((key, format!("{flag} {name}")));
+        }
+    }
     let known = |key: &str| {
-        let others = ["prompt", "negative_prompt", "negative_prompt_is_empty", "stages", "crop", "method", "choices"];
+        let others = [
+            "prompt",
+            "negative_prompt",
+            "negative_prompt_is_empty",
+            "stages",
+            "crop",
+            "method",
+            "choices",
+            "init_image",
+            "mask",
+        ];
         SAME.iter().any(|(same, _)| *same == key)
             || others.contains(&key)
             || COMPARED.contains(&key)
@@ -389,7 +406,7 @@ fn without_networks(prompt: &str) -> (String, Vec<String>) {
 }
 
 /// Keys that say what a run was made of: another value makes another picture.
-const COMPARED: [&str; 5] = ["model", "loras", "embeddings", "vae", "version"];
+const COMPARED: [&str; 7] = ["model", "loras", "embeddings", "vae", "version", "init_image_digest", "mask_digest"];
 
 /// One warning where the run that `parameters` describe is of other things than the picture's.
 ///

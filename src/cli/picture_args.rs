@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
-    Choices, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource, Request, Residency,
-    RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePartition, without_effect,
+    Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource,
+    Request, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePartition,
+    without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -49,7 +50,8 @@ pub struct GenerateArgs {
     /// Write the run's intermediate tensors to a safetensors file
     ///
     /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
-    /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), latent, image. Replaced when it
+    /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), init<k>.{picture,encoded,mask,masked,noised}
+    /// (of --init-image, for stage k from 0), latent, image. Replaced when it
     /// exists; with --count N the names get -1 to -N before the ending.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub dump: Option<PathBuf>,
@@ -124,6 +126,11 @@ Examples:
 
   # what happens at every relay
   megafuse generate \"a green cube\" --stages 64x64:45,256x256:5 --strip strip.png
+
+  # from a photo: the last 60 % of the steps; a part of it made anew; large, by a relay
+  megafuse generate \"a red cube\" --init-image photo.jpg --size 64x64 --method plain --strength 0.6
+  megafuse generate \"a red cube\" --init-image photo.jpg --mask mask.png --size 64x64 --method plain
+  megafuse generate \"a red cube\" --init-image photo.jpg --stages 64x64:30,128x128:20 --strength 0.7
 
   # a picture again, and the same with another seed
   megafuse generate --from megafuse-0.png
@@ -283,6 +290,9 @@ pub struct RunArgs {
     #[command(flatten)]
     pub added: AddedFiles,
 
+    #[command(flatten)]
+    pub start: StartArgs,
+
     /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
@@ -411,6 +421,47 @@ pub struct RunArgs {
     pub device: DeviceChoice,
 }
 
+/// The picture that a run begins from.
+#[derive(Args)]
+pub struct StartArgs {
+    /// A picture to begin from in place of noise: PNG, JPEG or WebP
+    ///
+    /// Its Exif orientation is applied and transparency dropped; grey and 16-bit pictures are read as 8-bit RGB. It is
+    /// stretched to the size of the stage that begins, by Lanczos; without --size and --stages its own size, rounded down to
+    /// what the model can make, is the final one. With several stages the run begins in that one in which the first of its
+    /// steps lies. For --method plain, megafusion and megafusion++.
+    #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Begin from a picture")]
+    pub init_image: Option<PathBuf>,
+
+    /// Where the picture is made anew: white is repainted, black kept
+    ///
+    /// A grey picture, of any size: it is stretched as --init-image is, and its levels from 128 on count as white. What is
+    /// kept passes through the VAE and so differs a little from the file. A model for inpainting reads the mask itself, and
+    /// needs one; with any other the kept part is put back after every step.
+    #[arg(long, value_name = "FILE", value_parser = values::path(), requires = "init_image",
+          help_heading = "Begin from a picture")]
+    pub mask: Option<PathBuf>,
+
+    /// How much of the schedule is run, 0 to 1 (default: 0.8; 1 with --mask)
+    ///
+    /// The last int(steps x strength) steps. 1 with a mask begins with noise alone.
+    #[arg(long, value_name = "X", value_parser = values::strength, requires = "init_image",
+          help_heading = "Begin from a picture")]
+    pub strength: Option<f64>,
+}
+
+impl StartArgs {
+    /// The files, read.
+    ///
+    /// # Errors
+    /// Those of the files.
+    pub fn init_image(&self) -> Result<Option<InitImage>> {
+        let Some(path) = &self.init_image else { return Ok(None) };
+        let mask = self.mask.as_deref().map(InputPicture::read).transpose()?;
+        Ok(Some(InitImage { picture: InputPicture::read(path)?, mask, strength: self.strength }))
+    }
+}
+
 /// What is loaded beside the model's own files.
 #[derive(Args)]
 pub struct AddedFiles {
@@ -479,7 +530,7 @@ impl RunArgs {
     /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.
     ///
     /// # Errors
-    /// [`Error::Request`]: an option's value does not fit.
+    /// [`Error::Request`]: an option's value does not fit; those of the files of `--init-image` and `--mask`.
     pub fn request(&self, spec: &'static MethodSpec) -> Result<Request> {
         Ok(Request {
             prompt: String::new(),
@@ -498,6 +549,7 @@ impl RunArgs {
             steps: self.steps,
             guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),
             guidance_rescale: self.guidance_rescale,
+            init_image: self.start.init_image()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,

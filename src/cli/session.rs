@@ -1,6 +1,6 @@
 //! What every command that makes pictures does first: device, model, and whether the run fits into memory.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -21,6 +21,8 @@ pub struct Session {
     pub planner: Planner,
     /// Was it said that another sampler than the model's own runs?
     told: Cell<bool>,
+    /// What was said of the requests' pictures.
+    remarks: RefCell<Vec<String>>,
 }
 
 impl Session {
@@ -39,7 +41,7 @@ impl Session {
     pub fn on(run: &RunArgs, device: Device) -> Result<Session> {
         let (source, options) = (run.source(), run.load_options(&device));
         let planner = Planner::with(&source, &options)?;
-        Ok(Session { source, options, planner, told: Cell::new(false) })
+        Ok(Session { source, options, planner, told: Cell::new(false), remarks: RefCell::default() })
     }
 
     pub fn device(&self) -> &Device {
@@ -63,6 +65,12 @@ impl Session {
     /// As [`Planner::plan_within`]; [`Error::Request`] when the run needs more memory than there is, with a size that fits.
     pub fn check(&self, request: &Request) -> Result<PlanReport> {
         self.tell_substitution(request);
+        for remark in self.planner.pipeline().remarks(request)? {
+            if !self.remarks.borrow().contains(&remark) {
+                say!("warning: {remark}");
+                self.remarks.borrow_mut().push(remark);
+            }
+        }
         let available = self.device().budget_bytes();
         let plan = self.planner.plan_within(available, request)?;
         check_memory(&self.planner, request, &plan, available)?;

@@ -180,6 +180,14 @@ pub fn clip_skip(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A share of the schedule.
+pub fn strength(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if (0.0..=1.0).contains(&x) => Ok(x),
+        _ => Err("expected a number from 0 to 1, like 0.6".into()),
+    }
+}
+
 /// `X,Y`: pixels from the left and from the top.
 pub fn crop(text: &str) -> Result<(usize, usize), String> {
     let side = |text: &str| text.trim().parse::<usize>().ok().filter(|&side| side <= MOST_CROPPED);

@@ -13,7 +13,7 @@
 //! MegaFusion's picture is the decoded x0 of the last evaluation; plain sampling's the decoded last x, as in diffusers.
 //!
 //! Draws, in order: the first stage's noise; then per step, where the sampler draws, one; per relay one (with
-//! `reference_compat` two: the posterior's, then the relay's).
+//! `reference_compat` two: the posterior's, then the relay's). A run from a picture: see `methods/start.rs`.
 
 use serde::{Deserialize, Serialize};
 
@@ -73,17 +73,20 @@ pub struct MegaFusion {
 
 const HEADING: &str = "MegaFusion";
 
+/// Hires fix has it too.
+pub(super) const UPSAMPLER: OptionSpec = OptionSpec {
+    name: "upsampler",
+    heading: HEADING,
+    value_name: "U",
+    help: "How a relay enlarges its picture (default: bicubic)\n\n\
+           bilinear, bicubic: as PIL; bicubic-torch: as torch without antialias; bicubic-gaussian: then a 5x5 Gaussian; \
+           bicubic-edge: then a 3x3 edge enhancement.",
+    kind: OptionKind::Choice(Upsampler::NAMES),
+};
+
 /// In the order of the struct's fields.
 const OPTIONS: &[OptionSpec] = &[
-    OptionSpec {
-        name: "upsampler",
-        heading: HEADING,
-        value_name: "U",
-        help: "How a relay enlarges its picture (default: bicubic)\n\n\
-               bilinear, bicubic: as PIL; bicubic-torch: as torch without antialias; bicubic-gaussian: then a 5x5 \
-               Gaussian; bicubic-edge: then a 3x3 edge enhancement.",
-        kind: OptionKind::Choice(Upsampler::NAMES),
-    },
+    UPSAMPLER,
     OptionSpec {
         name: "relay_clamp",
         heading: HEADING,
@@ -223,9 +226,7 @@ impl MegaFusion {
         sampling.dump(&format!("relay{to}.encoded"), &encoded)?;
 
         let level = sampling.run().ranges()[to].start.saturating_add_signed(self.relay_noise_offset as isize);
-        let (signal, sigma) = sampling.scheduler(to).noise_level(level);
-        let noise = sampling.draw(shape)?;
-        let noised = ops::add_noise(&encoded, &noise, signal as f32, sigma as f32)?;
+        let noised = sampling.noised(to, &encoded, level)?;
         sampling.dump(&format!("relay{to}.noised"), &noised)?;
         Ok(noised)
     }
@@ -255,6 +256,11 @@ impl GenerationMethod for MegaFusion {
 
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
         relay_stages(geometry)
+    }
+
+    /// A run that begins in a later stage has that stage's gamma and dilation.
+    fn begins_from_pictures(&self) -> bool {
+        true
     }
 
     fn check(&self, run: &Run) -> Result<()> {
@@ -290,8 +296,8 @@ impl GenerationMethod for MegaFusion {
         let stages = sampling.run().stages();
         let x0_from_next = self.reference_compat;
         sampling.prepare(self.schedulers(sampling.run()), |step| StepCoefficients { x0_from_next, ..step })?;
-        let mut x = sampling.initial_noise(stages[0].size)?;
-        for stage in 0..stages.len() {
+        let mut x = sampling.first_samples()?;
+        for stage in sampling.run().first_stage()..stages.len() {
             let (last, x0) = sampling.stage(stage, x, &|_| self.unet_options(stage))?;
             drop(last);
             x = if stage + 1 < stages.len() { self.relay(sampling, stage + 1, x0)? } else { x0 };

@@ -40,6 +40,12 @@ pub trait GenerationMethod: Debug + Send + Sync {
         consecutive(stages)
     }
 
+    /// Does it begin with [`Sampling::first_samples`], and so from a picture where the run has one? Its stages then take
+    /// consecutive steps, and those before [`Run::first_stage`] are not run.
+    fn begins_from_pictures(&self) -> bool {
+        false
+    }
+
     /// Can a run be made as the options and `run` say? What every method asks (stages with steps, sizes of whole cells)
     /// has been checked.
     ///

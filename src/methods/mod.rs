@@ -1,10 +1,11 @@
-//! The generation methods: plain sampling and MegaFusion. A method talks to a [`DiffusionModel`] and fills the options
+//! The generation methods: plain sampling, MegaFusion and hires fix. A method talks to a [`DiffusionModel`] and fills the options
 //! that the model offers per call; it never edits a model.
 //!
 //! A method is one file: a struct of its options with serde and a [`MethodSpec`], which [`METHODS`] lists. Its flags, their
 //! help, JSON, a picture's text and the grid's labels follow from these (docs/architecture.md shows a whole one).
 
 mod choices;
+mod hires_fix;
 mod megafusion;
 mod method;
 mod model;
@@ -15,8 +16,10 @@ mod run;
 mod sampling;
 mod size;
 mod stages;
+mod start;
 
 pub use choices::Choices;
+pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
 pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
 pub use model::{Denoiser, DiffusionModel, NoiseSource};
@@ -27,11 +30,12 @@ pub use run::{PublishedSchedule, Run};
 pub use sampling::{Sampling, generate, images};
 pub use size::{Size, Stage};
 pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
+pub use start::{Known, Start, StartPicture};
 
 use crate::names::named;
 
 /// Every method, in the order of the help.
-pub static METHODS: &[&MethodSpec] = &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS];
+pub static METHODS: &[&MethodSpec] = &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -1,7 +1,7 @@
 use std::any::Any;
 
-use super::{RecordedSteps, Size};
-use crate::error::Result;
+use super::{RecordedSteps, Size, StartPicture};
+use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::StepTable;
 use crate::runtime::{Device, Tensor};
@@ -39,6 +39,16 @@ pub trait DiffusionModel {
 
     /// The model's recorded steps, kept from one run to the next.
     fn recorded_steps(&self) -> &RecordedSteps;
+
+    /// The picture that the run begins from, if it begins from one.
+    fn start(&self) -> Option<&dyn StartPicture> {
+        None
+    }
+
+    /// Does the network read a mask and the masked picture beside the samples?
+    fn reads_mask(&self) -> bool {
+        false
+    }
 }
 
 /// A network in a stage.
@@ -50,6 +60,15 @@ pub trait Denoiser: Any + Send {
     /// # Errors
     /// Those of the model.
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor>;
+
+    /// What the network reads beside the samples, `[N, h, w, C]`, f32: the mask, then the masked picture's samples. Before
+    /// the first step of a stage; where the denoiser has them already, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: it reads none; those of the device.
+    fn set_channels(&mut self, _channels: &Tensor) -> Result<()> {
+        Err(Error::config("denoiser", "reads nothing beside the samples"))
+    }
 }
 
 /// Where a method's noise comes from.

@@ -26,6 +26,8 @@ pub enum Event {
     PictureBegins { index: usize, count: usize, seed: u64 },
     /// What the network is told in a stage is computed next; `stage` from 0.
     Condition { stage: usize },
+    /// The picture that the run begins from is encoded next, for a stage; `stage` from 0.
+    EncodePicture { stage: usize },
     /// The steps of a stage begin; `stage` from 0.
     StageBegins { stage: usize, stages: usize, size: Size, steps: usize },
     /// A step is done.
@@ -62,7 +64,7 @@ pub trait Observer {
     /// An intermediate tensor of picture `index`, row-major, NCHW where it is a picture or latents: `noise<j>` (the j-th
     /// draw, from 0), `timesteps`, `alpha_bar` (`[stages, training timesteps]`), `step<n>` (latents after the n-th
     /// update, from 1), `relay<k>.{x0,decoded,upsampled,encoded,noised}` (k: the stage it leads to, the second is 1),
-    /// `latent` (what is decoded at the end), `image` (not clamped).
+    /// `init<k>.{picture,encoded,mask,masked,noised}` (what stage k, from 0, gets of the run's picture), `latent` (what is decoded at the end), `image` (not clamped).
     ///
     /// # Errors
     /// End the run.

@@ -35,6 +35,10 @@ impl GenerationMethod for Plain {
         Ok(vec![Stage { size, steps }])
     }
 
+    fn begins_from_pictures(&self) -> bool {
+        true
+    }
+
     fn check(&self, run: &Run) -> Result<()> {
         if run.stages().len() > 1 {
             let (field, value) = ("stages", run.stages_text());
@@ -46,9 +50,8 @@ impl GenerationMethod for Plain {
 
     /// The last latents, as in diffusers.
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
-        let stage = sampling.run().stages()[0];
         sampling.prepare(vec![sampling.run().scheduler().clone()], |coefficients| coefficients)?;
-        let x = sampling.initial_noise(stage.size)?;
+        let x = sampling.first_samples()?;
         let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
         Ok(x)
     }

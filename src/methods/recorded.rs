@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use super::Denoiser;
+use super::{Denoiser, Known};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, Guidance, SampleState, StepRow, StepTable, Thresholding, history};
@@ -36,6 +36,18 @@ pub struct StepKey {
     pub rescales: Option<bool>,
     pub adds_noise: bool,
     pub thresholding: Option<Thresholding>,
+    /// Is a part of a picture kept?
+    pub repaints: bool,
+}
+
+/// What a stage begins with.
+pub struct StageInputs<'a> {
+    pub x: Tensor,
+    pub rows: &'a [StepRow],
+    /// The row of the first step.
+    pub first: usize,
+    pub guidance: Option<Guidance>,
+    pub known: Option<&'a Known>,
 }
 
 /// Stages whose steps are kept: those of a run with three relays, for two kinds of runs.
@@ -48,29 +60,29 @@ pub struct StageSteps {
     noise: Option<Tensor>,
     table: StepTable,
     guidance: Option<Guidance>,
+    known: Option<Known>,
     /// By the network's options.
     recorded: Vec<(UnetOptions, Repeated)>,
 }
 
 impl RecordedSteps {
-    /// Steps for a stage that begins with `x` at row `first` of `rows`. `denoiser` makes the network's side, in the memory
-    /// of the one that it is given.
+    /// Steps for a stage. `denoiser` makes the network's side, in the memory of the one that it is given.
     ///
     /// # Errors
     /// Those of `denoiser`; [`Error::OutOfMemory`], once nothing is kept any more.
     pub fn begin(
         &self,
         key: &StepKey,
-        x: Tensor,
-        rows: &[StepRow],
-        first: usize,
-        guidance: Option<Guidance>,
+        StageInputs { x, rows, first, guidance, known }: StageInputs,
         denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
         let history = history(rows);
         if let Some(mut steps) = self.take(key, history) {
             if let (Some(to), Some(from)) = (&mut steps.guidance, &guidance) {
                 to.rewrite(from)?;
+            }
+            if let (Some(to), Some(from)) = (&mut steps.known, known) {
+                to.copy_from(from)?;
             }
             steps.denoiser = denoiser(Some(steps.denoiser))?;
             steps.state.restart(&x)?;
@@ -87,16 +99,17 @@ impl RecordedSteps {
                 true => Some(Tensor::uninit(&device, &key.sample, DType::F32)?),
                 false => None,
             };
-            Ok((denoiser(None)?, table, noise))
+            let known = known.map(Known::duplicate).transpose()?;
+            Ok((denoiser(None)?, table, noise, known))
         };
-        let (denoiser, table, noise) = match parts() {
+        let (denoiser, table, noise, known) = match parts() {
             Err(Error::OutOfMemory { .. }) if self.clear() > 0 => parts()?,
             parts => parts?,
         };
         // Steps overwrite x, which the caller may still hold.
         let x = if x.is_unshared() { x } else { x.duplicate()? };
         let (state, recorded) = (SampleState::with_history(x, history)?, Vec::new());
-        Ok(StageSteps { denoiser, state, noise, table, guidance, recorded })
+        Ok(StageSteps { denoiser, state, noise, table, guidance, known, recorded })
     }
 
     /// Keeps the steps of a stage that is done, if its device records.
@@ -168,7 +181,7 @@ impl StageSteps {
 
     /// One step with these options: computed, recorded or replayed.
     fn step(&mut self, options: &UnetOptions) -> Result<()> {
-        let StageSteps { denoiser, state, noise, table, guidance, recorded } = self;
+        let StageSteps { denoiser, state, noise, table, guidance, known, recorded } = self;
         let at = match recorded.iter().position(|(recorded, _)| recorded == options) {
             Some(at) => at,
             None => {
@@ -179,6 +192,9 @@ impl StageSteps {
         let replayed = recorded[at].1.run(|| {
             let output = denoiser.denoise(state.x(), table, options)?;
             ops::sampler_step(state, &output, guidance.as_ref(), table, noise.as_ref())?;
+            if let Some(known) = known {
+                ops::repaint(state.x_mut(), known.args(table.index()))?;
+            }
             table.index_mut().advance()
         })?;
         if replayed {

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::{Choices, Method, Size, Stage, check_size};
+use super::{Choices, Method, Size, Stage, Start, check_size};
 use crate::error::{Error, Result};
 use crate::ops::GuidanceScale;
 use crate::schedulers::Scheduler;
@@ -16,6 +16,7 @@ pub struct Run {
     guidance: Option<Vec<GuidanceScale>>,
     published: PublishedSchedule,
     choices: Choices,
+    start: Option<Start>,
 }
 
 /// What MegaFusion's published code has for the models of a family, whatever their sizes.
@@ -59,7 +60,7 @@ impl Run {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
         let (published, choices) = (PublishedSchedule::SD, Choices::default());
-        let run = Run { method, stages, ranges, scheduler, guidance, published, choices };
+        let run = Run { method, stages, ranges, scheduler, guidance, published, choices, start: None };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -99,6 +100,33 @@ impl Run {
     /// What is given in place of the method's own draws.
     pub fn choices(&self) -> &Choices {
         &self.choices
+    }
+
+    /// From a picture: the steps of the schedule before its own are not made, and stages that have none left are empty.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the method cannot begin from a picture.
+    pub fn starting(mut self, start: Start) -> Result<Run> {
+        if !self.method.implementation().begins_from_pictures() {
+            let (field, value) = ("init_image", format!("with request.method {}", self.method));
+            let reason = "this method begins with noise; choose plain, megafusion or megafusion++".into();
+            return Err(Error::Request { field, value, reason });
+        }
+        for range in &mut self.ranges {
+            range.start = range.start.max(start.step).min(range.end);
+        }
+        self.start = Some(start);
+        Ok(self)
+    }
+
+    /// Where the run begins, if it begins from a picture.
+    pub fn start(&self) -> Option<Start> {
+        self.start
+    }
+
+    /// The first stage that has steps.
+    pub fn first_stage(&self) -> usize {
+        self.ranges.iter().position(|range| !range.is_empty()).unwrap_or(0)
     }
 
     pub fn published(&self) -> PublishedSchedule {

@@ -3,7 +3,8 @@
 use std::ops::{Range, RangeInclusive};
 
 use super::observer::check_finite;
-use super::{DiffusionModel, Event, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
+use super::recorded::StageInputs;
+use super::{DiffusionModel, Event, Known, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
 use crate::error::Result;
 use crate::models::UnetOptions;
 use crate::ops::{self, Guidance, StepCoefficients, StepRow};
@@ -13,21 +14,27 @@ use crate::schedulers::{Evaluation, Scheduler};
 /// A run on its way, for a batch of pictures. A method's `sample` first calls [`prepare`](Sampling::prepare), then the
 /// phases in its own order.
 pub struct Sampling<'a> {
-    model: &'a dyn DiffusionModel,
-    run: &'a Run,
+    pub(super) model: &'a dyn DiffusionModel,
+    pub(super) run: &'a Run,
     noise: &'a mut dyn NoiseSource,
     watch: Watch<'a>,
     /// One per stage.
-    schedulers: Vec<Scheduler>,
+    pub(super) schedulers: Vec<Scheduler>,
     /// Of the whole run; most samplers have one per step.
     evaluations: Vec<Evaluation>,
     /// Of every evaluation.
     rows: Vec<StepRow>,
+    /// Signal and sigma of the samples after every evaluation: those of the next one; of a stage's last, clean ones.
+    pub(super) levels: Vec<[f64; 2]>,
     timesteps: Vec<f32>,
     /// Steps and evaluations done.
     done: usize,
     evaluated: usize,
     draws: usize,
+    /// What the stage that begins next keeps of the run's picture.
+    pub(super) known: Option<Known>,
+    /// What its network reads beside the samples.
+    pub(super) channels: Option<Tensor>,
 }
 
 /// Runs a method: the pictures, f32, `[1, H, W, 3]` each, not clamped.
@@ -48,10 +55,13 @@ pub fn generate<'a>(
         schedulers: Vec::new(),
         evaluations: Vec::new(),
         rows: Vec::new(),
+        levels: Vec::new(),
         timesteps: Vec::new(),
         done: 0,
         evaluated: 0,
         draws: 0,
+        known: None,
+        channels: None,
     };
     let latent = run.method().implementation().sample(&mut sampling)?;
     sampling.watch.dump("latent", &latent)?;
@@ -79,8 +89,17 @@ impl<'a> Sampling<'a> {
         adapt: impl Fn(StepCoefficients) -> StepCoefficients,
     ) -> Result<()> {
         // A stage knows no evaluations of the one before.
-        let of_stage = |(range, scheduler): (&Range<usize>, &Scheduler)| scheduler.evaluations(range.clone());
-        let evaluations: Vec<Evaluation> = self.run.ranges().iter().zip(&schedulers).flat_map(of_stage).collect();
+        let of_stage = |(range, scheduler): (&Range<usize>, &Scheduler)| {
+            let evaluations = scheduler.evaluations(range.clone());
+            let after =
+                |next: usize| evaluations.get(next).map_or((1.0, 0.0), |next| scheduler.noise_level(next.level));
+            let levels = (1..=evaluations.len()).map(after).map(<[f64; 2]>::from).collect::<Vec<_>>();
+            evaluations.into_iter().zip(levels).collect::<Vec<_>>()
+        };
+        let evaluations: Vec<(Evaluation, [f64; 2])> =
+            self.run.ranges().iter().zip(&schedulers).flat_map(of_stage).collect();
+        let (evaluations, levels): (Vec<Evaluation>, Vec<[f64; 2]>) = evaluations.into_iter().unzip();
+        self.levels = levels;
         let row = |evaluation: &Evaluation| StepRow {
             input_scale: evaluation.input_scale,
             coefficients: adapt(evaluation.coefficients),
@@ -124,7 +143,8 @@ impl<'a> Sampling<'a> {
         options_at: &dyn Fn(usize) -> UnetOptions,
     ) -> Result<(Tensor, Tensor)> {
         let (model, stages) = (self.model, self.run.stages());
-        let Stage { size, steps } = stages[index];
+        let (Stage { size, .. }, steps) = (stages[index], self.run.ranges()[index].len());
+        let (known, channels) = (self.known.take(), self.channels.take());
         self.watch.begin(Event::Condition { stage: index })?;
         let sample = model.sample_shape(size);
         let guidance = match self.run.guidance() {
@@ -139,10 +159,18 @@ impl<'a> Sampling<'a> {
             rescales: guidance.as_ref().map(Guidance::rescales),
             adds_noise: self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0),
             thresholding: self.run.scheduler().thresholding(),
+            repaints: known.is_some(),
         };
-        let begin = |reuse| model.begin_stage(size, &self.timesteps, reuse);
-        let (rows, first) = (&self.rows, self.evaluated);
-        let mut on_device = model.recorded_steps().begin(&key, x, rows, first, guidance, &begin)?;
+        let begin = |reuse| {
+            let mut denoiser = model.begin_stage(size, &self.timesteps, reuse)?;
+            match &channels {
+                None => {}
+                Some(channels) => denoiser.set_channels(channels)?,
+            }
+            Ok(denoiser)
+        };
+        let inputs = StageInputs { x, rows: &self.rows, first: self.evaluated, guidance, known: known.as_ref() };
+        let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
         for step in 1..=steps {
             loop {
@@ -163,7 +191,10 @@ impl<'a> Sampling<'a> {
             let progress = StepProgress { stage: index, step, stage_steps: steps, run_step, run_steps };
             self.watch.observer.event(&Event::Step(progress));
         }
-        let (x, x0) = (on_device.state().x().clone(), on_device.state().x0().clone());
+        let (x, mut x0) = (on_device.state().x().clone(), on_device.state().x0().clone());
+        if let Some(known) = &known {
+            x0 = known.in_place_of(&x0)?;
+        }
         model.recorded_steps().end(key, on_device);
         let done = self.done;
         check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {done}", index + 1))?;

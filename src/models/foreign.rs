@@ -158,11 +158,10 @@ impl Foreign {
     /// By the channels that a UNet of Stable Diffusion reads.
     pub fn of_channels(channels: usize) -> Option<Foreign> {
         match channels {
-            4 => None,
+            4 | 9 => None, // plain and inpainting
             5 => Some(Foreign::Family("a model that also reads depth")),
             7 => Some(Foreign::Family("an upscaler")),
             8 => Some(Foreign::Family("a model that edits pictures (InstructPix2Pix)")),
-            9 => Some(Foreign::Family("an inpainting model")),
             _ => Some(Foreign::Family("a model that reads more than a picture's latents")),
         }
     }

@@ -42,6 +42,8 @@ struct Traits {
     zero_snr: bool,
     /// `time_cond_proj_dim`: width of the guidance scale's embedding, of models distilled for latent consistency.
     guidance_embedding: Option<usize>,
+    /// The UNet reads a mask and the masked picture's latents beside the latents.
+    inpainting: bool,
 }
 
 /// A mapped single file and where each part's tensors are in it.
@@ -92,7 +94,7 @@ impl SingleFile {
         if let Some(&channels) = conv_in.shape.get(1)
             && let Some(foreign) = Foreign::of_channels(channels)
         {
-            return refuse(&format!("{foreign} (its UNet takes {channels} channels, not 4)"));
+            return refuse(&format!("{foreign} (its UNet takes {channels} channels, not 4 or 9)"));
         }
         let family = if has(SDXL_OPENCLIP) {
             Family::Sdxl
@@ -116,7 +118,8 @@ impl SingleFile {
         };
         let cond_proj = entries.get("model.diffusion_model.time_embed.cond_proj.weight");
         let guidance_embedding = cond_proj.and_then(|weight| weight.shape.get(1).copied());
-        let traits = Traits { v_prediction, zero_snr, guidance_embedding };
+        let inpainting = conv_in.shape.get(1) == Some(&INPAINTING_CHANNELS);
+        let traits = Traits { v_prediction, zero_snr, guidance_embedding, inpainting };
         let (parts, unused) = split(family, entries);
         let file_of_parts = SingleFile { file, family, parts, metadata, traits, unused };
         for &part in file_of_parts.part_list() {
@@ -300,10 +303,13 @@ fn openclip_entries(entries: Entries, without_last_layer: bool, unused: &mut Vec
     named
 }
 
+/// Of an inpainting UNet's input: the latents, the mask, and the latents of the masked picture.
+const INPAINTING_CHANNELS: usize = 9;
+
 /// The published configurations: runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and -2-1-base,
 /// stabilityai/stable-diffusion-xl-base-1.0.
 fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
-    let Traits { v_prediction, zero_snr, guidance_embedding } = traits;
+    let Traits { v_prediction, zero_snr, guidance_embedding, inpainting } = traits;
     let blocks = |attention: &[bool], cross: &str, plain: &str| -> Vec<String> {
         attention.iter().map(|&has| if has { cross } else { plain }.to_string()).collect()
     };
@@ -314,7 +320,8 @@ fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
                 _ => (&[320, 640, 1280, 1280], &[true, true, true, false], &[false, true, true, true]),
             };
             let mut config = json!({
-                "_class_name": "UNet2DConditionModel", "act_fn": "silu", "in_channels": 4, "out_channels": 4,
+                "_class_name": "UNet2DConditionModel", "act_fn": "silu", "out_channels": 4,
+                "in_channels": if inpainting { INPAINTING_CHANNELS } else { 4 },
                 "block_out_channels": channels, "layers_per_block": 2, "center_input_sample": false,
                 "down_block_types": blocks(down, "CrossAttnDownBlock2D", "DownBlock2D"),
                 "up_block_types": blocks(up, "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -46,8 +46,8 @@ pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use statistics::{GroupMoments, GroupStatistics};
 pub use step::{
-    Guidance, GuidanceScale, HISTORY, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepRows, StepTable,
-    Thresholding, history, sampler_step, scale_input,
+    Guidance, GuidanceScale, HISTORY, Kept, Repaint, SampleState, StepCoefficients, StepIndex, StepRow, StepRows,
+    StepTable, Thresholding, history, repaint, sampler_step, scale_input,
 };
 
 use crate::error::{Error, Result};

@@ -11,11 +11,12 @@ mod quantize;
 mod request;
 mod resident;
 mod run;
+mod start;
 
 pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
-    Choices, Event, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec, Plain, RelayClamp, Run,
-    Silent, Size, Stage, StepProgress, text_of, without_effect,
+    Choices, Enlarged, Event, HiresFix, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec,
+    Plain, RelayClamp, Run, Silent, Size, Stage, StepProgress, text_of, without_effect,
 };
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
@@ -29,3 +30,4 @@ pub use plan::{OpCost, PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use quantize::{QuantizeReport, quantize, unfinished_output};
 pub use request::{Request, SizeIds, TextOptions};
 pub use run::{Picture, Pipeline};
+pub use start::{InitImage, InputPicture};

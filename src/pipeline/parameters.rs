@@ -105,6 +105,16 @@ impl Parameters {
             fields.push(("Long prompt".into(), long_prompt.to_string()));
             json["long_prompt"] = long_prompt.name().into();
         }
+        if let Some(init) = &request.init_image {
+            fields.push(("Denoising strength".into(), init.strength().to_string()));
+            json["strength"] = init.strength().into();
+            for (key, picture) in [("init_image", Some(&init.picture)), ("mask", init.mask.as_ref())] {
+                let Some(picture) = picture else { continue };
+                fields.push((title(key), picture.name().to_string()));
+                json[key] = picture.name().into();
+                json[format!("{key}_digest")] = picture.digest().into();
+            }
+        }
         let SizeIds { original, crop, target } = request.size_ids;
         for (name, value) in [
             ("original_size", original.map(|size| size.to_string())),

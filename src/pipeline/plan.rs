@@ -10,7 +10,7 @@ use crate::runtime::{DType, Device, MetaDevice, OpKind, Report, Work};
 /// The cost of one phase of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PhaseReport {
-    /// `text`, `condition`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`.
+    /// `text`, `encode` (of the picture that the run begins from), `condition`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`.
     pub name: &'static str,
     /// The stage that the phase belongs to, from 0; a relay belongs to the stage it leads to.
     pub stage: Option<usize>,
@@ -94,7 +94,7 @@ impl PlanReport {
     pub(super) fn beside_weights_bytes(&self) -> u64 {
         let counted = self.phases.iter().filter(|phase| match phase.name {
             "text" => self.memory.keeps_text,
-            "decode" | "relay decode" | "relay encode" => self.memory.keeps_network,
+            "encode" | "decode" | "relay decode" | "relay encode" => self.memory.keeps_network,
             _ => true,
         });
         counted.map(|phase| phase.peak_bytes.saturating_sub(phase.weight_bytes)).max().unwrap_or(0)
@@ -237,6 +237,7 @@ impl Observer for Recorder<'_> {
         self.current = match *event {
             Event::EncodeText => Some(("text", None)),
             Event::Condition { stage } => Some(("condition", Some(stage))),
+            Event::EncodePicture { stage } => Some(("encode", Some(stage))),
             Event::StageBegins { stage, .. } => Some(("denoise", Some(stage))),
             Event::Step(progress) if progress.step < progress.stage_steps => Some(("denoise", Some(progress.stage))),
             Event::Relay { stage, .. } => Some(("relay decode", Some(stage))),

@@ -1,7 +1,7 @@
 use super::families::Defaults;
-use super::{ModelFiles, ModelSource};
+use super::{InitImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage};
+use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start};
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
@@ -36,6 +36,9 @@ pub struct Request {
     /// phi of Lin et al. 2023, arXiv:2305.08891, sec. 3.4: how far the guided output's standard deviation goes back to that
     /// of the conditional one, 0 (not) to 1 (all the way).
     pub guidance_rescale: f32,
+    /// A picture to begin from, where the method can. Without `size` and `stages` its own size, rounded down to whole cells,
+    /// is the final one.
+    pub init_image: Option<InitImage>,
     /// What SDXL is told of sizes.
     pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
@@ -63,6 +66,7 @@ impl Default for Request {
             steps: None,
             guidance: Defaults::LATENT.guidance,
             guidance_rescale: 0.0,
+            init_image: None,
             size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
@@ -163,6 +167,10 @@ impl Request {
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
         let guidance = guided.then_some(self.guidance);
         let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
+        let run = match &self.init_image {
+            None => run,
+            Some(init) => run.starting(start_of(init, steps)?)?,
+        };
         run.with_guidance(vec![self.guidance_scale()])
             .published_as(defaults.published)
             .with_choices(self.choices.clone())
@@ -213,7 +221,13 @@ impl Request {
         if steps == 0 {
             return Err(refused("steps", steps, "expected at least 1"));
         }
-        let (size, native) = match (self.size, native) {
+        let own = |init: &InitImage| {
+            let Size { width, height } = init.picture.size();
+            // Below one cell: the method's check names the size.
+            let whole = |side: usize| if side < factor { side } else { side / factor * factor };
+            Size::new(whole(width), whole(height))
+        };
+        let (size, native) = match (self.size.or(self.init_image.as_ref().map(own)), native) {
             (Some(size), Some(native)) => (size, native),
             (None, Some(native)) => (self.method.implementation().default_size(native), native),
             (Some(size), None) if !self.method.spec().relays => (size, size),
@@ -229,6 +243,21 @@ impl Request {
         let relay_growth = defaults.relay_growth;
         self.method.implementation().stages(&Geometry { size, native, factor, steps, relay_growth })
     }
+}
+
+/// The step at which a run of `steps` begins.
+///
+/// # Errors
+/// [`Error::Request`]: a strength outside 0 to 1, or one that leaves no step.
+fn start_of(init: &InitImage, steps: usize) -> Result<Start> {
+    let strength = init.strength();
+    if !(0.0..=1.0).contains(&strength) {
+        return Err(refused("strength", strength, "expected 0 (the picture as it is) to 1 (all steps)"));
+    }
+    Start::new(strength, steps, init.mask.is_some()).ok_or_else(|| {
+        let reason = format!("leaves none of the {steps} steps; expected at least {}", 1.0 / steps as f64);
+        refused("strength", strength, reason)
+    })
 }
 
 fn refused(field: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {

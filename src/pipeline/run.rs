@@ -6,10 +6,13 @@ use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
+use super::start::OnDevice;
 use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
-use crate::methods::{self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, Watch};
+use crate::methods::{
+    self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, StartPicture, Watch,
+};
 use crate::models::Partition;
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor, bytes_text};
@@ -220,7 +223,24 @@ impl Pipeline {
                 return Err(Error::Request { field, value, reason });
             }
         }
+        let masked = request.init_image.as_ref().is_some_and(|init| init.mask.is_some());
+        if self.family.reads_mask() && !masked {
+            let (field, value) = ("mask", "(none)".into());
+            let reason = format!("{} is an inpainting model; give it request.init_image and request.mask", self.name);
+            return Err(Error::Request { field, value, reason });
+        }
         request.resolve(&self.scheduler, self.native_size(), self.family.space().factor(), self.defaults)
+    }
+
+    /// What of a request may surprise, a sentence each: a picture that is stretched, a mask that repaints nothing.
+    ///
+    /// # Errors
+    /// As [`Pipeline::resolve`].
+    pub fn remarks(&self, request: &Request) -> Result<Vec<String>> {
+        let Some(init) = &request.init_image else { return Ok(Vec::new()) };
+        let run = self.resolve(request)?;
+        let size = run.stages()[run.first_stage()].size;
+        Ok(init.remarks(size, request.size.is_some() || !request.stages.is_empty() || run.stages().len() > 1))
     }
 
     /// What the first picture of a request says about itself.
@@ -344,7 +364,8 @@ impl Pipeline {
         let mut conditions = self.family.conditions(prompts, repeats, &first.size_ids, embedded);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
-        let model = Conditioned { pipeline: self, images, rows, conditions, rung };
+        let start = first.init_image.as_ref().map(|init| OnDevice { init, device: self.device() });
+        let model = Conditioned { pipeline: self, images, rows, conditions, rung, start };
 
         for (index, request) in requests.iter().enumerate() {
             observer.event(&Event::PictureBegins { index: first_index + index, count, seed: request.seed });
@@ -544,6 +565,7 @@ struct Conditioned<'a> {
     conditions: RefCell<Box<dyn RunConditions>>,
     /// Where on the pipeline's ladder the run is.
     rung: Cell<usize>,
+    start: Option<OnDevice<'a>>,
 }
 
 type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
@@ -608,6 +630,14 @@ impl DiffusionModel for Conditioned<'_> {
 
     fn recorded_steps(&self) -> &RecordedSteps {
         &self.pipeline.recorded
+    }
+
+    fn start(&self) -> Option<&dyn StartPicture> {
+        self.start.as_ref().map(|start| start as &dyn StartPicture)
+    }
+
+    fn reads_mask(&self) -> bool {
+        self.pipeline.family.reads_mask()
     }
 }
 

@@ -155,6 +155,8 @@ pub struct Scheduler {
 pub struct Evaluation {
     /// The step of the run that it belongs to, from 0.
     pub step: usize,
+    /// Of which step's beginning it sees the noise level: a second evaluation that of the next step.
+    pub level: usize,
     /// Is the step done after it?
     pub ends_step: bool,
     /// What the network is told.

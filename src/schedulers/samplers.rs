@@ -73,6 +73,7 @@ impl Scheduler {
             };
             Evaluation {
                 step: i,
+                level,
                 ends_step: k + 1 == count,
                 timestep: self.timesteps()[level],
                 input_scale: input_scale as f32,

@@ -11,7 +11,7 @@ pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME
 use super::layers::{Conv2d, GroupNorm};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, StepIndex};
+use crate::ops::{self, Source, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
 use conditioning::TimeEmbedding;
@@ -113,22 +113,28 @@ impl Unet {
         self.dtype
     }
 
-    /// `x: [N, H, W, in_channels]` to `[N, H, W, out_channels]`: the predicted noise, or whatever the checkpoint was trained
+    /// `x: [N, H, W, in_channels]`, one source or two, to `[N, H, W, out_channels]`: the predicted noise, or whatever the checkpoint was trained
     /// to predict. Any H, W. Of n images with a step of their own, sample i is at timestep `timesteps[step.get(i)]`; it
     /// reads row `i / (N / R)` of the text. N is a multiple of n and of R.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, `mid_dilation`;
     /// [`Error::OutOfMemory`].
-    pub fn forward(
+    pub fn forward<'a>(
         &self,
-        x: &Tensor,
+        x: impl Into<Source<'a>>,
         step: &StepIndex,
         conditioning: &UnetConditioning,
         options: &UnetOptions,
     ) -> Result<Tensor> {
-        let [n, h, w, _] = x.dims("unet", "x")?;
-        x.expect("unet", "x", &[n, h, w, self.config.in_channels], self.dtype, &self.device)?;
+        let source: Source = x.into();
+        let (x, second) = (source.first(), source.second());
+        let [n, h, w, c] = x.dims("unet", "x")?;
+        let beside = second.map_or(0, |second| second.shape().last().copied().unwrap_or(0));
+        x.expect("unet", "x", &[n, h, w, self.config.in_channels.saturating_sub(beside)], self.dtype, &self.device)?;
+        if let Some(second) = second {
+            second.expect("unet", "x2", &[n, h, w, self.config.in_channels - c], self.dtype, &self.device)?;
+        }
         if h == 0 || w == 0 {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
@@ -138,9 +144,11 @@ impl Unet {
         }
         let call = Call { conditioning, step, mid_dilation: options.mid_dilation };
 
-        let mut x = match self.config.center_input_sample {
-            true => self.conv_in.forward(&ops::scale_cast(x, 2.0, -1.0, self.dtype, 1)?)?,
-            false => self.conv_in.forward(x)?,
+        let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, self.dtype, 1);
+        let mut x = match (self.config.center_input_sample, second) {
+            (true, None) => self.conv_in.forward(&centered(x)?)?,
+            (true, Some(second)) => self.conv_in.forward(Source::Two(&centered(x)?, &centered(second)?))?,
+            (false, _) => self.conv_in.forward(source)?,
         };
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {

@@ -11,6 +11,7 @@ pub mod linear_fp8;
 pub mod linear_sm90;
 pub mod norm;
 pub mod peaks;
+pub mod repaint;
 pub mod resize;
 pub mod rms_norm;
 pub mod sampler;

@@ -3,6 +3,7 @@
 
 mod guidance;
 mod index;
+mod repaint;
 mod rows;
 mod sampler_step;
 mod scale_input;
@@ -12,6 +13,7 @@ mod thresholding;
 
 pub use guidance::{Guidance, GuidanceScale};
 pub use index::StepIndex;
+pub use repaint::{Repaint, repaint};
 pub use rows::StepRows;
 pub(super) use sampler_step::Output;
 pub use sampler_step::sampler_step;

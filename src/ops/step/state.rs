@@ -61,6 +61,11 @@ impl SampleState {
         &self.x
     }
 
+    /// The samples, for what changes them between steps.
+    pub fn x_mut(&mut self) -> &mut Tensor {
+        &mut self.x
+    }
+
     pub fn x0(&self) -> &Tensor {
         &self.x0
     }

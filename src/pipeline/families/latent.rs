@@ -10,7 +10,7 @@ use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::Denoiser;
 use crate::models::{Partition, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
-use crate::ops::{self, StepTable};
+use crate::ops::{self, Source, StepTable};
 use crate::runtime::{DType, Device, Tensor};
 
 /// The autoencoder between pictures and samples, which are scaled latents.
@@ -142,24 +142,32 @@ pub fn check_fit(files: &ModelFiles, text: (&str, usize), unet: &UnetConfig, vae
             ),
         );
     }
-    if unet.in_channels != vae.latent_channels {
-        return misfit(
-            files,
-            format!(
-                "unet/config.json has in_channels {}, vae/config.json latent_channels {}; they must be equal (inpainting \
-                 and other UNets with extra input channels are not supported)",
-                unet.in_channels, vae.latent_channels
-            ),
+    let (input, output, latents) = (unet.in_channels, unet.out_channels, vae.latent_channels);
+    if input != latents && !reads_mask(unet, vae) {
+        let reason = format!(
+            "unet/config.json has in_channels {input}, vae/config.json latent_channels {latents}; they must be equal, or the \
+             UNet an inpainting one, of {} channels (others with further input channels are not supported)",
+            inpainting_channels(latents)
         );
+        return misfit(files, reason);
     }
-    if unet.out_channels != unet.in_channels {
-        let (found, wanted) = (unet.out_channels, unet.in_channels);
-        return misfit(
-            files,
-            format!("unet/config.json has out_channels {found} and in_channels {wanted}; they must be equal"),
+    if output != latents {
+        let reason = format!(
+            "unet/config.json has out_channels {output} and vae/config.json latent_channels {latents}; they must be equal"
         );
+        return misfit(files, reason);
     }
     Ok(())
+}
+
+/// Is it a UNet for inpainting, whose input is the latents, the mask and the latents of the masked picture side by side?
+/// Rombach et al. 2022, arXiv:2112.10752, sec. 4.5.
+pub fn reads_mask(unet: &UnetConfig, vae: &VaeConfig) -> bool {
+    unet.in_channels == inpainting_channels(vae.latent_channels)
+}
+
+fn inpainting_channels(latents: usize) -> usize {
+    2 * latents + 1
 }
 
 /// The UNet as a module, and its weights.
@@ -179,6 +187,8 @@ pub struct UnetDenoiser {
     unet: Arc<Unet>,
     conditioning: UnetConditioning,
     repeats: usize,
+    /// `[repeats N, h, w, C]`: what an inpainting UNet reads beside the latents.
+    channels: Option<Tensor>,
 }
 
 impl UnetDenoiser {
@@ -197,7 +207,7 @@ impl UnetDenoiser {
                 Device::Cpu(_) => conditioning,
                 Device::Cuda(_) | Device::Meta(_) => conditioning.duplicate()?,
             };
-            return Ok(Box::new(UnetDenoiser { unet, conditioning, repeats }));
+            return Ok(Box::new(UnetDenoiser { unet, conditioning, repeats, channels: None }));
         };
         let reuse: Box<dyn Any> = reuse;
         let mut reuse = reuse
@@ -211,6 +221,21 @@ impl UnetDenoiser {
 impl Denoiser for UnetDenoiser {
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
         let input = ops::scale_input(x, steps, self.unet.dtype(), self.repeats)?;
-        self.unet.forward(&input, steps.index(), &self.conditioning, options)
+        let input = match &self.channels {
+            None => Source::One(&input),
+            Some(channels) => Source::Two(&input, channels),
+        };
+        self.unet.forward(input, steps.index(), &self.conditioning, options)
+    }
+
+    fn set_channels(&mut self, channels: &Tensor) -> Result<()> {
+        let channels = ops::scale_cast(channels, 1.0, 0.0, self.unet.dtype(), self.repeats)?;
+        match &mut self.channels {
+            Some(own) => own.copy_from(&channels),
+            None => {
+                self.channels = Some(channels);
+                Ok(())
+            }
+        }
     }
 }

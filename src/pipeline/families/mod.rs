@@ -153,6 +153,9 @@ pub(super) trait Family: Send + Sync {
         false
     }
 
+    /// Is the network an inpainting one, which reads a mask and the masked picture's latents beside the latents?
+    fn reads_mask(&self) -> bool;
+
     /// How many chunks of the text encoder's context a prompt fills; 1 where long prompts are cut off.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, unet};
+use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace};
 use crate::error::Result;
@@ -91,6 +91,10 @@ impl Family for StableDiffusion {
 
     fn space(&self) -> &dyn SampleSpace {
         &self.latents
+    }
+
+    fn reads_mask(&self) -> bool {
+        reads_mask(&self.unet_config, self.latents.config())
     }
 
     fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, unet};
+use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace, misfit};
 use crate::error::{Error, Result};
@@ -117,6 +117,10 @@ impl Family for StableDiffusionXl {
 
     fn reads_size_ids(&self) -> bool {
         true
+    }
+
+    fn reads_mask(&self) -> bool {
+        reads_mask(&self.unet_config, self.latents.config())
     }
 
     /// The tokenizers differ in their padding alone.

@@ -1,0 +1,182 @@
+//! Hires fix: a picture at the model's own size, enlarged, noised, and its last steps once more at the final size. What
+//! stable-diffusion-webui calls so; SDEdit (Meng et al. 2021, arXiv:2108.01073) of the model's own enlarged picture.
+//! ```text
+//! x_0   = all n steps at the first size
+//! y     = E(Phi(clamp(D(x_0)))), the posterior's mean; with latents Phi(x_0)     Phi the upsampler
+//! x_t   = signal_t y + sigma_t noise, where the last int(n denoise) steps begin
+//! x_0'  = those steps at the final size, on the same schedule
+//! ```
+//! The picture is the decoded last x of the second pass, as in plain sampling. Draws, in order: the first noise; per step
+//! one, where the sampler draws; the second noise; per step again.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::megafusion::UPSAMPLER;
+use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
+use super::observer::check_finite;
+use super::{Event, Geometry, Method, Run, Sampling, Stage, Start, base_size, check_size};
+use crate::error::{Error, Result};
+use crate::models::UnetOptions;
+use crate::names::named;
+use crate::ops::{self, Upsampler};
+use crate::runtime::Tensor;
+
+pub static HIRES_FIX: MethodSpec = MethodSpec {
+    name: "hires-fix",
+    summary: "every step at the model's own size, then the last ones again on the enlarged picture (arXiv:2108.01073)",
+    relays: true,
+    options: OPTIONS,
+    parse: |given| from_options(HiresFix::default(), given),
+};
+
+/// What is enlarged between the passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Enlarged {
+    /// The decoded picture.
+    #[default]
+    Picture,
+    /// The clean latents, without the VAE: what webui calls Latent. Blurred, so that it takes a larger `denoise`.
+    Latents,
+}
+
+named!(Enlarged, [Picture => "picture", Latents => "latents"]);
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HiresFix {
+    /// Share of the steps that the second pass makes. `None`: what the stages say, 0.7 where they are planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoise: Option<f64>,
+    pub enlarge: Enlarged,
+    pub upsampler: Upsampler,
+}
+
+/// webui's.
+const DENOISE: f64 = 0.7;
+
+const HEADING: &str = "Hires fix";
+
+/// In the order of the struct's fields.
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "denoise",
+        heading: HEADING,
+        value_name: "X",
+        help: "Share of the steps that the second pass makes, above 0 to 1 (default: 0.7)\n\n\
+               The larger, the more of the enlarged picture is made anew. As request.strength, rounded down to whole steps.",
+        kind: OptionKind::Number { above: 0.0, most: 1.0, expected: "expected a number above 0, at most 1" },
+    },
+    OptionSpec {
+        name: "enlarge",
+        heading: HEADING,
+        value_name: "E",
+        help: "What is enlarged between the passes: picture or latents (default: picture)\n\n\
+               picture: what the VAE decodes, which is encoded again; latents: without the VAE, blurred: with request.upsampler \
+               bilinear it is webui's Latent, and wants a request.denoise of 0.6 or more.",
+        kind: OptionKind::Choice(Enlarged::NAMES),
+    },
+    UPSAMPLER,
+];
+
+impl From<HiresFix> for Method {
+    fn from(options: HiresFix) -> Method {
+        Method::of(&HIRES_FIX, options)
+    }
+}
+
+impl HiresFix {
+    /// From the clean samples of the first pass to the noised ones of the second.
+    fn enlarged(&self, sampling: &mut Sampling, x: &Tensor) -> Result<Tensor> {
+        let run = sampling.run();
+        let (from, size, level) = (run.stages()[0].size, run.stages()[1].size, run.ranges()[1].start);
+        sampling.begin(Event::Relay { stage: 1, from, to: size })?;
+        sampling.dump("relay1.x0", x)?;
+        let encoded = match self.enlarge {
+            Enlarged::Latents => {
+                sampling.begin(Event::RelayUpsample { stage: 1 })?;
+                let [_, height, width, _] = sampling.sample_shape(size);
+                let encoded = ops::resize(x, [height, width], self.upsampler, None, None)?;
+                sampling.begin(Event::RelayEncode { stage: 1 })?;
+                encoded
+            }
+            Enlarged::Picture => {
+                let decoded = sampling.decode(x)?;
+                sampling.dump_each("relay1.decoded", &decoded)?;
+                for picture in &decoded {
+                    check_finite(picture, || format!("the decoded picture of the first pass ({from})"))?;
+                }
+                sampling.begin(Event::RelayUpsample { stage: 1 })?;
+                let clamp = Some((-1.0, 1.0));
+                let upsample = |picture: Tensor| {
+                    let picture = ops::clamp(&picture, -1.0, 1.0)?;
+                    ops::resize(&picture, [size.height, size.width], self.upsampler, clamp, None)
+                };
+                let upsampled = decoded.into_iter().map(upsample).collect::<Result<Vec<_>>>()?;
+                sampling.dump_each("relay1.upsampled", &upsampled)?;
+                sampling.begin(Event::RelayEncode { stage: 1 })?;
+                sampling.encode(&upsampled, None)?
+            }
+        };
+        sampling.dump("relay1.encoded", &encoded)?;
+        let noised = sampling.noised(1, &encoded, level)?;
+        sampling.dump("relay1.noised", &noised)?;
+        Ok(noised)
+    }
+}
+
+impl GenerationMethod for HiresFix {
+    /// Twice the sides.
+    fn default_size(&self, native: super::Size) -> super::Size {
+        super::Size::new(2 * native.width, 2 * native.height)
+    }
+
+    /// All steps at the native area in the final aspect ratio, then the last ones at the final size.
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
+        let &Geometry { size, native, factor, steps, .. } = geometry;
+        check_size("size", size, factor)?;
+        let denoise = self.denoise.unwrap_or(DENOISE);
+        let Some(Start { step, .. }) = Start::new(denoise, steps, false) else {
+            let reason =
+                format!("leaves none of the {steps} steps for the second pass; expected at least 1 / request.steps");
+            return Err(Error::Request { field: "denoise", value: denoise.to_string(), reason });
+        };
+        Ok(vec![Stage { size: base_size(size, native, factor), steps }, Stage { size, steps: steps - step }])
+    }
+
+    /// The second pass makes the last of the first one's steps again.
+    fn ranges(&self, stages: &[Stage]) -> Vec<Range<usize>> {
+        let all = stages.first().map_or(0, |first| first.steps);
+        stages.iter().map(|stage| all.saturating_sub(stage.steps)..all).collect()
+    }
+
+    fn check(&self, run: &Run) -> Result<()> {
+        let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
+        let &[first, second] = run.stages() else {
+            return refuse(
+                "hires fix has two: all steps, and how many of the last ones follow at the final size".into(),
+            );
+        };
+        if second.steps > first.steps {
+            return refuse(format!("the second pass makes the last of the first one's {} steps again", first.steps));
+        }
+        let planned = self.denoise.map(|denoise| Start::new(denoise, first.steps, false));
+        let planned = planned.map(|start| start.map_or(0, |start| first.steps - start.step));
+        match planned.filter(|&planned| planned != second.steps) {
+            None => Ok(()),
+            Some(planned) => refuse(format!("request.denoise makes {planned} of the steps; leave one of the two out")),
+        }
+    }
+
+    /// The last latents, as in diffusers.
+    fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
+        let scheduler = sampling.run().scheduler().clone();
+        sampling.prepare(vec![scheduler.clone(), scheduler], |coefficients| coefficients)?;
+        let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
+        let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
+        let x = self.enlarged(sampling, &x)?;
+        let (x, _) = sampling.stage(1, x, &|_| UnetOptions::default())?;
+        Ok(x)
+    }
+}
