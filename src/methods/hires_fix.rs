@@ -27,6 +27,7 @@ pub static HIRES_FIX: MethodSpec = MethodSpec {
     name: "hires-fix",
     summary: "every step at the model's own size, then the last ones again on the enlarged picture (arXiv:2108.01073)",
     relays: true,
+    choices: &[],
     options: OPTIONS,
     parse: |given| from_options(HiresFix::default(), given),
 };
