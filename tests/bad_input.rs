@@ -220,7 +220,7 @@ fn configurations() -> Vec<Case> {
         model(
             "an inpainting UNet",
             |m| m.set(UNET_CONFIG, "in_channels", 9.into()),
-            &["unet/config.json", "is an inpainting model", "in_channels is 9", "latent_channels are 4"],
+            &["--mask (none)", "is an inpainting model", "--init-image"],
         ),
         model(
             "text of another width",

@@ -7,7 +7,7 @@ use megafuse::models::single_file::{open_vae, published_config};
 use megafuse::models::{
     Adapters, ClipTextConfig, ClipTextModel, Family, Part, SingleFile, Unet, UnetConfig, Vae, VaeConfig, WeightStore,
 };
-use megafuse::pipeline::{self, Lora, ModelSource, Pipeline, Plain, Request, Silent, Size};
+use megafuse::pipeline::{self, InitImage, InputPicture, Lora, ModelSource, Pipeline, Plain, Request, Silent, Size};
 use megafuse::schedulers::{Sampler, SchedulerConfig};
 use megafuse::text::{ClipTokenizer, ClipVocabulary, TokenizerFiles};
 use megafuse::{DType, Device};
@@ -93,8 +93,6 @@ fn what_is_no_stable_diffusion_is_named() {
     let cases: &[(Tensors, &str)] = &[
         (&[(UNET, &[384, 4, 3, 3]), (REFINER, one)], "is the SDXL refiner, which is not supported; use the base model"),
         (&[unet, (REFINER, one)], "is the SDXL refiner"),
-        (&[(UNET, &[320, 9, 3, 3]), (CLIP, one)], "is an inpainting model, which is not supported"),
-        (&[(UNET, &[320, 9, 3, 3]), (SDXL, one)], "is an inpainting model"),
         (&[(UNET, &[320, 8, 3, 3]), (CLIP, one)], "InstructPix2Pix"),
         (&[(UNET, &[320, 5, 3, 3]), (OPENCLIP, one)], "reads depth"),
         (&[(UNET, &[256, 7, 3, 3]), (OPENCLIP, one)], "is an upscaler"),
@@ -776,6 +774,35 @@ fn a_single_file_distilled_for_latent_consistency_is_recognised() {
         let weights = planner.plan(&suited).expect("plans").weights;
         let unet = weights.into_iter().find(|part| part.module == "unet").expect("a UNet");
         assert_eq!((unet.parameters, unet.unused), (parameters + 320 * dim as u64, vec![]), "{name}");
+    }
+}
+
+/// An inpainting UNet: the published files with another first convolution.
+#[test]
+fn a_single_file_for_inpainting_is_recognised() {
+    let place = tempfile::tempdir().expect("a folder");
+    for (name, parameters) in [("sd15", 859_520_964u64), ("sdxl", 2_567_463_684)] {
+        let path = place.path().join(format!("{name}.safetensors"));
+        let mut tensors = published_file(name);
+        let first = tensors.iter_mut().find(|(key, _)| key == "model.diffusion_model.input_blocks.0.0.weight");
+        first.expect("a UNet").1[1] = 9;
+        sparse(&path, &tensors, serde_json::Value::Null);
+        let file = SingleFile::open(&path).expect("opens");
+        let config = UnetConfig::from_json(name, &file.config("unet/config.json").expect("published")).expect("good");
+        assert_eq!((config.in_channels, config.out_channels), (9, 4), "{name}");
+        let planner = pipeline::Planner::new(&ModelSource::File(path), DType::BF16).expect("plans");
+        let request = Request { prompt: "a cat".into(), method: Plain {}.into(), ..Request::default() };
+        let error = planner.plan(&request).unwrap_err().to_string();
+        assert!(error.contains("mask (none)") && error.contains("request.init_image"), "{name}: {error}");
+        let picture =
+            |name, value| InputPicture::new(name, Size::new(64, 48), vec![value; 64 * 48 * 3]).expect("a picture");
+        let init = InitImage { mask: Some(picture("m.png", 255)), ..InitImage::new(picture("p.png", 9)) };
+        let plan = planner.plan(&Request { init_image: Some(init), ..request }).expect("plans");
+        let unet = plan.weights.iter().find(|part| part.module == "unet").expect("a UNet");
+        assert_eq!((unet.parameters, &unet.unused), (parameters + 320 * 5 * 9, &vec![]), "{name}");
+        let names: Vec<&str> = plan.phases.iter().map(|phase| phase.name).collect();
+        assert!(names.contains(&"encode") && !names.contains(&"relay encode"), "{name}: {names:?}");
+        assert_eq!(plan.stages[0].size, Size::new(64, 48), "{name}: the picture's own size");
     }
 }
 

@@ -13,7 +13,7 @@ use super::sheet::{Sheet, common_cell, scaled};
 /// Pixels, for all pictures of a strip together.
 const WIDEST: usize = 30_000;
 
-/// The strip of a run as a PNG: for every relay its decoded x0 and what the upsampler made of it, then the picture.
+/// The strip of a run as a PNG: for every relay that shows pictures its decoded x0 and what the upsampler made of it, then the picture.
 /// `tensors`: `relay<k>.decoded` and `relay<k>.upsampled`, `[1, 3, H, W]` in [-1, 1], not clamped.
 ///
 /// # Errors
@@ -29,6 +29,9 @@ pub fn png(picture: &Picture, tensors: &BTreeMap<String, Array>, stages: &[Stage
             continue;
         };
         let relay = index + 1;
+        if !tensors.contains_key(&format!("relay{relay}.decoded")) {
+            continue; // the run began later, or enlarged latents
+        }
         pictures.push(canvas(tensors, &format!("relay{relay}.decoded"))?);
         columns.push(of_stage("x0 at step"));
         pictures.push(canvas(tensors, &format!("relay{relay}.upsampled"))?);

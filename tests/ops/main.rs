@@ -15,6 +15,7 @@ mod linear_fp8;
 mod norm;
 mod peaks;
 mod profile;
+mod repaint;
 mod resize;
 mod rms_norm;
 mod sampler;

@@ -8,7 +8,7 @@ use crate::common::devices;
 use megafuse::Result;
 use megafuse::ops::{
     self, Activation, Attention, Conv2d, ConvNorm, GroupMoments, GroupNorm, Guidance, GuidanceScale, LayerNorm, Linear,
-    RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, Thresholding,
+    Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, Thresholding,
     TimestepEmbedding, Upsampler, cases, profile,
 };
 use megafuse::runtime::{DType, Device, Tensor};
@@ -57,6 +57,10 @@ fn every_op(device: &Device) -> Result<()> {
     let guidance = Guidance::new(device, &[GuidanceScale { scale: 7.5, rescale: 0.7 }; ROWS])?;
     let mut state = SampleState::new(zeros(&samples)?)?;
     ops::sampler_step(&mut state, &zeros(&[2 * ROWS, 2, 3, 4])?, Some(&guidance), &steps, None)?;
+    let (mask, levels) = (zeros(&[1, 2, 3, 1])?, zeros(&[2, 2])?);
+    let known = zeros(&samples)?;
+    let repaint = Repaint { mask: &mask, known: &known, noise: &known, levels: &levels, step: steps.index() };
+    ops::repaint(state.x_mut(), repaint)?;
     steps.index_mut().advance()?;
     StepIndex::new(device, &[0; ROWS])?.advance()
 }

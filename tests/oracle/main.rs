@@ -4,6 +4,7 @@
 
 mod files;
 mod modules;
+mod pictures_in;
 mod random;
 mod resizing;
 mod runs;
