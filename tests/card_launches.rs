@@ -7,7 +7,7 @@ mod emulated;
 use std::path::Path;
 
 use megafuse::methods::{MegaFusion, Method, Plain};
-use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request};
+use megafuse::pipeline::{Event, InitImage, InputPicture, ModelSource, Observer, Pipeline, Request, Size};
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::schedulers::Sampler;
 use megafuse::{DType, Device};
@@ -44,8 +44,18 @@ impl Observer for PerStep<'_> {
     }
 }
 
+/// A picture whose left half is repainted.
+fn half_of_a_picture() -> InitImage {
+    let size = Size::new(8, 8);
+    let left = (0..64).flat_map(|i| [if i % 8 < 4 { 255 } else { 0 }; 3]).collect();
+    let mask = InputPicture::new("mask.png", size, left).unwrap();
+    let picture = InputPicture::new("picture.png", size, (0..192).collect()).unwrap();
+    InitImage { mask: Some(mask), ..InitImage::new(picture) }
+}
+
 /// From the second picture on all steps of all stages are replays, the first step included: with both methods, one and two
-/// pictures in a batch, one evaluation per step and two, with draws in every step and without.
+/// pictures in a batch, one evaluation per step and two, with draws in every step and without, and with a part of a picture
+/// that is kept.
 #[test]
 fn a_second_pictures_steps_are_graphs_from_the_first_on() {
     let emulated = Emulated::open();
@@ -53,16 +63,19 @@ fn a_second_pictures_steps_are_graphs_from_the_first_on() {
     let stages = |stages: &[&str]| stages.iter().map(|stage| stage.parse().unwrap()).collect::<Vec<_>>();
     let (plain, relay): (Method, Method) = (Plain {}.into(), MegaFusion::plus().into());
     for batch in [1, 2] {
-        for (method, stages, scheduler) in [
-            (&plain, stages(&["8x8:4"]), Sampler::Ddim),
-            (&plain, stages(&["8x8:3"]), Sampler::EulerAncestral),
-            (&relay, stages(&["8x8:3", "12x8:2"]), Sampler::Ddim),
+        for (method, stages, scheduler, init_image) in [
+            (&plain, stages(&["8x8:4"]), Sampler::Ddim, None),
+            (&plain, stages(&["8x8:3"]), Sampler::EulerAncestral, None),
+            (&relay, stages(&["8x8:3", "12x8:2"]), Sampler::Ddim, None),
             // The second stage has one step: it is launched for the first picture and recorded for the second.
-            (&relay, stages(&["8x8:2", "12x8:1"]), Sampler::Heun),
+            (&relay, stages(&["8x8:2", "12x8:1"]), Sampler::Heun, None),
+            (&relay, stages(&["8x8:2", "12x8:1"]), Sampler::Euler, Some(half_of_a_picture())),
         ] {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sd15");
             let pipeline = Pipeline::load(ModelSource::Directory(folder), card.clone(), DType::BF16).unwrap();
-            let base = Request { method: method.clone(), stages, scheduler: Some(scheduler), ..Request::default() };
+            let kept = if init_image.is_some() { ", a part kept" } else { "" };
+            let scheduled = Request { scheduler: Some(scheduler), init_image, ..Request::default() };
+            let base = Request { method: method.clone(), stages, ..scheduled };
             let of = |prompt: &str, seed, guidance| Request {
                 prompt: prompt.into(),
                 seed,
@@ -82,7 +95,7 @@ fn a_second_pictures_steps_are_graphs_from_the_first_on() {
                 }
                 first_step += stage.steps;
             }
-            let what = format!("{method} {scheduler}, batch {batch}");
+            let what = format!("{method} {scheduler}, batch {batch}{kept}");
             let per_step = |request: Request| {
                 let mut counted = PerStep::new(&emulated);
                 assert_eq!(pipeline.generate(&request, &mut counted).unwrap().len(), batch, "{what}");

@@ -3,8 +3,8 @@
 
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
-    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RelayNoise, RmsNorm,
-    SampleState, Source, StepIndex, StepRows, Upsampler, Variant,
+    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RelayNoise, Repaint,
+    RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -423,6 +423,19 @@ fn steps(cases: &mut Vec<Case>) {
         Ok(vec![ops::add_noise(&x, &noise, 0.8, 0.6)?])
     };
     cases.push(case("add_noise", "[2,9,11,4]", 2.0, add_noise).only_f32());
+    cases.push(
+        case("repaint", "half of [2,9,11,4]", 2.0, |inputs| {
+            let (mut x, known, noise) = (inputs.f32(&SHAPE)?, inputs.f32(&SHAPE)?, inputs.f32(&SHAPE)?);
+            let mask: Vec<f32> = (0..99).map(|pixel| if pixel % 2 == 0 { 1.0 } else { 0.0 }).collect();
+            let mask = Tensor::from_f32(inputs.device, &[1, 9, 11, 1], DType::F32, &mask)?;
+            let levels = Tensor::from_f32(inputs.device, &[1, 2], DType::F32, &[0.8, 0.6])?;
+            let step = StepIndex::one(inputs.device, 0)?;
+            let args = Repaint { mask: &mask, known: &known, noise: &noise, levels: &levels, step: &step };
+            ops::repaint(&mut x, args)?;
+            Ok(vec![x])
+        })
+        .only_f32(),
+    );
     // exp(2 / 2) times noise up to 1; the exponent's error is relative.
     cases.push(case("diagonal_gaussian", "mean and sample", 8.0, |inputs| {
         let (moments, noise) = (inputs.uniform(&[2, 9, 11, 8], 2.0)?, inputs.f32(&SHAPE)?);

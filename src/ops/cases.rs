@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::conv::Geometry;
 use super::{
-    Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RmsNorm, SampleState, Source,
+    Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Repaint, RmsNorm, SampleState, Source,
     StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding, Upsampler,
 };
 use crate::error::{Error, Result};
@@ -204,6 +204,7 @@ pub fn relay(l: usize) -> Vec<Case> {
         sampler_step([1, 2 * l, 2 * l, 4]),
         scale_input([1, 2 * l, 2 * l, 4]),
         add_noise([1, 2 * l, 2 * l, 4]),
+        repaint([1, 2 * l, 2 * l, 4]),
         diagonal_gaussian([1, 2 * l, 2 * l, 8]),
         clamp([1, target, target, 3]),
         scale_cast([1, 2 * l, 2 * l, 4]),
@@ -666,6 +667,27 @@ fn add_noise(shape: [usize; 4]) -> Case {
     case("add_noise", format!("f32 {shape:?}"), json!({ "dims": shape }), move |inputs| {
         let (x, noise) = (inputs.f32(&shape)?, inputs.f32(&shape)?);
         Ok(Box::new(move || super::add_noise(&x, &noise, 0.8, 0.6)))
+    })
+}
+
+/// Half of it is kept.
+fn repaint(shape: [usize; 4]) -> Case {
+    case("repaint", format!("half of {shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let [_, h, w, _] = shape;
+        let [x, known, noise] = [inputs.f32(&shape)?, inputs.f32(&shape)?, inputs.f32(&shape)?];
+        let mask: Vec<f32> = (0..h * w).map(|pixel| if pixel % w < w / 2 { 1.0 } else { 0.0 }).collect();
+        let mask = Tensor::from_f32(inputs.device, &[1, h, w, 1], DType::F32, &mask)?;
+        let levels = Tensor::from_f32(inputs.device, &[1, 2], DType::F32, &[0.8, 0.6])?;
+        let (step, x) = (StepIndex::one(inputs.device, 0)?, RefCell::new(x));
+        Ok(Box::new(move || {
+            let mut x = x.borrow_mut();
+            if !x.is_unshared() {
+                *x = x.duplicate()?; // somebody keeps the result before
+            }
+            let args = Repaint { mask: &mask, known: &known, noise: &noise, levels: &levels, step: &step };
+            super::repaint(&mut x, args)?;
+            Ok(x.clone())
+        }))
     })
 }
 

@@ -54,11 +54,17 @@ fn on_the_emulated_card() {
         eprintln!("MEGAFUSE_TEST_DEVICES has no emu: nothing is checked");
         return;
     }
+    const EMU: [&str; 4] = ["--device", "emu", "--dtype", "f32"];
     let names = ["img2img-heun", "inpaint-ancestral", "inpaint-channels-sdxl", "mega-inpaint", "hires-picture"];
-    let of = |name: &str| {
-        runs(name).iter().map(|run| check_in(FOLDER, run, &["--device", "emu", "--dtype", "f32"])).collect::<Vec<_>>()
-    };
-    all_passed(names.into_iter().flat_map(of).collect());
+    all_passed(names.map(|name| check_in(FOLDER, &run(name), &EMU)).into());
+    // The second picture's steps are replays, in the memory of the first one's.
+    for name in ["inpaint-channels-sdxl", "inpaint-ddim"] {
+        let folder = tempfile::tempdir().unwrap();
+        generate(folder.path(), &run(name), &[&EMU[..], &["--count", "2"]].concat()).unwrap();
+        generate(folder.path(), &with_seed_plus(run(name), 1), &EMU).unwrap();
+        let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+        assert!(read("out-2.png") == read("out.png"), "{name}");
+    }
 }
 
 /// Every kind of file as PIL reads it; of the lossy ones decoders may differ by rounding.
@@ -82,16 +88,19 @@ fn run(name: &str) -> Run {
     runs(name).into_iter().find(|run| run.name == name).expect("a stored run")
 }
 
+fn with_seed_plus(mut run: Run, more: u64) -> Run {
+    let seed = 1 + run.args.iter().position(|arg| arg == "--seed").unwrap();
+    run.args[seed] = (run.args[seed].parse::<u64>().unwrap() + more).to_string();
+    run
+}
+
 /// A picture from a picture depends on its own seed alone, at every batch size.
 #[test]
 fn a_batch_makes_the_pictures_of_single_runs() {
     for name in ["inpaint-ancestral", "inpaint-channels", "hires-picture"] {
         let (run, folder) = (run(name), tempfile::tempdir().unwrap());
-        let seed = 1 + run.args.iter().position(|arg| arg == "--seed").unwrap();
         generate(folder.path(), &run, &["--count", "3", "--batch", "3"]).unwrap();
-        let mut third = run.clone();
-        third.args[seed] = (run.args[seed].parse::<u64>().unwrap() + 2).to_string();
-        generate(folder.path(), &third, &[]).unwrap();
+        generate(folder.path(), &with_seed_plus(run, 2), &[]).unwrap();
         let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
         assert!(read("out-3.png") == read("out.png"), "{name}");
     }
