@@ -33,7 +33,7 @@ pub trait DiffusionModel {
     /// The picture of one clean sample `[1, h, w, C]`, not clamped. `warn` is told what had to be done otherwise than asked.
     fn decode(&self, x0: &Tensor, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
-    /// The clean sample of one picture: the posterior's mode, or with `noise` (of the sample's shape) a sample of it.
+    /// The clean sample of one picture: the posterior's mode, or with `noise`, `[N, h, w, C]`, N samples of it.
     /// `warn` as in [`decode`](DiffusionModel::decode).
     fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 

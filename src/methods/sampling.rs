@@ -172,6 +172,7 @@ impl<'a> Sampling<'a> {
         let inputs = StageInputs { x, rows: &self.rows, first: self.evaluated, guidance, known: known.as_ref() };
         let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
+        let mut clean = None;
         for step in 1..=steps {
             loop {
                 self.watch.check_cancelled()?;
@@ -185,16 +186,16 @@ impl<'a> Sampling<'a> {
                     break;
                 }
             }
+            if let Some(known) = known.as_ref().filter(|_| step == steps) {
+                clean = Some(known.in_place_of(on_device.state().x0())?);
+            }
             self.done += 1;
             let (run_step, run_steps) = (self.done, self.run.steps());
             self.watch.dump(&format!("step{run_step}"), on_device.state().x())?;
             let progress = StepProgress { stage: index, step, stage_steps: steps, run_step, run_steps };
             self.watch.observer.event(&Event::Step(progress));
         }
-        let (x, mut x0) = (on_device.state().x().clone(), on_device.state().x0().clone());
-        if let Some(known) = &known {
-            x0 = known.in_place_of(&x0)?;
-        }
+        let (x, x0) = (on_device.state().x().clone(), clean.unwrap_or_else(|| on_device.state().x0().clone()));
         model.recorded_steps().end(key, on_device);
         let done = self.done;
         check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {done}", index + 1))?;
@@ -288,6 +289,15 @@ impl<'a> Sampling<'a> {
             model.encode(picture, noise, &mut |message| observer.warning(message))
         };
         Tensor::concat(&pictures.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// Clean samples of one picture for every image of the batch, each with its own `noise`, `[N, h, w, C]`.
+    ///
+    /// # Errors
+    /// Those of the model.
+    pub fn encode_once(&mut self, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        let (model, observer) = (self.model, &mut *self.watch.observer);
+        model.encode(picture, Some(noise), &mut |message| observer.warning(message))
     }
 
     /// A phase begins.

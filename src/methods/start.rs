@@ -173,9 +173,9 @@ impl Sampling<'_> {
         let size = self.run.stages()[stage].size;
         let shape = self.sample_shape(size);
         let noise = self.draw(shape)?;
-        let pixels = vec![picture.picture(size)?; shape[0]];
-        self.dump_each(&format!("init{stage}.picture"), &pixels)?;
-        let known = self.encode(&pixels, Some(&noise))?;
+        let pixels = picture.picture(size)?;
+        self.dump_each(&format!("init{stage}.picture"), &vec![pixels.clone(); shape[0]])?;
+        let known = self.encode_once(&pixels, &noise)?;
         self.dump(&format!("init{stage}.encoded"), &known)?;
         Ok(known)
     }
@@ -197,8 +197,7 @@ impl Sampling<'_> {
                 self.known = Some(Known { mask, samples, noise, levels });
             }
             None => {
-                let pixels = vec![picture.masked_picture(size)?; n];
-                let masked = self.encode(&pixels, Some(&posterior_noise))?;
+                let masked = self.encode_once(&picture.masked_picture(size)?, &posterior_noise)?;
                 self.dump(&format!("init{stage}.masked"), &masked)?;
                 self.channels = Some(beside(&mask, &masked)?);
             }

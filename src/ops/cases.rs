@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::conv::Geometry;
 use super::{
-    Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Repaint, RmsNorm, SampleState, Source,
-    StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding, Upsampler,
+    Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Repaint, RmsNorm, SampleState,
+    Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding, Upsampler,
 };
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Tensor};

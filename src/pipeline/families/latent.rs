@@ -111,7 +111,14 @@ impl SampleSpace for LatentSpace {
                 true => vae.encode_in(picture, partition)?,
                 false => vae.encode_in(&ops::scale_cast(picture, 1.0, 0.0, vae.dtype(), 1)?, partition)?,
             };
-            let latent = ops::diagonal_gaussian(&moments, noise)?;
+            let latent = match noise {
+                None => ops::diagonal_gaussian(&moments, None)?,
+                Some(noise) if noise.shape()[0] == 1 => ops::diagonal_gaussian(&moments, Some(noise))?,
+                Some(noise) => {
+                    let sample = |i| ops::diagonal_gaussian(&moments, Some(&noise.rows(i..i + 1)?));
+                    Tensor::concat(&(0..noise.shape()[0]).map(sample).collect::<Result<Vec<_>>>()?)?
+                }
+            };
             ops::scale_cast(&latent, scale as f32, (-shift * scale) as f32, DType::F32, 1)
         })
     }

@@ -212,7 +212,7 @@ pub(super) trait SampleSpace: Send + Sync {
     /// Those of the decoder.
     fn decode(&self, x0: &Tensor, partition: Partition, warn: &mut dyn FnMut(&str)) -> Result<Tensor>;
 
-    /// The clean sample of a picture: the posterior's mode, or with `noise` a sample of it.
+    /// The clean sample of a picture: the posterior's mode, or with `noise`, `[N, h, w, C]`, N samples of it.
     ///
     /// # Errors
     /// Those of the encoder.
