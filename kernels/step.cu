@@ -1,34 +1,10 @@
 // step.cu: what a captured step does around the denoiser. Everything that changes from step to step is read on the device:
 // row *step of a table, so that one recorded graph serves all of them.
 #include "common/reduce.cuh"
+#include "common/step.cuh"
 
 constexpr int kThreads = 256;
 constexpr int kReduceThreads = 512;  // of the kernels with a block per image
-
-// The columns of a row of the table, as src/ops/step/table.rs writes them.
-enum Column {
-    kInputScale,
-    kX0FromX,
-    kX0FromE,
-    kClip,  // +inf: none
-    kNextFromX,
-    kNextFromE,
-    kNextFromX0,
-    kNextFromNoise,
-    kX0FromNext,       // 1: x0 is computed from the updated x
-    kNextFromHistory,  // three: of the latest value kept, the one before, and its
-    kKeeps = kNextFromHistory + 3,  // 1: the history moves on by one, to take what follows
-    kKeptFromX,
-    kKeptFromE,
-    kKeptFromX0,
-    kColumns = 16
-};
-
-// The row of an image: of `step_images` images with a step of their own, which a larger batch repeats.
-//   step [2, step_images]: the steps, then how many each image still takes; 0: it has ended
-DEVICE const float* row(const float* table, const unsigned* step, int64_t image, int step_images) {
-    return table + size_t(step[image % step_images]) * kColumns;
-}
 
 // scale_input: y[r][i] = input_scale * x[i] with the scale of i's image, rounded once, for every r < repeats.
 //   y [repeats, count] T   x [count] f32   table [steps, kColumns] f32   step as above
@@ -42,21 +18,6 @@ DEVICE void scale_input(T* y, const float* x, const float* table, const unsigned
         for (int r = 0; r < repeats; r++) y[r * count + i] = value;
     }
 }
-
-// What an evaluation left, read where it is needed: the output of a batch of images, guided.
-template <class T>
-struct Output {
-    const T* values;        // [count], or guided [2 count]: the unconditional half first
-    const float* guidance;  // [images, 2], scale and rescale; null: values are as the network gave them
-    const float* factors;   // [images]; null: 1
-    int64_t count;
-
-    __device__ float at(int64_t i, int64_t image) const {
-        float e = to_f32(values[i]);
-        if (guidance) e += guidance[2 * image] * (to_f32(values[count + i]) - e);
-        return factors ? e * factors[image] : e;
-    }
-};
 
 // sampler_step: guidance, x0 and update in one pass, in place, for images that have not ended.
 //   e  = (guided ? uncond + scale (cond - uncond) : output[i]) * factor

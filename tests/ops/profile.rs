@@ -8,8 +8,8 @@ use crate::common::devices;
 use megafuse::Result;
 use megafuse::ops::{
     self, Activation, Attention, Conv2d, ConvNorm, GroupMoments, GroupNorm, Guidance, GuidanceScale, LayerNorm, Linear,
-    Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, Thresholding,
-    TimestepEmbedding, Upsampler, cases, profile,
+    PatchLayout, Patches, Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows,
+    StepTable, Thresholding, TimestepEmbedding, Upsampler, cases, profile,
 };
 use megafuse::runtime::{DType, Device, Tensor};
 
@@ -40,6 +40,13 @@ fn every_op(device: &Device) -> Result<()> {
     moments.finish()?;
     ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })?;
     ops::linear(Linear::new(&x, &zeros(&[6, 4])?))?;
+    let step = StepIndex::one(device, 0)?;
+    let (factors, taps) = (zeros(&[1, 3])?, zeros(&[1, 3])?);
+    ops::mix_latents(&mut zeros(&[1, ROWS, 3, 4])?, &x, None, StepRows { table: &factors, step: &step, rows: 1 })?;
+    ops::blur_latents(&x, [1, 0], StepRows { table: &taps, step: &step, rows: 1 })?;
+    let images = zeros(&[ROWS, 2, 3, 4])?;
+    let moments = ops::latent_moments(&images, 0)?;
+    ops::standardise_latents(&images, &moments, &moments)?;
     ops::resize(&x, [2 * ROWS, 5], Upsampler::Bicubic, None, None)?;
     ops::resize_nearest(&x, [2 * ROWS, 5])?;
     ops::resize_u8(&x, [2 * ROWS, 5], Upsampler::Bilinear)?;
@@ -62,6 +69,12 @@ fn every_op(device: &Device) -> Result<()> {
     let repaint = Repaint { mask: &mask, known: &known, noise: &known, levels: &levels, step: steps.index() };
     ops::repaint(state.x_mut(), repaint)?;
     steps.index_mut().advance()?;
+    let steps = StepTable::new(device, vec![row])?;
+    let layout = PatchLayout { map: [ROWS, 3], size: [ROWS, 2], stride: 1, wraps: false };
+    let mut patches = Patches::new(device, 1, 2, layout)?;
+    patches.place(&[[0, 0], [0, 1]])?;
+    let output = ops::gather_patches(&x, &patches, None, &steps, DType::F32, 1)?;
+    ops::step_patches(&x, &patches, &output, None, &steps, &mut zeros(x.shape())?)?;
     StepIndex::new(device, &[0; ROWS])?.advance()
 }
 
@@ -74,7 +87,7 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let recorded: BTreeSet<_> =
         recorder.take_report().ops.into_iter().map(|record| (record.op, record.output)).collect();
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
-    assert_eq!(names.len(), 24, "{names:?}");
+    assert_eq!(names.len(), 30, "{names:?}");
     for device in devices() {
         profile::start_on(&device).unwrap();
         every_op(&device).unwrap();

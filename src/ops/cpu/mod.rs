@@ -4,6 +4,7 @@ pub mod gemm;
 pub mod kernels;
 pub mod math;
 pub mod norm;
+pub mod patches;
 
 use std::marker::PhantomData;
 use std::ops::Range;

@@ -67,7 +67,7 @@ impl Guidance {
 
 /// `[N]`, f32: what the guided output of each image is multiplied by: arXiv:2305.08891, eqs. (15), (16). 1 for an image
 /// that does not rescale.
-pub(super) fn rescale_factors(output: &Output, guidance: &Guidance, n: usize) -> Result<Tensor> {
+pub(in crate::ops) fn rescale_factors(output: &Output, guidance: &Guidance, n: usize) -> Result<Tensor> {
     const OP: &str = "guidance_rescale";
     let values = output.values;
     let count = per_image(OP, values)?;

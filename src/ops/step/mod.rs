@@ -11,12 +11,13 @@ mod state;
 mod table;
 mod thresholding;
 
+pub(super) use guidance::rescale_factors;
 pub use guidance::{Guidance, GuidanceScale};
 pub use index::StepIndex;
 pub use repaint::{Repaint, repaint};
 pub use rows::StepRows;
-pub(super) use sampler_step::Output;
 pub use sampler_step::sampler_step;
+pub(super) use sampler_step::{CpuOutput, Output};
 pub use scale_input::scale_input;
 pub use state::SampleState;
 pub use table::{HISTORY, Kept, StepCoefficients, StepRow, StepTable, history};

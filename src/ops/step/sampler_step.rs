@@ -178,7 +178,7 @@ fn sampler_step_cpu(
 }
 
 /// The output on the host, guided.
-pub(super) struct CpuOutput<'a, T> {
+pub(in crate::ops) struct CpuOutput<'a, T> {
     uncond: &'a [T],
     /// The other half, and scale and rescale per image.
     guided: Option<(&'a [T], &'a [f32])>,
@@ -186,13 +186,13 @@ pub(super) struct CpuOutput<'a, T> {
 }
 
 impl<'a, T: Element> CpuOutput<'a, T> {
-    pub(super) fn new(output: &Output<'a>, count: usize) -> CpuOutput<'a, T> {
+    pub(in crate::ops) fn new(output: &Output<'a>, count: usize) -> CpuOutput<'a, T> {
         let (uncond, cond) = output.values.cpu::<T>().split_at(count);
         let guided = output.guidance.map(|guidance| (cond, guidance.tensor().cpu::<f32>()));
         CpuOutput { uncond, guided, factors: output.factors.map(|factors| factors.cpu()) }
     }
 
-    pub(super) fn at(&self, i: usize, image: usize) -> f32 {
+    pub(in crate::ops) fn at(&self, i: usize, image: usize) -> f32 {
         let mut e = self.uncond[i].to_f32();
         if let Some((cond, scales)) = self.guided {
             e += scales[2 * image] * (cond[i].to_f32() - e);

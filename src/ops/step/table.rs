@@ -52,7 +52,7 @@ pub struct StepTable {
     /// `[steps, COLUMNS]`, f32, in the order of `Column` in kernels/step.cu.
     table: Tensor,
     index: StepIndex,
-    pub(super) thresholding: Option<Thresholding>,
+    pub(in crate::ops) thresholding: Option<Thresholding>,
 }
 
 const COLUMNS: usize = 16;
@@ -139,6 +139,10 @@ impl StepTable {
         self.rows.len()
     }
 
+    pub fn rows(&self) -> &[StepRow] {
+        &self.rows
+    }
+
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
@@ -160,12 +164,12 @@ impl StepTable {
     }
 
     /// The row of an image's step: of its last when the image has ended.
-    pub(super) fn row(&self, image: usize) -> &StepRow {
+    pub(in crate::ops) fn row(&self, image: usize) -> &StepRow {
         &self.rows[self.index.get(image)]
     }
 
     /// Can a batch of `images` images take a step?
-    pub(super) fn check(&self, op: &'static str, images: usize) -> Result<()> {
+    pub(in crate::ops) fn check(&self, op: &'static str, images: usize) -> Result<()> {
         self.index.check_images(op, images)?;
         if (0..self.index.images()).all(|image| self.index.has_ended(image)) {
             let want = format!("below {}, the steps of the table", self.len());
