@@ -34,11 +34,11 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     // Everything that can be wrong with the request or the configuration is found before weights are read.
     let plan = session.check(&request)?;
-    check_strip(args, &plan)?;
+    check_strip(args, &request, &plan)?;
     if let Some(path) = &args.record_shapes {
         bench::write_workload(path, &session, &request)?;
     }
-    let targets = targets(args, &request)?;
+    let targets = targets(args, &request, plan.stages.len())?;
     let batch = session.batch(args.run.batch, &request, targets.len())?;
     let device = session.device().clone();
     let pipeline = session.load()?;
@@ -67,6 +67,8 @@ struct Files {
     picture: Target,
     dump: Option<PathBuf>,
     strip: Option<PathBuf>,
+    /// The pictures of phases before the last.
+    phases: Vec<Target>,
 }
 
 /// Makes the pictures from number `first` on in one batch and writes them: so each is on disk as soon as it is done.
@@ -77,9 +79,11 @@ fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], p
         Files { strip: Some(_), .. } => Keep::Pictures,
         _ => Keep::Nothing,
     };
-    let mut progress = Progress::new(keep);
     let of = |index: usize| Request { seed: request.seed + (first + index) as u64, count: 1, ..request.clone() };
     let requests: Vec<Request> = (0..files.len()).map(of).collect();
+    let phases = requests.iter().zip(files).filter(|(_, files)| !files.phases.is_empty());
+    let phases = phases.map(|(request, files)| Ok((files.phases.clone(), pipeline.parameters(request)?)));
+    let mut progress = Progress::new(keep).with_phases(phases.collect::<Result<_>>()?);
     let pictures = pipeline.generate_batch(&requests, &mut progress)?;
     progress.finish();
     let time = seconds_text(begin.elapsed().as_secs_f64());
@@ -104,7 +108,7 @@ fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], p
 }
 
 /// Where each picture and what belongs to it go; all places are checked now.
-fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
+fn targets(args: &GenerateArgs, request: &Request, stages: usize) -> Result<Vec<Files>> {
     output::check_png("--out", args.out.as_deref())?;
     output::check_png("--strip", args.strip.as_deref())?;
     let mut outputs = Outputs::default();
@@ -112,6 +116,17 @@ fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
         let seed = request.seed + index as u64;
         let picture = Target::picture(args.out.as_deref(), index, request.count, seed);
         outputs.target("--out", &picture)?;
+        let mut phases = Vec::new();
+        if request.method.option("phases").and_then(serde_json::Value::as_bool) == Some(true) {
+            for phase in 1..stages {
+                let Some(target) = picture.beside(&format!("-phase{phase}")) else {
+                    let reason = "the picture goes to standard output, and there is nothing beside it; name a file";
+                    return Err(conflict("--phases", "true", reason));
+                };
+                outputs.target("--phases", &target)?;
+                phases.push(target);
+            }
+        }
         let mut place = |flag, path: Option<&Path>| -> Result<Option<PathBuf>> {
             let path = path.map(|path| output::numbered(path, index, request.count));
             path.as_deref().map_or(Ok(()), |path| outputs.file(flag, path))?;
@@ -121,6 +136,7 @@ fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
             picture,
             dump: place("--dump", args.dump.as_deref())?,
             strip: place("--strip", args.strip.as_deref())?,
+            phases,
         })
     };
     (0..request.count).map(one).collect()
@@ -128,10 +144,14 @@ fn targets(args: &GenerateArgs, request: &Request) -> Result<Vec<Files>> {
 
 /// # Errors
 /// [`Error::Request`]: a strip of a run without relays would be the picture.
-fn check_strip(args: &GenerateArgs, plan: &PlanReport) -> Result<()> {
+fn check_strip(args: &GenerateArgs, request: &Request, plan: &PlanReport) -> Result<()> {
     match &args.strip {
         Some(strip) if plan.stages.len() < 2 => {
             let reason = "this run has one stage and no relay to show; choose megafusion and a larger --size";
+            Err(conflict("--strip", strip.display(), reason))
+        }
+        Some(strip) if request.method.option("upsampler").is_none() => {
+            let reason = format!("{} has no relay to show; choose megafusion", request.method);
             Err(conflict("--strip", strip.display(), reason))
         }
         _ => Ok(()),

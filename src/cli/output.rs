@@ -338,6 +338,21 @@ impl Target {
         }
     }
 
+    /// Where another picture goes beside this one: `a.png` with the suffix `-phase1` is `a-phase1.png`. `None` beside standard
+    /// output.
+    pub fn beside(&self, suffix: &str) -> Option<Target> {
+        match self {
+            Target::Chosen(path) if is_stdout(path) => None,
+            Target::Chosen(path) => {
+                let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+                Some(Target::Chosen(path.with_file_name(format!("{stem}{suffix}.png"))))
+            }
+            Target::Free { folder, stem } => {
+                Some(Target::Free { folder: folder.clone(), stem: format!("{stem}{suffix}") })
+            }
+        }
+    }
+
     /// # Errors
     /// As [`check_writable`].
     pub fn check(&self) -> Result<()> {
@@ -432,6 +447,15 @@ mod tests {
         assert_eq!(numbered(Path::new("a/b.c.png"), 1, 3), Path::new("a/b.c-2.png"));
         assert_eq!(numbered(Path::new("b.png"), 1, 12), Path::new("b-02.png"));
         assert_eq!(numbered(Path::new("dump"), 9, 10), Path::new("dump-10"));
+    }
+
+    #[test]
+    fn names_beside_a_picture() {
+        let beside = |out: Option<&Path>| Target::picture(out, 1, 2, 8).beside("-phase1");
+        assert_eq!(beside(Some(Path::new("a/b.png"))), Some(Target::Chosen("a/b-2-phase1.png".into())));
+        let stem = "megafuse-8-phase1".into();
+        assert_eq!(beside(None), Some(Target::Free { folder: ".".into(), stem }));
+        assert_eq!(beside(Some(Path::new("-"))), None);
     }
 
     #[test]

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use megafuse::Result;
-use megafuse::pipeline::{Event, Observer, StepProgress};
+use megafuse::image::{PngText, encode_png, to_bytes};
+use megafuse::pipeline::{Event, Observer, Parameters, StepProgress};
 
 use super::console::say;
 use super::flags;
+use super::output::{self, Target};
 use super::safetensors_file::Array;
 
 /// Which intermediate tensors a run's files need.
@@ -32,6 +34,8 @@ pub struct Progress {
     keep: Keep,
     /// The intermediate tensors of each picture by name, those that are wanted.
     pub tensors: Vec<BTreeMap<String, Array>>,
+    /// Of each picture, where those of its phases go, and what their text says.
+    phases: Vec<(Vec<Target>, Parameters)>,
 }
 
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -46,7 +50,14 @@ impl Progress {
             last_line: Instant::now(),
             keep,
             tensors: Vec::new(),
+            phases: Vec::new(),
         }
+    }
+
+    /// Pictures of phases are written here as they come, of each picture of the batch.
+    pub fn with_phases(mut self, phases: Vec<(Vec<Target>, Parameters)>) -> Progress {
+        self.phases = phases;
+        self
     }
 
     /// One line above whatever is being drawn.
@@ -137,6 +148,16 @@ impl Observer for Progress {
         if self.keep == Keep::All {
             self.insert(index, name, Array::i64(shape, values));
         }
+        Ok(())
+    }
+
+    fn phase(&mut self, index: usize, phase: usize, [height, width]: [usize; 2], values: Vec<f32>) -> Result<()> {
+        let Some((targets, parameters)) = self.phases.get(index) else { return Ok(()) };
+        let Some(target) = phase.checked_sub(1).and_then(|at| targets.get(at)) else { return Ok(()) };
+        let text = PngText { parameters: &parameters.text, json: &parameters.json.to_string() };
+        let path = target.write(&encode_png(&to_bytes(&values)?, width, height, text)?)?;
+        self.line(&format!("phase {phase}: {width}x{height}"));
+        output::print_name(&path);
         Ok(())
     }
 }

@@ -46,6 +46,24 @@ pub trait GenerationMethod: Debug + Send + Sync {
         false
     }
 
+    /// The size that the network is told of, where it reads sizes: the stage's own.
+    fn told_size(&self, run: &Run, stage: usize) -> Size {
+        run.stages()[stage].size
+    }
+
+    /// What the samples after a step are called in a dump: `stage` from 0, `step` in it from 1, `run_step` over all stages.
+    fn step_name(&self, _stage: usize, _step: usize, run_step: usize) -> String {
+        format!("step{run_step}")
+    }
+
+    /// The pictures of the samples that [`sample`](GenerationMethod::sample) gives, `[1, H, W, 3]` each.
+    ///
+    /// # Errors
+    /// Those of the model.
+    fn decode(&self, sampling: &mut Sampling, samples: &Tensor) -> Result<Vec<Tensor>> {
+        sampling.decode(samples)
+    }
+
     /// Can a run be made as the options and `run` say? What every method asks (stages with steps, sizes of whole cells)
     /// has been checked.
     ///
@@ -112,6 +130,13 @@ pub enum OptionKind {
         most: f64,
         expected: &'static str,
     },
+    /// As many numbers with commas between them, each from `least` to `most`.
+    Numbers {
+        count: usize,
+        least: f64,
+        most: f64,
+        expected: &'static str,
+    },
 }
 
 impl OptionKind {
@@ -135,6 +160,14 @@ impl OptionKind {
                 Ok(x) if x > above && x <= most => Ok(x.into()),
                 _ => Err(expected.into()),
             },
+            OptionKind::Numbers { count, least, most, expected } => {
+                let numbers: Vec<f64> = text.split(',').map_while(|number| number.trim().parse().ok()).collect();
+                let fit = numbers.iter().all(|number| (least..=most).contains(number));
+                match fit && numbers.len() == count && text.split(',').count() == count {
+                    true => Ok(numbers.into()),
+                    false => Err(expected.into()),
+                }
+            }
         }
     }
 }
@@ -318,6 +351,7 @@ pub fn without_effect(name: &str, value: &Value, methods: &[&'static MethodSpec]
 pub fn text_of(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(text_of).collect::<Vec<_>>().join(","),
         value => value.to_string(),
     }
 }

@@ -1,14 +1,16 @@
-//! The generation methods: plain sampling, MegaFusion and hires fix. A method talks to a [`DiffusionModel`] and fills the options
+//! The generation methods. A method talks to a [`DiffusionModel`] and fills the options
 //! that the model offers per call; it never edits a model.
 //!
 //! A method is one file: a struct of its options with serde and a [`MethodSpec`], which [`METHODS`] lists. Its flags, their
 //! help, JSON, a picture's text and the grid's labels follow from these (docs/architecture.md shows a whole one).
 
 mod choices;
+mod demofusion;
 mod hires_fix;
 mod megafusion;
 mod method;
 mod model;
+mod multidiffusion;
 mod observer;
 mod plain;
 mod recorded;
@@ -17,12 +19,15 @@ mod sampling;
 mod size;
 mod stages;
 mod start;
+pub mod views;
 
 pub use choices::Choices;
+pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, gaussian_taps, phase_sizes};
 pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
 pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
-pub use model::{Denoiser, DiffusionModel, NoiseSource};
+pub use model::{Denoiser, DiffusionModel, NoiseSource, PatchInput};
+pub use multidiffusion::{MULTIDIFFUSION, MultiDiffusion};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch};
 pub use plain::{PLAIN, Plain};
 pub use recorded::{RecordedSteps, StageSteps, StepKey};
@@ -35,7 +40,7 @@ pub use start::{Known, Start, StartPicture};
 use crate::names::named;
 
 /// Every method, in the order of the help.
-pub static METHODS: &[&MethodSpec] = &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX];
+pub static METHODS: &[&MethodSpec] = &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &MULTIDIFFUSION, &DEMOFUSION];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -3,7 +3,7 @@ use std::any::Any;
 use super::{RecordedSteps, Size, StartPicture};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::StepTable;
+use crate::ops::{Patches, Restandardised, StepTable};
 use crate::runtime::{Device, Tensor};
 
 /// What a method needs of a model, conditioned on the prompts of a batch. A latent model decodes to and encodes from
@@ -69,6 +69,32 @@ pub trait Denoiser: Any + Send {
     fn set_channels(&mut self, _channels: &Tensor) -> Result<()> {
         Err(Error::config("denoiser", "reads nothing beside the samples"))
     }
+    /// The same for a group of V patches of each of N maps: N V rows, or with guidance 2 N V, the patches of an image side by
+    /// side.
+    ///
+    /// # Errors
+    /// Those of the model.
+    fn denoise_patches(&self, patches: &PatchInput, steps: &StepTable, options: &UnetOptions) -> Result<Tensor>;
+
+    /// Where the N V patches that are denoised next lie in their pictures, for a network that was trained on crops: top and
+    /// left of each in pixels, at evaluation `evaluation` of the run. Done before a step, no part of what a card records.
+    ///
+    /// # Errors
+    /// Those of the model.
+    fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()>;
+}
+
+/// Patches as a network reads them: see [`gather_patches`](crate::ops::gather_patches).
+#[derive(Clone, Copy, Debug)]
+pub struct PatchInput<'a> {
+    /// `[N, H, W, C]`, f32.
+    pub x: &'a Tensor,
+    pub patches: &'a Patches,
+    pub restandardised: Option<Restandardised<'a>>,
+    /// Has the input scale of the step.
+    pub scales: &'a StepTable,
+    /// Is the network told of each patch what [`tell_crops`](Denoiser::tell_crops) said last?
+    pub crops: bool,
 }
 
 /// Where a method's noise comes from.

@@ -63,12 +63,23 @@ pub trait Observer {
 
     /// An intermediate tensor of picture `index`, row-major, NCHW where it is a picture or latents: `noise<j>` (the j-th
     /// draw, from 0), `timesteps`, `alpha_bar` (`[stages, training timesteps]`), `step<n>` (latents after the n-th
-    /// update, from 1), `relay<k>.{x0,decoded,upsampled,encoded,noised}` (k: the stage it leads to, the second is 1),
-    /// `init<k>.{picture,encoded,mask,masked,noised}` (what stage k, from 0, gets of the run's picture), `latent` (what is decoded at the end), `image` (not clamped).
+    /// update, from 1; `phase<s>.step<n>` where a method has phases, with `phase<s>.latent` at their ends),
+    /// `relay<k>.{x0,decoded,upsampled,encoded,noised}` (k: the stage it leads to, the second is 1),
+    /// `init<k>.{picture,encoded,mask,masked,noised}` (what stage k, from 0, gets of the run's picture), `latent` (what is
+    /// decoded at the end), `image` (not clamped).
     ///
     /// # Errors
     /// End the run.
     fn tensor(&mut self, _index: usize, _name: &str, _shape: &[usize], _values: Vec<f32>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Picture `index` as it is before its last phase, `phase` from 1: `[height, width]`, RGB in [-1, 1], row-major, not
+    /// clamped.
+    ///
+    /// # Errors
+    /// End the run.
+    fn phase(&mut self, _index: usize, _phase: usize, _size: [usize; 2], _values: Vec<f32>) -> Result<()> {
         Ok(())
     }
 
@@ -118,6 +129,15 @@ impl Watch<'_> {
         let (values, plane) = (x.to_f32_vec()?, h * w);
         let planar = (0..c).flat_map(|channel| values[channel..].iter().step_by(c).copied().take(plane)).collect();
         self.observer.tensor(index, name, &[n, c, h, w], planar)
+    }
+
+    /// The pictures of a batch before their last phase, `[1, H, W, 3]` each, to the observer.
+    pub(super) fn phase(&mut self, phase: usize, pictures: &[Tensor]) -> Result<()> {
+        for (index, picture) in pictures.iter().enumerate().filter(|(_, x)| !matches!(x.device(), Device::Meta(_))) {
+            let [_, height, width, _] = picture.dims("phase", "picture")?;
+            self.observer.phase(self.first + index, phase, [height, width], picture.to_f32_vec()?)?;
+        }
+        Ok(())
     }
 
     /// What was chosen for image `index` of the batch, to the observer.

@@ -1,6 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use super::views::{ViewBegin, ViewKey, ViewStage, ViewSteps};
 use super::{Denoiser, Known};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
@@ -16,6 +17,8 @@ use crate::runtime::{DType, Device, Repeated, Tensor};
 #[derive(Default)]
 pub struct RecordedSteps {
     kept: Mutex<Vec<(StepKey, StageSteps)>>,
+    /// The same of steps over views.
+    views: Mutex<Vec<(ViewKey, ViewSteps)>>,
     /// Memory is short: nothing is kept.
     short: AtomicBool,
 }
@@ -149,10 +152,61 @@ impl RecordedSteps {
         }
     }
 
+    /// Steps over views for a stage.
+    ///
+    /// # Errors
+    /// As [`begin`](RecordedSteps::begin).
+    pub fn begin_views(
+        &self,
+        key: &ViewKey,
+        begin: &ViewBegin,
+        stage: &ViewStage,
+        denoiser: &DenoiserFor,
+    ) -> Result<ViewSteps> {
+        let taken = {
+            let mut views = self.views();
+            let at = views.iter().position(|(other, steps)| other == key && steps.is_unshared());
+            at.map(|at| views.remove(at).1)
+        };
+        if let Some(steps) = taken {
+            let mut steps = steps.with_denoiser(|old| denoiser(Some(old)))?;
+            steps.restart(begin, stage)?;
+            return Ok(steps);
+        }
+        self.retrying(|| ViewSteps::new(begin, stage, denoiser(None)?))
+    }
+
+    /// Keeps the steps of a stage over views that is done, if its device records.
+    pub fn end_views(&self, key: ViewKey, steps: ViewSteps) {
+        if !steps.can_be_kept() || self.short.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut views = self.views();
+        views.push((key, steps));
+        if views.len() > MOST_KEPT {
+            views.remove(0);
+        }
+    }
+
+    /// `work`, and where there is no memory for it, once more when what is kept has gone. It must have changed nothing then.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn retrying<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+        match work() {
+            Err(Error::OutOfMemory { .. }) if self.clear() > 0 => work(),
+            done => done,
+        }
+    }
+
     /// Drops all that is kept, with its memory; how many stages there were.
     pub fn clear(&self) -> usize {
-        let kept = std::mem::take(&mut *self.kept());
-        kept.len()
+        let (kept, views) = (std::mem::take(&mut *self.kept()), std::mem::take(&mut *self.views()));
+        kept.len() + views.len()
+    }
+
+    fn views(&self) -> MutexGuard<'_, Vec<(ViewKey, ViewSteps)>> {
+        self.views.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn take(&self, key: &StepKey, history: usize) -> Option<StageSteps> {

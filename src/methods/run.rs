@@ -17,6 +17,8 @@ pub struct Run {
     published: PublishedSchedule,
     choices: Choices,
     start: Option<Start>,
+    factor: usize,
+    native: Option<Size>,
 }
 
 /// What MegaFusion's published code has for the models of a family, whatever their sizes.
@@ -57,10 +59,25 @@ impl Run {
         guidance: Option<f32>,
         factor: usize,
     ) -> Result<Run> {
+        Run::for_native(method, stages, scheduler, guidance, factor, None)
+    }
+
+    /// The same with the size that the model was trained at, if it is known.
+    ///
+    /// # Errors
+    /// As [`new`](Run::new).
+    pub fn for_native(
+        method: Method,
+        stages: Vec<Stage>,
+        scheduler: Scheduler,
+        guidance: Option<f32>,
+        factor: usize,
+        native: Option<Size>,
+    ) -> Result<Run> {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
         let (published, choices) = (PublishedSchedule::SD, Choices::default());
-        let run = Run { method, stages, ranges, scheduler, guidance, published, choices, start: None };
+        let run = Run { method, stages, ranges, scheduler, guidance, published, choices, start: None, factor, native };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -131,6 +148,16 @@ impl Run {
 
     pub fn published(&self) -> PublishedSchedule {
         self.published
+    }
+
+    /// Pixels per latent cell, along a side.
+    pub fn factor(&self) -> usize {
+        self.factor
+    }
+
+    /// The size that the model was trained at, if it is known.
+    pub fn native(&self) -> Option<Size> {
+        self.native
     }
 
     pub fn method(&self) -> &Method {

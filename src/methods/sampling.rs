@@ -4,10 +4,11 @@ use std::ops::{Range, RangeInclusive};
 
 use super::observer::check_finite;
 use super::recorded::StageInputs;
+use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{DiffusionModel, Event, Known, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
 use crate::error::Result;
 use crate::models::UnetOptions;
-use crate::ops::{self, Guidance, StepCoefficients, StepRow};
+use crate::ops::{self, Guidance, GuidanceScale, StepCoefficients, StepRow};
 use crate::runtime::{DType, Tensor};
 use crate::schedulers::{Evaluation, Scheduler};
 
@@ -66,7 +67,7 @@ pub fn generate<'a>(
     let latent = run.method().implementation().sample(&mut sampling)?;
     sampling.watch.dump("latent", &latent)?;
     sampling.watch.begin(Event::Decode)?;
-    let images = sampling.decode(&latent)?;
+    let images = run.method().implementation().decode(&mut sampling, &latent)?;
     for (index, image) in images.iter().enumerate() {
         sampling.watch.dump_of(index, "image", image)?;
         check_finite(image, || "the decoded picture".into())?;
@@ -146,23 +147,12 @@ impl<'a> Sampling<'a> {
         let (Stage { size, .. }, steps) = (stages[index], self.run.ranges()[index].len());
         let (known, channels) = (self.known.take(), self.channels.take());
         self.watch.begin(Event::Condition { stage: index })?;
-        let sample = model.sample_shape(size);
-        let guidance = match self.run.guidance() {
-            None => None,
-            Some(&[one]) => Some(Guidance::new(model.device(), &vec![one; sample[0]])?),
-            Some(images) => Some(Guidance::new(model.device(), images)?),
-        };
-        let key = StepKey {
-            sample,
-            conditioning: model.conditioning_key(),
-            rows: self.rows.len(),
-            rescales: guidance.as_ref().map(Guidance::rescales),
-            adds_noise: self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0),
-            thresholding: self.run.scheduler().thresholding(),
-            repaints: known.is_some(),
-        };
+        let key = StepKey { repaints: known.is_some(), ..self.key(size) };
+        let guidance = self.guidance(key.sample[0]);
+        let guidance = guidance.map(|scales| Guidance::new(model.device(), &scales)).transpose()?;
+        let told = self.run.method().implementation().told_size(self.run, index);
         let begin = |reuse| {
-            let mut denoiser = model.begin_stage(size, &self.timesteps, reuse)?;
+            let mut denoiser = model.begin_stage(told, &self.timesteps, reuse)?;
             match &channels {
                 None => {}
                 Some(channels) => denoiser.set_channels(channels)?,
@@ -189,17 +179,90 @@ impl<'a> Sampling<'a> {
             if let Some(known) = known.as_ref().filter(|_| step == steps) {
                 clean = Some(known.in_place_of(on_device.state().x0())?);
             }
-            self.done += 1;
-            let (run_step, run_steps) = (self.done, self.run.steps());
-            self.watch.dump(&format!("step{run_step}"), on_device.state().x())?;
-            let progress = StepProgress { stage: index, step, stage_steps: steps, run_step, run_steps };
-            self.watch.observer.event(&Event::Step(progress));
+            self.step_done(index, step, on_device.state().x())?;
         }
         let (x, x0) = (on_device.state().x().clone(), clean.unwrap_or_else(|| on_device.state().x0().clone()));
         model.recorded_steps().end(key, on_device);
         let done = self.done;
         check_finite(&x0, || format!("stage {} ({size}), the clean sample after step {done}", index + 1))?;
         Ok((x, x0))
+    }
+
+    /// All steps of stage `index`, from `x` on, over views of its map: the last samples. `options_at` as in
+    /// [`stage`](Sampling::stage).
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]; [`Error::NonFinite`], naming the stage; those of the model.
+    pub fn view_stage(
+        &mut self,
+        index: usize,
+        x: Tensor,
+        views: &ViewStage,
+        options_at: &dyn Fn(usize) -> UnetOptions,
+    ) -> Result<Tensor> {
+        let (model, stages) = (self.model, self.run.stages());
+        let Stage { size, steps } = stages[index];
+        self.watch.begin(Event::Condition { stage: index })?;
+        let key = ViewKey::new(self.key(size), views);
+        let range = self.evaluated..self.evaluated + steps;
+        let begin = ViewBegin { x, rows: &self.rows, range, guidance: self.guidance(key.step.sample[0]) };
+        let told = self.run.method().implementation().told_size(self.run, index);
+        let denoiser = |reuse| model.begin_stage(told, &self.timesteps, reuse);
+        let mut on_device = model.recorded_steps().begin_views(&key, &begin, views, &denoiser)?;
+        drop(begin);
+        self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
+        for step in 1..=steps {
+            let check = || self.watch.check_cancelled();
+            on_device.step(step - 1, views, &options_at(step - 1), model.recorded_steps(), &check)?;
+            self.evaluated += 1;
+            self.step_done(index, step, on_device.x())?;
+        }
+        let x = on_device.x().clone();
+        model.recorded_steps().end_views(key, on_device);
+        let done = self.done;
+        check_finite(&x, || format!("stage {} ({size}), the samples after step {done}", index + 1))?;
+        Ok(x)
+    }
+
+    /// What a step of a stage of this size depends on.
+    fn key(&self, size: Size) -> StepKey {
+        StepKey {
+            sample: self.model.sample_shape(size),
+            conditioning: self.model.conditioning_key(),
+            rows: self.rows.len(),
+            rescales: self.run.guidance().map(|scales| scales.iter().any(|scale| scale.rescale != 0.0)),
+            adds_noise: self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0),
+            thresholding: self.run.scheduler().thresholding(),
+            repaints: false,
+        }
+    }
+
+    /// Of each of `images` pictures.
+    fn guidance(&self, images: usize) -> Option<Vec<GuidanceScale>> {
+        match self.run.guidance()? {
+            &[one] => Some(vec![one; images]),
+            scales => Some(scales.to_vec()),
+        }
+    }
+
+    /// Step `step` (from 1) of stage `index` is done.
+    fn step_done(&mut self, index: usize, step: usize, x: &Tensor) -> Result<()> {
+        self.done += 1;
+        let (run_step, run_steps) = (self.done, self.run.steps());
+        let name = self.run.method().implementation().step_name(index, step, run_step);
+        self.watch.dump(&name, x)?;
+        let stage_steps = self.run.ranges()[index].len();
+        let progress = StepProgress { stage: index, step, stage_steps, run_step, run_steps };
+        self.watch.observer.event(&Event::Step(progress));
+        Ok(())
+    }
+
+    /// The pictures as they are before their last phase, `phase` from 1.
+    ///
+    /// # Errors
+    /// Those of the observer.
+    pub fn phase(&mut self, phase: usize, pictures: &[Tensor]) -> Result<()> {
+        self.watch.phase(phase, pictures)
     }
 
     /// A step's draw: into the place that the step reads, or, where no step of the run reads one, drawn for the order of

@@ -48,20 +48,19 @@ impl Patches {
     /// `total` patches on each of `images` maps, for [`place`](Patches::place) to put somewhere.
     ///
     /// # Errors
-    /// [`Error::Argument`]: an empty map or patch, no patch, no stride, a patch that reaches beyond 2^20 cells, with `wraps`
-    /// one that is wider than the map; [`Error::OutOfMemory`].
+    /// [`Error::Argument`]: an empty map or patch, no patch, no stride, a patch that reaches beyond 2^20 cells;
+    /// [`Error::OutOfMemory`].
     pub fn new(device: &Device, images: usize, total: usize, layout: PatchLayout) -> Result<Patches> {
         const OP: &str = "Patches";
-        let PatchLayout { map, size, stride, wraps } = layout;
+        let PatchLayout { map, size, stride, .. } = layout;
         let all = [map[0], map[1], size[0], size[1], stride, total];
         if all.iter().any(|&n| n == 0) || all.iter().any(|&n| n > FARTHEST) {
             let got = format!("{total} of {layout:?}");
             return Err(Error::argument(OP, "layout", got, format!("sizes, stride and patches from 1 to {FARTHEST}")));
         }
         let reach = size.map(|n| (n - 1) * stride + 1);
-        if reach.iter().any(|&n| n > FARTHEST) || wraps && reach[1] > map[1] {
-            let want = format!("within 2^20 cells, and where columns wrap around within the map's {} columns", map[1]);
-            return Err(Error::argument(OP, "layout", format!("{layout:?}"), want));
+        if reach.iter().any(|&n| n > FARTHEST) {
+            return Err(Error::argument(OP, "layout", format!("{layout:?}"), "within 2^20 cells"));
         }
         let origins = Tensor::from_u32(device, &[images, total, 2], &vec![0; images * total * 2])?;
         let first = Tensor::from_u32(device, &[1], &[0])?;
@@ -207,7 +206,7 @@ pub fn gather_patches(
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: which argument; [`Error::Argument`]: no step is left, images with
-/// steps of their own, a table whose steps add noise, reach back to earlier ones or threshold; [`Error::TooLarge`]: 2^31 or
+/// steps of their own, a patch that wraps around onto itself, a table whose steps add noise, reach back to earlier ones or threshold; [`Error::TooLarge`]: 2^31 or
 /// more values per patch with guidance rescale.
 pub fn step_patches(
     x: &Tensor,
@@ -221,6 +220,11 @@ pub fn step_patches(
     let [n, _, _, c] = patches.check(OP, x, steps)?;
     sums.expect(OP, "sums", x.shape(), DType::F32, x.device())?;
     let ([h, w], images) = (patches.layout.size, n * patches.group_len());
+    let PatchLayout { map, stride, wraps, .. } = patches.layout;
+    if wraps && (w - 1) * stride >= map[1] {
+        let want = format!("within the {} columns of the map, around which it wraps", map[1]);
+        return Err(Error::argument(OP, "columns of a patch", (w - 1) * stride + 1, want));
+    }
     float(OP, "model_output", model_output)?;
     let rows = if guidance.is_some() { 2 * images } else { images };
     model_output.expect(OP, "model_output", &[rows, h, w, c], model_output.dtype(), x.device())?;

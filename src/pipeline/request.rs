@@ -166,7 +166,7 @@ impl Request {
         let sampler = sampler.unwrap_or_else(|| self.method.implementation().sampler(config));
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
         let guidance = guided.then_some(self.guidance);
-        let run = Run::new(self.method.clone(), stages, scheduler, guidance, factor)?;
+        let run = Run::for_native(self.method.clone(), stages, scheduler, guidance, factor, native)?;
         let run = match &self.init_image {
             None => run,
             Some(init) => run.starting(start_of(init, steps)?)?,

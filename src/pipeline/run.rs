@@ -551,6 +551,10 @@ impl Observer for Group<'_> {
         self.observer.tensor(self.pictures[index], name, shape, values)
     }
 
+    fn phase(&mut self, index: usize, phase: usize, size: [usize; 2], values: Vec<f32>) -> Result<()> {
+        self.observer.phase(self.pictures[index], phase, size, values)
+    }
+
     fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {
         self.observer.integers(self.pictures[index], name, shape, values)
     }

@@ -380,7 +380,6 @@ fn errors_name_the_argument() {
     };
     assert_eq!(argument(Patches::new(&device, 1, 0, good)), "layout");
     assert_eq!(argument(Patches::new(&device, 1, 1, PatchLayout { stride: 0, ..good })), "layout");
-    assert_eq!(argument(Patches::new(&device, 1, 1, PatchLayout { size: [4, 10], wraps: true, ..good })), "layout");
     assert_eq!(argument(Patches::new(&device, 1, 1, PatchLayout { size: [1 << 19, 5], stride: 4, ..good })), "layout");
     let mut patches = Patches::new(&device, 1, 2, PatchLayout { wraps: true, ..good }).unwrap();
     for origins in [&[[0, 0]][..], &[[0, 0], [0, 9]], &[[0, 0], [0, -1]], &[[0, 0], [1 << 21, 0]]] {
@@ -405,6 +404,10 @@ fn errors_name_the_argument() {
         ops::step_patches(&x, &patches, output, None, table, &mut sums).unwrap_err()
     };
     assert!(matches!(step(&zeros(&[1, 4, 5, 4], DType::F32), &table), Error::Shape { arg: "model_output", .. }));
+    let wide = Patches::new(&device, 1, 1, PatchLayout { size: [4, 10], wraps: true, ..good }).unwrap();
+    let output = zeros(&[1, 4, 10, 4], DType::F32);
+    let error = ops::step_patches(&x, &wide, &output, None, &table, &mut x.duplicate().unwrap()).unwrap_err();
+    assert!(matches!(error, Error::Argument { arg: "columns of a patch", .. }), "{error}");
     let noisy = StepCoefficients { next_from_noise: 1.0, ..StepCoefficients::default() };
     let noisy = StepTable::new(&device, vec![StepRow { input_scale: 1.0, coefficients: noisy }]).unwrap();
     assert!(matches!(step(&zeros(&[2, 4, 5, 4], DType::F32), &noisy), Error::Argument { arg: "steps", .. }));

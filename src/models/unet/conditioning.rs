@@ -41,7 +41,7 @@ pub struct AddedConditioning<'a> {
 #[derive(Clone, Debug)]
 pub struct UnetConditioning {
     rows: Vec<Tensor>,    // one a ResNet: [steps * rows_per_step, C_out], those of a step together
-    rows_per_step: usize, // R with added conditioning, else 1
+    rows_per_step: usize, // R with added conditioning, of samples with sizes of their own their number, else 1
     kv: Vec<Tensor>,      // one a cross-attention: [R, L, 2, heads, head_dim]
     text_rows: usize,     // R
     steps: usize,
@@ -75,6 +75,14 @@ impl UnetConditioning {
     pub fn copy_from(&mut self, from: &UnetConditioning) -> Result<()> {
         let (to, from) = (self.rows.iter_mut().chain(&mut self.kv), from.rows.iter().chain(&from.kv));
         to.zip(from).try_for_each(|(to, from)| to.copy_from(from))
+    }
+
+    /// The same with the projections alone, where both have K and V of one memory.
+    ///
+    /// # Errors
+    /// As [`copy_from`](UnetConditioning::copy_from).
+    pub fn copy_rows_from(&mut self, from: &UnetConditioning) -> Result<()> {
+        self.rows.iter_mut().zip(&from.rows).try_for_each(|(to, from)| to.copy_from(from))
     }
 
     pub(super) fn rows<'a>(&'a self, resnet: usize, step: &'a StepIndex) -> StepRows<'a> {
@@ -177,7 +185,7 @@ impl Unet {
         let [text_rows, length, _] = text.dims("unet", "text")?;
         text.expect("unet", "text", &[text_rows, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
         let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
-        self.with_rows(kv, text_rows, added, guidance, timesteps)
+        self.with_rows(kv, text_rows, text_rows, added, guidance, timesteps)
     }
 
     /// As [`condition`](Unet::condition) with the text and the guidance of `conditioning`, whose K and V stay: for a stage
@@ -192,20 +200,37 @@ impl Unet {
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
         let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
-        self.with_rows(kv.clone(), text_rows, added, guidance, timesteps)
+        self.with_rows(kv.clone(), text_rows, text_rows, added, guidance, timesteps)
+    }
+
+    /// One timestep for a batch whose samples have sizes of their own, with the text and the guidance of `conditioning`, whose
+    /// K and V stay. `added`: pooled text `[N, pooled_dim]` and N time ids, sample by sample; N is a multiple of R.
+    ///
+    /// # Errors
+    /// As [`condition`](Unet::condition).
+    pub fn condition_samples(
+        &self,
+        conditioning: &UnetConditioning,
+        added: AddedConditioning,
+        timestep: f32,
+    ) -> Result<UnetConditioning> {
+        let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
+        let [samples, _] = added.pooled.dims("unet", "pooled")?;
+        self.with_rows(kv.clone(), text_rows, samples, Some(added), guidance, &[timestep])
     }
 
     fn with_rows(
         &self,
         kv: Vec<Tensor>,
         text_rows: usize,
+        added_rows: usize,
         added: Option<AddedConditioning>,
         guidance: Option<f32>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
         let steps = timesteps.len();
-        let added = self.added(text_rows, added)?;
-        let rows_per_step = if added.is_some() { text_rows } else { 1 };
+        let added = self.added(added_rows, added)?;
+        let rows_per_step = if added.is_some() { added_rows } else { 1 };
         // Of a step R times the same, with the rows of the added conditioning.
         let repeated: Vec<f32> = timesteps.iter().flat_map(|&t| std::iter::repeat_n(t, rows_per_step)).collect();
         let mut emb = ops::timestep_embedding(&repeated, self.config.timestep, &self.device, self.dtype)?; // [rows, C_0]
@@ -226,8 +251,8 @@ impl Unet {
         Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance })
     }
 
-    /// The embedding of the added conditioning, `[R, T]`.
-    fn added(&self, text_rows: usize, added: Option<AddedConditioning>) -> Result<Option<Tensor>> {
+    /// The embedding of the added conditioning of `rows` rows, `[rows, T]`.
+    fn added(&self, rows: usize, added: Option<AddedConditioning>) -> Result<Option<Tensor>> {
         let (config, embedding, AddedConditioning { pooled, time_ids }) =
             match (self.config.added, &self.time_embedding.add_embedding, added) {
                 (Some(config), Some(embedding), Some(added)) => (config, embedding, added),
@@ -241,14 +266,14 @@ impl Unet {
                 }
                 _ => return Ok(None),
             };
-        pooled.expect("unet", "pooled", &[text_rows, config.pooled_dim], self.dtype, &self.device)?;
-        if ![1, text_rows].contains(&time_ids.len()) {
-            let want = format!("1 for all rows of the text, or {text_rows}, one for each");
+        pooled.expect("unet", "pooled", &[rows, config.pooled_dim], self.dtype, &self.device)?;
+        if ![1, rows].contains(&time_ids.len()) {
+            let want = format!("1 for all rows of the text, or {rows}, one for each");
             return Err(Error::argument("unet", "number of time_ids", time_ids.len(), want));
         }
-        let ids: Vec<f32> = time_ids.iter().cycle().take(text_rows).flatten().copied().collect();
+        let ids: Vec<f32> = time_ids.iter().cycle().take(rows).flatten().copied().collect();
         let ids = ops::timestep_embedding(&ids, config.time_id, &self.device, self.dtype)?;
-        embedding.forward(pooled, &ids.reshape(&[text_rows, TIME_IDS * config.time_id.dim])?).map(Some)
+        embedding.forward(pooled, &ids.reshape(&[rows, TIME_IDS * config.time_id.dim])?).map(Some)
     }
 
     /// The guidance scale's projection and its sinusoid `[rows, time_cond_proj_dim]`, every row the same. Meng et al. 2023,

@@ -8,9 +8,11 @@ use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, Size, WeightReport};
 use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
-use crate::methods::Denoiser;
-use crate::models::{Partition, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig};
-use crate::ops::{self, Source, StepTable};
+use crate::methods::{Denoiser, PatchInput};
+use crate::models::{
+    AddedConditioning, Partition, TIME_IDS, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig,
+};
+use crate::ops::{self, Source, StepIndex, StepTable};
 use crate::runtime::{DType, Device, Tensor};
 
 /// The autoencoder between pictures and samples, which are scaled latents.
@@ -196,6 +198,31 @@ pub struct UnetDenoiser {
     repeats: usize,
     /// `[repeats N, h, w, C]`: what an inpainting UNet reads beside the latents.
     channels: Option<Tensor>,
+    /// What it is told of crops, where it reads them.
+    crops: Option<Crops>,
+    /// By the samples of a batch: what it was told of each one's crop.
+    cropped: Vec<Cropped>,
+    /// Of the conditioning of crops, which has one step: its index.
+    only: StepIndex,
+}
+
+/// What a network that was trained on crops is told beside where they lie.
+pub struct Crops {
+    /// `[R, pooled_dim]`
+    pub pooled: Tensor,
+    /// Of the whole picture; top and left of the crop are places 2 and 3.
+    pub time_ids: [f32; TIME_IDS],
+    pub timesteps: Vec<f32>,
+}
+
+/// A batch of crops.
+struct Cropped {
+    samples: usize,
+    /// `[samples, pooled_dim]`
+    pooled: Tensor,
+    conditioning: UnetConditioning,
+    /// Does `pooled` have this run's text?
+    current: bool,
 }
 
 impl UnetDenoiser {
@@ -207,6 +234,7 @@ impl UnetDenoiser {
         unet: Arc<Unet>,
         conditioning: UnetConditioning,
         repeats: usize,
+        crops: Option<Crops>,
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         let Some(reuse) = reuse else {
@@ -214,13 +242,17 @@ impl UnetDenoiser {
                 Device::Cpu(_) => conditioning,
                 Device::Cuda(_) | Device::Meta(_) => conditioning.duplicate()?,
             };
-            return Ok(Box::new(UnetDenoiser { unet, conditioning, repeats, channels: None }));
+            let only = StepIndex::one(unet.device(), 0)?;
+            let (channels, cropped) = (None, Vec::new());
+            return Ok(Box::new(UnetDenoiser { unet, conditioning, repeats, channels, crops, cropped, only }));
         };
         let reuse: Box<dyn Any> = reuse;
         let mut reuse = reuse
             .downcast::<UnetDenoiser>()
             .map_err(|_| Error::config("recorded steps", "the denoiser to use again is of another family"))?;
         reuse.conditioning.copy_from(&conditioning)?;
+        reuse.crops = crops;
+        reuse.cropped.iter_mut().for_each(|cropped| cropped.current = false);
         Ok(reuse)
     }
 }
@@ -241,6 +273,47 @@ impl Denoiser for UnetDenoiser {
             Some(own) => own.copy_from(&channels),
             None => {
                 self.channels = Some(channels);
+                Ok(())
+            }
+        }
+    }
+
+    fn denoise_patches(&self, patches: &PatchInput, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
+        let &PatchInput { x, patches, restandardised, scales, crops } = patches;
+        let input = ops::gather_patches(x, patches, restandardised, scales, self.unet.dtype(), self.repeats)?;
+        let samples = input.shape()[0];
+        match self.cropped.iter().find(|cropped| crops && cropped.samples == samples) {
+            Some(cropped) => self.unet.forward(&input, &self.only, &cropped.conditioning, options),
+            None => self.unet.forward(&input, steps.index(), &self.conditioning, options),
+        }
+    }
+
+    fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()> {
+        let Some(Crops { pooled, time_ids, timesteps }) = &self.crops else { return Ok(()) };
+        let samples = self.repeats * crops.len();
+        let at = self.cropped.iter().position(|cropped| cropped.samples == samples);
+        let rows = match at.map(|at| &self.cropped[at]) {
+            Some(cropped) if cropped.current => cropped.pooled.clone(),
+            _ => {
+                // Each row of the text serves as many consecutive samples.
+                let text_rows = pooled.shape()[0];
+                let row = |sample: usize| pooled.rows(sample * text_rows / samples..sample * text_rows / samples + 1);
+                Tensor::concat(&(0..samples).map(row).collect::<Result<Vec<_>>>()?)?
+            }
+        };
+        let &[height, width, _, _, target_height, target_width] = time_ids;
+        let of = |&[top, left]: &[f32; 2]| [height, width, top, left, target_height, target_width];
+        let ids: Vec<[f32; TIME_IDS]> = crops.iter().map(of).collect::<Vec<_>>().repeat(self.repeats);
+        let added = AddedConditioning { pooled: &rows, time_ids: &ids };
+        let told = self.unet.condition_samples(&self.conditioning, added, timesteps[evaluation])?;
+        match at {
+            Some(at) => {
+                let cropped = &mut self.cropped[at];
+                (cropped.pooled, cropped.current) = (rows, true);
+                cropped.conditioning.copy_rows_from(&told)
+            }
+            None => {
+                self.cropped.push(Cropped { samples, pooled: rows, conditioning: told, current: true });
                 Ok(())
             }
         }

@@ -64,7 +64,9 @@ impl RunConditions for Conditions {
     ) -> Result<Box<dyn Denoiser>> {
         self.prepare(timesteps)?;
         match &self.made {
-            Some((_, conditioning)) => UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, reuse),
+            Some((_, conditioning)) => {
+                UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, None, reuse)
+            }
             None => unreachable!("just prepared"),
         }
     }

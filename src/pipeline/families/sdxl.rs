@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
+use super::latent::{Crops, LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace, misfit};
 use crate::error::{Error, Result};
@@ -221,7 +221,8 @@ impl RunConditions for Conditions {
             }
         };
         self.made = Some(conditioning.clone());
-        UnetDenoiser::begin(unet, conditioning, self.repeats, reuse)
+        let crops = Crops { pooled: pooled.clone(), time_ids: time_ids[0], timesteps: timesteps.to_vec() };
+        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), reuse)
     }
 }
 
