@@ -71,6 +71,14 @@ class Settings:
     target_size = None
     crop = (0, 0)  # pixels cut off at the left and at the top
     reference_compat = False
+    # Of views: None is the method's default.
+    window = None
+    stride = None
+    view_batch = 16
+    circular = False
+    # DemoFusion
+    cosine = (3.0, 1.0, 1.0)
+    sigma = 0.8
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -94,7 +102,7 @@ class Settings:
                 continue
             if key.endswith("size"):
                 value = "x".join(map(str, value))
-            if key == "crop":
+            if key in ("crop", "cosine"):
                 value = ",".join(map(str, value))
             if key == "stages":
                 value = ",".join(f"{w}x{h}:{n}" for (w, h), n in value)
@@ -313,10 +321,15 @@ def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
 
 @torch.no_grad()
 def run(model, settings):
+    import demofusion
+    import multidiffusion
+
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
-    (plain if settings.method == "plain" else megafusion)(model, settings, tensors)
-    return {k: v.float().contiguous().clone() for k, v in tensors.items()}
+    methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run}
+    methods.get(settings.method, megafusion)(model, settings, tensors)
+    stored = lambda v: v if v.dtype == torch.int64 else v.float()
+    return {k: stored(v).contiguous().clone() for k, v in tensors.items()}
 
 
 def double(model):
@@ -365,7 +378,8 @@ def main():
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
     types = {"size": size, "stages": stages, "scheduler": str, "reschedule": lambda text: {"true": True, "false": False}[text],
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
-             "crop": lambda text: tuple(int(n) for n in text.split(","))}
+             "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
+             "cosine": lambda text: tuple(float(n) for n in text.split(","))}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="")
     parser.add_argument("--model", required=True)
@@ -376,7 +390,7 @@ def main():
         if key.startswith("_") or callable(default) or key == "prompt":
             continue
         option = "--" + key.replace("_", "-")
-        if key == "reference_compat":
+        if key in ("reference_compat", "circular"):
             parser.add_argument(option, action="store_true")
         else:
             parser.add_argument(option, default=default, type=types.get(key, type(default)))

@@ -7,6 +7,7 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
+import multidiffusion
 import reference
 from module_values import relative
 
@@ -120,7 +121,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs()
 
 
 def sdxl_runs():
@@ -197,6 +198,34 @@ def rescale_runs():
         "zero-snr-plain-rescale": ("zero-snr", plain | {"guidance": 5.0}),
         "mega-plus-rescale": ("sd15", plain | {"method": "megafusion++", "size": (12, 12), "guidance": 3.0, "steps": 3,
                                                "stages": (((8, 8), 2), ((12, 12), 1))}),
+    }
+
+
+def view_runs():
+    """Maps of a few windows; every run small, for each step is many evaluations."""
+    multi = {"method": "multidiffusion", "size": (40, 20), "window": 8, "stride": 4, "steps": 2, "guidance": 2.0, "seed": 71}
+    demo = {"method": "demofusion", "steps": 2, "guidance": 1.5, "seed": 72}
+    return {
+        # The last column of windows is aligned to the end; DDIM by default.
+        "multidiffusion": ("sd15", multi),
+        "multidiffusion-default-windows": ("sd15", {"method": "multidiffusion", "size": (48, 32), "steps": 2,
+                                                    "guidance": 2.0, "seed": 73}),
+        "multidiffusion-circular": ("sd15", multi | {"size": (48, 20), "circular": True}),
+        # Euler, windows in groups, a map smaller than a window along one side; v-prediction.
+        "multidiffusion-euler": ("sd21", multi | {"size": (72, 24), "scheduler": "euler", "view_batch": 3}),
+        "multidiffusion-rescale": ("zero-snr", multi | {"guidance": 4.0, "guidance_rescale": 0.7, "negative": "blurry"}),
+        "sdxl-multidiffusion": ("sdxl", multi | {"scheduler": "euler"}),
+        # Phases of 8, 16 and 24 cells; groups of 4 windows.
+        "sdxl-demofusion": ("sdxl-turbo", demo | {"size": (32, 32)}),
+        "sdxl-demofusion-three": ("sdxl-turbo", demo | {"size": (48, 32), "view_batch": 4, "steps": 1}),
+        "sdxl-demofusion-ddim": ("sdxl-turbo", demo | {"size": (22, 32), "scheduler": "ddim", "negative": "blurry"}),
+        "sdxl-demofusion-compat": ("sdxl-turbo", demo | {"size": (32, 32), "reference_compat": True, "scheduler": "euler",
+                                                         "view_batch": 2, "stride": 4}),
+        "sdxl-demofusion-factors": ("sdxl-turbo", demo | {"size": (32, 32), "cosine": (1.0, 0.5, 2.0), "sigma": 1.5,
+                                                          "stride": 2}),
+        "sdxl-demofusion-own": ("sdxl", demo | {"size": (64, 48), "steps": 1}),
+        "demofusion": ("mixed", demo | {"size": (48, 48), "scheduler": "euler"}),
+        "demofusion-guidance-1": ("sd15", demo | {"size": (64, 64), "guidance": 1.0, "steps": 1, "scheduler": "ddim"}),
     }
 
 
@@ -308,6 +337,9 @@ def write_run(folder, name, model, changes, single, double):
     # without either are compared.
     if settings.method == "plain" and "noise1" not in tensors and all(s % 8 == 0 for s in settings.size):
         check_against_pipeline(single, settings, tensors, max(1e-5, error))
+    plain_noise = settings.guidance_rescale == 0 and not settings.circular and all(s % 8 == 0 for s in settings.size)
+    if settings.method == "multidiffusion" and single.text_2 is None and plain_noise:
+        multidiffusion.check_against_pipeline(single, settings, tensors, max(1e-5, error))
     save_file(tensors, folder / f"{name}.safetensors")
     return {"name": name, "model": model, "args": settings.args(changes), "f32_error": float(f"{error:.1e}")}
 
