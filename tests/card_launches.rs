@@ -6,8 +6,8 @@ mod emulated;
 
 use std::path::Path;
 
-use megafuse::methods::{MegaFusion, Method, Plain};
-use megafuse::pipeline::{Event, InitImage, InputPicture, ModelSource, Observer, Pipeline, Request, Size};
+use megafuse::methods::{DemoFusion, MegaFusion, Method, MultiDiffusion, Plain};
+use megafuse::pipeline::{self, Event, InitImage, InputPicture, ModelSource, Observer, Pipeline, Request, Size};
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::schedulers::Sampler;
 use megafuse::{DType, Device};
@@ -109,5 +109,48 @@ fn a_second_pictures_steps_are_graphs_from_the_first_on() {
                 assert_eq!(per_step(later), want, "{what}");
             }
         }
+    }
+    views(&emulated);
+}
+
+/// Steps over views: a graph for each group, in a later picture from the first step on; launched one by one, as many kernels
+/// as the planner counts, those for the conditioning of SDXL's crops among them.
+fn views(emulated: &Emulated) {
+    let windows = MultiDiffusion { window: Some(4), stride: Some(3), ..MultiDiffusion::default() };
+    let phases = DemoFusion { view_batch: 2, ..DemoFusion::default() };
+    // Graphs of each step: two windows in one group; in phase 2 three windows and four dilated samples in groups of two.
+    let cases: [(&str, Method, &str, &[u64]); 2] =
+        [("sd15", windows.into(), "14x8", &[1, 1]), ("sdxl-turbo", phases.into(), "32x16", &[1, 1, 4, 4])];
+    for (model, method, size, want) in cases {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(model);
+        let source = ModelSource::Directory(folder);
+        let base = Request {
+            method,
+            size: Some(size.parse().unwrap()),
+            steps: Some(2),
+            scheduler: Some(Sampler::Euler),
+            guidance: 2.0,
+            ..Request::default()
+        };
+        let counted = |pipeline: &Pipeline, seed| {
+            let mut counted = PerStep::new(emulated);
+            pipeline.generate(&Request { seed, ..base.clone() }, &mut counted).unwrap();
+            counted.steps
+        };
+        let load = |eager| {
+            let card = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
+            Pipeline::load(source.clone(), Device::Cuda(card), DType::BF16).unwrap()
+        };
+        let recording = load(false);
+        counted(&recording, 1);
+        counted(&recording, 2);
+        let graphs: Vec<u64> = counted(&recording, 3).iter().map(|step| step[1]).collect();
+        assert_eq!(graphs, want, "{model}");
+
+        let launched: Vec<u64> = counted(&load(true), 1).iter().map(|step| step[0]).collect();
+        let plan = pipeline::plan(&source, DType::BF16, &base).unwrap();
+        let steps = plan.phases.iter().filter(|phase| phase.name == "denoise");
+        let planned: Vec<u64> = steps.flat_map(|phase| vec![phase.once.launches; phase.repeats]).collect();
+        assert_eq!(launched, planned, "{model}");
     }
 }

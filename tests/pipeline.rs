@@ -49,13 +49,21 @@ impl Observer for Recorded {
         self.tensors.insert(name.into(), (shape.to_vec(), values));
         Ok(())
     }
+    fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {
+        self.tensor(index, name, shape, values.into_iter().map(|value| value as f32).collect())
+    }
 }
 
 fn read(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let values = |data: &[u8]| data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    file.tensors().into_iter().map(|(name, view)| (name, (view.shape().to_vec(), values(view.data())))).collect()
+    let values = |view: &safetensors::tensor::TensorView| match view.dtype() {
+        safetensors::Dtype::I64 => {
+            view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f32).collect()
+        }
+        _ => view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+    };
+    file.tensors().into_iter().map(|(name, view)| (name, (view.shape().to_vec(), values(&view)))).collect()
 }
 
 /// The request of a command line of `megafuse generate`.

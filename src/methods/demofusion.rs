@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::views::{DEFAULT_VIEW_BATCH, Progressive, STRIDE, VIEW_BATCH, ViewStage, check_sampler, window_starts};
-use super::{Geometry, Method, Run, Sampling, Size, Stage, check_size};
+use super::{Event, Geometry, Method, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, PatchLayout, Upsampler};
@@ -213,7 +213,7 @@ impl JitteredWindows {
     pub fn misplaced(&self, offsets: &[i64]) -> Option<(usize, [i64; 2])> {
         let allowed = |place: usize| {
             let [row, column] = self.at(place / 2);
-            let of_axis = if place % 2 == 0 { self.columns.jitter[column] } else { self.rows.jitter[row] };
+            let of_axis = if place.is_multiple_of(2) { self.columns.jitter[column] } else { self.rows.jitter[row] };
             of_axis.unwrap_or([0, 0])
         };
         let places = (0..offsets.len()).map(|place| (place, allowed(place)));
@@ -253,6 +253,7 @@ impl DemoFusion {
         let Stage { size, steps } = run.stages()[index];
         let shape = sampling.sample_shape(size);
         let [images, height, width, _] = shape;
+        sampling.begin(Event::RelayUpsample { stage: index })?;
         let base = ops::resize(before, [height, width], Upsampler::BicubicTorch, None, None)?;
         let noise = sampling.draw(shape)?;
         let range = run.ranges()[index].clone();
@@ -428,11 +429,13 @@ impl GenerationMethod for DemoFusion {
         sampling.prepare(vec![sampling.run().scheduler().clone(); stages.len()], |coefficients| coefficients)?;
         let noise = sampling.initial_noise(stages[0].size)?;
         let (mut x, _) = sampling.stage(0, noise, &|_| UnetOptions::default())?;
+        sampling.begin(Event::PhaseEnds { stage: 0 })?;
         let anchor = ops::latent_moments(&x, 0)?;
         self.show(sampling, 1, &x)?;
         let mut generators = Vec::new();
         for phase in 2..=stages.len() {
             let last = self.phase(sampling, phase, &x, &mut generators)?;
+            sampling.begin(Event::PhaseEnds { stage: phase - 1 })?;
             x = ops::standardise_latents(&last, &ops::latent_moments(&last, 0)?, &anchor)?;
             self.show(sampling, phase, &x)?;
         }

@@ -73,15 +73,19 @@ pub trait Denoiser: Any + Send {
     /// side.
     ///
     /// # Errors
-    /// Those of the model.
-    fn denoise_patches(&self, patches: &PatchInput, steps: &StepTable, options: &UnetOptions) -> Result<Tensor>;
+    /// [`Error::Config`]: it takes none; those of the model.
+    fn denoise_patches(&self, _patches: &PatchInput, _steps: &StepTable, _options: &UnetOptions) -> Result<Tensor> {
+        Err(Error::config("denoiser", "takes no patches"))
+    }
 
     /// Where the N V patches that are denoised next lie in their pictures, for a network that was trained on crops: top and
     /// left of each in pixels, at evaluation `evaluation` of the run. Done before a step, no part of what a card records.
     ///
     /// # Errors
     /// Those of the model.
-    fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()>;
+    fn tell_crops(&mut self, _evaluation: usize, _crops: &[[f32; 2]]) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Patches as a network reads them: see [`gather_patches`](crate::ops::gather_patches).

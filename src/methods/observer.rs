@@ -34,10 +34,13 @@ pub enum Event {
     Step(StepProgress),
     /// A relay begins: the clean sample is decoded. `stage` (from 0) is the one it leads to.
     Relay { stage: usize, from: Size, to: Size },
-    /// The relay's picture is resized.
+    /// The relay's picture, or between phases the samples, is resized.
     RelayUpsample { stage: usize },
     /// The relay's picture is encoded and noised.
     RelayEncode { stage: usize },
+    /// The steps of a phase are done: its samples get the mean and deviation of the first one's, and its picture is decoded
+    /// where it is wanted. `stage` from 0.
+    PhaseEnds { stage: usize },
     /// The final decode begins.
     Decode,
     /// The picture is finished.

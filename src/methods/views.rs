@@ -62,14 +62,10 @@ pub fn check_sampler(run: &Run) -> Result<()> {
         let reason = "the model's scheduler bounds each sample by its own values (thresholding), and views have none";
         return refuse("method", run.method().to_string(), reason);
     }
-    let evaluations = scheduler.evaluations(0..scheduler.timesteps().len());
-    let alone =
-        |k: &StepCoefficients| k.next_from_noise == 0.0 && k.next_from_history.iter().all(|&weight| weight == 0.0);
-    if evaluations.iter().all(|e| !e.draws_noise && e.ends_step && alone(&e.coefficients)) {
-        return Ok(());
-    }
+    let draws = scheduler.evaluations(0..scheduler.timesteps().len()).iter().any(|evaluation| evaluation.draws_noise);
     match scheduler.sampler() {
-        Sampler::Ddim => refuse("eta", "above 0".into(), "the steps of views draw no noise; expected 0"),
+        Sampler::Ddim if draws => refuse("eta", "above 0".into(), "the steps of views draw no noise; expected 0"),
+        Sampler::Ddim | Sampler::Euler | Sampler::FlowEuler if !draws => Ok(()),
         sampler => {
             let reason = "the steps of views draw no noise and know no earlier ones; expected ddim or euler";
             refuse("scheduler", sampler.to_string(), reason)

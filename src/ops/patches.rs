@@ -54,7 +54,7 @@ impl Patches {
         const OP: &str = "Patches";
         let PatchLayout { map, size, stride, .. } = layout;
         let all = [map[0], map[1], size[0], size[1], stride, total];
-        if all.iter().any(|&n| n == 0) || all.iter().any(|&n| n > FARTHEST) {
+        if all.contains(&0) || all.iter().any(|&n| n > FARTHEST) {
             let got = format!("{total} of {layout:?}");
             return Err(Error::argument(OP, "layout", got, format!("sizes, stride and patches from 1 to {FARTHEST}")));
         }

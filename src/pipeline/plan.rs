@@ -94,7 +94,7 @@ impl PlanReport {
     pub(super) fn beside_weights_bytes(&self) -> u64 {
         let counted = self.phases.iter().filter(|phase| match phase.name {
             "text" => self.memory.keeps_text,
-            "encode" | "decode" | "relay decode" | "relay encode" => self.memory.keeps_network,
+            "encode" | "decode" | "phase end" | "relay decode" | "relay encode" => self.memory.keeps_network,
             _ => true,
         });
         counted.map(|phase| phase.peak_bytes.saturating_sub(phase.weight_bytes)).max().unwrap_or(0)
@@ -243,6 +243,7 @@ impl Observer for Recorder<'_> {
             Event::Relay { stage, .. } => Some(("relay decode", Some(stage))),
             Event::RelayUpsample { stage } => Some(("relay upsample", Some(stage))),
             Event::RelayEncode { stage } => Some(("relay encode", Some(stage))),
+            Event::PhaseEnds { stage } => Some(("phase end", Some(stage))),
             Event::Decode => Some(("decode", Some(last))),
             Event::Step(_) | Event::PictureBegins { .. } | Event::PictureEnds { .. } => None,
         };

@@ -12,7 +12,7 @@ const LEVELS: [f32; 6] = [0.9, 0.3, 0.6, 14.6, 1.0, 0.0];
 
 /// A mask of ones and zeros, with a half in it, which is repainted.
 fn mask(device: &Device, [_, h, w, _]: [usize; 4]) -> Tensor {
-    let of = |i: usize| if i % 7 == 3 { 0.5 } else { f32::from(u8::from(i % 3 != 0)) };
+    let of = |i: usize| if i % 7 == 3 { 0.5 } else { f32::from(u8::from(!i.is_multiple_of(3))) };
     Tensor::from_f32(device, &[1, h, w, 1], DType::F32, &(0..h * w).map(of).collect::<Vec<_>>()).unwrap()
 }
 

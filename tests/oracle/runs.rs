@@ -182,6 +182,16 @@ fn sdxl_reference_compat() {
 }
 
 #[test]
+fn multidiffusion() {
+    check_all(|name| name.contains("multidiffusion"));
+}
+
+#[test]
+fn demofusion() {
+    check_all(|name| name.contains("demofusion"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();
