@@ -218,11 +218,6 @@ fn configurations() -> Vec<Case> {
         ),
         model("activation", |m| m.set(UNET_CONFIG, "act_fn", "mish".into()), &["act_fn is \"mish\"", "silu"]),
         model(
-            "an inpainting UNet",
-            |m| m.set(UNET_CONFIG, "in_channels", 9.into()),
-            &["--mask (none)", "is an inpainting model", "--init-image"],
-        ),
-        model(
             "text of another width",
             |m| m.set(UNET_CONFIG, "cross_attention_dim", 768.into()),
             &["cross_attention_dim 768", "hidden_size 16"],

@@ -584,7 +584,7 @@ fn options_have_one_definition() {
     assert!(unknown.contains("dilation 2") && unknown.contains("megafusion or megafusion++ has it"), "{unknown}");
     let wrong = error(plus.with("upsampler", "cubic"));
     assert!(wrong.contains("upsampler cubic") && wrong.contains("bicubic-edge"), "{wrong}");
-    assert!(error(Method::named("magic")).contains("plain, megafusion or megafusion++"));
+    assert!(error(Method::named("magic")).contains("plain, megafusion, megafusion++"));
     assert_eq!(Method::of(&MEGAFUSION_PLUS, MegaFusion::default()).name(), "megafusion++");
 }
 

@@ -22,6 +22,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let planner = Planner::with(&source, &args.run.load_options(&device))?;
     // Without --memory and --vae-partition the fastest way is planned, wherever the command runs.
     let report = planner.plan(&request)?;
+    planner.pipeline().remarks(&request)?.iter().for_each(|remark| say!("warning: {remark}"));
     let ladder = planner.ladder(&request)?;
     let card = args.card.as_deref().map(Card::named).transpose()?;
     let card = card.map(|card| card.with_vae_dtype(args.run.vae_dtype));

@@ -53,7 +53,8 @@ pub fn model(folder: &Path, run: &Run) -> PathBuf {
         return stored;
     }
     let copied = folder.join("model");
-    for part in ["tokenizer", "text_encoder", "unet", "vae", "scheduler"] {
+    let parts = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "unet", "vae", "scheduler"];
+    for part in parts.into_iter().filter(|part| stored.join(part).is_dir()) {
         let from = match &run.unet {
             Some(unet) if part == "unet" => data(unet),
             _ => stored.join(part),
