@@ -30,7 +30,7 @@ pub use model::{Denoiser, DiffusionModel, NoiseSource, PatchInput};
 pub use multidiffusion::{MULTIDIFFUSION, MultiDiffusion};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch};
 pub use plain::{PLAIN, Plain};
-pub use recorded::{RecordedSteps, StageSteps, StepKey};
+pub use recorded::{RecordedSteps, StageInputs, StageSteps, StepKey};
 pub use run::{PublishedSchedule, Run};
 pub use sampling::{Sampling, generate, images};
 pub use size::{Size, Stage};

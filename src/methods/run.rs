@@ -1,7 +1,8 @@
 use std::ops::Range;
 
-use super::{Choices, Method, Size, Stage, Start, check_size};
+use super::{Choices, METHODS, Method, Size, Stage, Start, check_size};
 use crate::error::{Error, Result};
+use crate::names::one_of;
 use crate::ops::GuidanceScale;
 use crate::schedulers::Scheduler;
 
@@ -126,7 +127,9 @@ impl Run {
     pub fn starting(mut self, start: Start) -> Result<Run> {
         if !self.method.implementation().begins_from_pictures() {
             let (field, value) = ("init_image", format!("with request.method {}", self.method));
-            let reason = "this method begins with noise; choose plain, megafusion or megafusion++".into();
+            let begins = |name: &&str| Method::named(name).is_ok_and(|m| m.implementation().begins_from_pictures());
+            let names: Vec<&str> = METHODS.iter().map(|spec| spec.name).filter(begins).collect();
+            let reason = format!("this method begins with noise; choose {}", one_of(&names));
             return Err(Error::Request { field, value, reason });
         }
         for range in &mut self.ranges {

@@ -3,9 +3,8 @@
 use std::ops::{Range, RangeInclusive};
 
 use super::observer::check_finite;
-use super::recorded::StageInputs;
 use super::views::{ViewBegin, ViewKey, ViewStage};
-use super::{DiffusionModel, Event, Known, NoiseSource, Run, Size, Stage, StepKey, StepProgress, Watch};
+use super::{DiffusionModel, Event, Known, NoiseSource, Run, Size, Stage, StageInputs, StepKey, StepProgress, Watch};
 use crate::error::Result;
 use crate::models::UnetOptions;
 use crate::ops::{self, Guidance, GuidanceScale, StepCoefficients, StepRow};

@@ -178,7 +178,7 @@ fn what_does_not_fit_is_named() {
         (
             &small,
             &["--method", "hires-fix", "--init-image", &photo],
-            &["--init-image with --method hires-fix", "begins with noise"],
+            &["--init-image with --method hires-fix", "begins with noise; choose plain, megafusion"],
         ),
         (&small, &["--method", "hires-fix", "--denoise", "0.1"], &["--denoise 0.1: leaves none of the 5 steps"]),
         (&small, &["--method", "hires-fix", "--denoise", "2"], &["--denoise", "above 0, at most 1"]),
