@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use megafuse::methods::{
     self, Denoiser, DiffusionModel, Event, GenerationMethod, Geometry, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
-    MethodSpec, NoiseSource, Observer, Plain, RecordedSteps, RelayClamp, Run, Sampling, Size, Stage, Watch,
+    MethodSpec, NoiseSource, Observer, PatchInput, Plain, RecordedSteps, RelayClamp, Run, Sampling, Size, Stage, Watch,
 };
 use megafuse::models::UnetOptions;
 use megafuse::ops::StepTable;
@@ -57,6 +57,10 @@ impl Denoiser for FormulaNetwork {
             .flat_map(|row| values.iter().enumerate().map(move |(j, x)| output(input_scale * x, step, j, row)))
             .collect();
         Tensor::from_f32(device(), &[rows, h, w, 3], DType::F32, &out)
+    }
+
+    fn denoise_patches(&self, _: &PatchInput, _: &StepTable, _: &UnetOptions) -> Result<Tensor> {
+        Err(Error::config("the formula", "no method here has views"))
     }
 }
 
@@ -584,7 +588,7 @@ fn options_have_one_definition() {
     assert!(unknown.contains("dilation 2") && unknown.contains("megafusion or megafusion++ has it"), "{unknown}");
     let wrong = error(plus.with("upsampler", "cubic"));
     assert!(wrong.contains("upsampler cubic") && wrong.contains("bicubic-edge"), "{wrong}");
-    assert!(error(Method::named("magic")).contains("plain, megafusion, megafusion++"));
+    assert!(error(Method::named("magic")).contains("plain, megafusion, megafusion++, "));
     assert_eq!(Method::of(&MEGAFUSION_PLUS, MegaFusion::default()).name(), "megafusion++");
 }
 

@@ -271,10 +271,6 @@ impl Denoiser for FormulaNetwork {
         let goal = self.goal(input.x.dims("x", "x")?)?;
         self.output(&of(input.x, input.scales)?, &of(&goal, &one)?, steps.index().get(0), scale)
     }
-
-    fn tell_crops(&mut self, _: usize, _: &[[f32; 2]]) -> Result<()> {
-        Ok(())
-    }
 }
 
 impl DiffusionModel for Formula {

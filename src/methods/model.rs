@@ -78,8 +78,8 @@ pub trait Denoiser: Any + Send {
         Err(Error::config("denoiser", "takes no patches"))
     }
 
-    /// Where the N V patches that are denoised next lie in their pictures, for a network that was trained on crops: top and
-    /// left of each in pixels, at evaluation `evaluation` of the run. Done before a step, no part of what a card records.
+    /// Where the N V patches that are denoised next lie in their pictures: top and left of each in pixels, at evaluation
+    /// `evaluation` of the run. Done before a step, no part of what a card records. Default: the network reads no crops.
     ///
     /// # Errors
     /// Those of the model.

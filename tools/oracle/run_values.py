@@ -213,7 +213,7 @@ def view_runs():
         "multidiffusion-circular": ("sd15", multi | {"size": (48, 20), "circular": True}),
         # Euler, windows in groups, a map smaller than a window along one side; v-prediction.
         "multidiffusion-euler": ("sd21", multi | {"size": (72, 24), "scheduler": "euler", "view_batch": 3}),
-        "multidiffusion-rescale": ("zero-snr", multi | {"guidance": 4.0, "guidance_rescale": 0.7, "negative": "blurry"}),
+        "zero-snr-multidiffusion": ("zero-snr", multi | {"guidance": 4.0, "guidance_rescale": 0.7, "negative": "blurry"}),
         "sdxl-multidiffusion": ("sdxl", multi | {"scheduler": "euler"}),
         # Phases of 8, 16 and 24 cells; groups of 4 windows.
         "sdxl-demofusion": ("sdxl-turbo", demo | {"size": (32, 32)}),
