@@ -22,6 +22,9 @@ pub struct InstructionSet {
 
 /// Every folder with kernels; another instruction set is another line here and in `Isa`.
 pub const FOLDERS: [InstructionSet; 1] = [InstructionSet { folder: "sm90", arch: "90a", isa: "Sm90a" }];
+/// Folders of sources for readers, which no program contains: docs/kernels.md goes through them, `bench --kernel` and
+/// tests/tutorial.rs compile them.
+const FOR_READERS: [&str; 1] = ["tutorial"];
 /// What the portable files are written for, in `Isa`.
 const PORTABLE: &str = "Sm80";
 
@@ -52,7 +55,9 @@ pub fn find(kernels: &str) -> Result<Vec<Source>, String> {
         found.extend(in_folder(Some(set))?);
     }
     for folder in jobs::folders(kernels)? {
-        if FOLDERS.iter().any(|set| folder.ends_with(set.folder)) {
+        if FOLDERS.iter().any(|set| folder.ends_with(set.folder))
+            || FOR_READERS.iter().any(|name| folder.ends_with(name))
+        {
             continue;
         }
         if let Some(stray) = jobs::files_with_extension(&folder.to_string_lossy(), "cu")?.first() {

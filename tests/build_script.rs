@@ -97,8 +97,15 @@ fn kernels_folder(files: &[&str]) -> tempfile::TempDir {
 
 #[test]
 fn sources_are_for_every_card_or_for_one_instruction_set() {
-    let folder =
-        kernels_folder(&["norm.cu", "linear.cu", "sm90/linear.cu", "sm90/loop.cuh", "common/math.cuh", "emu/x.cpp"]);
+    let folder = kernels_folder(&[
+        "norm.cu",
+        "linear.cu",
+        "sm90/linear.cu",
+        "sm90/loop.cuh",
+        "common/math.cuh",
+        "emu/x.cpp",
+        "tutorial/01.cu",
+    ]);
     let found = sources::find(folder.path().to_str().unwrap()).unwrap();
     let archs = |source: &sources::Source, wanted| {
         let own = source.archs(&archs::parse(wanted).unwrap());

@@ -304,7 +304,11 @@ impl DeviceChoice {
         self.open_with(CudaOptions { eager: true, ..CudaOptions::default() })
     }
 
-    fn open_with(self, options: CudaOptions) -> megafuse::Result<Device> {
+    /// The same; a card as the options say, but for its number.
+    ///
+    /// # Errors
+    /// As [`open`](DeviceChoice::open).
+    pub fn open_with(self, options: CudaOptions) -> megafuse::Result<Device> {
         let card = |ordinal| Ok(Device::Cuda(CudaDevice::open(CudaOptions { ordinal, ..options })?));
         match self {
             DeviceChoice::Auto => Ok(card(0).unwrap_or_else(|_: Error| Device::cpu())),

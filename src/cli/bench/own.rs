@@ -1,14 +1,25 @@
 //! `bench kernels --kernel my.cu`: a reader's own kernel against the contract of an op: compiled, checked against the cpu on
 //! random inputs of odd sizes, raced on the emulated card, and on a card timed in turns with ours.
 //!
-//! The file includes kernels/common/device.cuh, like ours, and says in a comment what it is:
+//! The file includes kernels/common/device.cuh, like ours, and says in comments what it is, in one or several lines:
 //!
 //! ```text
-//! // bench: op rms_norm, entry my_norm, grid rows, block 256, shared 0
+//! // bench: op linear, entry my_gemm, grid ceil(n / 128) by ceil(m / 64), block 128, shared 98304
+//! // bench: map x 64 by 64 swizzle 128, map weight 64 by 128 swizzle 128, multiple k 8, cluster 2 by 1
 //! ```
 //!
-//! `entry`: the kernels are my_norm_f32, my_norm_f16, my_norm_bf16, those that there are. `grid`: up to three factors-lists
-//! with `by` between them, made of numbers, the op's sizes and ceil(size / number). Arguments, in this order:
+//! | word | means |
+//! |---|---|
+//! | `op` | whose contract: a line of the table below |
+//! | `entry` | the kernels are my_gemm_f32, my_gemm_f16, my_gemm_bf16, those that there are |
+//! | `grid` | up to three lists of factors with `by` between them: numbers, the op's sizes, ceil(size / number) |
+//! | `block` | threads per block |
+//! | `shared` | bytes of dynamic shared memory per block; 0 if it is left out |
+//! | `cluster` | blocks per cluster in up to three dimensions with `by` between them; one if it is left out |
+//! | `map` | an operand's TMA map is a further argument: its box, innermost dimension first, and its swizzle in bytes |
+//! | `multiple` | a size is always a multiple of this number; there may be several |
+//!
+//! Arguments, in this order; then one `GRID_CONST TensorMap` per `map`, in their order:
 //!
 //! | op | arguments | sizes |
 //! |---|---|---|
@@ -24,8 +35,8 @@ use std::process::Command;
 
 use megafuse::ops::cases::{Call, Inputs};
 use megafuse::ops::{self, Activation, LayerNorm, Linear, RmsNorm};
-use megafuse::runtime::cuda::{self, Arg, DevicePtr, Launch};
-use megafuse::runtime::{CudaDevice, Work};
+use megafuse::runtime::cuda::{self, Arg, DevicePtr, Launch, Swizzle, TensorMap, TensorView};
+use megafuse::runtime::{CudaDevice, CudaOptions, Work};
 use megafuse::{DType, Device, Error, Result, Tensor};
 use serde_json::json;
 
@@ -68,16 +79,35 @@ impl Contract {
         }
     }
 
-    /// One element; primes; one off a warp, a vector and a block; what kernels like best.
+    /// Names of the tensors, the result first, as `map` uses them.
+    fn operands(self) -> &'static [&'static str] {
+        match self {
+            Contract::RmsNorm => &["y", "x", "gamma"],
+            Contract::LayerNorm => &["y", "x", "gamma", "beta"],
+            Contract::Add => &["y", "a", "b"],
+            Contract::Silu => &["y", "x"],
+            Contract::Linear => &["y", "x", "weight", "bias"],
+        }
+    }
+
+    /// One element; primes; one off a warp, a vector and a block; what kernels like best; for linear sums that are longer
+    /// than a ring, and several blocks in each dimension.
     fn checked(self) -> &'static [&'static [usize]] {
         match self {
             Contract::RmsNorm | Contract::LayerNorm => {
                 &[&[1, 1], &[3, 7], &[5, 33], &[2, 97], &[7, 64], &[2, 1025], &[19, 320], &[1, 4096]]
             }
             Contract::Add | Contract::Silu => &[&[1], &[31], &[257], &[1024], &[1025], &[4999]],
-            Contract::Linear => {
-                &[&[1, 1, 1], &[3, 5, 7], &[33, 65, 17], &[64, 64, 64], &[59, 97, 111], &[128, 160, 64]]
-            }
+            Contract::Linear => &[
+                &[1, 1, 1],
+                &[3, 5, 7],
+                &[33, 65, 17],
+                &[64, 64, 64],
+                &[59, 97, 111],
+                &[128, 160, 64],
+                &[17, 40, 1000],
+                &[300, 265, 72],
+            ],
         }
     }
 
@@ -137,8 +167,10 @@ impl Contract {
     ) -> Result<()> {
         let entry = format!("{}_{dtype}", own.entry);
         let launch = own.launch(size)?;
-        let addresses: Vec<DevicePtr> =
-            [y].into_iter().chain(tensors).map(|tensor| DevicePtr::or_null(Some(tensor))).collect();
+        let operands: Vec<&Tensor> = [y].into_iter().chain(tensors).collect();
+        let addresses: Vec<DevicePtr> = operands.iter().map(|tensor| DevicePtr::or_null(Some(tensor))).collect();
+        let maps: Vec<TensorMap> =
+            own.maps.iter().map(|map| map.of(card, operands[map.operand])).collect::<Result<_>>()?;
         let int = |value: usize| {
             i32::try_from(value).map_err(|_| Error::argument("bench --kernel", "size", value, "at most 2147483647"))
         };
@@ -153,6 +185,7 @@ impl Contract {
         if matches!(self, Contract::RmsNorm | Contract::LayerNorm) {
             args.push(Arg::of(&eps));
         }
+        args.extend(maps.iter().map(Arg::of));
         // SAFETY: the caller's; count and sizes of the arguments are compared with the kernel's.
         unsafe { card.launch(MODULE, &entry, launch, &args) }
     }
@@ -161,7 +194,55 @@ impl Contract {
 /// The name under which the file's kernels are loaded.
 const MODULE: &str = "bench --kernel";
 
-/// What the comment of the file says.
+/// A tensor map that a kernel gets.
+#[derive(Clone, Debug, PartialEq)]
+struct Map {
+    /// Its place among the contract's.
+    operand: usize,
+    /// Elements of a box, the innermost dimension first.
+    boxes: Vec<usize>,
+    swizzle: Swizzle,
+}
+
+impl Map {
+    /// `x 64 by 128 swizzle 128`
+    fn parse(text: &str, contract: Contract) -> std::result::Result<Map, String> {
+        let wanted = "expected an operand, its box and its swizzle, such as: map x 64 by 128 swizzle 128";
+        let (name, rest) = text.split_once(' ').ok_or_else(|| format!("map {text:?}: {wanted}"))?;
+        let operand = contract.operands().iter().position(|operand| *operand == name).ok_or_else(|| {
+            format!("map {text:?}: there is no operand {name:?}; there are {}", contract.operands().join(", "))
+        })?;
+        let (boxes, swizzle) = match rest.split_once("swizzle") {
+            None => (rest, Swizzle::None),
+            Some((boxes, bytes)) => {
+                let swizzle = match bytes.trim() {
+                    "32" => Swizzle::Bytes32,
+                    "64" => Swizzle::Bytes64,
+                    "128" => Swizzle::Bytes128,
+                    other => return Err(format!("map {text:?}: a swizzle of {other:?}; there are 32, 64 and 128")),
+                };
+                (boxes, swizzle)
+            }
+        };
+        let boxes = boxes.split(" by ").map(|side| side.trim().parse().map_err(|_| format!("map {text:?}: {wanted}")));
+        Ok(Map { operand, boxes: boxes.collect::<std::result::Result<_, _>>()?, swizzle })
+    }
+
+    /// Of a tensor whose elements lie one behind the other.
+    fn of(&self, card: &CudaDevice, tensor: &Tensor) -> Result<TensorMap> {
+        let dims: Vec<usize> = tensor.shape().iter().rev().copied().collect();
+        let bytes = dims.iter().scan(tensor.dtype().size_bytes(), |bytes, elements| {
+            *bytes *= elements;
+            Some(*bytes)
+        });
+        let strides_bytes: Vec<usize> = bytes.take(dims.len().saturating_sub(1)).collect();
+        let base = DevicePtr::or_null(Some(tensor));
+        let view = TensorView { base, dtype: tensor.dtype(), dims: &dims, strides_bytes: &strides_bytes };
+        TensorMap::tiled(card, view, &self.boxes, self.swizzle)
+    }
+}
+
+/// What the comments of the file say.
 #[derive(Clone, Debug, PartialEq)]
 struct Own {
     contract: Contract,
@@ -169,6 +250,10 @@ struct Own {
     grid: [String; 3],
     block: usize,
     shared: usize,
+    cluster: [usize; 3],
+    maps: Vec<Map>,
+    /// Of each of the contract's sizes: it is always a multiple of this.
+    multiples: Vec<usize>,
 }
 
 impl Own {
@@ -179,48 +264,73 @@ impl Own {
 
     fn parse(text: &str) -> std::result::Result<Own, String> {
         const WANTED: &str = "a comment such as \"// bench: op rms_norm, entry my_norm, grid rows, block 256, shared 0\" says what it is";
-        let line = text.lines().find_map(|line| line.trim().strip_prefix("// bench:"));
-        let line = line.ok_or_else(|| format!("{WANTED}; there is none"))?;
+        let lines: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_prefix("// bench:")).collect();
+        if lines.is_empty() {
+            return Err(format!("{WANTED}; there is none"));
+        }
+        let mut words = Vec::new();
+        for part in lines.iter().flat_map(|line| line.split(',')).map(str::trim) {
+            let (key, value) =
+                part.split_once(' ').ok_or_else(|| format!("{part:?} is no word and its value; {WANTED}"))?;
+            words.push((key, value.trim()));
+        }
+        // What an operand and a size are, only the op knows.
+        let op = words.iter().find(|(key, _)| *key == "op").ok_or_else(|| format!("it names no op; {WANTED}"))?.1;
+        let found = CONTRACTS.iter().find(|(name, _)| *name == op);
+        let names: Vec<&str> = CONTRACTS.iter().map(|(name, _)| *name).collect();
+        let contract = found.ok_or_else(|| format!("no contract for op {op:?}; there are {}", names.join(", ")))?.1;
+        let sizes = contract.sizes();
         let mut own = Own {
-            contract: Contract::Add,
+            contract,
             entry: String::new(),
             grid: ["1", "1", "1"].map(String::from),
             block: 0,
             shared: 0,
+            cluster: [1; 3],
+            maps: Vec::new(),
+            multiples: vec![1; sizes.len()],
         };
-        let mut op = None;
-        for part in line.split(',').map(str::trim) {
-            let (key, value) =
-                part.split_once(' ').ok_or_else(|| format!("{part:?} is no word and its value; {WANTED}"))?;
-            let number = || value.trim().parse().map_err(|_| format!("{key} is {value:?}, expected a number"));
-            match key {
-                "op" => {
-                    let found = CONTRACTS.iter().find(|(name, _)| *name == value.trim());
-                    let names: Vec<&str> = CONTRACTS.iter().map(|(name, _)| *name).collect();
-                    let unknown = || format!("no contract for op {value:?}; there are {}", names.join(", "));
-                    op = Some(found.ok_or_else(unknown)?.1);
+        for (key, value) in words {
+            let count = |text: &str| text.trim().parse().map_err(|_| format!("{key} is {value:?}, expected a number"));
+            let dimensions = || {
+                let parts: Vec<&str> = value.split(" by ").map(str::trim).collect();
+                match parts.len() {
+                    1..=3 => Ok(parts),
+                    more => Err(format!("{key} {value:?} has {more} dimensions, at most 3")),
                 }
-                "entry" => own.entry = value.trim().into(),
+            };
+            match key {
+                "op" => {}
+                "entry" => own.entry = value.into(),
                 "grid" => {
-                    let parts: Vec<&str> = value.split(" by ").map(str::trim).collect();
-                    if parts.len() > 3 {
-                        return Err(format!("grid {value:?} has {} dimensions, at most 3", parts.len()));
-                    }
-                    for (at, part) in parts.into_iter().enumerate() {
+                    for (at, part) in dimensions()?.into_iter().enumerate() {
                         own.grid[at] = part.into();
                     }
                 }
-                "block" => own.block = number()?,
-                "shared" => own.shared = number()?,
+                "cluster" => {
+                    for (at, part) in dimensions()?.into_iter().enumerate() {
+                        own.cluster[at] = count(part)?;
+                    }
+                }
+                "block" => own.block = count(value)?,
+                "shared" => own.shared = count(value)?,
+                "map" => own.maps.push(Map::parse(value, contract)?),
+                "multiple" => {
+                    let (name, number) = value.split_once(' ').unwrap_or((value, ""));
+                    let at = sizes.iter().position(|size| *size == name).ok_or_else(|| {
+                        format!("multiple {value:?}: there is no size {name:?}; there are {}", sizes.join(", "))
+                    })?;
+                    own.multiples[at] = count(number).ok().filter(|&number| number > 0).ok_or_else(|| {
+                        format!("multiple {value:?}: expected a size and a number, such as: multiple k 8")
+                    })?;
+                }
                 _ => return Err(format!("{key:?} is not known; {WANTED}")),
             }
         }
-        own.contract = op.ok_or_else(|| format!("it names no op; {WANTED}"))?;
         if own.entry.is_empty() || own.block == 0 {
             return Err(format!("it names no {}; {WANTED}", if own.block == 0 { "block" } else { "entry" }));
         }
-        let ones: Vec<usize> = vec![1; own.contract.sizes().len()];
-        own.launch(&ones).map_err(|error| error.to_string())?;
+        own.launch(&vec![1; sizes.len()]).map_err(|error| error.to_string())?;
         Ok(own)
     }
 
@@ -233,7 +343,20 @@ impl Own {
                 Error::config(format!("grid {text}"), reason)
             })?;
         }
-        Ok(Launch::grid(grid).block(self.block).shared(self.shared))
+        Ok(Launch::grid(grid).block(self.block).shared(self.shared).cluster(self.cluster))
+    }
+
+    /// These sizes, each rounded up to what the kernel takes, and each once.
+    fn sizes(&self, sizes: &[&[usize]]) -> Vec<Vec<usize>> {
+        let mut rounded: Vec<Vec<usize>> = Vec::new();
+        for size in sizes {
+            let size: Vec<usize> =
+                size.iter().zip(&self.multiples).map(|(size, &of)| size.next_multiple_of(of)).collect();
+            if !rounded.contains(&size) {
+                rounded.push(size);
+            }
+        }
+        rounded
     }
 }
 
@@ -336,7 +459,8 @@ fn cubin(path: &Path, folder: &Path, card: &CudaDevice) -> Result<Vec<u8>> {
 pub fn run(path: &Path, args: &KernelArgs) -> Result<()> {
     let own = Own::read(path)?;
     let device = match args.device {
-        DeviceChoice::Auto => Device::cuda(0).or_else(|_| DeviceChoice::Emu.open())?,
+        DeviceChoice::Auto => Device::cuda(0).or_else(|_| open_emulated())?,
+        DeviceChoice::Emu => open_emulated()?,
         choice => choice.open()?,
     };
     let Device::Cuda(card) = &device else {
@@ -348,14 +472,20 @@ pub fn run(path: &Path, args: &KernelArgs) -> Result<()> {
         load_emulated(path, folder.path())?;
         card.load(MODULE, b"emulated\0")?;
         let (_, build) = emulated_build()?;
-        let wrong = check(&own, card, &device, args, &build)?;
-        // Also where results are wrong: a race may be why.
-        let raced = if build == "plain" { race(path, args) } else { Ok(()) };
-        return right(&own, &wrong).and(raced);
+        // First in the race build: it names a write beyond a tensor by its line, where here it may end the program.
+        if build == "plain" {
+            race(path, args)?;
+        }
+        return right(&own, &check(&own, card, &device, args, &build)?);
     }
     card.load(MODULE, &cubin(path, folder.path(), card)?)?;
     right(&own, &check(&own, card, &device, args, "card")?)?;
     time(&own, card, &device, args)
+}
+
+/// With every tensor in an allocation of its own: what a kernel reads or writes beyond one is seen.
+fn open_emulated() -> Result<Device> {
+    DeviceChoice::Emu.open_with(CudaOptions { separate_allocations: true, ..CudaOptions::default() })
 }
 
 /// In another process, as one process has one emulated card.
@@ -391,7 +521,7 @@ fn check(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs, build
         print_line(format!("{} ({build}), compared with the cpu", describe(card)));
     }
     let mut wrong = Vec::new();
-    for (seed, &size) in own.contract.checked().iter().enumerate() {
+    for (seed, size) in own.sizes(own.contract.checked()).iter().enumerate() {
         let seed = 1 + seed as u64;
         let tensors = own.contract.inputs(&Inputs::new(device, args.dtype, seed), size)?;
         let y = own.contract.output(device, args.dtype, size)?;
@@ -431,7 +561,7 @@ fn time(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs) -> Res
             "size", "floor", "ours", own.entry, "share", "ratio"
         ));
     }
-    for &size in own.contract.timed() {
+    for size in &own.sizes(own.contract.timed()) {
         let work = work(own, args.dtype, size)?;
         let copies = 2 * card.l2_bytes()? / work.bytes.max(1) + 2;
         let (mut ours, mut theirs): (Vec<Call>, Vec<Call>) = (Vec::new(), Vec::new());
@@ -481,14 +611,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_comment_says_what_a_kernel_is() {
-        let text =
-            "x\n// bench: op linear, entry my_gemm, grid ceil(n / 64) by ceil(m / 16) * 2, block 128, shared 512\n";
+    fn comments_say_what_a_kernel_is() {
+        let text = "x\n// bench: op linear, entry my_gemm, grid ceil(n / 64) by ceil(m / 16) * 2, block 128, shared 512\n\
+                    y\n// bench: map weight 64 by 128 swizzle 128, map y 8 by 16, cluster 1 by 2, multiple k 8, multiple n 16";
         let own = Own::parse(text).unwrap();
         assert_eq!((own.contract, own.entry.as_str(), own.block, own.shared), (Contract::Linear, "my_gemm", 128, 512));
         let names = own.contract.sizes();
         let grid: Vec<_> = own.grid.iter().map(|text| evaluate(text, names, &[33, 65, 7])).collect();
         assert_eq!(grid, [Some(2), Some(6), Some(1)]);
+        let map = |operand, boxes: [usize; 2], swizzle| Map { operand, boxes: boxes.to_vec(), swizzle };
+        assert_eq!(own.maps, [map(2, [64, 128], Swizzle::Bytes128), map(0, [8, 16], Swizzle::None)]);
+        assert_eq!((own.cluster, &own.multiples[..]), ([1, 2, 1], &[1, 16, 8][..]));
+        assert!(format!("{:?}", own.launch(&[33, 65, 7]).unwrap()).contains("cluster: [1, 2, 1]"));
+        assert_eq!(own.sizes(&[&[3, 5, 7], &[3, 16, 8], &[3, 17, 8]]), [[3, 16, 8], [3, 32, 8]]);
         for (text, words) in [
             ("", "there is none"),
             ("// bench: op gemm, entry x, block 1", "no contract for op \"gemm\"; there are rms_norm"),
@@ -500,6 +635,17 @@ mod tests {
             ("// bench: op add, entry x, block many", "expected a number"),
             ("// bench: op add, entry x, block 1, warps 3", "\"warps\" is not known"),
             ("// bench: op add, entry x, block 1, grid 1 by 1 by 1 by 1", "4 dimensions"),
+            ("// bench: op add, entry x, block 1, cluster two", "cluster is \"two\", expected a number"),
+            ("// bench: op add, entry x, block 1, map x 64", "there is no operand \"x\"; there are y, a, b"),
+            ("// bench: op add, entry x, block 1, map a", "expected an operand, its box and its swizzle"),
+            (
+                "// bench: op add, entry x, block 1, map a 64 swizzle 16",
+                "a swizzle of \"16\"; there are 32, 64 and 128",
+            ),
+            ("// bench: op add, entry x, block 1, map a many", "expected an operand, its box"),
+            ("// bench: op add, entry x, block 1, multiple n 8", "there is no size \"n\"; there are count"),
+            ("// bench: op add, entry x, block 1, multiple count 0", "such as: multiple k 8"),
+            ("// bench: op add, entry x\n// bench: block", "is no word and its value"),
         ] {
             let error = Own::parse(text).unwrap_err();
             assert!(error.contains(words), "{text}: {error}");
