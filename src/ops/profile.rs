@@ -1,4 +1,5 @@
-//! Where the time of a run goes, per op and output shape, and which calls a run is made of. Off, an op pays one relaxed load.
+//! Where the time of a run goes, per op and output shape, and which calls a run is made of. Off, an op pays two loads. Each
+//! call is also a range of a profiler's timeline ([`nvtx`]), if one is attached.
 //!
 //! On the cpu a time is the wall clock's. On a card it is the card's own, between two marks around the op's launches, so
 //! launches wait for nothing; work that is replayed from a graph passes here only when it is recorded, so a profiled run
@@ -15,6 +16,7 @@ use serde_json::Value;
 use crate::error::Result;
 use crate::runtime::Device;
 use crate::runtime::cuda::{CudaDevice, Mark};
+use crate::runtime::nvtx::{self, Range};
 
 static ON: AtomicBool = AtomicBool::new(false);
 static STATE: Mutex<State> = Mutex::new(State { card: None, began: None, spans: Vec::new(), marked: Vec::new() });
@@ -113,6 +115,13 @@ pub fn sums(spans: &[Span]) -> BTreeMap<Key, OpTime> {
 
 /// Lives as long as the op runs.
 pub(super) struct Scope {
+    /// If a profile is on.
+    _timed: Option<Timed>,
+    /// If a profiler is attached.
+    _range: Option<Range>,
+}
+
+struct Timed {
     key: Key,
     start: Start,
 }
@@ -122,19 +131,24 @@ enum Start {
     Card(Mark, CudaDevice),
 }
 
-pub(super) fn scope(op: &'static str, output: &[usize]) -> Option<Scope> {
+pub(super) fn scope(op: &'static str, output: &[usize]) -> Scope {
+    let _range = nvtx::range(|| format!("{op} {output:?}"));
+    Scope { _timed: timed(op, output), _range }
+}
+
+fn timed(op: &'static str, output: &[usize]) -> Option<Timed> {
     if !ON.load(Ordering::Relaxed) {
         return None;
     }
     let key = (op, output.to_vec());
-    let Some(card) = state().card.clone() else { return Some(Scope { key, start: Start::Host(Instant::now()) }) };
+    let Some(card) = state().card.clone() else { return Some(Timed { key, start: Start::Host(Instant::now()) }) };
     // An error of the driver here is one of the work before, which the op's own launch reports.
     let mark = Mark::new(&card).ok()?;
     mark.set().ok()?;
-    Some(Scope { key, start: Start::Card(mark, card) })
+    Some(Timed { key, start: Start::Card(mark, card) })
 }
 
-impl Drop for Scope {
+impl Drop for Timed {
     fn drop(&mut self) {
         let key = std::mem::take(&mut self.key);
         match &self.start {

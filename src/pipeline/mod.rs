@@ -8,6 +8,7 @@ mod memory;
 mod parameters;
 mod plan;
 mod quantize;
+mod ranges;
 mod request;
 mod resident;
 mod run;

@@ -6,6 +6,7 @@ use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
+use super::ranges::Ranges;
 use super::start::OnDevice;
 use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
@@ -15,7 +16,7 @@ use crate::methods::{
 };
 use crate::models::Partition;
 use crate::rng::Rng;
-use crate::runtime::{DType, Device, Tensor, bytes_text};
+use crate::runtime::{DType, Device, Tensor, bytes_text, nvtx};
 use crate::schedulers::SchedulerConfig;
 use crate::text::LongPrompt;
 
@@ -334,6 +335,16 @@ impl Pipeline {
         let guidance = requests.iter().map(Request::guidance_scale).collect();
         let run = self.resolve(first)?.with_guidance(guidance);
         let Watch { observer, first: first_index } = watch;
+        let planned = matches!(self.options.device, Device::Meta(_));
+        let _planned = planned.then(|| nvtx::range(|| "plan".into()));
+        let mut ranges;
+        let observer: &mut dyn Observer = match nvtx::attached() && !planned {
+            true => {
+                ranges = Ranges::new(observer, requests.len());
+                &mut ranges
+            }
+            false => observer,
+        };
         let (rung, beside_weights) = match rung {
             Some(rung) => (rung, 0),
             None => self.choose_rung(first, requests.len(), observer)?,

@@ -8,6 +8,7 @@ mod device;
 mod dtype;
 mod host_memory;
 mod meta;
+pub mod nvtx;
 mod repeat;
 mod tensor;
 
