@@ -2,8 +2,12 @@
 
 #[path = "common/place.rs"]
 mod place;
+#[path = "common/skip.rs"]
+mod skip;
 
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use place::{MODEL, Place, text};
 use serde_json::{Value, json};
@@ -269,6 +273,56 @@ fn a_kernel_of_ones_own_is_checked_and_raced() {
     assert!(place.fails(2, &["bench", "--kernel", "my.cu", "--device", "cpu"]).contains("--device cpu"));
 }
 
+/// A library under a name that the program looks for, from a file of tests/data; `None` without a C++ compiler.
+fn compiled(place: &Place, name: &str, source: &str) -> Option<PathBuf> {
+    let compiler = std::env::var("CXX").ok().filter(|compiler| !compiler.trim().is_empty());
+    let words: Vec<String> = compiler.as_deref().unwrap_or("c++").split_whitespace().map(String::from).collect();
+    let library = place.path(name);
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).args(["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o"]).arg(&library);
+    command.arg(format!("-Wl,-soname,{name}"));
+    let Ok(output) = command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/").to_owned() + source).output()
+    else {
+        assert!(std::env::var_os("CI").is_none(), "CI must have a C++ compiler");
+        skip::skipped("no C++ compiler; CXX names one");
+        return None;
+    };
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    Some(library)
+}
+
+/// A stand-in on the emulated card: asked for the same product, its result compared; without one nothing is said there.
+#[test]
+fn cublaslt_is_asked_for_the_same_linear() {
+    let place = Place::new();
+    let Some(library) = compiled(&place, "libcublasLt.so.13", "cublaslt/stand_in.cpp") else { return };
+    let kernel = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/tutorial/01_naive.cu");
+    let bench = |variables: &[&str]| {
+        let mut command = place.command(&["bench", "kernels", "--kernel", kernel, "--device", "emu"]);
+        command.env_remove("MEGAFUSE_EMU_LIBRARY").env("MEGAFUSE_CUBLASLT", &library);
+        command.env("CUBLASLT_TEST_LOG", place.path("log")).envs(variables.iter().map(|name| (name, "1")));
+        command.output().expect("the program starts")
+    };
+    let output = bench(&[]);
+    let table = text(&output.stdout);
+    assert!(output.status.success(), "{table}{}", text(&output.stderr));
+    let lines: Vec<&str> = table.lines().filter(|line| line.starts_with("cuBLASLt bf16")).collect();
+    assert_eq!(lines.len(), 2, "{table}");
+    assert!(lines.iter().all(|line| line.ends_with("  ok")), "{table}");
+    let log = fs::read_to_string(place.path("log")).expect("it was asked");
+    let sizes = ["m 64 n 64 k 64", "m 40 n 136 k 72"];
+    let products = sizes.iter().flat_map(|size| [format!("heuristic {size}"), format!("matmul {size}")]);
+    let expected: Vec<String> = ["create".into()].into_iter().chain(products).chain(["destroy".into()]).collect();
+    assert_eq!(log.lines().collect::<Vec<_>>(), expected);
+
+    let output = bench(&["CUBLASLT_TEST_WRONG"]);
+    let message = text(&output.stderr);
+    assert!(
+        !output.status.success() && message.contains("cuBLASLt's result for [64, 64, 64] is not the cpu's"),
+        "{message}"
+    );
+}
+
 /// A step and a decoding: counted, timed on the cpu, run on the emulated card.
 #[test]
 fn the_parts_of_a_model_are_timed() {
@@ -315,6 +369,40 @@ fn whole_pictures_are_timed_by_batch() {
     let [line] = &emulated[..] else { panic!("{emulated:?}") };
     assert_eq!(line["ran"], true);
     assert!(line.get("seconds").is_none() && line.get("pictures_per_second").is_none(), "{line}");
+}
+
+/// Without a file of weights: here of the small models' configurations; the published ones' parts are counted elsewhere.
+#[test]
+fn whole_pictures_are_made_of_random_weights() {
+    let place = Place::new();
+    // As it comes from the hub without its weights.
+    let copy = |from: &Path, name: &str| {
+        for entry in fs::read_dir(from).expect("a model") {
+            let path = entry.expect("readable").path();
+            let folder = place.path(name).join(path.file_name().expect("a name"));
+            for file in fs::read_dir(&path).into_iter().flatten().flatten().map(|file| file.path()) {
+                if file.extension().is_none_or(|end| end != "safetensors") {
+                    fs::create_dir_all(&folder).expect("a writable folder");
+                    fs::copy(&file, folder.join(file.file_name().expect("a name"))).expect("a writable folder");
+                }
+            }
+        }
+    };
+    // Another name than those of published models, which mean their full size.
+    for (model, name) in [("sd15", "small-sd15"), ("sdxl", "small-sdxl")] {
+        copy(&Path::new(MODEL).with_file_name(model), name);
+        let bench =
+            ["bench", "generate", "--random", name, "--size", "16x16", "--steps", "2", "--json", "--device", "emu"];
+        let made = lines(&place.ok(&[&bench[..], &["--batch", "1,2"]].concat()));
+        assert_eq!(made.iter().map(|line| line["batch"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2)]);
+        for line in &made {
+            assert_eq!((&line["ran"], &line["emulated"], &line["size"]), (&true.into(), &true.into(), &"16x16".into()));
+            assert!(line["model"].as_str().is_some_and(|model| model.ends_with("random weights")), "{line}");
+        }
+    }
+    let error = place.fails(2, &["bench", "generate", "--random", "sd3"]);
+    assert!(error.contains("expected sd15, sd21, sdxl, or a directory with the configurations"), "{error}");
+    assert!(place.fails(2, &["bench", "generate", "--model", MODEL, "--random", "sd15"]).contains("--random"));
 }
 
 /// Nsight Compute counts on a card.

@@ -96,6 +96,15 @@ const HOPPER: [(&str, OpModel); 5] = [
 /// What cuBLASLt makes of a large product there.
 const HOPPER_PEAK: f64 = 790e12;
 
+/// Of NVIDIA's data sheets: flops per second of dense products of 16 bits with sums in f32, flops per second of fused
+/// multiply-adds in f32, bytes per second of memory. docs/performance.md says what is made of them.
+const A100_80GB_SXM: [f64; 3] = [312e12, 19.5e12, 2.039e12];
+const RTX_4090: [f64; 3] = [165.2e12, 82.6e12, 1.008e12];
+const H100_SXM_BYTES: f64 = 3.35e12;
+/// What cards are taken to reach of these: of memory what a copy reached of the H200's 4.8 TB/s; of the rest a guess.
+const OF_MEMORY: f64 = 0.86;
+const OF_FLOPS: f64 = 0.9;
+
 /// Names of `--card`.
 pub const CARDS: [&str; 5] = ["h200", "h200-portable", "h100", "a100", "4090"];
 
@@ -120,22 +129,18 @@ impl Card {
             vae_dtype: None,
             dtype: None,
         };
-        // What others reach of their data sheets is taken to be what the H200 reaches of its own: 0.80 (wgmma) of 989
-        // TFLOP/s, 0.86 of 4.8 TB/s; a card without wgmma 0.9 of its own.
+        let reached = |[flops, f32_flops, bytes]: [f64; 3]| [OF_FLOPS * flops, OF_FLOPS * f32_flops, OF_MEMORY * bytes];
         let scaled = |basis: &str| format!("{basis}; scaled by peak and bandwidth of the data sheet");
         Ok(match text {
             "h200" => card("NVIDIA H200", hopper.into(), [HOPPER_PEAK, 60e12, H200_BYTES], &HOPPER),
             "h200-portable" => {
                 card("NVIDIA H200, portable kernels", portable.into(), [PORTABLE_PEAK, 60e12, H200_BYTES], &PORTABLE)
             }
-            "h100" => card("NVIDIA H100 SXM", scaled(hopper), [HOPPER_PEAK, 60e12, 0.86 * 3.35e12], &HOPPER),
-            "a100" => {
-                card("NVIDIA A100 80GB SXM", scaled(portable), [0.9 * 312e12, 0.9 * 19.5e12, 0.86 * 2.04e12], &PORTABLE)
+            "h100" => {
+                card("NVIDIA H100 SXM", scaled(hopper), [HOPPER_PEAK, 60e12, OF_MEMORY * H100_SXM_BYTES], &HOPPER)
             }
-            "4090" => {
-                let peaks = [0.9 * 165.2e12, 0.9 * 82.6e12, 0.86 * 1.008e12];
-                card("NVIDIA GeForce RTX 4090", scaled(portable), peaks, &PORTABLE)
-            }
+            "a100" => card("NVIDIA A100 80GB SXM", scaled(portable), reached(A100_80GB_SXM), &PORTABLE),
+            "4090" => card("NVIDIA GeForce RTX 4090", scaled(portable), reached(RTX_4090), &PORTABLE),
             file if Path::new(file).is_file() => Card::measured(Path::new(file))?,
             _ => {
                 let reason = format!("expected {}, or a file of bench kernels --json", CARDS.join(", "));

@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 
-use megafuse::pipeline::{MethodSpec, ModelSource, Stage, hub_name};
+use megafuse::models::Family;
+use megafuse::pipeline::{MethodSpec, ModelSource, RandomShapes, Stage, hub_name};
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{Device, Error};
 
@@ -80,12 +81,38 @@ pub fn source_name(source: &ModelSource) -> String {
         ModelSource::Directory(path) => hub_name(path).unwrap_or_else(|| path.display().to_string()),
         ModelSource::File(path) => path.display().to_string(),
         ModelSource::Embedded => "pocket (the model inside the program)".into(),
+        ModelSource::Random(shapes) => format!("{}, random weights", random_name(shapes)),
         ModelSource::Modified { model, loras, embeddings, vae } => {
             let loras = loras.iter().map(|lora| format!("LoRA {lora}"));
             let vae = vae.iter().map(|vae| format!("VAE {}", vae.display()));
             let embeddings = embeddings.iter().map(|file| format!("embedding {}", file.display()));
             format!("{} with {}", source_name(model), loras.chain(embeddings).chain(vae).collect::<Vec<_>>().join(", "))
         }
+    }
+}
+
+/// Published models that `--random` knows: their shapes need no file.
+const PUBLISHED: [(&str, Family); 3] = [("sd15", Family::Sd1), ("sd21", Family::Sd2), ("sdxl", Family::Sdxl)];
+
+/// `--random`: one of [`PUBLISHED`], or a directory with configurations.
+pub fn random(text: &str) -> Result<RandomShapes, String> {
+    match PUBLISHED.iter().find(|(name, _)| *name == text) {
+        Some((_, family)) => Ok(RandomShapes::Published(*family)),
+        None if Path::new(text).is_dir() => Ok(RandomShapes::Directory(text.into())),
+        None => {
+            let names: Vec<&str> = PUBLISHED.iter().map(|(name, _)| *name).collect();
+            Err(format!("expected {}, or a directory with the configurations of a model", names.join(", ")))
+        }
+    }
+}
+
+/// As [`random`] reads it.
+pub fn random_name(shapes: &RandomShapes) -> String {
+    match shapes {
+        RandomShapes::Published(family) => {
+            PUBLISHED.iter().find(|(_, other)| other == family).map_or("a published model", |(name, _)| name).into()
+        }
+        RandomShapes::Directory(path) => path.display().to_string(),
     }
 }
 

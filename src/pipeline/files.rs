@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use super::families::{Defaults, FamilySpec, Part, load_part};
 use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
-use crate::models::single_file::{check_extension, open_vae};
+use crate::models::single_file::{check_extension, open_vae, published_config};
 use crate::models::{
     self, Adapters, ClipTextConfig, ClipTextModel, Foreign, SingleFile, Unet, UnetConfig, Unused, Vae, VaeConfig,
     WeightStore,
@@ -22,9 +22,21 @@ pub enum ModelSource {
     File(PathBuf),
     /// The small model that ships inside the program.
     Embedded,
+    /// No files of weights: random ones of a configuration's shapes. For times and memory, which do not depend on values; a
+    /// picture from them is noise.
+    Random(RandomShapes),
     /// Another one with adapters, which are applied in this order, files of textual inversion, whose words its prompts then
     /// know, and the weights of another VAE.
     Modified { model: Box<ModelSource>, loras: Vec<Lora>, embeddings: Vec<PathBuf>, vae: Option<PathBuf> },
+}
+
+/// Whose shapes random weights have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RandomShapes {
+    /// The published model of a family.
+    Published(models::Family),
+    /// A directory in the layout of diffusers; of its parts only the configurations are read.
+    Directory(PathBuf),
 }
 
 impl ModelSource {
@@ -103,10 +115,14 @@ pub struct ModelFiles {
     embeddings: Vec<TextualInversion>,
     /// Whose weights stand for those of the model's own VAE.
     vae: Option<PathBuf>,
+    /// No file holds the weights.
+    random: bool,
 }
 
 pub(super) enum Place {
     Directory(PathBuf),
+    /// Configurations alone.
+    Published(models::Family),
     File(SingleFile),
     /// Path inside the model's directory, contents.
     Embedded(embedded::Files),
@@ -253,7 +269,8 @@ impl ModelFiles {
             }
             ModelSource::Embedded => Place::Embedded(embedded::files()?),
             ModelSource::File(path) => Place::File(SingleFile::open(&check_extension(path)?)?),
-            ModelSource::Directory(path) => {
+            ModelSource::Random(RandomShapes::Published(family)) => Place::Published(*family),
+            ModelSource::Directory(path) | ModelSource::Random(RandomShapes::Directory(path)) => {
                 if path.is_file() {
                     return Err(Error::file(path, format!("is one file, not a directory; {LAYOUT}")));
                 }
@@ -273,9 +290,17 @@ impl ModelFiles {
                 _ => file.part_list().iter().any(|part| part.folder() == folder),
             },
             Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
+            Place::Published(family) => match folder {
+                "tokenizer" => true,
+                // A family with a second text encoder has a second tokenizer.
+                "tokenizer_2" => published_config(*family, "text_encoder_2/config.json").is_some(),
+                _ => published_config(*family, &format!("{folder}/config.json")).is_some(),
+            },
         });
         let adapters = Adapters::open(&[])?;
-        let files = ModelFiles { place, family, loras: Vec::new(), adapters, embeddings: Vec::new(), vae: None };
+        let random = matches!(source, ModelSource::Random(_));
+        let (loras, embeddings) = (Vec::new(), Vec::new());
+        let files = ModelFiles { place, family, loras, adapters, embeddings, vae: None, random };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
             let parts = files.family.parts.iter().filter(|part| part.weights.is_some()).map(|part| part.folder);
@@ -294,6 +319,7 @@ impl ModelFiles {
     pub fn name(&self) -> String {
         match &self.place {
             Place::Embedded(_) => EMBEDDED_NAME.into(),
+            Place::Published(_) => self.family.name.into(),
             Place::File(file) => stem(file.path()),
             Place::Directory(path) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
@@ -385,10 +411,11 @@ impl ModelFiles {
     pub fn tokenizer(&self, folder: &str) -> Result<ClipTokenizer> {
         match &self.place {
             Place::Directory(path) => ClipTokenizer::load(&path.join(folder)),
-            Place::File(file) => {
-                let [vocab, merges, config, special] =
-                    ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
-                        .map(|name| file.config(&format!("{folder}/{name}")).map(String::into_bytes));
+            Place::File(_) | Place::Published(_) => {
+                let file = |name: &str| Ok(self.read(&format!("{folder}/{name}"))?.map(Cow::into_owned));
+                let vocab: Option<Vec<u8>> = file("vocab.json")?;
+                let (merges, config) = (file("merges.txt")?, file("tokenizer_config.json")?);
+                let special = file("special_tokens_map.json")?;
                 let (vocab, merges) = match (vocab, merges) {
                     (Some(vocab), Some(merges)) => (vocab, merges),
                     _ => {
@@ -517,6 +544,11 @@ impl ModelFiles {
         let part = models::Part::ALL.into_iter().find(|part| part.folder() == folder);
         let store = match (&self.place, &self.vae, part) {
             (_, Some(vae), Some(models::Part::Vae)) => open_vae(vae, device, dtype)?,
+            _ if self.random => match device {
+                Device::Meta(_) => WeightStore::meta(device, dtype),
+                _ => WeightStore::random(device, dtype),
+            },
+            (Place::Published(_), ..) => return Err(self.missing(folder)),
             (Place::Directory(path), ..) => WeightStore::open(&path.join(folder), stem, device, dtype)?,
             (Place::File(file), _, Some(part)) => file.store(part, device, dtype)?,
             (Place::File(file), _, None) => return Err(Error::file(file.path(), format!("holds no {folder}"))),
@@ -613,6 +645,7 @@ impl ModelFiles {
         match &self.place {
             Place::Embedded(files) => Ok(files.get(name).map(Cow::Borrowed)),
             Place::File(file) => Ok(file.config(name).map(|text| Cow::Owned(text.into_bytes()))),
+            Place::Published(family) => Ok(published_config(*family, name).map(|text| Cow::Owned(text.into_bytes()))),
             Place::Directory(path) => {
                 let path = path.join(name);
                 match std::fs::read(&path) {
@@ -631,6 +664,7 @@ impl ModelFiles {
     fn path(&self, name: &str) -> PathBuf {
         match &self.place {
             Place::Embedded(_) => Path::new(EMBEDDED_NAME).join(name),
+            Place::Published(_) => Path::new(self.family.name).join(name),
             Place::Directory(path) => path.join(name),
             Place::File(file) => file.path().join(name),
         }

@@ -65,6 +65,9 @@ pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&P
             "writes the model's own parts: leave the other VAE and the embeddings out",
         ));
     }
+    if matches!(source, ModelSource::Random(_)) {
+        return Err(Error::config("quantize", "random weights are nobody's: name a model that has some"));
+    }
     let files = ModelFiles::open(source)?;
     if output.exists() {
         return Err(Error::file(output, "exists already: give another name, or remove it"));
@@ -89,7 +92,7 @@ pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&P
             done.add(&models::rewrite(&stores, file.path(), &made)?);
             done
         }
-        Place::Embedded(_) => {
+        Place::Embedded(_) | Place::Published(_) => {
             return Err(Error::config("quantize", "the model inside the program is small as it is: name another"));
         }
     };

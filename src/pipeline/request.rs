@@ -107,7 +107,7 @@ impl Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
             ModelSource::Modified { model, .. } => Request::suited_to(model),
-            ModelSource::Directory(_) | ModelSource::File(_) => {
+            ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
                 let method = if defaults.is_distilled() { Plain {}.into() } else { MegaFusion::plus().into() };
                 Request { method, guidance: defaults.guidance, ..Request::default() }

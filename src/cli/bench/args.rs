@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use megafuse::DType;
-use megafuse::pipeline::Size;
+use megafuse::pipeline::{RandomShapes, Size};
 
 use crate::cli::args::named;
 use crate::cli::values::{self, DeviceChoice};
@@ -39,9 +39,10 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR", value_parser = values::path(), required_unless_present = "random")]
     pub model: Option<PathBuf>,
 
-    /// Instead of --model: random weights of a published model's shapes, made in memory
-    #[arg(long, value_enum, value_name = "MODEL", conflicts_with = "model")]
-    pub random: Option<Published>,
+    /// Instead of --model: random weights, made in memory, of the shapes of sd15, sd21 or sdxl as they are published, or of
+    /// the configurations in a directory
+    #[arg(long, value_name = "MODEL", value_parser = values::random, conflicts_with = "model")]
+    pub random: Option<RandomShapes>,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
@@ -68,15 +69,6 @@ pub struct ModelArgs {
     pub json: bool,
 }
 
-/// Shapes without a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Published {
-    /// Stable Diffusion 1.5
-    Sd15,
-    /// SDXL base 1.0
-    Sdxl,
-}
-
 const MODEL_EXAMPLES: &str = "\
 Examples:
   megafuse bench models --random sdxl
@@ -92,6 +84,11 @@ pub struct RunArgs {
     /// Model directory (default: the small model inside the program)
     #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
+
+    /// Instead of --model: random weights, made in memory, of the shapes of sd15, sd21 or sdxl as they are published, or of
+    /// the configurations in a directory
+    #[arg(long, value_name = "MODEL", value_parser = values::random, conflicts_with = "model")]
+    pub random: Option<RandomShapes>,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
@@ -128,14 +125,13 @@ pub struct RunArgs {
 
 const GENERATE_EXAMPLES: &str = "\
 Examples:
-  megafuse bench generate --model ~/models/stable-diffusion-xl-base-1.0 --batch 1,2,4,8,16,32
-  megafuse bench generate --model /tmp/sdxl --batch 8 --json
+  megafuse bench generate --random sdxl --batch 1,2,4,8,16,32
+  megafuse bench generate --model ~/models/stable-diffusion-xl-base-1.0 --batch 8 --json
   megafuse bench generate --device cpu --dtype f32 --steps 4
 
 In the form of MLPerf's text-to-image test: 20 Euler steps, guidance 8, from prompts to pixels in
-memory, text encoders and VAE included; loading the weights and writing files is not. Without the
-published weights, random ones of the same shapes take the same time: tools/oracle/full_size.py.
-The emulated card runs each batch size once and prints no times.";
+memory, text encoders and VAE included; loading the weights and writing files is not. Random weights
+(--random) of the same shapes take the same time, and their pictures are noise. The emulated card runs each batch size once and prints no times.";
 
 #[derive(Args)]
 pub struct KernelArgs {
@@ -173,9 +169,9 @@ pub struct KernelArgs {
 
     /// Your own kernel, a CUDA file, against the contract of one of our ops (docs/kernels.md has them)
     ///
-    /// Compiled, compared with the cpu at odd sizes, raced on the emulated card, and on a card timed in turns with ours.
-    /// Without a card the emulated one is taken. A comment of the file says what it is:
-    /// // bench: op rms_norm, entry my_norm, grid rows, block 256
+    /// Compiled, compared with the cpu at odd sizes, raced on the emulated card, and on a card timed in turns with ours, a
+    /// linear also with cuBLASLt's, which MEGAFUSE_CUBLASLT names. Without a card the emulated one is taken. A comment of the
+    /// file says what it is: // bench: op rms_norm, entry my_norm, grid rows, block 256
     #[arg(long, value_name = "FILE.cu", value_parser = values::path(),
           conflicts_with_all = ["filter", "variants", "shapes", "workload", "roofline", "compare"])]
     pub kernel: Option<PathBuf>,

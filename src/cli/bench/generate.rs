@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use megafuse::pipeline::{Event, LoadOptions, Method, Observer, Pipeline, Request, Sampler};
+use megafuse::pipeline::{Event, LoadOptions, Method, ModelSource, Observer, Pipeline, Request, Sampler};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Result};
 use serde_json::json;
@@ -26,7 +26,10 @@ const PROMPTS: [&str; 4] = [
 pub fn run(args: &RunArgs) -> Result<()> {
     let device = args.device.open()?;
     let emulated = matches!(device, Device::Cuda(_)) && cuda::is_emulated();
-    let source = values::source(args.model.as_deref());
+    let source = match &args.random {
+        Some(shapes) => ModelSource::Random(shapes.clone()),
+        None => values::source(args.model.as_deref()),
+    };
     let pipeline = Pipeline::load_with(source.clone(), LoadOptions::new(device.clone(), args.dtype))?;
     pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
     let name = values::source_name(&source);

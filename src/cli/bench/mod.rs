@@ -3,6 +3,7 @@
 mod args;
 mod clock;
 mod compare;
+mod cublaslt;
 mod errors;
 mod generate;
 mod kernels;

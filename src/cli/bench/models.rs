@@ -5,15 +5,16 @@ use std::path::Path;
 
 use megafuse::models::single_file::published_config;
 use megafuse::models::{
-    AddedConditioning, Family, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+    AddedConditioning, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
 };
 use megafuse::ops::StepIndex;
 use megafuse::ops::cases::{Call, Inputs};
+use megafuse::pipeline::RandomShapes;
 use megafuse::runtime::{Work, cuda};
 use megafuse::{DType, Device, Error, Result};
 use serde_json::json;
 
-use super::args::{ModelArgs, Published};
+use super::args::ModelArgs;
 use super::clock::Clock;
 use super::peaks::Peaks;
 use super::results::SCHEMA;
@@ -99,14 +100,14 @@ enum Part {
 /// Where configurations and weights come from.
 enum Source<'a> {
     Directory(&'a Path),
-    Random(Published),
+    Random(&'a RandomShapes),
 }
 
 impl Source<'_> {
     fn of(args: &ModelArgs) -> Result<Source<'_>> {
-        match (&args.model, args.random) {
+        match (&args.model, &args.random) {
             (Some(path), _) => Ok(Source::Directory(path)),
-            (None, Some(published)) => Ok(Source::Random(published)),
+            (None, Some(shapes)) => Ok(Source::Random(shapes)),
             (None, None) => Err(Error::config("bench models", "neither --model nor --random")),
         }
     }
@@ -114,18 +115,21 @@ impl Source<'_> {
     /// What messages call it, and the JSON.
     fn config(&self, part: &str) -> Result<(String, String)> {
         match self {
-            Source::Directory(folder) => {
-                let path = folder.join(part).join("config.json");
-                let json = fs::read_to_string(&path).map_err(|error| Error::io(&path, error))?;
-                Ok((path.display().to_string(), json))
-            }
-            Source::Random(published) => {
+            Source::Directory(folder) => Source::read(folder, part),
+            Source::Random(RandomShapes::Directory(folder)) => Source::read(folder, part),
+            Source::Random(RandomShapes::Published(family)) => {
                 let name = format!("{part}/config.json");
-                let json = published_config(published.family(), &name);
+                let json = published_config(*family, &name);
                 let json = json.ok_or_else(|| Error::config(name.clone(), "the family has none"))?;
-                Ok((format!("{published:?} {name}"), json))
+                Ok((name, json))
             }
         }
+    }
+
+    fn read(folder: &Path, part: &str) -> Result<(String, String)> {
+        let path = folder.join(part).join("config.json");
+        let json = fs::read_to_string(&path).map_err(|error| Error::io(&path, error))?;
+        Ok((path.display().to_string(), json))
     }
 
     fn store(&self, part: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
@@ -135,15 +139,6 @@ impl Source<'_> {
                 WeightStore::open(&folder.join(part), "diffusion_pytorch_model", device, dtype)
             }
             (Source::Random(_), _) => Ok(WeightStore::random(device, dtype)),
-        }
-    }
-}
-
-impl Published {
-    fn family(self) -> Family {
-        match self {
-            Published::Sd15 => Family::Sd1,
-            Published::Sdxl => Family::Sdxl,
         }
     }
 }
@@ -205,15 +200,17 @@ impl Part {
 
 #[cfg(test)]
 mod tests {
+    use megafuse::models::Family;
+
     use super::*;
 
     /// The published parameter counts.
     #[test]
     fn random_models_have_the_published_size() {
-        for (published, unet, vae) in
-            [(Published::Sd15, 859_520_964, 83_653_863), (Published::Sdxl, 2_567_463_684, 83_653_863u64)]
+        for (family, unet) in [(Family::Sd1, 859_520_964u64), (Family::Sd2, 865_910_724), (Family::Sdxl, 2_567_463_684)]
         {
-            let source = Source::Random(published);
+            let shapes = RandomShapes::Published(family);
+            let source = Source::Random(&shapes);
             let counted = |part: &str| -> u64 {
                 let store = source.store(part, &Device::meta(), DType::BF16).unwrap();
                 let (what, json) = source.config(part).unwrap();
@@ -224,7 +221,7 @@ mod tests {
                 }
                 store.manifest().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
             };
-            assert_eq!((counted("unet"), counted("vae")), (unet, vae), "{published:?}");
+            assert_eq!((counted("unet"), counted("vae")), (unet, 83_653_863), "{family:?}");
         }
     }
 }

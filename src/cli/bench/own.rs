@@ -42,6 +42,7 @@ use serde_json::json;
 
 use super::args::KernelArgs;
 use super::clock::Clock;
+use super::cublaslt::CublasLt;
 use super::errors::Errors;
 use super::peaks::Peaks;
 use crate::cli::check::describe;
@@ -476,11 +477,13 @@ pub fn run(path: &Path, args: &KernelArgs) -> Result<()> {
         if build == "plain" {
             race(path, args)?;
         }
-        return right(&own, &check(&own, card, &device, args, &build)?);
+        right(&own, &check(&own, card, &device, args, &build)?)?;
+        return if build == "plain" { library(&own, card, &device, args).map(drop) } else { Ok(()) };
     }
     card.load(MODULE, &cubin(path, folder.path(), card)?)?;
     right(&own, &check(&own, card, &device, args, "card")?)?;
-    time(&own, card, &device, args)
+    let library = library(&own, card, &device, args)?;
+    time(&own, card, &device, args, library.as_ref())
 }
 
 /// With every tensor in an allocation of its own: what a kernel reads or writes beyond one is seen.
@@ -551,24 +554,75 @@ fn check(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs, build
     Ok(wrong)
 }
 
-/// In turns with ours, at the models' sizes.
-fn time(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs) -> Result<()> {
+/// cuBLASLt, where the contract is one that it has and it is there; what it makes is compared with the cpu as well.
+fn library(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs) -> Result<Option<CublasLt>> {
+    /// Sizes that it takes in every dtype.
+    const CHECKED: [[usize; 3]; 2] = [[64, 64, 64], [40, 136, 72]];
+    if own.contract != Contract::Linear {
+        return Ok(None);
+    }
+    let library = match CublasLt::open(device, card) {
+        Ok(library) => library,
+        Err(reason) => {
+            // Of a table for people; on the emulated card nobody expects it.
+            if !args.json && !cuda::is_emulated() {
+                print_line(format!("without cuBLASLt beside it: {reason}"));
+            }
+            return Ok(None);
+        }
+    };
+    for (seed, size) in CHECKED.into_iter().enumerate() {
+        let seed = 100 + seed as u64;
+        let tensors = own.contract.inputs(&Inputs::new(device, args.dtype, seed), &size)?;
+        let y = own.contract.output(device, args.dtype, &size)?;
+        let product = library.linear(size, &tensors, &y)?;
+        card.synchronize()?;
+        let made = product.launch()?.to_f32_vec()?;
+        let cpu = Device::cpu();
+        let want = own.contract.ours(&own.contract.inputs(&Inputs::in_f32(&cpu, args.dtype, seed), &size)?)?;
+        let errors = Errors::of(&made, &want.to_f32_vec()?);
+        let right = errors.right(args.dtype);
+        let verdict = if right { "ok" } else { "WRONG" };
+        if args.json {
+            print_line(json!({
+                "kind": "own", "entry": "cuBLASLt", "dtype": args.dtype.name(), "size": size, "build": "library",
+                "error": { "rms": errors.rms, "worst": errors.worst, "allowed_rms": Errors::allowed(args.dtype) },
+                "verdict": verdict, "emulated": cuda::is_emulated(),
+            }));
+        } else {
+            let [m, n, k] = size;
+            let sizes = format!("m {m}, n {n}, k {k}");
+            print_line(format!("cuBLASLt {} {sizes:32} error {:9.1e}  {verdict}", args.dtype, errors.rms));
+        }
+        if !right {
+            let reason = format!("cuBLASLt's result for {size:?} is not the cpu's: it was asked something else");
+            return Err(Error::Kernel { kernel: "cublasLtMatmul".into(), reason });
+        }
+    }
+    Ok(Some(library))
+}
+
+/// In turns with ours and the library's, at the models' sizes.
+fn time(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs, library: Option<&CublasLt>) -> Result<()> {
     let clock = Clock::new(device, args.seconds)?;
     let peak = Peaks::measure(&clock, args.dtype)?;
     if !args.json {
-        print_line(format!(
-            "{:40} {:>11} {:>11} {:>11} {:>6} {:>6}",
-            "size", "floor", "ours", own.entry, "share", "ratio"
-        ));
+        let theirs = if library.is_some() { "cuBLASLt" } else { "" };
+        let header = ["floor", "ours", theirs, &own.entry].map(|name| format!("{name:>11}")).join(" ");
+        print_line(format!("{:24} {header} {:>6} {:>10}", "size", "share", "ours/own"));
     }
     for size in &own.sizes(own.contract.timed()) {
         let work = work(own, args.dtype, size)?;
         let copies = 2 * card.l2_bytes()? / work.bytes.max(1) + 2;
-        let (mut ours, mut theirs): (Vec<Call>, Vec<Call>) = (Vec::new(), Vec::new());
+        let [mut ours, mut theirs, mut libraries]: [Vec<Call>; 3] = Default::default();
         for copy in 0..copies.min(256) {
             let inputs = || own.contract.inputs(&Inputs::new(device, args.dtype, 3 + copy), size);
             let (contract, tensors) = (own.contract, inputs()?);
             ours.push(Box::new(move || contract.ours(&tensors)));
+            if let (Some(library), &[m, n, k]) = (library, &size[..]) {
+                let product = library.linear([m, n, k], &inputs()?, &contract.output(device, args.dtype, size)?)?;
+                libraries.push(Box::new(move || product.launch()));
+            }
             let (own, tensors, size, dtype, card) = (own.clone(), inputs()?, size.to_vec(), args.dtype, card.clone());
             let y = contract.output(device, dtype, &size)?;
             theirs.push(Box::new(move || {
@@ -577,20 +631,27 @@ fn time(own: &Own, card: &CudaDevice, device: &Device, args: &KernelArgs) -> Res
                 Ok(y.clone())
             }));
         }
-        let mut timed: Vec<_> = [clock.ready("", ours)?, clock.ready("", theirs)?].into_iter().flatten().collect();
+        let calls = [ours, theirs, libraries].into_iter().filter(|calls| !calls.is_empty());
+        let ready: Vec<_> = calls.map(|calls| clock.ready("", calls)).collect::<Result<_>>()?;
+        let mut timed: Vec<_> = ready.into_iter().flatten().collect();
         clock.sample(&mut timed)?;
-        let [ours, theirs] =
-            [&timed[0], &timed[1]].map(|timed| timed.rotated().unwrap_or_else(|| timed.single()).median());
+        let medians: Vec<f64> =
+            timed.iter().map(|timed| timed.rotated().unwrap_or_else(|| timed.single()).median()).collect();
+        let [ours, theirs, library @ ..] = &medians[..] else { continue };
+        let library = library.first();
         let floor = (work.flops as f64 / peak.flops).max(work.bytes as f64 / peak.bytes);
         if args.json {
             print_line(json!({
                 "kind": "own", "entry": own.entry, "dtype": args.dtype.name(), "size": size, "floor_us": floor * 1e6,
-                "ours_us": ours * 1e6, "own_us": theirs * 1e6, "share_of_peak": floor / theirs, "emulated": false,
+                "ours_us": ours * 1e6, "own_us": theirs * 1e6, "library_us": library.map(|library| library * 1e6),
+                "share_of_peak": floor / theirs, "emulated": false,
             }));
         } else {
-            let us = |seconds: f64| format!("{:8.1} us", seconds * 1e6);
+            let us = |seconds: &f64| format!("{:8.1} us", seconds * 1e6);
             let (size, share, ratio) = (format!("{size:?}"), 100.0 * floor / theirs, ours / theirs);
-            print_line(format!("{size:40} {} {} {} {share:5.0}% {ratio:6.2}", us(floor), us(ours), us(theirs)));
+            let library = library.map(us).unwrap_or_default();
+            let times = [us(&floor), us(ours), library, us(theirs)].map(|time| format!("{time:>11}")).join(" ");
+            print_line(format!("{size:24} {times} {share:5.0}% {ratio:10.2}"));
         }
     }
     Ok(())

@@ -333,6 +333,17 @@ impl CudaDevice {
         }
     }
 
+    /// The driver's handle of the stream that all work goes through, for a library that launches on this card; the card's
+    /// context becomes the calling thread's current one.
+    ///
+    /// # Errors
+    /// [`Error::Driver`]
+    pub fn raw_stream(&self) -> Result<*mut c_void> {
+        let context = &self.0.context;
+        context.bind()?;
+        Ok(context.stream.cast())
+    }
+
     pub(super) fn context(&self) -> &Arc<Context> {
         &self.0.context
     }
