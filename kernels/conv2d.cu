@@ -1,4 +1,4 @@
-// conv2d.cu, conv2d: y = scale * (conv(resize(x), weight) + bias + row + residual), for every card; what the names are is in
+// conv2d.cu, conv2d: y = f(scale * (conv(resize(x), weight) + bias + row + residual)), for every card; what the names are is in
 //   common/conv2d.cuh.
 // Implicit GEMM: M = N Hout Wout output pixels, K = kh kw C values under the kernel, ordered as weight [O, kh, kw, C]; no
 // im2col buffer: a thread finds its rows' pixels when it comes to a new tap, else adds 64 bytes.
@@ -196,7 +196,7 @@ DEVICE void finish(const ConvArgs<T>& o, const float* sums, int m, int n) {
         }
         Chunk<T> y;
         UNROLL
-        for (int e = 0; e < kCount; e++) y.v[e] = from_f32<T>(v[e] * o.scale);
+        for (int e = 0; e < kCount; e++) y.v[e] = from_f32<T>(finished(o, v[e]));
         *reinterpret_cast<Chunk<T>*>(o.y + at) = y;
     } else {
         for (int e = 0; e < kCount; e++) {
@@ -205,7 +205,7 @@ DEVICE void finish(const ConvArgs<T>& o, const float* sums, int m, int n) {
                 if (o.bias != nullptr) v += to_f32(o.bias[n + e]);
                 if (row != nullptr) v += to_f32(row[e]);
                 if (o.residual != nullptr) v += to_f32(o.residual[at + e]);
-                o.y[at + e] = from_f32<T>(v * o.scale);
+                o.y[at + e] = from_f32<T>(finished(o, v));
             }
         }
     }
@@ -266,7 +266,7 @@ DEVICE void conv2d(const ConvArgs<typename Tile::T>& c) {
 #include "common/tiles.cuh"
 TILES(CONV2D)
 
-// conv2d_join: y = scale * (partial[0] + partial[1] + ... + bias + row + residual), the second launch of a split sum.
+// conv2d_join: y = f(scale * (partial[0] + partial[1] + ... + bias + row + residual)), the second launch of a split sum.
 //   partial [splits, M, O] f32, added in order. Memory bound: splits * M * O * 4 bytes and y's.
 // Launch: grid ceil(M * ceil(O / Chunk<T>::kCount) / kJoinThreads), block kJoinThreads. Any O, any alignment.
 constexpr int kJoinThreads = 256;

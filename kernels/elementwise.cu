@@ -1,7 +1,7 @@
 // elementwise.cu: the few pointwise ops that no other kernel absorbs.   T, U = f32 | f16 | bf16
 //
 // Memory bound: every operand once. Launch of all: grid ceil(count / (kThreads kVector)), block kThreads; a thread takes
-// kVector elements, 16 bytes at a time where the addresses allow it. Any alignment.
+// kVector elements, 16 bytes at a time where the addresses allow it. Any alignment. concat: one unit per thread.
 #include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
@@ -38,21 +38,21 @@ DEVICE void activation(T* y, const T* x, int kind, int64_t count) {
     });
 }
 
-// add: y = a + b in f32, rounded once.   y, a, b [count]
+// add: y = a + scale b in f32, rounded once.   y, a, b [count]
 template <class T>
-DEVICE void add(T* y, const T* a, const T* b, int64_t count) {
+DEVICE void add(T* y, const T* a, const T* b, float scale, int64_t count) {
     const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
     if (aligned16(a) && aligned16(b) && aligned16(y) && first + kVector <= count) {
         float sums[kVector], values[kVector];
         load<kVector>(sums, a + first);
         load<kVector>(values, b + first);
         UNROLL
-        for (int j = 0; j < kVector; j++) sums[j] += values[j];
+        for (int j = 0; j < kVector; j++) sums[j] = fmaf(scale, values[j], sums[j]);
         store<kVector>(y + first, sums);
         return;
     }
     for (int64_t i = first; i < first + kVector; i++) {
-        if (GUARD(i < count)) y[i] = from_f32<T>(to_f32(a[i]) + to_f32(b[i]));
+        if (GUARD(i < count)) y[i] = from_f32<T>(fmaf(scale, to_f32(b[i]), to_f32(a[i])));
     }
 }
 
@@ -75,6 +75,22 @@ DEVICE void scale_cast(U* y, const T* x, float scale, float shift, int64_t count
         const U value = from_f32<U>(fmaf(scale, to_f32(x[i]), shift));
         for (int r = 0; r < repeats; r++) y[r * count + i] = value;
     }
+}
+
+struct alignas(16) Bytes16 {
+    unsigned words[4];
+};
+
+// concat: y = a and b side by side, copied in units U: elements, or 16 bytes where rows and addresses are whole ones.
+//   y [rows, Ca + Cb], a [rows, Ca], b [rows, Cb], the sizes in units. Launch: grid ceil(rows (Ca + Cb) / kThreads).
+template <class U>
+DEVICE void concat(U* y, const U* a, const U* b, int channels_a, int channels_b, int64_t rows) {
+    const int channels = channels_a + channels_b;
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (!GUARD(i < rows * channels)) return;
+    const int64_t row = i / channels;
+    const int c = int(i - row * channels);
+    y[i] = c < channels_a ? a[row * channels_a + c] : b[row * channels_b + (c - channels_a)];
 }
 
 // count_non_finite: counter [1] += the number of NaN and infinities in x [count].
@@ -102,9 +118,9 @@ DEVICE void count_non_finite(int* counter, const T* x, int64_t count) {
         activation(y, x, kind, count);                                                                                \
     }                                                                                                                 \
     REGISTER_KERNEL(activation_##suffix)                                                                              \
-    KERNEL(add_##suffix, kThreads, 1)(T* y, const T* a, const T* b, int64_t count) {                                  \
+    KERNEL(add_##suffix, kThreads, 1)(T* y, const T* a, const T* b, float scale, int64_t count) {                     \
         follow_previous();                                                                                            \
-        add(y, a, b, count);                                                                                          \
+        add(y, a, b, scale, count);                                                                                   \
     }                                                                                                                 \
     REGISTER_KERNEL(add_##suffix)                                                                                     \
     KERNEL(clamp_##suffix, kThreads, 1)(T* y, const T* x, float low, float high, int64_t count) {                     \
@@ -139,3 +155,15 @@ DEVICE void count_non_finite(int* counter, const T* x, int64_t count) {
 ENTRIES(float, f32)
 ENTRIES(f16, f16)
 ENTRIES(bf16, bf16)
+
+#define CONCAT(U, suffix)                                                                                             \
+    KERNEL(concat_##suffix, kThreads, 1)(U* y, const U* a, const U* b, int channels_a, int channels_b, int64_t rows) { \
+        follow_previous();                                                                                            \
+        concat(y, a, b, channels_a, channels_b, rows);                                                                \
+    }                                                                                                                 \
+    REGISTER_KERNEL(concat_##suffix)
+
+CONCAT(float, f32)
+CONCAT(f16, f16)
+CONCAT(bf16, bf16)
+CONCAT(Bytes16, wide)

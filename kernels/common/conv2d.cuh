@@ -1,5 +1,6 @@
 // conv2d.cuh: what a convolution is, whichever instructions make its sums.
-//   y[N, Hout, Wout, O] = scale * (conv(resize(x), weight[O, kh, kw, C]) + bias[O] + row[r(n), O] + residual[N, Hout, Wout, O])
+//   y[N, Hout, Wout, O] = f(scale * (conv(resize(x), weight[O, kh, kw, C]) + bias[O] + row[r(n), O] + residual[N, Hout, Wout, O]))
+//   f(v) = v from 0 on, negative_slope * v below (LeakyReLU); a slope of 1 leaves every v as it is, bit for bit.
 //   x is one source [N, H, W, Ca], or two side by side (a skip connection), the second [N, H, W, Cb], C = Ca + Cb.
 //   resize: nearest neighbour, pixel i of the input is stored pixel i * H / Hin; padding is zeros around the input.
 //   y, x, weight, bias, row, residual: T = f32 | f16 | bf16, channels-last; bias, row, residual may be null. y overlaps nothing.
@@ -24,7 +25,7 @@ struct ConvArgs {
     const T* row;  // the table
     const unsigned* step;
     const T* residual;
-    float scale;
+    float scale, negative_slope;
     int splits;
     int step_images;     // with a step of their own
     int step_rows;       // conditioning rows of a step
@@ -39,6 +40,13 @@ struct ConvArgs {
     int first_row;  // of the stored image that is held; a part of an image is alone in its batch
     int wide;
 };
+
+// What is stored, from the sum of everything.
+template <class T>
+DEVICE float finished(const ConvArgs<T>& c, float sum) {
+    const float v = sum * c.scale;
+    return v < 0.f ? v * c.negative_slope : v;
+}
 
 // The table's row of an image, from output channel n on; null without a table.
 template <class T>

@@ -166,7 +166,7 @@ DEVICE void finish(ConvEpilogue<Tile>& e, const Sums<Tile>& sums, const ConvPlac
                 for (int k = 0; k < 8; k++) v[k / 4][k % 4] = from[k];
                 if (e.c.residual != nullptr) add_from<T>(v, to);
                 UNROLL
-                for (int k = 0; k < 8; k++) v[k / 4][k % 4] *= e.c.scale;
+                for (int k = 0; k < 8; k++) v[k / 4][k % 4] = finished(e.c, v[k / 4][k % 4]);
                 put<T>(to, v);
             }
         }

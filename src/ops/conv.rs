@@ -34,6 +34,8 @@ pub struct Conv2d<'a> {
     pub residual: Option<&'a Tensor>,
     /// The sum is multiplied by this: 1, or 1 / output_scale_factor.
     pub scale: f32,
+    /// What is negative then is multiplied by this (LeakyReLU, Maas et al. 2013, sec. 2); 1: it stays as it is, bit for bit.
+    pub negative_slope: f32,
     /// Only some output rows of one image are made, with the bits that they have in the whole result: `padding`, `resize_to` and
     /// `stride` are those of the whole, the residual is of the rows made.
     pub stripe: Option<Stripe<'a>>,
@@ -91,6 +93,7 @@ impl<'a> Conv2d<'a> {
             row,
             residual,
             scale: 1.0,
+            negative_slope: 1.0,
             stripe,
         }
     }
@@ -120,7 +123,7 @@ pub(super) struct Geometry {
     pub(super) kernel: [usize; 2],
 }
 
-/// 2-d cross-correlation, fused: `scale * (conv(resize(silu(norm(x)))) + bias + row + residual)`.
+/// 2-d cross-correlation, fused: `leaky_relu(scale * (conv(resize(silu(norm(x)))) + bias + row + residual))`.
 ///
 /// `H_out = (H + top + bottom - dilation * (kh - 1) - 1) / stride + 1`, the same for W (after `resize_to`).
 ///
@@ -277,7 +280,8 @@ fn output_size(args: &Conv2d, size: usize, kernel: usize, what: &str, padding: [
 fn work(args: &Conv2d, g: &Geometry, plan: &Plan, y: &Tensor) -> Work {
     let values = y.numel() as u64;
     let macs = values * (g.kernel[0] * g.kernel[1] * g.channels) as u64;
-    let epilogue = [args.bias.is_some(), args.row.is_some(), args.residual.is_some(), args.scale != 1.0];
+    let is_leaky = args.negative_slope != 1.0;
+    let epilogue = [args.bias.is_some(), args.row.is_some(), args.residual.is_some(), args.scale != 1.0, is_leaky];
     let epilogue = epilogue.iter().filter(|&&used| used).count() as u64;
     let x_values = (g.images * (g.held[1] - g.held[0]) * g.stored[1] * g.channels) as u64;
     let norm = args.norm.map_or(0, |norm| norm.of(args.x).flops_per_element() * x_values);
@@ -306,6 +310,7 @@ fn conv2d_cpu<T: Element>(args: &Conv2d, g: &Geometry, y: &mut Tensor) {
             .map(|row| row.indices(g.images).map(|i| &row.table.cpu::<T>()[i * g.outputs..][..g.outputs]).collect()),
         residual: args.residual.map(|r| r.cpu::<T>()),
         scale: args.scale,
+        negative_slope: args.negative_slope,
         outputs: g.outputs,
         pixels: g.output[0] * g.output[1],
         first_row: 0,
@@ -529,6 +534,7 @@ struct Epilogue<'a, T> {
     /// `[N * H_out * W_out, O]`
     residual: Option<&'a [T]>,
     scale: f32,
+    negative_slope: f32,
     outputs: usize,
     /// H_out * W_out
     pixels: usize,
@@ -552,6 +558,9 @@ impl<T: Element> Store for Epilogue<'_, T> {
         }
         if self.scale != 1.0 {
             math::scale(sums, self.scale);
+        }
+        if self.negative_slope != 1.0 {
+            math::leaky_relu(sums, self.negative_slope);
         }
         // SAFETY: matmul calls store once for each row and column; bands do not overlap and run one after another.
         math::store(unsafe { self.y.get(row, column..column + len) }, sums);

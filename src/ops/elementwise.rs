@@ -56,6 +56,14 @@ pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device).
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    add_scaled(a, b, 1.0)
+}
+
+/// `a + scale * b` in f32, same shape and dtype; recorded as `add`.
+///
+/// # Errors
+/// As [`add`].
+pub fn add_scaled(a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     const OP: &str = "add";
     float(OP, "a", a)?;
     b.expect(OP, "b", a.shape(), a.dtype(), a.device())?;
@@ -63,21 +71,55 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let mut y = Tensor::uninit(a.device(), a.shape(), a.dtype())?;
     let _timed = profile::scope(OP, y.shape());
     match a.device() {
-        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(a), Some(b)], 1)),
+        Device::Meta(meta) => {
+            let flops = if scale == 1.0 { 1 } else { 2 };
+            meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(a), Some(b)], flops));
+        }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
-        Device::Cpu(_) => by_dtype!(a.dtype(), T => add_cpu::<T>(a, b, &mut y)),
-        Device::Cuda(card) => cuda::elementwise::add(card, a, b, &mut y)?,
+        Device::Cpu(_) => by_dtype!(a.dtype(), T => add_cpu::<T>(a, b, scale, &mut y)),
+        Device::Cuda(card) => cuda::elementwise::add(card, a, b, scale, &mut y)?,
     }
     Ok(y)
 }
 
-fn add_cpu<T: Element>(a: &Tensor, b: &Tensor, y: &mut Tensor) {
+fn add_cpu<T: Element>(a: &Tensor, b: &Tensor, scale: f32, y: &mut Tensor) {
     let (a, b) = (a.cpu::<T>(), b.cpu::<T>());
     y.cpu_mut::<T>().par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK))).for_each(|(y, (a, b))| {
         for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-            *y = T::from_f32(a.to_f32() + b.to_f32());
+            *y = T::from_f32(a.to_f32() + scale * b.to_f32());
         }
     });
+}
+
+/// `a` and `b` side by side on the last dimension: `[..., C_a]` and `[..., C_b]` to `[..., C_a + C_b]`. For what reads more
+/// parts than the two of a [`Source`](super::Source).
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device).
+pub fn concat(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    const OP: &str = "concat";
+    float(OP, "a", a)?;
+    let (Some((&of_a, rows)), Some(&of_b)) = (a.shape().split_last(), b.shape().last()) else {
+        let scalar = if a.shape().is_empty() { ("a", a) } else { ("b", b) };
+        return Err(Error::shape(OP, scalar.0, scalar.1, "[..., C]"));
+    };
+    b.expect(OP, "b", &[rows, &[of_b]].concat(), a.dtype(), a.device())?;
+
+    let mut y = Tensor::uninit(a.device(), &[rows, &[of_a + of_b]].concat(), a.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
+    match a.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(a), Some(b)], 0)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(a.dtype(), T => {
+            let (a, b) = (a.cpu::<T>(), b.cpu::<T>());
+            y.cpu_mut::<T>().par_chunks_mut(of_a + of_b).with_min_len(64).enumerate().for_each(|(row, y)| {
+                y[..of_a].copy_from_slice(&a[row * of_a..][..of_a]);
+                y[of_a..].copy_from_slice(&b[row * of_b..][..of_b]);
+            });
+        }),
+        Device::Cuda(card) => cuda::elementwise::concat(card, a, b, &mut y)?,
+    }
+    Ok(y)
 }
 
 /// `min(max(x, low), high)`, same shape and dtype; NaN stays NaN.

@@ -38,7 +38,7 @@ mod step;
 pub use attention::{Attention, AttentionOptions, SecondSource, WindowShift, Windows, attention, attention_with};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
 pub use cuda::variants::{Variant, all as variants, on_device as variants_on, with_variants};
-pub use elementwise::{Activation, activation, add, clamp, count_non_finite, scale_cast};
+pub use elementwise::{Activation, activation, add, add_scaled, clamp, concat, count_non_finite, scale_cast};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use latents::{blur_latents, latent_moments, mix_latents, standardise_latents};
 pub use linear::{Linear, linear};

@@ -312,7 +312,8 @@ pub fn conv2d(args: &Conv2d) -> Expected {
                 terms.push(weight[((o * kh + ky) * kw + kx) * c + i] * x[((image * h + y) * w + x_) * c + i]);
             }
             let scale = f64::from(args.scale);
-            values.push(scale * terms.iter().sum::<f64>());
+            let sum = scale * terms.iter().sum::<f64>();
+            values.push(if sum < 0.0 { f64::from(args.negative_slope) * sum } else { sum });
             magnitudes.push(scale.abs() * terms.iter().map(|t| t.abs()).sum::<f64>());
         }
     }

@@ -25,6 +25,7 @@ pub struct Case {
     pub row: bool,
     pub residual: bool,
     pub scale: f32,
+    pub negative_slope: f32,
 }
 
 pub const PLAIN: Case = Case {
@@ -42,6 +43,7 @@ pub const PLAIN: Case = Case {
     row: false,
     residual: false,
     scale: 1.0,
+    negative_slope: 1.0,
 };
 
 /// The tensors of a case.
@@ -105,6 +107,7 @@ impl Inputs {
             row: case.row.then_some(StepRows { table: &self.row, step: &self.step, rows: self.rows }),
             residual: case.residual.then_some(&self.residual),
             scale: case.scale,
+            negative_slope: case.negative_slope,
             stripe: None,
         }
     }
@@ -198,6 +201,7 @@ const TOGETHER: Case = Case {
     row: true,
     residual: true,
     scale: 0.7,
+    negative_slope: 0.2,
     ..PLAIN
 };
 
@@ -220,6 +224,8 @@ fn every_fused_option_alone_and_together() {
         Case { row: true, ..base },
         Case { residual: true, ..base },
         Case { scale: 0.5, ..base },
+        Case { negative_slope: 0.2, ..base },
+        Case { negative_slope: 0.0, bias: true, ..base },
         TOGETHER,
         Case { kernel: [1, 1], padding: [0; 4], ..TOGETHER },
         Case { stride: 2, dilation: 2, padding: [2, 1, 0, 3], ..TOGETHER },
@@ -313,6 +319,7 @@ const HOPPER: [(Case, &[usize], usize); 14] = [
             resize_to: Some([18, 22]),
             bias: true,
             scale: 0.7,
+            negative_slope: 0.1,
             ..PLAIN
         },
         &[1, 2, 7],
@@ -402,6 +409,7 @@ const HOPPER: [(Case, &[usize], usize); 14] = [
             kernel: [1, 1],
             padding: [0; 4],
             scale: 0.5,
+            negative_slope: 0.2,
             residual: true,
             ..PLAIN
         },

@@ -60,6 +60,46 @@ fn add_matches_f64() {
 }
 
 #[test]
+fn scaled_sums_match_f64() {
+    for (device, dtype, shape) in cases(&SHAPES) {
+        let mut random = Random::new(9);
+        let [a, b] = [0, 1].map(|_| random.randn(&device, shape, dtype));
+        let ([x, y], scale) = ([f64s(&a), f64s(&b)], f64::from(0.2f32));
+        let want = expected(&a, |i| x[i] + scale * y[i], |i| x[i].abs() + scale * y[i].abs());
+        for (a, b) in [(&a, &b), (&unaligned(&a), &b)] {
+            assert_close(&ops::add_scaled(a, b, 0.2).unwrap(), &want, 1.0, format!("{device} {shape:?}"));
+        }
+    }
+}
+
+/// Rows of whole 16 bytes and others, and addresses that are not.
+#[test]
+fn concat_puts_rows_side_by_side() {
+    let sizes = [([2, 3, 5, 4], 7), ([1, 9, 31, 8], 16), ([2, 1, 1, 0], 3), ([2, 2, 3, 5], 0), ([0, 2, 2, 8], 8)];
+    for (device, dtype, (shape, of_b)) in cases(&sizes) {
+        let mut random = Random::new(10);
+        let [n, h, w, of_a] = shape;
+        let (a, b) = (random.randn(&device, &shape, dtype), random.randn(&device, &[n, h, w, of_b], dtype));
+        let (x, y, c) = (f64s(&a), f64s(&b), of_a + of_b);
+        let at = |i: usize| match i % c {
+            channel if channel < of_a => x[i / c * of_a + channel],
+            channel => y[i / c * of_b + channel - of_a],
+        };
+        let values: Vec<f64> = (0..n * h * w * c).map(at).collect();
+        let want = Expected { shape: vec![n, h, w, c], magnitudes: vec![0.0; values.len()], values };
+        for (a, b) in [(&a, &b), (&unaligned(&a), &b), (&a, &unaligned(&b))] {
+            assert_close(&ops::concat(a, b).unwrap(), &want, 0.0, format!("{device} {shape:?} {of_b}"));
+        }
+    }
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(&Device::cpu(), shape, dtype).unwrap();
+    let a = zeros(&[2, 3, 4], DType::F32);
+    let fails = |b: Tensor| ops::concat(&a, &b).unwrap_err();
+    assert!(matches!(fails(zeros(&[2, 4, 4], DType::F32)), Error::Shape { arg: "b", .. }));
+    assert!(matches!(fails(zeros(&[2, 3, 4], DType::F16)), Error::Dtype { arg: "b", .. }));
+    assert!(matches!(fails(zeros(&[], DType::F32)), Error::Shape { arg: "b", .. }));
+}
+
+#[test]
 fn clamp_is_exact_and_keeps_nan() {
     for (device, dtype, shape) in cases(&SHAPES) {
         let x = Random::new(3).randn(&device, shape, dtype);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -39,12 +40,20 @@ pub(in crate::models) struct Entry {
     pub scale: Option<Box<Entry>>,
     /// Adapters that change the values, in the order in which they are applied.
     pub adapters: Vec<Arc<Delta>>,
+    /// What the values are multiplied by in the end, before they are rounded.
+    pub factor: f32,
 }
 
 impl Entry {
+    /// The values as they are in these bytes of the file.
+    pub fn new(file: Arc<MappedFile>, dtype: FileDtype, shape: Vec<usize>, bytes: Range<usize>) -> Entry {
+        let (start, len) = (bytes.start, bytes.len());
+        Entry { file, dtype, shape, start, len, transposed: false, scale: None, adapters: Vec::new(), factor: 1.0 }
+    }
+
     /// Can the file's bytes be converted one by one?
     pub fn is_plain(&self) -> bool {
-        !self.transposed && self.scale.is_none() && self.adapters.is_empty()
+        !self.transposed && self.scale.is_none() && self.adapters.is_empty() && self.factor == 1.0
     }
 
     pub fn is_float(&self) -> bool {
@@ -115,9 +124,7 @@ impl MappedFile {
         let data_start = 8 + header;
         let entry = |info: &safetensors::tensor::TensorInfo| {
             let (start, end) = info.data_offsets;
-            let (dtype, shape) = (info.dtype, info.shape.clone());
-            let (file, start, len) = (self.clone(), data_start + start, end - start);
-            Entry { file, dtype, shape, start, len, transposed: false, scale: None, adapters: Vec::new() }
+            Entry::new(self.clone(), info.dtype, info.shape.clone(), data_start + start..data_start + end)
         };
         Ok(metadata.tensors().into_iter().map(|(key, info)| (key, entry(info))).collect())
     }

@@ -6,6 +6,7 @@
 
 mod file;
 mod names;
+mod pickle;
 mod repack;
 mod rewrite;
 
@@ -152,6 +153,36 @@ impl WeightStore {
         };
         store.variant = variant.strip_prefix('.').map(String::from);
         Ok(store)
+    }
+
+    /// Opens one file with a network's state dict: safetensors, or PyTorch's own form (`.pth`), which is read as data, without
+    /// running what it says. Of several dicts in a file the first of `wrappers` (`params_ema`) that is there is taken, else all;
+    /// then prefixes go as in [`open`](WeightStore::open).
+    ///
+    /// # Errors
+    /// [`Error::File`]: missing, truncated, neither of the two.
+    pub fn open_state_dict(path: &Path, wrappers: &[&str], device: &Device, dtype: DType) -> Result<WeightStore> {
+        let file = Arc::new(MappedFile::open(path.to_path_buf())?);
+        let mut entries = match pickle::is_pickle(file.as_bytes()) {
+            true => pickle::entries(&file)?,
+            false => file.entries()?,
+        };
+        for wrapper in wrappers {
+            let prefix = format!("{wrapper}.");
+            if entries.keys().any(|key| key.starts_with(&prefix)) {
+                let inside = entries.into_iter();
+                entries = inside.filter_map(|(key, entry)| Some((key.strip_prefix(&prefix)?.into(), entry))).collect();
+                break;
+            }
+        }
+        Ok(WeightStore::view(&file, unwrapped_names(entries), device, dtype))
+    }
+
+    /// Multiplies the values of some tensors, in f32, before they are rounded to the store's dtype.
+    pub(super) fn scale(&mut self, factor: impl Fn(&str) -> f32) {
+        for (key, entry) in self.entries_mut() {
+            entry.factor = factor(key);
+        }
     }
 
     /// The bytes of one safetensors file that is already in memory (the embedded model); `name` stands in errors.
@@ -461,6 +492,9 @@ impl WeightStore {
         } else {
             let mut values = read_f32(entry);
             entry.adapters.iter().for_each(|delta| delta.apply(&mut values, &entry.shape));
+            if entry.factor != 1.0 {
+                values.par_iter_mut().for_each(|value| *value *= entry.factor);
+            }
             repack(bytemuck::cast_slice(&values), FileDtype::F32, to, layout)
         };
         file.release(entry);

@@ -325,6 +325,13 @@ simd! {
 }
 
 simd! {
+    /// `values *= slope` where they are negative
+    pub fn leaky_relu(values: &mut [f32], slope: f32) {
+        values.iter_mut().for_each(|v| *v *= if *v < 0.0 { slope } else { 1.0 });
+    }
+}
+
+simd! {
     fn load_bf16(to: &mut [f32], from: &[bf16]) {
         assert_eq!(to.len(), from.len());
         to.iter_mut().zip(from).for_each(|(to, from)| *to = f32::from_bits(u32::from(from.to_bits()) << 16));
