@@ -252,15 +252,15 @@ impl Machine {
             let code = from.take(1)?[0];
             match code {
                 b'.' => return Ok((self.pop()?, from.at)),
-                0x80 => drop(from.take(1)?),                                  // PROTO
-                0x95 => drop(from.take(8)?),                                  // FRAME
-                b'(' => self.marks.push(self.stack.len()),                    // MARK
-                b'N' => self.stack.push(Value::None),                         // NONE
-                0x88 | 0x89 => self.stack.push(Value::Other),                 // NEWTRUE, NEWFALSE
-                b'G' => self.other(&mut from, 8)?,                            // BINFLOAT
-                b'J' => self.int(i64::from(from.number(4)? as u32 as i32)),   // BININT
-                b'K' => self.int(from.number(1)? as i64),                     // BININT1
-                b'M' => self.int(from.number(2)? as i64),                     // BININT2
+                0x80 => drop(from.take(1)?),                                // PROTO
+                0x95 => drop(from.take(8)?),                                // FRAME
+                b'(' => self.marks.push(self.stack.len()),                  // MARK
+                b'N' => self.stack.push(Value::None),                       // NONE
+                0x88 | 0x89 => self.stack.push(Value::Other),               // NEWTRUE, NEWFALSE
+                b'G' => self.other(&mut from, 8)?,                          // BINFLOAT
+                b'J' => self.int(i64::from(from.number(4)? as u32 as i32)), // BININT
+                b'K' => self.int(from.number(1)? as i64),                   // BININT1
+                b'M' => self.int(from.number(2)? as i64),                   // BININT2
                 0x8a => {
                     // LONG1: two's complement
                     let count = from.number(1)? as usize;
@@ -298,9 +298,9 @@ impl Machine {
                     let count = from.number(if code == b'C' { 1 } else { 4 })?;
                     self.other(&mut from, count as usize)?;
                 }
-                b')' => self.list(Vec::new()),                                // EMPTY_TUPLE
-                b']' => self.list(Vec::new()),                                // EMPTY_LIST
-                b'}' => self.dict(Vec::new()),                                // EMPTY_DICT
+                b')' => self.list(Vec::new()), // EMPTY_TUPLE
+                b']' => self.list(Vec::new()), // EMPTY_LIST
+                b'}' => self.dict(Vec::new()), // EMPTY_DICT
                 0x85..=0x87 => {
                     // TUPLE1, TUPLE2, TUPLE3
                     let first = self.stack.len().checked_sub(usize::from(code - 0x84));
@@ -337,8 +337,8 @@ impl Machine {
                     let items = pairs(self.marked()?);
                     self.set(items)?;
                 }
-                b'0' => drop(self.pop()?),                                    // POP
-                b'1' => drop(self.marked()?),                                 // POP_MARK
+                b'0' => drop(self.pop()?),    // POP
+                b'1' => drop(self.marked()?), // POP_MARK
                 b'2' => {
                     // DUP
                     let top = self.top()?.clone();
@@ -549,7 +549,9 @@ impl Found<'_> {
         let mut step = 1usize;
         for (&size, &stride) in shape.iter().zip(strides).rev() {
             if size > 1 && stride != step {
-                return Err(format!("{key} does not lie in the file in order (strides {strides:?}): save it contiguous"));
+                return Err(format!(
+                    "{key} does not lie in the file in order (strides {strides:?}): save it contiguous"
+                ));
             }
             step = step.checked_mul(size).ok_or_else(|| damaged(&format!("{key} has shape {shape:?}")))?;
         }

@@ -30,7 +30,9 @@ pub fn activation(device: &CudaDevice, x: &Tensor, activation: Activation, y: &m
 pub fn add(device: &CudaDevice, a: &Tensor, b: &Tensor, scale: f32, y: &mut Tensor) -> Result<()> {
     let (entry, count) = (entry("add", y.dtype()), y.numel());
     // SAFETY: arguments as the entry has them; all three tensors have `count` elements.
-    unsafe { device.launch("elementwise", &entry, over(count), args![y.cuda(), a.cuda(), b.cuda(), scale, count as i64]) }
+    unsafe {
+        device.launch("elementwise", &entry, over(count), args![y.cuda(), a.cuda(), b.cuda(), scale, count as i64])
+    }
 }
 
 pub fn concat(device: &CudaDevice, a: &Tensor, b: &Tensor, y: &mut Tensor) -> Result<()> {
@@ -43,7 +45,9 @@ pub fn concat(device: &CudaDevice, a: &Tensor, b: &Tensor, y: &mut Tensor) -> Re
     let [of_a, of_b] = [int("concat", "channels", of_a / unit)?, int("concat", "channels", of_b / unit)?];
     let launch = Launch::grid([(y.numel() / unit).div_ceil(THREADS), 1, 1]).block(THREADS);
     // SAFETY: arguments as the entry has them; y has the rows of both, `wide` only where all are whole aligned chunks.
-    unsafe { device.launch("elementwise", &entry, launch, args![y.cuda(), a.cuda(), b.cuda(), of_a, of_b, rows as i64]) }
+    unsafe {
+        device.launch("elementwise", &entry, launch, args![y.cuda(), a.cuda(), b.cuda(), of_a, of_b, rows as i64])
+    }
 }
 
 pub fn clamp(device: &CudaDevice, x: &Tensor, low: f32, high: f32, y: &mut Tensor) -> Result<()> {
