@@ -21,7 +21,7 @@ impl<'a> Ranges<'a> {
         Ranges { observer, step: None, phase: None, _pictures }
     }
 
-    fn phase(&mut self, name: impl FnOnce() -> String) {
+    fn begin(&mut self, name: impl FnOnce() -> String) {
         self.step = None;
         self.phase = None;
         self.phase = nvtx::range(name);
@@ -36,20 +36,21 @@ impl<'a> Ranges<'a> {
 
     fn follow(&mut self, event: &Event) {
         match event {
-            Event::EncodeText => self.phase(|| "text".into()),
-            Event::Condition { stage } => self.phase(|| format!("stage {}, conditioning", stage + 1)),
-            Event::EncodePicture { stage } => self.phase(|| format!("stage {}, picture", stage + 1)),
+            Event::EncodeText => self.begin(|| "text".into()),
+            Event::Condition { stage } => self.begin(|| format!("stage {}, conditioning", stage + 1)),
+            Event::EncodePicture { stage } => self.begin(|| format!("stage {}, picture", stage + 1)),
             Event::StageBegins { stage, stages, size, steps } => {
-                self.phase(|| format!("stage {} of {stages}, {size}", stage + 1));
+                self.begin(|| format!("stage {} of {stages}, {size}", stage + 1));
                 self.step(1, *steps);
             }
             Event::Step(progress) => self.step(progress.step + 1, progress.stage_steps),
             Event::Relay { stage, from, to } => {
-                self.phase(|| format!("relay to stage {}, decode {from} for {to}", stage + 1));
+                self.begin(|| format!("relay to stage {}, decode {from} for {to}", stage + 1));
             }
-            Event::RelayUpsample { stage } => self.phase(|| format!("relay to stage {}, upsample", stage + 1)),
-            Event::RelayEncode { stage } => self.phase(|| format!("relay to stage {}, encode", stage + 1)),
-            Event::Decode => self.phase(|| "decode".into()),
+            Event::RelayUpsample { stage } => self.begin(|| format!("relay to stage {}, upsample", stage + 1)),
+            Event::RelayEncode { stage } => self.begin(|| format!("relay to stage {}, encode", stage + 1)),
+            Event::PhaseEnds { stage } => self.begin(|| format!("end of phase {}", stage + 1)),
+            Event::Decode => self.begin(|| "decode".into()),
             Event::PictureBegins { .. } => {}
             Event::PictureEnds { .. } => {
                 self.step = None;
@@ -79,6 +80,10 @@ impl Observer for Ranges<'_> {
 
     fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
         self.observer.tensor(index, name, shape, values)
+    }
+
+    fn phase(&mut self, index: usize, phase: usize, size: [usize; 2], values: Vec<f32>) -> Result<()> {
+        self.observer.phase(index, phase, size, values)
     }
 
     fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {

@@ -6,7 +6,7 @@
 //! a library that is named is loaded: a stand-in.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -21,7 +21,7 @@ const CUBLAS_OP_T: i32 = 1;
 const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// The library, open on a card.
-pub struct CublasLt(Arc<Handle>);
+pub struct CublasLt(Rc<Handle>);
 
 struct Handle {
     handle: sys::cublasLtHandle_t,
@@ -51,7 +51,7 @@ impl CublasLt {
             card.raw_stream()?;
             let workspace = Tensor::uninit(device, &[WORKSPACE_BYTES / 4], DType::F32)?;
             let handle = result::create_handle().map_err(|error| failure("cublasLtCreate", error))?;
-            Ok(CublasLt(Arc::new(Handle { handle, card: card.clone(), workspace })))
+            Ok(CublasLt(Rc::new(Handle { handle, card: card.clone(), workspace })))
         };
         open().map_err(|error| error.to_string())
     }
@@ -117,7 +117,7 @@ impl CublasLt {
 
 /// A product and its operands.
 pub struct Product {
-    library: Arc<Handle>,
+    library: Rc<Handle>,
     descriptor: sys::cublasLtMatmulDesc_t,
     /// Of weight, x and y.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
