@@ -59,6 +59,7 @@ fn half_of_a_picture() -> InitImage {
 #[test]
 fn a_second_pictures_steps_are_graphs_from_the_first_on() {
     let emulated = Emulated::open();
+    views(&emulated);
     let card = Device::Cuda(CudaDevice::open(CudaOptions::default()).unwrap());
     let stages = |stages: &[&str]| stages.iter().map(|stage| stage.parse().unwrap()).collect::<Vec<_>>();
     let (plain, relay): (Method, Method) = (Plain {}.into(), MegaFusion::plus().into());
@@ -111,7 +112,6 @@ fn a_second_pictures_steps_are_graphs_from_the_first_on() {
             }
         }
     }
-    views(&emulated);
 }
 
 /// Steps over views: a graph for each group, in a later picture from the first step on; launched one by one, as many kernels
