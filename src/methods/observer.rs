@@ -1,4 +1,4 @@
-use super::{Size, images};
+use super::{Size, images, ranges};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::runtime::{Device, Tensor};
@@ -100,6 +100,12 @@ pub struct Silent;
 
 impl Observer for Silent {}
 
+/// An event of a run, to its observer and to a profiler.
+pub fn tell(observer: &mut dyn Observer, event: &Event) {
+    ranges::follow(event);
+    observer.event(event);
+}
+
 /// An observer and the pictures of the batch that it is told about.
 pub struct Watch<'a> {
     pub observer: &'a mut dyn Observer,
@@ -109,7 +115,7 @@ pub struct Watch<'a> {
 
 impl Watch<'_> {
     pub(super) fn begin(&mut self, event: Event) -> Result<()> {
-        self.observer.event(&event);
+        tell(self.observer, &event);
         self.check_cancelled()
     }
 

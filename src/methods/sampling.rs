@@ -2,7 +2,7 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use super::observer::check_finite;
+use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{DiffusionModel, Event, Known, NoiseSource, Run, Size, Stage, StageInputs, StepKey, StepProgress, Watch};
 use crate::error::Result;
@@ -252,7 +252,7 @@ impl<'a> Sampling<'a> {
         self.watch.dump(&name, x)?;
         let stage_steps = self.run.ranges()[index].len();
         let progress = StepProgress { stage: index, step, stage_steps, run_step, run_steps };
-        self.watch.observer.event(&Event::Step(progress));
+        tell(self.watch.observer, &Event::Step(progress));
         Ok(())
     }
 

@@ -8,7 +8,6 @@ mod memory;
 mod parameters;
 mod plan;
 mod quantize;
-mod ranges;
 mod request;
 mod resident;
 mod run;

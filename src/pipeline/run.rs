@@ -6,17 +6,17 @@ use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
-use super::ranges::Ranges;
 use super::start::OnDevice;
 use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
-    self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, Size, StartPicture, Watch,
+    self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, RunRange, Size, StartPicture,
+    Watch, tell,
 };
 use crate::models::Partition;
 use crate::rng::Rng;
-use crate::runtime::{DType, Device, Tensor, bytes_text, nvtx};
+use crate::runtime::{DType, Device, Tensor, bytes_text};
 use crate::schedulers::SchedulerConfig;
 use crate::text::LongPrompt;
 
@@ -335,16 +335,11 @@ impl Pipeline {
         let guidance = requests.iter().map(Request::guidance_scale).collect();
         let run = self.resolve(first)?.with_guidance(guidance);
         let Watch { observer, first: first_index } = watch;
-        let planned = matches!(self.options.device, Device::Meta(_));
-        let _planned = planned.then(|| nvtx::range(|| "plan".into()));
-        let mut ranges;
-        let observer: &mut dyn Observer = match nvtx::attached() && !planned {
-            true => {
-                ranges = Ranges::new(observer, requests.len());
-                &mut ranges
-            }
-            false => observer,
-        };
+        let _range = RunRange::begin(|| match (&self.options.device, requests.len()) {
+            (Device::Meta(_), _) => "plan".into(),
+            (_, 1) => "1 picture".into(),
+            (_, count) => format!("{count} pictures"),
+        });
         let (rung, beside_weights) = match rung {
             Some(rung) => (rung, 0),
             None => self.choose_rung(first, requests.len(), observer)?,
@@ -358,7 +353,7 @@ impl Pipeline {
             }
             reserve()?;
         }
-        observer.event(&Event::EncodeText);
+        tell(observer, &Event::EncodeText);
         if observer.cancelled() {
             return Err(Error::Interrupted);
         }
@@ -379,7 +374,7 @@ impl Pipeline {
         let model = Conditioned { pipeline: self, images, rows, conditions, rung, start };
 
         for (index, request) in requests.iter().enumerate() {
-            observer.event(&Event::PictureBegins { index: first_index + index, count, seed: request.seed });
+            tell(observer, &Event::PictureBegins { index: first_index + index, count, seed: request.seed });
         }
         let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
         let seeds = requests.iter().map(|request| request.seed).collect();
@@ -393,7 +388,7 @@ impl Pipeline {
                 let parameters = Parameters::new(request, &run, self, request.seed);
                 pictures.push(Picture { width, height, rgb, seed: request.seed, parameters });
             }
-            observer.event(&Event::PictureEnds { index: first_index + index });
+            tell(observer, &Event::PictureEnds { index: first_index + index });
         }
         Ok(pictures)
     }
