@@ -2,6 +2,7 @@
 //
 //   resize_horizontal   y [rows, to, C] f32 = x [rows, from, C] in T, filtered along the width
 //   resize_vertical     y [N, to, width] in T = x [N, from, width] f32, filtered along the height
+//   avg_pool            y [N, ceil(h/2), ceil(w/2), C] = means of 2x2 pixels of x [N, h, w, C] in T
 //   resize_edge         y = (11 x - sum of the 3x3 neighbourhood) / 2, border pixels as they are: 1/2 of the kernel of
 //                       -1 around 10
 // The last pass of a resize finishes: y = signal clamp(value, low, high) + sigma noise (noise null: the clamped value).
@@ -249,6 +250,30 @@ DEVICE void nearest(T* y, const T* x, int h, int w, int to_h, int to_w, int chan
     y[int64_t(blockIdx.x) * to_w * channels + i] = x[(row * w + column) * channels + i % channels];
 }
 
+// avg_pool: y [N, ceil(h / 2), ceil(w / 2), C] = means of 2x2 pixels of x [N, h, w, C], at the lower and right border of an odd
+// size of those that are there (torch's avg_pool2d with ceil_mode). V channels a thread.
+template <int V, class T>
+DEVICE void avg_pool(T* y, const T* x, int h, int w, int channels) {
+    const int to_h = (h + 1) / 2, to_w = (w + 1) / 2, i = (blockIdx.y * kThreads + threadIdx.x) * V;
+    if (!GUARD(i < to_w * channels)) return;
+    const int top = int(blockIdx.x % to_h) * 2, left = i / channels * 2;
+    const int rows = min(2, h - top), columns = min(2, w - left);
+    const T* from = x + ((int64_t(blockIdx.x / to_h) * h + top) * w + left) * channels + i % channels;
+    float sum[V] = {};
+    for (int row = 0; row < rows; row++) {
+        for (int column = 0; column < columns; column++) {
+            float values[V];
+            load<V>(values, from + (int64_t(row) * w + column) * channels);
+            UNROLL
+            for (int v = 0; v < V; v++) sum[v] += values[v];
+        }
+    }
+    const float count = float(rows * columns);
+    UNROLL
+    for (int v = 0; v < V; v++) sum[v] /= count;
+    store<V>(y + int64_t(blockIdx.x) * to_w * channels + i, sum);
+}
+
 KERNEL(resize_fixed_horizontal_f32, kThreads, 1)(float* y, const float* x, const unsigned* filter, int taps,
                                                  int64_t rows, int from, int to, int channels) {
     follow_previous();
@@ -307,7 +332,16 @@ REGISTER_KERNEL(resize_fixed_vertical_f32)
         follow_previous();                                                                                             \
         nearest(y, x, h, w, to_h, to_w, channels);                                                                     \
     }                                                                                                                  \
-    REGISTER_KERNEL(resize_nearest_##suffix)
+    REGISTER_KERNEL(resize_nearest_##suffix)                                                                           \
+    KERNEL(avg_pool_##suffix, kThreads, 1)(T* y, const T* x, int h, int w, int channels, int vector) {                 \
+        follow_previous();                                                                                             \
+        if (vector) {                                                                                                  \
+            avg_pool<kVector>(y, x, h, w, channels);                                                                   \
+        } else {                                                                                                       \
+            avg_pool<1>(y, x, h, w, channels);                                                                         \
+        }                                                                                                              \
+    }                                                                                                                  \
+    REGISTER_KERNEL(avg_pool_##suffix)
 
 ENTRIES(float, f32)
 ENTRIES(f16, f16)

@@ -10,7 +10,8 @@
 //   window (MSW-MSA of HiDiffusion, Zhang et al. 2024, arXiv:2311.17528, after Swin's, arXiv:2103.14030). N counts windows then,
 //   of an image one after the other, and queries = keys the tokens of one. Token i of a window lies on the map at row (window's
 //   first row + shift + i / window_w) mod map_h, columns likewise: read and stored there, so that nothing is rolled, cut or
-//   put together. The shift is factor * unit, the factor in the table's row of the image's step, read on the device.
+//   put together. The shift is factor * unit, the factor in the table's row of the image's step, of image mod
+//   shift_images, read on the device.
 //   k2, v2 [R2, keys2, heads, d] or null: a second source of keys and values. Joined, their scores enter the same softmax
 //   (the streams of SD 3's transformer); apart they have one of their own, y = attention(q, k, v) + weight2 attention(q,
 //   k2, v2) (IP-Adapter, Ye et al. 2023, arXiv:2308.06721). Not with causal; bias is for the first source alone.
@@ -29,13 +30,13 @@ struct AttentionArgs {
     const T* k2;
     const T* v2;
     const T* bias;
-    const unsigned* shifts;  // [steps, shift_columns], this op's column; null: no shift
+    const unsigned* shifts;  // [steps, shift_images, shift_columns], this op's column; null: no shift
     const unsigned* step;    // [2, step_images]
     int images, queries, keys, keys2, heads, head_dim;
     int q_stride, kv_stride, kv2_stride;                  // from a token to the next, in elements
     int images_per_kv, images_per_kv2, images_per_bias;  // N / R, N / R2, N / B
     int map_h, map_w, window_h, window_w, unit_h, unit_w;  // map_h: 0 without windows
-    int shift_columns, step_images;
+    int shift_columns, shift_images, step_images;
     int causal;
     int apart;
     float scale;  // times log2(e): exponentials are powers of two
@@ -64,7 +65,11 @@ template <class T>
 DEVICE WindowPlace window_place(const AttentionArgs<T>& args, int number) {
     const int across = args.map_w / args.window_w, windows = across * (args.map_h / args.window_h);
     const int image = number / windows, window = number % windows;
-    const int factor = args.shifts ? int(args.shifts[args.step[image % args.step_images] * args.shift_columns] % 65536) : 0;
+    int factor = 0;
+    if (args.shifts) {
+        const unsigned row = args.step[image % args.step_images] * args.shift_images + image % args.shift_images;
+        factor = int(args.shifts[row * args.shift_columns] % 65536);
+    }
     return {image, window / across * args.window_h + factor * args.unit_h, window % across * args.window_w + factor * args.unit_w};
 }
 // Its token in row y and column x, among those of all images.

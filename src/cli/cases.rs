@@ -3,8 +3,8 @@
 
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
-    self, Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, RelayNoise, Repaint,
-    RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant,
+    self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear,
+    RelayNoise, Repaint, RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant, WindowShift, Windows,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -325,6 +325,22 @@ fn attentions(cases: &mut Vec<Case>) {
         };
         cases.push(case("attention", name, allowed(head_dim), run).intermediate(f64::from(SIZE)));
     }
+    for (map, window, unit, head_dim) in
+        [([16, 32], [8, 16], [8, 8], 64), ([16, 16], [8, 8], [8, 8], 40), ([6, 10], [3, 5], [1, 2], 24)]
+    {
+        let [h, w]: [usize; 2] = map;
+        let name = format!("[2,{},3,1,{head_dim}] in windows of {}x{}", h * w, window[0], window[1]);
+        let run = move |inputs: &mut Inputs| {
+            let qkv = inputs.uniform(&[2, h * w, 3, 1, head_dim], SIZE)?;
+            let factors = Tensor::from_u32(inputs.device, &[1, 2, 2], &[0, 1, 0, 3])?;
+            let step = StepIndex::one(inputs.device, 0)?;
+            let shift = Some(WindowShift { factors: &factors, step: &step, column: 1, unit });
+            let options =
+                AttentionOptions { windows: Some(Windows { map, window, shift }), ..AttentionOptions::default() };
+            Ok(vec![ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)?])
+        };
+        cases.push(case("attention", name, allowed(head_dim), run).intermediate(f64::from(SIZE)));
+    }
 }
 
 fn pointwise(cases: &mut Vec<Case>) {
@@ -401,6 +417,8 @@ fn resizes(cases: &mut Vec<Case>) {
     cases.push(case("resize_nearest", "[2,13,17,3] to [29,34]", 0.0, |inputs| {
         Ok(vec![ops::resize_nearest(&inputs.uniform(&SHAPE, 1.0)?, [29, 34])?])
     }));
+    // Sums of four values up to 1, in one order, and a quotient.
+    cases.push(case("avg_pool", "[2,13,17,3]", 4.0, |inputs| Ok(vec![ops::avg_pool(&inputs.uniform(&SHAPE, 1.0)?)?])));
 }
 
 fn steps(cases: &mut Vec<Case>) {

@@ -47,10 +47,11 @@ pub struct Windows<'a> {
 }
 
 /// A cyclic shift of [`Windows`], read on the device, so that a recorded step has each time another: that of image i is
-/// `factors[step of i, column] * unit`, and its windows begin so many rows and columns further.
+/// `factors[step of i, i mod M, column] * unit`, and its windows begin so many rows and columns further.
 #[derive(Clone, Copy, Debug)]
 pub struct WindowShift<'a> {
-    /// `[steps, C]`, u32, below 2^16: a column for each of the calls in a step, say.
+    /// `[steps, M, C]`, u32, below 2^16: a column for each of the calls in a step, say. M divides N: 1 for all images alike, or
+    /// the pictures of a batch, each with shifts of its own.
     pub factors: &'a Tensor,
     pub step: &'a StepIndex,
     pub column: usize,
@@ -207,8 +208,9 @@ impl Windows<'_> {
         }
         let mut unit = [0, 0];
         if let Some(shift) = shift {
-            let [steps, columns] = shift.factors.dims(op, "factors")?;
-            shift.factors.expect(op, "factors", &[steps, columns], DType::U32, device)?;
+            let [steps, images, columns] = shift.factors.dims(op, "factors")?;
+            shift.factors.expect(op, "factors", &[steps, images, columns], DType::U32, device)?;
+            images_of_a_row(op, "images of factors", images, n)?;
             if !shift.step.tensor().device().same(device) {
                 let got = shift.step.tensor().device().to_string();
                 return Err(Error::Device { op, arg: "step", got, want: device.to_string() });
@@ -281,7 +283,8 @@ fn windows_cpu<T: Element>(operands: &Operands, dims: &Dims, windows: &WindowDim
     let WindowDims { map: [map_h, map_w], window: [h, w], unit, count } = *windows;
     let factor = |image: usize| match &operands.shift {
         Some(WindowShift { factors, step, column, .. }) => {
-            factors.cpu::<u32>()[step.get(image) * factors.shape()[1] + column] as usize
+            let &[_, images, columns] = factors.shape() else { unreachable!("checked: three dimensions") };
+            factors.cpu::<u32>()[(step.get(image) * images + image % images) * columns + column] as usize
         }
         None => 0,
     };

@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::conv::Geometry;
 use super::{
-    Activation, Attention, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Repaint, RmsNorm, SampleState,
-    Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding, Upsampler,
+    Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Repaint,
+    RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding,
+    Upsampler, WindowShift, Windows,
 };
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Tensor};
@@ -163,7 +164,31 @@ pub fn sdxl(l: usize) -> Vec<Case> {
         cases.push(self_attention(2, l * l, c / 64, 64, false));
         cases.push(cross_attention(2, l * l, 77, c / 64, 64));
     }
+    cases.extend(hidiffusion(2 * half));
     cases
+}
+
+/// What HiDiffusion asks of SDXL's UNet beside its own ops, on maps of `l` x `l` with 10 heads: 128 for 2048x2048 pixels. The same
+/// map's self-attention within windows, that of windows which lie in memory one after the other (without the copies that put
+/// them there and back), and that of the whole map.
+fn hidiffusion(l: usize) -> Vec<Case> {
+    let half = l / 2;
+    vec![
+        self_attention(2, l * l, 10, 64, false),
+        self_attention(8, half * half, 10, 64, false),
+        windowed_attention(2, [l, l], 10, 64),
+        windowed_attention(2, [half, half], 10, 64),
+        conv(Conv {
+            name: format!("wide down {l}"),
+            shape: [2, l, l, 640],
+            outputs: 640,
+            stride: 4,
+            dilation: 2,
+            ..Conv::default()
+        }),
+        avg_pool([2, l, l, 640]),
+        resize([2, half, half, 640], [l; 2], Upsampler::BicubicTorch),
+    ]
 }
 
 /// The VAE's decoder, one picture, latents of `l` x `l`.
@@ -236,6 +261,8 @@ pub fn small() -> Vec<Case> {
         activation([2, 64]),
         add([1, 8, 8, 64]),
         embedding(1, 7, 50, 64),
+        windowed_attention(1, [16, 16], 1, 64),
+        avg_pool([1, 5, 8, 16]),
     ];
     cases.extend(relay(2));
     cases
@@ -461,6 +488,35 @@ fn self_attention(n: usize, l: usize, heads: usize, head_dim: usize, causal: boo
     case("attention", format!("[{n},{l},3,{heads},{head_dim}]{suffix}"), fields, move |inputs| {
         let qkv = inputs.tensor(&[n, l, 3, heads, head_dim])?;
         Ok(Box::new(move || super::attention(Attention::Packed { qkv: &qkv, causal })))
+    })
+}
+
+/// Four windows, shifted by a quarter of one, as a step of MSW-MSA reads them.
+fn windowed_attention(n: usize, map: [usize; 2], heads: usize, head_dim: usize) -> Case {
+    let [h, w] = map;
+    let window = map.map(|side| side / 2);
+    let mut fields = attention_shape([n, h * w, h * w, heads, head_dim], 1, true, false);
+    fields["map"] = json!(map);
+    fields["window"] = json!(window);
+    let name = format!("[{n},{},3,{heads},{head_dim}] in windows of {}x{}", h * w, window[0], window[1]);
+    case("attention", name, fields, move |inputs| {
+        let qkv = inputs.tensor(&[n, h * w, 3, heads, head_dim])?;
+        let factors = Tensor::from_u32(inputs.device, &[1, 1, 1], &[1])?;
+        let step = StepIndex::one(inputs.device, 0)?;
+        Ok(Box::new(move || {
+            let unit = window.map(|side| side / 4);
+            let shift = Some(WindowShift { factors: &factors, step: &step, column: 0, unit });
+            let windows = Some(Windows { map, window, shift });
+            let options = AttentionOptions { windows, ..AttentionOptions::default() };
+            super::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)
+        }))
+    })
+}
+
+fn avg_pool(shape: [usize; 4]) -> Case {
+    case("avg_pool", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.tensor(&shape)?;
+        Ok(Box::new(move || super::avg_pool(&x)))
     })
 }
 

@@ -203,6 +203,44 @@ fn nearest(len: usize, out: usize) -> Vec<usize> {
     (0..out).map(|i| (i as u128 * len as u128 / out as u128) as usize).collect()
 }
 
+/// Means of 2x2 pixels: `[N, H, W, C]` to `[N, ceil(H/2), ceil(W/2), C]`, summed in f32. At the lower and right border of an odd
+/// size the mean is of the pixels that are there: torch's `avg_pool2d(x, 2, 2, ceil_mode=True)`.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape): not 4-d or empty; [`Error::Dtype`](crate::Error::Dtype).
+pub fn avg_pool(x: &Tensor) -> Result<Tensor> {
+    const OP: &str = "avg_pool";
+    let [n, h, w, c] = checked(OP, x, [1, 1])?;
+
+    let mut y = Tensor::uninit(x.device(), &[n, h.div_ceil(2), w.div_ceil(2), c], x.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Resize, y.shape(), pointwise(&y, &[Some(x)], 4)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => avg_pool_cpu::<T>(x, &mut y)),
+        Device::Cuda(card) => cuda::resize::avg_pool(card, x, &mut y)?,
+    }
+    Ok(y)
+}
+
+fn avg_pool_cpu<T: Element>(x: &Tensor, y: &mut Tensor) {
+    let ([_, h, w, c], [_, to_h, to_w, _]) = sizes(x, y);
+    let x = x.cpu::<T>();
+    y.cpu_mut::<T>().par_chunks_mut(to_w * c).enumerate().for_each(|(i, y)| {
+        let (image, top) = (i / to_h, i % to_h * 2);
+        let rows = top..(top + 2).min(h);
+        for (column, y) in y.chunks_exact_mut(c).enumerate() {
+            let columns = 2 * column..(2 * column + 2).min(w);
+            let count = (rows.len() * columns.len()) as f32;
+            for (channel, y) in y.iter_mut().enumerate() {
+                let pixels = rows.clone().flat_map(|row| columns.clone().map(move |column| (row, column)));
+                let values = pixels.map(|(row, column)| x[((image * h + row) * w + column) * c + channel].to_f32());
+                *y = T::from_f32(values.sum::<f32>() / count);
+            }
+        }
+    });
+}
+
 fn checked(op: &'static str, x: &Tensor, size: [usize; 2]) -> Result<[usize; 4]> {
     let [n, h, w, c] = x.dims(op, "x")?;
     float(op, "x", x)?;

@@ -470,9 +470,10 @@ fn place([h, w]: [usize; 2], window: [usize; 2], shift: [usize; 2], number: usiz
 #[test]
 fn windows_match_f64() {
     for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
-        let (steps, columns, column, n) = ([2, 1], 3, 1, 2);
-        let factors = [9, 9, 9, 9, 3, 9, 9, 2, 9];
-        let table = Tensor::from_u32(&device, &[3, columns], &factors).unwrap();
+        let (steps, columns, column, n) = ([2, 1], 3, 1, 4);
+        // Images 0 and 2 have one table, 1 and 3 another, as under guidance.
+        let factors = [9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 3, 9, 9, 2, 9, 9, 9, 9];
+        let table = Tensor::from_u32(&device, &[3, 2, columns], &factors).unwrap();
         let step = StepIndex::new(&device, &steps).unwrap();
         for ([map, window, unit], heads, d) in WINDOWS {
             let (l, own) = (map[0] * map[1], window[0] * window[1]);
@@ -486,7 +487,11 @@ fn windows_match_f64() {
                 let x = f64s(&qkv);
                 let token = |b: usize, i: usize| {
                     let image = b / count;
-                    let factor = if shifted { factors[steps[image] * columns + column] as usize } else { 0 };
+                    let factor = if shifted {
+                        factors[(steps[image % 2] * 2 + image % 2) * columns + column] as usize
+                    } else {
+                        0
+                    };
                     image * l + place(map, window, unit.map(|unit| factor * unit), b % count, i)
                 };
                 let by_window = [n * count, own, own, heads, d];
@@ -787,7 +792,7 @@ fn errors_name_the_argument() {
     assert!(matches!(with(false, both), Error::Argument { arg: "bias", .. }));
 
     let step = StepIndex::one(&device, 2).unwrap();
-    let factors = Tensor::from_u32(&device, &[3, 2], &[0; 6]).unwrap();
+    let factors = Tensor::from_u32(&device, &[3, 1, 2], &[0; 6]).unwrap();
     let shift = WindowShift { factors: &factors, step: &step, column: 1, unit: [1, 1] };
     let windows = Windows { map: [1, 5], window: [1, 5], shift: Some(shift) };
     let of = |windows| with(false, AttentionOptions { windows: Some(windows), ..none });
@@ -803,7 +808,10 @@ fn errors_name_the_argument() {
     argument(of(Windows { shift: Some(WindowShift { unit: [2, 0], ..shift }), ..windows }), "unit");
     let late = StepIndex::one(&device, 3).unwrap();
     argument(of(Windows { shift: Some(WindowShift { step: &late, ..shift }), ..windows }), "step");
-    let floats = zeros(&[3, 2], DType::F32);
+    let three = Tensor::from_u32(&device, &[3, 3, 2], &[0; 18]).unwrap();
+    let own = Windows { shift: Some(WindowShift { factors: &three, ..shift }), ..windows };
+    argument(of(own), "images of factors");
+    let floats = zeros(&[3, 1, 2], DType::F32);
     let error = of(Windows { shift: Some(WindowShift { factors: &floats, ..shift }), ..windows });
     assert!(matches!(error, Error::Dtype { arg: "factors", .. }), "{error}");
     argument(with(true, AttentionOptions { windows: Some(windows), ..none }), "windows");

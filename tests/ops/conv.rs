@@ -164,6 +164,23 @@ fn kernels_strides_dilations_and_paddings() {
     }
 }
 
+/// HiDiffusion's downsampler, on every rest of a size by 4: a quarter of the sides, rounded up.
+#[test]
+fn a_downsampler_of_stride_4_and_dilation_2() {
+    let sizes = [16, 17, 18, 19].map(|side| [1, side, 35 - side]);
+    run_all(&sizes.map(|input| {
+        let case = Case { input, channels: [8, 0], outputs: 16, stride: 4, dilation: 2, padding: [2; 4], ..PLAIN };
+        Case { bias: true, ..case }
+    }));
+    let device = Device::cpu();
+    let weight = Tensor::zeros(&device, &[1, 3, 3, 1], DType::F32).unwrap();
+    for (side, want) in [(1, 1), (4, 1), (5, 2), (100, 25), (125, 32), (127, 32), (128, 32), (135, 34), (240, 60)] {
+        let x = Tensor::zeros(&device, &[1, side, 1, 1], DType::F32).unwrap();
+        let y = ops::conv2d(Conv2d { stride: 4, dilation: 2, padding: [2; 4], ..Conv2d::new(&x, &weight) }).unwrap();
+        assert_eq!(y.shape(), [1, want, 1, 1], "{side}");
+    }
+}
+
 #[test]
 fn shapes() {
     let same = [1; 4];

@@ -337,6 +337,42 @@ fn nearest_takes_the_floor_index() {
     }
 }
 
+/// Means of what is there, in f64; channels of whole vectors and of others, one pixel, one row, odd and even sizes.
+#[test]
+fn avg_pool_matches_f64() {
+    let shapes = [[1, 1, 1, 1], [2, 3, 3, 3], [1, 4, 6, 8], [2, 5, 8, 16], [1, 2, 7, 24], [3, 7, 1, 5], [1, 1, 130, 9]];
+    for (device, dtype, shape) in floats().flat_map(|(d, dtype)| shapes.map(|s| (d.clone(), dtype, s))) {
+        let [n, h, w, c] = shape;
+        let x = Random::new(9).randn(&device, &shape, dtype);
+        let got = ops::avg_pool(&x).unwrap();
+        let (to_h, to_w) = (h.div_ceil(2), w.div_ceil(2));
+        assert_eq!((got.shape(), got.dtype()), ([n, to_h, to_w, c].as_slice(), dtype));
+        let (x, got) = (f64s(&x), f64s(&got));
+        for (at, got) in got.iter().enumerate() {
+            let (b, i, j, channel) = (at / c / to_w / to_h, at / c / to_w % to_h, at / c % to_w, at % c);
+            let pixels = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(di, dj)| (2 * i + di, 2 * j + dj));
+            let there = pixels.into_iter().filter(|&(i, j)| i < h && j < w);
+            let values: Vec<f64> = there.map(|(i, j)| x[((b * h + i) * w + j) * c + channel]).collect();
+            let want = values.iter().sum::<f64>() / values.len() as f64;
+            // Three sums and a quotient in f32, one rounding to the dtype.
+            let size = values.iter().map(|v| v.abs()).sum::<f64>();
+            let allowed = 4.0 * f64::from(f32::EPSILON) * size + dtype.ulp() / 2.0 * want.abs();
+            assert!((got - want).abs() <= allowed, "{device} {dtype} {shape:?} [{at}]: {got}, expected {want}");
+        }
+    }
+    let nine: Vec<f32> = (1..=9).map(|v| v as f32).collect();
+    let x = Tensor::from_f32(&Device::cpu(), &[1, 3, 3, 1], DType::F32, &nine).unwrap();
+    assert_eq!(ops::avg_pool(&x).unwrap().to_f32_vec().unwrap(), [3.0, 4.5, 7.5, 9.0]);
+}
+
+/// Averaging a constant map and enlarging it again gives it back.
+#[test]
+fn a_constant_map_is_pooled_and_enlarged_to_itself() {
+    let x = Tensor::from_f32(&Device::cpu(), &[1, 7, 10, 2], DType::F32, &[0.3; 140]).unwrap();
+    let back = ops::resize(&ops::avg_pool(&x).unwrap(), [7, 10], Upsampler::BicubicTorch, None, None).unwrap();
+    assert!(back.to_f32_vec().unwrap().iter().all(|v| (v - 0.3).abs() < 1e-6));
+}
+
 /// A step whose network makes its input smaller and larger again: launched, recorded and replayed, bit for bit. Nothing of a
 /// resize comes from the host, so nothing has to be there before a step is recorded.
 #[test]
@@ -418,6 +454,9 @@ fn meta_has_the_shapes_and_bytes_of_cpu() {
         assert!(run("resize_u8", ops::resize_u8(&x, [40, 33], upsampler).unwrap()) > 0);
     }
     assert_eq!(run("resize_nearest", ops::resize_nearest(&x, [40, 33]).unwrap()), 0);
+    let y = ops::avg_pool(&Tensor::uninit(&device, &[2, 15, 24, 3], DType::BF16).unwrap()).unwrap();
+    let work = meta.take_report().ops[0].work;
+    assert_eq!((y.shape(), work.bytes), (&[2, 8, 12, 3][..], 2 * (2 * 3 * (15 * 24 + 8 * 12))));
 }
 
 #[test]

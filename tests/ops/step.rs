@@ -283,6 +283,18 @@ fn errors_name_the_argument() {
         }
         assert!(StepTable::new(&device, Vec::new()).is_err());
         assert!(ops::scale_input(&x, &plain, DType::F32, 0).is_err());
+        let shifted = |values: &[u32]| table(&device, &[COEFFICIENTS; 2]).with_window_shifts(2, values);
+        for values in [&[0; 3][..], &[0; 6]] {
+            assert!(matches!(shifted(values).unwrap_err(), Error::Argument { arg: "window shifts", .. }));
+        }
+        let mut shifted = shifted(&[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
+        assert!(matches!(
+            shifted.rewrite_window_shifts(&[1]).unwrap_err(),
+            Error::Argument { arg: "window shifts", .. }
+        ));
+        shifted.rewrite_window_shifts(&[9, 1, 2, 3, 4, 5, 6, 8]).unwrap();
+        let shifts = shifted.window_shifts().unwrap();
+        assert_eq!((shifts.shape(), shifts.to_f32_vec().unwrap()[7]), (&[2, 2, 2][..], 8.0));
         assert!(matches!(StepIndex::one(&device, 1 << 40).unwrap_err(), Error::TooLarge { .. }));
         let three = table(&device, &[COEFFICIENTS]).with_images(3).unwrap();
         let divides = |error| matches!(error, Error::Argument { arg: "images with a step of their own", .. });

@@ -333,6 +333,18 @@ pub fn nearest(device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
     unsafe { device.launch("resize", &entry, launch, args![y.cuda(), x.cuda(), h, w, to_h, to_w as i32, c as i32]) }
 }
 
+pub fn avg_pool(device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
+    let ([_, h, w, c], [n, to_h, to_w, _]) = (x.dims("avg_pool", "x")?, y.dims("avg_pool", "y")?);
+    let [h, w] = [h, w].map(|size| int("avg_pool", "size", size));
+    let row = int("avg_pool", "width * channels", to_w * c)? as usize;
+    let vector = c.is_multiple_of(VECTOR) && aligned(x) && aligned(y);
+    let threads = if vector { row / VECTOR } else { row };
+    let launch = Launch::grid([n * to_h, threads.div_ceil(THREADS), 1]).block(THREADS);
+    let (entry, h, w) = (entry("avg_pool", y.dtype()), h?, w?);
+    // SAFETY: arguments as the entry has them; y has half x's sizes, rounded up, and its images and channels.
+    unsafe { device.launch("resize", &entry, launch, args![y.cuda(), x.cuda(), h, w, c as i32, i32::from(vector)]) }
+}
+
 impl Finish<'_> {
     fn noise(&self) -> (DevicePtr, f32, f32) {
         match self.noise {

@@ -53,6 +53,8 @@ pub struct StepTable {
     table: Tensor,
     index: StepIndex,
     pub(in crate::ops) thresholding: Option<Thresholding>,
+    /// `[steps, images, C]`, u32.
+    window_shifts: Option<Tensor>,
 }
 
 const COLUMNS: usize = 16;
@@ -93,7 +95,7 @@ impl StepTable {
         }
         let table = Tensor::from_f32(device, &[rows.len(), COLUMNS], DType::F32, &values(&rows)?)?;
         let index = StepIndex::ending(device, &[0], Some(rows.len()))?;
-        Ok(StepTable { rows, table, index, thresholding: None })
+        Ok(StepTable { rows, table, index, thresholding: None, window_shifts: None })
     }
 
     /// Each of `images` images gets a step of its own, at first the table's first; before there is one step for all.
@@ -133,6 +135,41 @@ impl StepTable {
             }
         }
         Ok(StepTable { thresholding, ..self })
+    }
+
+    /// With shifts of attention's windows that the network reads, `C` of each image at each step: `[steps, images, C]`,
+    /// row-major ([`WindowShift::factors`](crate::ops::WindowShift)).
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: no whole number of columns; [`Error::OutOfMemory`].
+    pub fn with_window_shifts(self, images: usize, values: &[u32]) -> Result<StepTable> {
+        let each = self.len() * images;
+        if each == 0 || !values.len().is_multiple_of(each) {
+            let want = format!("a multiple of {each}, steps times images");
+            return Err(Error::argument("StepTable", "window shifts", values.len(), want));
+        }
+        let shape = [self.len(), images, values.len() / each];
+        let window_shifts = Some(Tensor::from_u32(self.table.device(), &shape, values)?);
+        Ok(StepTable { window_shifts, ..self })
+    }
+
+    /// Other shifts, as many, in the same place.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: another count; [`Error::Driver`].
+    pub fn rewrite_window_shifts(&mut self, values: &[u32]) -> Result<()> {
+        match &mut self.window_shifts {
+            Some(shifts) if shifts.numel() == values.len() => shifts.write_u32(values),
+            shifts => {
+                let want = format!("{}, as before", shifts.as_ref().map_or(0, Tensor::numel));
+                Err(Error::argument("StepTable", "window shifts", values.len(), want))
+            }
+        }
+    }
+
+    /// `[steps, images, C]`, u32, on the device.
+    pub fn window_shifts(&self) -> Option<&Tensor> {
+        self.window_shifts.as_ref()
     }
 
     pub fn len(&self) -> usize {
