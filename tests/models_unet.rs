@@ -349,7 +349,12 @@ fn dilation_changes_the_mid_block_alone_and_only_when_asked() {
     let conditioning = case.condition(&[case.timestep]);
     let run = |mid_dilation| {
         case.unet
-            .forward(&case.sample, &at(case.unet.device(), 0), &conditioning, &UnetOptions { mid_dilation })
+            .forward(
+                &case.sample,
+                &at(case.unet.device(), 0),
+                &conditioning,
+                &UnetOptions { mid_dilation, ..UnetOptions::default() },
+            )
             .expect("runs")
     };
     assert!(errors(&run(1), &case.want).0 < F32_TOLERANCE);
@@ -370,7 +375,17 @@ fn wrong_arguments_are_errors() {
         forward(&x, 1, &options),
         "unet: step is 1, expected below 1, the number of timesteps of the conditioning"
     );
-    assert_eq!(forward(&x, 0, &UnetOptions { mid_dilation: 0 }), "unet: mid_dilation is 0, expected 1 or more");
+    assert_eq!(
+        forward(&x, 0, &UnetOptions { mid_dilation: 0, ..UnetOptions::default() }),
+        "unet: mid_dilation is 0, expected 1 or more"
+    );
+    // The model has two levels.
+    let wide = UnetOptions { wide_downsampler: Some(1), ..UnetOptions::default() };
+    assert_eq!(forward(&x, 0, &wide), "unet: wide_downsampler is 1, expected a level below 1, of 2");
+    let pooled = UnetOptions { pooled_level: Some(2), ..UnetOptions::default() };
+    assert_eq!(forward(&x, 0, &pooled), "unet: pooled_level is 2, expected a level below 2, of 2");
+    let windowed = UnetOptions { windowed_level: Some(2), ..UnetOptions::default() };
+    assert_eq!(forward(&x, 0, &windowed), "unet: windowed_level is 2, expected a level below 2, of 2");
     for shape in [[0, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
         let error = forward(&tensor(&shape, DType::F32), 0, &options);
         assert!(error.starts_with(&format!("unet: x has shape {shape:?}")), "{error}");

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::f16;
-use megafuse::methods::{METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
+use megafuse::methods::{HiDiffusion, METHODS, MegaFusion, Method, MethodSpec, OptionKind, Plain, Stage};
 use megafuse::pipeline::{
     self, Event, LoadOptions, LongPrompt, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request,
     Residency, RngKind, Sampler, Silent, Syntax, TextOptions, VaePartition,
 };
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Result};
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 
 fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
@@ -151,7 +152,8 @@ fn compare(got: &Tensors, want: &Tensors) -> std::result::Result<f64, String> {
         };
         let largest = got.iter().zip(want).map(error).fold(0.0, f64::max);
         // Draws are torch's bit for bit.
-        let allowed = if name.starts_with("noise") || name == "timesteps" { 0.0 } else { 1e-4 };
+        let exact = name.starts_with("noise") || name == "timesteps" || name == "shifts";
+        let allowed = if exact { 0.0 } else { 1e-4 };
         if largest > allowed {
             wrong.push(format!("{name} {largest:.1e}"));
         }
@@ -182,6 +184,36 @@ fn a_picture_depends_on_its_own_seed_alone() {
     }
     assert_ne!(three[0].rgb, three[1].rgb);
     assert_ne!(three[1].rgb, three[2].rgb);
+}
+
+/// HiDiffusion on SDXL's map: shifts of each picture's own; both parts off make the plain picture.
+#[test]
+fn hidiffusions_pictures_depend_on_their_own_seeds_alone() {
+    let pipeline = load("sdxl", DType::F32);
+    let of = |method: Method, seed| Request {
+        prompt: "a cat".into(),
+        method,
+        size: Some("30x44".parse().unwrap()),
+        steps: Some(3),
+        seed,
+        ..Request::default()
+    };
+    let hi: Method = HiDiffusion { t1: Some(0.7), ..HiDiffusion::default() }.into();
+    let three = pipeline.generate(&Request { count: 3, batch: 3, ..of(hi.clone(), 5) }, &mut Silent).unwrap();
+    for (seed, picture) in (5..).zip(&three) {
+        assert_eq!(pipeline.generate(&of(hi.clone(), seed), &mut Silent).unwrap()[0], *picture, "seed {seed}");
+    }
+    let rgb = |method: Method| pipeline.generate(&of(method, 5), &mut Silent).unwrap().remove(0).rgb;
+    let off = |raunet, windows| HiDiffusion { raunet, windows, ..HiDiffusion::default() }.into();
+    let plain = rgb(Plain {}.into());
+    assert_eq!(rgb(off(false, false)), plain);
+    assert_ne!(rgb(off(true, false)), plain);
+    assert_ne!(rgb(off(false, true)), plain);
+
+    let json = pipeline.parameters(&of(hi, 5)).unwrap().json;
+    assert_eq!((&json["method"], &json["t1"], json.get("t2")), (&"hidiffusion".into(), &0.7.into(), None));
+    let error = load("sd15", DType::F32).resolve(&of(off(true, true), 0)).unwrap_err().to_string();
+    assert!(error.contains("this UNet has attention, none"), "{error}");
 }
 
 #[test]
@@ -222,15 +254,14 @@ fn loud_vae(path: &Path) {
         .tensors()
         .into_iter()
         .map(|(name, view)| {
-            assert_eq!(view.dtype(), safetensors::Dtype::F16);
+            assert_eq!(view.dtype(), Dtype::F16);
             let factor = if loud.contains(&name.as_str()) { 1000.0 } else { 1.0 };
             let values = view.data().chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f32());
             (name, view.shape().to_vec(), values.flat_map(|value| (factor * value).to_le_bytes()).collect())
         })
         .collect();
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
-    });
+    let views =
+        tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
 

@@ -92,7 +92,10 @@ impl Args for MethodOptions {
                 OptionKind::Choice(names) => arg
                     .value_name(option.value_name)
                     .value_parser(PossibleValuesParser::new(names).try_map(move |name| kind.parse(&name))),
-                OptionKind::Integer { .. } | OptionKind::Number { .. } | OptionKind::Numbers { .. } => {
+                OptionKind::Share
+                | OptionKind::Integer { .. }
+                | OptionKind::Number { .. }
+                | OptionKind::Numbers { .. } => {
                     arg.value_name(option.value_name).allow_negative_numbers(true).value_parser(text)
                 }
             })

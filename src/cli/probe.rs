@@ -32,7 +32,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         Module::Text => text(&files, args.prompt.as_deref().unwrap_or_default(), &device, args.dtype, &mut loaded)?,
         Module::Unet => {
             let input = input("unet")?;
-            let options = UnetOptions { mid_dilation: args.dilation.unwrap_or(1) };
+            let options = UnetOptions { mid_dilation: args.dilation.unwrap_or(1), ..UnetOptions::default() };
             let (model, report) = files.unet(&device, args.dtype)?;
             loaded(report);
             unet(&model, &input, &options, &device, args.dtype)?

@@ -197,7 +197,7 @@ impl MegaFusion {
 
     fn unet_options(&self, stage: usize) -> UnetOptions {
         let dilated = stage > 0 || self.reference_compat;
-        UnetOptions { mid_dilation: if dilated { self.dilation } else { 1 } }
+        UnetOptions { mid_dilation: if dilated { self.dilation } else { 1 }, ..UnetOptions::default() }
     }
 
     /// From the clean samples that leave stage `to - 1` to the noised ones that enter `to`.

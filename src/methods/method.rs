@@ -65,7 +65,7 @@ pub trait GenerationMethod: Debug + Send + Sync {
     }
 
     /// Can a run be made as the options and `run` say? What every method asks (stages with steps, sizes of whole cells)
-    /// has been checked.
+    /// has been checked. Asked a second time once the model is known ([`Run::model`]).
     ///
     /// # Errors
     /// [`Error::Request`], naming the option.
@@ -117,6 +117,8 @@ pub enum OptionKind {
     /// Given or not.
     Switch,
     Bool,
+    /// From 0 to 1, both ends included.
+    Share,
     Choice(&'static [&'static str]),
     Integer {
         least: i64,
@@ -148,6 +150,10 @@ impl OptionKind {
         match self {
             OptionKind::Switch => Ok(Value::Bool(true)),
             OptionKind::Bool => text.parse().map(Value::Bool).map_err(|_| "expected true or false".into()),
+            OptionKind::Share => match text.parse::<f64>() {
+                Ok(x) if (0.0..=1.0).contains(&x) => Ok(x.into()),
+                _ => Err("expected a number from 0 to 1".into()),
+            },
             OptionKind::Choice(names) => match names.contains(&text) {
                 true => Ok(text.into()),
                 false => Err(format!("expected {}", one_of(names))),

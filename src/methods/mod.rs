@@ -6,6 +6,7 @@
 
 mod choices;
 mod demofusion;
+mod hidiffusion;
 mod hires_fix;
 mod megafusion;
 mod method;
@@ -24,6 +25,7 @@ pub mod views;
 
 pub use choices::Choices;
 pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, gaussian_taps, phase_sizes};
+pub use hidiffusion::{HIDIFFUSION, HiDiffusion};
 pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
 pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
@@ -33,7 +35,7 @@ pub use observer::{Event, Observer, Silent, StepProgress, Watch, tell};
 pub use plain::{PLAIN, Plain};
 pub use ranges::RunRange;
 pub use recorded::{RecordedSteps, StageInputs, StageSteps, StepKey};
-pub use run::{PublishedSchedule, Run};
+pub use run::{ModelFacts, PublishedSchedule, Run};
 pub use sampling::{Sampling, generate, images};
 pub use size::{Size, Stage};
 pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
@@ -42,7 +44,8 @@ pub use start::{Known, Start, StartPicture};
 use crate::names::named;
 
 /// Every method, in the order of the help.
-pub static METHODS: &[&MethodSpec] = &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &MULTIDIFFUSION, &DEMOFUSION];
+pub static METHODS: &[&MethodSpec] =
+    &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

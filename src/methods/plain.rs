@@ -42,7 +42,7 @@ impl GenerationMethod for Plain {
     fn check(&self, run: &Run) -> Result<()> {
         if run.stages().len() > 1 {
             let (field, value) = ("stages", run.stages_text());
-            let reason = "the plain method has one stage; use request.method megafusion".into();
+            let reason = format!("the {} method has one stage; use request.method megafusion", run.method());
             return Err(Error::Request { field, value, reason });
         }
         Ok(())

@@ -41,6 +41,8 @@ pub struct StepKey {
     pub thresholding: Option<Thresholding>,
     /// Is a part of a picture kept?
     pub repaints: bool,
+    /// Shifts of attention's windows that the network reads in a step, per image.
+    pub window_shifts: Option<usize>,
 }
 
 /// What a stage begins with.
@@ -49,6 +51,8 @@ pub struct StageInputs<'a> {
     pub rows: &'a [StepRow],
     /// The row of the first step.
     pub first: usize,
+    /// `[rows, images, C]` ([`StepTable::with_window_shifts`]).
+    pub window_shifts: Option<&'a [u32]>,
     pub guidance: Option<Guidance>,
     pub known: Option<&'a Known>,
 }
@@ -76,7 +80,7 @@ impl RecordedSteps {
     pub fn begin(
         &self,
         key: &StepKey,
-        StageInputs { x, rows, first, guidance, known }: StageInputs,
+        StageInputs { x, rows, first, window_shifts, guidance, known }: StageInputs,
         denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
         let history = history(rows);
@@ -90,6 +94,9 @@ impl RecordedSteps {
             steps.denoiser = denoiser(Some(steps.denoiser))?;
             steps.state.restart(&x)?;
             steps.table.rewrite(rows.to_vec(), first)?;
+            if let Some(values) = window_shifts {
+                steps.table.rewrite_window_shifts(values)?;
+            }
             return Ok(steps);
         }
         let device = x.device().clone();
@@ -98,6 +105,9 @@ impl RecordedSteps {
             let table = StepTable::new(&device, rows.to_vec())?.with_images(images)?;
             let mut table = table.with_thresholding(key.thresholding)?;
             table.index_mut().set(&vec![first; images])?;
+            if let Some(values) = window_shifts {
+                table = table.with_window_shifts(images, values)?;
+            }
             let noise = match key.adds_noise {
                 true => Some(Tensor::uninit(&device, &key.sample, DType::F32)?),
                 false => None,

@@ -2,6 +2,7 @@ use std::ops::Range;
 
 use super::{Choices, METHODS, Method, Size, Stage, Start, check_size};
 use crate::error::{Error, Result};
+use crate::models::UnetConfig;
 use crate::names::one_of;
 use crate::ops::GuidanceScale;
 use crate::schedulers::Scheduler;
@@ -20,6 +21,18 @@ pub struct Run {
     start: Option<Start>,
     factor: usize,
     native: Option<Size>,
+    model: Option<ModelFacts>,
+}
+
+/// What a method may know of the model beforehand, to choose its defaults and to refuse what the network has no place for.
+#[derive(Clone, Debug)]
+pub struct ModelFacts {
+    /// As it is called: a directory, a file, or a name of the hub.
+    pub name: String,
+    /// Was it distilled to a few steps?
+    pub distilled: bool,
+    /// Of a model whose network is a UNet.
+    pub unet: Option<UnetConfig>,
 }
 
 /// What MegaFusion's published code has for the models of a family, whatever their sizes.
@@ -77,8 +90,8 @@ impl Run {
     ) -> Result<Run> {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
-        let (published, choices) = (PublishedSchedule::SD, Choices::default());
-        let run = Run { method, stages, ranges, scheduler, guidance, published, choices, start: None, factor, native };
+        let (published, choices, start, model) = (PublishedSchedule::SD, Choices::default(), None, None);
+        let run = Run { method, stages, ranges, scheduler, guidance, published, choices, start, factor, native, model };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -101,6 +114,16 @@ impl Run {
         Run { published, ..self }
     }
 
+    /// Of this model. Without it a method that asks something of the network makes no picture.
+    ///
+    /// # Errors
+    /// [`Error::Request`], [`Error::Config`]: what the method's check says of its options and the model.
+    pub fn of_model(self, model: ModelFacts) -> Result<Run> {
+        let run = Run { model: Some(model), ..self };
+        run.method.implementation().check(&run)?;
+        Ok(run)
+    }
+
     /// With what is given in place of the method's own draws.
     ///
     /// # Errors
@@ -113,6 +136,10 @@ impl Run {
     /// With guidance of its own for each picture of a batch, where there is guidance.
     pub fn with_guidance(self, pictures: Vec<GuidanceScale>) -> Run {
         Run { guidance: self.guidance.map(|_| pictures), ..self }
+    }
+
+    pub fn model(&self) -> Option<&ModelFacts> {
+        self.model.as_ref()
     }
 
     /// What is given in place of the method's own draws.

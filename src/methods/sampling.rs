@@ -27,6 +27,8 @@ pub struct Sampling<'a> {
     /// Signal and sigma of the samples after every evaluation: those of the next one; of a stage's last, clean ones.
     pub(super) levels: Vec<[f64; 2]>,
     timesteps: Vec<f32>,
+    /// Of attention's windows: how many an image has in a step, and those of every evaluation and image.
+    window_shifts: Option<(usize, Vec<u32>)>,
     /// Steps and evaluations done.
     done: usize,
     evaluated: usize,
@@ -57,6 +59,7 @@ pub fn generate<'a>(
         rows: Vec::new(),
         levels: Vec::new(),
         timesteps: Vec::new(),
+        window_shifts: None,
         done: 0,
         evaluated: 0,
         draws: 0,
@@ -111,6 +114,19 @@ impl<'a> Sampling<'a> {
         self.dump_tables()
     }
 
+    /// Sets the shifts that attention's windows have, `[steps, C]` of each picture ([`choose`](Sampling::choose)), in the order
+    /// in which the network executes those of a step. All evaluations of a step have the same.
+    pub fn shift_windows(&mut self, pictures: &[Vec<i64>], columns: usize) {
+        let mut values = Vec::new();
+        let mut step = 0;
+        for evaluation in &self.evaluations {
+            let of = |picture: &Vec<i64>| picture[step * columns..(step + 1) * columns].to_vec();
+            values.extend(pictures.iter().flat_map(of).map(|shift| shift as u32));
+            step += usize::from(evaluation.ends_step);
+        }
+        self.window_shifts = Some((columns, values));
+    }
+
     pub fn scheduler(&self, stage: usize) -> &Scheduler {
         &self.schedulers[stage]
     }
@@ -158,7 +174,9 @@ impl<'a> Sampling<'a> {
             }
             Ok(denoiser)
         };
-        let inputs = StageInputs { x, rows: &self.rows, first: self.evaluated, guidance, known: known.as_ref() };
+        let window_shifts = self.window_shifts.as_ref().map(|(_, values)| values.as_slice());
+        let (rows, first) = (&self.rows, self.evaluated);
+        let inputs = StageInputs { x, rows, first, window_shifts, guidance, known: known.as_ref() };
         let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
         let mut clean = None;
@@ -232,6 +250,7 @@ impl<'a> Sampling<'a> {
             rescales: self.run.guidance().map(|scales| scales.iter().any(|scale| scale.rescale != 0.0)),
             adds_noise: self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0),
             thresholding: self.run.scheduler().thresholding(),
+            window_shifts: self.window_shifts.as_ref().map(|(columns, _)| *columns),
             repaints: false,
         }
     }

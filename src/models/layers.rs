@@ -259,6 +259,12 @@ impl Downsample {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::conv2d(ops::Conv2d { stride: 2, padding: self.padding, ..self.conv.args(x) })
     }
+
+    /// `[N, H, W, C]` to a quarter of the size, rounded up: the same weights with stride 4, dilation 2 and padding 2 all around
+    /// (HiDiffusion, Zhang et al. 2024, arXiv:2311.17528).
+    pub fn forward_wide(&self, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d(ops::Conv2d { stride: 4, dilation: 2, padding: [2; 4], ..self.conv.args(x) })
+    }
 }
 
 /// Nearest neighbour and a 3x3 conv (`upsamplers.0.conv`) in one.

@@ -17,6 +17,8 @@ pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
 pub use foreign::Foreign;
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
-pub use unet::{AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions};
+pub use unet::{
+    AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
+};
 pub use vae::{Partition, Vae, VaeConfig};
 pub use weights::{Part, Rewritten, Unused, WeightFormat, WeightStore, Weights, rewrite};

@@ -11,8 +11,8 @@ use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, Weight
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
-    self, Denoiser, DiffusionModel, Event, NoiseSource, Observer, RecordedSteps, Run, RunRange, Size, StartPicture,
-    Watch, tell,
+    self, Denoiser, DiffusionModel, Event, ModelFacts, NoiseSource, Observer, RecordedSteps, Run, RunRange, Size,
+    StartPicture, Watch, tell,
 };
 use crate::models::Partition;
 use crate::rng::Rng;
@@ -230,7 +230,10 @@ impl Pipeline {
             let reason = format!("{} is an inpainting model; give it request.init_image and request.mask", self.name);
             return Err(Error::Request { field, value, reason });
         }
-        request.resolve(&self.scheduler, self.native_size(), self.family.space().factor(), self.defaults)
+        let distilled = self.defaults.is_distilled();
+        let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
+        let factor = self.family.space().factor();
+        request.resolve(&self.scheduler, self.native_size(), factor, self.defaults)?.of_model(model)
     }
 
     /// What of a request may surprise, a sentence each: a picture that is stretched, a mask that repaints nothing.

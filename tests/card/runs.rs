@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use megafuse::methods::{DemoFusion, MegaFusion, MultiDiffusion, Plain};
+use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, Plain};
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent};
@@ -154,10 +154,30 @@ fn stored_sdxl() -> (&'static str, &'static str, Request) {
     ("sdxl-mega-plus-v-zero-snr", "sdxl-v-zero-snr", request)
 }
 
+/// Two more of them: HiDiffusion on both maps of blocks, on maps of odd sides; three steps of SDXL's have the same options, so
+/// that the last one is replayed, with shifts of its own.
+fn stored_hidiffusion() -> [(&'static str, &'static str, Request); 2] {
+    let of = |size: &str, options, seed| Request {
+        prompt: "a photo of a cat".into(),
+        method: options,
+        size: Some(size.parse().unwrap()),
+        steps: Some(4),
+        guidance: 2.0,
+        seed,
+        ..Request::default()
+    };
+    let xl = HiDiffusion { t2: Some(0.25), aggressive: Some(false), ..HiDiffusion::default() };
+    let sd = HiDiffusion { t1: Some(0.75), t2: Some(0.5), ..HiDiffusion::default() };
+    let xl = Request { negative_prompt: Some("blurry".into()), ..of("36x28", xl.into(), 71) };
+    let sd = Request { scheduler: Some(Sampler::Ddim), ..of("23x17", sd.into(), 71) };
+    [("hi-sdxl-odd", "sdxl", xl), ("hi-sd-both", "defaults", sd)]
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
-        for (name, model, request) in stored().into_iter().chain([stored_sdxl()]).chain(stored_views()) {
+        let all = stored().into_iter().chain([stored_sdxl()]).chain(stored_views()).chain(stored_hidiffusion());
+        for (name, model, request) in all {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
             let want = SafeTensors::deserialize(&bytes).unwrap();
@@ -199,7 +219,8 @@ fn low_precision_runs_err_no_more_than_the_cpu_does() {
 #[test]
 fn replayed_steps_are_launched_steps_bit_for_bit() {
     cards(); // the driver is chosen
-    for (name, model, request) in stored() {
+    let [odd, _] = stored_hidiffusion();
+    for (name, model, request) in stored().into_iter().chain([odd]) {
         for dtype in DType::FLOATS {
             let [launched, replayed] = [true, false].map(|eager| {
                 let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
@@ -270,59 +291,67 @@ fn a_recorded_step_is_what_the_planner_counts() {
         let config =
             UnetConfig::from_json("config.json", &std::fs::read_to_string(data("sd15/unet/config.json")).unwrap());
         let config = config.unwrap();
-        let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
-            let store = match device {
-                Device::Meta(_) => WeightStore::meta(device, DType::BF16),
-                _ => WeightStore::open(&data("sd15/unet"), "diffusion_pytorch_model", device, DType::BF16).unwrap(),
+        let hi =
+            UnetOptions { wide_downsampler: Some(0), pooled_level: Some(1), windowed_level: Some(0), mid_dilation: 1 };
+        for (options, height) in [(UnetOptions::default(), 16), (hi, 15)] {
+            let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
+                let store = match device {
+                    Device::Meta(_) => WeightStore::meta(device, DType::BF16),
+                    _ => WeightStore::open(&data("sd15/unet"), "diffusion_pytorch_model", device, DType::BF16).unwrap(),
+                };
+                let unet = Unet::load(store, &config).unwrap();
+                let text = Tensor::zeros(device, &[2, 77, config.cross_attention_dim], DType::BF16).unwrap();
+                let conditioning = unet.condition(&text, &[981.0, 1.0]).unwrap();
+                let coefficients = StepCoefficients {
+                    x0_from_x: 1.0,
+                    x0_from_e: -0.5,
+                    clip: None,
+                    next_from_x: 0.0,
+                    next_from_e: 0.5,
+                    next_from_x0: 0.5,
+                    ..StepCoefficients::default()
+                };
+                let guidance = Guidance::uniform(device, 1, 7.0).unwrap();
+                let mut steps = StepTable::new(device, vec![StepRow { input_scale: 1.0, coefficients }; 2]).unwrap();
+                let mut state =
+                    SampleState::new(Tensor::zeros(device, &[1, height, 16, config.in_channels], DType::F32).unwrap())
+                        .unwrap();
+                work(&mut || {
+                    let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
+                    let output = unet.forward(&input, steps.index(), &conditioning, &options)?;
+                    ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
+                    steps.index_mut().advance()
+                });
             };
-            let unet = Unet::load(store, &config).unwrap();
-            let text = Tensor::zeros(device, &[2, 77, config.cross_attention_dim], DType::BF16).unwrap();
-            let conditioning = unet.condition(&text, &[981.0, 1.0]).unwrap();
-            let coefficients = StepCoefficients {
-                x0_from_x: 1.0,
-                x0_from_e: -0.5,
-                clip: None,
-                next_from_x: 0.0,
-                next_from_e: 0.5,
-                next_from_x0: 0.5,
-                ..StepCoefficients::default()
-            };
-            let guidance = Guidance::uniform(device, 1, 7.0).unwrap();
-            let mut steps = StepTable::new(device, vec![StepRow { input_scale: 1.0, coefficients }; 2]).unwrap();
-            let mut state =
-                SampleState::new(Tensor::zeros(device, &[1, 16, 16, config.in_channels], DType::F32).unwrap()).unwrap();
-            work(&mut || {
-                let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
-                let output = unet.forward(&input, steps.index(), &conditioning, &UnetOptions::default())?;
-                ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
-                steps.index_mut().advance()
+            let Device::Cuda(card) = &device else { unreachable!() };
+            let mut kernels = Vec::new();
+            step(&device, &mut |work| kernels = card.capture(0, work).unwrap().kernels().to_vec());
+            let mut planned = 0;
+            step(&Device::Meta(meta.clone()), &mut |work| {
+                meta.take_report();
+                work().unwrap();
+                planned = meta.take_report().total().launches;
             });
-        };
-        let Device::Cuda(card) = &device else { unreachable!() };
-        let mut kernels = Vec::new();
-        step(&device, &mut |work| kernels = card.capture(0, work).unwrap().kernels().to_vec());
-        let mut planned = 0;
-        step(&Device::Meta(meta.clone()), &mut |work| {
-            meta.take_report();
-            work().unwrap();
-            planned = meta.take_report().total().launches;
-        });
-        // Planned as Hopper's kernels do it; the others need no sums of weights to enlarge.
-        let count = kernels.len() as u64;
-        assert!(count == planned || count < planned && !card.has(Isa::Sm90a), "{device} {planned}: {kernels:?}");
-        let families = [
-            "scale_input_",
-            "conv2d_",
-            "linear_",
-            "attention_",
-            "group_norm_",
-            "layer_norm_",
-            "sampler_step_",
-            "advance_step",
-        ];
-        let foreign: Vec<&String> =
-            kernels.iter().filter(|kernel| !families.iter().any(|family| kernel.starts_with(family))).collect();
-        assert!(foreign.is_empty(), "{device}: {foreign:?}");
+            // Planned as Hopper's kernels do it; the others need no sums of weights to enlarge.
+            let count = kernels.len() as u64;
+            assert!(count == planned || count < planned && !card.has(Isa::Sm90a), "{device} {planned}: {kernels:?}");
+            let families = [
+                "scale_input_",
+                "conv2d_",
+                "linear_",
+                "attention_",
+                "group_norm_",
+                "layer_norm_",
+                "resize_",
+                "avg_pool_",
+                "add_",
+                "sampler_step_",
+                "advance_step",
+            ];
+            let foreign: Vec<&String> =
+                kernels.iter().filter(|kernel| !families.iter().any(|family| kernel.starts_with(family))).collect();
+            assert!(foreign.is_empty(), "{device}: {foreign:?}");
+        }
     }
 }
 
@@ -349,6 +378,30 @@ fn a_picture_does_not_depend_on_those_made_before() {
             let fresh = load().generate(request, &mut Silent).unwrap();
             assert!(used.generate(request, &mut Silent).unwrap() == fresh, "{device}: request {i}");
         }
+    }
+}
+
+/// The shifts of windows are each picture's own: alone, in a batch, and where the steps of another picture are replayed.
+#[test]
+fn shifts_of_windows_are_those_of_the_pictures_seed() {
+    for device in cards() {
+        let load = || Pipeline::load(ModelSource::Directory(data("sdxl")), device.clone(), DType::F32).unwrap();
+        let of = |seed| Request {
+            prompt: "a cat".into(),
+            method: HiDiffusion { raunet: false, ..HiDiffusion::default() }.into(),
+            size: Some("32x32".parse().unwrap()),
+            steps: Some(3),
+            guidance: 2.0,
+            seed,
+            ..Request::default()
+        };
+        let used = load();
+        let alone = [1, 2].map(|seed| load().generate(&of(seed), &mut Silent).unwrap().remove(0));
+        for (at, seed) in [(0, 1), (1, 2), (0, 1)] {
+            assert!(used.generate(&of(seed), &mut Silent).unwrap()[0] == alone[at], "{device}: seed {seed}");
+        }
+        let together = used.generate(&Request { count: 2, batch: 2, ..of(1) }, &mut Silent).unwrap();
+        assert!(together[..] == alone[..], "{device}");
     }
 }
 

@@ -112,7 +112,7 @@ pub fn check_in(stored: &str, run: &Run, more: &[&str]) -> Result<(), String> {
         .iter()
         .filter_map(|(name, want)| {
             let tolerance = match name.as_str() {
-                "timesteps" => 0.0,
+                "timesteps" | "shifts" => 0.0,
                 "alpha_bar" if run.name.contains("zero-snr") => ZERO_SNR_TABLE_TOLERANCE,
                 "alpha_bar" => TABLE_TOLERANCE,
                 name if name.starts_with("noise") => 0.0,
@@ -144,6 +144,11 @@ fn megafusion() {
 #[test]
 fn megafusion_plus_plus() {
     check_all(|name| name.starts_with("mega-plus"));
+}
+
+#[test]
+fn hidiffusion() {
+    check_all(|name| name.starts_with("hi-"));
 }
 
 #[test]

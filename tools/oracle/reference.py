@@ -1,4 +1,4 @@
-"""Plain sampling and MegaFusion in plain torch over diffusers' modules, batch 1.
+"""Plain sampling, MegaFusion and HiDiffusion in plain torch over diffusers' modules, batch 1.
 
     reference.py --model DIR --out FILE.safetensors [the options of `megafuse generate`] [PROMPT]
 
@@ -20,15 +20,18 @@ The tensors written, all f32 NCHW:
     relay<k>.noised      what the stage starts from
     latent               the latents that are decoded at the end: the last stepped ones (plain), the last x0 (MegaFusion)
     image                the final picture, not clamped
+    shifts               HiDiffusion's, [steps, windowed self-attentions], i64
 """
 
 import argparse
+import contextlib
 import copy
 import pathlib
 import sys
 
 import torch
 
+import hidiffusion
 import resize
 from module_values import encode_prompt, run_unet, set_mid_dilation
 
@@ -79,6 +82,12 @@ class Settings:
     # DemoFusion
     cosine = (3.0, 1.0, 1.0)
     sigma = 0.8
+    # HiDiffusion; None: as the model and the size say
+    raunet = True
+    windows = True
+    t1 = None
+    t2 = None
+    aggressive = None
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -86,9 +95,8 @@ class Settings:
             setattr(self, key, value)
 
     def sampler(self, scheduler_config):
-        """Without --scheduler: DDIM for MegaFusion; for plain the class of scheduler_config.json, which must be one of
-        these."""
-        if self.method != "plain":
+        """Without --scheduler: DDIM for MegaFusion; else the class of scheduler_config.json, which must be one of these."""
+        if self.method.startswith("megafusion"):
             return self.scheduler or "ddim"
         own = {v: k for k, v in CLASSES.items()}
         return self.scheduler or own[scheduler_config["_class_name"]]
@@ -106,7 +114,7 @@ class Settings:
                 value = ",".join(map(str, value))
             if key == "stages":
                 value = ",".join(f"{w}x{h}:{n}" for (w, h), n in value)
-            if isinstance(value, bool) and key != "reschedule":
+            if isinstance(value, bool) and key not in ("reschedule", "raunet", "windows", "aggressive"):
                 assert value
                 out.append(option)
                 continue
@@ -202,7 +210,8 @@ def decode(model, latent):
     return model.vae.decode(latent / model.vae.config.scaling_factor).sample
 
 
-def plain(model, settings, tensors):
+def plain(model, settings, tensors, hi=None):
+    """`hi`: HiDiffusion's steps of the wide downsampler and of the pooled block, and its shifts."""
     draws = Draws(settings.seed, tensors, model.unet.dtype)
     sampler = settings.sampler(model.scheduler_config)
     scheduler = make_scheduler(CLASSES[sampler], model.scheduler_config)
@@ -213,13 +222,28 @@ def plain(model, settings, tensors):
     predict.enter(settings.size)
     x = draws.normal(shape) * scheduler.init_noise_sigma
     for n, t in enumerate(scheduler.timesteps):
-        output = predict(scheduler.scale_model_input(x, t), t)
+        with contextlib.ExitStack() as stack:
+            if hi:
+                wide, pooled, shifts = hi(shape)
+                k = None if shifts is None else shifts[n]
+                stack.enter_context(hidiffusion.asked(model.unet, n in wide, n in pooled, k))
+            output = predict(scheduler.scale_model_input(x, t), t)
         x = step(scheduler, sampler, output, t, x, draws, settings.eta).prev_sample
         tensors[f"step{n + 1}"] = x
     tensors["timesteps"] = scheduler.timesteps.float()
     tensors["alpha_bar"] = scheduler.alphas_cumprod[None].float()
     tensors["latent"] = x
     tensors["image"] = decode(model, x)
+
+
+def hidiffused(model, settings, tensors):
+    """Plain sampling in which the UNet does what HiDiffusion asks of it at each step."""
+    shifts = hidiffusion.draw(model.unet, settings.seed, settings.steps) if settings.windows else None
+    if shifts is not None:
+        tensors["shifts"] = shifts
+    distilled = "turbo" in model.name
+    plain(model, settings, tensors, lambda shape: (
+        *hidiffusion.schedule(model.unet, settings, shape[2], shape[3], distilled), shifts))
 
 
 def step(scheduler, sampler, output, t, x, draws, eta):
@@ -326,7 +350,8 @@ def run(model, settings):
 
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
-    methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run}
+    methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
+               "hidiffusion": hidiffused}
     methods.get(settings.method, megafusion)(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
     return {k: stored(v).contiguous().clone() for k, v in tensors.items()}
@@ -374,9 +399,10 @@ def load(folder):
 def main():
     from safetensors.torch import save_file
 
+    truth = lambda text: {"true": True, "false": False}[text]
     size = lambda text: tuple(int(n) for n in text.split("x"))
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
-    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": lambda text: {"true": True, "false": False}[text],
+    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "t1": float, "t2": float,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
              "cosine": lambda text: tuple(float(n) for n in text.split(","))}

@@ -121,7 +121,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs()
 
 
 def sdxl_runs():
@@ -226,6 +226,27 @@ def view_runs():
         "sdxl-demofusion-own": ("sdxl", demo | {"size": (64, 48), "steps": 1}),
         "demofusion": ("mixed", demo | {"size": (48, 48), "scheduler": "euler"}),
         "demofusion-guidance-1": ("sd15", demo | {"size": (64, 64), "guidance": 1.0, "steps": 1, "scheduler": "ddim"}),
+    }
+
+
+def hidiffusion_runs():
+    """Both maps of blocks; each part alone and all together; even, odd and wide sizes."""
+    run = {"method": "hidiffusion", "guidance": 2.0, "seed": 71}
+    xl = run | {"size": (32, 32), "steps": 7}
+    sd = run | {"size": (16, 20), "steps": 5, "scheduler": "ddim"}
+    return {
+        # D in step 0, P in step 1, neither from step 2 on.
+        "hi-sdxl": ("sdxl", xl),
+        "hi-sdxl-odd": ("sdxl", xl | {"size": (36, 28), "steps": 4, "t2": 0.25, "aggressive": False, "negative": "blurry"}),
+        "hi-sdxl-both": ("sdxl", xl | {"size": (40, 24), "steps": 4, "t1": 0.75, "t2": 0.5, "aggressive": False}),
+        "hi-sdxl-windows": ("sdxl", xl | {"raunet": False, "steps": 2, "scheduler": "euler-ancestral"}),
+        "hi-sdxl-raunet": ("sdxl", xl | {"windows": False, "steps": 3, "t1": 0.7, "aggressive": False, "guidance": 1.0}),
+        "hi-sdxl-turbo": ("sdxl-turbo", xl | {"steps": 4, "guidance": 0.0, "scheduler": "euler"}),
+        "hi-sdxl-shards": ("sdxl-shards", xl | {"size": (72, 64), "steps": 3, "t2": 0.4, "aggressive": False}),
+        # D in steps 0 and 1.
+        "hi-sd": ("defaults", sd),
+        "hi-sd-both": ("defaults", sd | {"size": (23, 17), "steps": 4, "t1": 0.75, "t2": 0.5}),
+        "hi-sd-four-levels": ("four-levels", sd | {"size": (64, 72), "steps": 3, "t2": 0.4, "prompt": FOX}),
     }
 
 

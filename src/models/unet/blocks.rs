@@ -1,9 +1,9 @@
 use super::config::{AttentionConfig, BlockConfig, MidBlockConfig};
-use super::{UnetConditioning, UnetConfig};
+use super::{UnetConditioning, UnetConfig, UnetOptions};
 use crate::error::{Error, Result};
 use crate::models::layers::{Downsample, GroupNorm, LayerNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use crate::models::weights::Weights;
-use crate::ops::{self, Activation, Attention, Source, StepIndex};
+use crate::ops::{self, Activation, Attention, AttentionOptions, Source, StepIndex, Upsampler, WindowShift, Windows};
 use crate::runtime::Tensor;
 
 /// Layers whose input is the same in every step of a run: they are applied by `condition`, and the blocks know the index
@@ -34,13 +34,38 @@ impl ToKv {
 pub(super) struct Call<'a> {
     pub(super) conditioning: &'a UnetConditioning,
     pub(super) step: &'a StepIndex,
-    pub(super) mid_dilation: usize,
+    pub(super) options: &'a UnetOptions,
+    pub(super) window_shifts: Option<&'a Tensor>,
+}
+
+impl Call<'_> {
+    fn is_pooled(&self, level: Option<usize>) -> bool {
+        level.is_some() && self.options.pooled_level == level
+    }
 }
 
 /// How the layers of one block are loaded.
 pub(super) struct Loader<'a> {
     pub(super) config: &'a UnetConfig,
     pub(super) projections: Projections,
+    /// Of the block that is loaded; `None`: the mid block.
+    pub(super) level: Option<usize>,
+    /// Self-attentions of each level so far, in the order of execution.
+    self_attentions: Vec<usize>,
+}
+
+/// Which of a level's self-attentions, in the order of execution.
+#[derive(Clone, Copy)]
+struct Place {
+    level: usize,
+    number: usize,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(config: &'a UnetConfig) -> Loader<'a> {
+        let (projections, self_attentions) = (Projections::default(), vec![0; config.down_blocks.len()]);
+        Loader { config, projections, level: None, self_attentions }
+    }
 }
 
 /// A ResNet and the index of its `time_emb_proj`.
@@ -88,7 +113,7 @@ impl Loader<'_> {
             norm1: LayerNorm::load(&w.at("norm1"), channels, 1e-5)?,
             attn1: match c.only_cross_attention {
                 true => Attn::Cross(self.cross_attention(&w.at("attn1"), channels, c.heads)?),
-                false => Attn::Packed(SelfAttention::load(&w.at("attn1"), channels, c.heads)?),
+                false => Attn::Packed(SelfAttention::load(&w.at("attn1"), channels, c.heads, self.place())?),
             },
             norm2: LayerNorm::load(&w.at("norm2"), channels, 1e-5)?,
             attn2: self.cross_attention(&w.at("attn2"), channels, c.heads)?,
@@ -99,6 +124,13 @@ impl Loader<'_> {
             },
             ff_out: Linear::load_product(&w.at("ff.net.2"), channels, 4 * channels)?,
         })
+    }
+
+    /// The next self-attention's.
+    fn place(&mut self) -> Option<Place> {
+        let level = self.level?;
+        self.self_attentions[level] += 1;
+        Some(Place { level, number: self.self_attentions[level] - 1 })
     }
 
     fn cross_attention(&mut self, w: &Weights, channels: usize, heads: usize) -> Result<CrossAttention> {
@@ -136,7 +168,7 @@ impl Loader<'_> {
             true => None,
             false => Some(Downsample::load(w, c.channels, self.config.downsample_padding)?),
         };
-        Ok(DownBlock { resnets, attentions, downsample })
+        Ok(DownBlock { resnets, attentions, downsample, level: self.level })
     }
 
     /// `input`: channels that come from the block before; `skips`: of the skip connections in the order they are read.
@@ -152,7 +184,7 @@ impl Loader<'_> {
         let in_channels: Vec<usize> = skips.iter().enumerate().map(|(i, skip)| before(i) + skip).collect();
         let (resnets, attentions) = self.layers(w, c, &in_channels)?;
         let upsample = if last { None } else { Some(Upsample::load(w, c.channels)?) };
-        Ok(UpBlock { resnets, attentions, upsample })
+        Ok(UpBlock { resnets, attentions, upsample, level: self.level })
     }
 
     pub(super) fn mid_block(&mut self, w: &Weights, channels: usize, c: &MidBlockConfig) -> Result<MidBlock> {
@@ -174,10 +206,12 @@ pub(super) struct DownBlock {
     resnets: Vec<Resnet>,
     attentions: Vec<Transformer>, // none, or one behind each ResNet
     downsample: Option<Downsample>,
+    level: Option<usize>,
 }
 
 impl DownBlock {
-    /// `x: [N, H, W, C_in]`; every output is pushed on `skips`, the last one is returned too.
+    /// `x: [N, H, W, C_in]`; every output is pushed on `skips`, the last one is returned too. On the pooled level the first has
+    /// half the sides already.
     pub(super) fn forward(&self, x: Tensor, call: Call, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x;
         for (i, resnet) in self.resnets.iter().enumerate() {
@@ -185,10 +219,14 @@ impl DownBlock {
             if let Some(attention) = self.attentions.get(i) {
                 x = attention.forward(x, call)?;
             }
+            if i == 0 && call.is_pooled(self.level) {
+                x = ops::avg_pool(&x)?;
+            }
             skips.push(x.clone());
         }
         if let Some(downsample) = &self.downsample {
-            x = downsample.forward(&x)?;
+            let wide = self.level.is_some() && call.options.wide_downsampler == self.level;
+            x = if wide { downsample.forward_wide(&x)? } else { downsample.forward(&x)? };
             skips.push(x.clone());
         }
         Ok(x)
@@ -204,10 +242,10 @@ pub(super) struct MidBlock {
 impl MidBlock {
     /// `[N, H, W, C]` to the same.
     pub(super) fn forward(&self, x: Tensor, call: Call) -> Result<Tensor> {
-        let mut x = self.first.forward(&x, call, call.mid_dilation)?;
+        let mut x = self.first.forward(&x, call, call.options.mid_dilation)?;
         if let Some((attention, resnet)) = &self.rest {
             x = attention.forward(x, call)?;
-            x = resnet.forward(&x, call, call.mid_dilation)?;
+            x = resnet.forward(&x, call, call.options.mid_dilation)?;
         }
         Ok(x)
     }
@@ -218,15 +256,21 @@ pub(super) struct UpBlock {
     resnets: Vec<Resnet>,
     attentions: Vec<Transformer>, // none, or one behind each ResNet
     upsample: Option<Upsample>,
+    level: Option<usize>,
 }
 
 impl UpBlock {
-    /// `x: [N, H, W, C]`; each ResNet pops its skip connection. The upsampler goes to the size of the skip that the next
-    /// block reads first, which is twice ours, or one less for odd sizes.
+    /// `x: [N, H, W, C]`; each ResNet pops its skip connection, the last one of the pooled level one of the size from before.
+    /// The upsampler goes to the size of the skip that the next block reads first, which is twice ours, or one less for odd
+    /// sizes (four times and less after a wide downsampler).
     pub(super) fn forward(&self, x: Tensor, call: Call, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x;
         for (i, resnet) in self.resnets.iter().enumerate() {
             let skip = skips.pop().ok_or_else(|| Error::config("unet", "an up block found no skip connection"))?;
+            if i + 1 == self.resnets.len() && call.is_pooled(self.level) {
+                let [_, h, w, _] = skip.dims("unet", "skip")?;
+                x = ops::resize(&x, [h, w], Upsampler::BicubicTorch, None, None)?;
+            }
             x = resnet.forward(Source::Two(&x, &skip), call, 1)?;
             drop(skip);
             if let Some(attention) = self.attentions.get(i) {
@@ -258,7 +302,7 @@ impl Transformer {
         let tokens = [n, h * w, c];
         let mut y = self.proj_in.forward(&self.norm.forward(&x)?.reshape(&tokens)?)?;
         for block in &self.transformer_blocks {
-            y = block.forward(y, call)?;
+            y = block.forward(y, [h, w], call)?;
         }
         self.proj_out.forward_residual(&y, &x.reshape(&tokens)?)?.reshape(&[n, h, w, c])
     }
@@ -282,11 +326,11 @@ enum Attn {
 }
 
 impl TransformerBlock {
-    /// `[N, L, C]` to the same.
-    fn forward(&self, x: Tensor, call: Call) -> Result<Tensor> {
+    /// `[N, L, C]` to the same; L are the pixels of `map`.
+    fn forward(&self, x: Tensor, map: [usize; 2], call: Call) -> Result<Tensor> {
         let y = self.norm1.forward(&x)?;
         let x = match &self.attn1 {
-            Attn::Packed(attn) => attn.forward(&y, &x)?,
+            Attn::Packed(attn) => attn.forward(&y, &x, map, call)?,
             Attn::Cross(attn) => attn.forward(&y, &x, call)?,
         };
         let x = self.attn2.forward(&self.norm2.forward(&x)?, &x, call)?;
@@ -299,23 +343,50 @@ struct SelfAttention {
     to_qkv: Linear, // [3 C, C], no bias
     to_out: Linear, // [C, C]
     heads: usize,
+    place: Option<Place>,
 }
 
 impl SelfAttention {
-    fn load(w: &Weights, channels: usize, heads: usize) -> Result<SelfAttention> {
+    fn load(w: &Weights, channels: usize, heads: usize, place: Option<Place>) -> Result<SelfAttention> {
         let weight = w.stacked_product(&["to_q.weight", "to_k.weight", "to_v.weight"], channels, channels)?;
         let to_out = Linear::load_product(&w.at("to_out.0"), channels, channels)?;
-        Ok(SelfAttention { to_qkv: Linear { weight, bias: None }, to_out, heads })
+        Ok(SelfAttention { to_qkv: Linear { weight, bias: None }, to_out, heads, place })
     }
 
-    /// `x`, `residual: [N, L, C]` to the same.
-    fn forward(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    /// `x`, `residual: [N, L, C]` to the same; L are the pixels of `map`.
+    fn forward(&self, x: &Tensor, residual: &Tensor, map: [usize; 2], call: Call) -> Result<Tensor> {
+        let windowed = self.place.filter(|place| call.options.windowed_level == Some(place.level));
+        let Some(Place { number, .. }) = windowed else {
+            return self.to_out.forward_residual(&self.attend(x, None)?, residual);
+        };
+        let window = map.map(|side| side.div_ceil(2));
+        let (even, unit) = (window.map(|side| 2 * side), window.map(|side| side / 4));
+        // As published, the rows decide: where a window is too low for a shift of rows there is none of columns either.
+        let factors = call.window_shifts.filter(|_| unit[0] > 0);
+        let shift = factors.map(|factors| WindowShift { factors, step: call.step, column: number, unit });
+        let windows = Some(Windows { map: even, window, shift });
+        if even == map {
+            return self.to_out.forward_residual(&self.attend(x, windows)?, residual);
+        }
+        let y = self.to_out.forward(&self.attend(&resized(x, map, even)?, windows)?)?;
+        ops::add(&resized(&y, even, map)?, residual)
+    }
+
+    /// `[N, L, C]` to the same, before the output's projection.
+    fn attend(&self, x: &Tensor, windows: Option<Windows>) -> Result<Tensor> {
         let [n, l, c] = x.dims("unet", "x")?;
         let qkv = self.to_qkv.forward(x)?.reshape(&[n, l, 3, self.heads, c / self.heads])?;
-        let y = ops::attention(Attention::Packed { qkv: &qkv, causal: false })?.reshape(&[n, l, c])?;
-        drop(qkv); // three times the size of x, done with before the next layer allocates
-        self.to_out.forward_residual(&y, residual)
+        let options = AttentionOptions { windows, ..AttentionOptions::default() };
+        ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)?.reshape(&[n, l, c])
+        // qkv, three times the size of x, is done with before the next layer allocates.
     }
+}
+
+/// `[N, L, C]` of a map to that of another, bicubically as torch does.
+fn resized(x: &Tensor, [h, w]: [usize; 2], to: [usize; 2]) -> Result<Tensor> {
+    let [n, _, c] = x.dims("unet", "x")?;
+    let y = ops::resize(&x.reshape(&[n, h, w, c])?, to, Upsampler::BicubicTorch, None, None)?;
+    y.reshape(&[n, to[0] * to[1], c])
 }
 
 struct CrossAttention {

@@ -181,6 +181,17 @@ impl UnetConfig {
         Ok(config)
     }
 
+    /// Self-attentions of a level, of its down and its up block: those of [`UnetOptions::windowed_level`](super::UnetOptions).
+    pub fn self_attentions(&self, level: usize) -> usize {
+        let levels = self.down_blocks.len();
+        let blocks = [self.down_blocks.get(level), self.up_blocks.get((levels - 1).wrapping_sub(level))];
+        let of = |block: &BlockConfig| match &block.attention {
+            Some(attention) if !attention.only_cross_attention => attention.layers[..block.resnets].iter().sum(),
+            _ => 0,
+        };
+        blocks.into_iter().flatten().map(of).sum()
+    }
+
     /// Height and width of the latents shrink by this on the way to the mid block; other sizes work too.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)

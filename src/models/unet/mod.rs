@@ -16,16 +16,66 @@ use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
 use conditioning::TimeEmbedding;
 
-/// What a method may ask of a call.
+/// What a method may ask of a call. Data alone: calls with equal options do the same work, so a recorded step is found by them.
+/// A level is that of a down block, counted from 0, the finest; the up block of level i of n is number n - 1 - i.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnetOptions {
     /// Dilation (and padding) of the mid block's four 3x3 convs: 1, or 2 in MegaFusion++'s later stages.
     pub mid_dilation: usize,
+    /// The downsampler of this level has stride 4, padding 2 and dilation 2, so that all below it sees a quarter of the sides:
+    /// the resolution-aware downsampler of HiDiffusion (Zhang et al. 2024, arXiv:2311.17528, sec. 3.2). The upsampler on the
+    /// way back goes to the size of the next skip connection, as always.
+    pub wide_downsampler: Option<usize>,
+    /// The down block of this level averages 2x2 pixels after its first ResNet and transformer; its up block goes back to the
+    /// size, bicubically, before its last ResNet, which reads the skip connection from before the averaging. HiDiffusion again.
+    pub pooled_level: Option<usize>,
+    /// Self-attention on this level is within four windows, of half the map's height and width each, shifted by
+    /// [`UnetCall::window_shifts`]: MSW-MSA of HiDiffusion, sec. 3.3. A map of odd sides is attended to as one of even sides, to
+    /// which it is resized and back bicubically.
+    pub windowed_level: Option<usize>,
+}
+
+/// What a call is given beside its sample and its conditioning; `&UnetOptions` is enough where that is all.
+#[derive(Clone, Copy, Debug)]
+pub struct UnetCall<'a> {
+    pub options: &'a UnetOptions,
+    /// `[steps, M, C]`, u32, as [`WindowShift::factors`](crate::ops::WindowShift): in quarters of a window, a column for each
+    /// self-attention of the windowed level in the order of execution ([`UnetConfig::self_attentions`]). `None`: no shift.
+    pub window_shifts: Option<&'a Tensor>,
+}
+
+impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
+    fn from(options: &'a UnetOptions) -> UnetCall<'a> {
+        UnetCall { options, window_shifts: None }
+    }
 }
 
 impl Default for UnetOptions {
     fn default() -> UnetOptions {
-        UnetOptions { mid_dilation: 1 }
+        UnetOptions { mid_dilation: 1, wide_downsampler: None, pooled_level: None, windowed_level: None }
+    }
+}
+
+impl UnetOptions {
+    /// Does a network of this configuration have a place for all that is asked?
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: an option, and what it could be.
+    pub fn check(&self, config: &UnetConfig) -> Result<()> {
+        let UnetOptions { mid_dilation, wide_downsampler, pooled_level, windowed_level } = self;
+        if *mid_dilation == 0 {
+            return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
+        }
+        let levels = config.down_blocks.len();
+        let below = |arg, level: &Option<usize>, end: usize| match *level {
+            Some(level) if level >= end => {
+                Err(Error::argument("unet", arg, level, format!("a level below {end}, of {levels}")))
+            }
+            _ => Ok(()),
+        };
+        below("wide_downsampler", wide_downsampler, levels - 1)?;
+        below("pooled_level", pooled_level, levels)?;
+        below("windowed_level", windowed_level, levels)
     }
 }
 
@@ -63,17 +113,19 @@ impl Unet {
     pub fn from_weights(w: &Weights, config: &UnetConfig) -> Result<Unet> {
         let channels = &config.block_out_channels;
         let (first, deepest) = (channels[0], channels[channels.len() - 1]);
-        let mut loader = Loader { config, projections: Projections::default() };
+        let mut loader = Loader::new(config);
 
         let mut skips = vec![first]; // channels of the skip connections, in the order they are written
         let mut down_blocks = Vec::new();
         let mut input = first;
         for (i, block) in config.down_blocks.iter().enumerate() {
             let last = i + 1 == config.down_blocks.len();
+            loader.level = Some(i);
             down_blocks.push(loader.down_block(&w.at(format!("down_blocks.{i}")), input, block, last)?);
             skips.extend(vec![block.channels; block.resnets + usize::from(!last)]);
             input = block.channels;
         }
+        loader.level = None;
         let mid_block = match &config.mid_block {
             None => None,
             Some(mid) => Some(loader.mid_block(&w.at("mid_block"), deepest, mid)?),
@@ -81,6 +133,7 @@ impl Unet {
         let mut up_blocks = Vec::new();
         for (i, block) in config.up_blocks.iter().enumerate() {
             let last = i + 1 == config.up_blocks.len();
+            loader.level = Some(config.up_blocks.len() - 1 - i);
             let mut read = skips.split_off(skips.len() - block.resnets);
             read.reverse();
             up_blocks.push(loader.up_block(&w.at(format!("up_blocks.{i}")), input, &read, block, last)?);
@@ -118,15 +171,16 @@ impl Unet {
     /// reads row `i / (N / R)` of the text. N is a multiple of n and of R.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, `mid_dilation`;
-    /// [`Error::OutOfMemory`].
+    /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, an option that the network has
+    /// no place for, window shifts of fewer columns or other images; [`Error::OutOfMemory`].
     pub fn forward<'a>(
         &self,
         x: impl Into<Source<'a>>,
         step: &StepIndex,
         conditioning: &UnetConditioning,
-        options: &UnetOptions,
+        call: impl Into<UnetCall<'a>>,
     ) -> Result<Tensor> {
+        let UnetCall { options, window_shifts } = call.into();
         let source: Source = x.into();
         let (x, second) = (source.first(), source.second());
         let [n, h, w, c] = x.dims("unet", "x")?;
@@ -139,10 +193,8 @@ impl Unet {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
         conditioning.check(x, n, step)?;
-        if options.mid_dilation == 0 {
-            return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
-        }
-        let call = Call { conditioning, step, mid_dilation: options.mid_dilation };
+        options.check(&self.config)?;
+        let call = Call { conditioning, step, options, window_shifts };
 
         let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, self.dtype, 1);
         let mut x = match (self.config.center_input_sample, second) {

@@ -10,7 +10,7 @@ use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PatchInput};
 use crate::models::{
-    AddedConditioning, Partition, TIME_IDS, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig,
+    AddedConditioning, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig,
 };
 use crate::ops::{self, Source, StepIndex, StepTable};
 use crate::runtime::{DType, Device, Tensor};
@@ -264,7 +264,8 @@ impl Denoiser for UnetDenoiser {
             None => Source::One(&input),
             Some(channels) => Source::Two(&input, channels),
         };
-        self.unet.forward(input, steps.index(), &self.conditioning, options)
+        let call = UnetCall { options, window_shifts: steps.window_shifts() };
+        self.unet.forward(input, steps.index(), &self.conditioning, call)
     }
 
     fn set_channels(&mut self, channels: &Tensor) -> Result<()> {

@@ -13,7 +13,7 @@ use super::resident::Module;
 use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
-use crate::models::{Partition, WeightStore, Weights};
+use crate::models::{Partition, UnetConfig, WeightStore, Weights};
 use crate::runtime::Tensor;
 use crate::schedulers::{Sampler, SchedulerConfig};
 
@@ -144,6 +144,11 @@ impl FamilySpec {
 pub(super) trait Family: Send + Sync {
     /// The size that the model was trained at, if its configuration says so.
     fn native_size(&self) -> Option<Size>;
+
+    /// The network's configuration, where it is a UNet.
+    fn unet(&self) -> Option<&UnetConfig> {
+        None
+    }
 
     /// Where its samples are.
     fn space(&self) -> &dyn SampleSpace;

@@ -91,6 +91,10 @@ impl Family for StableDiffusion {
         native_size(&self.unet_config, self.latents.config())
     }
 
+    fn unet(&self) -> Option<&UnetConfig> {
+        Some(&self.unet_config)
+    }
+
     fn space(&self) -> &dyn SampleSpace {
         &self.latents
     }

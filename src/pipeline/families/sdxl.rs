@@ -111,6 +111,10 @@ impl Family for StableDiffusionXl {
         native_size(&self.unet_config, self.latents.config())
     }
 
+    fn unet(&self) -> Option<&UnetConfig> {
+        Some(&self.unet_config)
+    }
+
     fn space(&self) -> &dyn SampleSpace {
         &self.latents
     }
