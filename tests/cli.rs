@@ -84,7 +84,7 @@ fn help_shows_every_command_and_flag_with_examples() {
     let help = place.ok(&["generate", "--help"]);
     let flags = "model offline from negative method size stages upsampler relay-clamp reschedule dilation gamma relay-noise-offset \
                  scheduler sigmas eta steps guidance guidance-rescale seed count batch original-size crop target-size prompt-syntax long-prompt clip-skip rng dtype vae-dtype memory vae-partition device out dump strip manifest resume shard \
-                 reference-compat";
+                 reference-compat choices raunet windows t1 t2 aggressive";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");
     }
@@ -462,6 +462,48 @@ fn a_check_compares_kernels_with_the_cpu() {
 }
 
 /// Flags that contradict each other or do nothing: each names the flag and its value before anything is computed.
+/// The dump of one run gives another its choices; what does not fit is said by name, before anything is made.
+#[test]
+fn a_dump_is_the_choices_of_another_run() {
+    let place = Place::new();
+    let sdxl: &'static str = Path::new(MODEL).parent().unwrap().join("sdxl").display().to_string().leak();
+    let run = |command, steps, more: &[&'static str]| -> Vec<&'static str> {
+        let begin = [command, "x", "--model", sdxl, "--method", "hidiffusion", "--size", "32x32", "--steps", steps];
+        [&begin, more].concat()
+    };
+    place.ok(&run("generate", "2", &["--seed", "5", "--out", "a.png", "--dump", "a.safetensors"]));
+    let given = ["--seed", "6", "--choices", "a.safetensors", "--out", "b.png", "--dump", "b.safetensors"];
+    place.ok(&run("generate", "2", &given));
+    place.ok(&run("generate", "2", &["--seed", "6", "--out", "c.png", "--dump", "c.safetensors"]));
+    let shifts = |name: &str| {
+        let bytes = place.bytes(name);
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let view = file.tensor("shifts").unwrap();
+        assert_eq!((view.dtype(), view.shape()), (safetensors::Dtype::I64, &[2, 10][..]), "{name}");
+        view.data().to_vec()
+    };
+    assert_eq!(shifts("b.safetensors"), shifts("a.safetensors"));
+    assert_ne!(shifts("c.safetensors"), shifts("a.safetensors"));
+    assert_ne!(place.bytes("b.png"), place.bytes("c.png"));
+
+    let again =
+        |more: &[&'static str]| [&["generate", "--from", "b.png", "--model", sdxl, "--out", "d.png"], more].concat();
+    let message = place.fails(1, &again(&[]));
+    assert!(message.contains("was made with files that are not named: --choices a.safetensors"), "{message}");
+    place.ok(&again(&["--choices", "a.safetensors"]));
+    assert_eq!(place.bytes("d.png"), place.bytes("b.png"));
+
+    for command in ["generate", "plan"] {
+        let message = place.fails(2, &run(command, "3", &["--choices", "a.safetensors"]));
+        let want = "--choices shifts in a.safetensors: has shape [2, 10], this run draws [3, 10]";
+        assert!(message.contains(want), "{message}");
+    }
+    let plain =
+        ["generate", "x", "--model", MODEL, "--size", "16x16", "--method", "plain", "--choices", "a.safetensors"];
+    let message = place.fails(2, &plain);
+    assert!(message.contains("--choices a.safetensors: has no effect with --method plain"), "{message}");
+}
+
 #[test]
 fn flags_that_do_not_go_together() {
     let place = Place::new();

@@ -139,6 +139,12 @@ fn read(path: &Path) -> Result<Recipe> {
             other => Err(Error::file(path, format!("its text megafuse is {other}, expected a JSON object"))),
         };
     }
+    if let Some(text) = chunk("invokeai_metadata") {
+        return match serde_json::from_str(text) {
+            Ok(Value::Object(json)) => Ok(of_invokeai(&json)),
+            _ => Err(Error::file(path, "its text invokeai_metadata is not a JSON object")),
+        };
+    }
     match chunk("parameters").map(Infotext::parse) {
         Some(Some(text)) => Ok(of_infotext(&text)),
         Some(None) => Err(Error::file(path, "its text parameters has no line like \"Steps: 20, Sampler: DDIM, ...\"")),
@@ -378,6 +384,119 @@ fn of_infotext(text: &Infotext) -> Recipe {
     recipe
 }
 
+/// Of InvokeAI: what can be read of its metadata, the switches of HiDiffusion included (its pull request 8787). The shifts of
+/// windows are not in it, so they are drawn anew.
+fn of_invokeai(json: &Map<String, Value>) -> Recipe {
+    let text = |key: &str| json.get(key).and_then(Value::as_str).unwrap_or_default();
+    let number = |key: &str| json.get(key).filter(|value| value.is_number()).map(text_of);
+    let is_on = |key: &str| json.get(key) == Some(&Value::Bool(true));
+    let mut recipe = Recipe { prompt: text("positive_prompt").into(), ..Recipe::default() };
+    let mut read = vec!["positive_prompt", "app_version", "generation_mode"];
+    let negative = "negative_prompt";
+    if !text(negative).is_empty() {
+        recipe.flag("negative", text(negative));
+    }
+    read.push(negative);
+    for (key, id) in [
+        ("seed", "seed"),
+        ("steps", "steps"),
+        ("cfg_scale", "guidance"),
+        ("cfg_rescale_multiplier", "guidance_rescale"),
+    ] {
+        if let Some(value) = number(key) {
+            recipe.flag(id, value);
+            read.push(key);
+        }
+    }
+    if let (Some(width), Some(height)) = (number("width"), number("height")) {
+        recipe.flag("size", format!("{width}x{height}"));
+        read.extend(["width", "height"]);
+    }
+    if let Some((sampler, spacing)) = invokeai_sampler(text("scheduler")) {
+        recipe.flag("scheduler", sampler);
+        if let Some(spacing) = spacing {
+            recipe.flag("sigmas", spacing);
+        }
+        read.push("scheduler");
+    }
+    match text("rand_device") {
+        "cpu" => recipe.flag("rng", "torch-cpu"),
+        "cuda" => recipe.flag("rng", "torch-cuda"),
+        _ => {}
+    }
+    read.push("rand_device");
+    // There it counts the layers that are left out.
+    if let Some(skipped) = json.get("clip_skip").and_then(Value::as_u64) {
+        if skipped > 0 {
+            recipe.flag("clip_skip", skipped + 1);
+        }
+        read.push("clip_skip");
+    }
+    let model = json.get("model").and_then(|model| model["name"].as_str());
+    recipe.model = model.map(String::from);
+    read.push("model");
+
+    let hidiffusion = is_on("hidiffusion");
+    read.push("hidiffusion");
+    let switches = [("hidiffusion_raunet", "raunet"), ("hidiffusion_window_attn", "windows")];
+    let ratios = [("hidiffusion_t1_ratio", "t1"), ("hidiffusion_t2_ratio", "t2")];
+    for (key, id) in switches {
+        if let Some(Value::Bool(on)) = json.get(key).filter(|_| hidiffusion) {
+            recipe.flag(id, on);
+        }
+        read.push(key);
+    }
+    for (key, id) in ratios {
+        // None is there, as here, what suits the model.
+        if let Some(share) = number(key).filter(|_| hidiffusion && is_on("hidiffusion_raunet")) {
+            recipe.flag(id, share);
+        }
+        read.push(key);
+    }
+    recipe.method = MethodSpec::find(if hidiffusion { "hidiffusion" } else { "plain" }).ok();
+    if let Some(method) = recipe.method {
+        recipe.flag("method", method);
+    }
+    if hidiffusion && json.get("hidiffusion_window_attn") != Some(&Value::Bool(false)) {
+        recipe.unread.push("the shifts of the windows, which are drawn anew".into());
+    }
+    if !["", "txt2img", "sdxl_txt2img"].contains(&text("generation_mode")) {
+        recipe.unread.push(format!("generation_mode: {}", text("generation_mode")));
+    }
+    let says_nothing = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        _ => false,
+    };
+    let others = json.iter().filter(|(key, value)| !read.contains(&key.as_str()) && !says_nothing(value));
+    recipe.unread.extend(others.map(|(key, value)| format!("{key}: {value}")));
+    recipe
+}
+
+/// A sampler by InvokeAI's name, with `_k` for Karras sigmas.
+fn invokeai_sampler(name: &str) -> Option<(Sampler, Option<SigmaSpacing>)> {
+    let (name, spacing) = match name.strip_suffix("_k") {
+        Some(name) => (name, Some(SigmaSpacing::Karras)),
+        None => (name, None),
+    };
+    let sampler = match name {
+        "ddim" => Sampler::Ddim,
+        "ddpm" => Sampler::Ddpm,
+        "euler" => Sampler::Euler,
+        "euler_a" => Sampler::EulerAncestral,
+        "dpmpp_2m" => Sampler::Dpm2M,
+        "dpmpp_2m_sde" => Sampler::Dpm2MSde,
+        "unipc" => Sampler::UniPc,
+        "lcm" => Sampler::Lcm,
+        "heun" => Sampler::Heun,
+        "pndm" => Sampler::Pndm,
+        "deis" => Sampler::Deis,
+        _ => return None,
+    };
+    Some((sampler, spacing))
+}
+
 /// The sampler of webui's name; before version 1.9 the spacing stood at its end. Without one it was the sampler's own.
 fn sampler_named(name: &str) -> Option<(Sampler, Option<SigmaSpacing>)> {
     let sampler = |name: &str| Sampler::ALL.into_iter().find(|sampler| sampler.webui_name() == name);
@@ -502,6 +621,47 @@ mod tests {
         assert_eq!(recipe.model.as_deref(), Some("v1-5"));
         let unread = recipe.unread.join("; ");
         assert_eq!(unread, "Denoising strength: 0.5; Hires upscale: 2; <lora:style:0.8> (--lora FILE:WEIGHT)");
+    }
+
+    #[test]
+    fn what_invokeai_writes_is_read() {
+        let metadata = json!({
+            "app_version": "6.12.0", "generation_mode": "sdxl_txt2img", "positive_prompt": "a fox", "negative_prompt": "red",
+            "positive_style_prompt": "", "seed": 7, "steps": 30, "cfg_scale": 7.5, "cfg_rescale_multiplier": 0, "width": 2048,
+            "height": 1536, "scheduler": "dpmpp_2m_k", "rand_device": "cpu", "clip_skip": 1, "loras": [], "seamless_x": false,
+            "model": {"name": "Juggernaut XL", "base": "sdxl"}, "hidiffusion": true, "hidiffusion_raunet": true,
+            "hidiffusion_window_attn": true, "hidiffusion_t1_ratio": 0.35, "hidiffusion_t2_ratio": null, "hrf": true,
+        });
+        let of = |metadata: &Value| of_invokeai(metadata.as_object().unwrap());
+        let recipe = of(&metadata);
+        assert_eq!((recipe.prompt.as_str(), recipe.model.as_deref()), ("a fox", Some("Juggernaut XL")));
+        for (id, wanted) in [
+            ("negative", "red"),
+            ("seed", "7"),
+            ("steps", "30"),
+            ("guidance", "7.5"),
+            ("guidance_rescale", "0"),
+            ("size", "2048x1536"),
+            ("scheduler", "dpm++-2m"),
+            ("sigmas", "karras"),
+            ("rng", "torch-cpu"),
+            ("clip_skip", "2"),
+            ("method", "hidiffusion"),
+            ("raunet", "true"),
+            ("windows", "true"),
+            ("t1", "0.35"),
+        ] {
+            assert_eq!(value(&recipe, id), Some(wanted), "{id}");
+        }
+        assert_eq!(value(&recipe, "t2"), None, "what suits the model");
+        assert_eq!(recipe.unread, ["the shifts of the windows, which are drawn anew", "hrf: true"]);
+
+        let mut without = metadata.clone();
+        without["hidiffusion_raunet"] = json!(false);
+        assert_eq!((value(&of(&without), "raunet"), value(&of(&without), "t1")), (Some("false"), None));
+        without["hidiffusion"] = json!(false);
+        assert_eq!((value(&of(&without), "method"), value(&of(&without), "windows")), (Some("plain"), None));
+        assert_eq!(of(&without).unread, ["hrf: true"]);
     }
 
     #[test]

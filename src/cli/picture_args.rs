@@ -28,8 +28,8 @@ pub struct GenerateArgs {
     /// Repeat a picture as its own text says; a prompt and flags beside it stand in place of what it says
     ///
     /// A PNG of this program carries everything: the same command makes the same bytes on the same device. Of one of
-    /// stable-diffusion-webui prompts, steps, sampler, guidance, seed, size and clip skip are read, and a warning says what
-    /// was not. A model that is neither inside the program nor on the hub, LoRAs, embeddings and a VAE are to be named.
+    /// stable-diffusion-webui or InvokeAI prompts, steps, sampler, guidance, seed, size and clip skip are read (of InvokeAI
+    /// HiDiffusion's switches too), and a warning says what was not. A model that is neither inside the program nor on the hub, LoRAs, embeddings and a VAE are to be named.
     #[arg(long, value_name = "PICTURE.png", value_parser = values::path(), conflicts_with = "manifest")]
     pub from: Option<PathBuf>,
 
@@ -51,8 +51,8 @@ pub struct GenerateArgs {
     ///
     /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
     /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), init<k>.{picture,encoded,mask,masked,noised}
-    /// (of --init-image, for stage k from 0), latent, image. Replaced when it
-    /// exists; with --count N the names get -1 to -N before the ending.
+    /// (of --init-image, for stage k from 0), latent, image; and as i64 what the method chose (see --choices): shifts.
+    /// Replaced when it exists; with --count N the names get -1 to -N before the ending.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub dump: Option<PathBuf>,
 
