@@ -41,6 +41,8 @@ pub enum Command {
     Plan(Box<PlanArgs>),
     /// Run one module of a model on tensors of a safetensors file
     Probe(ProbeArgs),
+    /// Enlarge pictures with a super-resolution network
+    Upscale(UpscaleCommand),
     /// Resize a picture with an upsampler of the relay
     Resize(ResizeArgs),
     /// Write a model with its large linear layers in 8 bits and LoRAs merged
@@ -143,6 +145,49 @@ Examples:
   megafuse probe --module vae-decode --in latent.safetensors --out picture.safetensors
 
 Inputs are f32, f16, bf16 or f64 (timestep also i32 or i64); outputs are f32, input_ids i64.";
+
+#[derive(Args)]
+#[command(after_long_help = UPSCALE_EXAMPLES)]
+pub struct UpscaleCommand {
+    /// PNG, JPEG or WebP files
+    #[arg(value_name = "PICTURE", required = true, value_parser = values::path())]
+    pub pictures: Vec<PathBuf>,
+
+    /// The network: ESRGAN, Real-ESRGAN or BSRGAN (RRDBNet), a safetensors or .pth file
+    ///
+    /// How many times the edges become longer, 1, 2, 4 or 8, is the network's. A .pth file is read as data: nothing in it is
+    /// run.
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    pub model: PathBuf,
+
+    /// The PNG file to write, or a folder
+    ///
+    /// Without it: NAME-x4.png (for a network that enlarges four times) in the current directory, or NAME-x4-2.png and so on
+    /// where that exists. A file named here is replaced. In a folder, which it must be for several pictures, the default names.
+    #[arg(short, long, value_name = "PATH", value_parser = values::path())]
+    pub out: Option<PathBuf>,
+
+    /// Go through the picture in stripes of N of its rows; 0: at once (default: what fits)
+    ///
+    /// The result is the same. Small stripes take less memory and far more time.
+    #[arg(long, value_name = "N")]
+    pub tile: Option<usize>,
+
+    /// Element type of weights and activations [default: f32, f16 on a card]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T")]
+    pub dtype: Option<DType>,
+
+    /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
+    #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto")]
+    pub device: DeviceChoice,
+}
+
+const UPSCALE_EXAMPLES: &str = "\
+Examples:
+  megafuse upscale photo.jpg --model RealESRGAN_x4plus.pth
+  megafuse upscale *.png --model BSRGAN.pth --out enlarged/
+
+A picture of this program keeps what it says of itself: generate --from makes it again, enlarged.";
 
 #[derive(Args)]
 #[command(after_long_help = RESIZE_EXAMPLES)]

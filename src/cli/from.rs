@@ -187,7 +187,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 19] = [
+const SAME: [(&str, &str); 20] = [
     ("size", "size"),
     ("steps", "steps"),
     ("scheduler", "scheduler"),
@@ -201,6 +201,7 @@ const SAME: [(&str, &str); 19] = [
     ("dtype", "dtype"),
     ("weights", "weights"),
     ("vae_dtype", "vae_dtype"),
+    ("upscale_dtype", "upscale_dtype"),
     ("vae_partition", "vae_partition"),
     ("clip_skip", "clip_skip"),
     ("prompt_syntax", "prompt_syntax"),
@@ -278,6 +279,10 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         let vae = vae.as_str().ok_or_else(|| wrong("vae", "a name"))?;
         recipe.files.push(("vae", format!("--vae {vae}.safetensors")));
     }
+    if let Some(name) = json.get("upscale_model") {
+        let name = name.as_str().ok_or_else(|| wrong("upscale_model", "a name"))?;
+        recipe.files.push(("upscale_model", format!("--upscale-model {name}.pth")));
+    }
     if let Some(choices) = json.get("choices") {
         let choices = choices.as_str().ok_or_else(|| wrong("choices", "a name"))?;
         recipe.files.push(("choices", format!("--choices {choices}")));
@@ -297,6 +302,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
             "crop",
             "method",
             "choices",
+            "upscale_model",
             "init_image",
             "mask",
         ];

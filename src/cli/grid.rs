@@ -5,7 +5,7 @@ use std::fmt;
 
 use clap::ValueEnum;
 use megafuse::image::{PngText, encode_png, infotext};
-use megafuse::pipeline::{MethodSpec, Pipeline, Request, Size};
+use megafuse::pipeline::{MethodSpec, Pipeline, Request, Size, Upscaler};
 use megafuse::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -79,7 +79,8 @@ pub fn run(args: &GridArgs) -> Result<()> {
     let session = Session::open(&args.run)?;
     let cells = grid.cells(args, &session)?;
     let common = common(cells.iter().map(|cell| &cell.parameters));
-    let sizes = cells.iter().map(|cell| [cell.size.width, cell.size.height]);
+    let scale = session.planner.pipeline().upscaler().map_or(1, Upscaler::scale);
+    let sizes = cells.iter().map(|cell| [cell.size.width, cell.size.height].map(|side| scale * side));
     let mut sheet = Sheet {
         header: grid.header(&common),
         columns: grid.labels(&grid.columns, &cells),

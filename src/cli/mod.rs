@@ -30,6 +30,7 @@ mod safetensors_file;
 mod session;
 mod sheet;
 mod strip;
+mod upscale;
 mod values;
 
 use std::process::ExitCode;
@@ -142,6 +143,10 @@ fn run(cli: Cli) -> Result<()> {
             output::end_at_once_on_interrupt()?;
             hub::resolve_for_quantize(&mut args)?;
             quantize::run(&args)
+        }
+        Command::Upscale(args) => {
+            output::end_at_once_on_interrupt()?;
+            upscale::run(&args)
         }
         Command::Resize(args) => {
             output::end_at_once_on_interrupt()?;

@@ -6,8 +6,8 @@ use clap::Args;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
     Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource,
-    Request, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, VaePartition,
-    without_effect,
+    Request, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, Tiling, UpscaleOptions,
+    VaePartition, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -415,6 +415,9 @@ pub struct RunArgs {
           default_value = "auto", help_heading = "Machine")]
     pub vae_partition: VaePartition,
 
+    #[command(flatten)]
+    pub upscale: UpscaleArgs,
+
     /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
           help_heading = "Machine")]
@@ -459,6 +462,45 @@ impl StartArgs {
         let Some(path) = &self.init_image else { return Ok(None) };
         let mask = self.mask.as_deref().map(InputPicture::read).transpose()?;
         Ok(Some(InitImage { picture: InputPicture::read(path)?, mask, strength: self.strength }))
+    }
+}
+
+/// What becomes of a finished picture.
+#[derive(Args)]
+#[command(next_help_heading = "Upscaling")]
+pub struct UpscaleArgs {
+    /// Enlarge every finished picture with this network: ESRGAN, Real-ESRGAN or BSRGAN (RRDBNet)
+    ///
+    /// A safetensors or .pth file; how many times the edges become longer, 1, 2, 4 or 8, is the network's. The same bytes as of
+    /// megafuse upscale on the picture.
+    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    pub upscale_model: Option<PathBuf>,
+
+    /// How the upscaler goes through a picture: stripes of N of its rows; 0: at once (default: what fits)
+    ///
+    /// The picture is the same. Small stripes take less memory and far more time.
+    #[arg(long, value_name = "N", requires = "upscale_model")]
+    pub upscale_tile: Option<usize>,
+
+    /// Element type of the upscaler [default: f32, f16 on a card]
+    #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", requires = "upscale_model")]
+    pub upscale_dtype: Option<DType>,
+}
+
+impl UpscaleArgs {
+    fn options(&self, device: &Device) -> Option<UpscaleOptions> {
+        let file = self.upscale_model.clone()?;
+        let dtype = self.upscale_dtype.unwrap_or_else(|| UpscaleOptions::usual_dtype(device));
+        Some(UpscaleOptions { file, dtype, tiling: tiling(self.upscale_tile) })
+    }
+}
+
+/// What `--tile` says.
+pub fn tiling(rows: Option<usize>) -> Tiling {
+    match rows {
+        None => Tiling::Automatic,
+        Some(0) => Tiling::Whole,
+        Some(rows) => Tiling::Stripes(rows),
     }
 }
 
@@ -524,7 +566,8 @@ impl RunArgs {
     pub fn load_options(&self, device: &Device) -> LoadOptions {
         let memory = MemoryOptions { residency: self.memory, vae: self.vae_partition };
         let (dtype, weights) = (self.dtype_on(device), self.weights);
-        LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory }
+        let upscale = self.upscale.options(device);
+        LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
     }
 
     /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.

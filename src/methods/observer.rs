@@ -43,6 +43,8 @@ pub enum Event {
     PhaseEnds { stage: usize },
     /// The final decode begins.
     Decode,
+    /// The finished picture is enlarged to this size.
+    Upscale { size: Size },
     /// The picture is finished.
     PictureEnds { index: usize },
 }

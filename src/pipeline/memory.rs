@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::upscale::UpscaleOptions;
 use crate::models::{Partition, WeightFormat};
 use crate::names::named;
 use crate::runtime::{DType, Device};
@@ -18,13 +19,15 @@ pub struct LoadOptions {
     /// (`force_upcast`).
     pub vae_dtype: Option<DType>,
     pub memory: MemoryOptions,
+    /// A network that enlarges every finished picture. It stays in memory.
+    pub upscale: Option<UpscaleOptions>,
 }
 
 impl LoadOptions {
     /// Everything else is decided by what there is.
     pub fn new(device: Device, dtype: DType) -> LoadOptions {
         let (weights, memory) = (WeightFormat::Plain, MemoryOptions::default());
-        LoadOptions { device, dtype, weights, vae_dtype: None, memory }
+        LoadOptions { device, dtype, weights, vae_dtype: None, memory, upscale: None }
     }
 }
 

@@ -12,12 +12,14 @@ mod request;
 mod resident;
 mod run;
 mod start;
+mod upscale;
 
 pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
     Choices, Enlarged, Event, HiresFix, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec,
     Plain, RelayClamp, Run, Silent, Size, Stage, StepProgress, text_of, without_effect,
 };
+pub use crate::models::Tiling;
 pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
@@ -31,3 +33,4 @@ pub use quantize::{QuantizeReport, quantize, unfinished_output};
 pub use request::{Request, SizeIds, TextOptions};
 pub use run::{Picture, Pipeline};
 pub use start::{InitImage, InputPicture};
+pub use upscale::{UpscaleOptions, Upscaler};

@@ -83,6 +83,9 @@ impl Parameters {
             fields.push(("VAE".into(), vae.to_string()));
             json["vae"] = vae.into();
         }
+        if let Some(upscaler) = pipeline.upscaler() {
+            upscaler.describe(&mut fields, &mut json);
+        }
         if !request.choices.is_empty() {
             fields.push(("Choices".into(), request.choices.source()));
             json["choices"] = request.choices.source().into();

@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use super::memory::{LoadOptions, Rung};
-use super::{ModelSource, Pipeline, Request};
+use super::{ModelSource, Pipeline, Request, Upscaler};
 use crate::error::Result;
 use crate::methods::{Event, Observer, Size, Stage};
 use crate::models::Unused;
@@ -10,7 +10,8 @@ use crate::runtime::{DType, Device, MetaDevice, OpKind, Report, Work};
 /// The cost of one phase of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PhaseReport {
-    /// `text`, `encode` (of the picture that the run begins from), `condition`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`.
+    /// `text`, `encode` (of the picture that the run begins from), `condition`, `denoise`, `relay decode`, `relay upsample`, `relay encode`, `decode`,
+    /// `upscale`.
     pub name: &'static str,
     /// The stage that the phase belongs to, from 0; a relay belongs to the stage it leads to.
     pub stage: Option<usize>,
@@ -41,7 +42,7 @@ pub struct OpCost {
 /// Weights of one module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightReport {
-    /// `text_encoder`, `unet`, `vae`.
+    /// `text_encoder`, `unet`, `vae`, `upscaler`.
     pub module: &'static str,
     pub parameters: u64,
     pub bytes: u64,
@@ -211,7 +212,8 @@ impl Planner {
             })
             .filter(|(_, work)| work.launches > 0)
             .collect();
-        let weights = self.pipeline.weights().to_vec();
+        let mut weights = self.pipeline.weights().to_vec();
+        weights.extend(self.pipeline.upscaler().map(Upscaler::weights));
         let (dtype, memory) = (self.pipeline.dtype(), self.pipeline.ladder()[rung]);
         Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes, memory })
     }
@@ -245,6 +247,7 @@ impl Observer for Recorder<'_> {
             Event::RelayEncode { stage } => Some(("relay encode", Some(stage))),
             Event::PhaseEnds { stage } => Some(("phase end", Some(stage))),
             Event::Decode => Some(("decode", Some(last))),
+            Event::Upscale { .. } => Some(("upscale", Some(last))),
             Event::Step(_) | Event::PictureBegins { .. } | Event::PictureEnds { .. } => None,
         };
     }
@@ -266,6 +269,10 @@ impl Recorder<'_> {
         }
         let size = stage.map(|stage| match name {
             "relay decode" => self.stages[stage - 1].size,
+            "upscale" => {
+                let upscaler = self.pipeline.upscaler();
+                upscaler.map_or(self.stages[stage].size, |upscaler| upscaler.enlarged(self.stages[stage].size))
+            }
             _ => self.stages[stage].size,
         });
         let by_kind =

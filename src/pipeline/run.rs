@@ -7,6 +7,7 @@ use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
 use super::start::OnDevice;
+use super::upscale::Upscaler;
 use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
@@ -42,6 +43,8 @@ pub struct Pipeline {
     embeddings: Vec<String>,
     /// The name of the file whose weights stand for those of the model's own VAE.
     vae: Option<String>,
+    /// Enlarges every finished picture.
+    upscaler: Option<Upscaler>,
     warnings: Vec<String>,
     defaults: Defaults,
     recorded: RecordedSteps,
@@ -91,6 +94,7 @@ impl Pipeline {
         let family = (files.family().open)(&files, &options)?;
         let is_meta = matches!(options.device, Device::Meta(_));
         let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };
+        let upscaler = options.upscale.as_ref().map(|upscale| Upscaler::open(upscale, &options.device)).transpose()?;
         let mut pipeline = Pipeline {
             name: files.name(),
             ladder: options.memory.ladder(),
@@ -100,6 +104,7 @@ impl Pipeline {
             loras: files.loras().to_vec(),
             embeddings: files.embeddings().iter().map(|file| file.word().to_string()).collect(),
             vae: files.vae_file().map(stem),
+            upscaler,
             warnings: Vec::new(),
             defaults: files.defaults(),
             recorded: RecordedSteps::default(),
@@ -111,6 +116,8 @@ impl Pipeline {
         };
         if !is_meta {
             pipeline.warnings = pipeline.load_parts(&files)?;
+            let of_upscaler = pipeline.upscaler.iter().flat_map(|upscaler| upscaler.warnings()).cloned();
+            pipeline.warnings.extend(of_upscaler);
         }
         Ok(pipeline)
     }
@@ -172,6 +179,11 @@ impl Pipeline {
     /// The name of the file whose weights stand for those of the model's own VAE.
     pub fn vae_name(&self) -> Option<&str> {
         self.vae.as_deref()
+    }
+
+    /// What enlarges every finished picture.
+    pub fn upscaler(&self) -> Option<&Upscaler> {
+        self.upscaler.as_ref()
     }
 
     /// What was odd about the files, a sentence each: tensors that belong to no part.
@@ -385,15 +397,35 @@ impl Pipeline {
         let images = methods::generate(&model, &run, &mut noise, Watch { observer, first: first_index })?;
         let mut pictures = Vec::new();
         for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
-            if !matches!(self.options.device, Device::Meta(_)) {
-                let [_, height, width, _] = image.dims("generate", "picture")?;
-                let rgb = image::to_bytes(&image.to_f32_vec()?)?;
+            let is_meta = matches!(self.options.device, Device::Meta(_));
+            let [_, height, width, _] = image.dims("generate", "picture")?;
+            let rgb = if is_meta { Vec::new() } else { image::to_bytes(&image.to_f32_vec()?)? };
+            let (size, rgb) = self.enlarge(Size::new(width, height), rgb, observer)?;
+            if !is_meta {
                 let parameters = Parameters::new(request, &run, self, request.seed);
+                let Size { width, height } = size;
                 pictures.push(Picture { width, height, rgb, seed: request.seed, parameters });
             }
             tell(observer, &Event::PictureEnds { index: first_index + index });
         }
         Ok(pictures)
+    }
+
+    /// A finished picture as the upscaler makes it; without one as it is.
+    fn enlarge(&self, size: Size, rgb: Vec<u8>, observer: &mut dyn Observer) -> Result<(Size, Vec<u8>)> {
+        let Some(upscaler) = &self.upscaler else { return Ok((size, rgb)) };
+        let enlarged = upscaler.enlarged(size);
+        observer.event(&Event::Upscale { size: enlarged });
+        if observer.cancelled() {
+            return Err(Error::Interrupted);
+        }
+        match upscaler.upscale(size, &rgb, observer) {
+            // The recorded steps hold memory that it needs.
+            Err(Error::OutOfMemory { .. }) if self.recorded.clear() > 0 => {
+                Ok((enlarged, upscaler.upscale(size, &rgb, observer)?))
+            }
+            made => Ok((enlarged, made?)),
+        }
     }
 
     /// How the model may be held in memory, the fastest way first.
@@ -404,7 +436,8 @@ impl Pipeline {
     /// Bytes of the modules that are in memory.
     pub(super) fn resident_bytes(&self) -> u64 {
         let loaded = self.family.modules().into_iter().zip(self.weights()).filter(|(module, _)| module.is_loaded());
-        loaded.map(|(_, weights)| weights.bytes).sum()
+        let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
+        loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler
     }
 
     /// Takes modules out of memory, with what was recorded of the network; was one of them there?
