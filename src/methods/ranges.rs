@@ -71,6 +71,7 @@ impl Open {
             Event::RelayEncode { stage } => self.phase(|| format!("relay to stage {}, encode", stage + 1)),
             Event::PhaseEnds { stage } => self.phase(|| format!("end of phase {}", stage + 1)),
             Event::Decode => self.phase(|| "decode".into()),
+            Event::Upscale { size } => self.phase(|| format!("upscale to {size}")),
             Event::PictureBegins { .. } => {}
             Event::PictureEnds { .. } => {
                 self.step = None;

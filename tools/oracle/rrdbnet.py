@@ -5,7 +5,7 @@
 RRDBNet written for reading, from the papers (Wang et al. 2018, arXiv:1809.00219; Wang et al. 2021, arXiv:2107.10833). Four
 networks with random weights, one per way in which published files come: names of the tensors, wrapper, container, dtype.
 `values.safetensors` holds per network the picture [1, 3, H, W] in [0, 1], the result in f64 kept as f32, and how far torch's own
-f16 and bf16 are off.
+f16 and bf16 are off; `odd.picture` and `odd.out`: 8 bits [H, W, 3], a size that x2-bsrgan cannot read, continued by reflection and cut.
 """
 
 import pathlib
@@ -133,6 +133,12 @@ def main():
         for low, dtype in [("f16", torch.float16), ("bf16", torch.bfloat16)]:
             values[f"{name}.torch_error_{low}"] = error(run(dtype), want).float().reshape(1)
         print(name, tuple(want.shape), f"mean {want.mean():.3f} std {want.std():.3f}", f"f32 off by {error(run(torch.float32), want):.2g}")
+        if name == "x2-bsrgan":
+            odd = torch.randint(0, 256, (7, 9, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+            whole = F.pad((odd.double() / 255).permute(2, 0, 1)[None], (0, 1, 0, 1), mode="reflect")
+            of_f64 = {key: value.double() for key, value in weights.items()}
+            out = RRDBNet(of_f64, blocks, unshuffle, doublings)(whole)[0, :, :14, :18].permute(1, 2, 0)
+            values |= {"odd.picture": odd, "odd.out": (out.clamp(0, 1) * 255).round().to(torch.uint8)}
     save_file({key: value.contiguous() for key, value in values.items()}, DATA / "values.safetensors")
 
 
