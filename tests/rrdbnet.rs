@@ -82,6 +82,9 @@ fn error(got: &[f32], want: &[f32]) -> f64 {
     got.iter().zip(want).map(of).fold(0.0, |most, error| if error <= most { most } else { error })
 }
 
+/// Names and shapes.
+type Listing = Vec<(String, Vec<usize>)>;
+
 #[test]
 fn every_form_of_file_gives_torchs_picture() {
     let values = Values::read();
@@ -220,7 +223,7 @@ fn files_that_are_no_such_network_are_named() {
             tensors.iter().map(|(key, shape)| (key.to_string(), shape.to_vec())).collect();
         write(&path, &tensors);
     };
-    let changed = |change: &dyn Fn(&mut Vec<(String, Vec<usize>)>)| {
+    let changed = |change: &dyn Fn(&mut Listing)| {
         let mut tensors = good.clone();
         change(&mut tensors);
         write(&path, &tensors);
