@@ -132,11 +132,7 @@ fn jittered_windows_cover_every_cell() {
         }
         let mut offsets = vec![0; 2 * windows.count()];
         offsets[0] = 1;
-        assert_eq!(
-            windows.misplaced(&offsets).is_some(),
-            map[1] <= 128 || map[1] > 128,
-            "{map:?}: column 0 moves inward"
-        );
+        assert_eq!(windows.misplaced(&offsets).map(|(place, _)| place), Some(0), "{map:?}: column 0 moves inward");
     }
 }
 
@@ -150,8 +146,6 @@ fn phases_are_multiples_of_the_first() {
     // 1024 * 1080 / 1920 is no multiple of 8.
     assert_eq!(sizes("1080x3072", 3), ["360x1024", "720x2048", "1080x3072"]);
     assert_eq!(sizes("2048x1160", 2), ["1024x576", "2048x1160"]);
-    let method: Method = DemoFusion::default().into();
-    let _ = method;
     let geometry = |size: &str| Geometry {
         size: size.parse().unwrap(),
         native: Size::new(1024, 1024),
