@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use megafuse::methods::{
     self, Choices, Denoiser, DiffusionModel, HIDIFFUSION, HiDiffusion, Method, ModelFacts, NoiseSource, Observer,
-    PatchInput, RecordedSteps, Run, Silent, Size, Stage, Watch,
+    PatchInput, RecordedSteps, Run, Silent, Size, Stage, Start, Watch,
 };
 use megafuse::models::{UnetConfig, UnetOptions};
 use megafuse::ops::StepTable;
@@ -137,11 +137,14 @@ fn calls(run: &Run, images: usize, observer: &mut dyn Observer) -> Vec<(UnetOpti
 type Parts = [Option<(usize, usize, usize)>; 2];
 
 fn parts(case: &Case, options: HiDiffusion) -> Parts {
-    let run = run_of(case, options, Sampler::Ddim).unwrap();
-    let calls = calls(&run, 1, &mut Silent);
-    assert_eq!(calls.len(), case.steps);
+    parts_of(&run_of(case, options, Sampler::Ddim).unwrap())
+}
+
+fn parts_of(run: &Run) -> Parts {
+    let calls = calls(run, 1, &mut Silent);
+    assert_eq!(calls.len(), run.steps());
     let of = |pick: &dyn Fn(&UnetOptions) -> Option<usize>| {
-        let on: Vec<usize> = (0..case.steps).filter(|&step| pick(&calls[step].0).is_some()).collect();
+        let on: Vec<usize> = (0..calls.len()).filter(|&step| pick(&calls[step].0).is_some()).collect();
         let (&first, &last) = (on.first()?, on.last()?);
         assert_eq!(on.len(), last + 1 - first, "one range of steps");
         Some((pick(&calls[first].0).unwrap(), first, last + 1))
@@ -180,6 +183,10 @@ fn thresholds_are_the_published_ones() {
     let own = HiDiffusion { t1: Some(0.5), t2: Some(0.1), aggressive: Some(false), ..none() };
     assert_eq!(parts(&case, own), [Some((1, 0, 5)), Some((1, 0, 25))]);
     assert_eq!(parts(&case, HiDiffusion { raunet: false, ..none() }), [None, None]);
+    // From a picture: of the 42 steps that are made.
+    let start = Start::new(0.85, 50, false).unwrap();
+    let begun = run_of(&case, none(), Sampler::Ddim).unwrap().starting(start).unwrap();
+    assert_eq!((begun.steps(), parts_of(&begun)), (42, [Some((1, 0, 6)), Some((1, 6, 16))]));
 }
 
 /// Ten a step of SDXL, of which the first ten for seed 0 are torch's 0.4963, 0.7682, 0.0885, ... by quarters; each picture has its
