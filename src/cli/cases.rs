@@ -258,7 +258,7 @@ fn conv2d(inputs: &mut Inputs, conv: Conv) -> Result<Vec<Tensor>> {
     }
     let residual = inputs.uniform(&[N, h, w, conv.outputs], 4.0)?;
     let row = Some(StepRows { table: &rows, step: &step, rows: N });
-    Ok(vec![ops::conv2d(Conv2d { row, residual: Some(&residual), scale: 0.7, ..args })?])
+    Ok(vec![ops::conv2d(Conv2d { row, residual: Some(&residual), scale: 0.7, negative_slope: 0.2, ..args })?])
 }
 
 fn norms(cases: &mut Vec<Case>) {

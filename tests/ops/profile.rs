@@ -27,6 +27,7 @@ fn every_op(device: &Device) -> Result<()> {
     ops::add_noise(&x, &x, 0.6, 0.8)?;
     ops::attention(Attention::Packed { qkv: &zeros(&[1, ROWS, 3, 2, 8])?, causal: false })?;
     ops::clamp(&x, -1.0, 1.0)?;
+    ops::concat(&x, &x)?;
     ops::conv2d(Conv2d::new(&x, &zeros(&[5, 3, 3, 4])?))?;
     ops::count_non_finite(&x)?;
     ops::diagonal_gaussian(&x, None)?;
@@ -87,7 +88,7 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let recorded: BTreeSet<_> =
         recorder.take_report().ops.into_iter().map(|record| (record.op, record.output)).collect();
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
-    assert_eq!(names.len(), 31, "{names:?}");
+    assert_eq!(names.len(), 32, "{names:?}");
     for device in devices() {
         profile::start_on(&device).unwrap();
         every_op(&device).unwrap();
