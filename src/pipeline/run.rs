@@ -415,7 +415,7 @@ impl Pipeline {
     fn enlarge(&self, size: Size, rgb: Vec<u8>, observer: &mut dyn Observer) -> Result<(Size, Vec<u8>)> {
         let Some(upscaler) = &self.upscaler else { return Ok((size, rgb)) };
         let enlarged = upscaler.enlarged(size);
-        observer.event(&Event::Upscale { size: enlarged });
+        tell(observer, &Event::Upscale { size: enlarged });
         if observer.cancelled() {
             return Err(Error::Interrupted);
         }
