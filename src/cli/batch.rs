@@ -120,6 +120,9 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
     if let Some(vae) = session.planner.pipeline().vae_name() {
         description["vae"] = vae.into();
     }
+    if let Some(upscaler) = session.planner.pipeline().upscaler() {
+        upscaler.describe(&mut Vec::new(), &mut description);
+    }
     for (name, value) in session.planner.pipeline().options().named() {
         description[name] = value.into();
     }
