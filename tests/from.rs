@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use megafuse::image::{PngText, encode_png, read_png_text};
+use megafuse::pipeline::METHODS;
 use place::{MODEL, Place, text};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -138,6 +139,33 @@ fn a_picture_makes_itself_again() {
             said(&place, "a.png"),
             said(&place, "b.png")
         );
+    }
+}
+
+/// Options of every kind: numbers, lists of them, switches; stages that were planned and stages that were named.
+#[test]
+fn every_method_makes_its_picture_again() {
+    let cases = [
+        "plain --size 64x64 --steps 2",
+        "megafusion --stages 64x64:2,96x64:1 --relay-noise-offset -1",
+        "megafusion++ --size 96x96 --steps 3 --gamma 1.5",
+        "hidiffusion --size 96x64 --steps 3 --t1 0.7 --aggressive false --windows false",
+        "hires-fix --size 96x64 --steps 4 --denoise 0.6 --enlarge latents --upsampler bilinear",
+        "hires-fix --stages 64x64:4,96x64:2",
+        "multidiffusion --size 96x64 --steps 2 --stride 8 --view-batch 3 --circular",
+        "demofusion --size 128x64 --steps 2 --cosine 2,1.5,1 --sigma 0.7 --stride 6 --view-batch 3",
+    ];
+    for spec in METHODS {
+        assert!(cases.iter().any(|case| case.split(' ').next() == Some(spec.name)), "{} has no case", spec.name);
+    }
+    for case in cases {
+        let place = Place::with(&["--device", "cpu"]);
+        let made: Vec<&str> =
+            ["generate", "a red ball", "--out", "a.png", "--method"].into_iter().chain(case.split(' ')).collect();
+        place.ok(&made);
+        let heard = told(&place, &["generate", "--from", "a.png", "--out", "b.png"]);
+        assert!(!heard.contains("warning: a.png"), "{case}: {heard}");
+        assert!(place.bytes("a.png") == place.bytes("b.png"), "{case}: {}", said(&place, "b.png"));
     }
 }
 

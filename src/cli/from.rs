@@ -252,7 +252,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         match (option.kind, json.get(option.name)) {
             (_, None | Some(Value::Null)) | (OptionKind::Switch, Some(Value::Bool(false))) => {}
             (OptionKind::Switch, Some(Value::Bool(true))) => recipe.flags.push(Flag { id: option.name, value: None }),
-            (_, Some(value @ (Value::Bool(_) | Value::Number(_) | Value::String(_)))) => {
+            (_, Some(value @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)))) => {
                 recipe.flag(option.name, text_of(value));
             }
             _ => return Err(wrong(option.name, "a value of this option")),
