@@ -432,7 +432,7 @@ pub struct StartArgs {
     /// Its Exif orientation is applied and transparency dropped; grey and 16-bit pictures are read as 8-bit RGB. It is
     /// stretched to the size of the stage that begins, by Lanczos; without --size and --stages its own size, rounded down to
     /// what the model can make, is the final one. With several stages the run begins in that one in which the first of its
-    /// steps lies. For --method plain, megafusion and megafusion++.
+    /// steps lies. Not with methods of several views or of two passes: the error names those that it goes with.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Begin from a picture")]
     pub init_image: Option<PathBuf>,
 
