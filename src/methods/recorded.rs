@@ -16,9 +16,9 @@ use crate::runtime::{DType, Device, Repeated, Tensor};
 /// cannot have other options than those it is asked for.
 #[derive(Default)]
 pub struct RecordedSteps {
-    kept: Mutex<Vec<(StepKey, StageSteps)>>,
+    kept: Kept<StepKey, StageSteps>,
     /// The same of steps over views.
-    views: Mutex<Vec<(ViewKey, ViewSteps)>>,
+    views: Kept<ViewKey, ViewSteps>,
     /// Memory is short: nothing is kept.
     short: AtomicBool,
 }
@@ -60,6 +60,41 @@ pub struct StageInputs<'a> {
 /// Stages whose steps are kept: those of a run with three relays, for two kinds of runs.
 const MOST_KEPT: usize = 8;
 
+/// The steps of the latest stages, by what they depend on.
+struct Kept<K, S>(Mutex<Vec<(K, S)>>);
+
+impl<K, S> Default for Kept<K, S> {
+    fn default() -> Kept<K, S> {
+        Kept(Mutex::default())
+    }
+}
+
+impl<K: PartialEq, S> Kept<K, S> {
+    fn stages(&self) -> MutexGuard<'_, Vec<(K, S)>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn push(&self, key: K, steps: S) {
+        let mut stages = self.stages();
+        stages.push((key, steps));
+        if stages.len() > MOST_KEPT {
+            stages.remove(0);
+        }
+    }
+
+    /// Steps of this key that are `free` to be used again.
+    fn take(&self, key: &K, free: impl Fn(&S) -> bool) -> Option<S> {
+        let mut stages = self.stages();
+        let at = stages.iter().position(|(other, steps)| other == key && free(steps))?;
+        Some(stages.remove(at).1)
+    }
+
+    /// How many there were.
+    fn clear(&self) -> usize {
+        std::mem::take(&mut *self.stages()).len()
+    }
+}
+
 /// The steps of a stage: all that they read and write, and on a card what was recorded of them.
 pub struct StageSteps {
     denoiser: Box<dyn Denoiser>,
@@ -84,7 +119,8 @@ impl RecordedSteps {
         denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
         let history = history(rows);
-        if let Some(mut steps) = self.take(key, history) {
+        let free = |steps: &StageSteps| steps.state.depth() == history && steps.state.is_unshared();
+        if let Some(mut steps) = self.kept.take(key, free) {
             if let (Some(to), Some(from)) = (&mut steps.guidance, &guidance) {
                 to.rewrite(from)?;
             }
@@ -115,10 +151,7 @@ impl RecordedSteps {
             let known = known.map(Known::duplicate).transpose()?;
             Ok((denoiser(None)?, table, noise, known))
         };
-        let (denoiser, table, noise, known) = match parts() {
-            Err(Error::OutOfMemory { .. }) if self.clear() > 0 => parts()?,
-            parts => parts?,
-        };
+        let (denoiser, table, noise, known) = self.retrying(parts)?;
         // Steps overwrite x, which the caller may still hold.
         let x = if x.is_unshared() { x } else { x.duplicate()? };
         let (state, recorded) = (SampleState::with_history(x, history)?, Vec::new());
@@ -127,13 +160,8 @@ impl RecordedSteps {
 
     /// Keeps the steps of a stage that is done, if its device records.
     pub fn end(&self, key: StepKey, steps: StageSteps) {
-        if !matches!(steps.state.x().device(), Device::Cuda(_)) || self.short.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut kept = self.kept();
-        kept.push((key, steps));
-        if kept.len() > MOST_KEPT {
-            kept.remove(0);
+        if self.keeps(steps.state.x()) {
+            self.kept.push(key, steps);
         }
     }
 
@@ -173,12 +201,7 @@ impl RecordedSteps {
         stage: &ViewStage,
         denoiser: &DenoiserFor,
     ) -> Result<ViewSteps> {
-        let taken = {
-            let mut views = self.views();
-            let at = views.iter().position(|(other, steps)| other == key && steps.is_unshared());
-            at.map(|at| views.remove(at).1)
-        };
-        if let Some(steps) = taken {
+        if let Some(steps) = self.views.take(key, |steps| steps.x().is_unshared()) {
             let mut steps = steps.with_denoiser(|old| denoiser(Some(old)))?;
             steps.restart(begin, stage)?;
             return Ok(steps);
@@ -188,14 +211,14 @@ impl RecordedSteps {
 
     /// Keeps the steps of a stage over views that is done, if its device records.
     pub fn end_views(&self, key: ViewKey, steps: ViewSteps) {
-        if !steps.can_be_kept() || self.short.load(Ordering::Relaxed) {
-            return;
+        if self.keeps(steps.x()) {
+            self.views.push(key, steps);
         }
-        let mut views = self.views();
-        views.push((key, steps));
-        if views.len() > MOST_KEPT {
-            views.remove(0);
-        }
+    }
+
+    /// Are steps of these samples kept: does their device record, and is there memory?
+    fn keeps(&self, x: &Tensor) -> bool {
+        matches!(x.device(), Device::Cuda(_)) && !self.short.load(Ordering::Relaxed)
     }
 
     /// `work`, and where there is no memory for it, once more when what is kept has gone. It must have changed nothing then.
@@ -211,24 +234,7 @@ impl RecordedSteps {
 
     /// Drops all that is kept, with its memory; how many stages there were.
     pub fn clear(&self) -> usize {
-        let (kept, views) = (std::mem::take(&mut *self.kept()), std::mem::take(&mut *self.views()));
-        kept.len() + views.len()
-    }
-
-    fn views(&self) -> MutexGuard<'_, Vec<(ViewKey, ViewSteps)>> {
-        self.views.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn take(&self, key: &StepKey, history: usize) -> Option<StageSteps> {
-        let mut kept = self.kept();
-        let at = kept
-            .iter()
-            .position(|(other, steps)| other == key && steps.state.depth() == history && steps.state.is_unshared())?;
-        Some(kept.remove(at).1)
-    }
-
-    fn kept(&self) -> MutexGuard<'_, Vec<(StepKey, StageSteps)>> {
-        self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.kept.clear() + self.views.clear()
     }
 }
 

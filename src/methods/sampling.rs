@@ -319,9 +319,7 @@ impl<'a> Sampling<'a> {
         allowed: RangeInclusive<i64>,
         draw: &mut dyn FnMut(u64) -> Vec<i64>,
     ) -> Result<Vec<Vec<i64>>> {
-        let given = self.run.choices().whole(name, shape, &allowed)?;
-        let seeds = self.noise.seeds();
-        let chosen: Vec<Vec<i64>> = seeds.iter().map(|&seed| given.map_or_else(|| draw(seed), <[_]>::to_vec)).collect();
+        let chosen = per_picture(&self.noise.seeds(), self.run.choices().whole(name, shape, &allowed)?, draw);
         for (index, values) in chosen.iter().enumerate() {
             debug_assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
             self.watch.dump_choice(index, name, shape, values)?;
@@ -340,10 +338,9 @@ impl<'a> Sampling<'a> {
         allowed: RangeInclusive<f32>,
         draw: &mut dyn FnMut(u64) -> Vec<f32>,
     ) -> Result<Vec<Vec<f32>>> {
-        let given = self.run.choices().real(name, shape, &allowed)?;
-        let seeds = self.noise.seeds();
-        let chosen: Vec<Vec<f32>> = seeds.iter().map(|&seed| given.map_or_else(|| draw(seed), <[_]>::to_vec)).collect();
+        let chosen = per_picture(&self.noise.seeds(), self.run.choices().real(name, shape, &allowed)?, draw);
         for (index, values) in chosen.iter().enumerate() {
+            debug_assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
             self.watch.dump_values_of(index, name, shape, values)?;
         }
         Ok(chosen)
@@ -413,6 +410,11 @@ impl<'a> Sampling<'a> {
         let shape = [tables.len(), tables[0].len()];
         self.watch.dump_values(images, "alpha_bar", &shape, tables.into_iter().flatten().map(|&abar| abar as f32))
     }
+}
+
+/// What is given, for every picture, else what is drawn for each one's seed.
+fn per_picture<T: Clone>(seeds: &[u64], given: Option<&[T]>, draw: &mut dyn FnMut(u64) -> Vec<T>) -> Vec<Vec<T>> {
+    seeds.iter().map(|&seed| given.map_or_else(|| draw(seed), <[T]>::to_vec)).collect()
 }
 
 /// The images of a batch, `[1, ...]` each, sharing its memory.

@@ -15,7 +15,7 @@ use crate::models::UnetOptions;
 use crate::ops::{
     self, Guidance, GuidanceScale, PatchLayout, Patches, Restandardised, StepCoefficients, StepRow, StepRows, StepTable,
 };
-use crate::runtime::{DType, Device, Repeated, Tensor};
+use crate::runtime::{DType, Repeated, Tensor};
 use crate::schedulers::Sampler;
 
 /// `view_batch`, of every method with views.
@@ -414,15 +414,6 @@ impl ViewSteps {
         };
         // A group that found no memory has not added anything yet.
         kept.retrying(|| recorded[at].work.run(&mut work)).map(drop)
-    }
-
-    /// Are the samples held by nobody else, and does the device record?
-    pub fn can_be_kept(&self) -> bool {
-        matches!(self.x.device(), Device::Cuda(_))
-    }
-
-    pub fn is_unshared(&self) -> bool {
-        self.x.is_unshared()
     }
 }
 
