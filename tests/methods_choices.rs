@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use megafuse::methods::{
-    GenerationMethod, Geometry, Method, MethodSpec, PLAIN, Plain, Run, Sampling, Stage, from_options,
+    GenerationMethod, Geometry, Method, MethodSpec, PLAIN, Plain, Prediction, Run, Sampling, Stage, from_options,
 };
-use megafuse::models::UnetOptions;
 use megafuse::pipeline::{Choices, ModelSource, Observer, Pipeline, Request, Silent};
 use megafuse::rng::{PythonRandom, TorchUniform};
 use megafuse::{DType, Device, Result, Tensor};
@@ -49,7 +48,7 @@ impl GenerationMethod for Drawing {
         sampling.choose_f32("blur", &[1], 0.1..=2.0, &mut { blur })?;
         sampling.prepare(vec![sampling.run().scheduler().clone()], |coefficients| coefficients)?;
         let x = sampling.initial_noise(size)?;
-        Ok(sampling.stage(0, x, &|_| UnetOptions::default())?.0)
+        Ok(sampling.stage(0, x, &|_| Prediction::default())?.0)
     }
 }
 

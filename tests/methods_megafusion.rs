@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use megafuse::methods::{
     self, Denoiser, DiffusionModel, Event, GenerationMethod, Geometry, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
-    MethodSpec, NoiseSource, Observer, PatchInput, Plain, RecordedSteps, RelayClamp, Run, Sampling, Size, Stage, Watch,
+    MethodSpec, NoiseSource, Observer, PatchInput, Plain, Prediction, RecordedSteps, RelayClamp, Run, Sampling, Size,
+    Stage, Watch,
 };
 use megafuse::models::UnetOptions;
 use megafuse::ops::StepTable;
@@ -549,8 +550,8 @@ impl GenerationMethod for Again {
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         sampling.prepare(vec![sampling.run().scheduler().clone(); 2], |coefficients| coefficients)?;
         let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
-        let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
-        Ok(sampling.stage(1, x, &|_| UnetOptions::default())?.0)
+        let (x, _) = sampling.stage(0, x, &|_| Prediction::default())?;
+        Ok(sampling.stage(1, x, &|_| Prediction::default())?.0)
     }
 }
 

@@ -95,7 +95,8 @@ impl Args for MethodOptions {
                 OptionKind::Share
                 | OptionKind::Integer { .. }
                 | OptionKind::Number { .. }
-                | OptionKind::Numbers { .. } => {
+                | OptionKind::Numbers { .. }
+                | OptionKind::Text { .. } => {
                     arg.value_name(option.value_name).allow_negative_numbers(true).value_parser(text)
                 }
             })

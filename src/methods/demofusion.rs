@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::views::{DEFAULT_VIEW_BATCH, Progressive, STRIDE, VIEW_BATCH, ViewStage, check_sampler, window_starts};
-use super::{Event, Geometry, Method, Run, Sampling, Size, Stage, check_size};
+use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, PatchLayout, Upsampler};
@@ -428,7 +428,7 @@ impl GenerationMethod for DemoFusion {
         let stages = sampling.run().stages();
         sampling.prepare(vec![sampling.run().scheduler().clone(); stages.len()], |coefficients| coefficients)?;
         let noise = sampling.initial_noise(stages[0].size)?;
-        let (mut x, _) = sampling.stage(0, noise, &|_| UnetOptions::default())?;
+        let (mut x, _) = sampling.stage(0, noise, &|_| Prediction::default())?;
         sampling.begin(Event::PhaseEnds { stage: 0 })?;
         let anchor = ops::latent_moments(&x, 0)?;
         self.show(sampling, 1, &x)?;

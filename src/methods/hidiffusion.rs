@@ -289,6 +289,6 @@ impl GenerationMethod for HiDiffusion {
             sampling.shift_windows(&chosen, schedule.windows);
         }
         let x = sampling.first_samples()?;
-        Ok(sampling.stage(0, x, &|step| schedule.at(step))?.0)
+        Ok(sampling.stage(0, x, &|step| schedule.at(step).into())?.0)
     }
 }

@@ -16,9 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
-use super::{Event, Geometry, Method, Run, Sampling, Stage, Start, base_size, check_size};
+use super::{Event, Geometry, Method, Prediction, Run, Sampling, Stage, Start, base_size, check_size};
 use crate::error::{Error, Result};
-use crate::models::UnetOptions;
 use crate::names::named;
 use crate::ops::{self, Upsampler};
 use crate::runtime::Tensor;
@@ -175,9 +174,9 @@ impl GenerationMethod for HiresFix {
         let scheduler = sampling.run().scheduler().clone();
         sampling.prepare(vec![scheduler.clone(), scheduler], |coefficients| coefficients)?;
         let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
-        let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
+        let (x, _) = sampling.stage(0, x, &|_| Prediction::default())?;
         let x = self.enlarged(sampling, &x)?;
-        let (x, _) = sampling.stage(1, x, &|_| UnetOptions::default())?;
+        let (x, _) = sampling.stage(1, x, &|_| Prediction::default())?;
         Ok(x)
     }
 }

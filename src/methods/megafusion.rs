@@ -298,7 +298,7 @@ impl GenerationMethod for MegaFusion {
         sampling.prepare(self.schedulers(sampling.run()), |step| StepCoefficients { x0_from_next, ..step })?;
         let mut x = sampling.first_samples()?;
         for stage in sampling.run().first_stage()..stages.len() {
-            let (last, x0) = sampling.stage(stage, x, &|_| self.unet_options(stage))?;
+            let (last, x0) = sampling.stage(stage, x, &|_| self.unet_options(stage).into())?;
             drop(last);
             x = if stage + 1 < stages.len() { self.relay(sampling, stage + 1, x0)? } else { x0 };
         }

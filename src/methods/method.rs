@@ -139,6 +139,10 @@ pub enum OptionKind {
         most: f64,
         expected: &'static str,
     },
+    /// What `check` accepts; else it says what is expected.
+    Text {
+        check: fn(&str) -> std::result::Result<(), String>,
+    },
 }
 
 impl OptionKind {
@@ -174,6 +178,7 @@ impl OptionKind {
                     false => Err(expected.into()),
                 }
             }
+            OptionKind::Text { check } => check(text).map(|()| text.into()),
         }
     }
 }

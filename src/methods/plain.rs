@@ -3,9 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, from_options};
-use super::{Geometry, Method, Run, Sampling, Stage, check_size};
+use super::{Geometry, Method, Prediction, Run, Sampling, Stage, check_size};
 use crate::error::{Error, Result};
-use crate::models::UnetOptions;
 use crate::runtime::Tensor;
 
 pub static PLAIN: MethodSpec = MethodSpec {
@@ -52,7 +51,7 @@ impl GenerationMethod for Plain {
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         sampling.prepare(vec![sampling.run().scheduler().clone()], |coefficients| coefficients)?;
         let x = sampling.first_samples()?;
-        let (x, _) = sampling.stage(0, x, &|_| UnetOptions::default())?;
+        let (x, _) = sampling.stage(0, x, &|_| Prediction::default())?;
         Ok(x)
     }
 }

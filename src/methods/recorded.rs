@@ -2,18 +2,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::views::{ViewBegin, ViewKey, ViewStage, ViewSteps};
-use super::{Denoiser, Known};
+use super::{Denoiser, Known, Prediction};
 use crate::error::{Error, Result};
-use crate::models::UnetOptions;
 use crate::ops::{self, Guidance, SampleState, StepRow, StepTable, Thresholding, history};
 use crate::runtime::{DType, Device, Repeated, Tensor};
 
 /// Steps that a card has recorded, kept with all the memory that they read and write: a later stage of the same kind
 /// replays them from its first step on. They belong to one model; other devices keep nothing.
 ///
-/// A step is found by everything that is recorded in it: [`StepKey`], and among the graphs of one key by the network's
-/// options. The rest stands in memory that the step owns and that [`begin`](RecordedSteps::begin) writes anew. So a replay
-/// cannot have other options than those it is asked for.
+/// A step is found by everything that is recorded in it: [`StepKey`], and among the graphs of one key by the
+/// step's [`Prediction`]. The rest stands in memory that the step owns and that [`begin`](RecordedSteps::begin) writes anew. So a replay
+/// cannot do other work than it is asked for.
 #[derive(Default)]
 pub struct RecordedSteps {
     kept: Kept<StepKey, StageSteps>,
@@ -26,7 +25,7 @@ pub struct RecordedSteps {
 /// Makes the network's side of a stage, in the memory of the one that it is given.
 type DenoiserFor<'a> = dyn Fn(Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>> + 'a;
 
-/// What a recorded step depends on, beside the model and the network's options.
+/// What a recorded step depends on, beside the model and what is asked of the network.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepKey {
     /// `[N, h, w, C]` of the samples.
@@ -103,8 +102,7 @@ pub struct StageSteps {
     table: StepTable,
     guidance: Option<Guidance>,
     known: Option<Known>,
-    /// By the network's options.
-    recorded: Vec<(UnetOptions, Repeated)>,
+    recorded: Vec<(Prediction, Repeated)>,
 }
 
 impl RecordedSteps {
@@ -173,19 +171,19 @@ impl RecordedSteps {
         }
     }
 
-    /// One step of `steps` with these options; where there is no memory for it, what is kept of other stages goes.
+    /// One step of `steps` by this prediction; where there is no memory for it, what is kept of other stages goes.
     ///
     /// # Errors
     /// Those of the network and the ops.
-    pub fn step(&self, steps: &mut StageSteps, options: &UnetOptions) -> Result<()> {
+    pub fn step(&self, steps: &mut StageSteps, prediction: &Prediction) -> Result<()> {
         let at = |steps: &StageSteps| -> Vec<usize> {
             let index = steps.table.index();
             (0..index.images()).map(|image| index.get(image)).collect()
         };
         let before = at(steps);
-        match steps.step(options) {
+        match steps.step(prediction) {
             // It failed before it changed the samples.
-            Err(Error::OutOfMemory { .. }) if at(steps) == before && self.clear() > 0 => steps.step(options),
+            Err(Error::OutOfMemory { .. }) if at(steps) == before && self.clear() > 0 => steps.step(prediction),
             done => done,
         }
     }
@@ -249,18 +247,29 @@ impl StageSteps {
         &self.state
     }
 
-    /// One step with these options: computed, recorded or replayed.
-    fn step(&mut self, options: &UnetOptions) -> Result<()> {
+    /// Puts other clean samples in the place of the last step's, and moves the samples on by `weight` times the difference.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn revise(&mut self, x0: &Tensor, weight: f32) -> Result<()> {
+        let difference = ops::add_scaled(x0, self.state.x0(), -1.0)?;
+        let x = ops::add_scaled(self.state.x(), &difference, weight)?;
+        self.state.x_mut().copy_from(&x)?;
+        self.state.x0_mut().copy_from(x0)
+    }
+
+    /// One step by this prediction: computed, recorded or replayed.
+    fn step(&mut self, prediction: &Prediction) -> Result<()> {
         let StageSteps { denoiser, state, noise, table, guidance, known, recorded } = self;
-        let at = match recorded.iter().position(|(recorded, _)| recorded == options) {
+        let at = match recorded.iter().position(|(recorded, _)| recorded == prediction) {
             Some(at) => at,
             None => {
-                recorded.push((options.clone(), Repeated::new(state.x().device())));
+                recorded.push((prediction.clone(), Repeated::new(state.x().device())));
                 recorded.len() - 1
             }
         };
         let replayed = recorded[at].1.run(|| {
-            let output = denoiser.denoise(state.x(), table, options)?;
+            let output = prediction.rows(&**denoiser, state.x(), table)?;
             ops::sampler_step(state, &output, guidance.as_ref(), table, noise.as_ref())?;
             if let Some(known) = known {
                 ops::repaint(state.x_mut(), known.args(table.index()))?;

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::models::UnetConfig;
 use crate::names::one_of;
 use crate::ops::GuidanceScale;
-use crate::schedulers::Scheduler;
+use crate::schedulers::{Evaluation, Scheduler};
 
 /// A run, fully decided and checked: what a method makes pictures by.
 #[derive(Clone, Debug)]
@@ -217,6 +217,29 @@ impl Run {
     /// The base schedule, of which [`ranges`](Run::ranges) says who takes what.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
+    }
+
+    /// May a method put other clean samples in the place of a step's ([`Sampling::revised_stage`](super::Sampling::revised_stage))?
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the sampler evaluates the network twice in a step, or keeps what it found in earlier ones; the model
+    /// bounds its clean samples.
+    pub fn check_revisable(&self) -> Result<()> {
+        let evaluations = self.scheduler.evaluations(0..self.scheduler.timesteps().len());
+        let single = |evaluation: &Evaluation| evaluation.ends_step && evaluation.coefficients.kept.is_none();
+        if !evaluations.iter().all(single) {
+            let reason = format!(
+                "{} changes what a step finds, so no step may need an earlier one; expected ddim or euler",
+                self.method
+            );
+            return Err(Error::Request { field: "scheduler", value: self.scheduler.sampler().to_string(), reason });
+        }
+        let bounded = evaluations.iter().any(|evaluation| evaluation.coefficients.clip.is_some());
+        if bounded || self.scheduler.thresholding().is_some() {
+            let reason = "the model's scheduler bounds its clean samples (clip_sample or thresholding), which this method changes";
+            return Err(Error::Request { field: "method", value: self.method.to_string(), reason: reason.into() });
+        }
+        Ok(())
     }
 
     /// What the network is told at every evaluation of the run, in order.

@@ -4,7 +4,9 @@ use std::ops::{Range, RangeInclusive};
 
 use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
-use super::{DiffusionModel, Event, Known, NoiseSource, Run, Size, Stage, StageInputs, StepKey, StepProgress, Watch};
+use super::{
+    DiffusionModel, Event, Known, NoiseSource, Prediction, Run, Size, Stage, StageInputs, StepKey, StepProgress, Watch,
+};
 use crate::error::Result;
 use crate::models::UnetOptions;
 use crate::ops::{self, Guidance, GuidanceScale, StepCoefficients, StepRow};
@@ -29,6 +31,8 @@ pub struct Sampling<'a> {
     timesteps: Vec<f32>,
     /// Of attention's windows: how many an image has in a step, and those of every evaluation and image.
     window_shifts: Option<(usize, Vec<u32>)>,
+    /// In place of the run's.
+    guidance_scale: Option<f32>,
     /// Steps and evaluations done.
     done: usize,
     evaluated: usize,
@@ -38,6 +42,9 @@ pub struct Sampling<'a> {
     /// What its network reads beside the samples.
     pub(super) channels: Option<Tensor>,
 }
+
+/// Clean samples in place of those that were found in a step, counted from 0; `None`: these.
+pub type Revise<'a> = dyn FnMut(&mut Sampling, usize, &Tensor) -> Result<Option<Tensor>> + 'a;
 
 /// Runs a method: the pictures, f32, `[1, H, W, 3]` each, not clamped.
 ///
@@ -60,6 +67,7 @@ pub fn generate<'a>(
         levels: Vec::new(),
         timesteps: Vec::new(),
         window_shifts: None,
+        guidance_scale: None,
         done: 0,
         evaluated: 0,
         draws: 0,
@@ -148,7 +156,7 @@ impl<'a> Sampling<'a> {
     }
 
     /// All steps of stage `index`, from `x` on: the last samples and the clean samples of the last step.
-    /// `options_at`: the network's options in each step of the stage, counted from 0.
+    /// `prediction_at`: what each step of the stage, counted from 0, asks of the network.
     ///
     /// # Errors
     /// [`Error::Interrupted`]; [`Error::NonFinite`], naming the stage; those of the model.
@@ -156,7 +164,23 @@ impl<'a> Sampling<'a> {
         &mut self,
         index: usize,
         x: Tensor,
-        options_at: &dyn Fn(usize) -> UnetOptions,
+        prediction_at: &dyn Fn(usize) -> Prediction,
+    ) -> Result<(Tensor, Tensor)> {
+        self.revised_stage(index, x, prediction_at, &mut |_, _, _| Ok(None))
+    }
+
+    /// The same, where `revise` may put other clean samples in the place of those that a step (from 0) found: the step is
+    /// then what it is for a network that predicts these. For samplers of one evaluation per step that keep nothing of earlier
+    /// ones ([`Run::check_revisable`]).
+    ///
+    /// # Errors
+    /// As [`stage`](Sampling::stage); those of `revise`.
+    pub fn revised_stage(
+        &mut self,
+        index: usize,
+        x: Tensor,
+        prediction_at: &dyn Fn(usize) -> Prediction,
+        revise: &mut Revise,
     ) -> Result<(Tensor, Tensor)> {
         let (model, stages) = (self.model, self.run.stages());
         let (Stage { size, .. }, steps) = (stages[index], self.run.ranges()[index].len());
@@ -187,11 +211,16 @@ impl<'a> Sampling<'a> {
                 if draws_noise {
                     self.draw_for_step(key.sample, on_device.noise_mut())?;
                 }
-                model.recorded_steps().step(&mut on_device, &options_at(step - 1))?;
+                model.recorded_steps().step(&mut on_device, &prediction_at(step - 1))?;
                 self.evaluated += 1;
                 if ends_step {
                     break;
                 }
+            }
+            if let Some(x0) = revise(self, step - 1, on_device.state().x0())? {
+                let k = &self.rows[self.evaluated - 1].coefficients;
+                debug_assert!(k.kept.is_none() && k.clip.is_none() && k.x0_from_e != 0.0);
+                on_device.revise(&x0, k.next_from_x0 + k.next_from_e / k.x0_from_e)?;
             }
             if let Some(known) = known.as_ref().filter(|_| step == steps) {
                 clean = Some(known.in_place_of(on_device.state().x0())?);
@@ -255,12 +284,21 @@ impl<'a> Sampling<'a> {
         }
     }
 
+    /// Every stage from now on is guided by this scale in place of the run's. Without guidance in the run it has no effect.
+    pub fn set_guidance_scale(&mut self, scale: f32) {
+        self.guidance_scale = Some(scale);
+    }
+
     /// Of each of `images` pictures.
     fn guidance(&self, images: usize) -> Option<Vec<GuidanceScale>> {
-        match self.run.guidance()? {
-            &[one] => Some(vec![one; images]),
-            scales => Some(scales.to_vec()),
+        let mut scales = match self.run.guidance()? {
+            &[one] => vec![one; images],
+            scales => scales.to_vec(),
+        };
+        if let Some(scale) = self.guidance_scale {
+            scales.iter_mut().for_each(|own| own.scale = scale);
         }
+        Some(scales)
     }
 
     /// Step `step` (from 1) of stage `index` is done.

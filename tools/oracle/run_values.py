@@ -20,6 +20,16 @@ FOX = "The quick brown fox, oil on canvas"
 F32_LIMIT = 7e-5
 # Except here: the first of these steps takes a difference of numbers near sigma = 4096. Tests allow 2.5 times f32_error.
 ILL_CONDITIONED = {"sdxl-plain-v-zero-snr-euler", "zero-snr-plain-euler"}
+# Stored with all that a run dumps: among them they have every table of noise levels, every kind of draw and every relay.
+# The others are stored without what shows in the tensors that follow: see `stored`.
+WHOLE = {
+    "plain-ddim", "plain-euler-ancestral", "plain-eta", "plain-defaults", "sdxl-plain", "sdxl-plain-v-zero-snr",
+    "zero-snr-plain-euler", "scheduler-sigmoid", "mega-two", "mega-three", "mega-eta", "mega-bilinear", "mega-bicubic",
+    "mega-bicubic-torch", "mega-bicubic-gaussian", "mega-bicubic-edge", "mega-edge-clamp-none", "mega-clamp-none",
+    "mega-clamp-decode", "mega-clamp-both", "mega-defaults", "mega-plus", "mega-plus-three", "mega-plus-no-scheduler",
+    "mega-plus-sd21", "mega-plus-defaults", "mega-plus-mixed", "sdxl-mega-eta", "sdxl-mega-plus-three-ids",
+    "zero-snr-mega-plus", "compat", "compat-reschedule", "compat-plus", "hi-sdxl", "multidiffusion", "sdxl-demofusion",
+}
 # Where unet_options.py writes its UNets.
 UNETS = pathlib.Path(__file__).resolve().parents[2] / "tests/data"
 
@@ -361,8 +371,19 @@ def write_run(folder, name, model, changes, single, double):
     plain_noise = settings.guidance_rescale == 0 and not settings.circular and all(s % 8 == 0 for s in settings.size)
     if settings.method == "multidiffusion" and single.text_2 is None and plain_noise:
         multidiffusion.check_against_pipeline(single, settings, tensors, max(1e-5, error))
-    save_file(tensors, folder / f"{name}.safetensors")
+    save_file(stored(name, tensors), folder / f"{name}.safetensors")
     return {"name": name, "model": model, "args": settings.args(changes), "f32_error": float(f"{error:.1e}")}
+
+
+def stored(name, tensors):
+    """Without the tables, the draws and the pictures within a relay, which decide all tensors after them; and without the
+    last latents where they are those of the last step."""
+    if name in WHOLE:
+        return tensors
+    implied = lambda key: key == "alpha_bar" or key.startswith("noise") or key.endswith((".decoded", ".upsampled"))
+    steps = [tensor for key, tensor in tensors.items() if key.startswith("step")]
+    last = lambda key: key == "latent" and any(torch.equal(tensors[key], step) for step in steps)
+    return {key: tensor for key, tensor in tensors.items() if not implied(key) and not last(key)}
 
 
 def compact_args(text):

@@ -70,6 +70,11 @@ impl SampleState {
         &self.x0
     }
 
+    /// The clean samples of the latest step, for what changes them between steps.
+    pub fn x0_mut(&mut self) -> &mut Tensor {
+        &mut self.x0
+    }
+
     /// `(x, x0)`
     pub fn into_parts(self) -> (Tensor, Tensor) {
         (self.x, self.x0)
