@@ -196,6 +196,19 @@ fn every_step_is_the_published_one() {
     assert!(compared >= 140, "only {compared} cases");
 }
 
+/// Names of other programs, each of one sampler; its own name is what is written.
+#[test]
+fn samplers_are_known_by_the_names_of_other_programs() {
+    let others = [("euler_a", "euler-ancestral"), ("dpmpp_2m", "dpm++-2m"), ("dpm++2m", "dpm++-2m"), ("plms", "pndm")];
+    for (other, own) in others {
+        assert_eq!(other.parse::<Sampler>().expect(other).name(), own);
+    }
+    let mut names: Vec<&str> = Sampler::ALL.iter().flat_map(|sampler| sampler.aliases()).copied().collect();
+    names.extend(Sampler::ALL.map(Sampler::name));
+    assert!(names.iter().all(|name| names.iter().filter(|other| other == &name).count() == 1), "{names:?}");
+    assert!("dpmpp_3m".parse::<Sampler>().is_err());
+}
+
 /// A stage begins with an empty history: its first evaluation reads none, and the later ones no more than it has kept.
 #[test]
 fn a_stage_begins_without_history() {

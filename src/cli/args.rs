@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use megafuse::pipeline::{Lora, Size, Upsampler};
 use megafuse::{DType, Error};
@@ -265,7 +265,7 @@ the same inputs. Allowed are the rounding to the element type and a few f32 ulps
 status 1 when an op is wrong.";
 
 /// One of these names, listed in the help, parsed by the library.
-pub fn named<T>(names: impl IntoIterator<Item = &'static str>) -> impl TypedValueParser<Value = T>
+pub fn named<T>(names: impl IntoIterator<Item = impl Into<PossibleValue>>) -> impl TypedValueParser<Value = T>
 where
     T: std::str::FromStr<Err = Error> + Clone + Send + Sync + 'static,
 {

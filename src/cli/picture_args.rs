@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use clap::builder::PossibleValue;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
     Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource,
@@ -336,7 +337,7 @@ pub struct RunArgs {
     pub guidance_rescale: f32,
 
     /// Sampler (default: ddim; for --method plain that of the model's scheduler class)
-    #[arg(long, value_parser = named::<Sampler>(Sampler::ALL.map(Sampler::name)), value_name = "S")]
+    #[arg(long, value_parser = named::<Sampler>(sampler_names()), value_name = "S")]
     pub scheduler: Option<Sampler>,
 
     /// How the noise levels are spaced, for samplers with sigmas (default: as the model's configuration says)
@@ -652,6 +653,11 @@ pub fn by_method(request: &Request, spec: &'static MethodSpec) -> Result<Request
         stages: Vec::new(),
         ..request
     })
+}
+
+/// Samplers as this program calls them, which the help lists, and as others do.
+fn sampler_names() -> impl Iterator<Item = PossibleValue> {
+    Sampler::ALL.into_iter().map(|sampler| PossibleValue::new(sampler.name()).aliases(sampler.aliases()))
 }
 
 /// What suits the device where no flag says otherwise.

@@ -89,7 +89,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             self.bar = Some(bar);
         } else {
-            say!("{}: {steps} steps", self.stage);
+            say!("{}: {}", self.stage, steps_text(steps));
         }
     }
 
@@ -100,7 +100,7 @@ impl Progress {
             bar.set_message(format!("{rate:.*} steps/s", if rate < 1.0 { 3 } else { 2 }));
             bar.set_position(at.step as u64);
         } else if at.step == at.stage_steps {
-            say!("{}: {} steps in {}, {}", self.stage, at.step, seconds_text(seconds), rate_text(rate));
+            say!("{}: {} in {}, {}", self.stage, steps_text(at.step), seconds_text(seconds), rate_text(rate));
         } else if self.last_line.elapsed() >= LINE_INTERVAL {
             self.last_line = Instant::now();
             let left = seconds_text((at.stage_steps - at.step) as f64 / rate);
@@ -283,6 +283,11 @@ impl Drop for PicturesProgress {
     }
 }
 
+/// `1 step`, `2 steps`
+fn steps_text(steps: usize) -> String {
+    format!("{steps} step{}", if steps == 1 { "" } else { "s" })
+}
+
 /// `3.21 steps/s`, or below one the other way round: `4.0 s/step`.
 fn rate_text(steps_per_second: f64) -> String {
     if steps_per_second >= 1.0 {
@@ -312,6 +317,7 @@ mod tests {
         assert_eq!(seconds_text(12.34), "12.3 s");
         assert_eq!(seconds_text(245.0), "4:05 min");
         assert_eq!(seconds_text(3723.0), "1:02:03 h");
+        assert_eq!([1, 2].map(steps_text), ["1 step", "2 steps"]);
         assert_eq!(rate_text(3.214), "3.21 steps/s");
         assert_eq!(rate_text(0.25), "0.250 steps/s (4.0 s/step)");
     }

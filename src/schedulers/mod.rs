@@ -79,6 +79,18 @@ impl Sampler {
         }
     }
 
+    /// What ComfyUI, InvokeAI, diffusers or stable-diffusion.cpp call it, where that is another name.
+    pub fn aliases(self) -> &'static [&'static str] {
+        match self {
+            Sampler::EulerAncestral => &["euler_ancestral", "euler_a"],
+            Sampler::Dpm2M => &["dpmpp_2m", "dpm++2m"],
+            Sampler::Dpm2MSde => &["dpmpp_2m_sde", "dpm++2m_sde"],
+            Sampler::UniPc => &["uni_pc_bh2"],
+            Sampler::Pndm => &["plms"],
+            _ => &[],
+        }
+    }
+
     /// As the "Sampler" of webui's infotext; the spacing of the sigmas is its "Schedule type"
     /// ([`SigmaSpacing::webui_name`]).
     pub fn webui_name(self) -> &'static str {
@@ -119,7 +131,7 @@ impl fmt::Display for Sampler {
 impl FromStr for Sampler {
     type Err = Error;
     fn from_str(s: &str) -> Result<Sampler> {
-        Sampler::ALL.into_iter().find(|m| m.name() == s).ok_or_else(|| {
+        Sampler::ALL.into_iter().find(|m| m.name() == s || m.aliases().contains(&s)).ok_or_else(|| {
             let names = Sampler::ALL.map(Sampler::name).join(", ");
             Error::Request { field: "scheduler", value: s.into(), reason: format!("expected one of {names}") }
         })
