@@ -1,7 +1,8 @@
 // patches.cu: boxes of cells on the maps of a batch, gathered for the network, stepped one by one and averaged where they
 // overlap: crops (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113; DemoFusion, Du et al. 2023, arXiv:2311.16973,
 // sec. 3.3) and strided samples (there, sec. 3.4). No crop is a tensor: the first kernel in front of the network reads the
-// map, the one behind it writes the map.
+// map, the one behind it writes the map. Patches that are stepped more than once are merged by weight (PixelRush,
+// arXiv:2602.12769).
 #include "common/step.cuh"
 
 constexpr int kThreads = 256;
@@ -110,6 +111,37 @@ DEVICE void step_patches(float* sums, const float* x, const Output<T>& output, c
     }
     sums[element] = sum;
 }
+
+// merge_patches: all patches of each image, weighed by their rows and columns where they overlap.
+//   y(cell) = sum_p rows[i] columns[j] values[p][i][j] / sum_p rows[i] columns[j], over the patches p that hold the cell, in
+//   their order; 0 where there is none
+//   y [images, height, width, C]   values [images, total, p.rows, p.columns, C]   rows [p.rows], columns [p.columns]; all f32
+//   elements = images * height * width * C
+// Memory bound: y and values once. Launch: grid ceil(elements / kThreads), block kThreads.
+KERNEL(merge_patches, kThreads, 1)
+(float* y, const float* values, const float* rows, const float* columns, int64_t elements, GRID_CONST Patches patches) {
+    follow_previous();
+    const Patches& p = patches;
+    const int64_t element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (!GUARD(element < elements)) return;
+    const int channel = int(element % p.channels);
+    int64_t rest = element / p.channels;
+    const int column = int(rest % p.width);
+    rest /= p.width;
+    const int row = int(rest % p.height);
+    const int64_t image = rest / p.height;
+    float sum = 0.f, weights = 0.f;
+    int at = 0;
+    for (int index = 0; index < p.total; index++) {
+        if (!cell_of(at, p, origin(p, image, index), row, column)) continue;
+        const float weight = rows[at / p.columns] * columns[at % p.columns];
+        const int64_t patch = image * p.total + index;
+        sum += weight * values[(patch * p.rows * p.columns + at) * p.channels + channel];
+        weights += weight;
+    }
+    y[element] = weights == 0.f ? 0.f : sum / weights;
+}
+REGISTER_KERNEL(merge_patches)
 
 #define ENTRIES(T, suffix)                                                                                             \
     KERNEL(gather_patches_##suffix, kThreads, 1)                                                                       \

@@ -1,4 +1,4 @@
-//! MultiDiffusion and DemoFusion: where views lie, how they are jittered, what a phase does to latents, and which requests are
+//! MultiDiffusion, DemoFusion and PixelRush: where views lie, how they are jittered, what a phase does to latents, and which requests are
 //! refused. Whole runs are compared with torch's in tests/oracle.
 
 use std::collections::HashMap;
@@ -10,7 +10,7 @@ use megafuse::methods::{
     self, Denoiser, DiffusionModel, Event, Geometry, JitteredWindows, Method, NoiseSource, Observer, PatchInput,
     RecordedSteps, Run, Size, Watch, cosine_factors, gaussian_taps, phase_sizes,
 };
-use megafuse::methods::{DemoFusion, MultiDiffusion, Plain};
+use megafuse::methods::{DemoFusion, MultiDiffusion, PixelRush, Plain};
 use megafuse::models::UnetOptions;
 use megafuse::ops::{self, PatchLayout, Patches, StepCoefficients, StepIndex, StepRow, StepRows, StepTable};
 use megafuse::pipeline::{Choices, ModelSource, Pipeline, Request, Silent, Stage};
@@ -431,8 +431,13 @@ fn views_and_pictures_come_in_any_batch() {
     let pipeline = small("sdxl-turbo");
     let windows = MultiDiffusion { window: Some(6), stride: Some(3), circular: true, ..MultiDiffusion::default() };
     let phases = DemoFusion { stride: Some(3), ..DemoFusion::default() };
-    let of = |view_batch| -> [Method; 2] {
-        [MultiDiffusion { view_batch, ..windows.clone() }.into(), DemoFusion { view_batch, ..phases.clone() }.into()]
+    let refined = PixelRush { stride: Some(3), ..PixelRush::default() };
+    let of = |view_batch| -> [Method; 3] {
+        [
+            MultiDiffusion { view_batch, ..windows.clone() }.into(),
+            DemoFusion { view_batch, ..phases.clone() }.into(),
+            PixelRush { view_batch, ..refined }.into(),
+        ]
     };
     for (at, alone) in of(1).into_iter().enumerate() {
         let make = |method: &Method, count, batch| {
@@ -514,6 +519,40 @@ fn phases_are_shown() {
 }
 
 #[test]
+fn pixelrush_doubles_up_to_the_size_of_the_request() {
+    let pipeline = small("sd15");
+    for (size, want) in [
+        ("32x32", "32x32:2"),
+        ("24x24", "24x24:2"),
+        ("64x64", "32x32:2,64x64:1"),
+        ("72x64", "34x30:2,72x64:1"),
+        ("96x96", "32x32:2,64x64:1,96x96:1"),
+        ("128x128", "32x32:2,64x64:1,128x128:1"),
+        ("160x40", "64x16:2,128x32:1,160x40:1"),
+    ] {
+        let run = pipeline.resolve(&request(PixelRush::default(), size)).unwrap();
+        assert_eq!(run.stages_text(), want);
+    }
+}
+
+/// Without noise, where the network finds the noise that it is given back, a refinement is its own input: here of a network
+/// whose output does not depend on the samples.
+#[test]
+fn a_refinement_that_finds_what_was_put_in_changes_nothing() {
+    let scheduler =
+        Scheduler::new(&SchedulerConfig::from_json("scheduler_config.json", "{}").unwrap(), Sampler::Ddim, 4, 0.0)
+            .unwrap();
+    for timestep in [0, 249, 999] {
+        let readout = scheduler.readout(timestep).unwrap();
+        let [[signal, sigma], [x0_from_x, x0_from_e]] = [readout.level, readout.x0];
+        let (y, e) = (0.7, -1.3);
+        assert!((x0_from_x * (signal * y + sigma * e) + x0_from_e * e - y).abs() < 1e-12, "{timestep}");
+        assert!((signal * signal + sigma * sigma - 1.0).abs() < 1e-12);
+    }
+    assert_eq!(scheduler.readout(1000), None);
+}
+
+#[test]
 fn requests_that_cannot_be_met_name_the_field() {
     let pipeline = small("sd15");
     let refused = |request: Request, field: &str, says: &str| match pipeline.resolve(&request) {
@@ -544,6 +583,13 @@ fn requests_that_cannot_be_met_name_the_field() {
     refused(request(DemoFusion { stride: Some(17), ..phases.clone() }, "64x64"), "stride", "a stride of 1 to 16");
     let compat = DemoFusion { reference_compat: true, ..phases.clone() };
     refused(request(compat, "64x64"), "reference_compat", "samples with euler");
+    let refined = PixelRush::default();
+    refused(request(PixelRush { stride: Some(0), ..refined }, "64x64"), "stride", "a stride of 1 to 16");
+    refused(request(PixelRush { stride: Some(17), ..refined }, "64x64"), "stride", "a stride of 1 to 16");
+    refused(request(PixelRush { refine_timestep: 1000, ..refined }, "64x64"), "refine_timestep", "the 1000 timesteps");
+    let stages = ["32x32:2", "64x64:2"].map(|stage| stage.parse().unwrap()).to_vec();
+    let explicit = Request { stages, size: None, steps: None, ..request(refined, "48x48") };
+    refused(explicit, "stages", "refines in one step");
     let stages = ["32x32:2", "48x48:2"].map(|stage| stage.parse().unwrap()).to_vec();
     let explicit = Request { stages, size: None, steps: None, ..request(phases.clone(), "48x48") };
     refused(explicit, "stages", "like 24x24:2,48x48:2");

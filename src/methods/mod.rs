@@ -13,6 +13,7 @@ mod method;
 mod model;
 mod multidiffusion;
 mod observer;
+mod pixelrush;
 mod plain;
 mod prediction;
 mod ranges;
@@ -33,6 +34,7 @@ pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, f
 pub use model::{Denoiser, DiffusionModel, NoiseSource, PatchInput};
 pub use multidiffusion::{MULTIDIFFUSION, MultiDiffusion};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch, tell};
+pub use pixelrush::{PIXELRUSH, PixelRush};
 pub use plain::{PLAIN, Plain};
 pub use prediction::Prediction;
 pub use ranges::RunRange;
@@ -47,7 +49,7 @@ use crate::names::named;
 
 /// Every method, in the order of the help.
 pub static METHODS: &[&MethodSpec] =
-    &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION];
+    &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION, &PIXELRUSH];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

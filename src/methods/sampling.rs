@@ -302,7 +302,7 @@ impl<'a> Sampling<'a> {
     }
 
     /// Step `step` (from 1) of stage `index` is done.
-    fn step_done(&mut self, index: usize, step: usize, x: &Tensor) -> Result<()> {
+    pub(super) fn step_done(&mut self, index: usize, step: usize, x: &Tensor) -> Result<()> {
         self.done += 1;
         let (run_step, run_steps) = (self.done, self.run.steps());
         let name = self.run.method().implementation().step_name(index, step, run_step);
@@ -311,6 +311,12 @@ impl<'a> Sampling<'a> {
         let progress = StepProgress { stage: index, step, stage_steps, run_step, run_steps };
         tell(self.watch.observer, &Event::Step(progress));
         Ok(())
+    }
+
+    /// # Errors
+    /// [`Error::Interrupted`](crate::Error::Interrupted)
+    pub(super) fn check_cancelled(&self) -> Result<()> {
+        self.watch.check_cancelled()
     }
 
     /// The pictures as they are before their last phase, `phase` from 1.

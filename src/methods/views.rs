@@ -34,7 +34,7 @@ pub const STRIDE: OptionSpec = OptionSpec {
     heading: "Views",
     value_name: "N",
     help: "Latent cells from one window to the next (default: an eighth of the window for multidiffusion, half of it for \
-           demofusion)",
+           demofusion, three quarters for pixelrush)",
     kind: OptionKind::Integer { least: 1, most: 4096, expected: "expected a number of cells from 1 to 4096" },
 };
 

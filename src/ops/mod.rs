@@ -44,7 +44,7 @@ pub use latents::{blur_latents, latent_moments, mix_latents, standardise_latents
 pub use linear::{Linear, linear};
 pub use linear_fp8::{LinearFp8, Quantized, linear_fp8, quantize};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
-pub use patches::{PatchLayout, Patches, Restandardised, gather_patches, step_patches};
+pub use patches::{PatchLayout, Patches, Restandardised, gather_patches, merge_patches, step_patches};
 pub use resize::{RelayNoise, Upsampler, avg_pool, resize, resize_nearest, resize_u8};
 pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};

@@ -19,6 +19,18 @@ pub struct PatchLayout {
     pub wraps: bool,
 }
 
+impl PatchLayout {
+    /// Does no patch hold a cell twice?
+    fn check_wrap(&self, op: &'static str) -> Result<()> {
+        let (width, reach) = (self.map[1], (self.size[1] - 1) * self.stride);
+        if self.wraps && reach >= width {
+            let want = format!("within the {width} columns of the map, around which it wraps");
+            return Err(Error::argument(op, "columns of a patch", reach + 1, want));
+        }
+        Ok(())
+    }
+}
+
 /// Boxes of cells of one shape on the maps of a batch, as many on each, and which of them the next group is. Cell (i, j) of a
 /// patch is the map's (top + i stride, left + j stride). Origins and group stand on the device: work recorded in a graph reads
 /// those of each replay.
@@ -220,11 +232,7 @@ pub fn step_patches(
     let [n, _, _, c] = patches.check(OP, x, steps)?;
     sums.expect(OP, "sums", x.shape(), DType::F32, x.device())?;
     let ([h, w], images) = (patches.layout.size, n * patches.group_len());
-    let PatchLayout { map, stride, wraps, .. } = patches.layout;
-    if wraps && (w - 1) * stride >= map[1] {
-        let want = format!("within the {} columns of the map, around which it wraps", map[1]);
-        return Err(Error::argument(OP, "columns of a patch", (w - 1) * stride + 1, want));
-    }
+    patches.layout.check_wrap(OP)?;
     float(OP, "model_output", model_output)?;
     let rows = if guidance.is_some() { 2 * images } else { images };
     model_output.expect(OP, "model_output", &[rows, h, w, c], model_output.dtype(), x.device())?;
@@ -255,4 +263,40 @@ pub fn step_patches(
         Device::Cuda(card) => cuda::patches::step(card, x, patches, &output, steps, sums)?,
     }
     Ok(())
+}
+
+/// All patches of each map, weighed by their rows and columns where they overlap: a cell is
+/// `sum_p r_i c_j values_p(i, j) / sum_p r_i c_j` over the patches that hold it, in f32, and 0 where none does.
+///
+/// * `values`: `[N * total, h, w, C]`, f32, the patches of an image side by side
+/// * `rows`, `columns`: `[h]` and `[w]`, f32, above 0
+///
+/// To `[N, H, W, C]`, f32.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: which argument; [`Error::Argument`]: a patch that wraps around onto
+/// itself.
+pub fn merge_patches(values: &Tensor, patches: &Patches, rows: &Tensor, columns: &Tensor) -> Result<Tensor> {
+    const OP: &str = "merge_patches";
+    let [_, _, _, c] = values.dims(OP, "values")?;
+    let (layout, (origins, _)) = (patches.layout(), patches.tensors());
+    let ([height, width], [h, w], images) = (layout.map, layout.size, origins.shape()[0]);
+    values.expect(OP, "values", &[images * patches.total(), h, w, c], DType::F32, origins.device())?;
+    rows.expect(OP, "rows", &[h], DType::F32, origins.device())?;
+    columns.expect(OP, "columns", &[w], DType::F32, origins.device())?;
+    layout.check_wrap(OP)?;
+
+    let mut y = Tensor::uninit(values.device(), &[images, height, width, c], DType::F32)?;
+    let _timed = profile::scope(OP, y.shape());
+    match values.device() {
+        Device::Meta(meta) => {
+            let work =
+                Work { macs: 0, flops: 3 * values.numel() as u64, bytes: values.bytes() + y.bytes(), launches: 1 };
+            meta.record(OP, OpKind::Elementwise, y.shape(), work);
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => on_cpu::merge(values, patches, [rows, columns], &mut y),
+        Device::Cuda(card) => cuda::patches::merge(card, values, patches, [rows, columns], &mut y)?,
+    }
+    Ok(y)
 }

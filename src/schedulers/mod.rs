@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::ops::{StepCoefficients, Thresholding};
 use config::Solver;
 use levels::Levels;
-use schedule::{NoiseSchedule, Noising};
+use schedule::{NoiseSchedule, Noising, noise_preserving, x0_preserving};
 
 /// How one step goes from a noise level to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -136,6 +136,17 @@ impl FromStr for Sampler {
             Error::Request { field: "scheduler", value: s.into(), reason: format!("expected one of {names}") }
         })
     }
+}
+
+/// What a network's output e at one training timestep says of samples x of variance-preserving diffusion.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Readout {
+    /// Signal and noise: x = signal x0 + noise eps.
+    pub level: [f64; 2],
+    /// x0 = of x, of e
+    pub x0: [f64; 2],
+    /// eps = of x, of e
+    pub noise: [f64; 2],
 }
 
 /// A sampler with the timesteps of one run on one noise schedule. The stages of a run share the timesteps and differ in
@@ -299,6 +310,18 @@ impl Scheduler {
         }
         let abar = self.abar(i);
         (abar.sqrt(), (1.0 - abar).sqrt())
+    }
+
+    /// At a training timestep, whatever the run's own are; `None` beyond the table, where a level has no signal or no noise, and
+    /// for a flow.
+    pub fn readout(&self, timestep: usize) -> Option<Readout> {
+        let abar = *self.schedule.abar.get(timestep)?;
+        if self.noising() == Noising::Flow || abar <= 0.0 || abar >= 1.0 {
+            return None;
+        }
+        let level = (abar.sqrt(), (1.0 - abar).sqrt());
+        let x0 = x0_preserving(level, self.prediction).into();
+        Some(Readout { level: level.into(), x0, noise: noise_preserving(level, self.prediction).into() })
     }
 
     fn noising(&self) -> Noising {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, Plain};
+use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain};
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent};
@@ -140,6 +140,20 @@ fn stored_views() -> [(&'static str, &'static str, Request); 2] {
     ]
 }
 
+/// Patches that are stepped twice and merged, in two groups; a stage whose map is no multiple of the first.
+fn stored_pixelrush() -> (&'static str, &'static str, Request) {
+    let request = Request {
+        prompt: "a photo of a cat".into(),
+        method: PixelRush::default().into(),
+        stages: ["16x16:2", "32x24:1"].map(|stage| stage.parse().unwrap()).to_vec(),
+        scheduler: Some(Sampler::Euler),
+        guidance: 0.0,
+        seed: 81,
+        ..Request::default()
+    };
+    ("pixelrush-turbo", "sdxl-turbo", request)
+}
+
 /// SDXL's run of tests/data/runs/runs.json: two text encoders, size ids of each stage, a negative prompt of zeros.
 fn stored_sdxl() -> (&'static str, &'static str, Request) {
     let request = Request {
@@ -176,7 +190,11 @@ fn stored_hidiffusion() -> [(&'static str, &'static str, Request); 2] {
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
-        let all = stored().into_iter().chain([stored_sdxl()]).chain(stored_views()).chain(stored_hidiffusion());
+        let all = stored()
+            .into_iter()
+            .chain([stored_sdxl(), stored_pixelrush()])
+            .chain(stored_views())
+            .chain(stored_hidiffusion());
         for (name, model, request) in all {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();

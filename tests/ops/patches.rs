@@ -158,6 +158,38 @@ fn gathers_scaled_cells_and_zeros_outside() {
     }
 }
 
+/// The weighed mean over the patches that hold a cell, of all images at once; where none does, 0.
+#[test]
+fn merges_patches_by_the_weights_of_their_rows_and_columns() {
+    for device in devices() {
+        for (number, case) in cases().iter().enumerate() {
+            let (mut random, [h, w]) = (Random::new(3), case.layout.size);
+            let values = random.randn(&device, &[case.images * case.total(), h, w, case.channels], DType::F32);
+            let weights = [h, w].map(|n| (0..n).map(|_| 0.05 + random.uniform() as f32).collect::<Vec<_>>());
+            let [rows, columns] =
+                weights.clone().map(|of| Tensor::from_f32(&device, &[of.len()], DType::F32, &of).unwrap());
+            let patches = patches(&device, case);
+            let got = ops::merge_patches(&values, &patches, &rows, &columns).unwrap();
+
+            let (x, cells) = (f64s(&values), case.shape().iter().product());
+            let (mut sums, mut sizes, mut held) = (vec![0.0; cells], vec![0.0; cells], vec![0.0; cells]);
+            for ([image, index, i, j, channel], value) in case.values(0..case.total()).into_iter().zip(x) {
+                let Some(at) = case.on_map(image, index, i, j) else { continue };
+                let (cell, weight) = (case.map_index(image, at, channel), f64::from(weights[0][i] * weights[1][j]));
+                sums[cell] += weight * value;
+                sizes[cell] += weight * value.abs();
+                held[cell] += weight;
+            }
+            let mean = |(sum, held): (&f64, &f64)| if *held == 0.0 { 0.0 } else { sum / held };
+            let values = sums.iter().zip(&held).map(mean).collect();
+            let magnitudes = sizes.iter().zip(&held).map(mean).collect();
+            let expected = Expected { shape: case.shape().into(), values, magnitudes };
+            // A rounding per patch and of the quotient.
+            assert_close(&got, &expected, 4.0 + case.total() as f64, format!("{device} case {number}"));
+        }
+    }
+}
+
 /// Patches of every size of group: the mean over the patches that hold a cell, to the last bit the same.
 #[test]
 fn steps_patches_and_averages_them_whatever_the_groups() {

@@ -76,6 +76,7 @@ fn every_op(device: &Device) -> Result<()> {
     patches.place(&[[0, 0], [0, 1]])?;
     let output = ops::gather_patches(&x, &patches, None, &steps, DType::F32, 1)?;
     ops::step_patches(&x, &patches, &output, None, &steps, &mut zeros(x.shape())?)?;
+    ops::merge_patches(&output, &patches, &zeros(&[ROWS])?, &zeros(&[2])?)?;
     StepIndex::new(device, &[0; ROWS])?.advance()
 }
 
@@ -88,7 +89,7 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let recorded: BTreeSet<_> =
         recorder.take_report().ops.into_iter().map(|record| (record.op, record.output)).collect();
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
-    assert_eq!(names.len(), 32, "{names:?}");
+    assert_eq!(names.len(), 33, "{names:?}");
     for device in devices() {
         profile::start_on(&device).unwrap();
         every_op(&device).unwrap();

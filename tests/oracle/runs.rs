@@ -202,6 +202,11 @@ fn demofusion() {
 }
 
 #[test]
+fn pixelrush() {
+    check_all(|name| name.starts_with("pixelrush"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();

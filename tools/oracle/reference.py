@@ -82,6 +82,9 @@ class Settings:
     # DemoFusion
     cosine = (3.0, 1.0, 1.0)
     sigma = 0.8
+    # PixelRush
+    refine_timestep = 249
+    inject_noise = 0.5
     # HiDiffusion; None: as the model and the size say
     raunet = True
     windows = True
@@ -347,11 +350,12 @@ def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
 def run(model, settings):
     import demofusion
     import multidiffusion
+    import pixelrush
 
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
     methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
-               "hidiffusion": hidiffused}
+               "hidiffusion": hidiffused, "pixelrush": pixelrush.run}
     methods.get(settings.method, megafusion)(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
     return {k: stored(v).contiguous().clone() for k, v in tensors.items()}

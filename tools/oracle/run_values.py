@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs()
 
 
 def sdxl_runs():
@@ -257,6 +257,20 @@ def hidiffusion_runs():
         "hi-sd": ("defaults", sd),
         "hi-sd-both": ("defaults", sd | {"size": (23, 17), "steps": 4, "t1": 0.75, "t2": 0.5}),
         "hi-sd-four-levels": ("four-levels", sd | {"size": (64, 72), "steps": 3, "t2": 0.4, "prompt": FOX}),
+    }
+
+
+def pixelrush_runs():
+    """Maps of several patches along one side or both; the last size no multiple of the one before."""
+    run = {"method": "pixelrush", "guidance": 0.0, "seed": 81}
+    return {
+        "pixelrush-turbo": ("sdxl-turbo", run | {"stages": (((16, 16), 2), ((32, 24), 1)), "scheduler": "euler"}),
+        "pixelrush-three": ("sdxl-turbo", run | {"stages": (((16, 16), 1), ((32, 32), 1), ((44, 40), 1)), "stride": 5,
+                                                 "view_batch": 3, "inject_noise": 0.0, "scheduler": "ddim"}),
+        "pixelrush-guided": ("sdxl", run | {"stages": (((24, 16), 2), ((48, 32), 1)), "guidance": 2.0, "inject_noise": 1.0,
+                                            "refine_timestep": 400, "upsampler": "bilinear"}),
+        # v-prediction.
+        "pixelrush-sd": ("sd21", run | {"stages": (((24, 24), 2), ((48, 44), 1)), "scheduler": "ddim", "guidance": 2.0, "negative": "blurry"}),
     }
 
 

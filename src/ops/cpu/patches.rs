@@ -76,6 +76,35 @@ fn gather_as<T: Element>(
     others.chunks_exact_mut(half).for_each(|other| other.copy_from_slice(first));
 }
 
+pub fn merge(values: &Tensor, patches: &Patches, [rows, columns]: [&Tensor; 2], y: &mut Tensor) {
+    let (layout, total) = (patches.layout(), patches.total());
+    let ([height, width], [h, w], c) = (layout.map, layout.size, y.shape()[3]);
+    let [row_weights, column_weights] = [rows, columns].map(|weights| weights.cpu::<f32>());
+    let of_images = y.cpu_mut::<f32>().par_chunks_exact_mut(height * width * c);
+    of_images.zip(values.cpu::<f32>().par_chunks_exact(total * h * w * c)).enumerate().for_each(
+        |(image, (y, values))| {
+            y.fill(0.0);
+            let mut sums = vec![0.0f32; height * width];
+            for (index, patch) in values.chunks_exact(h * w * c).enumerate() {
+                let [top, left] = origin(patches, image, index);
+                let (rows, columns) = (positions(layout, 0, top), positions(layout, 1, left));
+                for (i, row) in rows.iter().enumerate() {
+                    for (j, column) in columns.iter().enumerate() {
+                        let (&Some(row), &Some(column)) = (row, column) else { continue };
+                        let (weight, cell) = (row_weights[i] * column_weights[j], row * width + column);
+                        sums[cell] += weight;
+                        let values = &patch[(i * w + j) * c..][..c];
+                        y[cell * c..][..c].iter_mut().zip(values).for_each(|(y, value)| *y += weight * value);
+                    }
+                }
+            }
+            for (y, &sum) in y.chunks_exact_mut(c).zip(&sums).filter(|(_, sum)| **sum != 0.0) {
+                y.iter_mut().for_each(|y| *y /= sum);
+            }
+        },
+    );
+}
+
 pub fn step(x: &Tensor, patches: &Patches, output: &Output, steps: &StepTable, sums: &mut Tensor) {
     by_dtype!(output.values.dtype(), T => step_as::<T>(x, patches, output, steps, sums));
 }

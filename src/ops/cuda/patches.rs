@@ -74,6 +74,28 @@ pub fn gather(
     }
 }
 
+pub fn merge(
+    device: &CudaDevice,
+    values: &Tensor,
+    patches: &Patches,
+    [rows, columns]: [&Tensor; 2],
+    y: &mut Tensor,
+) -> Result<()> {
+    const OP: &str = "merge_patches";
+    let (elements, group) = (y.numel(), Group::of(OP, patches, y.shape()[3])?);
+    let launch = Launch::grid([elements.div_ceil(THREADS), 1, 1]).block(THREADS);
+    // SAFETY: as the entry has them; y has `elements` elements, values all patches of all images, a weight for each of a
+    // patch's rows and columns.
+    unsafe {
+        device.launch(
+            "patches",
+            OP,
+            launch,
+            args![y.cuda(), values.cuda(), rows.cuda(), columns.cuda(), elements as i64, group],
+        )
+    }
+}
+
 pub fn step(
     device: &CudaDevice,
     x: &Tensor,
