@@ -19,22 +19,25 @@ template <bool kAny, class T>
 DEVICE Head<T> this_head(const AttentionArgs<T>& args, int first_column) {
     const int y_stride = args.heads * args.head_dim, column = blockIdx.y * args.head_dim + first_column;
     const int width = args.head_dim - first_column;
-    // Of windows the tokens are counted over all images.
     const bool windows = kAny && args.map_h;
-    const int64_t query = windows ? 0 : int64_t(blockIdx.z) * args.queries;
-    const int64_t key = windows ? 0 : int64_t(blockIdx.z / args.images_per_kv) * args.keys;
+    // Windows are many of an image, wherever its tokens lie.
+    const WindowPlace place = windows ? window_place(args, blockIdx.z) : WindowPlace();
+    const int64_t map = windows ? int64_t(place.image) * (args.map_h * args.map_w) : 0;
+    const int64_t query = windows ? map : int64_t(blockIdx.z) * args.queries;
+    const int64_t key = windows ? map : int64_t(blockIdx.z / args.images_per_kv) * args.keys;
+    const int queries = windows ? query_count(args, place) : args.queries;
     const int64_t key2 = kAny && args.k2 ? int64_t(blockIdx.z / args.images_per_kv2) * args.keys2 : 0;
     const uint64_t addresses = uint64_t(args.y) | uint64_t(args.q) | uint64_t(args.k) | uint64_t(args.v) |
                                uint64_t(args.k2) | uint64_t(args.v2);
     // Whole chunks in a head make whole chunks of the strides.
     const bool aligned = !kAny || (addresses % 16 == 0 && args.head_dim % kChunk == 0);
     return {
-        {args.q + query * args.q_stride + column, args.q_stride, args.queries, width, aligned},
+        {args.q + query * args.q_stride + column, args.q_stride, queries, width, aligned},
         {args.k + key * args.kv_stride + column, args.kv_stride, args.keys, width, aligned},
         {args.v + key * args.kv_stride + column, args.kv_stride, args.keys, width, aligned},
         {args.k2 + key2 * args.kv2_stride + column, args.kv2_stride, args.keys2, width, aligned},
         {args.v2 + key2 * args.kv2_stride + column, args.kv2_stride, args.keys2, width, aligned},
-        {args.y + query * y_stride + column, y_stride, args.queries, width, aligned},
+        {args.y + query * y_stride + column, y_stride, queries, width, aligned},
     };
 }
 
@@ -69,18 +72,23 @@ struct KeyTiles {
     }
 };
 
-// Where the tokens of this block's window lie; else in their order.
-template <bool kAny, class T>
+// Where the queries or the keys of this block's window lie in their image; else in their order.
+template <bool kAny, bool kKeys, class T>
 struct TokenPlaces {
     const AttentionArgs<T>& args;
     WindowPlace place;
 
     __device__ __forceinline__ explicit TokenPlaces(const AttentionArgs<T>& args_) : args(args_), place() {
-        if (kAny && args.map_h) place = window_place(args, blockIdx.z);
+        if (!scattered()) return;
+        place = window_place(args, blockIdx.z);
+        if (kKeys) place = key_place(args, place);
+        place.image = 0;
     }
     __device__ __forceinline__ bool scattered() const { return kAny && args.map_h; }
     __device__ __forceinline__ int64_t of(int i) const {
-        return scattered() ? map_token(args, place, i / args.window_w, i % args.window_w) : i;
+        if (!scattered()) return i;
+        const int columns = kKeys ? key_columns(args) : query_columns(args, place);
+        return map_token(args, place, i / columns, i % columns);
     }
 };
 
@@ -203,11 +211,12 @@ DEVICE void attention(const AttentionArgs<T>& args) {
     const bool causal = kAny && args.causal;
     const T* bias = kAny ? this_bias(args) : nullptr;
     const KeyTiles<kKeys, kAny> tiles(args, first_query + kRows);
-    const TokenPlaces<kAny, T> places(args);
+    const TokenPlaces<kAny, false, T> places(args);
+    const TokenPlaces<kAny, true, T> key_places(args);
 
     load_tokens<kRows, kChunks, kThreads>(shared.q, head.q, places, first_query, thread);
-    load_tokens<kKeys, kChunks, kThreads>(shared.k[0], head.k, places, 0, thread);
-    load_tokens<kKeys, kChunks, kThreads>(shared.v[0], head.v, places, 0, thread);
+    load_tokens<kKeys, kChunks, kThreads>(shared.k[0], head.k, key_places, 0, thread);
+    load_tokens<kKeys, kChunks, kThreads>(shared.v[0], head.v, key_places, 0, thread);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -255,8 +264,8 @@ DEVICE void attention(const AttentionArgs<T>& args) {
         // Not before the product, whose fragments need the registers.
         if (tile + 1 < tiles.count) {
             const KeyTile next = tiles.at(args, tile + 1);
-            load_tokens<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], rows_of(next, head.k, head.k2), places, next.first, thread);
-            load_tokens<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], rows_of(next, head.v, head.v2), places, next.first, thread);
+            load_tokens<kKeys, kChunks, kThreads>(shared.k[stage ^ 1], rows_of(next, head.k, head.k2), key_places, next.first, thread);
+            load_tokens<kKeys, kChunks, kThreads>(shared.v[stage ^ 1], rows_of(next, head.v, head.v2), key_places, next.first, thread);
             cp_async_commit();
         }
         const int first_row = first_query + warp_row;
@@ -441,11 +450,12 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
     const int first_query = blockIdx.x * kWideRows;
     const KeyTiles<kWideKeys, true> tiles(args, first_query + kWideRows);
     const T* bias = this_bias(args);
-    const TokenPlaces<true, T> places(args);
+    const TokenPlaces<true, false, T> places(args);
+    const TokenPlaces<true, true, T> key_places(args);
     T *const my_k = shared.k[warp], *const my_v = shared.v[warp];
 
     load_tokens<kWideRows, kSliceChunks, 32>(my_v, head.q, places, first_query, lane);
-    load_tokens<kWideKeys, kSliceChunks, 32>(my_k, head.k, places, 0, lane);
+    load_tokens<kWideKeys, kSliceChunks, 32>(my_k, head.k, key_places, 0, lane);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
@@ -467,7 +477,7 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
     for (int tile = 0; tile < tiles.count; tile++) {
         const KeyTile now = tiles.at(args, tile);
         const int first_key = now.first;
-        load_tokens<kWideKeys, kSliceChunks, 32>(my_v, rows_of(now, head.v, head.v2), places, first_key, lane);
+        load_tokens<kWideKeys, kSliceChunks, 32>(my_v, rows_of(now, head.v, head.v2), key_places, first_key, lane);
         cp_async_commit();
 
         float scores[2][kWideKeys / 8][4] = {};
@@ -500,7 +510,7 @@ DEVICE void attention_wide(const AttentionArgs<T>& args) {
 
         if (tile + 1 < tiles.count) {
             const KeyTile next = tiles.at(args, tile + 1);
-            load_tokens<kWideKeys, kSliceChunks, 32>(my_k, rows_of(next, head.k, head.k2), places, next.first, lane);
+            load_tokens<kWideKeys, kSliceChunks, 32>(my_k, rows_of(next, head.k, head.k2), key_places, next.first, lane);
         }
         cp_async_commit();
         // Between two softmaxes, as in the kernel above.
@@ -660,7 +670,8 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
     const int first_query = blockIdx.x * kF32Rows, head_dim = args.head_dim;
     const KeyTiles<kF32Keys, true> tiles(args, first_query + kF32Rows);
     const float* bias = this_bias(args);
-    const TokenPlaces<true, float> places(args);
+    const TokenPlaces<true, false, float> places(args);
+    const TokenPlaces<true, true, float> key_places(args);
     float share[4] = {};
     float sums[4][kColumns / 16] = {}, total[4] = {}, largest[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
 
@@ -676,8 +687,8 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
                 const int row = i / kDepth, c = i % kDepth;
                 const bool inside = GUARD(c < depth);
                 const float* from = head.q.data + places.of(first_query + row) * head.q.stride + d + c;
-                shared.q[row][c] = inside && GUARD(first_query + row < args.queries) ? *from : 0.f;
-                from = k.data + places.of(first_key + row) * k.stride + d + c;
+                shared.q[row][c] = inside && GUARD(first_query + row < head.q.count) ? *from : 0.f;
+                from = k.data + key_places.of(first_key + row) * k.stride + d + c;
                 shared.k[row][c] = inside && GUARD(first_key + row < k.count) ? *from : 0.f;
             }
             __syncthreads();
@@ -745,7 +756,7 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
             for (int i = thread; i < kF32Keys * kVColumns; i += kF32Threads) {
                 const int row = i / kVColumns, c = i % kVColumns;
                 const bool inside = GUARD(first_key + row < v.count) && GUARD(d + c < head_dim);
-                const float* from = v.data + places.of(first_key + row) * v.stride + d + c;
+                const float* from = v.data + key_places.of(first_key + row) * v.stride + d + c;
                 shared.v[row][c] = inside ? *from : 0.f;
             }
             __syncthreads();
@@ -772,7 +783,7 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
         UNROLL
         for (int j = 0; j < kColumns / 16; j++) {
             const int c = column + j * 16;
-            if (GUARD(row < args.queries) && GUARD(c < head_dim)) {
+            if (GUARD(row < head.y.count) && GUARD(c < head_dim)) {
                 head.y.data[places.of(row) * head.y.stride + c] = args.apart ? sums[r][j] : sums[r][j] / sum;
             }
         }
@@ -787,7 +798,7 @@ DEVICE void attention_f32(const AttentionArgs<float>& args) {
     REGISTER_KERNEL(attention_##suffix)
 
 #define TIERS(T, suffix)                                                                       \
-    TIER(T, d16_any_##suffix, 16, 1, 64, true, 4)                                              \
+    TIER(T, d16_any_##suffix, 16, 1, 64, true, 3)                                              \
     TIER(T, d32_any_##suffix, 32, 1, 64, true, 3)                                              \
     TIER(T, d64_any_##suffix, 64, 1, 64, true, 2)                                              \
     TIER(T, d160_any_##suffix, 160, 1, 32, true, 2)                                            \

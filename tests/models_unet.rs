@@ -361,6 +361,21 @@ fn dilation_changes_the_mid_block_alone_and_only_when_asked() {
     assert!(errors(&run(2), &case.want).0 > 1e-3, "dilation 2 changes the result");
 }
 
+/// A neighbourhood that spans the map is no neighbourhood, bit for bit.
+#[test]
+fn a_neighbourhood_changes_larger_maps_alone() {
+    let case = Case::load("sd15", "unet-square", DType::F32);
+    let conditioning = case.condition(&[case.timestep]);
+    let [_, h, w, _] = case.sample.dims("case", "sample").expect("a sample");
+    let run = |neighbourhood| {
+        let options = UnetOptions { neighbourhood, ..UnetOptions::default() };
+        case.unet.forward(&case.sample, &at(case.unet.device(), 0), &conditioning, &options).expect("runs")
+    };
+    let plain = run(None).to_f32_vec().expect("cpu");
+    assert_eq!(run(Some([h, w])).to_f32_vec().expect("cpu"), plain);
+    assert!(errors(&run(Some([h, w - 1])), &case.want).0 > 1e-5);
+}
+
 #[test]
 fn wrong_arguments_are_errors() {
     let case = Case::load("sd15", "unet-square", DType::F32);
@@ -386,6 +401,10 @@ fn wrong_arguments_are_errors() {
     assert_eq!(forward(&x, 0, &pooled), "unet: pooled_level is 2, expected a level below 2, of 2");
     let windowed = UnetOptions { windowed_level: Some(2), ..UnetOptions::default() };
     assert_eq!(forward(&x, 0, &windowed), "unet: windowed_level is 2, expected a level below 2, of 2");
+    let flat = UnetOptions { neighbourhood: Some([0, 4]), ..UnetOptions::default() };
+    assert_eq!(forward(&x, 0, &flat), "unet: neighbourhood is [0, 4], expected sides of at least 1");
+    let both = UnetOptions { neighbourhood: Some([4, 4]), windowed_level: Some(0), ..UnetOptions::default() };
+    assert_eq!(forward(&x, 0, &both), "unet: windowed_level is given, expected none beside a neighbourhood");
     for shape in [[0, 8, 8, 4], [1, 8, 8, 3], [1, 0, 8, 4]] {
         let error = forward(&tensor(&shape, DType::F32), 0, &options);
         assert!(error.starts_with(&format!("unet: x has shape {shape:?}")), "{error}");

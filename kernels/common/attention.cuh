@@ -12,6 +12,9 @@
 //   first row + shift + i / window_w) mod map_h, columns likewise: read and stored there, so that nothing is rolled, cut or
 //   put together. The shift is factor * unit, the factor in the table's row of the image's step, of image mod
 //   shift_images, read on the device.
+//   With key_h the windows are neighbourhoods (ScaleDiff, arXiv:2510.25818): of the queries they are disjoint boxes of
+//   [window_h, window_w], the last of an axis short where the map is no multiple, of the keys boxes of [key_h, key_w] around them,
+//   moved inside the map. Then queries = window_h window_w, of which a short box has fewer, and keys = key_h key_w.
 //   k2, v2 [R2, keys2, heads, d] or null: a second source of keys and values. Joined, their scores enter the same softmax
 //   (the streams of SD 3's transformer); apart they have one of their own, y = attention(q, k, v) + weight2 attention(q,
 //   k2, v2) (IP-Adapter, Ye et al. 2023, arXiv:2308.06721). Not with causal; bias is for the first source alone.
@@ -36,6 +39,7 @@ struct AttentionArgs {
     int q_stride, kv_stride, kv2_stride;                  // from a token to the next, in elements
     int images_per_kv, images_per_kv2, images_per_bias;  // N / R, N / R2, N / B
     int map_h, map_w, window_h, window_w, unit_h, unit_w;  // map_h: 0 without windows
+    int key_h, key_w;                                      // 0: a window's keys are those of its queries
     int shift_columns, shift_images, step_images;
     int causal;
     int apart;
@@ -63,7 +67,8 @@ struct WindowPlace {
 };
 template <class T>
 DEVICE WindowPlace window_place(const AttentionArgs<T>& args, int number) {
-    const int across = args.map_w / args.window_w, windows = across * (args.map_h / args.window_h);
+    const int across = (args.map_w + args.window_w - 1) / args.window_w;
+    const int windows = across * ((args.map_h + args.window_h - 1) / args.window_h);
     const int image = number / windows, window = number % windows;
     int factor = 0;
     if (args.shifts) {
@@ -72,7 +77,28 @@ DEVICE WindowPlace window_place(const AttentionArgs<T>& args, int number) {
     }
     return {image, window / across * args.window_h + factor * args.unit_h, window % across * args.window_w + factor * args.unit_w};
 }
-// Its token in row y and column x, among those of all images.
+// Columns of the window at `place`, of its queries; how many these are; columns of its keys.
+template <class T>
+DEVICE int query_columns(const AttentionArgs<T>& args, const WindowPlace& place) {
+    return args.key_h ? min(args.window_w, args.map_w - place.left) : args.window_w;
+}
+template <class T>
+DEVICE int query_count(const AttentionArgs<T>& args, const WindowPlace& place) {
+    return args.key_h ? query_columns(args, place) * min(args.window_h, args.map_h - place.top) : args.queries;
+}
+template <class T>
+DEVICE int key_columns(const AttentionArgs<T>& args) {
+    return args.key_h ? args.key_w : args.window_w;
+}
+// Where its keys lie.
+template <class T>
+DEVICE WindowPlace key_place(const AttentionArgs<T>& args, const WindowPlace& place) {
+    if (!args.key_h) return place;
+    const int top = max(0, min(place.top - (args.key_h - args.window_h) / 2, args.map_h - args.key_h));
+    const int left = max(0, min(place.left - (args.key_w - args.window_w) / 2, args.map_w - args.key_w));
+    return {place.image, top, left};
+}
+// The token in row y and column x of a window's box, among those of all images.
 template <class T>
 DEVICE int64_t map_token(const AttentionArgs<T>& args, const WindowPlace& place, int y, int x) {
     return (int64_t(place.image) * args.map_h + (place.top + y) % args.map_h) * args.map_w + (place.left + x) % args.map_w;

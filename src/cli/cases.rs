@@ -335,10 +335,24 @@ fn attentions(cases: &mut Vec<Case>) {
             let factors = Tensor::from_u32(inputs.device, &[1, 2, 2], &[0, 1, 0, 3])?;
             let step = StepIndex::one(inputs.device, 0)?;
             let shift = Some(WindowShift { factors: &factors, step: &step, column: 1, unit });
-            let options =
-                AttentionOptions { windows: Some(Windows { map, window, shift }), ..AttentionOptions::default() };
+            let options = AttentionOptions {
+                windows: Some(Windows { map, window, keys: None, shift }),
+                ..AttentionOptions::default()
+            };
             Ok(vec![ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)?])
         };
+        cases.push(case("attention", name, allowed(head_dim), run).intermediate(f64::from(SIZE)));
+    }
+    for (map, window, keys, head_dim) in [([16, 23], [5, 8], [10, 17], 64), ([9, 7], [4, 4], [7, 8], 24)] {
+        let [h, w]: [usize; 2] = map;
+        let boxes = format!("{}x{} with keys of {}x{}", window[0], window[1], keys[0], keys[1]);
+        let run = move |inputs: &mut Inputs| {
+            let qkv = inputs.uniform(&[2, h * w, 3, 1, head_dim], SIZE)?;
+            let windows = Some(Windows { map, window, keys: Some(keys), shift: None });
+            let options = AttentionOptions { windows, ..AttentionOptions::default() };
+            Ok(vec![ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)?])
+        };
+        let name = format!("[2,{},3,1,{head_dim}] in windows of {boxes}", h * w);
         cases.push(case("attention", name, allowed(head_dim), run).intermediate(f64::from(SIZE)));
     }
 }

@@ -35,13 +35,19 @@ pub struct AttentionOptions<'a> {
 
 /// Windows of a map whose tokens, row by row, are those of [`Attention::Packed`]: each token attends to those of its own
 /// window, and nothing is rolled, cut or put together in memory (MSW-MSA of HiDiffusion, Zhang et al. 2024,
-/// arXiv:2311.17528, without its resize of odd maps).
+/// arXiv:2311.17528, without its resize of odd maps). Or, with `keys`, to those of a larger box around its window
+/// (neighbourhood patch attention of ScaleDiff, 2025, arXiv:2510.25818).
 #[derive(Clone, Copy, Debug)]
 pub struct Windows<'a> {
     /// H and W, with H W = L.
     pub map: [usize; 2],
-    /// Rows and columns of a window, which divide those of the map.
+    /// Rows and columns of a window. Without `keys` they divide those of the map; with them the last window of an axis is short
+    /// where they do not, and a window larger than the map is the map.
     pub window: [usize; 2],
+    /// Rows and columns of the keys' box, at least those of a window; along an axis with fewer cells it is the whole axis. That of
+    /// a window which begins at row (or column) `i` begins at `i - (keys - window) / 2`, moved inside the map. `None`: the keys
+    /// of a window are its own tokens. Not beside a shift.
+    pub keys: Option<[usize; 2]>,
     /// `None`: the windows begin at the map's first token.
     pub shift: Option<WindowShift<'a>>,
 }
@@ -158,7 +164,7 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
         windows = Some(given.check(OP, n, queries, q.device())?);
     }
     let (n, queries, keys) = match windows {
-        Some(WindowDims { count, window: [h, w], .. }) => (n * count, h * w, h * w),
+        Some(WindowDims { count, window: [h, w], keys: [key_h, key_w], .. }) => (n * count, h * w, key_h * key_w),
         None => (n, queries, keys),
     };
     let dims =
@@ -185,7 +191,9 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
         Device::Meta(meta) => {
             let rows = |images_per_kv: usize, keys: usize| 2 * (n / images_per_kv.max(1)) * keys * heads * head_dim;
             let second = second.map_or(0, |second| rows(second.images_per_kv, second.keys));
-            let values = rows(images_per_kv, keys) + second + options.bias.map_or(0, Tensor::numel);
+            // Boxes of keys overlap; each token is read from memory once.
+            let first = if windows.is_some() { 2 * y.numel() } else { rows(images_per_kv, keys) };
+            let values = first + second + options.bias.map_or(0, Tensor::numel);
             let bytes = 2 * y.bytes() + (values * y.dtype().size_bytes()) as u64;
             meta.record(OP, OpKind::Attention, y.shape(), dims.work(bytes));
         }
@@ -198,13 +206,26 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
 
 impl Windows<'_> {
     fn check(&self, op: &'static str, n: usize, tokens: usize, device: &Device) -> Result<WindowDims> {
-        let Windows { map, window, shift } = *self;
+        let Windows { map, mut window, keys, shift } = *self;
         if map[0].checked_mul(map[1]) != Some(tokens) {
             return Err(Error::argument(op, "map", format!("{map:?}"), format!("{tokens} tokens, as q has")));
         }
-        if window.contains(&0) || map.iter().zip(window).any(|(map, window)| !map.is_multiple_of(window)) {
+        let divides = map.iter().zip(window).all(|(map, window)| window > 0 && map.is_multiple_of(window));
+        if window.contains(&0) || (keys.is_none() && !divides) {
             let want = format!("sizes that divide those of the map, {map:?}");
             return Err(Error::argument(op, "window", format!("{window:?}"), want));
+        }
+        let mut key_box = window;
+        if let Some(keys) = keys {
+            if keys.iter().zip(window).any(|(&keys, window)| keys < window) {
+                let want = format!("sizes of at least those of the window, {window:?}");
+                return Err(Error::argument(op, "keys", format!("{keys:?}"), want));
+            }
+            if shift.is_some() {
+                return Err(Error::argument(op, "shift", "given", "none beside a box of keys"));
+            }
+            let within = |sizes: [usize; 2]| [0, 1].map(|axis| sizes[axis].min(map[axis]));
+            (window, key_box) = (within(window), within(keys));
         }
         let mut unit = [0, 0];
         if let Some(shift) = shift {
@@ -228,8 +249,11 @@ impl Windows<'_> {
             }
             unit = shift.unit;
         }
-        let count = map[0] / window[0] * (map[1] / window[1]);
-        Ok(WindowDims { map, window, unit, count })
+        let count = match map {
+            [0, _] | [_, 0] => 0,
+            _ => map[0].div_ceil(window[0]) * map[1].div_ceil(window[1]),
+        };
+        Ok(WindowDims { map, window, keys: key_box, around: keys.is_some(), unit, count })
     }
 }
 
@@ -278,9 +302,10 @@ fn attention_cpu<T: Element>(operands: &Operands, dims: &Dims, y: &mut Tensor) {
     forward(dims, &inputs, y.cpu_mut());
 }
 
-/// Each window's tokens side by side, attention as of so many images, and its results back in their places.
+/// Window by window: the tokens of its queries and of its keys side by side, attention as of an image of its own, and the results
+/// back in their places.
 fn windows_cpu<T: Element>(operands: &Operands, dims: &Dims, windows: &WindowDims, width: usize, y: &mut Tensor) {
-    let WindowDims { map: [map_h, map_w], window: [h, w], unit, count } = *windows;
+    let WindowDims { map: [map_h, map_w], window, unit, count, .. } = *windows;
     let factor = |image: usize| match &operands.shift {
         Some(WindowShift { factors, step, column, .. }) => {
             let &[_, images, columns] = factors.shape() else { unreachable!("checked: three dimensions") };
@@ -288,30 +313,31 @@ fn windows_cpu<T: Element>(operands: &Operands, dims: &Dims, windows: &WindowDim
         }
         None => 0,
     };
-    // Of the tokens of all windows, one after the other, where they lie among those of all images.
-    let places: Vec<usize> = (0..dims.n)
-        .flat_map(|number| {
-            let (image, window, across) = (number / count, number % count, map_w / w);
-            let [top, left] = [window / across * h, window % across * w];
-            let [down, right] = unit.map(|unit| factor(image) * unit);
-            (0..h * w).map(move |i| {
-                let (row, column) = ((top + down + i / w) % map_h, (left + right + i % w) % map_w);
-                (image * map_h + row) * map_w + column
-            })
-        })
-        .collect();
     let qkv = operands.q.tensor.cpu::<T>();
-    let tokens = |part: usize| -> Vec<T> {
-        places.iter().flat_map(|place| &qkv[(place * 3 + part) * width..][..width]).copied().collect()
-    };
-    let [q, k, v] = [tokens(0), tokens(1), tokens(2)];
-    let of = |data| Tokens { data, offset: 0, stride: width };
-    let first = KeySource { k: of(&k), v: of(&v), keys: dims.keys, images_per_kv: 1 };
-    let mut results = q.clone();
-    forward(dims, &Inputs { q: of(&q), first, second: None, bias: None }, &mut results);
     let y = y.cpu_mut::<T>();
-    for (from, place) in results.chunks_exact(width).zip(places) {
-        y[place * width..][..width].copy_from_slice(from);
+    for number in 0..dims.n {
+        let (image, across) = (number / count, map_w.div_ceil(window[1]));
+        let first = [number % count / across * window[0], number % count % across * window[1]];
+        let shift = unit.map(|unit| factor(image) * unit);
+        // Where the tokens of a box lie among those of all images.
+        let places = |[top, left]: [usize; 2], [h, w]: [usize; 2]| -> Vec<usize> {
+            let of = |i: usize| [(top + shift[0] + i / w) % map_h, (left + shift[1] + i % w) % map_w];
+            (0..h * w).map(of).map(|[row, column]| (image * map_h + row) * map_w + column).collect()
+        };
+        let tokens = |places: &[usize], part: usize| -> Vec<T> {
+            places.iter().flat_map(|place| &qkv[(place * 3 + part) * width..][..width]).copied().collect()
+        };
+        let queries = places(first, windows.queries_at(first));
+        let keys = places(windows.keys_at(first), windows.keys);
+        let [q, k, v] = [tokens(&queries, 0), tokens(&keys, 1), tokens(&keys, 2)];
+        let of = |data| Tokens { data, offset: 0, stride: width };
+        let first = KeySource { k: of(&k), v: of(&v), keys: keys.len(), images_per_kv: 1 };
+        let dims = Dims { n: 1, queries: queries.len(), keys: keys.len(), ..*dims };
+        let mut results = q.clone();
+        forward(&dims, &Inputs { q: of(&q), first, second: None, bias: None }, &mut results);
+        for (from, place) in results.chunks_exact(width).zip(queries) {
+            y[place * width..][..width].copy_from_slice(from);
+        }
     }
 }
 
@@ -337,11 +363,34 @@ pub(super) struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WindowDims {
     pub map: [usize; 2],
+    /// Of the queries, at most the map.
     pub window: [usize; 2],
+    /// Of the keys, at most the map.
+    pub keys: [usize; 2],
+    /// Are the keys those around the queries, with windows that may be short, and not the queries' own tokens?
+    pub around: bool,
     /// What a factor of 1 shifts by.
     pub unit: [usize; 2],
     /// Windows of an image.
     pub count: usize,
+}
+
+impl WindowDims {
+    /// Rows and columns of the window that begins at `first`: the last of an axis may be short.
+    fn queries_at(&self, first: [usize; 2]) -> [usize; 2] {
+        [0, 1].map(|axis| self.window[axis].min(self.map[axis] - first[axis]))
+    }
+
+    /// Where its keys begin.
+    fn keys_at(&self, first: [usize; 2]) -> [usize; 2] {
+        if !self.around {
+            return first;
+        }
+        [0, 1].map(|axis| {
+            let before = (self.keys[axis] - self.window[axis]) / 2;
+            first[axis].saturating_sub(before).min(self.map[axis] - self.keys[axis])
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -357,7 +406,14 @@ impl Dims {
         let (queries, keys) = (self.queries as u64, self.keys as u64);
         let pairs = if self.causal { queries.saturating_mul(queries + 1) / 2 } else { queries.saturating_mul(keys) };
         let second = self.second.map_or(0, |second| queries.saturating_mul(second.keys as u64));
-        let scores = pairs.saturating_add(second).saturating_mul((self.n * self.heads) as u64);
+        let heads = self.heads as u64;
+        let scores = match self.windows {
+            // Of the map's tokens, whichever window is short.
+            Some(WindowDims { map: [h, w], count, .. }) => {
+                ((self.n / count.max(1) * h * w) as u64).saturating_mul(keys).saturating_mul(heads)
+            }
+            None => pairs.saturating_add(second).saturating_mul(self.n as u64 * heads),
+        };
         let macs = scores.saturating_mul(2 * self.head_dim as u64);
         // Beside the products: scale, maximum, subtraction, exponential and sum of each score.
         let flops = macs.saturating_mul(2).saturating_add(scores.saturating_mul(5));

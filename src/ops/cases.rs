@@ -165,6 +165,8 @@ pub fn sdxl(l: usize) -> Vec<Case> {
         cases.push(cross_attention(2, l * l, 77, c / 64, 64));
     }
     cases.extend(hidiffusion(2 * half));
+    // ScaleDiff's, of the same maps.
+    cases.push(neighbourhood_attention(2, [l; 2], [half; 2], 10, 64));
     cases
 }
 
@@ -262,6 +264,7 @@ pub fn small() -> Vec<Case> {
         add([1, 8, 8, 64]),
         embedding(1, 7, 50, 64),
         windowed_attention(1, [16, 16], 1, 64),
+        neighbourhood_attention(1, [11, 16], [8, 8], 1, 64),
         avg_pool([1, 5, 8, 16]),
     ];
     cases.extend(relay(2));
@@ -506,10 +509,29 @@ fn windowed_attention(n: usize, map: [usize; 2], heads: usize, head_dim: usize) 
         Ok(Box::new(move || {
             let unit = window.map(|side| side / 4);
             let shift = Some(WindowShift { factors: &factors, step: &step, column: 0, unit });
-            let windows = Some(Windows { map, window, shift });
+            let windows = Some(Windows { map, window, keys: None, shift });
             let options = AttentionOptions { windows, ..AttentionOptions::default() };
             super::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)
         }))
+    })
+}
+
+/// Windows of half the sides of the box of keys around each: neighbourhood patch attention, of a map that is larger than the
+/// model's own by what it is larger than `keys`.
+fn neighbourhood_attention(n: usize, map: [usize; 2], keys: [usize; 2], heads: usize, head_dim: usize) -> Case {
+    let [h, w] = map;
+    let window = keys.map(|side| side / 2);
+    let mut fields = attention_shape([n, h * w, h * w, heads, head_dim], 1, true, false);
+    fields["map"] = json!(map);
+    fields["window"] = json!(window);
+    fields["window_keys"] = json!(keys);
+    let boxes = format!("in windows of {}x{} with keys of {}x{}", window[0], window[1], keys[0], keys[1]);
+    let name = format!("[{n},{},3,{heads},{head_dim}] {boxes}", h * w);
+    case("attention", name, fields, move |inputs| {
+        let qkv = inputs.tensor(&[n, h * w, 3, heads, head_dim])?;
+        let windows = Some(Windows { map, window, keys: Some(keys), shift: None });
+        let options = AttentionOptions { windows, ..AttentionOptions::default() };
+        Ok(Box::new(move || super::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)))
     })
 }
 

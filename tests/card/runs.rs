@@ -308,8 +308,12 @@ fn a_recorded_step_is_what_the_planner_counts() {
         let config =
             UnetConfig::from_json("config.json", &std::fs::read_to_string(data("sd15/unet/config.json")).unwrap());
         let config = config.unwrap();
-        let hi =
-            UnetOptions { wide_downsampler: Some(0), pooled_level: Some(1), windowed_level: Some(0), mid_dilation: 1 };
+        let hi = UnetOptions {
+            wide_downsampler: Some(0),
+            pooled_level: Some(1),
+            windowed_level: Some(0),
+            ..UnetOptions::default()
+        };
         for (options, height) in [(UnetOptions::default(), 16), (hi, 15)] {
             let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
                 let store = match device {

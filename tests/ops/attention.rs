@@ -481,7 +481,7 @@ fn windows_match_f64() {
             let qkv = Random::new(22).randn(&device, &[n, l, 3, heads, d], dtype);
             for shifted in [false, true] {
                 let shift = shifted.then_some(WindowShift { factors: &table, step: &step, column, unit });
-                let windows = Some(Windows { map, window, shift });
+                let windows = Some(Windows { map, window, keys: None, shift });
                 let options = AttentionOptions { windows, ..AttentionOptions::default() };
                 let got = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
                 let x = f64s(&qkv);
@@ -522,7 +522,7 @@ fn a_window_does_not_depend_on_the_others() {
             let clean = Random::new(23).randn(&device, &[2, l, 3, 1, d], dtype).to_f32_vec().unwrap();
             let run = |values: &[f32], n: usize| {
                 let qkv = Tensor::from_f32(&device, &[n, l, 3, 1, d], dtype, values).unwrap();
-                let windows = Some(Windows { map, window, shift: None });
+                let windows = Some(Windows { map, window, keys: None, shift: None });
                 let options = AttentionOptions { windows, ..AttentionOptions::default() };
                 let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
                 y.to_f32_vec().unwrap()
@@ -539,6 +539,115 @@ fn a_window_does_not_depend_on_the_others() {
                 }
                 let got = run(&values, 2);
                 for token in inside {
+                    let at = token * d..(token + 1) * d;
+                    let what = format!("{device} {dtype} {d}: window {number}, token {token}");
+                    assert!(got[l * d..][at.clone()] == want[at], "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// Map, window, box of keys, heads, head_dim: several tiles of queries and of keys; short windows on either axis and both; a
+/// box of an odd rest around the window, one of the window's own height, one higher than the map; a window larger than the map;
+/// one row; single cells.
+const NEIGHBOURHOODS: [([[usize; 2]; 3], usize, usize); 8] = [
+    ([[12, 20], [9, 9], [12, 18]], 1, 64),
+    ([[13, 11], [4, 3], [8, 6]], 1, 40),
+    ([[9, 20], [5, 7], [5, 12]], 2, 12),
+    ([[6, 30], [4, 8], [9, 17]], 1, 100),
+    ([[7, 5], [9, 8], [12, 10]], 1, 200),
+    ([[1, 45], [1, 16], [1, 32]], 1, 16),
+    ([[10, 10], [9, 9], [10, 10]], 1, 80),
+    ([[3, 4], [1, 1], [2, 3]], 2, 32),
+];
+
+/// Of one axis: where each window begins and ends, and where its keys do, as ScaleDiff has it.
+fn neighbourhoods(side: usize, window: usize, keys: usize) -> Vec<[usize; 4]> {
+    let (window, keys) = (window.min(side), keys.min(side));
+    let of = |start: usize| {
+        let first = (start as i64 - ((keys - window) / 2) as i64).clamp(0, (side - keys) as i64) as usize;
+        [start, side.min(start + window), first, first + keys]
+    };
+    (0..side).step_by(window).map(of).collect()
+}
+
+/// The tokens of the queries and of the keys of every window of one image.
+fn tokens_of_neighbourhoods([map, window, keys]: [[usize; 2]; 3]) -> Vec<[Vec<usize>; 2]> {
+    let [rows, columns] = [0, 1].map(|axis| neighbourhoods(map[axis], window[axis], keys[axis]));
+    let mut all = Vec::new();
+    for row in &rows {
+        for column in &columns {
+            let within = |from: usize| -> Vec<usize> {
+                let of_row = |y: usize| (column[from]..column[from + 1]).map(move |x| y * map[1] + x);
+                (row[from]..row[from + 1]).flat_map(of_row).collect()
+            };
+            all.push([within(0), within(2)]);
+        }
+    }
+    all
+}
+
+#[test]
+fn neighbourhoods_match_f64() {
+    // ScaleDiff's own numbers: 128 cells, boxes of 32 and 64.
+    assert_eq!(neighbourhoods(128, 32, 64).iter().map(|own| own[2]).collect::<Vec<_>>(), [0, 16, 48, 64]);
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for (sizes @ [map, window, keys], heads, d) in NEIGHBOURHOODS {
+            let (n, l) = (if heads > 1 { 1 } else { 2 }, map[0] * map[1]);
+            let qkv = Random::new(24).randn(&device, &[n, l, 3, heads, d], dtype);
+            let windows = Some(Windows { map, window, keys: Some(keys), shift: None });
+            let options = AttentionOptions { windows, ..AttentionOptions::default() };
+            let got = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+            let x = f64s(&qkv);
+            let (shape, count) = (vec![n, l, heads, d], n * l * heads * d);
+            let mut want = Expected { shape, values: vec![f64::NAN; count], magnitudes: vec![f64::NAN; count] };
+            let width = heads * d;
+            for image in 0..n {
+                for [queries, keys] in tokens_of_neighbourhoods(sizes) {
+                    let shape = [1, queries.len(), keys.len(), heads, d];
+                    let own = reference(shape, false, weights(&device, dtype), |part, _, i, h| {
+                        let token = if part == 0 { queries[i] } else { keys[i] };
+                        row(&x, d, ((image * l + token) * 3 + part) * heads + h)
+                    });
+                    for (i, query) in queries.iter().enumerate() {
+                        let (from, to) = (i * width..(i + 1) * width, (image * l + query) * width);
+                        want.values[to..to + width].copy_from_slice(&own.values[from.clone()]);
+                        want.magnitudes[to..to + width].copy_from_slice(&own.magnitudes[from]);
+                    }
+                }
+            }
+            assert_close(&got, &want, 8.0, format!("{device} {sizes:?} {heads} {d}"));
+        }
+    }
+}
+
+/// What is outside of a window's keys may be all NaN, and its bits do not depend on how many images there are.
+#[test]
+fn a_neighbourhood_does_not_depend_on_the_rest() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        for (sizes, d) in
+            [([[5, 7], [2, 3], [4, 4]], 24), ([[6, 5], [3, 2], [5, 3]], 64), ([[4, 5], [2, 3], [3, 4]], 200)]
+        {
+            let [map, window, keys] = sizes;
+            let l = map[0] * map[1];
+            let clean = Random::new(25).randn(&device, &[2, l, 3, 1, d], dtype).to_f32_vec().unwrap();
+            let run = |values: &[f32], n: usize| {
+                let qkv = Tensor::from_f32(&device, &[n, l, 3, 1, d], dtype, values).unwrap();
+                let windows = Some(Windows { map, window, keys: Some(keys), shift: None });
+                let options = AttentionOptions { windows, ..AttentionOptions::default() };
+                let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+                y.to_f32_vec().unwrap()
+            };
+            let want = run(&clean[l * 3 * d..], 1);
+            for (number, [queries, keys]) in tokens_of_neighbourhoods(sizes).into_iter().enumerate() {
+                let mut values = vec![f32::NAN; clean.len()];
+                for token in keys {
+                    let at = (l + token) * 3 * d..(l + token + 1) * 3 * d;
+                    values[at.clone()].copy_from_slice(&clean[at]);
+                }
+                let got = run(&values, 2);
+                for token in queries {
                     let at = token * d..(token + 1) * d;
                     let what = format!("{device} {dtype} {d}: window {number}, token {token}");
                     assert!(got[l * d..][at.clone()] == want[at], "{what}");
@@ -728,12 +837,18 @@ fn meta_records_the_fused_cost() {
     let work = meta.take_report().ops[0].work;
     assert_eq!(work.macs, (2 * n * heads * d * l * (l + k)) as u64);
     assert_eq!(work.bytes, bytes(n * heads * d * 2 * (2 * l + k) + heads * l * l));
-    let windows = Some(Windows { map: [7, 11], window: [7, 1], shift: None });
+    let windows = Some(Windows { map: [7, 11], window: [7, 1], keys: None, shift: None });
     let options = AttentionOptions { windows, ..AttentionOptions::default() };
     let y = ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
     let work = meta.take_report().ops[0].work;
     assert_eq!(y.shape(), [n, l, heads, d]);
     assert_eq!((work.macs, work.bytes), ((2 * n * heads * d * l * 7) as u64, bytes(n * heads * d * 4 * l)));
+    // Short windows have as many keys, and none of their rows is counted that is not there.
+    let windows = Some(Windows { map: [7, 11], window: [4, 3], keys: Some([5, 20]), shift: None });
+    let options = AttentionOptions { windows, ..AttentionOptions::default() };
+    ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options).unwrap();
+    let work = meta.take_report().ops[0].work;
+    assert_eq!((work.macs, work.bytes), ((2 * n * heads * d * l * 55) as u64, bytes(n * heads * d * 4 * l)));
 }
 
 #[test]
@@ -794,7 +909,7 @@ fn errors_name_the_argument() {
     let step = StepIndex::one(&device, 2).unwrap();
     let factors = Tensor::from_u32(&device, &[3, 1, 2], &[0; 6]).unwrap();
     let shift = WindowShift { factors: &factors, step: &step, column: 1, unit: [1, 1] };
-    let windows = Windows { map: [1, 5], window: [1, 5], shift: Some(shift) };
+    let windows = Windows { map: [1, 5], window: [1, 5], keys: None, shift: Some(shift) };
     let of = |windows| with(false, AttentionOptions { windows: Some(windows), ..none });
     let argument = |error: Error, name: &str| {
         let Error::Argument { arg, .. } = &error else { panic!("{error}") };
@@ -804,6 +919,11 @@ fn errors_name_the_argument() {
     for window in [[1, 2], [0, 5], [2, 5]] {
         argument(of(Windows { window, ..windows }), "window");
     }
+    for keys in [[0, 5], [1, 4]] {
+        argument(of(Windows { keys: Some(keys), shift: None, ..windows }), "keys");
+    }
+    argument(of(Windows { window: [1, 0], keys: Some([1, 5]), shift: None, ..windows }), "window");
+    argument(of(Windows { window: [1, 2], keys: Some([1, 4]), ..windows }), "shift");
     argument(of(Windows { shift: Some(WindowShift { column: 2, ..shift }), ..windows }), "column");
     argument(of(Windows { shift: Some(WindowShift { unit: [2, 0], ..shift }), ..windows }), "unit");
     let late = StepIndex::one(&device, 3).unwrap();

@@ -113,7 +113,9 @@ impl Loader<'_> {
             norm1: LayerNorm::load(&w.at("norm1"), channels, 1e-5)?,
             attn1: match c.only_cross_attention {
                 true => Attn::Cross(self.cross_attention(&w.at("attn1"), channels, c.heads)?),
-                false => Attn::Packed(SelfAttention::load(&w.at("attn1"), channels, c.heads, self.place())?),
+                false => {
+                    Attn::Packed(SelfAttention::load(&w.at("attn1"), channels, c.heads, self.depth(), self.place())?)
+                }
             },
             norm2: LayerNorm::load(&w.at("norm2"), channels, 1e-5)?,
             attn2: self.cross_attention(&w.at("attn2"), channels, c.heads)?,
@@ -124,6 +126,11 @@ impl Loader<'_> {
             },
             ff_out: Linear::load_product(&w.at("ff.net.2"), channels, 4 * channels)?,
         })
+    }
+
+    /// How often the maps of the block that is loaded were halved.
+    fn depth(&self) -> usize {
+        self.level.unwrap_or(self.config.down_blocks.len() - 1)
     }
 
     /// The next self-attention's.
@@ -343,33 +350,44 @@ struct SelfAttention {
     to_qkv: Linear, // [3 C, C], no bias
     to_out: Linear, // [C, C]
     heads: usize,
+    /// How often its map was halved.
+    depth: usize,
     place: Option<Place>,
 }
 
 impl SelfAttention {
-    fn load(w: &Weights, channels: usize, heads: usize, place: Option<Place>) -> Result<SelfAttention> {
+    fn load(w: &Weights, channels: usize, heads: usize, depth: usize, place: Option<Place>) -> Result<SelfAttention> {
         let weight = w.stacked_product(&["to_q.weight", "to_k.weight", "to_v.weight"], channels, channels)?;
         let to_out = Linear::load_product(&w.at("to_out.0"), channels, channels)?;
-        Ok(SelfAttention { to_qkv: Linear { weight, bias: None }, to_out, heads, place })
+        Ok(SelfAttention { to_qkv: Linear { weight, bias: None }, to_out, heads, depth, place })
     }
 
     /// `x`, `residual: [N, L, C]` to the same; L are the pixels of `map`.
     fn forward(&self, x: &Tensor, residual: &Tensor, map: [usize; 2], call: Call) -> Result<Tensor> {
         let windowed = self.place.filter(|place| call.options.windowed_level == Some(place.level));
         let Some(Place { number, .. }) = windowed else {
-            return self.to_out.forward_residual(&self.attend(x, None)?, residual);
+            let around = call.options.neighbourhood.and_then(|sides| self.neighbourhood(map, sides));
+            return self.to_out.forward_residual(&self.attend(x, around)?, residual);
         };
         let window = map.map(|side| side.div_ceil(2));
         let (even, unit) = (window.map(|side| 2 * side), window.map(|side| side / 4));
         // As published, the rows decide: where a window is too low for a shift of rows there is none of columns either.
         let factors = call.window_shifts.filter(|_| unit[0] > 0);
         let shift = factors.map(|factors| WindowShift { factors, step: call.step, column: number, unit });
-        let windows = Some(Windows { map: even, window, shift });
+        let windows = Some(Windows { map: even, window, keys: None, shift });
         if even == map {
             return self.to_out.forward_residual(&self.attend(x, windows)?, residual);
         }
         let y = self.to_out.forward(&self.attend(&resized(x, map, even)?, windows)?)?;
         ops::add(&resized(&y, even, map)?, residual)
+    }
+
+    /// Windows of the neighbourhoods of a map, for samples of `sides`; `None`: one of them spans the map.
+    fn neighbourhood(&self, map: [usize; 2], sides: [usize; 2]) -> Option<Windows<'static>> {
+        let keys = sides.map(|side| (0..self.depth).fold(side, |side, _| side.div_ceil(2)));
+        let spans = map.iter().zip(keys).all(|(&map, keys)| map <= keys);
+        let window = keys.map(|side| side.div_ceil(2));
+        (!spans).then_some(Windows { map, window, keys: Some(keys), shift: None })
     }
 
     /// `[N, L, C]` to the same, before the output's projection.

@@ -33,6 +33,10 @@ pub struct UnetOptions {
     /// [`UnetCall::window_shifts`]: MSW-MSA of HiDiffusion, sec. 3.3. A map of odd sides is attended to as one of even sides, to
     /// which it is resized and back bicubically.
     pub windowed_level: Option<usize>,
+    /// Self-attention on every level is within neighbourhoods, which are as large as that level's map is for samples of this
+    /// height and width: the tokens of a box of half its sides attend to those of a box of its own sides around them, moved inside
+    /// the map. Neighbourhood patch attention of ScaleDiff (2025, arXiv:2510.25818). Not beside `windowed_level`.
+    pub neighbourhood: Option<[usize; 2]>,
 }
 
 /// What a call is given beside its sample and its conditioning; `&UnetOptions` is enough where that is all.
@@ -52,7 +56,13 @@ impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
 
 impl Default for UnetOptions {
     fn default() -> UnetOptions {
-        UnetOptions { mid_dilation: 1, wide_downsampler: None, pooled_level: None, windowed_level: None }
+        UnetOptions {
+            mid_dilation: 1,
+            wide_downsampler: None,
+            pooled_level: None,
+            windowed_level: None,
+            neighbourhood: None,
+        }
     }
 }
 
@@ -62,9 +72,17 @@ impl UnetOptions {
     /// # Errors
     /// [`Error::Argument`]: an option, and what it could be.
     pub fn check(&self, config: &UnetConfig) -> Result<()> {
-        let UnetOptions { mid_dilation, wide_downsampler, pooled_level, windowed_level } = self;
+        let UnetOptions { mid_dilation, wide_downsampler, pooled_level, windowed_level, neighbourhood } = self;
         if *mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
+        }
+        if let Some(sides) = neighbourhood {
+            if sides.contains(&0) {
+                return Err(Error::argument("unet", "neighbourhood", format!("{sides:?}"), "sides of at least 1"));
+            }
+            if windowed_level.is_some() {
+                return Err(Error::argument("unet", "windowed_level", "given", "none beside a neighbourhood"));
+            }
         }
         let levels = config.down_blocks.len();
         let below = |arg, level: &Option<usize>, end: usize| match *level {

@@ -41,6 +41,8 @@ pub(super) struct AttentionArgs {
     window_w: i32,
     unit_h: i32,
     unit_w: i32,
+    key_h: i32,
+    key_w: i32,
     shift_columns: i32,
     shift_images: i32,
     step_images: i32,
@@ -199,6 +201,7 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
     }
     let weight = second.and_then(|second| second.weight);
     let [map, window, unit] = dims.windows.map_or([[0; 2]; 3], |windows| [windows.map, windows.window, windows.unit]);
+    let key_box = dims.windows.filter(|windows| windows.around).map_or([0; 2], |windows| windows.keys);
     let shifts = operands.shift.map_or(DevicePtr::NULL, |shift| {
         DevicePtr(shift.factors.cuda().0 + (shift.column * DType::U32.size_bytes()) as u64)
     });
@@ -230,6 +233,8 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
         window_w: window[1] as i32,
         unit_h: unit[0] as i32,
         unit_w: unit[1] as i32,
+        key_h: key_box[0] as i32,
+        key_w: key_box[1] as i32,
         shift_columns: operands.shift.map_or(0, |shift| shift.factors.shape()[2] as i32),
         shift_images: operands.shift.map_or(1, |shift| shift.factors.shape()[1] as i32),
         step_images: operands.shift.map_or(1, |shift| shift.step.images() as i32),

@@ -113,7 +113,8 @@ impl Tile {
     fn takes(&self, dims: &Dims) -> bool {
         let fits = match (self.kind, dims.windows) {
             (Kind::Windows { .. }, Some(windows)) => {
-                [windows.window, windows.unit].concat().iter().all(|size| size.is_multiple_of(BOX_SIDE))
+                !windows.around
+                    && [windows.window, windows.unit].concat().iter().all(|size| size.is_multiple_of(BOX_SIDE))
             }
             (Kind::Windows { .. }, None) | (_, Some(_)) => false,
             (Kind::Ring { .. }, None) => dims.second.is_none_or(|second| second.weight.is_none()),
@@ -292,7 +293,14 @@ mod tests {
     fn windows_of_whole_boxes_have_their_tiles() {
         let with = |side: usize, head_dim: usize| {
             let (window, unit) = (side / 2, side / 8);
-            let windows = Some(WindowDims { map: [side; 2], window: [window; 2], unit: [unit; 2], count: 4 });
+            let windows = Some(WindowDims {
+                map: [side; 2],
+                window: [window; 2],
+                keys: [window; 2],
+                around: false,
+                unit: [unit; 2],
+                count: 4,
+            });
             let dims = Dims { windows, ..dims(8, 10, [window * window; 2], head_dim) };
             TILES.iter().any(|tile| tile.takes(&dims)).then(|| pick(&dims, 132, None).unwrap().name)
         };
