@@ -13,6 +13,8 @@
 // index of every tap, [to, taps], then its weight, [to, taps] (f32, or an integer for resize_fixed_*); `taps` is the most
 // that an output can have. So a resize uploads nothing, and a graph can record it.
 //
+// Two filters keep the size, for sharpen and exchange_low_band: a Gaussian of three taps, and what db4 keeps in its low band.
+//
 // Memory bound: x and y once; the taps of one input are read from L1 or L2.
 // Launch, unless said otherwise: grid (rows of y over the whole batch, ceil(elements of a row / kThreads)), block kThreads.
 #include "common/math.cuh"
@@ -37,7 +39,7 @@ DEVICE Taps<W> taps_of(const unsigned* filter, int taps, int outputs, int i) {
 }
 
 // As src/ops/cuda/resize.rs numbers them.
-enum FilterKind { kTriangle, kCubic, kTorchCubic, kGaussian };
+enum FilterKind { kTriangle, kCubic, kTorchCubic, kGaussian, kBlur, kLowBand };
 
 // Keys 1981, doi:10.1109/TASSP.1981.1163711: the piecewise cubic with slope `a` at 1.
 DEVICE double keys(double x, double a) {
@@ -87,14 +89,37 @@ DEVICE void torch_taps(TapWriter& taps, int from, int to, int i) {
     for (int j = 0; j < 4; j++) taps.add(min(max(first + j, 0), from - 1), keys(phase + 1.0 - j, -0.75));
 }
 
-// Five taps of a Gaussian of standard deviation 1.1 pixels, the image mirrored about its border pixels.
-DEVICE void gaussian_taps(TapWriter& taps, int length, int i) {
+// 2 radius + 1 taps of a Gaussian of standard deviation sigma, in pixels, the image mirrored about its border pixels.
+DEVICE void gaussian_taps(TapWriter& taps, int radius, double sigma, int length, int i) {
     const int period = max(2 * length - 2, 1);
-    const auto weight = [](int offset) { return exp(-0.5 * (offset / 1.1) * (offset / 1.1)); };
-    const double sum = weight(0) + 2.0 * (weight(1) + weight(2));
-    for (int offset = -2; offset <= 2; offset++) {
+    const auto weight = [=](int offset) { return exp(-0.5 * (offset / sigma) * (offset / sigma)); };
+    double beside = 0.0;
+    for (int offset = 1; offset <= radius; offset++) beside += weight(offset);
+    const double sum = weight(0) + 2.0 * beside;
+    for (int offset = -radius; offset <= radius; offset++) {
         const int at = ((i + offset) % period + period) % period;
         taps.add(min(min(at, period - at), length - 1), weight(offset) / sum);
+    }
+}
+
+// What remains of a line in db4's low band, which has every second sample: its analysis and its synthesis in one. Daubechies
+// 1988, doi:10.1002/cpa.3160410705; the line is mirrored about its ends, which are repeated.
+//   y(i) = sum over o of x(i + o) sum over a = kFirst, kFirst + 2, ... of h[a] h[a - o]      kFirst = (i + 1) mod 2
+template <int kFirst>
+DEVICE void low_band_taps(TapWriter& taps, int length, int i) {
+    constexpr int kTaps = 8;
+    constexpr double h[kTaps] = {-0.010597401785069032, 0.0328830116668852,  0.030841381835560764, -0.18703481171909309,
+                                 -0.027983769416859854, 0.6308807679298589,  0.7148465705529157,   0.2303778133088965};
+    const int period = 2 * length;
+    UNROLL
+    for (int offset = 1 - kTaps; offset < kTaps; offset++) {
+        double weight = 0.0;
+        UNROLL
+        for (int a = kFirst; a < kTaps; a += 2) {
+            if (a >= offset && a - offset < kTaps) weight += h[a] * h[a - offset];
+        }
+        const int at = ((i + offset) % period + period) % period;
+        taps.add(min(at, period - 1 - at), weight);
     }
 }
 
@@ -106,6 +131,7 @@ struct Filters {
     int from[4];
     int to[4];
     int fixed;  // weights are integers, but the Gaussian's
+    float sigma;  // of kBlur
 };
 
 // All tables of a resize. Launch: grid (ceil(largest to / kFilterThreads), filters), block kFilterThreads: few outputs, of
@@ -123,7 +149,13 @@ KERNEL(resize_filter, kFilterThreads, 1)(GRID_CONST Filters filters) {
     if (kind == kTorchCubic) {
         torch_taps(writer, from, to, i);
     } else if (kind == kGaussian) {
-        gaussian_taps(writer, to, i);
+        gaussian_taps(writer, 2, 1.1, to, i);
+    } else if (kind == kBlur) {
+        gaussian_taps(writer, 1, filters.sigma, to, i);
+    } else if (kind == kLowBand && i % 2 == 0) {
+        low_band_taps<1>(writer, to, i);
+    } else if (kind == kLowBand) {
+        low_band_taps<0>(writer, to, i);
     } else {
         pil_taps(writer, kind == kTriangle, from, to, i);
     }

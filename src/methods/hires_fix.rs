@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
+use super::stages::last_steps_again;
 use super::{Event, Geometry, Method, Prediction, Run, Sampling, Stage, Start, base_size, check_size};
 use crate::error::{Error, Result};
 use crate::names::named;
@@ -147,8 +148,7 @@ impl GenerationMethod for HiresFix {
 
     /// The second pass makes the last of the first one's steps again.
     fn ranges(&self, stages: &[Stage]) -> Vec<Range<usize>> {
-        let all = stages.first().map_or(0, |first| first.steps);
-        stages.iter().map(|stage| all.saturating_sub(stage.steps)..all).collect()
+        last_steps_again(stages)
     }
 
     fn check(&self, run: &Run) -> Result<()> {

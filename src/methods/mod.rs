@@ -6,6 +6,7 @@
 
 mod choices;
 mod demofusion;
+mod diffusehigh;
 mod hidiffusion;
 mod hires_fix;
 mod megafusion;
@@ -27,6 +28,7 @@ pub mod views;
 
 pub use choices::Choices;
 pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, gaussian_taps, phase_sizes};
+pub use diffusehigh::{DIFFUSEHIGH, DiffuseHigh};
 pub use hidiffusion::{HIDIFFUSION, HiDiffusion};
 pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
@@ -49,7 +51,7 @@ use crate::names::named;
 
 /// Every method, in the order of the help.
 pub static METHODS: &[&MethodSpec] =
-    &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION, &PIXELRUSH];
+    &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION, &PIXELRUSH, &DIFFUSEHIGH];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

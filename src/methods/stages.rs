@@ -45,24 +45,50 @@ pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
     if scale <= LARGEST_DIRECT_SCALE || steps < 2 {
         return Ok(vec![Stage { size, steps }]);
     }
-    let first = base_size(size, native, factor);
-    let relays = (((scale - 1.0) / relay_growth - 1e-9).ceil() as usize).clamp(1, MOST_RELAYS).min(steps - 1);
+    let relays = relays_to(scale, relay_growth).min(MOST_RELAYS).min(steps - 1);
     let relayed_steps = ((steps as f64 * RELAYED_SHARE).round() as usize).max(relays);
-    let mut stages = vec![Stage { size: first, steps: steps - relayed_steps }];
-    for relay in 1..=relays {
-        let between = |from: usize, to: usize| {
-            let side = from as f64 + (to as f64 - from as f64) * relay as f64 / relays as f64;
-            rounded(side, factor)
-        };
-        let size = match relay == relays {
-            true => size,
-            false => Size::new(between(first.width, size.width), between(first.height, size.height)),
-        };
+    let sizes = sizes_between(base_size(size, native, factor), size, relays, factor);
+    let stage = |(relay, size)| {
         // The earlier of them take what does not divide.
         let extra = usize::from(relay <= relayed_steps % relays);
-        stages.push(Stage { size, steps: relayed_steps / relays + extra });
+        let steps = if relay == 0 { steps - relayed_steps } else { relayed_steps / relays + extra };
+        Stage { size, steps }
+    };
+    Ok(sizes.into_iter().enumerate().map(stage).collect())
+}
+
+/// How many relays a picture of `scale` times the native sides takes, each of which adds at most `growth` of these.
+fn relays_to(scale: f64, growth: f64) -> usize {
+    ((scale - 1.0) / growth - 1e-9).ceil().max(1.0) as usize
+}
+
+/// From one size to another by `relays` steps of equal length; all but the last are rounded to multiples of `factor`.
+fn sizes_between(first: Size, last: Size, relays: usize, factor: usize) -> Vec<Size> {
+    let at = |relay: usize| {
+        let between = |from: usize, to: usize| {
+            rounded(from as f64 + (to as f64 - from as f64) * relay as f64 / relays as f64, factor)
+        };
+        let between = || Size::new(between(first.width, last.width), between(first.height, last.height));
+        if relay == relays { last } else { between() }
+    };
+    std::iter::once(first).chain((1..=relays).map(at)).collect()
+}
+
+/// The native area in the final aspect ratio, then sides that grow by at most `growth` of the native ones, up to the final size;
+/// that size alone up to 1.1 times the native sides.
+pub(super) fn grown_sizes(geometry: &Geometry, growth: f64) -> Vec<Size> {
+    let &Geometry { size, native, factor, .. } = geometry;
+    let scale = (size.area() as f64 / native.area() as f64).sqrt();
+    match scale <= LARGEST_DIRECT_SCALE {
+        true => vec![size],
+        false => sizes_between(base_size(size, native, factor), size, relays_to(scale, growth), factor),
     }
-    Ok(stages)
+}
+
+/// The first stage takes the whole schedule, each later one as many of its last steps as it has.
+pub(super) fn last_steps_again(stages: &[Stage]) -> Vec<Range<usize>> {
+    let all = stages.first().map_or(0, |first| first.steps);
+    stages.iter().map(|stage| all.saturating_sub(stage.steps)..all).collect()
 }
 
 /// The steps of a schedule that stages take one after the other.

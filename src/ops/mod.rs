@@ -24,6 +24,7 @@ mod embedding;
 mod latents;
 mod linear;
 mod linear_fp8;
+mod low_band;
 mod norm;
 mod patches;
 #[doc(hidden)]
@@ -43,6 +44,7 @@ pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use latents::{blur_latents, latent_moments, mix_latents, standardise_latents};
 pub use linear::{Linear, linear};
 pub use linear_fp8::{LinearFp8, Quantized, linear_fp8, quantize};
+pub use low_band::{exchange_low_band, sharpen};
 pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
 pub use patches::{PatchLayout, Patches, Restandardised, gather_patches, merge_patches, step_patches};
 pub use resize::{RelayNoise, Upsampler, avg_pool, resize, resize_nearest, resize_u8};

@@ -265,7 +265,7 @@ impl Upsampler {
 }
 
 /// One dimension's pass: output i is the sum of the inputs that `taps[ends[i - 1]..ends[i]]` name, times their weights.
-struct Filter {
+pub(super) struct Filter {
     ends: Vec<usize>,
     /// Index of the input, weight. The border's rule is already applied to the indices.
     taps: Vec<(usize, f64)>,
@@ -309,14 +309,30 @@ impl Filter {
         })
     }
 
-    /// Five taps of a Gaussian of standard deviation 1.1 pixels, the image mirrored about its border pixels.
-    fn gaussian(len: usize) -> Filter {
-        let weight = |offset: isize| (-0.5 * (offset as f64 / 1.1).powi(2)).exp();
-        let sum: f64 = (-2..=2).map(weight).sum();
+    /// 2 `radius` + 1 taps of a Gaussian of standard deviation `sigma`, in pixels, the image mirrored about its border pixels.
+    pub(super) fn gaussian(radius: isize, sigma: f64, len: usize) -> Filter {
+        let weight = |offset: isize| (-0.5 * (offset as f64 / sigma).powi(2)).exp();
+        let sum: f64 = (-radius..=radius).map(weight).sum();
         let period = (2 * len as isize - 2).max(1);
         Filter::collect(len, |i| {
             let mirrored = |at: isize| at.rem_euclid(period).min(period - at.rem_euclid(period)) as usize;
-            (-2..=2).map(|offset| (mirrored(i as isize + offset).min(len - 1), weight(offset) / sum)).collect()
+            let tap = |offset| (mirrored(i as isize + offset).min(len - 1), weight(offset) / sum);
+            (-radius..=radius).map(tap).collect()
+        })
+    }
+
+    /// What remains of a line in db4's low band, which has every second sample: its analysis and its synthesis in one.
+    /// Daubechies 1988, doi:10.1002/cpa.3160410705; the line is mirrored about its ends, which are repeated.
+    pub(super) fn low_band(len: usize) -> Filter {
+        let (taps, period) = (DB4.len() as isize, 2 * len as isize);
+        Filter::collect(len, |i| {
+            let mirrored = |at: isize| at.rem_euclid(period).min(period - 1 - at.rem_euclid(period)) as usize;
+            let tap = |offset: isize| {
+                let kept = ((i + 1) % 2..DB4.len()).step_by(2);
+                let products = kept.filter_map(|a| Some(DB4[a] * DB4.get(usize::try_from(a as isize - offset).ok()?)?));
+                (mirrored(i as isize + offset), products.sum())
+            };
+            (1 - taps..taps).map(tap).collect()
         })
     }
 
@@ -346,6 +362,18 @@ impl Filter {
     }
 }
 
+/// The low-pass of db4's analysis.
+const DB4: [f64; 8] = [
+    -0.010597401785069032,
+    0.0328830116668852,
+    0.030841381835560764,
+    -0.18703481171909309,
+    -0.027983769416859854,
+    0.6308807679298589,
+    0.7148465705529157,
+    0.2303778133088965,
+];
+
 /// 1 in PIL's fixed point for 8-bit images.
 const FIXED_POINT_ONE: u32 = 1 << 22;
 
@@ -372,16 +400,16 @@ fn cubic(x: f64, a: f64) -> f64 {
 }
 
 /// One image of the batch, `[h, w, c]`.
-struct Image {
-    values: Vec<f32>,
-    h: usize,
-    w: usize,
-    c: usize,
+pub(super) struct Image {
+    pub values: Vec<f32>,
+    pub h: usize,
+    pub w: usize,
+    pub c: usize,
 }
 
 impl Image {
     /// `[h, w, c]` to `[h, filter.out(), c]`; `store` rounds a finished sum.
-    fn horizontal(&self, filter: &Filter, store: impl Fn(f64) -> f32 + Sync) -> Image {
+    pub fn horizontal(&self, filter: &Filter, store: impl Fn(f64) -> f32 + Sync) -> Image {
         let (h, w, c) = (self.h, filter.out(), self.c);
         let mut values = vec![0.0; h * w * c];
         values.par_chunks_mut(w * c).zip(self.values.par_chunks(self.w * c)).for_each(|(to, from)| {
@@ -396,7 +424,7 @@ impl Image {
     }
 
     /// `[h, w, c]` to `[filter.out(), w, c]`.
-    fn vertical(&self, filter: &Filter, store: impl Fn(f64) -> f32 + Sync) -> Image {
+    pub fn vertical(&self, filter: &Filter, store: impl Fn(f64) -> f32 + Sync) -> Image {
         let (h, w, c) = (filter.out(), self.w, self.c);
         let mut values = vec![0.0; h * w * c];
         values.par_chunks_mut(w * c).enumerate().for_each_init(
@@ -418,8 +446,8 @@ impl Image {
         match upsampler {
             Upsampler::Bilinear | Upsampler::Bicubic | Upsampler::BicubicTorch => self,
             Upsampler::BicubicGaussian => {
-                let rows = Filter::gaussian(self.h);
-                self.horizontal(&Filter::gaussian(self.w), |sum| sum as f32).vertical(&rows, |sum| sum as f32)
+                let [rows, columns] = [self.h, self.w].map(|len| Filter::gaussian(2, 1.1, len));
+                self.horizontal(&columns, |sum| sum as f32).vertical(&rows, |sum| sum as f32)
             }
             Upsampler::BicubicEdge => self.edge_enhanced(),
         }

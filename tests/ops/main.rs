@@ -13,6 +13,7 @@ mod elementwise;
 mod latents;
 mod linear;
 mod linear_fp8;
+mod low_band;
 mod norm;
 mod patches;
 mod peaks;

@@ -48,11 +48,13 @@ fn every_op(device: &Device) -> Result<()> {
     let images = zeros(&[ROWS, 2, 3, 4])?;
     let moments = ops::latent_moments(&images, 0)?;
     ops::standardise_latents(&images, &moments, &moments)?;
+    ops::exchange_low_band(&x, &x)?;
     ops::resize(&x, [2 * ROWS, 5], Upsampler::Bicubic, None, None)?;
     ops::resize_nearest(&x, [2 * ROWS, 5])?;
     ops::resize_u8(&x, [2 * ROWS, 5], Upsampler::Bilinear)?;
     ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-5 })?;
     ops::scale_cast(&x, 2.0, 1.0, DType::F16, 2)?;
+    ops::sharpen(&x, 0.7)?;
     let e = TimestepEmbedding { dim: 8, flip_sin_to_cos: true, freq_shift: 0.0 };
     ops::timestep_embedding(&[7.0; ROWS], e, device, DType::F32)?;
 

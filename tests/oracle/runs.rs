@@ -207,6 +207,11 @@ fn pixelrush() {
 }
 
 #[test]
+fn diffusehigh() {
+    check_all(|name| name.contains("diffusehigh"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();

@@ -21,6 +21,7 @@ The tensors written, all f32 NCHW:
     latent               the latents that are decoded at the end: the last stepped ones (plain), the last x0 (MegaFusion)
     image                the final picture, not clamped
     shifts               HiDiffusion's, [steps, windowed self-attentions], i64
+Further ones of other methods: see their files.
 """
 
 import argparse
@@ -91,6 +92,10 @@ class Settings:
     t1 = None
     t2 = None
     aggressive = None
+    # DiffuseHigh; wavelet_steps None: a third of a stage's
+    refine_guidance = 10.0
+    wavelet_steps = None
+    sharpen = True
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -117,7 +122,7 @@ class Settings:
                 value = ",".join(map(str, value))
             if key == "stages":
                 value = ",".join(f"{w}x{h}:{n}" for (w, h), n in value)
-            if isinstance(value, bool) and key not in ("reschedule", "raunet", "windows", "aggressive"):
+            if isinstance(value, bool) and key not in ("reschedule", "raunet", "windows", "aggressive", "sharpen"):
                 assert value
                 out.append(option)
                 continue
@@ -349,13 +354,14 @@ def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
 @torch.no_grad()
 def run(model, settings):
     import demofusion
+    import diffusehigh
     import multidiffusion
     import pixelrush
 
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
     methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
-               "hidiffusion": hidiffused, "pixelrush": pixelrush.run}
+               "hidiffusion": hidiffused, "pixelrush": pixelrush.run, "diffusehigh": diffusehigh.run}
     methods.get(settings.method, megafusion)(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
     return {k: stored(v).contiguous().clone() for k, v in tensors.items()}
@@ -406,7 +412,7 @@ def main():
     truth = lambda text: {"true": True, "false": False}[text]
     size = lambda text: tuple(int(n) for n in text.split("x"))
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
-    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "t1": float, "t2": float,
+    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "sharpen": truth, "wavelet_steps": int, "t1": float, "t2": float,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
              "cosine": lambda text: tuple(float(n) for n in text.split(","))}

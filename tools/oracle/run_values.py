@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs()
 
 
 def sdxl_runs():
@@ -271,6 +271,24 @@ def pixelrush_runs():
                                             "refine_timestep": 400, "upsampler": "bilinear"}),
         # v-prediction.
         "pixelrush-sd": ("sd21", run | {"stages": (((24, 24), 2), ((48, 44), 1)), "scheduler": "ddim", "guidance": 2.0, "negative": "blurry"}),
+    }
+
+
+def diffusehigh_runs():
+    """Both samplers, both kinds of outputs; odd sizes; every step held, some and none; with and without sharpening."""
+    high = {"method": "diffusehigh", "guidance": 2.0, "refine_guidance": 3.0, "seed": 81}
+    return {
+        "diffusehigh": ("sd15", high | {"stages": (((16, 16), 4), ((24, 24), 3)), "scheduler": "euler"}),
+        # Latents of 8x9 and 11x10 cells.
+        "diffusehigh-three": ("sd15", high | {"stages": (((12, 12), 3), ((16, 18), 2), ((22, 20), 1)), "scheduler": "ddim",
+                                              "wavelet_steps": 2, "negative": "blurry"}),
+        "diffusehigh-v": ("sd21", high | {"stages": (((16, 12), 3), ((28, 24), 2)), "scheduler": "euler", "wavelet_steps": 2,
+                                          "sharpen": False}),
+        "diffusehigh-v-ddim": ("sd21", high | {"stages": (((16, 16), 3), ((20, 24), 3)), "scheduler": "ddim"}),
+        "sdxl-diffusehigh": ("sdxl", high | {"stages": (((16, 16), 4), ((24, 20), 4))}),
+        # No guidance, no wavelets.
+        "sdxl-diffusehigh-turbo": ("sdxl-turbo", {"method": "diffusehigh", "seed": 82, "guidance": 0.0, "wavelet_steps": 0,
+                                                  "stages": (((16, 16), 2), ((24, 24), 1)), "scheduler": "euler"}),
     }
 
 

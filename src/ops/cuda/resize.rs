@@ -2,6 +2,7 @@
 
 use super::{aligned, entry, int};
 use crate::error::Result;
+use crate::ops::low_band::Smoothing;
 use crate::ops::{RelayNoise, Upsampler};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
@@ -31,6 +32,8 @@ enum FilterKind {
     Cubic,
     TorchCubic,
     Gaussian,
+    Blur,
+    LowBand,
 }
 
 impl FilterKind {
@@ -51,6 +54,8 @@ impl FilterKind {
             FilterKind::Cubic => pil(2.0).min(from),
             FilterKind::TorchCubic => 4,
             FilterKind::Gaussian => 5,
+            FilterKind::Blur => 3,
+            FilterKind::LowBand => 14,
         }
     }
 }
@@ -83,10 +88,17 @@ struct Filters {
     from: [i32; 4],
     to: [i32; 4],
     fixed: i32,
+    sigma: f32,
 }
 
-/// All tables of a resize, at most four, in one launch. `fixed_point`: the weights are integers, but the Gaussian's.
-fn compute<'a>(device: &CudaDevice, tables: impl Iterator<Item = &'a Table>, fixed_point: bool) -> Result<()> {
+/// All tables of a resize, at most four, in one launch. `fixed_point`: the weights are integers, but the Gaussian's; `sigma`: of
+/// the tables of a blur.
+fn compute<'a>(
+    device: &CudaDevice,
+    tables: impl Iterator<Item = &'a Table>,
+    fixed_point: bool,
+    sigma: f32,
+) -> Result<()> {
     let mut filters = Filters {
         words: [DevicePtr::NULL; 4],
         kind: [0; 4],
@@ -94,6 +106,7 @@ fn compute<'a>(device: &CudaDevice, tables: impl Iterator<Item = &'a Table>, fix
         from: [0; 4],
         to: [0; 4],
         fixed: i32::from(fixed_point),
+        sigma,
     };
     let (mut count, mut longest) = (0, 0);
     for table in tables {
@@ -180,7 +193,7 @@ impl Passes {
     }
 
     pub fn resize(&self, device: &CudaDevice, x: &Tensor, finish: Finish, y: &mut Tensor) -> Result<()> {
-        compute(device, self.tables(), self.fixed_point)?;
+        compute(device, self.tables(), self.fixed_point, 0.0)?;
         horizontal(device, "resize_horizontal", x, &self.columns, &self.narrow)?;
         match (self.upsampler, &self.wide, &self.sharpened, &self.gaussian) {
             (Upsampler::BicubicGaussian, Some(wide), Some(sharpened), Some([rows, columns])) => {
@@ -198,7 +211,7 @@ impl Passes {
 
     pub fn resize_u8(&self, device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let (Some(levels), Some(wide)) = (&self.levels, &self.wide) else { unreachable!("allocated for 8 bits") };
-        compute(device, self.tables(), self.fixed_point)?;
+        compute(device, self.tables(), self.fixed_point, 0.0)?;
         pointwise(device, &entry("resize_levels", x.dtype()), x, levels)?;
         if self.upsampler == Upsampler::BicubicTorch {
             horizontal(device, "resize_horizontal", levels, &self.columns, &self.narrow)?;
@@ -220,6 +233,40 @@ impl Passes {
             (None, _) => wide,
         };
         pointwise(device, &entry("resize_picture", y.dtype()), result, y)
+    }
+}
+
+/// A picture smoothed along both axes: its tables, and the picture between the passes, f32.
+pub struct SmoothingPasses {
+    sigma: f32,
+    rows: Table,
+    columns: Table,
+    between: Tensor,
+}
+
+impl SmoothingPasses {
+    pub const LAUNCHES: u64 = 3;
+
+    /// Allocates, on any device. `x: [N, H, W, C]`, f32.
+    ///
+    /// # Errors
+    /// As [`Tensor::uninit`].
+    pub fn uninit(x: &Tensor, smoothing: Smoothing) -> Result<SmoothingPasses> {
+        let [_, h, w, _] = x.dims("smoothing", "x")?;
+        let (kind, sigma) = match smoothing {
+            Smoothing::Blur { sigma } => (FilterKind::Blur, sigma),
+            Smoothing::LowBand => (FilterKind::LowBand, 0.0),
+        };
+        let table = |length| Table::uninit(x.device(), kind, [length; 2]);
+        let between = Tensor::uninit(x.device(), x.shape(), DType::F32)?;
+        Ok(SmoothingPasses { sigma, rows: table(h)?, columns: table(w)?, between })
+    }
+
+    /// `y = signal * smoothed x + sigma * noise`, as `added` has them.
+    pub fn launch(&self, device: &CudaDevice, x: &Tensor, added: RelayNoise, y: &mut Tensor) -> Result<()> {
+        compute(device, [&self.rows, &self.columns].into_iter(), false, self.sigma)?;
+        horizontal(device, "resize_horizontal", x, &self.columns, &self.between)?;
+        vertical(device, &self.between, &self.rows, Finish { noise: Some(added), ..NOTHING }, y)
     }
 }
 
