@@ -9,6 +9,7 @@ mod demofusion;
 mod diffusehigh;
 mod hidiffusion;
 mod hires_fix;
+mod low_resolution;
 mod megafusion;
 mod method;
 mod model;
@@ -24,6 +25,7 @@ mod sampling;
 mod size;
 mod stages;
 mod start;
+mod upsample_guidance;
 pub mod views;
 
 pub use choices::Choices;
@@ -31,6 +33,7 @@ pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, ga
 pub use diffusehigh::{DIFFUSEHIGH, DiffuseHigh};
 pub use hidiffusion::{HIDIFFUSION, HiDiffusion};
 pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
+pub use low_resolution::{LowEvaluation, LowResolution, LowSteps};
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
 pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
 pub use model::{Denoiser, DiffusionModel, NoiseSource, PatchInput};
@@ -46,12 +49,12 @@ pub use sampling::{Revise, Sampling, generate, images};
 pub use size::{Size, Stage};
 pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
 pub use start::{Known, Start, StartPicture};
+pub use upsample_guidance::{UPSAMPLE_GUIDANCE, UpsampleGuidance, matched_timestep, pooled_power};
 
 use crate::names::named;
 
 /// Every method, in the order of the help.
-pub static METHODS: &[&MethodSpec] =
-    &[&PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION, &PIXELRUSH, &DIFFUSEHIGH];
+    &[&M, &PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION, &PIXELRUSH, &DIFFUSEHIGH, &UPSAMPLE_GUIDANCE];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -1,7 +1,7 @@
-use super::Denoiser;
-use crate::error::Result;
+use super::{Denoiser, LowSteps};
+use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::StepTable;
+use crate::ops::{self, StepTable};
 use crate::runtime::Tensor;
 
 /// What a step asks of the network. Data alone: steps with equal predictions do the same work, so a recorded step is found
@@ -10,6 +10,9 @@ use crate::runtime::Tensor;
 pub enum Prediction {
     /// One call with these options.
     Network(UnetOptions),
+    /// A second call on the samples' means over squares of cells corrects the first ([`Sampling::set_low_resolution`](
+    /// super::Sampling::set_low_resolution)); both with these options. Hwang, Park & Jo 2024, arXiv:2404.01709.
+    Upsampled(UnetOptions),
 }
 
 impl Prediction {
@@ -18,9 +21,22 @@ impl Prediction {
     ///
     /// # Errors
     /// Those of the model.
-    pub(super) fn rows(&self, denoiser: &dyn Denoiser, x: &Tensor, table: &StepTable) -> Result<Tensor> {
+    pub(super) fn rows(
+        &self,
+        denoiser: &dyn Denoiser,
+        x: &Tensor,
+        table: &StepTable,
+        low: Option<&LowSteps>,
+    ) -> Result<Tensor> {
         match self {
             Prediction::Network(options) => denoiser.denoise(x, table, options),
+            Prediction::Upsampled(options) => {
+                let low = low.ok_or_else(|| Error::config("prediction", "the stage has no second calls"))?;
+                let output = denoiser.denoise(x, table, options)?;
+                let pooled = ops::pool_latents(x, low.scale)?;
+                let of_pooled = denoiser.denoise(&pooled, &low.table, options)?;
+                ops::upsample_guidance(&output, &of_pooled, &pooled, low.factors())
+            }
         }
     }
 }

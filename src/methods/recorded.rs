@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::views::{ViewBegin, ViewKey, ViewStage, ViewSteps};
-use super::{Denoiser, Known, Prediction};
+use super::{Denoiser, Known, LowResolution, LowSteps, Prediction};
 use crate::error::{Error, Result};
 use crate::ops::{self, Guidance, SampleState, StepRow, StepTable, Thresholding, history};
 use crate::runtime::{DType, Device, Repeated, Tensor};
@@ -42,6 +42,8 @@ pub struct StepKey {
     pub repaints: bool,
     /// Shifts of attention's windows that the network reads in a step, per image.
     pub window_shifts: Option<usize>,
+    /// The scale of the network's second calls.
+    pub low_scale: Option<usize>,
 }
 
 /// What a stage begins with.
@@ -54,6 +56,8 @@ pub struct StageInputs<'a> {
     pub window_shifts: Option<&'a [u32]>,
     pub guidance: Option<Guidance>,
     pub known: Option<&'a Known>,
+    /// The network's second calls.
+    pub low: Option<&'a LowResolution>,
 }
 
 /// Stages whose steps are kept: those of a run with three relays, for two kinds of runs.
@@ -102,6 +106,7 @@ pub struct StageSteps {
     table: StepTable,
     guidance: Option<Guidance>,
     known: Option<Known>,
+    low: Option<LowSteps>,
     recorded: Vec<(Prediction, Repeated)>,
 }
 
@@ -113,7 +118,7 @@ impl RecordedSteps {
     pub fn begin(
         &self,
         key: &StepKey,
-        StageInputs { x, rows, first, window_shifts, guidance, known }: StageInputs,
+        StageInputs { x, rows, first, window_shifts, guidance, known, low }: StageInputs,
         denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
         let history = history(rows);
@@ -124,6 +129,9 @@ impl RecordedSteps {
             }
             if let (Some(to), Some(from)) = (&mut steps.known, known) {
                 to.copy_from(from)?;
+            }
+            if let (Some(to), Some(from)) = (&mut steps.low, low) {
+                to.rewrite(from, first)?;
             }
             steps.denoiser = denoiser(Some(steps.denoiser))?;
             steps.state.restart(&x)?;
@@ -147,13 +155,14 @@ impl RecordedSteps {
                 false => None,
             };
             let known = known.map(Known::duplicate).transpose()?;
-            Ok((denoiser(None)?, table, noise, known))
+            let low = low.map(|low| LowSteps::new(&device, low, first)).transpose()?;
+            Ok((denoiser(None)?, table, noise, known, low))
         };
-        let (denoiser, table, noise, known) = self.retrying(parts)?;
+        let (denoiser, table, noise, known, low) = self.retrying(parts)?;
         // Steps overwrite x, which the caller may still hold.
         let x = if x.is_unshared() { x } else { x.duplicate()? };
         let (state, recorded) = (SampleState::with_history(x, history)?, Vec::new());
-        Ok(StageSteps { denoiser, state, noise, table, guidance, known, recorded })
+        Ok(StageSteps { denoiser, state, noise, table, guidance, known, low, recorded })
     }
 
     /// Keeps the steps of a stage that is done, if its device records.
@@ -260,7 +269,7 @@ impl StageSteps {
 
     /// One step by this prediction: computed, recorded or replayed.
     fn step(&mut self, prediction: &Prediction) -> Result<()> {
-        let StageSteps { denoiser, state, noise, table, guidance, known, recorded } = self;
+        let StageSteps { denoiser, state, noise, table, guidance, known, low, recorded } = self;
         let at = match recorded.iter().position(|(recorded, _)| recorded == prediction) {
             Some(at) => at,
             None => {
@@ -269,15 +278,21 @@ impl StageSteps {
             }
         };
         let replayed = recorded[at].1.run(|| {
-            let output = prediction.rows(&**denoiser, state.x(), table)?;
+            let output = prediction.rows(&**denoiser, state.x(), table, low.as_ref())?;
             ops::sampler_step(state, &output, guidance.as_ref(), table, noise.as_ref())?;
             if let Some(known) = known {
                 ops::repaint(state.x_mut(), known.args(table.index()))?;
+            }
+            if let Some(low) = low {
+                low.table.index_mut().advance()?;
             }
             table.index_mut().advance()
         })?;
         if replayed {
             table.index_mut().replayed();
+            if let Some(low) = low {
+                low.table.index_mut().replayed();
+            }
         }
         Ok(())
     }

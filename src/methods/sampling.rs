@@ -5,7 +5,8 @@ use std::ops::{Range, RangeInclusive};
 use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{
-    DiffusionModel, Event, Known, NoiseSource, Prediction, Run, Size, Stage, StageInputs, StepKey, StepProgress, Watch,
+    DiffusionModel, Event, Known, LowResolution, NoiseSource, Prediction, Run, Size, Stage, StageInputs, StepKey,
+    StepProgress, Watch,
 };
 use crate::error::Result;
 use crate::models::UnetOptions;
@@ -33,6 +34,8 @@ pub struct Sampling<'a> {
     window_shifts: Option<(usize, Vec<u32>)>,
     /// In place of the run's.
     guidance_scale: Option<f32>,
+    /// The network's second calls.
+    low: Option<LowResolution>,
     /// Steps and evaluations done.
     done: usize,
     evaluated: usize,
@@ -68,6 +71,7 @@ pub fn generate<'a>(
         timesteps: Vec::new(),
         window_shifts: None,
         guidance_scale: None,
+        low: None,
         done: 0,
         evaluated: 0,
         draws: 0,
@@ -190,8 +194,10 @@ impl<'a> Sampling<'a> {
         let guidance = self.guidance(key.sample[0]);
         let guidance = guidance.map(|scales| Guidance::new(model.device(), &scales)).transpose()?;
         let told = self.run.method().implementation().told_size(self.run, index);
+        let second = self.low.as_ref().map(|low| low.all_timesteps(&self.timesteps));
+        let timesteps = second.as_ref().unwrap_or(&self.timesteps);
         let begin = |reuse| {
-            let mut denoiser = model.begin_stage(told, &self.timesteps, reuse)?;
+            let mut denoiser = model.begin_stage(told, timesteps, reuse)?;
             match &channels {
                 None => {}
                 Some(channels) => denoiser.set_channels(channels)?,
@@ -200,7 +206,8 @@ impl<'a> Sampling<'a> {
         };
         let window_shifts = self.window_shifts.as_ref().map(|(_, values)| values.as_slice());
         let (rows, first) = (&self.rows, self.evaluated);
-        let inputs = StageInputs { x, rows, first, window_shifts, guidance, known: known.as_ref() };
+        let (known_here, low) = (known.as_ref(), self.low.as_ref());
+        let inputs = StageInputs { x, rows, first, window_shifts, guidance, known: known_here, low };
         let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
         let mut clean = None;
@@ -281,12 +288,20 @@ impl<'a> Sampling<'a> {
             thresholding: self.run.scheduler().thresholding(),
             window_shifts: self.window_shifts.as_ref().map(|(columns, _)| *columns),
             repaints: false,
+            low_scale: self.low.as_ref().map(|low| low.scale),
         }
     }
 
     /// Every stage from now on is guided by this scale in place of the run's. Without guidance in the run it has no effect.
     pub fn set_guidance_scale(&mut self, scale: f32) {
         self.guidance_scale = Some(scale);
+    }
+
+    /// The network is called a second time in the evaluations of every stage from now on that ask for it
+    /// ([`Prediction::Upsampled`]).
+    pub fn set_low_resolution(&mut self, low: LowResolution) {
+        debug_assert_eq!(low.evaluations.len(), self.evaluations.len());
+        self.low = Some(low);
     }
 
     /// Of each of `images` pictures.

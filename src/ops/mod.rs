@@ -35,6 +35,7 @@ mod rms_norm;
 mod sampler;
 mod statistics;
 mod step;
+mod upsample_guidance;
 
 pub use attention::{Attention, AttentionOptions, SecondSource, WindowShift, Windows, attention, attention_with};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
@@ -55,6 +56,7 @@ pub use step::{
     Guidance, GuidanceScale, HISTORY, Kept, Repaint, SampleState, StepCoefficients, StepIndex, StepRow, StepRows,
     StepTable, Thresholding, history, repaint, sampler_step, scale_input,
 };
+pub use upsample_guidance::{pool_latents, upsample_guidance};
 
 use crate::error::{Error, Result};
 use crate::runtime::Tensor;

@@ -321,7 +321,13 @@ impl Scheduler {
         }
         let level = (abar.sqrt(), (1.0 - abar).sqrt());
         let x0 = x0_preserving(level, self.prediction).into();
-        Some(Readout { level: level.into(), x0, noise: noise_preserving(level, self.prediction).into() })
+        Some(Readout { level: level.into(), x0, noise: self.noise_from(abar).into() })
+    }
+
+    /// The noise in samples sqrt(abar) x0 + sqrt(1 - abar) noise, as a sum: what they, and what the network's output for them, are
+    /// multiplied by. Not of a flow.
+    pub fn noise_from(&self, abar: f64) -> (f64, f64) {
+        noise_preserving((abar.sqrt(), (1.0 - abar).sqrt()), self.prediction)
     }
 
     fn noising(&self) -> Noising {

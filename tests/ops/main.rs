@@ -24,3 +24,4 @@ mod rms_norm;
 mod sampler;
 mod step;
 mod stripes;
+mod upsample_guidance;

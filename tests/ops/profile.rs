@@ -46,6 +46,9 @@ fn every_op(device: &Device) -> Result<()> {
     ops::mix_latents(&mut zeros(&[1, ROWS, 3, 4])?, &x, None, StepRows { table: &factors, step: &step, rows: 1 })?;
     ops::blur_latents(&x, [1, 0], StepRows { table: &taps, step: &step, rows: 1 })?;
     let images = zeros(&[ROWS, 2, 3, 4])?;
+    let pooled = ops::pool_latents(&images, 1)?;
+    let guidance_factors = StepRows { table: &factors, step: &step, rows: 1 };
+    ops::upsample_guidance(&images, &pooled, &pooled, guidance_factors)?;
     let moments = ops::latent_moments(&images, 0)?;
     ops::standardise_latents(&images, &moments, &moments)?;
     ops::exchange_low_band(&x, &x)?;

@@ -96,6 +96,10 @@ class Settings:
     refine_guidance = 10.0
     wavelet_steps = None
     sharpen = True
+    # Upsample guidance
+    up_scale = 2
+    up_theta = 1.2
+    up_share = 0.6
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -193,9 +197,14 @@ class Guided:
         self.time_ids = torch.tensor([[oh, ow, top, left, th, tw]] * len(self.embeds), dtype=torch.float32)
 
     def __call__(self, x, t):
+        return self.guide(self.rows(x, t))
+
+    def rows(self, x, t):
         n = len(self.embeds)
         ids = None if self.pooled is None else self.time_ids
-        output = run_unet(self.model.unet, torch.cat([x] * n), t, self.embeds, self.pooled, ids, self.timestep_cond)
+        return run_unet(self.model.unet, torch.cat([x] * n), t, self.embeds, self.pooled, ids, self.timestep_cond)
+
+    def guide(self, output):
         if not self.guided:
             return output
         e_u, e_c = output.chunk(2)
@@ -218,8 +227,9 @@ def decode(model, latent):
     return model.vae.decode(latent / model.vae.config.scaling_factor).sample
 
 
-def plain(model, settings, tensors, hi=None):
-    """`hi`: HiDiffusion's steps of the wide downsampler and of the pooled block, and its shifts."""
+def plain(model, settings, tensors, hi=None, predicted=None):
+    """`hi`: HiDiffusion's steps of the wide downsampler and of the pooled block, and its shifts. `predicted`: from the class that
+    calls the UNet, the scheduler, its name, its step's number and the latents to what the step takes for the output."""
     draws = Draws(settings.seed, tensors, model.unet.dtype)
     sampler = settings.sampler(model.scheduler_config)
     scheduler = make_scheduler(CLASSES[sampler], model.scheduler_config)
@@ -235,7 +245,8 @@ def plain(model, settings, tensors, hi=None):
                 wide, pooled, shifts = hi(shape)
                 k = None if shifts is None else shifts[n]
                 stack.enter_context(hidiffusion.asked(model.unet, n in wide, n in pooled, k))
-            output = predict(scheduler.scale_model_input(x, t), t)
+            scaled = scheduler.scale_model_input(x, t)
+            output = predicted(predict, scheduler, sampler, n, x) if predicted else predict(scaled, t)
         x = step(scheduler, sampler, output, t, x, draws, settings.eta).prev_sample
         tensors[f"step{n + 1}"] = x
     tensors["timesteps"] = scheduler.timesteps.float()
@@ -357,11 +368,13 @@ def run(model, settings):
     import diffusehigh
     import multidiffusion
     import pixelrush
+    import upsample_guidance
 
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
     methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
-               "hidiffusion": hidiffused, "pixelrush": pixelrush.run, "diffusehigh": diffusehigh.run}
+               "hidiffusion": hidiffused, "pixelrush": pixelrush.run, "diffusehigh": diffusehigh.run,
+               "upsample-guidance": upsample_guidance.run}
     methods.get(settings.method, megafusion)(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
     return {k: stored(v).contiguous().clone() for k, v in tensors.items()}

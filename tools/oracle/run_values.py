@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs()
 
 
 def sdxl_runs():
@@ -289,6 +289,20 @@ def diffusehigh_runs():
         # No guidance, no wavelets.
         "sdxl-diffusehigh-turbo": ("sdxl-turbo", {"method": "diffusehigh", "seed": 82, "guidance": 0.0, "wavelet_steps": 0,
                                                   "stages": (((16, 16), 2), ((24, 24), 1)), "scheduler": "euler"}),
+    }
+
+
+def upsample_guidance_runs():
+    """Squares of 2 and 3 cells; some steps corrected and all; noise, v, and v without signal at the first step."""
+    up = {"method": "upsample-guidance", "guidance": 2.0, "seed": 91, "steps": 4}
+    return {
+        "upsample-guidance": ("sd15", up | {"size": (24, 16), "scheduler": "ddim", "up_scale": 2}),
+        "upsample-guidance-euler": ("sd15", up | {"size": (24, 36), "scheduler": "euler", "up_scale": 3, "up_theta": 0.7,
+                                                  "up_share": 1.0, "steps": 3, "negative": "blurry"}),
+        "upsample-guidance-v": ("sd21", up | {"size": (24, 16), "scheduler": "ddim", "up_share": 0.9, "up_scale": 2}),
+        "upsample-guidance-unipc": ("sd15", up | {"size": (20, 16), "scheduler": "unipc", "guidance": 1.0, "up_scale": 2}),
+        "zero-snr-upsample-guidance": ("zero-snr", up | {"size": (16, 24), "scheduler": "ddim", "up_theta": 0.5, "up_scale": 2}),
+        "sdxl-upsample-guidance": ("sdxl", up | {"size": (24, 20), "scheduler": "euler-ancestral", "up_scale": 2}),
     }
 
 

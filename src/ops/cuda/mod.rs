@@ -19,6 +19,7 @@ pub mod rms_norm;
 pub mod sampler;
 pub mod step;
 pub mod tiles;
+pub mod upsample_guidance;
 pub mod variants;
 
 use crate::error::{Error, Result};
