@@ -57,7 +57,7 @@ def blurred(x, sigma):
 
 def level(scheduler, sampler, i):
     """(signal, sigma) of the latents that step i reads."""
-    if sampler == "euler":
+    if sampler.startswith("euler"):
         return torch.tensor(1.0, dtype=torch.float64), scheduler.sigmas[i].double()
     abar = scheduler.alphas_cumprod[scheduler.timesteps[i].long()].double()
     return abar.sqrt(), (1 - abar).sqrt()
