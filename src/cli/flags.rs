@@ -4,8 +4,10 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 22] = [
+const FLAGS: [(&str, &str); 24] = [
     ("batch", "--batch"),
+    ("cache", "--cache"),
+    ("cache_options", "--cache-options"),
     ("choices", "--choices"),
     ("count", "--count"),
     ("eta", "--eta"),

@@ -82,6 +82,7 @@ impl Recipe {
             "stages" => given("size") || given("steps") || method.is_some_and(|method| !method.relays),
             "size" | "steps" => given("stages"),
             "sigmas" | "eta" => given("scheduler"),
+            "cache_options" => given("cache"),
             "negative" | "guidance_rescale" => unguided,
             id => match METHODS.iter().any(|spec| spec.option(id).is_some()) {
                 false => false,
@@ -187,7 +188,9 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 20] = [
+const SAME: [(&str, &str); 22] = [
+    ("cache", "cache"),
+    ("cache_options", "cache_options"),
     ("size", "size"),
     ("steps", "steps"),
     ("scheduler", "scheduler"),
@@ -302,6 +305,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
             "crop",
             "method",
             "choices",
+            "cache_computed",
             "upscale_model",
             "init_image",
             "mask",

@@ -6,9 +6,9 @@ use clap::Args;
 use clap::builder::PossibleValue;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
-    Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec, ModelSource,
-    Request, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Syntax, TextOptions, Tiling, UpscaleOptions,
-    VaePartition, without_effect,
+    CacheKind, Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec,
+    ModelSource, Request, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, StepCache, Syntax, TextOptions,
+    Tiling, UpscaleOptions, VaePartition, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -355,6 +355,9 @@ pub struct RunArgs {
     #[command(flatten)]
     pub options: MethodOptions,
 
+    #[command(flatten)]
+    pub cache: CacheArgs,
+
     /// What the model is told of the original picture's size (default: the stage's size)
     #[arg(long, value_name = "WxH", value_parser = values::library::<Size>, help_heading = "SDXL")]
     pub original_size: Option<Size>,
@@ -423,6 +426,36 @@ pub struct RunArgs {
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
           help_heading = "Machine")]
     pub device: DeviceChoice,
+}
+
+/// Steps without the network.
+#[derive(Args)]
+pub struct CacheArgs {
+    /// Leave out the network in steps that can be told from earlier ones: ucache, easycache or spectrum (default: in none)
+    ///
+    /// Fewer calls of the network for a picture that differs a little. ucache and easycache reuse the last change where little
+    /// has changed since, each picture by itself, so that pictures are made one by one; spectrum predicts clean samples, in
+    /// steps that follow from their number. Not with methods whose steps go over views. The picture's text says how often the
+    /// network was asked.
+    #[arg(long, value_parser = named::<CacheKind>(CacheKind::NAMES.iter().copied()), value_name = "CACHE",
+          help_heading = "Step cache")]
+    pub cache: Option<CacheKind>,
+
+    /// Options of --cache with commas between them: threshold=0.5,start=0.2
+    ///
+    /// ucache: threshold (1), start (0.15), end (0.95), decay (1), relative (1), reset (1). easycache: threshold (0.2), start
+    /// (0.15), end (0.95). spectrum: w (0.4), m (3), lam (1), window (2), flex (0.5), warmup (4), stop (0.9), center (0).
+    #[arg(long, value_name = "KEY=VALUE,...", requires = "cache", help_heading = "Step cache")]
+    pub cache_options: Option<String>,
+}
+
+impl CacheArgs {
+    /// # Errors
+    /// [`Error::Request`]: an option that the cache does not have, or a value out of its range.
+    pub fn cache(&self) -> Result<Option<StepCache>> {
+        let new = |kind: CacheKind| StepCache::new(kind.name(), self.cache_options.as_deref().unwrap_or_default());
+        self.cache.map(new).transpose()
+    }
 }
 
 /// The picture that a run begins from.
@@ -600,6 +633,7 @@ impl RunArgs {
             batch: 1,
             rng: self.rng,
             choices: Choices::default(),
+            cache: self.cache.cache()?,
         })
     }
 

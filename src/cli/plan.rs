@@ -42,7 +42,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();
     let model = values::source_name(&source);
     print_line(format!("{model}, {}, {}, stages {}", report.dtype, request.method, stages.join(" ")));
-    match (request.count, request.batch) {
+    if request.one_at_a_time() {
+        print_line("at most: which steps need the network is seen as each picture is made; all are counted");
+    }
+    match (request.count, request.most_at_once()) {
         (1, _) => {}
         (count, 1) => print_line(format!("for one of {count} pictures")),
         (count, batch) => print_line(format!("for {batch} of {count} pictures in one batch")),

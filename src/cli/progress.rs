@@ -123,6 +123,7 @@ impl Observer for Progress {
                 self.begin(format!("stage {}/{stages} {size}", stage + 1), *steps);
             }
             Event::Step(at) => self.step(at),
+            Event::Cached(computed) => self.line(&format!("{computed} evaluations by the network")),
             Event::Upscale { size } => self.line(&format!("upscaling to {size}")),
             Event::PictureEnds { .. } => self.finish(),
             _ => {}

@@ -82,6 +82,9 @@ impl Session {
     /// # Errors
     /// As [`Planner::plan`].
     pub fn batch(&self, asked: Batch, request: &Request, count: usize) -> Result<usize> {
+        if request.one_at_a_time() {
+            return Ok(1);
+        }
         let most = count.clamp(1, AUTO_BATCH);
         let card = match (asked, self.device()) {
             (Batch::Of(batch), _) => return Ok(batch.min(count.max(1))),

@@ -338,6 +338,10 @@ impl DemoFusion {
 }
 
 impl GenerationMethod for DemoFusion {
+    fn steps_over_views(&self) -> bool {
+        true
+    }
+
     /// The model's own where its steps are deterministic and know no earlier ones, else Euler, the published pipeline's.
     fn sampler(&self, config: &SchedulerConfig) -> Sampler {
         match config.sampler() {

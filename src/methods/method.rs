@@ -46,6 +46,12 @@ pub trait GenerationMethod: Debug + Send + Sync {
         false
     }
 
+    /// Do its steps go over views of the map, so that no step has one output of the network to keep
+    /// ([`StepCache`](super::StepCache))?
+    fn steps_over_views(&self) -> bool {
+        false
+    }
+
     /// The size that the network is told of, where it reads sizes: the stage's own.
     fn told_size(&self, run: &Run, stage: usize) -> Size {
         run.stages()[stage].size

@@ -4,6 +4,7 @@
 //! A method is one file: a struct of its options with serde and a [`MethodSpec`], which [`METHODS`] lists. Its flags, their
 //! help, JSON, a picture's text and the grid's labels follow from these (docs/architecture.md shows a whole one).
 
+mod cache;
 mod choices;
 mod demofusion;
 mod diffusehigh;
@@ -28,6 +29,7 @@ mod start;
 mod upsample_guidance;
 pub mod views;
 
+pub use cache::{CacheKind, CacheOption, Caching, StepCache};
 pub use choices::Choices;
 pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, gaussian_taps, phase_sizes};
 pub use diffusehigh::{DIFFUSEHIGH, DiffuseHigh};
@@ -45,7 +47,7 @@ pub use prediction::Prediction;
 pub use ranges::RunRange;
 pub use recorded::{RecordedSteps, StageInputs, StageSteps, StepKey};
 pub use run::{ModelFacts, PublishedSchedule, Run};
-pub use sampling::{Revise, Sampling, generate, images};
+pub use sampling::{Computed, Revise, Sampling, generate, generate_counted, images};
 pub use size::{Size, Stage};
 pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
 pub use start::{Known, Start, StartPicture};

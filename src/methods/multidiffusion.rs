@@ -117,6 +117,10 @@ impl MultiDiffusion {
 }
 
 impl GenerationMethod for MultiDiffusion {
+    fn steps_over_views(&self) -> bool {
+        true
+    }
+
     /// DDIM, the paper's, whatever the model's own is; of a flow its own.
     fn sampler(&self, config: &SchedulerConfig) -> Sampler {
         if config.is_flow_matching() { config.sampler() } else { Sampler::Ddim }

@@ -1,4 +1,4 @@
-use super::{Size, images, ranges};
+use super::{Computed, Size, images, ranges};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::runtime::{Device, Tensor};
@@ -41,6 +41,8 @@ pub enum Event {
     /// The steps of a phase are done: its samples get the mean and deviation of the first one's, and its picture is decoded
     /// where it is wanted. `stage` from 0.
     PhaseEnds { stage: usize },
+    /// The steps of a run with a cache are done: how often the network was asked.
+    Cached(Computed),
     /// The final decode begins.
     Decode,
     /// The finished picture is enlarged to this size.

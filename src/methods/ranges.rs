@@ -72,7 +72,7 @@ impl Open {
             Event::PhaseEnds { stage } => self.phase(|| format!("end of phase {}", stage + 1)),
             Event::Decode => self.phase(|| "decode".into()),
             Event::Upscale { size } => self.phase(|| format!("upscale to {size}")),
-            Event::PictureBegins { .. } => {}
+            Event::PictureBegins { .. } | Event::Cached(_) => {}
             Event::PictureEnds { .. } => {
                 self.step = None;
                 self.phase = None;

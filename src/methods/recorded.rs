@@ -1,6 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use super::cache::{Caching, KeptOutput};
 use super::views::{ViewBegin, ViewKey, ViewStage, ViewSteps};
 use super::{Denoiser, Known, LowResolution, LowSteps, Prediction};
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::runtime::{DType, Device, Repeated, Tensor};
 /// replays them from its first step on. They belong to one model; other devices keep nothing.
 ///
 /// A step is found by everything that is recorded in it: [`StepKey`], and among the graphs of one key by the
-/// step's [`Prediction`]. The rest stands in memory that the step owns and that [`begin`](RecordedSteps::begin) writes anew. So a replay
+/// step's [`Prediction`] and [`Caching`]. The rest stands in memory that the step owns and that [`begin`](RecordedSteps::begin) writes anew. So a replay
 /// cannot do other work than it is asked for.
 #[derive(Default)]
 pub struct RecordedSteps {
@@ -107,7 +108,9 @@ pub struct StageSteps {
     guidance: Option<Guidance>,
     known: Option<Known>,
     low: Option<LowSteps>,
-    recorded: Vec<(Prediction, Repeated)>,
+    /// Of the last step that was computed for a cache.
+    kept: Option<KeptOutput>,
+    recorded: Vec<(Prediction, Caching, Repeated)>,
 }
 
 impl RecordedSteps {
@@ -161,8 +164,8 @@ impl RecordedSteps {
         let (denoiser, table, noise, known, low) = self.retrying(parts)?;
         // Steps overwrite x, which the caller may still hold.
         let x = if x.is_unshared() { x } else { x.duplicate()? };
-        let (state, recorded) = (SampleState::with_history(x, history)?, Vec::new());
-        Ok(StageSteps { denoiser, state, noise, table, guidance, known, low, recorded })
+        let (state, kept, recorded) = (SampleState::with_history(x, history)?, None, Vec::new());
+        Ok(StageSteps { denoiser, state, noise, table, guidance, known, low, kept, recorded })
     }
 
     /// Keeps the steps of a stage that is done, if its device records.
@@ -184,15 +187,17 @@ impl RecordedSteps {
     ///
     /// # Errors
     /// Those of the network and the ops.
-    pub fn step(&self, steps: &mut StageSteps, prediction: &Prediction) -> Result<()> {
+    pub fn step(&self, steps: &mut StageSteps, prediction: &Prediction, caching: Caching) -> Result<()> {
         let at = |steps: &StageSteps| -> Vec<usize> {
             let index = steps.table.index();
             (0..index.images()).map(|image| index.get(image)).collect()
         };
         let before = at(steps);
-        match steps.step(prediction) {
+        match steps.step(prediction, caching) {
             // It failed before it changed the samples.
-            Err(Error::OutOfMemory { .. }) if at(steps) == before && self.clear() > 0 => steps.step(prediction),
+            Err(Error::OutOfMemory { .. }) if at(steps) == before && self.clear() > 0 => {
+                steps.step(prediction, caching)
+            }
             done => done,
         }
     }
@@ -267,18 +272,64 @@ impl StageSteps {
         self.state.x0_mut().copy_from(x0)
     }
 
+    /// What the network reads is the samples times this, in the next evaluation.
+    pub(super) fn next_input_scale(&self) -> f32 {
+        self.table.next_row(0).map_or(1.0, |row| row.input_scale)
+    }
+
+    pub(super) fn kept_output(&self) -> Option<&KeptOutput> {
+        self.kept.as_ref()
+    }
+
+    /// Does the next evaluation's output follow from its clean samples?
+    pub(super) fn can_step_to_clean(&self) -> bool {
+        self.table.next_row(0).is_some_and(|row| row.coefficients.x0_from_e != 0.0)
+    }
+
+    /// One evaluation as it is where the guided output of the network has these clean samples, without the network. All
+    /// images are at the same step. Nothing of it is recorded: what it multiplies by is another number at every step.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub(super) fn step_to_clean(&mut self, x0: &Tensor) -> Result<()> {
+        let StageSteps { state, noise, table, known, .. } = self;
+        let k = table.next_row(0).map(|row| row.coefficients).unwrap_or_default();
+        let output = ops::scale_cast(x0, 1.0 / k.x0_from_e, 0.0, DType::F32, 1)?;
+        let output = ops::add_scaled(&output, state.x(), -k.x0_from_x / k.x0_from_e)?;
+        ops::sampler_step(state, &output, None, table, noise.as_ref())?;
+        if let Some(known) = known {
+            ops::repaint(state.x_mut(), known.args(table.index()))?;
+        }
+        table.index_mut().advance()
+    }
+
     /// One step by this prediction: computed, recorded or replayed.
-    fn step(&mut self, prediction: &Prediction) -> Result<()> {
-        let StageSteps { denoiser, state, noise, table, guidance, known, low, recorded } = self;
-        let at = match recorded.iter().position(|(recorded, _)| recorded == prediction) {
+    fn step(&mut self, prediction: &Prediction, caching: Caching) -> Result<()> {
+        let StageSteps { denoiser, state, noise, table, guidance, known, low, kept, recorded } = self;
+        if caching == Caching::Keep && kept.is_none() {
+            let mut shape = state.x().shape().to_vec();
+            shape[0] *= if guidance.is_some() { 2 } else { 1 };
+            *kept = Some(KeptOutput::uninit(state.x().device(), &shape)?);
+        }
+        let same = |(of, cached, _): &(Prediction, Caching, Repeated)| of == prediction && *cached == caching;
+        let at = match recorded.iter().position(same) {
             Some(at) => at,
             None => {
-                recorded.push((prediction.clone(), Repeated::new(state.x().device())));
+                recorded.push((prediction.clone(), caching, Repeated::new(state.x().device())));
                 recorded.len() - 1
             }
         };
-        let replayed = recorded[at].1.run(|| {
-            let output = prediction.rows(&**denoiser, state.x(), table, low.as_ref())?;
+        let replayed = recorded[at].2.run(|| {
+            let output = match (caching, &mut *kept) {
+                (Caching::Reuse, Some(kept)) => kept.reuse(state.x(), table)?,
+                (_, kept) => {
+                    let output = prediction.rows(&**denoiser, state.x(), table, low.as_ref())?;
+                    if let (Caching::Keep, Some(kept)) = (caching, kept) {
+                        kept.keep(state.x(), table, &output)?;
+                    }
+                    output
+                }
+            };
             ops::sampler_step(state, &output, guidance.as_ref(), table, noise.as_ref())?;
             if let Some(known) = known {
                 ops::repaint(state.x_mut(), known.args(table.index()))?;

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::{Choices, METHODS, Method, Size, Stage, Start, check_size};
+use super::{Choices, METHODS, Method, Size, Stage, Start, StepCache, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetConfig;
 use crate::names::one_of;
@@ -19,6 +19,7 @@ pub struct Run {
     published: PublishedSchedule,
     choices: Choices,
     start: Option<Start>,
+    cache: Option<StepCache>,
     factor: usize,
     native: Option<Size>,
     model: Option<ModelFacts>,
@@ -90,8 +91,22 @@ impl Run {
     ) -> Result<Run> {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
-        let (published, choices, start, model) = (PublishedSchedule::SD, Choices::default(), None, None);
-        let run = Run { method, stages, ranges, scheduler, guidance, published, choices, start, factor, native, model };
+        let (published, choices) = (PublishedSchedule::SD, Choices::default());
+        let (start, cache, model) = (None, None, None);
+        let run = Run {
+            method,
+            stages,
+            ranges,
+            scheduler,
+            guidance,
+            published,
+            choices,
+            start,
+            cache,
+            factor,
+            native,
+            model,
+        };
         let refuse = |reason: String| Err(Error::Request { field: "stages", value: run.stages_text(), reason });
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
@@ -131,6 +146,19 @@ impl Run {
     pub fn with_choices(self, choices: Choices) -> Result<Run> {
         choices.check(self.method.spec())?;
         Ok(Run { choices, ..self })
+    }
+
+    /// With a cache of steps; `None`: every step is computed.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the method's steps cannot be left out.
+    pub fn with_cache(self, cache: Option<StepCache>) -> Result<Run> {
+        cache.as_ref().map_or(Ok(()), |cache| cache.check(&self))?;
+        Ok(Run { cache, ..self })
+    }
+
+    pub fn cache(&self) -> Option<&StepCache> {
+        self.cache.as_ref()
     }
 
     /// With guidance of its own for each picture of a batch, where there is guidance.

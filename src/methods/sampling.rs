@@ -2,6 +2,7 @@
 
 use std::ops::{Range, RangeInclusive};
 
+use super::cache::{Caching, StepWork};
 use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{
@@ -39,6 +40,8 @@ pub struct Sampling<'a> {
     /// Steps and evaluations done.
     done: usize,
     evaluated: usize,
+    /// Evaluations in which a cache stood in for the network.
+    reused: usize,
     draws: usize,
     /// What the stage that begins next keeps of the run's picture.
     pub(super) known: Option<Known>,
@@ -59,6 +62,32 @@ pub fn generate<'a>(
     noise: &'a mut dyn NoiseSource,
     watch: Watch<'a>,
 ) -> Result<Vec<Tensor>> {
+    generate_counted(model, run, noise, watch).map(|(images, _)| images)
+}
+
+/// How many of a run's evaluations the network made, where the run has a cache of steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    pub computed: usize,
+    pub evaluations: usize,
+}
+
+impl std::fmt::Display for Computed {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} of {}", self.computed, self.evaluations)
+    }
+}
+
+/// The same, and with a cache of steps how many the network made.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_counted<'a>(
+    model: &'a dyn DiffusionModel,
+    run: &'a Run,
+    noise: &'a mut dyn NoiseSource,
+    watch: Watch<'a>,
+) -> Result<(Vec<Tensor>, Option<Computed>)> {
     let mut sampling = Sampling {
         model,
         run,
@@ -74,19 +103,25 @@ pub fn generate<'a>(
         low: None,
         done: 0,
         evaluated: 0,
+        reused: 0,
         draws: 0,
         known: None,
         channels: None,
     };
     let latent = run.method().implementation().sample(&mut sampling)?;
     sampling.watch.dump("latent", &latent)?;
+    let (reused, evaluations) = (sampling.reused, sampling.evaluated);
+    let computed = run.cache().map(|_| Computed { computed: evaluations - reused, evaluations });
+    if let Some(computed) = computed {
+        sampling.watch.begin(Event::Cached(computed))?;
+    }
     sampling.watch.begin(Event::Decode)?;
     let images = run.method().implementation().decode(&mut sampling, &latent)?;
     for (index, image) in images.iter().enumerate() {
         sampling.watch.dump_of(index, "image", image)?;
         check_finite(image, || "the decoded picture".into())?;
     }
-    Ok(images)
+    Ok((images, computed))
 }
 
 impl<'a> Sampling<'a> {
@@ -211,14 +246,36 @@ impl<'a> Sampling<'a> {
         let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
         let mut clean = None;
+        let range = self.run.ranges()[index].clone();
+        let mut cache = self.run.cache().map(|cache| cache.begin(&self.schedulers[index], range));
         for step in 1..=steps {
+            let mut cache = cache.as_mut();
             loop {
                 self.watch.check_cancelled()?;
                 let Evaluation { draws_noise, ends_step, .. } = self.evaluations[self.evaluated];
                 if draws_noise {
                     self.draw_for_step(key.sample, on_device.noise_mut())?;
                 }
-                model.recorded_steps().step(&mut on_device, &prediction_at(step - 1))?;
+                // Of a step with two evaluations the first alone: the second one's samples are none of the run's.
+                let mut cache = cache.take();
+                let work = match &mut cache {
+                    Some(cache) => cache.work(step - 1, &on_device)?,
+                    None => StepWork::Compute(Caching::Off),
+                };
+                let asked = match work {
+                    StepWork::Compute(caching) => {
+                        model.recorded_steps().step(&mut on_device, &prediction_at(step - 1), caching)?;
+                        caching != Caching::Reuse
+                    }
+                    StepWork::Predicted(x0) => {
+                        on_device.step_to_clean(&x0)?;
+                        false
+                    }
+                };
+                self.reused += usize::from(!asked);
+                if let Some(cache) = cache {
+                    cache.evaluated(asked, &on_device)?;
+                }
                 self.evaluated += 1;
                 if ends_step {
                     break;

@@ -16,8 +16,9 @@ mod upscale;
 
 pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
-    Choices, Enlarged, Event, HiresFix, METHODS, MegaFusion, Method, MethodSpec, Observer, OptionKind, OptionSpec,
-    Plain, RelayClamp, Run, Silent, Size, Stage, StepProgress, text_of, without_effect,
+    CacheKind, Choices, Computed, Enlarged, Event, HiresFix, METHODS, MegaFusion, Method, MethodSpec, Observer,
+    OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent, Size, Stage, StepCache, StepProgress, text_of,
+    without_effect,
 };
 pub use crate::models::Tiling;
 pub use crate::ops::Upsampler;

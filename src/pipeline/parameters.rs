@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::{Lora, Pipeline, Request, SizeIds, TextOptions};
 use crate::image::infotext;
-use crate::methods::{Run, Stage, text_of};
+use crate::methods::{Computed, Run, Stage, text_of};
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, SigmaSpacing};
 use crate::text::{LongPrompt, Syntax};
@@ -90,6 +90,12 @@ impl Parameters {
             fields.push(("Choices".into(), request.choices.source()));
             json["choices"] = request.choices.source().into();
         }
+        if let Some(cache) = run.cache() {
+            fields.push(("Cache".into(), cache.kind().to_string()));
+            fields.push(("Cache options".into(), cache.options_text()));
+            json["cache"] = cache.kind().name().into();
+            json["cache_options"] = cache.options_text().into();
+        }
         for (name, value) in pipeline.options().named() {
             fields.push((title(name), value.to_string()));
             json[name] = value.into();
@@ -134,6 +140,15 @@ impl Parameters {
         }
         let fields: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
         Parameters { text: infotext(&request.prompt, negative, &fields), json }
+    }
+
+    /// With what is known only once the picture is made: how many of its evaluations a cache left to the network.
+    pub(super) fn with_computed(mut self, computed: Option<Computed>) -> Parameters {
+        if let Some(computed) = computed {
+            self.text += &format!(", Cache computed: {computed}");
+            self.json["cache_computed"] = computed.to_string().into();
+        }
+        self
     }
 }
 

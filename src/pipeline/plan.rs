@@ -195,7 +195,7 @@ impl Planner {
         meta.take_report(); // sets the peak to what is alive
         let mut recorder =
             Recorder { meta, pipeline: &self.pipeline, stages: stages.clone(), current: None, phases: Vec::new() };
-        let one_batch = Request { count: request.count.min(request.batch), ..request.clone() };
+        let one_batch = Request { count: request.count.min(request.most_at_once()), ..request.clone() };
         self.pipeline.generate_on(Some(rung), &one_batch, &mut recorder)?;
 
         let phases = recorder.phases;
@@ -248,7 +248,7 @@ impl Observer for Recorder<'_> {
             Event::PhaseEnds { stage } => Some(("phase end", Some(stage))),
             Event::Decode => Some(("decode", Some(last))),
             Event::Upscale { .. } => Some(("upscale", Some(last))),
-            Event::Step(_) | Event::PictureBegins { .. } | Event::PictureEnds { .. } => None,
+            Event::Step(_) | Event::Cached(_) | Event::PictureBegins { .. } | Event::PictureEnds { .. } => None,
         };
     }
 }
@@ -259,9 +259,9 @@ impl Recorder<'_> {
         if name == "condition" && once.launches == 0 {
             return; // what it needs was made with the text
         }
-        if let Some(last) = self.phases.last_mut()
-            && (last.name, last.stage, last.once) == (name, stage, once)
-        {
+        // A cache's two kinds of steps take turns.
+        let mut of_stage = self.phases.iter_mut().rev().take_while(|phase| (phase.name, phase.stage) == (name, stage));
+        if let Some(last) = of_stage.find(|phase| phase.once == once) {
             last.repeats += 1;
             last.peak_bytes = last.peak_bytes.max(report.peak_bytes);
             last.weight_bytes = self.pipeline.resident_bytes();

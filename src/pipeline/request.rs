@@ -1,7 +1,7 @@
 use super::families::Defaults;
 use super::{InitImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start};
+use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache};
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
@@ -49,6 +49,8 @@ pub struct Request {
     pub rng: RngKind,
     /// What stands in place of the method's own draws besides noise, for every picture; empty: it draws.
     pub choices: Choices,
+    /// Which steps are made without the network. `None`: every step asks it.
+    pub cache: Option<StepCache>,
 }
 
 impl Default for Request {
@@ -73,6 +75,7 @@ impl Default for Request {
             batch: 1,
             rng: RngKind::default(),
             choices: Choices::default(),
+            cache: None,
         }
     }
 }
@@ -173,7 +176,18 @@ impl Request {
         };
         run.with_guidance(vec![self.guidance_scale()])
             .published_as(defaults.published)
-            .with_choices(self.choices.clone())
+            .with_choices(self.choices.clone())?
+            .with_cache(self.cache.clone())
+    }
+
+    /// Does each picture decide for itself which of its steps are computed, so that none shares a batch?
+    pub fn one_at_a_time(&self) -> bool {
+        self.cache.as_ref().is_some_and(StepCache::decides_by_picture)
+    }
+
+    /// Pictures that are made in one batch, at most.
+    pub fn most_at_once(&self) -> usize {
+        if self.one_at_a_time() { 1 } else { self.batch.max(1) }
     }
 
     pub(super) fn guidance_scale(&self) -> GuidanceScale {

@@ -287,8 +287,9 @@ impl Pipeline {
         let of = |index: usize| Request { seed: request.seed.wrapping_add(index as u64), count: 1, ..request.clone() };
         let requests: Vec<Request> = (0..request.count).map(of).collect();
         let mut pictures = Vec::new();
-        for (index, batch) in requests.chunks(request.batch.max(1)).enumerate() {
-            let watch = Watch { observer, first: index * request.batch.max(1) };
+        let at_once = request.most_at_once();
+        for (index, batch) in requests.chunks(at_once).enumerate() {
+            let watch = Watch { observer, first: index * at_once };
             pictures.extend(self.batch(rung, batch, request.count, watch)?);
         }
         Ok(pictures)
@@ -350,6 +351,14 @@ impl Pipeline {
         let guidance = requests.iter().map(Request::guidance_scale).collect();
         let run = self.resolve(first)?.with_guidance(guidance);
         let Watch { observer, first: first_index } = watch;
+        if requests.len() > 1 && first.one_at_a_time() {
+            let mut pictures = Vec::new();
+            for (index, request) in requests.iter().enumerate() {
+                let watch = Watch { observer: &mut *observer, first: first_index + index };
+                pictures.extend(self.batch(rung, std::slice::from_ref(request), count, watch)?);
+            }
+            return Ok(pictures);
+        }
         let _range = RunRange::begin(|| match (&self.options.device, requests.len()) {
             (Device::Meta(_), _) => "plan".into(),
             (_, 1) => "1 picture".into(),
@@ -394,7 +403,8 @@ impl Pipeline {
         let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
         let seeds = requests.iter().map(|request| request.seed).collect();
         let mut noise = Noise { seeds, rngs, device: self.device() };
-        let images = methods::generate(&model, &run, &mut noise, Watch { observer, first: first_index })?;
+        let watch = Watch { observer, first: first_index };
+        let (images, computed) = methods::generate_counted(&model, &run, &mut noise, watch)?;
         let mut pictures = Vec::new();
         for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
             let is_meta = matches!(self.options.device, Device::Meta(_));
@@ -402,7 +412,7 @@ impl Pipeline {
             let rgb = if is_meta { Vec::new() } else { image::to_bytes(&image.to_f32_vec()?)? };
             let (size, rgb) = self.enlarge(Size::new(width, height), rgb, observer)?;
             if !is_meta {
-                let parameters = Parameters::new(request, &run, self, request.seed);
+                let parameters = Parameters::new(request, &run, self, request.seed).with_computed(computed);
                 let Size { width, height } = size;
                 pictures.push(Picture { width, height, rgb, seed: request.seed, parameters });
             }

@@ -330,6 +330,12 @@ impl Scheduler {
         noise_preserving((abar.sqrt(), (1.0 - abar).sqrt()), self.prediction)
     }
 
+    /// The timestep of the training with the noise of step `i`; between two of them linear in the logarithm of sigma.
+    pub fn training_timestep(&self, i: usize) -> f64 {
+        let (signal, noise) = self.noise_level(i);
+        self.schedule.timestep(noise / signal)
+    }
+
     fn noising(&self) -> Noising {
         Noising::of(self.sampler)
     }

@@ -217,6 +217,11 @@ fn upsample_guidance() {
 }
 
 #[test]
+fn step_caches() {
+    check_all(|name| name.starts_with("cache-"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();

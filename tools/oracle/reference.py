@@ -34,6 +34,7 @@ import torch
 
 import hidiffusion
 import resize
+import step_caches
 from module_values import encode_prompt, run_unet, set_mid_dilation
 
 SAMPLERS = {
@@ -100,6 +101,9 @@ class Settings:
     up_scale = 2
     up_theta = 1.2
     up_share = 0.6
+    # Of steps; None: every step asks the network
+    cache = None
+    cache_options = ""
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -176,6 +180,8 @@ class Guided:
     SDXL without a negative prompt: zeros in place of its embeddings, unless model_index.json asks for an encoded "".
     """
 
+    cache = None
+
     def __init__(self, model, settings):
         self.model, self.settings, self.w = model, settings, settings.guidance
         rows = [encode_prompt(model, settings.prompt)]
@@ -197,7 +203,7 @@ class Guided:
         self.time_ids = torch.tensor([[oh, ow, top, left, th, tw]] * len(self.embeds), dtype=torch.float32)
 
     def __call__(self, x, t):
-        return self.guide(self.rows(x, t))
+        return self.guide(self.rows(x, t)) if self.cache is None else self.cache(self, x, t)
 
     def rows(self, x, t):
         n = len(self.embeds)
@@ -238,6 +244,7 @@ def plain(model, settings, tensors, hi=None, predicted=None):
     shape = (1, 4, height // model.vae_factor, width // model.vae_factor)
     predict = Guided(model, settings)
     predict.enter(settings.size)
+    predict.cache = step_caches.begin(settings, scheduler, sampler, 0, len(scheduler.timesteps))
     x = draws.normal(shape) * scheduler.init_noise_sigma
     for n, t in enumerate(scheduler.timesteps):
         with contextlib.ExitStack() as stack:
@@ -316,6 +323,7 @@ def megafusion(model, settings, tensors):
                       done + settings.relay_noise_offset)
             assert z.shape == shape(size)
         predict.enter(size)
+        predict.cache = step_caches.begin(settings, scheduler, sampler, done, steps)
         # The paper dilates above the native size only; the published code builds its UNet once, so everywhere.
         set_mid_dilation(model.unet, dilation if s > 0 or compat else 1)
         for t in timesteps[done : done + steps]:
@@ -425,7 +433,7 @@ def main():
     truth = lambda text: {"true": True, "false": False}[text]
     size = lambda text: tuple(int(n) for n in text.split("x"))
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
-    types = {"size": size, "stages": stages, "scheduler": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "sharpen": truth, "wavelet_steps": int, "t1": float, "t2": float,
+    types = {"size": size, "stages": stages, "scheduler": str, "cache": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "sharpen": truth, "wavelet_steps": int, "t1": float, "t2": float,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
              "cosine": lambda text: tuple(float(n) for n in text.split(","))}

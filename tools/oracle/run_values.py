@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs()
 
 
 def sdxl_runs():
@@ -208,6 +208,29 @@ def rescale_runs():
         "zero-snr-plain-rescale": ("zero-snr", plain | {"guidance": 5.0}),
         "mega-plus-rescale": ("sd15", plain | {"method": "megafusion++", "size": (12, 12), "guidance": 3.0, "steps": 3,
                                                "stages": (((8, 8), 2), ((12, 12), 1))}),
+    }
+
+
+def cache_runs():
+    """Options with which some of few steps are left out, on each side of every branch."""
+    plain = {"method": "plain", "size": (16, 16), "steps": 10, "scheduler": "ddim", "guidance": 2.0, "seed": 81}
+    mega = {"method": "megafusion", "stages": (((12, 12), 7), ((16, 16), 6)), "scheduler": "ddim", "guidance": 2.0,
+            "seed": 82}
+    cached = lambda name, options="": {"cache": name} | ({"cache_options": options} if options else {})
+    return {
+        "cache-ucache": ("sd15", plain | cached("ucache", "threshold=1.5")),
+        "cache-ucache-sdxl-euler": (
+            "sdxl", plain | cached("ucache", "threshold=1.3,start=0,end=1,decay=0.5,relative=0,reset=0")
+            | {"scheduler": "euler"}),
+        "cache-ucache-mega": ("sd15", mega | cached("ucache", "threshold=2,start=0")),
+        "cache-easycache": ("sd15", plain | cached("easycache", "threshold=0.8")),
+        "cache-easycache-sd21-euler": ("sd21", plain | cached("easycache", "threshold=0.5,start=0")
+                                       | {"scheduler": "euler", "guidance": 1.0}),
+        "cache-spectrum": ("sd15", plain | cached("spectrum")),
+        "cache-spectrum-sd21-euler-ancestral": (
+            "sd21", plain | cached("spectrum", "m=2,lam=0.5,stop=0,warmup=3") | {"scheduler": "euler-ancestral"}),
+        "cache-spectrum-sdxl-mega-plus": (
+            "sdxl", mega | cached("spectrum", "center=1,warmup=2,w=0.7") | {"method": "megafusion++", "scheduler": "euler"}),
     }
 
 
@@ -412,7 +435,8 @@ def write_run(folder, name, model, changes, single, double):
     assert error < (1e-3 if name in ILL_CONDITIONED else F32_LIMIT), (name, error)
     # The pipeline wants multiples of 8 and draws its own initial latents, so noise of steps would differ: only runs
     # without either are compared.
-    if settings.method == "plain" and "noise1" not in tensors and all(s % 8 == 0 for s in settings.size):
+    cached = settings.cache is not None
+    if settings.method == "plain" and not cached and "noise1" not in tensors and all(s % 8 == 0 for s in settings.size):
         check_against_pipeline(single, settings, tensors, max(1e-5, error))
     plain_noise = settings.guidance_rescale == 0 and not settings.circular and all(s % 8 == 0 for s in settings.size)
     if settings.method == "multidiffusion" and single.text_2 is None and plain_noise:
