@@ -412,6 +412,22 @@ fn usage() -> Vec<Case> {
         flags("generate cat --model MODEL --out DIR/out.jpg", &["--out", "out.jpg", ".png"]),
         flags("generate cat --model MODEL --out DIR/x.png --dump DIR/x.png", &["--dump", "same file"]),
         flags("generate cat --model MODEL --colour red", &["--colour"]),
+        flags("generate cat --model MODEL --cache teacache", &["--cache", "teacache", "easycache"]),
+        flags("generate cat --model MODEL --cache-options threshold=1", &["--cache"]),
+        flags("generate cat --model MODEL --cache ucache --cache-options m=3", &["--cache-options m=3", "threshold"]),
+        flags(
+            "generate cat --model MODEL --cache ucache --cache-options start=2",
+            &["--cache-options start=2", "0 to 1"],
+        ),
+        flags(
+            "generate cat --model MODEL --cache easycache --cache-options end=0.1",
+            &["start=0.15,end=0.1", "before"],
+        ),
+        flags("generate cat --model MODEL --cache spectrum --cache-options m", &["--cache-options m", "key=value"]),
+        flags(
+            "generate cat --model MODEL --cache spectrum --method multidiffusion --size 64x64",
+            &["--cache spectrum", "views"],
+        ),
         flags("generate cat --model MODEL --size 400000x400000", &["--size", "400000x400000", "1 to 16384"]),
         flags("plan cat --model MODEL --size 0x0", &["--size", "0x0"]),
         flags("resize MODEL/in.png DIR/out.png", &["--size"]),

@@ -41,7 +41,7 @@ fn a_picture_makes_itself_again() {
     let weighed = format!("{lora}:0.7");
     let files = ["--model", MODEL, "--lora", &weighed, "--embedding", word];
     // What makes the picture, and what is named again beside it.
-    let cases: [(&[&str], &[&str]); 8] = [
+    let cases: [(&[&str], &[&str]); 9] = [
         (&["--method", "plain", "--size", "48x32", "--steps", "3", "--seed", "11"], &["--model", MODEL]),
         (
             &[
@@ -109,6 +109,21 @@ fn a_picture_makes_itself_again() {
             &["--model", MODEL],
         ),
         (&["--method", "plain", "--size", "32x32", "--steps", "2", "--dtype", "bf16"], &["--model", MODEL]),
+        (
+            &[
+                "--method",
+                "plain",
+                "--size",
+                "16x16",
+                "--steps",
+                "8",
+                "--cache",
+                "ucache",
+                "--cache-options",
+                "threshold=2,reset=0",
+            ],
+            &["--model", MODEL],
+        ),
         (&["--method", "plain", "--size", "32x32", "--steps", "2"], &files),
         (
             &[

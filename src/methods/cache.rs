@@ -679,8 +679,8 @@ mod tests {
         assert_eq!(cache.options_text(), "threshold=0.5,start=0.15,end=0.95,decay=1,relative=1,reset=0");
         assert_eq!(StepCache::new("ucache", &cache.options_text()).unwrap(), cache);
         for (name, options, wanted) in [
-            ("teacache", "", "request.cache teacache: expected ucache, easycache or spectrum"),
-            ("ucache", "threshold", "request.cache_options threshold: expected key=value"),
+            ("teacache", "", "cache teacache: expected ucache, easycache or spectrum"),
+            ("ucache", "threshold", "cache_options threshold: expected key=value"),
             ("ucache", "m=3", "ucache has no option \"m\"; it has threshold, start, end, decay, relative, reset"),
             ("easycache", "threshold=-1", "threshold=-1: expected a number from 0 to 1000000"),
             ("easycache", "threshold=nan", "threshold=nan: expected a number"),

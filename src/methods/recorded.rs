@@ -292,13 +292,16 @@ impl StageSteps {
     /// # Errors
     /// Those of the ops.
     pub(super) fn step_to_clean(&mut self, x0: &Tensor) -> Result<()> {
-        let StageSteps { state, noise, table, known, .. } = self;
+        let StageSteps { state, noise, table, known, low, .. } = self;
         let k = table.next_row(0).map(|row| row.coefficients).unwrap_or_default();
         let output = ops::scale_cast(x0, 1.0 / k.x0_from_e, 0.0, DType::F32, 1)?;
         let output = ops::add_scaled(&output, state.x(), -k.x0_from_x / k.x0_from_e)?;
         ops::sampler_step(state, &output, None, table, noise.as_ref())?;
         if let Some(known) = known {
             ops::repaint(state.x_mut(), known.args(table.index()))?;
+        }
+        if let Some(low) = low {
+            low.table.index_mut().advance()?;
         }
         table.index_mut().advance()
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain};
 use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
-use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent};
+use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent, StepCache};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{CudaDevice, CudaOptions, MetaDevice};
 use megafuse::schedulers::Sampler;
@@ -187,6 +187,22 @@ fn stored_hidiffusion() -> [(&'static str, &'static str, Request); 2] {
     [("hi-sdxl-odd", "sdxl", xl), ("hi-sd-both", "defaults", sd)]
 }
 
+/// Two with a cache of steps: computed, kept and reused steps are three recordings, and predicted steps none.
+fn stored_caches() -> [(&'static str, &'static str, Request); 2] {
+    let of = |name: &str, options: &str| Request {
+        prompt: "a photo of a cat".into(),
+        method: Plain {}.into(),
+        size: Some("16x16".parse().unwrap()),
+        steps: Some(10),
+        scheduler: Some(Sampler::Ddim),
+        guidance: 2.0,
+        seed: 81,
+        cache: Some(StepCache::new(name, options).unwrap()),
+        ..Request::default()
+    };
+    [("cache-ucache", "sd15", of("ucache", "threshold=1.5")), ("cache-spectrum", "sd15", of("spectrum", ""))]
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
@@ -194,7 +210,8 @@ fn f32_runs_are_those_of_the_published_libraries() {
             .into_iter()
             .chain([stored_sdxl(), stored_pixelrush()])
             .chain(stored_views())
-            .chain(stored_hidiffusion());
+            .chain(stored_hidiffusion())
+            .chain(stored_caches());
         for (name, model, request) in all {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
@@ -238,8 +255,10 @@ fn low_precision_runs_err_no_more_than_the_cpu_does() {
 fn replayed_steps_are_launched_steps_bit_for_bit() {
     cards(); // the driver is chosen
     let [odd, _] = stored_hidiffusion();
-    for (name, model, request) in stored().into_iter().chain([odd]) {
-        let dtypes = if name == "hi-sdxl-odd" { &DType::FLOATS[..1] } else { &DType::FLOATS[..] };
+    let [reused, predicted] = stored_caches();
+    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted]) {
+        let dtypes =
+            if name == "hi-sdxl-odd" || request.cache.is_some() { &DType::FLOATS[..1] } else { &DType::FLOATS[..] };
         for &dtype in dtypes {
             let [launched, replayed] = [true, false].map(|eager| {
                 let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();

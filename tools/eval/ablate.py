@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import distances
 import measure
@@ -202,6 +203,18 @@ def enlarge_pictures(run, row, folder):
                 raise EvalError(f"row {row.name!r}: {shlex.join(map(str, command))}: {done.stderr.strip()[:200]}")
 
 
+def computed_share(run, row):
+    """Percent of the network's evaluations that a row's pictures say they made, on average; None without a cache of steps."""
+    if row.flags is None or "--cache" not in row.flags:
+        return None
+    shares = []
+    for i in run.ids():
+        with Image.open(run.work / "pictures" / run.key(row) / f"{i}.png") as picture:
+            made, of = json.loads(picture.text["megafuse"])["cache_computed"].split(" of ")
+        shares.append(100 * int(made) / int(of))
+    return sum(shares) / len(shares)
+
+
 def count_pictures(folder):
     return len(list(folder.glob("*.png"))) if folder.is_dir() else 0
 
@@ -264,7 +277,8 @@ def entries_of(run, table, gflops, native, state):
         entries.append({
             "table": table.key, "title": table.title, "axis": table.axis, "row": row.name, "x": row.x,
             "flags": None if row.flags is None else run.arguments(row), "size": row.size, "metrics": metrics,
-            "enlarged": row.enlarged, "gflop": gflops.get(row), "seconds": seconds, "identity": run.identity,
+            "enlarged": row.enlarged, "gflop": gflops.get(row), "seconds": seconds,
+            "computed": computed_share(run, row), "identity": run.identity,
             "measure": state.summarising,
         })  # fmt: skip
     return entries
@@ -333,6 +347,11 @@ def notes(run, table, left_out):
     ]
     if len(table.rows) > 1:
         out.append(f'"Against the baseline": the paired difference to {table.baseline!r}, of objects in points.')
+    if any("--cache" in (row.flags or ()) for row in table.rows):
+        out.append(
+            "Evaluations: of those of the network without a cache, how many it made, averaged over captions. GFLOP counts all of "
+            "them for ucache and easycache, which see as they go what they leave out."
+        )
     for reason in dict.fromkeys(reason for _, reason in left_out):
         names = ", ".join(name for name, why in left_out if why == reason)
         out.append(f"Left out, because the program refuses their flags ({reason}): {names}.")

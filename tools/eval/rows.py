@@ -89,6 +89,43 @@ def methods(scale):
     return Table(f"methods-{scale}x", title, rows, "T&R", quick=scale == 2)
 
 
+# The other methods: name, flags, and "steps" where --steps is said (else the method plans its own). A further one is a line.
+OTHERS = (
+    ("hires fix", ("--method", "hires-fix")),
+    ("HiDiffusion", ("--method", "hidiffusion")),
+    # The paper's windows overlap by 7/8: eight times as many in each direction as here, and as long.
+    ("MultiDiffusion, windows half overlapping", ("--method", "multidiffusion", "--stride", "16")),
+    ("DemoFusion", ("--method", "demofusion")),
+)
+CACHES = ("ucache", "easycache", "spectrum")
+
+
+def others(scale):
+    size = last(PAPER[scale])
+    at = ("--size", f"{size[0]}x{size[1]}", "--steps", str(STEPS))
+    rows = (
+        Row("native size, enlarged (bicubic)", size, NATIVE_ROW.flags, enlarged=True),
+        Row("direct sampling", size, plain(size)),
+        Row("T&R", size, relayed(PAPER[scale])),
+        *(Row(name, size, (*flags, *at)) for name, flags in OTHERS),
+    )
+    return Table(f"others-{scale}x", f"Other methods at {scale} times the side: {size[0]}x{size[1]}", rows, "T&R")
+
+
+def caches():
+    """Plain sampling where the model was trained, and T&R at twice the side."""
+    rows = [Row("T&R", sized(128), relayed(PAPER[2]))]
+    rows += [Row(f"T&R, {name}", sized(128), relayed(PAPER[2], "--cache", name)) for name in CACHES]
+    rows += [Row("direct sampling", sized(128), plain(sized(128)))]
+    rows += [Row(f"direct, {name}", sized(128), (*plain(sized(128)), "--cache", name)) for name in CACHES]
+    return Table("caches", "Step caches (ours), 128x128", tuple(rows), "T&R")
+
+
+def caches_native():
+    rows = [Row(f"plain, {name}", NATIVE, (*plain(NATIVE), "--cache", name)) for name in CACHES]
+    return Table("caches-native", "Step caches (ours) at the native size", (NATIVE_ROW, *rows), NATIVE_ROW.name)
+
+
 def upsamplers():
     names = ("bilinear", "bicubic", "bicubic-gaussian", "bicubic-edge")
     rows = []
@@ -179,4 +216,7 @@ TABLES = (
     guidance(),
     aspects(),
     relay_noise(),
+    *(others(scale) for scale in (2, 4)),
+    caches_native(),
+    caches(),
 )

@@ -7,6 +7,7 @@ use megafuse::DType;
 use megafuse::pipeline::{RandomShapes, Size};
 
 use crate::cli::args::named;
+use crate::cli::picture_args::CacheArgs;
 use crate::cli::values::{self, DeviceChoice};
 
 #[derive(Args)]
@@ -109,6 +110,9 @@ pub struct RunArgs {
     /// Classifier-free guidance scale
     #[arg(long, value_name = "X", value_parser = values::guidance, default_value = "8")]
     pub guidance: f32,
+
+    #[command(flatten)]
+    pub cache: CacheArgs,
 
     /// Pictures at once, one size after the other, separated by commas
     #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = values::count, default_value = "1")]

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use megafuse::pipeline::{Event, LoadOptions, Method, ModelSource, Observer, Pipeline, Request, Sampler};
+use megafuse::pipeline::{Event, LoadOptions, Method, ModelSource, Observer, Picture, Pipeline, Request, Sampler};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Result};
 use serde_json::json;
@@ -32,6 +32,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     };
     let pipeline = Pipeline::load_with(source.clone(), LoadOptions::new(device.clone(), args.dtype))?;
     pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
+    let cache = args.cache.cache()?;
     let name = values::source_name(&source);
     let (title, card) = match &device {
         Device::Cuda(card) => (describe(card), card.card().to_string()),
@@ -40,7 +41,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
             (name.clone(), name)
         }
     };
-    let what = format!("{} Euler steps, guidance {}", args.steps, args.guidance);
+    let mut what = format!("{} Euler steps, guidance {}", args.steps, args.guidance);
+    if let Some(cache) = &cache {
+        what += &format!(", {} with {}", cache.kind(), cache.options_text());
+    }
     if !args.json {
         print_line(title);
         print_line(format!("{name}, {}, {what}", args.dtype));
@@ -64,18 +68,23 @@ pub fn run(args: &RunArgs) -> Result<()> {
                     guidance: args.guidance,
                     seed: index as u64,
                     batch,
+                    cache: cache.clone(),
                     ..Request::suited_to(&source)
                 })
             })
             .collect::<Result<_>>()?;
         let mut made = None;
         let mut runs = Vec::new();
+        // Of each picture: how many of its evaluations the network made.
+        let mut computed = Vec::new();
         // The first fills pools and records graphs; the emulated card runs no second time.
         for run in 0..if emulated { 1 } else { args.runs + 1 } {
             let mut phases = Phases::new();
             let pictures = pipeline.generate_batch(&requests, &mut phases)?;
             let seconds = phases.end();
             made = pictures.first().map(|picture| format!("{}x{}", picture.width, picture.height));
+            let of = |picture: &Picture| picture.parameters.json["cache_computed"].clone();
+            computed = pictures.iter().map(of).filter(|computed| !computed.is_null()).collect();
             if run > 0 {
                 runs.push(seconds);
             }
@@ -86,6 +95,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
             "steps": args.steps, "guidance": args.guidance, "sampler": "euler", "batch": batch, "card": card,
             "driver": if matches!(device, Device::Cuda(_)) { driver() } else { String::new() }, "emulated": emulated,
         });
+        if let Some(cache) = &cache {
+            line["cache"] = cache.kind().name().into();
+            line["cache_options"] = cache.options_text().into();
+            line["cache_computed"] = computed.clone().into();
+        }
         if emulated {
             line["ran"] = true.into();
             print_line(if args.json { line.to_string() } else { format!("{batch:>5} pictures of {size} ran") });
@@ -106,6 +120,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
             let (time, step) = (ms(all.median()), ms(steps / args.steps as f64));
             let [text, steps, decode] = [text, steps, decode].map(ms);
             print_line(format!("{batch:>5} {time:>14} {rate:>11.3} {text:>11} {steps:>12} {step:>11} {decode:>11}"));
+            if !computed.is_empty() {
+                let computed: Vec<&str> = computed.iter().filter_map(|computed| computed.as_str()).collect();
+                print_line(format!("      evaluations by the network: {}", computed.join(", ")));
+            }
         }
     }
     Ok(())
