@@ -89,11 +89,12 @@ def methods(scale):
     return Table(f"methods-{scale}x", title, rows, "T&R", quick=scale == 2)
 
 
-# The other methods: name, flags, and "steps" where --steps is said (else the method plans its own). A further one is a line.
+# The other methods: name and flags beside size and steps. A further one is a line.
 OTHERS = (
     ("hires fix", ("--method", "hires-fix")),
+    ("hires fix, the last 0.3", ("--method", "hires-fix", "--denoise", "0.3")),
     ("HiDiffusion", ("--method", "hidiffusion")),
-    # The paper's windows overlap by 7/8: eight times as many in each direction as here, and as long.
+    # By default windows overlap by 7/8: 9 times as many at twice the side, and as long.
     ("MultiDiffusion, windows half overlapping", ("--method", "multidiffusion", "--stride", "16")),
     ("DemoFusion", ("--method", "demofusion")),
 )
