@@ -7,7 +7,7 @@ use half::f16;
 use megafuse::methods::{HiDiffusion, MegaFusion, Method, Plain, Stage};
 use megafuse::pipeline::{
     self, Event, LoadOptions, LongPrompt, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request,
-    Residency, RngKind, Sampler, Silent, StepCache, Syntax, TextOptions, VaePartition,
+    Residency, RngKind, Sampler, Silent, Syntax, TextOptions, VaePartition,
 };
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error};

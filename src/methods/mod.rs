@@ -56,7 +56,18 @@ pub use upsample_guidance::{UPSAMPLE_GUIDANCE, UpsampleGuidance, matched_timeste
 use crate::names::named;
 
 /// Every method, in the order of the help.
-    &[&M, &PLAIN, &MEGAFUSION, &MEGAFUSION_PLUS, &HIRES_FIX, &HIDIFFUSION, &MULTIDIFFUSION, &DEMOFUSION, &PIXELRUSH, &DIFFUSEHIGH, &UPSAMPLE_GUIDANCE];
+pub static METHODS: &[&MethodSpec] = &[
+    &PLAIN,
+    &MEGAFUSION,
+    &MEGAFUSION_PLUS,
+    &HIRES_FIX,
+    &HIDIFFUSION,
+    &MULTIDIFFUSION,
+    &DEMOFUSION,
+    &DIFFUSEHIGH,
+    &UPSAMPLE_GUIDANCE,
+    &PIXELRUSH,
+];
 
 /// Where a relay clamps its picture to [-1, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

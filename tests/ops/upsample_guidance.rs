@@ -54,12 +54,12 @@ fn the_correction_matches_f64() {
                 let got = ops::upsample_guidance(&output, &low, &pooled, factors).unwrap();
                 let (e, low, pooled) = (f64s(&output), f64s(&low), f64s(&pooled));
                 let mut values = e.clone();
-                for i in 0..low.len() {
+                for (i, low) in low.iter().enumerate() {
                     let (image, within) = (i / (h * w * c) % n, i % (h * w * c));
                     let row = 3 * steps[image % steps.len()];
                     let [k0, k1, k2] = [0, 1, 2].map(|column| f64::from(FACTORS[row + column]));
                     let of_x = pooled[image * h * w * c + within];
-                    let correction = k0 * low[i] + k1 * of_x - k2 * mean([h, w, c], m, &e, i);
+                    let correction = k0 * low + k1 * of_x - k2 * mean([h, w, c], m, &e, i);
                     square([h, w, c], m, i).for_each(|at| values[at] += correction);
                 }
                 let magnitudes = vec![12.0; values.len()];
