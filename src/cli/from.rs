@@ -88,7 +88,10 @@ impl Recipe {
                 false => false,
                 true => {
                     let usual = usual.as_ref().and_then(|usual| usual.option(id)).map(text_of);
+                    // Sizes planned anew have no parts.
+                    let of_part = || self.method.is_some_and(|method| method.part_of(id).is_some());
                     method.is_some_and(|method| method.option(id).is_none())
+                        || (of_part() && (given("size") || given("steps")))
                         || (usual.is_some() && usual == flag.value)
                         || (usual.as_deref() == Some("true") && flag.value.is_none())
                 }

@@ -283,7 +283,7 @@ mod tests {
         assert_eq!(lines[2].seed(100), 100 + u64::from(fnv1a_32(b"x.Y_z-1")));
         assert_eq!(lines[2].seed(u64::MAX), u64::from(fnv1a_32(b"x.Y_z-1")) - 1);
 
-        let stages = vec![Stage { size: Size::new(64, 64), steps: 4 }, Stage { size: Size::new(96, 64), steps: 2 }];
+        let stages = vec![Stage::new(Size::new(64, 64), 4), Stage::new(Size::new(96, 64), 2)];
         let flagged = Method::default().with("dilation", 2).unwrap();
         let flags = Request { negative_prompt: Some("f".into()), stages, method: flagged, ..Request::default() };
         let of = |line: usize| lines[line].request(&flags).unwrap();

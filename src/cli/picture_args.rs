@@ -125,6 +125,9 @@ Examples:
   # no relay: every step at the final size
   megafuse generate \"a green cube\" --method plain --size 64x64
 
+  # parts of other methods in single stages
+  megafuse generate \"a green cube\" --stages 64x64:40,128x128:5+hidiffusion,256x256:5+crops
+
   # what happens at every relay
   megafuse generate \"a green cube\" --stages 64x64:45,256x256:5 --strip strip.png
 
@@ -349,6 +352,10 @@ pub struct RunArgs {
     pub eta: f64,
 
     /// Sizes and steps of the stages, smallest first (default: planned from --size)
+    ///
+    /// A stage of megafusion, megafusion++ and hires-fix may have parts of other methods, with their flags: 1024x1024:5+hidiffusion.
+    /// +raunet, +windows, or both as +hidiffusion; +dilation (not of hires-fix): --dilation in such stages alone; +crops: the
+    /// windows of multidiffusion; +demofusion: jittered windows and dilated samples. Thresholds count the stage's own steps.
     #[arg(long, value_name = "WxH:STEPS,...", value_parser = values::stages, help_heading = "MegaFusion")]
     pub stages: Option<Stages>,
 
@@ -661,7 +668,8 @@ impl RunArgs {
             let reason = format!("--method {} has one stage; choose {}", methods[0], relaying.join(" or "));
             return Err(conflict("--stages", stages, reason));
         }
-        let unused = |name: &&String| methods.iter().all(|spec| spec.option(name).is_none());
+        let stages = self.stages.as_ref().map_or(&[][..], |stages| &stages.0);
+        let unused = |name: &&String| !methods.iter().any(|spec| spec.reads(name, stages));
         match self.options.given.keys().find(unused) {
             Some(name) => Err(without_effect(name, &self.options.given[name], methods)),
             None => Ok(()),

@@ -119,8 +119,8 @@ impl Progress {
 impl Observer for Progress {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::StageBegins { stage, stages, size, steps } => {
-                self.begin(format!("stage {}/{stages} {size}", stage + 1), *steps);
+            Event::StageBegins { stage, stages, size, steps, parts } => {
+                self.begin(format!("stage {}/{stages} {size}{parts}", stage + 1), *steps);
             }
             Event::Step(at) => self.step(at),
             Event::Cached(computed) => self.line(&format!("{computed} evaluations by the network")),

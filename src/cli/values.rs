@@ -8,7 +8,7 @@ use std::str::FromStr;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use megafuse::models::Family;
-use megafuse::pipeline::{MethodSpec, ModelSource, RandomShapes, Stage, hub_name};
+use megafuse::pipeline::{MethodSpec, ModelSource, RandomShapes, Stage, StageParts, hub_name};
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{Device, Error};
 
@@ -133,16 +133,18 @@ impl fmt::Display for Stages {
     }
 }
 
-/// `WxH:steps,WxH:steps,...`
+/// `WxH:steps,WxH:steps,...`, each where wanted with parts: `WxH:steps+crops`
 pub fn stages(text: &str) -> Result<Stages, String> {
     const WANTED: &str = "expected WxH:steps,WxH:steps,... such as 512x512:40,768x768:5,1024x1024:5";
     let mut list = Vec::new();
     for (index, part) in text.split(',').enumerate() {
         let in_stage = |reason: String| format!("stage {} {part:?}: {reason}", index + 1);
-        let (size, count) = part.split_once(':').ok_or_else(|| in_stage(WANTED.into()))?;
+        let (size, rest) = part.split_once(':').ok_or_else(|| in_stage(WANTED.into()))?;
+        let (count, parts) = StageParts::split(rest);
         let size = library(size).map_err(in_stage)?;
         let steps = steps(count).map_err(in_stage)?;
-        list.push(Stage { size, steps });
+        let parts = StageParts::parse(parts).map_err(in_stage)?;
+        list.push(Stage { size, steps, parts });
     }
     let stages = Stages(list);
     match stages.total_steps() {

@@ -27,7 +27,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::views::{DEFAULT_VIEW_BATCH, Progressive, STRIDE, VIEW_BATCH, ViewStage, check_sampler, window_starts};
+use super::views::{
+    DEFAULT_VIEW_BATCH, Progressive, STRIDE, SkipResidual, VIEW_BATCH, ViewStage, check_sampler, window_starts,
+};
 use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
@@ -43,25 +45,8 @@ pub static DEMOFUSION: MethodSpec = MethodSpec {
     choices: &["jitter"],
     options: &[
         STRIDE,
-        OptionSpec {
-            name: "cosine",
-            heading: HEADING,
-            value_name: "A1,A2,A3",
-            help: "Exponents of the cosine factors: skip residual, dilated samples, blur (default: 3,1,1)",
-            kind: OptionKind::Numbers {
-                count: 3,
-                least: 0.0,
-                most: 1e6,
-                expected: "expected three numbers from 0 with commas, like 3,1,1",
-            },
-        },
-        OptionSpec {
-            name: "sigma",
-            heading: HEADING,
-            value_name: "X",
-            help: "Standard deviation of the blur of dilated samples at the beginning, in cells (default: 0.8)",
-            kind: OptionKind::Number { above: 0.0, most: 100.0, expected: "expected a number above 0, like 0.8" },
-        },
+        COSINE,
+        SIGMA,
         VIEW_BATCH,
         OptionSpec {
             name: "phases",
@@ -83,6 +68,29 @@ pub static DEMOFUSION: MethodSpec = MethodSpec {
 };
 
 const HEADING: &str = "DemoFusion";
+
+/// Relays with parts have it too.
+pub(super) const COSINE: OptionSpec = OptionSpec {
+    name: "cosine",
+    heading: HEADING,
+    value_name: "A1,A2,A3",
+    help: "Exponents of the cosine factors: skip residual, dilated samples, blur (default: 3,1,1)",
+    kind: OptionKind::Numbers {
+        count: 3,
+        least: 0.0,
+        most: 1e6,
+        expected: "expected three numbers from 0 with commas, like 3,1,1",
+    },
+};
+
+/// Relays with parts have it too.
+pub(super) const SIGMA: OptionSpec = OptionSpec {
+    name: "sigma",
+    heading: HEADING,
+    value_name: "X",
+    help: "Standard deviation of the blur of dilated samples at the beginning, in cells (default: 0.8)",
+    kind: OptionKind::Number { above: 0.0, most: 100.0, expected: "expected a number above 0, like 0.8" },
+};
 
 /// Progressive upscaling: Du et al., CVPR 2024, arXiv:2311.16973.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -231,6 +239,49 @@ impl JitteredWindows {
     }
 }
 
+/// The offsets of every picture's windows in the steps of phase or stage `number` (from 1): `[steps, windows, 2]`, chosen as
+/// `jitter<number>`. `generators`: one per picture, which goes on from phase to phase.
+///
+/// # Errors
+/// [`Error::Request`]: what was given in their place does not fit.
+fn jitter(
+    sampling: &mut Sampling,
+    windows: &JitteredWindows,
+    number: usize,
+    steps: usize,
+    generators: &mut Vec<PythonRandom>,
+) -> Result<Vec<Vec<i64>>> {
+    let (name, count, reach) = (format!("jitter{number}"), windows.count(), windows.reach as i64);
+    let mut next = 0;
+    let jitter = sampling.choose(&name, &[steps, count, 2], -reach..=reach, &mut |seed| {
+        if generators.len() == next {
+            generators.push(PythonRandom::new(seed));
+        }
+        let generator = &mut generators[next];
+        next += 1;
+        (0..steps).flat_map(|_| windows.draw(&mut |low, high| generator.randint(low, high))).collect()
+    })?;
+    for (jitter, step) in jitter.iter().flat_map(|jitter| (0..steps).map(move |step| (jitter, step))) {
+        let offsets = of_step(jitter, step, count);
+        if let Some((place, [low, high])) = windows.misplaced(offsets) {
+            let reason = format!(
+                "the {} of window {} in step {} is {}, expected {low} to {high}: outer windows move outward",
+                if place % 2 == 0 { "column" } else { "row" },
+                place / 2,
+                step + 1,
+                offsets[place]
+            );
+            return Err(Error::Request { field: "choices", value: name, reason });
+        }
+    }
+    Ok(jitter)
+}
+
+/// The offsets of one step's `count` windows.
+fn of_step(jitter: &[i64], step: usize, count: usize) -> &[i64] {
+    &jitter[step * 2 * count..][..2 * count]
+}
+
 impl DemoFusion {
     /// Cells of a window's sides, which are those of the longer side of phase 1, and the stride.
     fn window(&self, run: &Run) -> (usize, usize) {
@@ -250,7 +301,7 @@ impl DemoFusion {
     ) -> Result<Tensor> {
         let run = sampling.run();
         let (index, (window, stride)) = (phase - 1, self.window(run));
-        let Stage { size, steps } = run.stages()[index];
+        let Stage { size, steps, .. } = run.stages()[index];
         let shape = sampling.sample_shape(size);
         let [images, height, width, _] = shape;
         sampling.begin(Event::RelayUpsample { stage: index })?;
@@ -262,34 +313,7 @@ impl DemoFusion {
 
         let windows = JitteredWindows::new([height, width], window, stride);
         let count = windows.count();
-        let name = format!("jitter{phase}");
-        let mut next = 0;
-        let jitter = sampling.choose(
-            &name,
-            &[steps, count, 2],
-            -(windows.reach as i64)..=windows.reach as i64,
-            &mut |seed| {
-                if generators.len() == next {
-                    generators.push(PythonRandom::new(seed));
-                }
-                let generator = &mut generators[next];
-                next += 1;
-                (0..steps).flat_map(|_| windows.draw(&mut |low, high| generator.randint(low, high))).collect()
-            },
-        )?;
-        let of_step = |jitter: &[i64], step: usize| jitter[step * 2 * count..][..2 * count].to_vec();
-        for (jitter, step) in jitter.iter().flat_map(|jitter| (0..steps).map(move |step| (jitter, step))) {
-            if let Some((place, [low, high])) = windows.misplaced(&of_step(jitter, step)) {
-                let reason = format!(
-                    "the {} of window {} in step {} is {}, expected {low} to {high}: outer windows move outward",
-                    if place % 2 == 0 { "column" } else { "row" },
-                    place / 2,
-                    step + 1,
-                    of_step(jitter, step)[place]
-                );
-                return Err(Error::Request { field: "choices", value: name, reason });
-            }
-        }
+        let jitter = jitter(sampling, &windows, phase, steps, generators)?;
 
         let training_steps = run.scheduler().alphas_cumprod().len() as f64;
         let evaluations = run.scheduler().evaluations(range);
@@ -309,14 +333,12 @@ impl DemoFusion {
         let views = ViewStage {
             windows: PatchLayout { map: [height, width], size: windows.size, stride: 1, wraps: false },
             count,
-            origins: &|step| jitter.iter().flat_map(|jitter| windows.origins(&of_step(jitter, step))).collect(),
+            origins: &|step| jitter.iter().flat_map(|jitter| windows.origins(of_step(jitter, step, count))).collect(),
             view_batch: self.view_batch,
             crops: Some(windows.reach as i32),
             factor: run.factor(),
             progressive: Some(Progressive {
-                base,
-                noise,
-                skip: factors.iter().zip(&levels).map(skip).collect(),
+                skip: Some(SkipResidual { base, noise, factors: factors.iter().zip(&levels).map(skip).collect() }),
                 dilated: factors.iter().map(|[_, c2, _]| *c2 as f32).collect(),
                 scale: phase,
                 taps: factors.iter().map(taps).collect(),
@@ -325,6 +347,97 @@ impl DemoFusion {
         };
         debug_assert_eq!(jitter.len(), images);
         sampling.view_stage(index, x, &views, &|_| UnetOptions::default())
+    }
+
+    /// Windows of a relay's stage as [`window`](DemoFusion::window): those of the trained size, where it is known.
+    fn stage_window(&self, run: &Run) -> (usize, usize) {
+        let Some(native) = run.native() else { return self.window(run) };
+        let window = (native.width.max(native.height) / run.factor()).max(1);
+        (window, self.stride.unwrap_or((window / 2).max(1)))
+    }
+
+    /// Stage `index` (from 0) of a relay, from the samples `x` on: jittered windows and dilated samples, without the skip
+    /// residual and the standardisation that tie a phase to the one before it. The last samples and the clean ones. The stage's
+    /// longer side is about as many times the trained one as a dilated sample has cells of the map from one cell to the next.
+    ///
+    /// The cosine factors run from the stage's first step to its last as over a whole schedule: with steps a to b of n, in place
+    /// of t stands T - (T - t - T a/n) n/(b - a), which is t where the stage has all steps.
+    ///
+    /// # Errors
+    /// As [`Sampling::stage`]; [`Error::Request`] of choices that do not fit.
+    pub(super) fn stage_of_relay(
+        &self,
+        sampling: &mut Sampling,
+        index: usize,
+        x: Tensor,
+        options: &UnetOptions,
+        generators: &mut Vec<PythonRandom>,
+    ) -> Result<(Tensor, Tensor)> {
+        let run = sampling.run();
+        let (window, stride) = self.stage_window(run);
+        let [_, height, width, _] = sampling.sample_shape(run.stages()[index].size);
+        let range = run.ranges()[index].clone();
+        let windows = JitteredWindows::new([height, width], window, stride);
+        let count = windows.count();
+        let jitter = jitter(sampling, &windows, index + 1, range.len(), generators)?;
+
+        let scale = ((height.max(width) as f64 / window as f64).round() as usize).max(1);
+        let all = run.scheduler().alphas_cumprod().len() as f64;
+        let scheduled = run.scheduler().timesteps().len() as f64;
+        let (begin, share) = (all * range.start as f64 / scheduled, range.len() as f64 / scheduled);
+        let of_stage = |timestep: f64| (all - (all - timestep - begin) / share).clamp(0.0, all);
+        let evaluations = run.scheduler().evaluations(range);
+        let factors = evaluations
+            .iter()
+            .map(|evaluation| cosine_factors(of_stage(f64::from(evaluation.timestep)), all, self.cosine));
+        let factors: Vec<[f64; 3]> = factors.collect();
+        let taps = |[_, _, c3]: &[f64; 3]| {
+            gaussian_taps(scale, self.sigma * c3).into_iter().map(|tap| tap as f32).collect::<Vec<f32>>()
+        };
+        let views = ViewStage {
+            windows: PatchLayout { map: [height, width], size: windows.size, stride: 1, wraps: false },
+            count,
+            origins: &|step| jitter.iter().flat_map(|jitter| windows.origins(of_step(jitter, step, count))).collect(),
+            view_batch: self.view_batch,
+            crops: Some(windows.reach as i32),
+            factor: run.factor(),
+            progressive: Some(Progressive {
+                skip: None,
+                dilated: factors.iter().map(|[_, c2, _]| *c2 as f32).collect(),
+                scale,
+                taps: factors.iter().map(taps).collect(),
+                input_scales: None,
+            }),
+        };
+        sampling.clean_view_stage(index, x, &views, &|_| options.clone())
+    }
+
+    /// # Errors
+    /// [`Error::Request`]: a stride that leaves gaps between windows of `window` cells, no views at once, factors that are none.
+    pub(super) fn check_options(&self, (window, stride): (usize, usize)) -> Result<()> {
+        let refuse = |field, value: String, reason: String| Err(Error::Request { field, value, reason });
+        if stride == 0 || stride > window {
+            let reason = format!("windows of {window} cells cover the picture with a stride of 1 to {window}");
+            return refuse("stride", stride.to_string(), reason);
+        }
+        if self.view_batch == 0 {
+            return refuse("view_batch", "0".into(), "expected at least 1".into());
+        }
+        if !(self.sigma > 0.0 && self.sigma.is_finite()) {
+            return refuse("sigma", self.sigma.to_string(), "expected a number above 0".into());
+        }
+        if self.cosine.iter().any(|exponent| !(*exponent >= 0.0 && exponent.is_finite())) {
+            return refuse("cosine", format!("{:?}", self.cosine), "expected three numbers from 0".into());
+        }
+        Ok(())
+    }
+
+    /// The same for a relay's stage.
+    ///
+    /// # Errors
+    /// As [`check_options`](DemoFusion::check_options).
+    pub(super) fn check_stage_of_relay(&self, run: &Run) -> Result<()> {
+        self.check_options(self.stage_window(run))
     }
 
     fn show(&self, sampling: &mut Sampling, phase: usize, x: &Tensor) -> Result<()> {
@@ -374,7 +487,7 @@ impl GenerationMethod for DemoFusion {
                 format!("the shorter side must be at least {}, a cell in each of {phases} phases", phases * factor);
             return refuse(reason);
         }
-        Ok(phase_sizes(size, phases, factor).into_iter().map(|size| Stage { size, steps }).collect())
+        Ok(phase_sizes(size, phases, factor).into_iter().map(|size| Stage::new(size, steps)).collect())
     }
 
     /// Every phase runs the whole schedule.
@@ -406,20 +519,7 @@ impl GenerationMethod for DemoFusion {
             );
             return refuse("stages", run.stages_text(), reason);
         }
-        let (window, stride) = self.window(run);
-        if stride == 0 || stride > window {
-            let reason = format!("windows of {window} cells cover the picture with a stride of 1 to {window}");
-            return refuse("stride", stride.to_string(), reason);
-        }
-        if self.view_batch == 0 {
-            return refuse("view_batch", "0".into(), "expected at least 1".into());
-        }
-        if !(self.sigma > 0.0 && self.sigma.is_finite()) {
-            return refuse("sigma", self.sigma.to_string(), "expected a number above 0".into());
-        }
-        if self.cosine.iter().any(|exponent| !(*exponent >= 0.0 && exponent.is_finite())) {
-            return refuse("cosine", format!("{:?}", self.cosine), "expected three numbers from 0".into());
-        }
+        self.check_options(self.window(run))?;
         if self.reference_compat && run.scheduler().sampler() != Sampler::Euler {
             let value = format!("with request.scheduler {}", run.scheduler().sampler());
             return refuse("reference_compat", value, "the published code of DemoFusion samples with euler".into());

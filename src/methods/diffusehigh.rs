@@ -170,7 +170,7 @@ impl GenerationMethod for DiffuseHigh {
         check_size("size", size, factor)?;
         let [of, repeated, _] = PUBLISHED_STEPS;
         let later = (steps * repeated).div_ceil(of);
-        let stage = |(i, size)| Stage { size, steps: if i == 0 { steps } else { later } };
+        let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { later });
         Ok(grown_sizes(geometry, 1.0).into_iter().enumerate().map(stage).collect())
     }
 

@@ -44,7 +44,7 @@ pub static HIDIFFUSION: MethodSpec = MethodSpec {
 };
 
 /// `[steps, window blocks]`, 0 to 3.
-const SHIFTS: &str = "shifts";
+pub(super) const SHIFTS: &str = "shifts";
 
 /// Zhang et al. 2024, arXiv:2311.17528. With both parts off it is plain sampling, bit for bit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -66,48 +66,57 @@ pub struct HiDiffusion {
 
 const HEADING: &str = "HiDiffusion";
 
+/// Relays with parts have it too.
+pub(super) const RAUNET: OptionSpec = OptionSpec {
+    name: "raunet",
+    heading: HEADING,
+    value_name: "BOOL",
+    help: "Deep blocks of the UNet at the size they were trained at, in the first part of the steps (default: true)",
+    kind: OptionKind::Bool,
+};
+
+/// Relays with parts have it too.
+pub(super) const WINDOWS: OptionSpec = OptionSpec {
+    name: "windows",
+    heading: HEADING,
+    value_name: "BOOL",
+    help: "Self-attention on the largest maps within shifted windows, in every step (default: true)",
+    kind: OptionKind::Bool,
+};
+
+/// Relays with parts have it too.
+pub(super) const T1: OptionSpec = OptionSpec {
+    name: "t1",
+    heading: HEADING,
+    value_name: "X",
+    help: "Share of the steps with the first part of request.raunet (default: by model and size)\n\n\
+           On SD models the wide downsampler, on SDXL models the pooled block. 0.4; 0.7 from four times the trained \
+           sides on; 0.5 on SDXL-Turbo.",
+    kind: OptionKind::Share,
+};
+
+/// Relays with parts have it too.
+pub(super) const T2: OptionSpec = OptionSpec {
+    name: "t2",
+    heading: HEADING,
+    value_name: "X",
+    help: "Share of the steps with the second part of request.raunet (default: by model and size)\n\n\
+           On SD models the pooled block, on SDXL models the wide downsampler. 0; 0.3 from four times the trained sides on.",
+    kind: OptionKind::Share,
+};
+
+/// Relays with parts have it too.
+pub(super) const AGGRESSIVE: OptionSpec = OptionSpec {
+    name: "aggressive",
+    heading: HEADING,
+    value_name: "BOOL",
+    help: "The wide downsampler in the first 8 of 50 steps and the pooled block after it (default: by model and size)\n\n\
+           true on SDXL below four times the trained sides, but for inpainting models, Playground and SDXL-Turbo.",
+    kind: OptionKind::Bool,
+};
+
 /// In the order of the struct's fields.
-const OPTIONS: &[OptionSpec] = &[
-    OptionSpec {
-        name: "raunet",
-        heading: HEADING,
-        value_name: "BOOL",
-        help: "Deep blocks of the UNet at the size they were trained at, in the first part of the steps (default: true)",
-        kind: OptionKind::Bool,
-    },
-    OptionSpec {
-        name: "windows",
-        heading: HEADING,
-        value_name: "BOOL",
-        help: "Self-attention on the largest maps within shifted windows, in every step (default: true)",
-        kind: OptionKind::Bool,
-    },
-    OptionSpec {
-        name: "t1",
-        heading: HEADING,
-        value_name: "X",
-        help: "Share of the steps with the first part of request.raunet (default: by model and size)\n\n\
-               On SD models the wide downsampler, on SDXL models the pooled block. 0.4; 0.7 from four times the trained \
-               sides on; 0.5 on SDXL-Turbo.",
-        kind: OptionKind::Share,
-    },
-    OptionSpec {
-        name: "t2",
-        heading: HEADING,
-        value_name: "X",
-        help: "Share of the steps with the second part of request.raunet (default: by model and size)\n\n\
-               On SD models the pooled block, on SDXL models the wide downsampler. 0; 0.3 from four times the trained sides on.",
-        kind: OptionKind::Share,
-    },
-    OptionSpec {
-        name: "aggressive",
-        heading: HEADING,
-        value_name: "BOOL",
-        help: "The wide downsampler in the first 8 of 50 steps and the pooled block after it (default: by model and size)\n\n\
-               true on SDXL below four times the trained sides, but for inpainting models, Playground and SDXL-Turbo.",
-        kind: OptionKind::Bool,
-    },
-];
+const OPTIONS: &[OptionSpec] = &[RAUNET, WINDOWS, T1, T2, AGGRESSIVE];
 
 impl Default for HiDiffusion {
     fn default() -> HiDiffusion {
@@ -174,18 +183,18 @@ impl BlockMap {
     }
 }
 
-/// What a run does in which of its steps.
+/// What a stage does in which of its steps.
 #[derive(Clone, Debug, PartialEq)]
-struct Schedule {
+pub(super) struct Schedule {
     map: BlockMap,
     wide: Range<usize>,
     pooled: Range<usize>,
     /// Self-attentions in windows; 0: none is.
-    windows: usize,
+    pub(super) windows: usize,
 }
 
 impl Schedule {
-    fn at(&self, step: usize) -> UnetOptions {
+    pub(super) fn at(&self, step: usize) -> UnetOptions {
         UnetOptions {
             wide_downsampler: self.wide.contains(&step).then_some(self.map.wide_level()),
             pooled_level: self.pooled.contains(&step).then_some(self.map.pooled_level()),
@@ -196,9 +205,34 @@ impl Schedule {
 }
 
 impl HiDiffusion {
-    /// The steps are those that are made: fewer than the stage's where a run begins from a picture.
-    fn schedule(&self, model: &ModelFacts, run: &Run) -> Result<Schedule> {
-        let (size, steps) = (run.last_stage().size, run.steps());
+    /// # Errors
+    /// [`Error::Request`]: a share that is none, an option of a part that is off.
+    pub(super) fn check_options(&self) -> Result<()> {
+        let shares = [("t1", self.t1), ("t2", self.t2)];
+        for (field, share) in shares.iter().filter_map(|&(field, share)| Some((field, share?))) {
+            if !(0.0..=1.0).contains(&share) {
+                let reason = "expected a share of the steps, 0 to 1".into();
+                return Err(Error::Request { field, value: share.to_string(), reason });
+            }
+        }
+        if !self.raunet {
+            let given = |(field, value): (&'static str, Option<String>)| Some((field, value?));
+            let shares = shares.map(|(field, share)| (field, share.map(|share| share.to_string())));
+            let aggressive = ("aggressive", self.aggressive.map(|on| on.to_string()));
+            if let Some((field, value)) = shares.into_iter().chain([aggressive]).find_map(given) {
+                let reason = "has no effect with request.raunet false".into();
+                return Err(Error::Request { field, value, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Of a stage. The steps are those that are made: fewer than the stage's where a run begins from a picture.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: the network is no UNet of a map that is known.
+    pub(super) fn schedule(&self, model: &ModelFacts, run: &Run, stage: usize) -> Result<Schedule> {
+        let (size, steps) = (run.stages()[stage].size, run.ranges()[stage].len());
         let Some(unet) = &model.unet else {
             return Err(Error::config(format!("model {}", model.name), "hidiffusion is for networks that are UNets"));
         };
@@ -234,6 +268,12 @@ impl HiDiffusion {
     }
 }
 
+/// The shifts of a picture's windows: `count` of those that its seed gives, from number `first` on.
+pub(super) fn drawn_shifts(seed: u64, first: usize, count: usize) -> Vec<i64> {
+    let mut rng = TorchUniform::new(seed);
+    (0..first + count).map(|_| quarter(rng.rand())).skip(first).collect()
+}
+
 /// `torch.rand(1)` as a number of quarters of a window.
 fn quarter(u: f32) -> i64 {
     i64::from(u > 0.25) + i64::from(u > 0.5) + i64::from(u > 0.75)
@@ -255,37 +295,20 @@ impl GenerationMethod for HiDiffusion {
 
     fn check(&self, run: &Run) -> Result<()> {
         Plain {}.check(run)?;
-        let shares = [("t1", self.t1), ("t2", self.t2)];
-        for (field, share) in shares.iter().filter_map(|&(field, share)| Some((field, share?))) {
-            if !(0.0..=1.0).contains(&share) {
-                let reason = "expected a share of the steps, 0 to 1".into();
-                return Err(Error::Request { field, value: share.to_string(), reason });
-            }
-        }
-        if !self.raunet {
-            let given = |(field, value): (&'static str, Option<String>)| Some((field, value?));
-            let shares = shares.map(|(field, share)| (field, share.map(|share| share.to_string())));
-            let aggressive = ("aggressive", self.aggressive.map(|on| on.to_string()));
-            if let Some((field, value)) = shares.into_iter().chain([aggressive]).find_map(given) {
-                let reason = "has no effect with request.raunet false".into();
-                return Err(Error::Request { field, value, reason });
-            }
-        }
-        run.model().map_or(Ok(()), |model| self.schedule(model, run).map(drop))
+        self.check_options()?;
+        run.model().map_or(Ok(()), |model| self.schedule(model, run, 0).map(drop))
     }
 
     /// The last latents.
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         let run = sampling.run();
         let model = run.model().ok_or_else(|| Error::config("hidiffusion", "the run says nothing of its model"))?;
-        let (schedule, steps) = (self.schedule(model, run)?, run.steps());
+        let (schedule, steps) = (self.schedule(model, run, 0)?, run.steps());
         sampling.prepare(vec![run.scheduler().clone()], |coefficients| coefficients)?;
         if schedule.windows > 0 {
             let count = steps * schedule.windows;
-            let chosen = sampling.choose(SHIFTS, &[steps, schedule.windows], 0..=3, &mut |seed| {
-                let mut rng = TorchUniform::new(seed);
-                (0..count).map(|_| quarter(rng.rand())).collect()
-            })?;
+            let mut draw = |seed| drawn_shifts(seed, 0, count);
+            let chosen = sampling.choose(SHIFTS, &[steps, schedule.windows], 0..=3, &mut draw)?;
             sampling.shift_windows(&chosen, schedule.windows);
         }
         let x = sampling.first_samples()?;

@@ -16,9 +16,11 @@ use serde::{Deserialize, Serialize};
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
+use super::parts::{self, PartOptions, with_parts};
 use super::stages::last_steps_again;
-use super::{Event, Geometry, Method, Prediction, Run, Sampling, Stage, Start, base_size, check_size};
+use super::{Event, Geometry, Method, Run, Sampling, Stage, StageParts, Start, base_size, check_size};
 use crate::error::{Error, Result};
+use crate::models::UnetOptions;
 use crate::names::named;
 use crate::ops::{self, Upsampler};
 use crate::runtime::Tensor;
@@ -27,7 +29,7 @@ pub static HIRES_FIX: MethodSpec = MethodSpec {
     name: "hires-fix",
     summary: "every step at the model's own size, then the last ones again on the enlarged picture (arXiv:2108.01073)",
     relays: true,
-    choices: &[],
+    choices: parts::CHOICES,
     options: OPTIONS,
     parse: |given| from_options(HiresFix::default(), given),
 };
@@ -45,13 +47,15 @@ pub enum Enlarged {
 named!(Enlarged, [Picture => "picture", Latents => "latents"]);
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct HiresFix {
     /// Share of the steps that the second pass makes. `None`: what the stages say, 0.7 where they are planned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub denoise: Option<f64>,
     pub enlarge: Enlarged,
     pub upsampler: Upsampler,
+    /// Of stages with parts.
+    #[serde(flatten)]
+    pub parts: PartOptions,
 }
 
 /// webui's.
@@ -60,7 +64,9 @@ const DENOISE: f64 = 0.7;
 const HEADING: &str = "Hires fix";
 
 /// In the order of the struct's fields.
-const OPTIONS: &[OptionSpec] = &[
+const OPTIONS: &[OptionSpec] = &with_parts::<3, 13>(&OWN);
+
+const OWN: [OptionSpec; 3] = [
     OptionSpec {
         name: "denoise",
         heading: HEADING,
@@ -143,7 +149,11 @@ impl GenerationMethod for HiresFix {
                 format!("leaves none of the {steps} steps for the second pass; expected at least 1 / request.steps");
             return Err(Error::Request { field: "denoise", value: denoise.to_string(), reason });
         };
-        Ok(vec![Stage { size: base_size(size, native, factor), steps }, Stage { size, steps: steps - step }])
+        Ok(vec![Stage::new(base_size(size, native, factor), steps), Stage::new(size, steps - step)])
+    }
+
+    fn parts(&self) -> StageParts {
+        parts::OF_ANY_METHOD
     }
 
     /// The second pass makes the last of the first one's steps again.
@@ -164,7 +174,7 @@ impl GenerationMethod for HiresFix {
         let planned = self.denoise.map(|denoise| Start::new(denoise, first.steps, false));
         let planned = planned.map(|start| start.map_or(0, |start| first.steps - start.step));
         match planned.filter(|&planned| planned != second.steps) {
-            None => Ok(()),
+            None => self.parts.check(run),
             Some(planned) => refuse(format!("request.denoise makes {planned} of the steps; leave one of the two out")),
         }
     }
@@ -173,10 +183,11 @@ impl GenerationMethod for HiresFix {
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         let scheduler = sampling.run().scheduler().clone();
         sampling.prepare(vec![scheduler.clone(), scheduler], |coefficients| coefficients)?;
+        let (mut composition, trained) = (self.parts.begin(sampling)?, UnetOptions::default());
         let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
-        let (x, _) = sampling.stage(0, x, &|_| Prediction::default())?;
+        let (x, _) = composition.stage(sampling, 0, x, &trained)?;
         let x = self.enlarged(sampling, &x)?;
-        let (x, _) = sampling.stage(1, x, &|_| Prediction::default())?;
+        let (x, _) = composition.stage(sampling, 1, x, &trained)?;
         Ok(x)
     }
 }

@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
-use super::{Event, Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, relay_stages};
+use super::parts::{self, PartOptions, with_parts};
+use super::{Event, Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, StageParts, relay_stages};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, StepCoefficients, Upsampler};
@@ -30,7 +31,7 @@ pub static MEGAFUSION: MethodSpec = MethodSpec {
     name: "megafusion",
     summary: "the first steps at the model's own size, then relays to larger ones (arXiv:2408.11001)",
     relays: true,
-    choices: &[],
+    choices: parts::CHOICES,
     options: OPTIONS,
     parse: |given| from_options(MegaFusion::default(), given),
 };
@@ -39,14 +40,13 @@ pub static MEGAFUSION_PLUS: MethodSpec = MethodSpec {
     name: "megafusion++",
     summary: "the same, with noise re-scheduling and dilated convolutions in the later stages",
     relays: true,
-    choices: &[],
+    choices: parts::CHOICES,
     options: OPTIONS,
     parse: |given| from_options(MegaFusion::plus(), given),
 };
 
 /// Truncate and relay: Wu et al., WACV 2025, arXiv:2408.11001, sec. 3.2; with [`plus`](MegaFusion::plus) sec. 3.3.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct MegaFusion {
     pub upsampler: Upsampler,
     pub relay_clamp: RelayClamp,
@@ -69,6 +69,9 @@ pub struct MegaFusion {
     /// * the relay's encoder samples its posterior, a draw before the relay's own;
     /// * dilation holds in every stage.
     pub reference_compat: bool,
+    /// Of stages with parts.
+    #[serde(flatten)]
+    pub parts: PartOptions,
 }
 
 const HEADING: &str = "MegaFusion";
@@ -85,7 +88,9 @@ pub(super) const UPSAMPLER: OptionSpec = OptionSpec {
 };
 
 /// In the order of the struct's fields.
-const OPTIONS: &[OptionSpec] = &[
+const OPTIONS: &[OptionSpec] = &with_parts::<7, 17>(&OWN);
+
+const OWN: [OptionSpec; 7] = [
     UPSAMPLER,
     OptionSpec {
         name: "relay_clamp",
@@ -156,6 +161,7 @@ impl Default for MegaFusion {
             dilation: 1,
             relay_noise_offset: 0,
             reference_compat: false,
+            parts: PartOptions::default(),
         }
     }
 }
@@ -195,8 +201,12 @@ impl MegaFusion {
         published.unwrap_or(size.area() as f64 / first.area() as f64)
     }
 
-    fn unet_options(&self, stage: usize) -> UnetOptions {
-        let dilated = stage > 0 || self.reference_compat;
+    fn unet_options(&self, run: &Run, stage: usize) -> UnetOptions {
+        let named = |stage: &Stage| stage.parts.contains(StageParts::DILATION);
+        let dilated = match run.stages().iter().any(named) {
+            true => named(&run.stages()[stage]),
+            false => stage > 0 || self.reference_compat,
+        };
         UnetOptions { mid_dilation: if dilated { self.dilation } else { 1 }, ..UnetOptions::default() }
     }
 
@@ -258,6 +268,10 @@ impl GenerationMethod for MegaFusion {
         relay_stages(geometry)
     }
 
+    fn parts(&self) -> StageParts {
+        parts::OF_ANY_METHOD.and(StageParts::DILATION)
+    }
+
     /// A run that begins in a later stage has that stage's gamma and dilation.
     fn begins_from_pictures(&self) -> bool {
         true
@@ -288,7 +302,16 @@ impl GenerationMethod for MegaFusion {
             let value = format!("with request.scheduler {}", run.scheduler().sampler());
             return refuse("reference_compat", value, "the published code samples with ddim");
         }
-        Ok(())
+        let parts = run.stages().iter().fold(StageParts::NONE, |all, stage| all.and(stage.parts));
+        if self.reference_compat && !parts.is_empty() {
+            let value = format!("with request.stages {}", run.stages_text());
+            return refuse("reference_compat", value, "the published code of MegaFusion has no stages with parts");
+        }
+        if parts.contains(StageParts::DILATION) && self.dilation == 1 {
+            let reason = "+dilation takes request.dilation, which is 1 (none); name request.dilation 2, the paper's";
+            return refuse("stages", run.stages_text(), reason);
+        }
+        self.parts.check(run)
     }
 
     /// The clean samples of the last step.
@@ -296,9 +319,11 @@ impl GenerationMethod for MegaFusion {
         let stages = sampling.run().stages();
         let x0_from_next = self.reference_compat;
         sampling.prepare(self.schedulers(sampling.run()), |step| StepCoefficients { x0_from_next, ..step })?;
+        let mut composition = self.parts.begin(sampling)?;
         let mut x = sampling.first_samples()?;
         for stage in sampling.run().first_stage()..stages.len() {
-            let (last, x0) = sampling.stage(stage, x, &|_| self.unet_options(stage).into())?;
+            let options = self.unet_options(sampling.run(), stage);
+            let (last, x0) = composition.stage(sampling, stage, x, &options)?;
             drop(last);
             x = if stage + 1 < stages.len() { self.relay(sampling, stage + 1, x0)? } else { x0 };
         }

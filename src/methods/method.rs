@@ -9,7 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{Geometry, METHODS, Run, Sampling, Size, Stage, consecutive};
+use super::parts::{part_of, readers};
+use super::{Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, consecutive};
 use crate::error::{Error, Result};
 use crate::names::one_of;
 use crate::runtime::Tensor;
@@ -50,6 +51,11 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// ([`StepCache`](super::StepCache))?
     fn steps_over_views(&self) -> bool {
         false
+    }
+
+    /// What its stages may do beside its own ([`StageParts`]).
+    fn parts(&self) -> StageParts {
+        StageParts::NONE
     }
 
     /// The size that the network is told of, where it reads sizes: the stage's own.
@@ -104,7 +110,7 @@ pub struct MethodSpec {
 pub type Parsed = (Arc<dyn GenerationMethod>, Map<String, Value>);
 
 /// An option of a method. Its name is that of the struct's field, so that of JSON.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct OptionSpec {
     /// `relay_clamp`
     pub name: &'static str,
@@ -344,6 +350,18 @@ impl MethodSpec {
     pub fn option(&self, name: &str) -> Option<&'static OptionSpec> {
         self.options.iter().find(|option| option.name == name)
     }
+
+    /// Does a run with these stages read the option? That of a stage's part is read where a stage has the part.
+    pub fn reads(&self, name: &str, stages: &[Stage]) -> bool {
+        let read = |parts| stages.iter().any(|stage| stage.parts.intersects(parts));
+        self.option(name).is_some() && self.part_of(name).is_none_or(read)
+    }
+
+    /// The parts of stages that read the option, where the method itself does not.
+    pub fn part_of(&self, name: &str) -> Option<StageParts> {
+        let composes = || Method::named(self.name).is_ok_and(|method| !method.implementation.parts().is_empty());
+        part_of(name).filter(|_| composes())
+    }
 }
 
 impl fmt::Display for MethodSpec {
@@ -354,12 +372,16 @@ impl fmt::Display for MethodSpec {
 
 /// The error for an option that none of `methods` reads: it names the methods that do.
 pub fn without_effect(name: &str, value: &Value, methods: &[&'static MethodSpec]) -> Error {
-    let with: Vec<&str> = METHODS.iter().filter(|spec| spec.option(name).is_some()).map(|spec| spec.name).collect();
+    let has = |spec: &&&MethodSpec| spec.option(name).is_some() && spec.part_of(name).is_none();
+    let with: Vec<&str> = METHODS.iter().filter(has).map(|spec| spec.name).collect();
     let field = METHODS.iter().find_map(|spec| spec.option(name)).map_or("method", |option| option.name);
     let chosen: Vec<&str> = methods.iter().map(|spec| spec.name).collect();
     let reason = match with.is_empty() {
         true => format!("{name} is no option of any method"),
-        false => format!("has no effect with request.method {}; {} has it", one_of(&chosen), one_of(&with)),
+        false => {
+            let by_part = part_of(name).map(readers).unwrap_or_default();
+            format!("has no effect with request.method {}; {} has it{by_part}", one_of(&chosen), one_of(&with))
+        }
     };
     Error::Request { field, value: text_of(value), reason }
 }

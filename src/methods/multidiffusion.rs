@@ -28,13 +28,7 @@ pub static MULTIDIFFUSION: MethodSpec = MethodSpec {
     relays: false,
     choices: &[],
     options: &[
-        OptionSpec {
-            name: "window",
-            heading: "Views",
-            value_name: "N",
-            help: "Sides of a window in latent cells (default: those that the model was trained with)",
-            kind: OptionKind::Integer { least: 1, most: 4096, expected: "expected a number of cells from 1 to 4096" },
-        },
+        WINDOW,
         STRIDE,
         VIEW_BATCH,
         OptionSpec {
@@ -46,6 +40,15 @@ pub static MULTIDIFFUSION: MethodSpec = MethodSpec {
         },
     ],
     parse: |given| from_options(MultiDiffusion::default(), given),
+};
+
+/// Relays with parts have it too.
+pub(super) const WINDOW: OptionSpec = OptionSpec {
+    name: "window",
+    heading: "Views",
+    value_name: "N",
+    help: "Sides of a window in latent cells (default: those that the model was trained with)",
+    kind: OptionKind::Integer { least: 1, most: 4096, expected: "expected a number of cells from 1 to 4096" },
 };
 
 /// Columns of latents from the other side that a circular picture is decoded with.
@@ -79,9 +82,16 @@ impl From<MultiDiffusion> for Method {
 }
 
 /// The windows of a map.
-struct Windows {
+pub(super) struct Windows {
     layout: PatchLayout,
     origins: Vec<[i32; 2]>,
+}
+
+impl Windows {
+    /// Is it one, of the whole map? What its steps are is then a plain stage.
+    pub(super) fn is_whole(&self) -> bool {
+        self.origins.len() == 1 && self.layout.size == self.layout.map
+    }
 }
 
 impl MultiDiffusion {
@@ -99,9 +109,10 @@ impl MultiDiffusion {
         Ok((window, self.stride.unwrap_or((window[0].min(window[1]) / 8).max(1))))
     }
 
-    fn windows(&self, run: &Run) -> Result<Windows> {
+    /// # Errors
+    /// [`Error::Request`]: of no size.
+    pub(super) fn windows(&self, run: &Run, size: Size) -> Result<Windows> {
         let (window, stride) = self.window(run)?;
-        let size = run.last_stage().size;
         let map = [size.height, size.width].map(|side| side / run.factor());
         let around = self.circular && map[1] > window[1];
         let rows = window_starts(map[0], window[0], stride);
@@ -113,6 +124,53 @@ impl MultiDiffusion {
             PatchLayout { map, size: [window[0].min(map[0]), window[1].min(map[1])], stride: 1, wraps: around };
         let origins = rows.iter().flat_map(|&row| columns.iter().map(move |&column| [row as i32, column as i32]));
         Ok(Windows { layout, origins: origins.collect() })
+    }
+
+    /// Do the windows cover a map of this size?
+    ///
+    /// # Errors
+    /// [`Error::Request`], naming the option.
+    pub(super) fn check_windows(&self, run: &Run, size: Size) -> Result<()> {
+        let refuse = |field, value: String, reason: String| Err(Error::Request { field, value, reason });
+        let (window, stride) = self.window(run)?;
+        let least = window[0].min(window[1]);
+        if stride == 0 || stride > least {
+            let reason = format!("windows of {least} cells cover the picture with a stride of 1 to {least}");
+            return refuse("stride", stride.to_string(), reason);
+        }
+        if self.view_batch == 0 {
+            return refuse("view_batch", "0".into(), "expected at least 1".into());
+        }
+        let Windows { layout, .. } = self.windows(run, size)?;
+        let left_over = layout.map[1] % stride + stride;
+        if layout.wraps && left_over > layout.size[1] {
+            let reason = format!(
+                "the last of the windows that go around begins {left_over} cells before the first one, and a window has {} \
+                 columns; a stride that divides {} leaves no gap",
+                layout.size[1], layout.map[1]
+            );
+            return refuse("stride", stride.to_string(), reason);
+        }
+        Ok(())
+    }
+
+    /// Gives the windows as a stage's views to `work`.
+    pub(super) fn with_views<T>(
+        &self,
+        windows: &Windows,
+        images: usize,
+        factor: usize,
+        work: impl FnOnce(&ViewStage) -> Result<T>,
+    ) -> Result<T> {
+        work(&ViewStage {
+            windows: windows.layout,
+            count: windows.origins.len(),
+            origins: &|_| windows.origins.repeat(images),
+            view_batch: self.view_batch,
+            crops: None,
+            factor,
+            progressive: None,
+        })
     }
 }
 
@@ -134,7 +192,7 @@ impl GenerationMethod for MultiDiffusion {
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
         let &Geometry { size, factor, steps, .. } = geometry;
         check_size("size", size, factor)?;
-        Ok(vec![Stage { size, steps }])
+        Ok(vec![Stage::new(size, steps)])
     }
 
     fn check(&self, run: &Run) -> Result<()> {
@@ -143,45 +201,20 @@ impl GenerationMethod for MultiDiffusion {
             let reason = "multidiffusion has one stage; use request.method megafusion".into();
             return refuse("stages", run.stages_text(), reason);
         }
-        let (window, stride) = self.window(run)?;
-        let least = window[0].min(window[1]);
-        if stride == 0 || stride > least {
-            let reason = format!("windows of {least} cells cover the picture with a stride of 1 to {least}");
-            return refuse("stride", stride.to_string(), reason);
-        }
-        if self.view_batch == 0 {
-            return refuse("view_batch", "0".into(), "expected at least 1".into());
-        }
-        let Windows { layout, .. } = self.windows(run)?;
-        let left_over = layout.map[1] % stride + stride;
-        if layout.wraps && left_over > layout.size[1] {
-            let reason = format!(
-                "the last of the windows that go around begins {left_over} cells before the first one, and a window has {} \
-                 columns; a stride that divides {} leaves no gap",
-                layout.size[1], layout.map[1]
-            );
-            return refuse("stride", stride.to_string(), reason);
-        }
+        self.check_windows(run, run.last_stage().size)?;
         check_sampler(run)
     }
 
     /// The last latents.
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         let run = sampling.run();
-        let Windows { layout, origins } = self.windows(run)?;
+        let windows = self.windows(run, run.last_stage().size)?;
         sampling.prepare(vec![run.scheduler().clone()], |coefficients| coefficients)?;
         let x = sampling.initial_noise(run.stages()[0].size)?;
-        let (count, images) = (origins.len(), x.shape()[0]);
-        let views = ViewStage {
-            windows: layout,
-            count,
-            origins: &|_| origins.repeat(images),
-            view_batch: self.view_batch,
-            crops: None,
-            factor: run.factor(),
-            progressive: None,
-        };
-        sampling.view_stage(0, x, &views, &|_| UnetOptions::default())
+        let images = x.shape()[0];
+        self.with_views(&windows, images, run.factor(), |views| {
+            sampling.view_stage(0, x, views, &|_| UnetOptions::default())
+        })
     }
 
     fn decode(&self, sampling: &mut Sampling, samples: &Tensor) -> Result<Vec<Tensor>> {

@@ -1,4 +1,4 @@
-use super::{Computed, Size, images, ranges};
+use super::{Computed, Size, StageParts, images, ranges};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::runtime::{Device, Tensor};
@@ -29,7 +29,7 @@ pub enum Event {
     /// The picture that the run begins from is encoded next, for a stage; `stage` from 0.
     EncodePicture { stage: usize },
     /// The steps of a stage begin; `stage` from 0.
-    StageBegins { stage: usize, stages: usize, size: Size, steps: usize },
+    StageBegins { stage: usize, stages: usize, size: Size, steps: usize, parts: StageParts },
     /// A step is done.
     Step(StepProgress),
     /// A relay begins: the clean sample is decoded. `stage` (from 0) is the one it leads to.

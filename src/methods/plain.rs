@@ -31,7 +31,7 @@ impl GenerationMethod for Plain {
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
         let &Geometry { size, factor, steps, .. } = geometry;
         check_size("size", size, factor)?;
-        Ok(vec![Stage { size, steps }])
+        Ok(vec![Stage::new(size, steps)])
     }
 
     fn begins_from_pictures(&self) -> bool {

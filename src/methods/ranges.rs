@@ -59,8 +59,8 @@ impl Open {
             Event::EncodeText => self.phase(|| "text".into()),
             Event::Condition { stage } => self.phase(|| format!("stage {}, conditioning", stage + 1)),
             Event::EncodePicture { stage } => self.phase(|| format!("stage {}, picture", stage + 1)),
-            Event::StageBegins { stage, stages, size, steps } => {
-                self.phase(|| format!("stage {} of {stages}, {size}", stage + 1));
+            Event::StageBegins { stage, stages, size, steps, parts } => {
+                self.phase(|| format!("stage {} of {stages}, {size}{parts}", stage + 1));
                 self.step(1, *steps);
             }
             Event::Step(progress) => self.step(progress.step + 1, progress.stage_steps),

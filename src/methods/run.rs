@@ -113,6 +113,13 @@ impl Run {
         }
         for stage in &run.stages {
             check_size("stages", stage.size, factor)?;
+            let beyond = stage.parts.without(run.method.implementation().parts());
+            if !beyond.is_empty() {
+                let takes =
+                    |name: &&str| Method::named(name).is_ok_and(|m| m.implementation().parts().contains(beyond));
+                let names: Vec<&str> = METHODS.iter().map(|spec| spec.name).filter(takes).collect();
+                return refuse(format!("{} has no stages with {beyond}; choose {}", run.method, one_of(&names)));
+            }
         }
         let (steps, scheduled) = (run.method.scheduled_steps(&run.stages), run.scheduler.timesteps().len());
         if steps != scheduled {
@@ -178,7 +185,7 @@ impl Run {
     /// From a picture: the steps of the schedule before its own are not made, and stages that have none left are empty.
     ///
     /// # Errors
-    /// [`Error::Request`]: the method cannot begin from a picture.
+    /// [`Error::Request`]: the method cannot begin from a picture, or not from one with a mask.
     pub fn starting(mut self, start: Start) -> Result<Run> {
         if !self.method.implementation().begins_from_pictures() {
             let (field, value) = ("init_image", format!("with request.method {}", self.method));
@@ -191,6 +198,7 @@ impl Run {
             range.start = range.start.max(start.step).min(range.end);
         }
         self.start = Some(start);
+        self.method.implementation().check(&self)?;
         Ok(self)
     }
 

@@ -178,6 +178,11 @@ impl<'a> Sampling<'a> {
         &self.schedulers[stage]
     }
 
+    /// Pictures of the batch.
+    pub fn images(&self) -> usize {
+        self.noise.seeds().len()
+    }
+
     pub fn sample_shape(&self, size: Size) -> [usize; 4] {
         self.model.sample_shape(size)
     }
@@ -222,7 +227,7 @@ impl<'a> Sampling<'a> {
         revise: &mut Revise,
     ) -> Result<(Tensor, Tensor)> {
         let (model, stages) = (self.model, self.run.stages());
-        let (Stage { size, .. }, steps) = (stages[index], self.run.ranges()[index].len());
+        let (Stage { size, parts, .. }, steps) = (stages[index], self.run.ranges()[index].len());
         let (known, channels) = (self.known.take(), self.channels.take());
         self.watch.begin(Event::Condition { stage: index })?;
         let key = StepKey { repaints: known.is_some(), ..self.key(size) };
@@ -244,7 +249,7 @@ impl<'a> Sampling<'a> {
         let (known_here, low) = (known.as_ref(), self.low.as_ref());
         let inputs = StageInputs { x, rows, first, window_shifts, guidance, known: known_here, low };
         let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
-        self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
+        self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps, parts })?;
         let mut clean = None;
         let range = self.run.ranges()[index].clone();
         let mut cache = self.run.cache().map(|cache| cache.begin(&self.schedulers[index], range));
@@ -310,8 +315,34 @@ impl<'a> Sampling<'a> {
         views: &ViewStage,
         options_at: &dyn Fn(usize) -> UnetOptions,
     ) -> Result<Tensor> {
+        Ok(self.viewed(index, x, views, options_at, false)?.0)
+    }
+
+    /// The same with the clean samples of the last step, the means over views as the samples are.
+    ///
+    /// # Errors
+    /// As [`view_stage`](Sampling::view_stage).
+    pub fn clean_view_stage(
+        &mut self,
+        index: usize,
+        x: Tensor,
+        views: &ViewStage,
+        options_at: &dyn Fn(usize) -> UnetOptions,
+    ) -> Result<(Tensor, Tensor)> {
+        self.viewed(index, x, views, options_at, true)
+    }
+
+    /// `clean`: else the second samples are the first.
+    fn viewed(
+        &mut self,
+        index: usize,
+        x: Tensor,
+        views: &ViewStage,
+        options_at: &dyn Fn(usize) -> UnetOptions,
+        clean: bool,
+    ) -> Result<(Tensor, Tensor)> {
         let (model, stages) = (self.model, self.run.stages());
-        let Stage { size, steps } = stages[index];
+        let (Stage { size, parts, .. }, steps) = (stages[index], self.run.ranges()[index].len());
         self.watch.begin(Event::Condition { stage: index })?;
         let key = ViewKey::new(self.key(size), views);
         let range = self.evaluated..self.evaluated + steps;
@@ -320,18 +351,29 @@ impl<'a> Sampling<'a> {
         let denoiser = |reuse| model.begin_stage(told, &self.timesteps, reuse);
         let mut on_device = model.recorded_steps().begin_views(&key, &begin, views, &denoiser)?;
         drop(begin);
-        self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps })?;
+        let mut before = None;
+        self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps, parts })?;
         for step in 1..=steps {
             let check = || self.watch.check_cancelled();
+            if clean && step == steps {
+                before = Some(on_device.x().duplicate()?);
+            }
             on_device.step(step - 1, views, &options_at(step - 1), model.recorded_steps(), &check)?;
             self.evaluated += 1;
             self.step_done(index, step, on_device.x())?;
         }
         let x = on_device.x().clone();
         model.recorded_steps().end_views(key, on_device);
+        let x0 = match before {
+            None => x.clone(),
+            Some(before) => {
+                let [from_before, from_after] = clean_weights(&self.rows[self.evaluated - 1].coefficients);
+                ops::add_noise(&before, &x, from_before, from_after)?
+            }
+        };
         let done = self.done;
-        check_finite(&x, || format!("stage {} ({size}), the samples after step {done}", index + 1))?;
-        Ok(x)
+        check_finite(&x0, || format!("stage {} ({size}), the samples after step {done}", index + 1))?;
+        Ok((x, x0))
     }
 
     /// What a step of a stage of this size depends on.
@@ -526,6 +568,15 @@ impl<'a> Sampling<'a> {
         let shape = [tables.len(), tables[0].len()];
         self.watch.dump_values(images, "alpha_bar", &shape, tables.into_iter().flatten().map(|&abar| abar as f32))
     }
+}
+
+/// The weights of the samples before and after a step in its clean samples. Without a bound the step is linear in the
+/// samples and the network's output e, so that means over views of the former are means of the latter:
+/// x0 = a x + b e and x' = c x + d e + f x0, so e = (x' - (c + f a) x) / (d + f b).
+fn clean_weights(k: &StepCoefficients) -> [f32; 2] {
+    let [a, b, c, d, f] = [k.x0_from_x, k.x0_from_e, k.next_from_x, k.next_from_e, k.next_from_x0].map(f64::from);
+    let from_after = b / (d + f * b);
+    [a - from_after * (c + f * a), from_after].map(|weight| weight as f32)
 }
 
 /// What is given, for every picture, else what is drawn for each one's seed.

@@ -43,7 +43,7 @@ pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
     check_size("size", size, factor)?;
     let scale = (size.area() as f64 / native.area() as f64).sqrt();
     if scale <= LARGEST_DIRECT_SCALE || steps < 2 {
-        return Ok(vec![Stage { size, steps }]);
+        return Ok(vec![Stage::new(size, steps)]);
     }
     let relays = relays_to(scale, relay_growth).min(MOST_RELAYS).min(steps - 1);
     let relayed_steps = ((steps as f64 * RELAYED_SHARE).round() as usize).max(relays);
@@ -52,7 +52,7 @@ pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
         // The earlier of them take what does not divide.
         let extra = usize::from(relay <= relayed_steps % relays);
         let steps = if relay == 0 { steps - relayed_steps } else { relayed_steps / relays + extra };
-        Stage { size, steps }
+        Stage::new(size, steps)
     };
     Ok(sizes.into_iter().enumerate().map(stage).collect())
 }

@@ -47,6 +47,8 @@ pub struct Start {
     pub step: usize,
     /// It begins with noise alone: the picture is only what stays around the repainted part.
     pub noise_only: bool,
+    /// A part of the picture is kept.
+    pub repaints: bool,
 }
 
 impl Start {
@@ -54,7 +56,7 @@ impl Start {
     /// alone, without one with the picture under nearly all noise. `None`: no step is left.
     pub fn new(strength: f64, steps: usize, repaints: bool) -> Option<Start> {
         let left = ((steps as f64 * strength) as usize).min(steps);
-        (left > 0).then_some(Start { step: steps - left, noise_only: repaints && strength == 1.0 })
+        (left > 0).then_some(Start { step: steps - left, noise_only: repaints && strength == 1.0, repaints })
     }
 }
 

@@ -92,11 +92,7 @@ pub struct ViewStage<'a> {
 
 /// What DemoFusion does in a step beside the windows; factors per step of the stage.
 pub struct Progressive {
-    /// The enlarged samples of the phase before.
-    pub base: Tensor,
-    pub noise: Tensor,
-    /// `x = k0 x + k1 base + k2 noise`, before a step.
-    pub skip: Vec<[f32; 3]>,
+    pub skip: Option<SkipResidual>,
     /// The share of the dilated samples in a step's result.
     pub dilated: Vec<f32>,
     /// s: cells from one cell of a dilated sample to the next; there are s^2 of them.
@@ -105,6 +101,14 @@ pub struct Progressive {
     pub taps: Vec<Vec<f32>>,
     /// Input scales of the first group of windows, then of all others, in place of the step's own.
     pub input_scales: Option<[Vec<f32>; 2]>,
+}
+
+/// `x = k0 x + k1 base + k2 noise`, before a step.
+pub struct SkipResidual {
+    /// The enlarged samples of the phase before.
+    pub base: Tensor,
+    pub noise: Tensor,
+    pub factors: Vec<[f32; 3]>,
 }
 
 /// What a recorded step over views depends on, beside the model and the network's options.
@@ -117,6 +121,7 @@ pub struct ViewKey {
     crops: bool,
     /// Scale of the dilated samples.
     scale: Option<usize>,
+    skips: bool,
     own_scales: bool,
 }
 
@@ -129,6 +134,7 @@ impl ViewKey {
             view_batch: stage.view_batch,
             crops: stage.crops.is_some(),
             scale: stage.progressive.as_ref().map(|progressive| progressive.scale),
+            skips: stage.progressive.as_ref().is_some_and(|progressive| progressive.skip.is_some()),
             own_scales: stage.progressive.as_ref().is_some_and(|progressive| progressive.input_scales.is_some()),
         }
     }
@@ -149,12 +155,17 @@ struct Dilated {
     padded: Patches,
     /// Rows and columns of zeros before the map.
     padding: [usize; 2],
+    skip: Option<Skip>,
+    /// `[rows, taps]`
+    taps: Tensor,
+}
+
+/// The skip residual's tensors.
+struct Skip {
     base: Tensor,
     noise: Tensor,
     /// `[rows, 3]`
-    skip: Tensor,
-    /// `[rows, taps]`
-    taps: Tensor,
+    factors: Tensor,
 }
 
 /// A recording of one group.
@@ -206,7 +217,7 @@ impl ViewSteps {
         let windows = Patches::new(&device, images, stage.count, stage.windows)?;
         let dilated = match &stage.progressive {
             None => None,
-            Some(Progressive { scale, .. }) => {
+            Some(Progressive { scale, skip, .. }) => {
                 let (scale, total) = (*scale, scale * scale);
                 let padding = [height, width].map(|n| n.next_multiple_of(scale) - n);
                 let padded = [height + padding[0], width + padding[1]];
@@ -219,9 +230,13 @@ impl ViewSteps {
                     path,
                     padded: Patches::new(&device, images, total, layout)?,
                     padding,
-                    base: uninit(shape)?,
-                    noise: uninit(shape)?,
-                    skip: uninit(&[rows, 3])?,
+                    skip: match skip {
+                        None => None,
+                        Some(_) => {
+                            let factors = uninit(&[rows, 3])?;
+                            Some(Skip { base: uninit(shape)?, noise: uninit(shape)?, factors })
+                        }
+                    },
                     taps: uninit(&[rows, 2 * scale - 1])?,
                 };
                 let origins = |from: [usize; 2]| -> Vec<[i32; 2]> {
@@ -282,9 +297,11 @@ impl ViewSteps {
         let share = |step: usize| progressive.map_or(0.0, |progressive| progressive.dilated[step]);
         self.mix.write_f32(&table(3, &|step| vec![0.0, 1.0 - share(step), share(step)]))?;
         if let (Some(dilated), Some(progressive)) = (&mut self.dilated, progressive) {
-            dilated.base.copy_from(&progressive.base)?;
-            dilated.noise.copy_from(&progressive.noise)?;
-            dilated.skip.write_f32(&table(3, &|step| progressive.skip[step].to_vec()))?;
+            if let (Some(to), Some(from)) = (&mut dilated.skip, &progressive.skip) {
+                to.base.copy_from(&from.base)?;
+                to.noise.copy_from(&from.noise)?;
+                to.factors.write_f32(&table(3, &|step| from.factors[step].to_vec()))?;
+            }
             dilated.taps.write_f32(&table(2 * progressive.scale - 1, &|step| progressive.taps[step].clone()))?;
             if let (Some(tables), Some(scales)) = (&mut self.scales, &progressive.input_scales) {
                 for (to, scales) in tables.iter_mut().zip(scales) {
@@ -333,8 +350,8 @@ impl ViewSteps {
         kept: &RecordedSteps,
         check: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
-        if let Some(Dilated { base, noise, skip, .. }) = &self.dilated {
-            let factors = StepRows { table: skip, step: self.table.index(), rows: 1 };
+        if let Some(Dilated { skip: Some(Skip { base, noise, factors }), .. }) = &self.dilated {
+            let factors = StepRows { table: factors, step: self.table.index(), rows: 1 };
             ops::mix_latents(&mut self.x, base, Some(noise), factors)?;
         }
         let origins = (stage.origins)(step);

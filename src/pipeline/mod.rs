@@ -17,7 +17,7 @@ mod upscale;
 pub use crate::hub::{HubName, HubObserver, HubSettings};
 pub use crate::methods::{
     CacheKind, Choices, Computed, Enlarged, Event, HiresFix, METHODS, MegaFusion, Method, MethodSpec, Observer,
-    OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent, Size, Stage, StepCache, StepProgress, text_of,
+    OptionKind, OptionSpec, Plain, RelayClamp, Run, Silent, Size, Stage, StageParts, StepCache, StepProgress, text_of,
     without_effect,
 };
 pub use crate::models::Tiling;

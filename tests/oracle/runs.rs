@@ -222,6 +222,11 @@ fn step_caches() {
 }
 
 #[test]
+fn stages_with_parts() {
+    check_all(|name| name.starts_with("compose"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();

@@ -60,7 +60,7 @@ class Settings:
     negative = None  # not given: the same as "", except where SDXL takes zeros
     method = "megafusion"
     size = (16, 16)  # width, height
-    stages = ()  # ((width, height), steps) each
+    stages = ()  # ((width, height), steps) each; ((width, height), steps, "windows+dilation") with parts: compose.py
     upsampler = "bicubic"
     relay_clamp = "both"
     reschedule = None  # None: as the method says
@@ -129,7 +129,7 @@ class Settings:
             if key in ("crop", "cosine"):
                 value = ",".join(map(str, value))
             if key == "stages":
-                value = ",".join(f"{w}x{h}:{n}" for (w, h), n in value)
+                value = ",".join(f"{w}x{h}:{n}" + "".join("+" + part for part in parts) for (w, h), n, *parts in value)
             if isinstance(value, bool) and key not in ("reschedule", "raunet", "windows", "aggressive", "sharpen"):
                 assert value
                 out.append(option)
@@ -372,6 +372,7 @@ def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
 
 @torch.no_grad()
 def run(model, settings):
+    import compose
     import demofusion
     import diffusehigh
     import multidiffusion
@@ -383,7 +384,8 @@ def run(model, settings):
     methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
                "hidiffusion": hidiffused, "pixelrush": pixelrush.run, "diffusehigh": diffusehigh.run,
                "upsample-guidance": upsample_guidance.run}
-    methods.get(settings.method, megafusion)(model, settings, tensors)
+    composed = any(len(stage) > 2 for stage in settings.stages)
+    methods.get(settings.method, compose.run if composed else megafusion)(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
     return {k: stored(v).contiguous().clone() for k, v in tensors.items()}
 

@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs()
 
 
 def sdxl_runs():
@@ -326,6 +326,24 @@ def upsample_guidance_runs():
         "upsample-guidance-unipc": ("sd15", up | {"size": (20, 16), "scheduler": "unipc", "guidance": 1.0, "up_scale": 2}),
         "zero-snr-upsample-guidance": ("zero-snr", up | {"size": (16, 24), "scheduler": "ddim", "up_theta": 0.5, "up_scale": 2}),
         "sdxl-upsample-guidance": ("sdxl", up | {"size": (24, 20), "scheduler": "euler-ancestral", "up_scale": 2}),
+    }
+
+
+def composed_runs():
+    """Stages with parts: each part, several in one stage, in one run; both maps of blocks; a relay out of a stage of views."""
+    run = {"method": "megafusion", "guidance": 1.5, "seed": 81}
+    sd, xl = (lambda *stages: {"stages": stages}), (lambda *stages: {"stages": stages, "scheduler": "ddim"})
+    return {
+        # The windows' shifts go on from stage 2 to stage 3; D in 2 of 3 steps of stage 2.
+        "compose-sd": ("defaults", run | sd(((8, 8), 1), ((12, 10), 3, "hidiffusion"), ((14, 12), 1, "windows+dilation"))
+                       | {"t1": 0.7, "dilation": 2}),
+        # Euler; the relay leaves a stage of windows; the last stage has MegaFusion++'s gamma, and no dilation.
+        "compose-crops": ("sd21", run | sd(((16, 16), 2), ((24, 20), 2, "crops"), ((32, 24), 1, "crops+dilation"))
+                          | {"method": "megafusion++", "window": 8, "stride": 4, "view_batch": 3, "scheduler": "euler"}),
+        "compose-sdxl": ("sdxl-turbo", run | xl(((16, 16), 1), ((20, 24), 2, "demofusion"), ((32, 26), 1, "demofusion"))
+                         | {"cosine": (3.0, 0.5, 2.0), "sigma": 1.2, "view_batch": 4}),
+        "compose-sdxl-all": ("sdxl", run | xl(((16, 16), 1, "windows"), ((24, 20), 2, "raunet+windows"), ((26, 24), 1, "crops"))
+                             | {"method": "megafusion++", "t1": 1.0, "aggressive": False, "window": 10}),
     }
 
 
