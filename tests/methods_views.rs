@@ -10,10 +10,10 @@ use megafuse::methods::{
     self, Denoiser, DiffusionModel, Event, Geometry, JitteredWindows, Method, NoiseSource, Observer, PatchInput,
     RecordedSteps, Run, Size, Watch, cosine_factors, gaussian_taps, phase_sizes,
 };
-use megafuse::methods::{DemoFusion, MultiDiffusion, PixelRush, Plain};
+use megafuse::methods::{DemoFusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain, StageParts};
 use megafuse::models::UnetOptions;
 use megafuse::ops::{self, PatchLayout, Patches, StepCoefficients, StepIndex, StepRow, StepRows, StepTable};
-use megafuse::pipeline::{Choices, ModelSource, Pipeline, Request, Silent, Stage};
+use megafuse::pipeline::{Choices, HiresFix, InitImage, InputPicture, ModelSource, Pipeline, Request, Silent, Stage};
 use megafuse::rng::PythonRandom;
 use megafuse::schedulers::{Sampler, Scheduler, SchedulerConfig};
 use megafuse::{DType, Device, Error, Result, Tensor};
@@ -596,4 +596,160 @@ fn requests_that_cannot_be_met_name_the_field() {
     let stages = ["32x32:2", "64x64:2"].map(|stage| stage.parse().unwrap()).to_vec();
     let explicit = Request { stages, size: None, steps: Some(2), ..request(phases, "48x48") };
     assert_eq!(pipeline.resolve(&explicit).unwrap().steps(), 4);
+}
+
+/// Stages as they are written.
+fn stages(text: &str) -> Vec<Stage> {
+    text.split(',').map(|stage| stage.parse().unwrap()).collect()
+}
+
+fn relay(method: impl Into<Method>, text: &str) -> Request {
+    Request { size: None, steps: None, stages: stages(text), ..request(method, "8x8") }
+}
+
+#[test]
+fn stages_with_parts_are_read_and_written() {
+    for (text, written) in [
+        ("24x16:5", "24x16:5"),
+        ("24x16:5+crops", "24x16:5+crops"),
+        ("24x16:5+windows+raunet", "24x16:5+hidiffusion"),
+        ("24x16:5+hidiffusion+windows", "24x16:5+hidiffusion"),
+        ("24x16:5+demofusion+dilation", "24x16:5+dilation+demofusion"),
+    ] {
+        let stage: Stage = text.parse().unwrap();
+        assert_eq!((stage.to_string().as_str(), stage.size, stage.steps), (written, Size::new(24, 16), 5));
+        assert_eq!(written.parse::<Stage>().unwrap(), stage);
+    }
+    assert_eq!(stages("8x8:1")[0], Stage::new(Size::new(8, 8), 1));
+    for (text, part) in [
+        ("24x16:5+", "+ is no part of a stage"),
+        ("24x16:5+Crops", "+Crops is no part of a stage; expected hidiffusion, raunet"),
+        ("24x16:5crops", "expected WIDTHxHEIGHT:STEPS"),
+        ("24x16+crops:5", "expected WIDTHxHEIGHT:STEPS"),
+        ("24x16:0+crops", "at least 1 step"),
+    ] {
+        let error = text.parse::<Stage>().unwrap_err().to_string();
+        assert!(error.contains(part), "{text}: {error}");
+    }
+    let both = StageParts::RAUNET.and(StageParts::WINDOWS);
+    assert!(
+        both == StageParts::HIDIFFUSION && both.contains(StageParts::WINDOWS) && !both.intersects(StageParts::CROPS)
+    );
+}
+
+/// A part that its options switch off, or that has nothing to do, leaves the bits of the run without it; switched on it does not.
+#[test]
+fn parts_that_are_off_leave_the_bits() {
+    let pipeline = small("sdxl-turbo");
+    let of = |method: &Method, parts: &str| {
+        let request = relay(method.clone(), &format!("16x16:2,24x20:2{parts}"));
+        pipeline.generate(&request, &mut Silent).unwrap().remove(0).rgb
+    };
+    let with = |parts: PartOptions| Method::from(MegaFusion { parts, ..MegaFusion::default() });
+    let plain = of(&MegaFusion::default().into(), "");
+    let off = PartOptions { raunet: Some(false), windows: Some(false), ..PartOptions::default() };
+    assert_eq!(of(&with(off), "+hidiffusion"), plain);
+    let never = PartOptions { t1: Some(0.0), t2: Some(0.0), aggressive: Some(false), ..PartOptions::default() };
+    assert_eq!(of(&with(never), "+raunet"), plain);
+    let whole = PartOptions { window: Some(12), ..PartOptions::default() };
+    assert_eq!(of(&with(whole), "+crops"), plain);
+    let plus: Method = MegaFusion::plus().into();
+    assert_eq!(of(&plus, "+dilation"), of(&plus, ""));
+    // HiDiffusion's and MegaFusion's parts in the first stage as well.
+    let all = PartOptions { t1: Some(1.0), aggressive: Some(false), ..PartOptions::default() };
+    let crops = PartOptions { window: Some(8), stride: Some(4), ..PartOptions::default() };
+    let none = PartOptions::default();
+    let mut made = vec![plain];
+    for (parts, options) in
+        [("+raunet", &all), ("+windows", &none), ("+hidiffusion", &all), ("+crops", &crops), ("+demofusion", &crops)]
+    {
+        let picture = of(&with(options.clone()), parts);
+        assert!(!made.contains(&picture), "{parts}");
+        made.push(picture);
+    }
+    let dilated = MegaFusion { dilation: 2, ..MegaFusion::default() };
+    assert!(!made.contains(&of(&dilated.into(), "+dilation")));
+    // Hires fix takes them too.
+    let second = |parts: &str, options| {
+        let method = HiresFix { parts: options, ..HiresFix::default() };
+        let request = relay(method, &format!("16x16:3,24x20:2{parts}"));
+        pipeline.generate(&request, &mut Silent).unwrap().remove(0).rgb
+    };
+    assert_eq!(second("+crops", PartOptions { window: Some(12), ..crops.clone() }), second("", PartOptions::default()));
+    assert_ne!(second("+crops", crops.clone()), second("", PartOptions::default()));
+}
+
+/// Neither the batch nor the groups of views make a difference; shifts and offsets are each picture's own.
+#[test]
+fn stages_with_parts_come_in_any_batch() {
+    let pipeline = small("sdxl-turbo");
+    let text = "12x12:1+windows,20x24:2+demofusion,24x26:1+crops";
+    let make = |view_batch, batch| {
+        let parts = PartOptions { view_batch: Some(view_batch), stride: Some(4), ..PartOptions::default() };
+        let method = MegaFusion { parts, ..MegaFusion::default() };
+        let request = Request { count: 2, batch, seed: 3, ..relay(method, text) };
+        pipeline.generate(&request, &mut Silent).unwrap().into_iter().map(|picture| picture.rgb).collect::<Vec<_>>()
+    };
+    let want = make(1, 1);
+    assert_ne!(want[0], want[1]);
+    assert_eq!(make(16, 1), want);
+    assert_eq!(make(3, 2), want);
+}
+
+#[test]
+fn parts_that_make_no_sense_are_refused() {
+    let pipeline = small("sd15");
+    let refused = |request: &Request, field: &str, says: &str| match pipeline.resolve(request) {
+        Err(error @ Error::Request { field: got, .. }) => {
+            assert_eq!(got, field, "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        }
+        Err(other) => panic!("{field}: {other}"),
+        Ok(_) => panic!("{field}: accepted"),
+    };
+    let mega = |text: &str| relay(MegaFusion::default(), text);
+    let hires = |text: &str| relay(HiresFix::default(), text);
+    refused(&relay(Plain {}, "32x32:2+crops"), "stages", "plain has no stages with +crops; choose megafusion");
+    refused(&relay(DemoFusion::default(), "32x32:2,64x64:2+raunet"), "stages", "demofusion has no stages with +raunet");
+    refused(&hires("32x32:2,48x48:1+dilation"), "stages", "hires-fix has no stages with +dilation; choose megafusion");
+    refused(&mega("32x32:2,48x48:2+crops+demofusion"), "stages", "both lay windows over the map");
+    refused(&mega("32x32:2,48x48:2+crops+windows"), "stages", "+windows is for maps larger than the trained size");
+    refused(&mega("32x32:2,48x48:2+demofusion+hidiffusion"), "stages", "with +demofusion the network sees none");
+    refused(&mega("32x32:2,48x48:2+dilation"), "stages", "which is 1 (none); name request.dilation 2");
+    let compat = MegaFusion { reference_compat: true, ..MegaFusion::default() };
+    refused(&relay(compat, "32x32:2,48x48:2+crops"), "reference_compat", "has no stages with parts");
+    let parts = |parts: PartOptions| MegaFusion { parts, ..MegaFusion::default() };
+    let wide = parts(PartOptions { stride: Some(17), ..PartOptions::default() });
+    refused(&relay(wide.clone(), "32x32:2,48x48:2+crops"), "stride", "a stride of 1 to 16");
+    refused(&relay(wide, "32x32:2,48x48:2+demofusion"), "stride", "a stride of 1 to 16");
+    let none = parts(PartOptions { view_batch: Some(0), ..PartOptions::default() });
+    refused(&relay(none, "32x32:2,48x48:2+crops"), "view_batch", "at least 1");
+    let ancestral = Request { scheduler: Some(Sampler::EulerAncestral), ..mega("32x32:2,48x48:2+crops") };
+    refused(&ancestral, "scheduler", "expected ddim or euler");
+    refused(&Request { eta: 0.5, ..mega("32x32:2,48x48:2+demofusion") }, "eta", "draw no noise");
+    let choices = Choices::default().with("shifts2", &[1, 1], vec![0]);
+    refused(&Request { choices, ..mega("32x32:2,48x48:2+crops") }, "choices", "no stage has +windows or +demofusion");
+
+    // From a picture, with a mask.
+    let grey = InputPicture::new("grey.png", Size::new(4, 4), vec![99; 48]).unwrap();
+    let masked = InitImage { mask: Some(grey.clone()), ..InitImage::new(grey.clone()) };
+    let from = |init: &InitImage, request: Request| Request { init_image: Some(init.clone()), ..request };
+    refused(&from(&masked, mega("32x32:2,48x48:2+crops")), "mask", "keeps no part of a picture");
+    let multi = MultiDiffusion { window: Some(8), ..MultiDiffusion::default() };
+    refused(&from(&masked, request(multi, "32x32")), "mask", "leave request.mask out");
+    refused(&from(&masked, request(DemoFusion::default(), "64x64")), "mask", "leave request.mask out");
+    let part = InitImage { strength: Some(0.6), ..InitImage::new(grey.clone()) };
+    refused(
+        &from(&part, request(DemoFusion::default(), "64x64")),
+        "strength",
+        "takes the place of phase 1's; expected 1",
+    );
+    assert_eq!(
+        pipeline.resolve(&from(&InitImage::new(grey), request(DemoFusion::default(), "64x64"))).unwrap().steps(),
+        4
+    );
+    assert!(pipeline.resolve(&from(&part, mega("32x32:2,48x48:4+crops"))).unwrap().steps() == 3);
+    // The network of sd15 is none that RAU-Net and windows know.
+    let error = pipeline.resolve(&mega("32x32:2,48x48:2+raunet")).unwrap_err().to_string();
+    assert!(error.contains("hidiffusion knows the blocks of SD"), "{error}");
 }

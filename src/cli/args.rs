@@ -9,6 +9,7 @@ use megafuse::pipeline::{Lora, Size, Upsampler};
 use megafuse::{DType, Error};
 
 use super::bench::BenchArgs;
+use super::enlarge::EnlargeArgs;
 use super::hub::HubArgs;
 use super::picture_args::{AddedFiles, GenerateArgs, GridArgs, PlanArgs};
 use super::values::{self, DeviceChoice};
@@ -27,6 +28,7 @@ Examples:
   megafuse generate \"a lighthouse at dusk\" --model ~/models/stable-diffusion-v1-5 --size 1024x1024
   megafuse grid \"a green cube\" \"a blue cone\" --seeds 0..2
   megafuse plan \"a lighthouse\" --model ~/models/stable-diffusion-v1-5 --size 1024x1024
+  megafuse enlarge photo.jpg --scale 2
   megafuse doctor
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -37,6 +39,8 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Make one labelled picture of methods, seeds and prompts side by side
     Grid(Box<GridArgs>),
+    /// Make a picture larger, with new detail
+    Enlarge(Box<EnlargeArgs>),
     /// Say what generate would cost, from the configuration files alone
     Plan(Box<PlanArgs>),
     /// Run one module of a model on tensors of a safetensors file

@@ -144,7 +144,7 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         description["init_image"] = json!({"name": init.picture.name(), "digest": init.picture.digest()});
         description["mask"] =
             init.mask.as_ref().map(|mask| json!({"name": mask.name(), "digest": mask.digest()})).into();
-        description["strength"] = init.strength().into();
+        description["strength"] = init.strength_with(&flags.method).into();
     }
     for (name, value) in flags.method.options() {
         description[name] = value.clone();

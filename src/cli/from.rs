@@ -127,6 +127,13 @@ impl Recipe {
     }
 }
 
+/// The prompt that a picture's text says it was made with, and the negative one; `None`: it says nothing, or is no PNG.
+pub fn words(path: &Path) -> Option<(String, Option<String>)> {
+    let recipe = read(path).ok()?;
+    let negative = recipe.flags.iter().find(|flag| flag.id == "negative").and_then(|flag| flag.value.clone());
+    Some((recipe.prompt, negative))
+}
+
 /// # Errors
 /// As [`expanded`].
 fn read(path: &Path) -> Result<Recipe> {

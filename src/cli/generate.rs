@@ -63,7 +63,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 }
 
 /// Where the files of one picture go.
-struct Files {
+pub struct Files {
     picture: Target,
     dump: Option<PathBuf>,
     strip: Option<PathBuf>,
@@ -71,8 +71,15 @@ struct Files {
     phases: Vec<Target>,
 }
 
+impl Files {
+    /// The picture alone.
+    pub fn only(picture: Target) -> Files {
+        Files { picture, dump: None, strip: None, phases: Vec::new() }
+    }
+}
+
 /// Makes the pictures from number `first` on in one batch and writes them: so each is on disk as soon as it is done.
-fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], plan: &PlanReport) -> Result<()> {
+pub fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files], plan: &PlanReport) -> Result<()> {
     let begin = Instant::now();
     let keep = match &files[0] {
         Files { dump: Some(_), .. } => Keep::All,

@@ -8,6 +8,7 @@ mod cases;
 mod check;
 mod console;
 mod doctor;
+mod enlarge;
 mod flags;
 mod from;
 mod generate;
@@ -90,7 +91,7 @@ fn parse() -> std::result::Result<Cli, Ending> {
     let of_command = |command: clap::Command| {
         command.mut_args(takes_negative).mut_subcommands(|command| command.mut_args(takes_negative))
     };
-    let mut command = Cli::command().mut_subcommands(of_command);
+    let mut command = Cli::command().mut_subcommands(of_command).mut_subcommand("enlarge", enlarge::adapted);
     let matches = command.try_get_matches_from_mut(std::env::args_os())?;
     match from::expanded(&matches)? {
         None => Ok(Cli::from_arg_matches(&matches)?),
@@ -129,6 +130,11 @@ fn run(cli: Cli) -> Result<()> {
             output::end_at_once_on_interrupt()?;
             hub::resolve_for_run(&mut args.run)?;
             grid::run(&args)
+        }
+        Command::Enlarge(mut args) => {
+            output::end_at_once_on_interrupt()?;
+            hub::resolve_for_run(&mut args.run)?;
+            enlarge::run(*args)
         }
         Command::Plan(mut args) => {
             hub::resolve_for_plan(&mut args.run)?;

@@ -473,7 +473,7 @@ pub struct StartArgs {
     /// Its Exif orientation is applied and transparency dropped; grey and 16-bit pictures are read as 8-bit RGB. It is
     /// stretched to the size of the stage that begins, by Lanczos; without --size and --stages its own size, rounded down to
     /// what the model can make, is the final one. With several stages the run begins in that one in which the first of its
-    /// steps lies. Not with methods of several views or of two passes: the error names those that it goes with.
+    /// steps lies. For demofusion it takes the place of phase 1's. Not with methods of two passes: the error names those that it goes with.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Begin from a picture")]
     pub init_image: Option<PathBuf>,
 
@@ -486,11 +486,10 @@ pub struct StartArgs {
           help_heading = "Begin from a picture")]
     pub mask: Option<PathBuf>,
 
-    /// How much of the schedule is run, 0 to 1 (default: 0.8; 1 with --mask)
+    /// How much of the schedule is run, 0 to 1 (default: 0.8; 1 with --mask and for demofusion, which takes nothing else)
     ///
     /// The last int(steps x strength) steps. 1 with a mask begins with noise alone.
-    #[arg(long, value_name = "X", value_parser = values::strength, requires = "init_image",
-          help_heading = "Begin from a picture")]
+    #[arg(long, value_name = "X", value_parser = values::strength, help_heading = "Begin from a picture")]
     pub strength: Option<f64>,
 }
 
@@ -498,9 +497,16 @@ impl StartArgs {
     /// The files, read.
     ///
     /// # Errors
-    /// Those of the files.
+    /// Those of the files; [`Error::Request`]: a strength without a picture.
     pub fn init_image(&self) -> Result<Option<InitImage>> {
-        let Some(path) = &self.init_image else { return Ok(None) };
+        let Some(path) = &self.init_image else {
+            return match self.strength {
+                None => Ok(None),
+                Some(strength) => {
+                    Err(conflict("--strength", strength, "is of a run from a picture; name --init-image FILE"))
+                }
+            };
+        };
         let mask = self.mask.as_deref().map(InputPicture::read).transpose()?;
         Ok(Some(InitImage { picture: InputPicture::read(path)?, mask, strength: self.strength }))
     }

@@ -217,6 +217,14 @@ pub fn strength(text: &str) -> Result<f64, String> {
     }
 }
 
+/// How many times sides become longer.
+pub fn scale(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x > 1.0 && x <= 8.0 => Ok(x),
+        _ => Err("expected a number above 1, at most 8, like 2".into()),
+    }
+}
+
 /// `X,Y`: pixels from the left and from the top.
 pub fn crop(text: &str) -> Result<(usize, usize), String> {
     let side = |text: &str| text.trim().parse::<usize>().ok().filter(|&side| side <= MOST_CROPPED);

@@ -21,14 +21,18 @@
 //! SDXL is told the final size as original and target, in phase 1 too; of a window, where it lies in the map with a border of
 //! the largest jitter around it.
 //!
-//! Draws: phase 1's first noise, then one noise per phase. `jitter<s>`: of a generator of its own, per step and window the
+//! From a picture phase 1 is one of the others, of scale 1: the picture at its size, encoded, takes the place of the enlarged latents
+//! of the phase before, and its mean and deviation those of phase 1's.
+//!
+//! Draws: phase 1's first noise, from a picture its posterior's; then one noise per phase of the others. `jitter<s>`: of a generator of its own, per step and window the
 //! column's offset, then the row's; none along an axis that the window spans.
 
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::views::{
-    DEFAULT_VIEW_BATCH, Progressive, STRIDE, SkipResidual, VIEW_BATCH, ViewStage, check_sampler, window_starts,
+    DEFAULT_VIEW_BATCH, Progressive, STRIDE, SkipResidual, VIEW_BATCH, ViewStage, check_no_mask, check_sampler,
+    window_starts,
 };
 use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
@@ -304,8 +308,13 @@ impl DemoFusion {
         let Stage { size, steps, .. } = run.stages()[index];
         let shape = sampling.sample_shape(size);
         let [images, height, width, _] = shape;
-        sampling.begin(Event::RelayUpsample { stage: index })?;
-        let base = ops::resize(before, [height, width], Upsampler::BicubicTorch, None, None)?;
+        let base = match phase {
+            1 => before.clone(),
+            _ => {
+                sampling.begin(Event::RelayUpsample { stage: index })?;
+                ops::resize(before, [height, width], Upsampler::BicubicTorch, None, None)?
+            }
+        };
         let noise = sampling.draw(shape)?;
         let range = run.ranges()[index].clone();
         let levels: Vec<(f64, f64)> = range.clone().map(|step| run.scheduler().noise_level(step)).collect();
@@ -495,6 +504,15 @@ impl GenerationMethod for DemoFusion {
         stages.iter().map(|stage| 0..stage.steps).collect()
     }
 
+    fn begins_from_pictures(&self) -> bool {
+        true
+    }
+
+    /// Every phase runs the whole schedule.
+    fn default_strength(&self, _repaints: bool) -> f64 {
+        1.0
+    }
+
     fn told_size(&self, run: &Run, _stage: usize) -> Size {
         run.last_stage().size
     }
@@ -524,6 +542,12 @@ impl GenerationMethod for DemoFusion {
             let value = format!("with request.scheduler {}", run.scheduler().sampler());
             return refuse("reference_compat", value, "the published code of DemoFusion samples with euler".into());
         }
+        check_no_mask(run)?;
+        if run.start().is_some_and(|start| start.step > 0) {
+            let reason =
+                "every phase runs the whole schedule, and the picture takes the place of phase 1's; expected 1";
+            return refuse("strength", "below 1".into(), reason.into());
+        }
         check_sampler(run)
     }
 
@@ -531,13 +555,19 @@ impl GenerationMethod for DemoFusion {
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         let stages = sampling.run().stages();
         sampling.prepare(vec![sampling.run().scheduler().clone(); stages.len()], |coefficients| coefficients)?;
-        let noise = sampling.initial_noise(stages[0].size)?;
-        let (mut x, _) = sampling.stage(0, noise, &|_| Prediction::default())?;
-        sampling.begin(Event::PhaseEnds { stage: 0 })?;
-        let anchor = ops::latent_moments(&x, 0)?;
-        self.show(sampling, 1, &x)?;
         let mut generators = Vec::new();
-        for phase in 2..=stages.len() {
+        let (mut x, first) = match sampling.start_samples(0)? {
+            Some(picture) => (picture, 1),
+            None => {
+                let noise = sampling.initial_noise(stages[0].size)?;
+                let (x, _) = sampling.stage(0, noise, &|_| Prediction::default())?;
+                sampling.begin(Event::PhaseEnds { stage: 0 })?;
+                self.show(sampling, 1, &x)?;
+                (x, 2)
+            }
+        };
+        let anchor = ops::latent_moments(&x, 0)?;
+        for phase in first..=stages.len() {
             let last = self.phase(sampling, phase, &x, &mut generators)?;
             sampling.begin(Event::PhaseEnds { stage: phase - 1 })?;
             x = ops::standardise_latents(&last, &ops::latent_moments(&last, 0)?, &anchor)?;

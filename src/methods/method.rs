@@ -53,6 +53,11 @@ pub trait GenerationMethod: Debug + Send + Sync {
         false
     }
 
+    /// How much of the schedule a run from a picture makes where nothing is said of it, with a mask or without.
+    fn default_strength(&self, repaints: bool) -> f64 {
+        if repaints { 1.0 } else { 0.8 }
+    }
+
     /// What its stages may do beside its own ([`StageParts`]).
     fn parts(&self) -> StageParts {
         StageParts::NONE

@@ -9,12 +9,16 @@
 //! along the rows go around, and the picture closes left to right: it is decoded with [`SEAM`] columns of the other side at
 //! either border, which are then cut off. SDXL is told the size of the whole picture and no crop.
 //!
-//! Draws: the first noise.
+//! From a picture it runs the last steps of the schedule, as plain sampling does, without a mask.
+//!
+//! Draws: the first noise; from a picture the posterior's, then the noise.
 
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::views::{DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, ViewStage, check_sampler, part, window_starts};
+use super::views::{
+    DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, ViewStage, check_no_mask, check_sampler, part, window_starts,
+};
 use super::{Geometry, Method, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
@@ -195,6 +199,10 @@ impl GenerationMethod for MultiDiffusion {
         Ok(vec![Stage::new(size, steps)])
     }
 
+    fn begins_from_pictures(&self) -> bool {
+        true
+    }
+
     fn check(&self, run: &Run) -> Result<()> {
         let refuse = |field, value: String, reason: String| Err(Error::Request { field, value, reason });
         if run.stages().len() > 1 {
@@ -202,6 +210,7 @@ impl GenerationMethod for MultiDiffusion {
             return refuse("stages", run.stages_text(), reason);
         }
         self.check_windows(run, run.last_stage().size)?;
+        check_no_mask(run)?;
         check_sampler(run)
     }
 
@@ -210,7 +219,7 @@ impl GenerationMethod for MultiDiffusion {
         let run = sampling.run();
         let windows = self.windows(run, run.last_stage().size)?;
         sampling.prepare(vec![run.scheduler().clone()], |coefficients| coefficients)?;
-        let x = sampling.initial_noise(run.stages()[0].size)?;
+        let x = sampling.first_samples()?;
         let images = x.shape()[0];
         self.with_views(&windows, images, run.factor(), |views| {
             sampling.view_stage(0, x, views, &|_| UnetOptions::default())

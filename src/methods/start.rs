@@ -170,6 +170,16 @@ impl Sampling<'_> {
         }
     }
 
+    /// The clean samples of the run's picture at a stage's size; `None`: it begins from none.
+    ///
+    /// # Errors
+    /// Those of the device and the model.
+    pub fn start_samples(&mut self, stage: usize) -> Result<Option<Tensor>> {
+        let Some(picture) = self.model.start() else { return Ok(None) };
+        self.begin(Event::EncodePicture { stage })?;
+        self.encode_start(picture, stage).map(Some)
+    }
+
     /// The picture's clean samples at a stage's size, a sample of the posterior for each image of the batch.
     fn encode_start(&mut self, picture: &dyn StartPicture, stage: usize) -> Result<Tensor> {
         let size = self.run.stages()[stage].size;

@@ -115,8 +115,8 @@ impl Parameters {
             json["long_prompt"] = long_prompt.name().into();
         }
         if let Some(init) = &request.init_image {
-            fields.push(("Denoising strength".into(), init.strength().to_string()));
-            json["strength"] = init.strength().into();
+            fields.push(("Denoising strength".into(), init.strength_with(method).to_string()));
+            json["strength"] = init.strength_with(method).into();
             for (key, picture) in [("init_image", Some(&init.picture)), ("mask", init.mask.as_ref())] {
                 let Some(picture) = picture else { continue };
                 fields.push((title(key), picture.name().to_string()));

@@ -172,7 +172,7 @@ impl Request {
         let run = Run::for_native(self.method.clone(), stages, scheduler, guidance, factor, native)?;
         let run = match &self.init_image {
             None => run,
-            Some(init) => run.starting(start_of(init, steps)?)?,
+            Some(init) => run.starting(start_of(init, &self.method, steps)?)?,
         };
         run.with_guidance(vec![self.guidance_scale()])
             .published_as(defaults.published)
@@ -263,8 +263,8 @@ impl Request {
 ///
 /// # Errors
 /// [`Error::Request`]: a strength outside 0 to 1, or one that leaves no step.
-fn start_of(init: &InitImage, steps: usize) -> Result<Start> {
-    let strength = init.strength();
+fn start_of(init: &InitImage, method: &Method, steps: usize) -> Result<Start> {
+    let strength = init.strength_with(method);
     if !(0.0..=1.0).contains(&strength) {
         return Err(refused("strength", strength, "expected 0 (the picture as it is) to 1 (all steps)"));
     }

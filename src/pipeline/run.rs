@@ -214,6 +214,11 @@ impl Pipeline {
         self.family.native_size()
     }
 
+    /// Pixels per latent cell, along a side.
+    pub fn factor(&self) -> usize {
+        self.family.space().factor()
+    }
+
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
         self.family.weights()

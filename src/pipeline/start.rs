@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::image::{from_bytes, luma, read_image, resize_levels};
-use crate::methods::{Size, StartPicture};
+use crate::methods::{Method, Size, StartPicture};
 use crate::runtime::{DType, Device, Tensor};
 
 /// A picture file as a run reads it. Clones share its pixels.
@@ -86,7 +86,8 @@ pub struct InitImage {
     pub picture: InputPicture,
     /// White (from level 128 of its grey on) is repainted, black is kept; stretched as the picture is. `None`: all of it.
     pub mask: Option<InputPicture>,
-    /// How much of the schedule is run, 0 to 1. `None`: 0.8, and 1 with a mask, which then begins with noise alone.
+    /// How much of the schedule is run, 0 to 1. `None`: the method's own: 0.8, and 1 with a mask, which then begins with noise
+    /// alone; of DemoFusion 1.
     pub strength: Option<f64>,
 }
 
@@ -95,9 +96,9 @@ impl InitImage {
         InitImage { picture, mask: None, strength: None }
     }
 
-    /// As given, or the default of diffusers' pipelines for Stable Diffusion.
-    pub fn strength(&self) -> f64 {
-        self.strength.unwrap_or(if self.mask.is_some() { 1.0 } else { 0.8 })
+    /// As given, or what the method makes of a picture.
+    pub fn strength_with(&self, method: &Method) -> f64 {
+        self.strength.unwrap_or_else(|| method.implementation().default_strength(self.mask.is_some()))
     }
 
     /// What of a run of these pictures at `size` may surprise, a sentence each.

@@ -42,6 +42,11 @@ fn relays_from_a_picture() {
 }
 
 #[test]
+fn views_of_a_picture() {
+    check("views");
+}
+
+#[test]
 fn hires_fix() {
     check("hires");
 }

@@ -62,7 +62,8 @@ def blur(x, scale, sigma):
     return (y - y.mean()) / y.std() * x.std() + x.mean()
 
 
-def run(model, settings, tensors):
+def run(model, settings, tensors, begin=None):
+    """`begin`: of the draws and phase 1's size in pixels, the clean latents of a picture, which takes the place of phase 1's."""
     draws = reference.Draws(settings.seed, tensors, model.unet.dtype)
     offsets = random.Random(settings.seed)
     sampler = settings.scheduler or {"EulerDiscreteScheduler": "euler", "DDIMScheduler": "ddim"}.get(
@@ -146,14 +147,17 @@ def run(model, settings, tensors):
         return x
 
     shape = lambda s: (1, 4, *sizes[s - 1])
-    x = draws.normal(shape(1)) * scheduler.init_noise_sigma
-    for i, t in enumerate(timesteps):
-        x = stepped(predict(scaled(x, i, i), t), i, x)
-        tensors[f"phase1.step{i + 1}"] = x
+    if begin is None:
+        x = draws.normal(shape(1)) * scheduler.init_noise_sigma
+        for i, t in enumerate(timesteps):
+            x = stepped(predict(scaled(x, i, i), t), i, x)
+            tensors[f"phase1.step{i + 1}"] = x
+        tensors["phase1.latent"] = x
+    else:
+        x = begin(draws, tuple(n * factor for n in reversed(sizes[0])))
     anchor = (x.mean(), x.std())
-    tensors["phase1.latent"] = x
-    for s in range(2, phases + 1):
-        base = F.interpolate(x, size=sizes[s - 1], mode="bicubic", align_corners=False)
+    for s in range(2 if begin is None else 1, phases + 1):
+        base = x if s == 1 else F.interpolate(x, size=sizes[s - 1], mode="bicubic", align_corners=False)
         noise = draws.normal(shape(s))
         x = run_phase(s, noised(base, noise, 0), base, noise)
         x = (x - x.mean()) / x.std() * anchor[1] + anchor[0]

@@ -38,7 +38,8 @@ def sizes(model, settings):
     return window, settings.stride or max(window // 8, 1)
 
 
-def run(model, settings, tensors):
+def run(model, settings, tensors, begin=None):
+    """`begin`: of the scheduler and the draws, (the first samples, the first step)."""
     draws = reference.Draws(settings.seed, tensors, model.unet.dtype)
     scheduler = reference.make_scheduler(reference.SAMPLERS[settings.scheduler or "ddim"], model.scheduler_config)
     scheduler.set_timesteps(settings.steps)
@@ -47,8 +48,12 @@ def run(model, settings, tensors):
     places = views(height, width, window, stride, settings.circular)
     predict = reference.Guided(model, settings)
     predict.enter(settings.size)
-    x = draws.normal((1, 4, height, width)) * scheduler.init_noise_sigma
-    for i, t in enumerate(scheduler.timesteps):
+    if begin is None:
+        x, first = draws.normal((1, 4, height, width)) * scheduler.init_noise_sigma, 0
+    else:
+        scheduler.is_scale_input_called = True
+        x, first = begin(scheduler, draws)
+    for i, t in list(enumerate(scheduler.timesteps))[first:]:
         total, count = torch.zeros_like(x), torch.zeros_like(x)
         for rows, columns in places:
             crop = x[:, :, rows][:, :, :, columns]
@@ -61,7 +66,7 @@ def run(model, settings, tensors):
                 count[:, :, row, columns] += 1
         assert count.min() > 0
         x = total / count
-        tensors[f"step{i + 1}"] = x
+        tensors[f"step{i + 1 - first}"] = x
     tensors["timesteps"] = scheduler.timesteps.float()
     tensors["alpha_bar"] = scheduler.alphas_cumprod[None].float()
     tensors["latent"] = x

@@ -23,6 +23,7 @@ on. Relays have no published pipeline. What they do:
   and again after the relay has encoded them; the stage's noise is the relay's. Each stage draws: the picture's posterior, the
   noise, the masked picture's posterior (unused).
 - With 9 channels mask and masked picture are those of each stage's size; it draws the noise, then the masked posterior.
+- MultiDiffusion begins as one of one stage. DemoFusion has the picture's latents in place of those of phase 1, at its size.
 - Hires fix encodes the enlarged picture to the posterior's mean, and draws its noise alone.
 """
 
@@ -37,6 +38,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 
+import demofusion
+import multidiffusion
 import reference
 import resize
 import run_values
@@ -99,6 +102,16 @@ def runs():
         "hires-latents": ("sd15", None, hires | {"enlarge": "latents", "upsampler": "bilinear", "scheduler": "euler"}),
         "hires-ancestral": ("sd21", None, hires | {"stages": (((12, 12), 3), ((20, 16), 3)), "scheduler": "euler-ancestral"}),
         "hires-sdxl": ("sdxl-odd", None, hires | {"scheduler": "euler"}),
+    }
+    views = {"steps": 5, "guidance": 2.0, "init_image": "photo.png", "seed": 74}
+    multi = views | {"method": "multidiffusion", "size": (28, 20), "window": 6, "stride": 4, "strength": 0.6}
+    demo = views | {"method": "demofusion", "size": (32, 32), "guidance": 1.5, "steps": 2}
+    out |= {
+        "views-multidiffusion": ("sd15", None, multi | {"steps": 4}),
+        "views-multidiffusion-euler": ("sdxl-odd", None, multi | full | {"scheduler": "euler", "steps": 3, "circular": True}),
+        "views-demofusion": ("sdxl-turbo", None, demo | {"scheduler": "euler"}),
+        "views-demofusion-ddim": ("sdxl-turbo", None, demo | {"size": (22, 32), "scheduler": "ddim", "init_image": "tall.png",
+                                                              "strength": 1.0, "stride": 3}),
     }
     planned = {"stages": (), "size": (28, 26), "steps": 3, "denoise": 0.7}
     return out | {"hires-planned": ("mixed", None, hires | planned)}
@@ -399,14 +412,30 @@ def hires_fix(model, settings, tensors):
     tensors["image"] = reference.decode(model, x)
 
 
-METHODS = {"plain": plain, "megafusion": megafusion, "megafusion++": megafusion, "hires-fix": hires_fix}
+def multidiffused(model, settings, tensors):
+    def first_samples(scheduler, draws):
+        sampler = settings.scheduler or "ddim"
+        pictures, first = Pictures(model, settings, draws, tensors), begin_of(settings, settings.steps)[0]
+        shape = (1, 4, *(side // model.vae_factor for side in reversed(settings.size)))
+        x, _, _ = begin(pictures, 0, settings.size, scheduler, sampler, first, False, draws, shape)
+        return x, first
+
+    multidiffusion.run(model, settings, tensors, first_samples)
+
+
+def demofused(model, settings, tensors):
+    demofusion.run(model, settings, tensors, lambda draws, size: Pictures(model, settings, draws, tensors).known(0, size))
+
+
+METHODS = {"multidiffusion": multidiffused, "demofusion": demofused, "plain": plain, "megafusion": megafusion, "megafusion++": megafusion, "hires-fix": hires_fix}
 
 
 @torch.no_grad()
 def run(model, settings):
     tensors = {}
     METHODS[settings.method](model, settings, tensors)
-    return {k: v.float().contiguous().clone() for k, v in tensors.items()}
+    stored = lambda v: v if v.dtype == torch.int64 else v.float()
+    return {k: stored(v).contiguous().clone() for k, v in tensors.items()}
 
 
 @torch.no_grad()
@@ -480,6 +509,8 @@ def main():
             theirs = check_against_pipeline(single, settings, tensors, max(2e-5, error))
         print(name, f"{error:.1e}", theirs, len(tensors))
         del tensors["alpha_bar"]  # as in tests/data/runs
+        if name.startswith("views"):
+            tensors = run_values.stored(name, tensors)
         save_file(tensors, ROOT / f"{name}.safetensors")
         (ROOT / f"{name}.safetensors").chmod(0o644)
         args = [arg for arg in settings.args({k: v for k, v in changes.items() if v not in (None, ())})]
