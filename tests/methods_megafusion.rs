@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use megafuse::methods::{
     self, Denoiser, DiffusionModel, Event, GenerationMethod, Geometry, MEGAFUSION, MEGAFUSION_PLUS, MegaFusion, Method,
-    MethodSpec, NoiseSource, Observer, PatchInput, Plain, Prediction, RecordedSteps, RelayClamp, Run, Sampling, Size,
-    Stage, Watch,
+    MethodSpec, NoiseSource, Observer, PartOptions, PatchInput, Plain, Prediction, RecordedSteps, RelayClamp, Run,
+    Sampling, Size, Stage, Watch,
 };
 use megafuse::models::UnetOptions;
 use megafuse::ops::StepTable;
@@ -579,7 +579,22 @@ fn options_have_one_definition() {
     let plus = Method::named("megafusion++").unwrap();
     let listed: Vec<&str> = plus.spec().options.iter().map(|option| option.name).collect();
     let with_gamma = plus.with("gamma", 2.0).unwrap();
-    assert_eq!(with_gamma.options().keys().collect::<Vec<_>>(), listed, "in the order of the struct's fields");
+    let own: Vec<&String> = with_gamma.options().keys().collect();
+    assert_eq!(own, listed[..own.len()], "in the order of the struct's fields, those of parts left out");
+    let parts = PartOptions {
+        raunet: Some(true),
+        windows: Some(true),
+        t1: Some(0.5),
+        t2: Some(0.5),
+        aggressive: Some(true),
+        window: Some(8),
+        stride: Some(4),
+        view_batch: Some(1),
+        cosine: Some([1.0; 3]),
+        sigma: Some(1.0),
+    };
+    let all = Method::from(MegaFusion { parts, gamma: Some(2.0), ..MegaFusion::plus() });
+    assert_eq!(all.options().keys().collect::<Vec<_>>(), listed, "in the order of the struct's fields");
     assert_eq!(plus, MegaFusion::plus().into());
     assert_eq!(plus.replaced_by(&MEGAFUSION).unwrap(), Method::default());
     assert_eq!(with_gamma.replaced_by(&MEGAFUSION).unwrap().option("gamma"), Some(&2.0.into()));

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use megafuse::methods::{Geometry, relay_stages};
 use megafuse::pipeline::{InitImage, InputPicture, MethodSpec, Pipeline, PlanReport, Request, Size, Stage};
 use megafuse::{Error, Result};
 
@@ -23,9 +22,6 @@ const METHOD: &str = "megafusion";
 const STRENGTH: f64 = 0.35;
 
 const SCALE: f64 = 2.0;
-
-/// By how much of the picture's sides a relay enlarges it, at most.
-const GROWTH: f64 = 1.0;
 
 #[derive(Args)]
 #[command(after_long_help = EXAMPLES)]
@@ -186,12 +182,7 @@ fn request(
     }
     let run = pipeline.resolve(&request)?;
     if request.stages.is_empty() && request.method.name().starts_with("megafusion") {
-        // From the picture's own size, or the trained one where it is smaller.
-        let (factor, native) = (pipeline.factor(), pipeline.native_size());
-        let whole = scaled(from, 1.0, factor);
-        let native = native.filter(|native| native.area() > whole.area()).unwrap_or(whole);
-        let steps = run.scheduler().timesteps().len();
-        request.stages = relay_stages(&Geometry { size, native, factor, steps, relay_growth: GROWTH })?;
+        request.stages = pipeline.stages_from(from, size, run.scheduler().timesteps().len())?;
         (request.size, request.steps) = (None, None);
     }
     // Without words both rows of guidance are the same.

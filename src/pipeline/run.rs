@@ -12,8 +12,8 @@ use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, Weight
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
-    self, Denoiser, DiffusionModel, Event, ModelFacts, NoiseSource, Observer, RecordedSteps, Run, RunRange, Size,
-    StartPicture, Watch, tell,
+    self, Denoiser, DiffusionModel, Event, Geometry, ModelFacts, NoiseSource, Observer, RecordedSteps, Run, RunRange,
+    Size, Stage, StartPicture, Watch, relay_stages, tell,
 };
 use crate::models::Partition;
 use crate::rng::Rng;
@@ -222,6 +222,19 @@ impl Pipeline {
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
         self.family.weights()
+    }
+
+    /// The stages of a relay that enlarges a picture of size `from`: the first has its own size in whole cells, or the trained
+    /// area where that is larger; each relay adds at most once the first's sides.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: `size` is not made of whole cells.
+    pub fn stages_from(&self, from: Size, size: Size, steps: usize) -> Result<Vec<Stage>> {
+        let factor = self.factor();
+        let whole = |side: usize| ((side + factor / 2) / factor).max(1) * factor;
+        let own = Size::new(whole(from.width), whole(from.height));
+        let native = self.native_size().filter(|native| native.area() > own.area()).unwrap_or(own);
+        relay_stages(&Geometry { size, native, factor, steps, relay_growth: 1.0 })
     }
 
     /// What a request comes to with this model.
