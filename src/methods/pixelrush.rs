@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
+use super::stages::last_steps_again;
 use super::views::{DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, groups, window_starts};
 use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, base_size, check_size};
 use crate::error::{Error, Result};
@@ -247,19 +248,16 @@ impl GenerationMethod for PixelRush {
         let scale = (size.area() as f64 / first.area() as f64).sqrt();
         let refinements = (scale.log2() - BEYOND_A_DOUBLING).ceil().max(0.0) as usize;
         let doubled = |times: usize| Size::new(first.width << times, first.height << times);
-        let of = |stage: usize| Stage {
-            size: if stage == refinements { size } else { doubled(stage) },
-            steps: if stage == 0 { steps } else { 1 },
+        let of = |stage: usize| {
+            let size = if stage == refinements { size } else { doubled(stage) };
+            Stage::new(size, if stage == 0 { steps } else { 1 })
         };
         Ok((0..=refinements).map(of).collect())
     }
 
     /// A refinement takes no step of the schedule; its one is counted as the last of them.
     fn ranges(&self, stages: &[Stage]) -> Vec<Range<usize>> {
-        let all = stages.first().map_or(0, |first| first.steps);
-        let of =
-            |(index, stage): (usize, &Stage)| if index == 0 { 0..all } else { all.saturating_sub(stage.steps)..all };
-        stages.iter().enumerate().map(of).collect()
+        last_steps_again(stages)
     }
 
     /// The model's own in refinements: a patch has that.
