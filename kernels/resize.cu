@@ -2,6 +2,7 @@
 //
 //   resize_horizontal   y [rows, to, C] f32 = x [rows, from, C] in T, filtered along the width
 //   resize_vertical     y [N, to, width] in T = x [N, from, width] f32, filtered along the height
+//   resize_bilinear     y [N, to_h, to_w, C] in T = x [N, h, w, C] between its pixels' centres, no wider when it shrinks
 //   avg_pool            y [N, ceil(h/2), ceil(w/2), C] = means of 2x2 pixels of x [N, h, w, C] in T
 //   resize_edge         y = (11 x - sum of the 3x3 neighbourhood) / 2, border pixels as they are: 1/2 of the kernel of
 //                       -1 around 10
@@ -282,6 +283,43 @@ DEVICE void nearest(T* y, const T* x, int h, int w, int to_h, int to_w, int chan
     y[int64_t(blockIdx.x) * to_w * channels + i] = x[(row * w + column) * channels + i % channels];
 }
 
+// Where output i of `to` lies among `from` inputs: (2 i + 1) from / (2 to) - 1/2, not before the first, exactly.
+struct Between {
+    int first, second;
+    float weight;  // of the second
+};
+DEVICE Between between(int i, int from, int to) {
+    const int64_t at = (2 * int64_t(i) + 1) * from - to, unit = 2 * int64_t(to);
+    if (at <= 0) return {0, 0, 0.f};
+    const int first = int(at / unit);
+    return {first, min(first + 1, from - 1), float(at % unit) / float(unit)};
+}
+
+// resize_bilinear: y [N, to_h, to_w, C] from x [N, h, w, C] as torch's interpolate with align_corners=False, antialias=False. V
+// channels a thread.
+template <int V, class T>
+DEVICE void bilinear(T* y, const T* x, int h, int w, int to_h, int to_w, int channels) {
+    const int i = (blockIdx.y * kThreads + threadIdx.x) * V;
+    if (!GUARD(i < to_w * channels)) return;
+    const Between row = between(int(blockIdx.x % to_h), h, to_h), column = between(i / channels, w, to_w);
+    x += int64_t(blockIdx.x / to_h) * h * w * channels + i % channels;
+    const T* upper = x + int64_t(row.first) * w * channels;
+    const T* lower = x + int64_t(row.second) * w * channels;
+    const int64_t left = int64_t(column.first) * channels, right = int64_t(column.second) * channels;
+    float a[V], b[V], c[V], d[V];
+    load<V>(a, upper + left);
+    load<V>(b, upper + right);
+    load<V>(c, lower + left);
+    load<V>(d, lower + right);
+    UNROLL
+    for (int v = 0; v < V; v++) {
+        const float top = (1.f - column.weight) * a[v] + column.weight * b[v];
+        const float bottom = (1.f - column.weight) * c[v] + column.weight * d[v];
+        a[v] = (1.f - row.weight) * top + row.weight * bottom;
+    }
+    store<V>(y + int64_t(blockIdx.x) * to_w * channels + i, a);
+}
+
 // avg_pool: y [N, ceil(h / 2), ceil(w / 2), C] = means of 2x2 pixels of x [N, h, w, C], at the lower and right border of an odd
 // size of those that are there (torch's avg_pool2d with ceil_mode). V channels a thread.
 template <int V, class T>
@@ -365,6 +403,16 @@ REGISTER_KERNEL(resize_fixed_vertical_f32)
         nearest(y, x, h, w, to_h, to_w, channels);                                                                     \
     }                                                                                                                  \
     REGISTER_KERNEL(resize_nearest_##suffix)                                                                           \
+    KERNEL(resize_bilinear_##suffix, kThreads, 1)(T* y, const T* x, int h, int w, int to_h, int to_w, int channels,    \
+                                                  int vector) {                                                        \
+        follow_previous();                                                                                             \
+        if (vector) {                                                                                                  \
+            bilinear<kVector>(y, x, h, w, to_h, to_w, channels);                                                       \
+        } else {                                                                                                       \
+            bilinear<1>(y, x, h, w, to_h, to_w, channels);                                                             \
+        }                                                                                                              \
+    }                                                                                                                  \
+    REGISTER_KERNEL(resize_bilinear_##suffix)                                                                          \
     KERNEL(avg_pool_##suffix, kThreads, 1)(T* y, const T* x, int h, int w, int channels, int vector) {                 \
         follow_previous();                                                                                             \
         if (vector) {                                                                                                  \

@@ -347,9 +347,9 @@ pub struct RunArgs {
     #[arg(long, value_parser = named::<SigmaSpacing>(["uniform", "karras", "exponential"]), value_name = "S")]
     pub sigmas: Option<SigmaSpacing>,
 
-    /// DDIM's share of fresh noise per step, 0 to 1
-    #[arg(long, value_name = "X", value_parser = values::eta, default_value = "0")]
-    pub eta: f64,
+    /// DDIM's share of fresh noise per step, 0 to 1 (default: 1 for scalecrafter, 0 for the others)
+    #[arg(long, value_name = "X", value_parser = values::eta)]
+    pub eta: Option<f64>,
 
     /// Sizes and steps of the stages, smallest first (default: planned from --size)
     ///
@@ -655,8 +655,9 @@ impl RunArgs {
     /// # Errors
     /// [`Error::Request`]: the flag has no effect with any of these methods.
     pub fn check_effect(&self, methods: &[&'static MethodSpec]) -> Result<()> {
-        if self.eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
-            return Err(conflict("--eta", self.eta, "only --scheduler ddim has an eta"));
+        let eta = self.eta.unwrap_or(0.0);
+        if eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
+            return Err(conflict("--eta", eta, "only --scheduler ddim has an eta"));
         }
         let guidance = self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance);
         if let Some(negative) = self.negative.as_ref().filter(|negative| !negative.is_empty() && guidance <= 1.0) {

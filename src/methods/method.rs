@@ -24,6 +24,11 @@ pub trait GenerationMethod: Debug + Send + Sync {
         config.sampler()
     }
 
+    /// DDIM's share of fresh noise of a request that names none.
+    fn eta(&self) -> f64 {
+        0.0
+    }
+
     /// The final size of a request that names none, for a model trained at `native`.
     fn default_size(&self, native: Size) -> Size {
         native

@@ -24,6 +24,7 @@ mod ranges;
 mod recorded;
 mod run;
 mod sampling;
+mod scalecrafter;
 mod size;
 mod stages;
 mod start;
@@ -50,6 +51,7 @@ pub use ranges::RunRange;
 pub use recorded::{RecordedSteps, StageInputs, StageSteps, StepKey};
 pub use run::{ModelFacts, PublishedSchedule, Run};
 pub use sampling::{Computed, Revise, Sampling, generate, generate_counted, images};
+pub use scalecrafter::{SCALECRAFTER, ScaleCrafter};
 pub use size::{Size, Stage, StageParts};
 pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
 pub use start::{Known, Start, StartPicture};
@@ -66,6 +68,7 @@ pub static METHODS: &[&MethodSpec] = &[
     &HIDIFFUSION,
     &MULTIDIFFUSION,
     &DEMOFUSION,
+    &SCALECRAFTER,
     &DIFFUSEHIGH,
     &UPSAMPLE_GUIDANCE,
     &PIXELRUSH,

@@ -2,7 +2,7 @@ use super::{Denoiser, LowSteps};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, StepTable};
-use crate::runtime::Tensor;
+use crate::runtime::{DType, Tensor};
 
 /// What a step asks of the network. Data alone: steps with equal predictions do the same work, so a recorded step is found
 /// by it, and what changes from step to step without another recording stands in the step table.
@@ -13,6 +13,9 @@ pub enum Prediction {
     /// A second call on the samples' means over squares of cells corrects the first ([`Sampling::set_low_resolution`](
     /// super::Sampling::set_low_resolution)); both with these options. Hwang, Park & Jo 2024, arXiv:2404.01709.
     Upsampled(UnetOptions),
+    /// Noise-damped guidance, where there is guidance (He et al. 2023, arXiv:2310.07702, sec. 3.4): the unconditional rows of a call
+    /// with `weak`, and from them on the differences that guidance has in a call with `strong`.
+    Damped { strong: UnetOptions, weak: UnetOptions },
 }
 
 impl Prediction {
@@ -37,6 +40,20 @@ impl Prediction {
                 let of_pooled = denoiser.denoise(&pooled, &low.table, options)?;
                 ops::upsample_guidance(&output, &of_pooled, &pooled, low.factors())
             }
+            Prediction::Damped { strong, weak } => {
+                let (images, strong) = (x.shape()[0], denoiser.denoise(x, table, strong)?);
+                if strong.shape()[0] == images {
+                    return Ok(strong); // there is no guidance
+                }
+                let weak = denoiser.denoise(x, table, weak)?;
+                let rows = |output: &Tensor, from: usize| {
+                    ops::scale_cast(&output.rows(from..from + images)?, 1.0, 0.0, DType::F32, 1)
+                };
+                let unconditional = rows(&weak, 0)?;
+                let difference = ops::add_scaled(&rows(&strong, images)?, &rows(&strong, 0)?, -1.0)?;
+                let conditional = ops::add(&unconditional, &difference)?;
+                side_by_side(&unconditional, &conditional)
+            }
         }
     }
 }
@@ -52,4 +69,13 @@ impl From<UnetOptions> for Prediction {
     fn from(options: UnetOptions) -> Prediction {
         Prediction::Network(options)
     }
+}
+
+/// `[N, ...]` twice to `[2 N, ...]`, the rows of `a` first.
+fn side_by_side(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let mut shape = a.shape().to_vec();
+    let line = [1, a.numel()];
+    let both = ops::concat(&a.reshape(&line)?, &b.reshape(&line)?)?;
+    shape[0] *= 2;
+    both.reshape(&shape)
 }

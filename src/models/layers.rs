@@ -1,5 +1,7 @@
 //! Layers with weights: the checkpoint's names, the fused ops.
 
+use std::sync::OnceLock;
+
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::ops::{self, Activation, ConvNorm, LinearFp8, Quantized, Source, StepRows, Stripe};
@@ -72,11 +74,106 @@ impl Linear {
 pub struct Conv2d {
     pub weight: Tensor,
     pub bias: Tensor,
+    /// The 3x3 kernels dispersed to 5x5, `[O, 5, 5, I]`, from the first call on that asks for them.
+    dispersed: OnceLock<Tensor>,
+}
+
+/// How a 3x3 convolution is applied, beside as it was trained: the re-dilated and the dispersed convolution of ScaleCrafter (He et
+/// al. 2023, arXiv:2310.07702, sec. 3.2 and 3.3).
+///
+/// With D = ceil(factor), the input is enlarged bilinearly by D / factor, convolved with dilation D, and the result resized to
+/// the size that the convolution has without: a dilation by `factor`, whole or not.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Redilation {
+    /// Above 0, at most [`MOST`](Redilation::MOST).
+    pub factor: f64,
+    /// With 5x5 kernels ([`disperse`](ops::disperse)).
+    pub dispersed: bool,
+}
+
+impl Redilation {
+    /// As it was trained.
+    pub const NONE: Redilation = Redilation { factor: 1.0, dispersed: false };
+    /// The largest factor: far beyond the published 4.
+    pub const MOST: f64 = 32.0;
+
+    pub fn by(factor: f64) -> Redilation {
+        Redilation { factor, dispersed: false }
+    }
+
+    fn dilation(self) -> usize {
+        self.factor.ceil() as usize
+    }
+
+    /// A side of the input as the convolution sees it: as published, rounded to even.
+    fn resized(self, side: usize) -> usize {
+        (side as f64 * (self.factor.ceil() / self.factor)).round_ties_even() as usize
+    }
 }
 
 impl Conv2d {
     pub fn load(w: &Weights, out: usize, input: usize, kernel: usize) -> Result<Conv2d> {
-        Ok(Conv2d { weight: w.conv("weight", out, input, kernel)?, bias: w.tensor("bias", &[out])? })
+        Ok(Conv2d::new(w.conv("weight", out, input, kernel)?, w.tensor("bias", &[out])?))
+    }
+
+    pub fn new(weight: Tensor, bias: Tensor) -> Conv2d {
+        Conv2d { weight, bias, dispersed: OnceLock::new() }
+    }
+
+    fn dispersed(&self) -> Result<&Tensor> {
+        if let Some(weight) = self.dispersed.get() {
+            return Ok(weight);
+        }
+        let weight = ops::disperse(&self.weight)?;
+        Ok(self.dispersed.get_or_init(|| weight))
+    }
+
+    /// The convolution `args` of this layer, whose padding is that of dilation 1, as `redilation` says. Half a stride of a side that
+    /// the stride does not divide is cut off by the last resize, as published.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn redilated<'a>(&'a self, args: ops::Conv2d<'a>, redilation: Redilation) -> Result<Tensor> {
+        if redilation == Redilation::NONE {
+            return ops::conv2d(args);
+        }
+        let weight = if redilation.dispersed { self.dispersed()? } else { &self.weight };
+        let (dilation, reach) = (redilation.dilation(), weight.shape()[1] / 2);
+        let padding = args.padding.map(|side| side * dilation * reach);
+        let args = ops::Conv2d { weight, dilation, padding, ..args };
+        let [_, h, w, _] = args.x.dims("conv2d")?;
+        let size = args.resize_to.unwrap_or([h, w]);
+        let (seen, out) = (size.map(|side| redilation.resized(side)), size.map(|side| (side / args.stride).max(1)));
+        let whole = size.iter().all(|side| side.is_multiple_of(args.stride));
+        if seen == size && whole {
+            return ops::conv2d(args);
+        }
+        let normed = args.norm.map(|norm| ops::group_norm(norm.of(args.x))).transpose()?;
+        let x = normed.as_ref().map_or(args.x, Source::One);
+        let y = match (args.resize_to, x) {
+            // Nothing but the convolution's result is resized.
+            _ if seen == size => ops::conv2d(ops::Conv2d { x, norm: None, residual: None, ..args })?,
+            (Some(_), Source::Two(x, _)) => return Err(Error::shape("conv2d", "x", x, "one source: it is resized twice")),
+            (Some(size), Source::One(x)) => {
+                let x = ops::resize_bilinear(&ops::resize_nearest(x, size)?, seen)?;
+                drop(normed);
+                ops::conv2d(ops::Conv2d { x: (&x).into(), norm: None, residual: None, resize_to: None, ..args })?
+            }
+            (None, x) => {
+                let joined = match x {
+                    Source::One(x) => ops::resize_bilinear(x, seen)?,
+                    Source::Two(a, b) => ops::resize_bilinear(&ops::concat(a, b)?, seen)?,
+                };
+                drop(normed);
+                ops::conv2d(ops::Conv2d { x: (&joined).into(), norm: None, residual: None, ..args })?
+            }
+        };
+        let y = ops::resize_bilinear(&y, out)?;
+        match args.residual {
+            // It is of the layer's own size, and added before the scale, which y has already.
+            Some(residual) => ops::add_scaled(&y, residual, args.scale),
+            None => Ok(y),
+        }
     }
 
     /// The op's arguments with weight and bias set, to be completed: stride, norm, residual, ...
@@ -195,8 +292,8 @@ impl ResnetBlock {
         self.conv1.outputs()
     }
 
-    /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps'; to `[N, H, W, C_out]`. `dilation` is
-    /// that of both 3x3 convs, padded so that the size stays.
+    /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps'; to `[N, H, W, C_out]`.
+    /// `redilations`: of the two 3x3 convs.
     ///
     /// # Errors
     /// Those of the ops; [`Error::Shape`] for two sources in a block without `conv_shortcut`, which has one input only.
@@ -204,18 +301,17 @@ impl ResnetBlock {
         &'a self,
         x: impl Into<Source<'a>>,
         row: Option<StepRows<'a>>,
-        dilation: usize,
+        redilations: [Redilation; 2],
     ) -> Result<Tensor> {
         let x = x.into();
-        let padding = [dilation; 4];
-        let conv1 = self.conv1.args(x);
-        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(true), row, dilation, padding, ..conv1 })?;
+        let conv1 = ops::Conv2d { norm: self.norm1.on_load(true), row, ..self.conv1.args(x) };
+        let h = self.conv1.redilated(conv1, redilations[0])?;
         let shortcut = match (&self.conv_shortcut, x) {
             (Some(conv), x) => ops::conv2d(conv.args(x))?,
             (None, Source::One(x)) => x.clone(),
             (None, Source::Two(x, _)) => return Err(Error::shape("resnet", "x", x, "one source: C_in is C_out")),
         };
-        self.second_half(&h, &shortcut, dilation)
+        self.second_half(&h, &shortcut, redilations[1])
     }
 
     /// As [`forward`](ResnetBlock::forward) without rows and dilation, in less memory: `x` lives no longer than the block needs
@@ -233,12 +329,12 @@ impl ResnetBlock {
             }
             None => x,
         };
-        self.second_half(&h, &shortcut, 1)
+        self.second_half(&h, &shortcut, Redilation::NONE)
     }
 
-    fn second_half(&self, h: &Tensor, shortcut: &Tensor, dilation: usize) -> Result<Tensor> {
-        let (norm, residual, padding) = (self.norm2.on_load(true), Some(shortcut), [dilation; 4]);
-        ops::conv2d(ops::Conv2d { norm, residual, dilation, padding, scale: self.scale, ..self.conv2.args(h) })
+    fn second_half(&self, h: &Tensor, shortcut: &Tensor, redilation: Redilation) -> Result<Tensor> {
+        let (norm, residual) = (self.norm2.on_load(true), Some(shortcut));
+        self.conv2.redilated(ops::Conv2d { norm, residual, scale: self.scale, ..self.conv2.args(h) }, redilation)
     }
 }
 
@@ -257,7 +353,12 @@ impl Downsample {
 
     /// `[N, H, W, C]` to half the size, rounded up (rounded down with padding 0).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(ops::Conv2d { stride: 2, padding: self.padding, ..self.conv.args(x) })
+        self.forward_redilated(x, Redilation::NONE)
+    }
+
+    /// The same as `redilation` says; unless it is [`NONE`](Redilation::NONE), half the size is rounded down, to 1 at least.
+    pub fn forward_redilated(&self, x: &Tensor, redilation: Redilation) -> Result<Tensor> {
+        self.conv.redilated(ops::Conv2d { stride: 2, padding: self.padding, ..self.conv.args(x) }, redilation)
     }
 
     /// `[N, H, W, C]` to a quarter of the size, rounded up: the same weights with stride 4, dilation 2 and padding 2 all around
@@ -279,7 +380,12 @@ impl Upsample {
 
     /// `[N, H, W, C]` to `[N, size[0], size[1], C]`.
     pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
-        ops::conv2d(ops::Conv2d { resize_to: Some(size), ..self.conv.args(x) })
+        self.forward_redilated(x, size, Redilation::NONE)
+    }
+
+    /// The same with the convolution as `redilation` says.
+    pub fn forward_redilated(&self, x: &Tensor, size: [usize; 2], redilation: Redilation) -> Result<Tensor> {
+        self.conv.redilated(ops::Conv2d { resize_to: Some(size), ..self.conv.args(x) }, redilation)
     }
 
     /// The rows of `stripe` of what [`forward`](Upsample::forward) gives for one image.

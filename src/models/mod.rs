@@ -15,10 +15,12 @@ pub mod weights;
 pub use adapters::Adapters;
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
 pub use foreign::Foreign;
+pub use layers::Redilation;
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
 pub use unet::{
-    AddedConditioning, TIME_IDS, TextConditioning, Unet, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
+    AddedConditioning, ConvPlace, ConvRole, Redilations, TIME_IDS, TextConditioning, Unet, UnetBlock, UnetCall,
+    UnetConditioning, UnetConfig, UnetOptions,
 };
 pub use vae::{Partition, Vae, VaeConfig};
 pub use weights::{Part, Rewritten, Unused, WeightFormat, WeightStore, Weights, rewrite};

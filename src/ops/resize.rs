@@ -203,6 +203,59 @@ fn nearest(len: usize, out: usize) -> Vec<usize> {
     (0..out).map(|i| (i as u128 * len as u128 / out as u128) as usize).collect()
 }
 
+/// Bilinear between the centres of the four pixels around, border pixels repeated, no wider when it shrinks: torch's
+/// `interpolate(mode="bilinear", align_corners=False, antialias=False)`. `[N, H, W, C]` to `[N, size[0], size[1], C]`, in f32;
+/// of equal sizes the input.
+///
+/// # Errors
+/// As [`resize`].
+pub fn resize_bilinear(x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+    const OP: &str = "resize_bilinear";
+    let [n, h, w, c] = checked(OP, x, size)?;
+    if size == [h, w] {
+        return Ok(x.clone());
+    }
+
+    let mut y = Tensor::uninit(x.device(), &[n, size[0], size[1], c], x.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
+    match x.device() {
+        Device::Meta(meta) => meta.record(OP, OpKind::Resize, y.shape(), pointwise(&y, &[Some(x)], 9)),
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => resize_bilinear_cpu::<T>(x, &mut y)),
+        Device::Cuda(card) => cuda::resize::bilinear(card, x, &mut y)?,
+    }
+    Ok(y)
+}
+
+fn resize_bilinear_cpu<T: Element>(x: &Tensor, y: &mut Tensor) {
+    let ([_, h, w, c], [_, to_h, to_w, _]) = sizes(x, y);
+    let [rows, columns] = [between(h, to_h), between(w, to_w)];
+    let x = x.cpu::<T>();
+    y.cpu_mut::<T>().par_chunks_mut(to_w * c).enumerate().for_each(|(i, y)| {
+        let (image, (up, down, k_row)) = (i / to_h, rows[i % to_h]);
+        let [upper, lower] = [up, down].map(|row| &x[(image * h + row) * w * c..][..w * c]);
+        for (y, &(left, right, k)) in y.chunks_exact_mut(c).zip(&columns) {
+            for (channel, y) in y.iter_mut().enumerate() {
+                let along = |row: &[T]| {
+                    let [a, b] = [left, right].map(|column| row[column * c + channel].to_f32());
+                    (1.0 - k) * a + k * b
+                };
+                *y = T::from_f32((1.0 - k_row) * along(upper) + k_row * along(lower));
+            }
+        }
+    });
+}
+
+/// The two inputs around every output and the weight of the second: output i is at `(2 i + 1) len / (2 out) - 1/2`.
+fn between(len: usize, out: usize) -> Vec<(usize, usize, f32)> {
+    let of = |i: usize| {
+        let at = ((2 * i as u128 + 1) * len as u128).saturating_sub(out as u128);
+        let (first, rest) = ((at / (2 * out as u128)) as usize, at % (2 * out as u128));
+        (first, (first + 1).min(len - 1), rest as f32 / (2 * out) as f32)
+    };
+    (0..out).map(of).collect()
+}
+
 /// Means of 2x2 pixels: `[N, H, W, C]` to `[N, ceil(H/2), ceil(W/2), C]`, summed in f32. At the lower and right border of an odd
 /// size the mean is of the pixels that are there: torch's `avg_pool2d(x, 2, 2, ceil_mode=True)`.
 ///

@@ -43,7 +43,7 @@ impl Parameters {
         if spacing != SigmaSpacing::Uniform {
             fields.push(("Schedule type".into(), spacing.webui_name().to_string()));
         }
-        let eta = webui_sampler(sampler).1.unwrap_or(request.eta);
+        let eta = webui_sampler(sampler).1.unwrap_or(run.scheduler().eta());
         if eta != 0.0 {
             fields.push(("Eta DDIM".into(), eta.to_string()));
         }
@@ -58,7 +58,7 @@ impl Parameters {
         let mut json = json!({
             "prompt": request.prompt, "negative_prompt": negative, "model": pipeline.name(),
             "method": method.name(), "size": last.size.to_string(), "stages": stages, "steps": steps,
-            "scheduler": sampler.name(), "sigmas": spacing.to_string(), "eta": request.eta,
+            "scheduler": sampler.name(), "sigmas": spacing.to_string(), "eta": run.scheduler().eta(),
             "guidance": decimal(request.guidance), "seed": seed, "rng": request.rng.name(),
             "dtype": pipeline.dtype().name(), "device": pipeline.device().to_string(), "version": version,
         });

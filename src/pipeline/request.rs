@@ -27,8 +27,8 @@ pub struct Request {
     pub scheduler: Option<Sampler>,
     /// How the noise levels of a sampler with sigmas are spaced. Default: as the model's configuration says.
     pub sigmas: Option<SigmaSpacing>,
-    /// DDIM's share of fresh noise per step, 0 to 1.
-    pub eta: f64,
+    /// DDIM's share of fresh noise per step, 0 to 1. Default: the method's own, 1 for ScaleCrafter and else 0.
+    pub eta: Option<f64>,
     /// Steps over all stages. Default: the sum of `stages`, else 50.
     pub steps: Option<usize>,
     /// Classifier-free guidance scale; up to 1: no guidance. A latent consistency model is told it instead.
@@ -64,7 +64,7 @@ impl Default for Request {
             stages: Vec::new(),
             scheduler: None,
             sigmas: None,
-            eta: 0.0,
+            eta: None,
             steps: None,
             guidance: Defaults::LATENT.guidance,
             guidance_rescale: 0.0,
@@ -167,7 +167,9 @@ impl Request {
         }
         let sampler = self.scheduler.or(defaults.sampler);
         let sampler = sampler.unwrap_or_else(|| self.method.implementation().sampler(config));
-        let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, self.eta)?;
+        let own_eta = if sampler == Sampler::Ddim { self.method.implementation().eta() } else { 0.0 };
+        let eta = self.eta.unwrap_or(own_eta);
+        let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, eta)?;
         let guidance = guided.then_some(self.guidance);
         let run = Run::for_native(self.method.clone(), stages, scheduler, guidance, factor, native)?;
         let run = match &self.init_image {

@@ -249,6 +249,11 @@ impl Scheduler {
         }
     }
 
+    /// DDIM's share of fresh noise per step.
+    pub fn eta(&self) -> f64 {
+        self.eta
+    }
+
     pub fn sampler(&self) -> Sampler {
         self.sampler
     }

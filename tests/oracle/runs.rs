@@ -156,6 +156,11 @@ fn hidiffusion() {
 }
 
 #[test]
+fn scalecrafter() {
+    check_all(|name| name.starts_with("sc-"));
+}
+
+#[test]
 fn reference_compat() {
     check_all(|name| name.starts_with("compat"));
 }

@@ -67,7 +67,7 @@ class Settings:
     dilation = None
     relay_noise_offset = 0
     scheduler = None
-    eta = 0.0
+    eta = None  # as the method says
     steps = 4
     guidance = 7.0
     guidance_rescale = 0.0
@@ -104,15 +104,26 @@ class Settings:
     # Of steps; None: every step asks the network
     cache = None
     cache_options = ""
+    # ScaleCrafter; None: as the model and the size say
+    redilate = None
+    redilate_steps = None
+    progressive = None
+    damped = None
+    damped_steps = None
+    disperse = None
+    disperse_steps = None
+    freeu = None
 
     def __init__(self, **changes):
         for key, value in changes.items():
             assert hasattr(Settings, key), key
             setattr(self, key, value)
+        if self.eta is None:
+            self.eta = 1.0 if self.method == "scalecrafter" else 0.0
 
     def sampler(self, scheduler_config):
-        """Without --scheduler: DDIM for MegaFusion; else the class of scheduler_config.json, which must be one of these."""
-        if self.method.startswith("megafusion"):
+        """Without --scheduler: DDIM for MegaFusion and ScaleCrafter; else the class of scheduler_config.json, which must be one of these."""
+        if self.method.startswith("megafusion") or self.method == "scalecrafter":
             return self.scheduler or "ddim"
         own = {v: k for k, v in CLASSES.items()}
         return self.scheduler or own[scheduler_config["_class_name"]]
@@ -130,7 +141,8 @@ class Settings:
                 value = ",".join(map(str, value))
             if key == "stages":
                 value = ",".join(f"{w}x{h}:{n}" + "".join("+" + part for part in parts) for (w, h), n, *parts in value)
-            if isinstance(value, bool) and key not in ("reschedule", "raunet", "windows", "aggressive", "sharpen"):
+            bools = ("reschedule", "raunet", "windows", "aggressive", "sharpen", "progressive")
+            if isinstance(value, bool) and key not in bools:
                 assert value
                 out.append(option)
                 continue
@@ -378,12 +390,13 @@ def run(model, settings):
     import multidiffusion
     import pixelrush
     import upsample_guidance
+    import scalecrafter
 
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
     methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
                "hidiffusion": hidiffused, "pixelrush": pixelrush.run, "diffusehigh": diffusehigh.run,
-               "upsample-guidance": upsample_guidance.run}
+               "upsample-guidance": upsample_guidance.run, "scalecrafter": scalecrafter.run}
     composed = any(len(stage) > 2 for stage in settings.stages)
     methods.get(settings.method, compose.run if composed else megafusion)(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
@@ -436,6 +449,8 @@ def main():
     size = lambda text: tuple(int(n) for n in text.split("x"))
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
     types = {"size": size, "stages": stages, "scheduler": str, "cache": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "sharpen": truth, "wavelet_steps": int, "t1": float, "t2": float,
+             "eta": float, "redilate": str, "redilate_steps": int, "progressive": truth, "damped": str, "damped_steps": int,
+             "disperse": str, "disperse_steps": int, "freeu": str,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
              "cosine": lambda text: tuple(float(n) for n in text.split(","))}

@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs()
 
 
 def sdxl_runs():
@@ -344,6 +344,27 @@ def composed_runs():
                          | {"cosine": (3.0, 0.5, 2.0), "sigma": 1.2, "view_batch": 4}),
         "compose-sdxl-all": ("sdxl", run | xl(((16, 16), 1, "windows"), ((24, 20), 2, "raunet+windows"), ((26, 24), 1, "crops"))
                              | {"method": "megafusion++", "t1": 1.0, "aggressive": False, "window": 10}),
+    }
+
+
+def scalecrafter_runs():
+    """Both maps of blocks: published tables, whole and broken factors, both branches, dispersion, odd sides."""
+    run = {"method": "scalecrafter", "guidance": 2.0, "seed": 81}
+    xl, sd = run | {"size": (22, 26), "steps": 2}, run | {"size": (23, 17), "steps": 2}
+    return {
+        # Twice the trained sides: step 0 is re-dilated, step 1 is not; then 4x2, with damped guidance in step 0.
+        "sc-sdxl": ("sdxl-turbo", xl | {"size": (32, 32)}),
+        "sc-sdxl-4x2": ("sdxl-turbo", xl | {"size": (64, 32)}),
+        "sc-sdxl-broken": ("sdxl", xl | {"redilate": "M=2.5,D1=1.5,U0=2.25,up_blocks.0.resnets.1.conv1=1",
+                                         "redilate_steps": 1}),
+        "sc-sdxl-damped": ("sdxl", xl | {"size": (24, 20), "steps": 3, "redilate": "D2=4,M=4,U0=4,U1=3", "damped": "M=3,U0=2",
+                                         "damped_steps": 2, "progressive": True, "eta": 0.5}),
+        "sc-sdxl-dispersed": ("sdxl", xl | {"size": (24, 20), "redilate": "D2=3,M=4,U0=2", "disperse": "D2,U0,D1", "eta": 0.0,
+                                            "negative": "blurry", "freeu": "1.1,0.8,1.5,0.5"}),
+        "sc-sd": ("defaults", sd | {"redilate": "D0=2,D1=1.5,D3=2,M=2,U1=3", "disperse": "D0,M", "disperse_steps": 1}),
+        "sc-sd-euler": ("defaults", sd | {"size": (16, 20), "redilate": "U0=2.5,U2=2", "damped": "U2=3", "scheduler": "euler",
+                                          "freeu": "none"}),
+        "sc-sd-unguided": ("mixed", sd | {"size": (16, 20), "guidance": 1.0, "redilate": "M=2,D0=3", "freeu": "1.3,1.2,0.5,0.7"}),
     }
 
 

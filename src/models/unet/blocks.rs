@@ -1,9 +1,11 @@
 use super::config::{AttentionConfig, BlockConfig, MidBlockConfig};
-use super::{UnetConditioning, UnetConfig, UnetOptions};
+use super::{ConvPlace, ConvRole, UnetBlock, UnetConditioning, UnetConfig, UnetOptions};
 use crate::error::{Error, Result};
-use crate::models::layers::{Downsample, GroupNorm, LayerNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
+use crate::models::layers::{
+    Downsample, GroupNorm, LayerNorm, Linear, Redilation, ResnetBlock, ResnetConfig, Upsample,
+};
 use crate::models::weights::Weights;
-use crate::ops::{self, Activation, Attention, AttentionOptions, Source, StepIndex, Upsampler, WindowShift, Windows};
+use crate::ops::{self, Activation, Attention, AttentionOptions, FreeU, Source, StepIndex, Upsampler, WindowShift, Windows};
 use crate::runtime::Tensor;
 
 /// Layers whose input is the same in every step of a run: they are applied by `condition`, and the blocks know the index
@@ -42,6 +44,14 @@ impl Call<'_> {
     fn is_pooled(&self, level: Option<usize>) -> bool {
         level.is_some() && self.options.pooled_level == level
     }
+
+    /// How this convolution is applied.
+    fn redilation(&self, place: ConvPlace) -> Redilation {
+        self.options.redilations.get(place).unwrap_or_else(|| match place.block {
+            UnetBlock::Mid => Redilation::by(self.options.mid_dilation as f64),
+            UnetBlock::Down(_) | UnetBlock::Up(_) => Redilation::NONE,
+        })
+    }
 }
 
 /// How the layers of one block are loaded.
@@ -50,6 +60,7 @@ pub(super) struct Loader<'a> {
     pub(super) projections: Projections,
     /// Of the block that is loaded; `None`: the mid block.
     pub(super) level: Option<usize>,
+    pub(super) block: UnetBlock,
     /// Self-attentions of each level so far, in the order of execution.
     self_attentions: Vec<usize>,
 }
@@ -64,7 +75,7 @@ struct Place {
 impl<'a> Loader<'a> {
     pub(super) fn new(config: &'a UnetConfig) -> Loader<'a> {
         let (projections, self_attentions) = (Projections::default(), vec![0; config.down_blocks.len()]);
-        Loader { config, projections, level: None, self_attentions }
+        Loader { config, projections, level: None, block: UnetBlock::Mid, self_attentions }
     }
 }
 
@@ -72,22 +83,28 @@ impl<'a> Loader<'a> {
 pub(super) struct Resnet {
     block: ResnetBlock,
     row: usize,
+    /// Of its two 3x3 convolutions.
+    places: [ConvPlace; 2],
 }
 
 impl Resnet {
-    fn forward<'a>(&'a self, x: impl Into<Source<'a>>, call: Call<'a>, dilation: usize) -> Result<Tensor> {
+    fn forward<'a>(&'a self, x: impl Into<Source<'a>>, call: Call<'a>) -> Result<Tensor> {
         let row = call.conditioning.rows(self.row, call.step);
-        self.block.forward(x, Some(row), dilation)
+        self.block.forward(x, Some(row), self.places.map(|place| call.redilation(place)))
     }
 }
 
 impl Loader<'_> {
-    fn resnet(&mut self, w: &Weights, in_channels: usize, out_channels: usize, scale: f32) -> Result<Resnet> {
+    /// `resnets.{number}` of the block with the weights `w`.
+    fn resnet(&mut self, w: &Weights, number: usize, channels: [usize; 2], scale: f32) -> Result<Resnet> {
+        let (w, [in_channels, out_channels]) = (w.at(format!("resnets.{number}")), channels);
         let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);
-        let block = ResnetBlock::load(w, ResnetConfig { in_channels, out_channels, groups, eps, scale })?;
+        let block = ResnetBlock::load(&w, ResnetConfig { in_channels, out_channels, groups, eps, scale })?;
         let proj = Linear::load(&w.at("time_emb_proj"), out_channels, self.config.time_embed_dim)?;
         self.projections.time_emb_proj.push(proj);
-        Ok(Resnet { block, row: self.projections.time_emb_proj.len() - 1 })
+        let places =
+            [ConvRole::Conv1(number), ConvRole::Conv2(number)].map(|role| ConvPlace { block: self.block, role });
+        Ok(Resnet { block, row: self.projections.time_emb_proj.len() - 1, places })
     }
 
     fn transformer(&mut self, w: &Weights, channels: usize, c: &AttentionConfig, resnet: usize) -> Result<Transformer> {
@@ -160,7 +177,7 @@ impl Loader<'_> {
     ) -> Result<(Vec<Resnet>, Vec<Transformer>)> {
         let (mut resnets, mut attentions) = (Vec::new(), Vec::new());
         for (i, &input) in in_channels.iter().enumerate() {
-            resnets.push(self.resnet(&w.at(format!("resnets.{i}")), input, c.channels, 1.0)?);
+            resnets.push(self.resnet(w, i, [input, c.channels], 1.0)?);
             if let Some(attention) = &c.attention {
                 attentions.push(self.transformer(&w.at(format!("attentions.{i}")), c.channels, attention, i)?);
             }
@@ -175,7 +192,7 @@ impl Loader<'_> {
             true => None,
             false => Some(Downsample::load(w, c.channels, self.config.downsample_padding)?),
         };
-        Ok(DownBlock { resnets, attentions, downsample, level: self.level })
+        Ok(DownBlock { resnets, attentions, downsample, level: self.level, sampler: self.sampler() })
     }
 
     /// `input`: channels that come from the block before; `skips`: of the skip connections in the order they are read.
@@ -191,17 +208,26 @@ impl Loader<'_> {
         let in_channels: Vec<usize> = skips.iter().enumerate().map(|(i, skip)| before(i) + skip).collect();
         let (resnets, attentions) = self.layers(w, c, &in_channels)?;
         let upsample = if last { None } else { Some(Upsample::load(w, c.channels)?) };
-        Ok(UpBlock { resnets, attentions, upsample, level: self.level })
+        Ok(UpBlock { resnets, attentions, upsample, level: self.level, sampler: self.sampler(), width: self.width() })
+    }
+
+    fn sampler(&self) -> ConvPlace {
+        ConvPlace { block: self.block, role: ConvRole::Sampler }
+    }
+
+    /// Channels of the finest level.
+    fn width(&self) -> usize {
+        self.config.block_out_channels[0]
     }
 
     pub(super) fn mid_block(&mut self, w: &Weights, channels: usize, c: &MidBlockConfig) -> Result<MidBlock> {
         let scale = c.scale();
-        let first = self.resnet(&w.at("resnets.0"), channels, channels, scale)?;
+        let first = self.resnet(w, 0, [channels, channels], scale)?;
         let rest = match &c.attention {
             None => None,
             Some(attention) => {
                 let transformer = self.transformer(&w.at("attentions.0"), channels, attention, 0)?;
-                Some((transformer, self.resnet(&w.at("resnets.1"), channels, channels, scale)?))
+                Some((transformer, self.resnet(w, 1, [channels, channels], scale)?))
             }
         };
         Ok(MidBlock { first, rest })
@@ -214,6 +240,8 @@ pub(super) struct DownBlock {
     attentions: Vec<Transformer>, // none, or one behind each ResNet
     downsample: Option<Downsample>,
     level: Option<usize>,
+    /// Of the downsampler.
+    sampler: ConvPlace,
 }
 
 impl DownBlock {
@@ -222,7 +250,7 @@ impl DownBlock {
     pub(super) fn forward(&self, x: Tensor, call: Call, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x;
         for (i, resnet) in self.resnets.iter().enumerate() {
-            x = resnet.forward(&x, call, 1)?;
+            x = resnet.forward(&x, call)?;
             if let Some(attention) = self.attentions.get(i) {
                 x = attention.forward(x, call)?;
             }
@@ -233,7 +261,10 @@ impl DownBlock {
         }
         if let Some(downsample) = &self.downsample {
             let wide = self.level.is_some() && call.options.wide_downsampler == self.level;
-            x = if wide { downsample.forward_wide(&x)? } else { downsample.forward(&x)? };
+            x = match wide {
+                true => downsample.forward_wide(&x)?,
+                false => downsample.forward_redilated(&x, call.redilation(self.sampler))?,
+            };
             skips.push(x.clone());
         }
         Ok(x)
@@ -249,10 +280,10 @@ pub(super) struct MidBlock {
 impl MidBlock {
     /// `[N, H, W, C]` to the same.
     pub(super) fn forward(&self, x: Tensor, call: Call) -> Result<Tensor> {
-        let mut x = self.first.forward(&x, call, call.options.mid_dilation)?;
+        let mut x = self.first.forward(&x, call)?;
         if let Some((attention, resnet)) = &self.rest {
             x = attention.forward(x, call)?;
-            x = resnet.forward(&x, call, call.options.mid_dilation)?;
+            x = resnet.forward(&x, call)?;
         }
         Ok(x)
     }
@@ -264,6 +295,10 @@ pub(super) struct UpBlock {
     attentions: Vec<Transformer>, // none, or one behind each ResNet
     upsample: Option<Upsample>,
     level: Option<usize>,
+    /// Of the upsampler.
+    sampler: ConvPlace,
+    /// Channels of the finest level.
+    width: usize,
 }
 
 impl UpBlock {
@@ -278,7 +313,10 @@ impl UpBlock {
                 let [_, h, w, _] = skip.dims("unet", "skip")?;
                 x = ops::resize(&x, [h, w], Upsampler::BicubicTorch, None, None)?;
             }
-            x = resnet.forward(Source::Two(&x, &skip), call, 1)?;
+            x = match self.freeu(&x, call)? {
+                Some(freeu) => resnet.forward(&ops::freeu(&x, &skip, freeu)?, call)?,
+                None => resnet.forward(Source::Two(&x, &skip), call)?,
+            };
             drop(skip);
             if let Some(attention) = self.attentions.get(i) {
                 x = attention.forward(x, call)?;
@@ -287,10 +325,19 @@ impl UpBlock {
         match (&self.upsample, skips.last()) {
             (Some(upsample), Some(skip)) => {
                 let [_, h, w, _] = skip.dims("unet", "skip")?;
-                upsample.forward(&x, [h, w])
+                upsample.forward_redilated(&x, [h, w], call.redilation(self.sampler))
             }
             _ => Ok(x),
         }
+    }
+}
+
+impl UpBlock {
+    /// How the backbone `x` and its skip connection are weighted.
+    fn freeu(&self, x: &Tensor, call: Call) -> Result<Option<FreeU>> {
+        let [_, _, _, channels] = x.dims("unet", "x")?;
+        let times = [4, 2].iter().position(|times| channels == times * self.width);
+        Ok(call.options.freeu.zip(times).map(|(freeu, at)| freeu[at]))
     }
 }
 

@@ -143,7 +143,7 @@ impl TimeEmbedding {
                 let (linear_1, inputs) = (added.at("linear_1"), config.input_dim());
                 let weight = linear_1.matrix("weight", t, inputs)?.reshape(&[t, 1, 1, inputs])?;
                 Some(AddEmbedding {
-                    linear_1: Conv2d { weight, bias: linear_1.tensor("bias", &[t])? },
+                    linear_1: Conv2d::new(weight, linear_1.tensor("bias", &[t])?),
                     linear_2: Linear::load(&added.at("linear_2"), t, t)?,
                 })
             }

@@ -4,14 +4,16 @@
 mod blocks;
 mod conditioning;
 mod config;
+mod convolutions;
 
 pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
 pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
+pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
 
-use super::layers::{Conv2d, GroupNorm};
+use super::layers::{Conv2d, GroupNorm, Redilation};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, Source, StepIndex};
+use crate::ops::{self, FreeU, Source, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
 use conditioning::TimeEmbedding;
@@ -37,6 +39,12 @@ pub struct UnetOptions {
     /// height and width: the tokens of a box of half its sides attend to those of a box of its own sides around them, moved inside
     /// the map. Neighbourhood patch attention of ScaleDiff (2025, arXiv:2510.25818). Not beside `windowed_level`.
     pub neighbourhood: Option<[usize; 2]>,
+    /// Convolutions at another dilation than they were trained with: ScaleCrafter (He et al. 2023, arXiv:2310.07702). Of the
+    /// mid block's they go before `mid_dilation`.
+    pub redilations: Redilations,
+    /// What the up blocks' ResNets read is weighted where the backbone has four and two times the channels of the finest level:
+    /// FreeU (Si et al. 2023, arXiv:2309.11497), in that order.
+    pub freeu: Option<[FreeU; 2]>,
 }
 
 /// What a call is given beside its sample and its conditioning; `&UnetOptions` is enough where that is all.
@@ -62,6 +70,8 @@ impl Default for UnetOptions {
             pooled_level: None,
             windowed_level: None,
             neighbourhood: None,
+            redilations: Redilations::default(),
+            freeu: None,
         }
     }
 }
@@ -72,7 +82,15 @@ impl UnetOptions {
     /// # Errors
     /// [`Error::Argument`]: an option, and what it could be.
     pub fn check(&self, config: &UnetConfig) -> Result<()> {
-        let UnetOptions { mid_dilation, wide_downsampler, pooled_level, windowed_level, neighbourhood } = self;
+        let UnetOptions {
+            mid_dilation,
+            wide_downsampler,
+            pooled_level,
+            windowed_level,
+            neighbourhood,
+            redilations,
+            freeu: _,
+        } = self;
         if *mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
         }
@@ -93,7 +111,23 @@ impl UnetOptions {
         };
         below("wide_downsampler", wide_downsampler, levels - 1)?;
         below("pooled_level", pooled_level, levels)?;
-        below("windowed_level", windowed_level, levels)
+        below("windowed_level", windowed_level, levels)?;
+        let places = config.convolutions();
+        for (place, redilation) in redilations.iter() {
+            if !places.contains(&place) {
+                return Err(Error::argument("unet", "redilations", place, "a convolution of the network's blocks"));
+            }
+            let is_downsampler = matches!(place.block, UnetBlock::Down(_)) && place.role == ConvRole::Sampler;
+            if is_downsampler && config.downsample_padding == 0 {
+                let want = "no downsampler: those of this network (downsample_padding 0) are padded at one side alone";
+                return Err(Error::argument("unet", "redilations", place, want));
+            }
+            if !(redilation.factor > 0.0 && redilation.factor <= Redilation::MOST) {
+                let want = format!("above 0, at most {}", Redilation::MOST);
+                return Err(Error::argument("unet", "redilations", format!("{place} {}", redilation.factor), want));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -138,12 +172,12 @@ impl Unet {
         let mut input = first;
         for (i, block) in config.down_blocks.iter().enumerate() {
             let last = i + 1 == config.down_blocks.len();
-            loader.level = Some(i);
+            (loader.level, loader.block) = (Some(i), UnetBlock::Down(i));
             down_blocks.push(loader.down_block(&w.at(format!("down_blocks.{i}")), input, block, last)?);
             skips.extend(vec![block.channels; block.resnets + usize::from(!last)]);
             input = block.channels;
         }
-        loader.level = None;
+        (loader.level, loader.block) = (None, UnetBlock::Mid);
         let mid_block = match &config.mid_block {
             None => None,
             Some(mid) => Some(loader.mid_block(&w.at("mid_block"), deepest, mid)?),
@@ -151,7 +185,7 @@ impl Unet {
         let mut up_blocks = Vec::new();
         for (i, block) in config.up_blocks.iter().enumerate() {
             let last = i + 1 == config.up_blocks.len();
-            loader.level = Some(config.up_blocks.len() - 1 - i);
+            (loader.level, loader.block) = (Some(config.up_blocks.len() - 1 - i), UnetBlock::Up(i));
             let mut read = skips.split_off(skips.len() - block.resnets);
             read.reverse();
             up_blocks.push(loader.up_block(&w.at(format!("up_blocks.{i}")), input, &read, block, last)?);

@@ -392,6 +392,26 @@ pub fn avg_pool(device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
     unsafe { device.launch("resize", &entry, launch, args![y.cuda(), x.cuda(), h, w, c as i32, i32::from(vector)]) }
 }
 
+pub fn bilinear(device: &CudaDevice, x: &Tensor, y: &mut Tensor) -> Result<()> {
+    const OP: &str = "resize_bilinear";
+    let ([_, h, w, c], [n, to_h, to_w, _]) = (x.dims(OP, "x")?, y.dims(OP, "y")?);
+    let [h, w, height] = [h, w, to_h].map(|size| int(OP, "size", size));
+    let row = int(OP, "width * channels", to_w * c)? as usize;
+    let vector = c.is_multiple_of(VECTOR) && aligned(x) && aligned(y);
+    let threads = if vector { row / VECTOR } else { row };
+    let launch = Launch::grid([n * to_h, threads.div_ceil(THREADS), 1]).block(THREADS);
+    let (entry, h, w, height) = (entry(OP, y.dtype()), h?, w?, height?);
+    // SAFETY: arguments as the entry has them; y has x's images and channels.
+    unsafe {
+        device.launch(
+            "resize",
+            &entry,
+            launch,
+            args![y.cuda(), x.cuda(), h, w, height, to_w as i32, c as i32, i32::from(vector)],
+        )
+    }
+}
+
 impl Finish<'_> {
     fn noise(&self) -> (DevicePtr, f32, f32) {
         match self.noise {
