@@ -25,7 +25,7 @@ use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_o
 use super::observer::check_finite;
 use super::stages::last_steps_again;
 use super::views::{DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, groups, window_starts};
-use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, base_size, check_size};
+use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, StageParts, base_size, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, PatchLayout, Patches, StepCoefficients, StepRow, StepTable, Upsampler};
@@ -184,7 +184,7 @@ impl PixelRush {
             ops::scale_cast(&output.rows(last - rows..last)?, 1.0, 0.0, DType::F32, 1)
         };
         let stages = run.stages().len();
-        sampling.begin(Event::StageBegins { stage, stages, size, steps: 1 })?;
+        sampling.begin(Event::StageBegins { stage, stages, size, parts: StageParts::NONE, steps: 1 })?;
         // Of each picture the groups of its patches.
         let mut clean = vec![Vec::new(); images];
         for group in groups(origins.len(), self.view_batch) {
