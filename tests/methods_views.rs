@@ -565,8 +565,11 @@ fn requests_that_cannot_be_met_name_the_field() {
     };
     let windows = MultiDiffusion { window: Some(8), ..MultiDiffusion::default() };
     let phases = DemoFusion::default();
-    let with =
-        |method: Method, size: &str, sampler, eta| Request { scheduler: Some(sampler), eta: Some(eta), ..request(method, size) };
+    let with = |method: Method, size: &str, sampler, eta| Request {
+        scheduler: Some(sampler),
+        eta: Some(eta),
+        ..request(method, size)
+    };
     for method in [Method::from(windows.clone()), phases.clone().into()] {
         let (ddim, ddpm, heun) = (Sampler::Ddim, Sampler::Ddpm, Sampler::Heun);
         refused(with(method.clone(), "64x64", ddpm, 0.0), "scheduler", "expected ddim or euler");

@@ -246,7 +246,7 @@ fn requests_that_cannot_be_met_name_the_field() {
     refused(Request { size: Some("16x16".parse().unwrap()), ..small() }, "size");
     refused(Request { method: Plain {}.into(), ..small() }, "stages");
     refused(Request { stages: Vec::new(), size: Some("17x16".parse().unwrap()), ..small() }, "size");
-    refused(Request { eta: 2.0, ..small() }, "eta");
+    refused(Request { eta: Some(2.0), ..small() }, "eta");
     refused(Request { stages: Vec::new(), steps: Some(2000), ..small() }, "steps");
     refused(Request { stages: Vec::new(), steps: Some(0), ..small() }, "steps");
 }

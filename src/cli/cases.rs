@@ -3,7 +3,7 @@
 
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
-    self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear,
+    self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, FreeU, GroupNorm, Guidance, LayerNorm, Linear,
     RelayNoise, Repaint, RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant, WindowShift, Windows,
 };
 use megafuse::{DType, Device, Result, Tensor};
@@ -430,6 +430,19 @@ fn resizes(cases: &mut Vec<Case>) {
     }
     cases.push(case("resize_nearest", "[2,13,17,3] to [29,34]", 0.0, |inputs| {
         Ok(vec![ops::resize_nearest(&inputs.uniform(&SHAPE, 1.0)?, [29, 34])?])
+    }));
+    // Means of means of two values up to 1.
+    cases.push(case("resize_bilinear", "[2,13,17,3] to [16,11]", 4.0, |inputs| {
+        Ok(vec![ops::resize_bilinear(&inputs.uniform(&SHAPE, 1.0)?, [16, 11])?])
+    }));
+    // Sums of nine products, of which R has rows of up to 2.
+    cases.push(case("disperse", "[5,3,3,24]", 16.0, |inputs| {
+        Ok(vec![ops::disperse(&inputs.uniform(&[5, 3, 3, 24], 1.0)?)?])
+    }));
+    // A value up to 1 and four waves of as much, whose phases err by an ulp of a number up to 2, times pi.
+    cases.push(case("freeu", "[2,13,17,16] and [2,13,17,24]", 48.0, |inputs| {
+        let [backbone, skip] = [16, 24].map(|c| inputs.uniform(&[2, 13, 17, c], 1.0));
+        Ok(vec![ops::freeu(&backbone?, &skip?, FreeU { backbone: 1.1, skip: 0.6 })?])
     }));
     // Sums of four values up to 1, in one order, and a quotient.
     cases.push(case("avg_pool", "[2,13,17,3]", 4.0, |inputs| Ok(vec![ops::avg_pool(&inputs.uniform(&SHAPE, 1.0)?)?])));

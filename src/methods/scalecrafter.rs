@@ -132,7 +132,7 @@ const OPTIONS: &[OptionSpec] = &[
 ];
 
 /// FreeU's factors, or none.
-pub(super) const FREEU: OptionSpec = OptionSpec {
+const FREEU: OptionSpec = OptionSpec {
     name: "freeu",
     heading: HEADING,
     value_name: "B1,B2,S1,S2",
@@ -151,7 +151,10 @@ impl From<ScaleCrafter> for Method {
 /// Names of groups or convolutions with their factors.
 fn factors(text: &str) -> std::result::Result<Vec<(&str, f64)>, String> {
     let expected = || {
-        format!("expected NAME=FACTOR,..., a group (D2, M, U0) or a convolution and a factor from 1 to {}", Redilation::MOST)
+        format!(
+            "expected NAME=FACTOR,..., a group (D2, M, U0) or a convolution and a factor from 1 to {}",
+            Redilation::MOST
+        )
     };
     let entry = |entry: &'_ str| -> Option<f64> {
         let factor = entry.trim().parse::<f64>().ok()?;
@@ -174,7 +177,7 @@ fn names(text: &str) -> std::result::Result<Vec<&str>, String> {
 }
 
 /// Of four and of two times the channels of the finest level.
-pub(super) fn freeu_of(text: &str) -> std::result::Result<Option<[FreeU; 2]>, String> {
+fn freeu_of(text: &str) -> std::result::Result<Option<[FreeU; 2]>, String> {
     if text == "none" {
         return Ok(None);
     }
@@ -227,8 +230,7 @@ impl Map {
         const SD_2X_4: &str = "D2=3,down_blocks.2.downsamplers.0.conv=4,D3=4,M=4,U0=4,U1=4,U2=3,U3=2";
         const SD_2X_WEAK: &str = "D2=3,down_blocks.2.downsamplers.0.conv=4,D3=4,M=4,U0=4,U1=4,U2=3";
         let plain = |redilate, tau| Published { redilate, tau, damped: "", damped_tau: 0, progressive: false };
-        let damped =
-            |redilate, tau, damped| Published { redilate, tau, damped, damped_tau: tau, progressive: true };
+        let damped = |redilate, tau, damped| Published { redilate, tau, damped, damped_tau: tau, progressive: true };
         Some(match (self, times) {
             (Map::Sd1, [2.0, 2.0]) => plain(SD_2, 30),
             (Map::Sd1, [2.5, 2.5]) => plain(SD_2_5, 35),
@@ -415,10 +417,6 @@ impl ScaleCrafter {
 
 /// # Errors
 /// [`Error::Request`]: what was given is none.
-pub(super) fn freeu(given: Option<&str>, unet: &UnetConfig) -> Result<Option<[FreeU; 2]>> {
-    freeu_for(given, Map::of(unet))
-}
-
 fn freeu_for(given: Option<&str>, map: Option<Map>) -> Result<Option<[FreeU; 2]>> {
     let text = given.unwrap_or(map.map_or("none", Map::freeu));
     freeu_of(text).map_err(|reason| Error::Request { field: "freeu", value: text.into(), reason })
@@ -437,7 +435,8 @@ fn published(map: Option<Map>, run: &Run) -> Result<Published> {
     let Some(native) = run.native() else {
         return Err(refuse(format!("the model's configuration has no sample_size to compare {size} with; {give}")));
     };
-    let [w, h] = [(size.width, native.width), (size.height, native.height)].map(|(own, native)| own as f64 / native as f64);
+    let [w, h] =
+        [(size.width, native.width), (size.height, native.height)].map(|(own, native)| own as f64 / native as f64);
     map.published([w.max(h), w.min(h)]).ok_or_else(|| {
         refuse(format!(
             "the published factors are for 2, 2.5, 4x2 and 4 times the trained {native}, and {size} is none of them; {give}"
@@ -474,7 +473,11 @@ impl GenerationMethod for ScaleCrafter {
             return refuse("disperse_steps", steps.to_string(), "has no effect without request.disperse");
         }
         if let Some(list) = self.damped.as_ref().filter(|_| run.guidance().is_none()) {
-            return refuse("damped", list.clone(), "has no effect with a request.guidance up to 1: there is no guidance");
+            return refuse(
+                "damped",
+                list.clone(),
+                "has no effect with a request.guidance up to 1: there is no guidance",
+            );
         }
         if let Some(text) = &self.freeu {
             freeu_for(Some(text), None)?;

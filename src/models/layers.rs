@@ -153,7 +153,9 @@ impl Conv2d {
         let y = match (args.resize_to, x) {
             // Nothing but the convolution's result is resized.
             _ if seen == size => ops::conv2d(ops::Conv2d { x, norm: None, residual: None, ..args })?,
-            (Some(_), Source::Two(x, _)) => return Err(Error::shape("conv2d", "x", x, "one source: it is resized twice")),
+            (Some(_), Source::Two(x, _)) => {
+                return Err(Error::shape("conv2d", "x", x, "one source: it is resized twice"));
+            }
             (Some(size), Source::One(x)) => {
                 let x = ops::resize_bilinear(&ops::resize_nearest(x, size)?, seen)?;
                 drop(normed);

@@ -167,7 +167,25 @@ pub fn sdxl(l: usize) -> Vec<Case> {
     cases.extend(hidiffusion(2 * half));
     // ScaleDiff's, of the same maps.
     cases.push(neighbourhood_attention(2, [l; 2], [half; 2], 10, 64));
+    cases.extend(scalecrafter(2 * half));
     cases
+}
+
+/// What ScaleCrafter asks of SDXL's UNet beside its own ops, where its deepest maps are `l / 2` on a side: a re-dilated convolution
+/// of a whole factor and the two resizes of a broken one, 5x5 kernels, and what FreeU makes of the skip connections.
+fn scalecrafter(l: usize) -> Vec<Case> {
+    let half = l / 2;
+    let redilated =
+        |name, dilation| Conv { name, shape: [2, half, half, 1280], outputs: 1280, dilation, ..Conv::default() };
+    vec![
+        conv(redilated(format!("re-dilated 2 {half}"), 2)),
+        conv(redilated(format!("re-dilated 4 {half}"), 4)),
+        resize_bilinear([2, half, half, 1280], [half * 6 / 5; 2]),
+        resize_bilinear([2, half * 6 / 5, half * 6 / 5, 1280], [half; 2]),
+        disperse(1280, 1280),
+        freeu([2, half, half], 1280, 1280),
+        freeu([2, l, l], 640, 640),
+    ]
 }
 
 /// What HiDiffusion asks of SDXL's UNet beside its own ops, on maps of `l` x `l` with 10 heads: 128 for 2048x2048 pixels. The same
@@ -266,6 +284,9 @@ pub fn small() -> Vec<Case> {
         windowed_attention(1, [16, 16], 1, 64),
         neighbourhood_attention(1, [11, 16], [8, 8], 1, 64),
         avg_pool([1, 5, 8, 16]),
+        resize_bilinear([1, 5, 8, 16], [6, 7]),
+        disperse(4, 8),
+        freeu([1, 5, 8], 16, 8),
     ];
     cases.extend(relay(2));
     cases
@@ -532,6 +553,30 @@ fn neighbourhood_attention(n: usize, map: [usize; 2], keys: [usize; 2], heads: u
         let windows = Some(Windows { map, window, keys: Some(keys), shift: None });
         let options = AttentionOptions { windows, ..AttentionOptions::default() };
         Ok(Box::new(move || super::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)))
+    })
+}
+
+fn resize_bilinear(shape: [usize; 4], size: [usize; 2]) -> Case {
+    let values = json!({ "dims": shape, "size": size });
+    case("resize_bilinear", format!("{shape:?} to {size:?}"), values, move |inputs| {
+        let x = inputs.tensor(&shape)?;
+        Ok(Box::new(move || super::resize_bilinear(&x, size)))
+    })
+}
+
+fn disperse(outputs: usize, channels: usize) -> Case {
+    let shape = [outputs, 3, 3, channels];
+    case("disperse", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let weight = inputs.tensor(&shape)?;
+        Ok(Box::new(move || super::disperse(&weight)))
+    })
+}
+
+fn freeu([n, h, w]: [usize; 3], backbone: usize, skip: usize) -> Case {
+    let values = json!({ "dims": [n, h, w], "channels": [backbone, skip] });
+    case("freeu", format!("[{n}, {h}, {w}] {backbone} + {skip}"), values, move |inputs| {
+        let (b, s) = (inputs.tensor(&[n, h, w, backbone])?, inputs.tensor(&[n, h, w, skip])?);
+        Ok(Box::new(move || super::freeu(&b, &s, super::FreeU { backbone: 1.1, skip: 0.6 })))
     })
 }
 

@@ -77,7 +77,8 @@ fn solved() -> [[f64; SMALL]; LARGE] {
     for at in 0..9 {
         let mut x = [0.0; 9];
         x[at] = 1.0;
-        let (small, same): (Vec<_>, Vec<_>) = (0..9).map(|pixel| (taps(&x, 3, pixel, 3), taps(&x, 3, pixel, 5))).unzip();
+        let (small, same): (Vec<_>, Vec<_>) =
+            (0..9).map(|pixel| (taps(&x, 3, pixel, 3), taps(&x, 3, pixel, 5))).unzip();
         let enlarged = enlarged(&x);
         for pixel in 0..25 {
             // Of each tap of the small kernel: its map, enlarged, at this pixel.

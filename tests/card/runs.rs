@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain};
-use megafuse::models::{Unet, UnetConfig, UnetOptions, WeightStore};
-use megafuse::ops::{self, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
+use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain, ScaleCrafter};
+use megafuse::models::{ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetConfig, UnetOptions, WeightStore};
+use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent, StepCache};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{CudaDevice, CudaOptions, MetaDevice};
@@ -203,6 +203,54 @@ fn stored_caches() -> [(&'static str, &'static str, Request); 2] {
     [("cache-ucache", "sd15", of("ucache", "threshold=1.5")), ("cache-spectrum", "sd15", of("spectrum", ""))]
 }
 
+/// Two of ScaleCrafter: broken factors on maps of odd sides; damped guidance whose factors shrink.
+fn stored_scalecrafter() -> [(&'static str, &'static str, Request); 2] {
+    let of = |size: &str, options: ScaleCrafter, steps| Request {
+        prompt: "a photo of a cat".into(),
+        method: options.into(),
+        size: Some(size.parse().unwrap()),
+        steps: Some(steps),
+        guidance: 2.0,
+        seed: 81,
+        ..Request::default()
+    };
+    let redilate = Some("M=2.5,D1=1.5,U0=2.25,up_blocks.0.resnets.1.conv1=1".into());
+    let broken = ScaleCrafter { redilate, redilate_steps: Some(1), ..ScaleCrafter::default() };
+    let damped = ScaleCrafter {
+        redilate: Some("D2=4,M=4,U0=4,U1=3".into()),
+        damped: Some("M=3,U0=2".into()),
+        damped_steps: Some(2),
+        progressive: Some(true),
+        ..ScaleCrafter::default()
+    };
+    let damped = Request { eta: Some(0.5), ..of("24x20", damped, 3) };
+    [("sc-sdxl-broken", "sdxl", of("22x26", broken, 2)), ("sc-sdxl-damped", "sdxl", damped)]
+}
+
+/// A recorded step with 5x5 kernels, which the step before it has made: launched and replayed, bit for bit.
+#[test]
+fn dispersed_kernels_are_there_before_a_step_is_recorded() {
+    cards(); // the driver is chosen
+    let options = ScaleCrafter {
+        redilate: Some("D1=3,M=2".into()),
+        disperse: Some("D1,M".into()),
+        damped: Some("M=2".into()),
+        ..ScaleCrafter::default()
+    };
+    let request = Request {
+        method: options.into(),
+        size: Some("16x12".parse().unwrap()),
+        steps: Some(4),
+        guidance: 2.0,
+        ..Request::default()
+    };
+    let [launched, replayed] = [true, false].map(|eager| {
+        let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
+        run("sdxl-turbo", &Device::Cuda(device), DType::BF16, &request)
+    });
+    assert_eq!(launched.0, replayed.0);
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
@@ -211,7 +259,8 @@ fn f32_runs_are_those_of_the_published_libraries() {
             .chain([stored_sdxl(), stored_pixelrush()])
             .chain(stored_views())
             .chain(stored_hidiffusion())
-            .chain(stored_caches());
+            .chain(stored_caches())
+            .chain(stored_scalecrafter());
         for (name, model, request) in all {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
@@ -333,7 +382,19 @@ fn a_recorded_step_is_what_the_planner_counts() {
             windowed_level: Some(0),
             ..UnetOptions::default()
         };
-        for (options, height) in [(UnetOptions::default(), 16), (hi, 15)] {
+        // The convolution of the down- and of the upsampler, and the first one of the mid block's.
+        let redilated = |place: &ConvPlace| {
+            let first = (place.block, place.role) == (UnetBlock::Mid, ConvRole::Conv1(0));
+            first || place.role == ConvRole::Sampler
+        };
+        let places = config.convolutions().into_iter().filter(redilated);
+        let freeu = FreeU { backbone: 1.2, skip: 0.4 };
+        let scale = UnetOptions {
+            redilations: places.map(|place| (place, Redilation::by(1.5))).collect(),
+            freeu: Some([freeu; 2]),
+            ..UnetOptions::default()
+        };
+        for (options, height) in [(UnetOptions::default(), 16), (hi, 15), (scale, 15)] {
             let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
                 let store = match device {
                     Device::Meta(_) => WeightStore::meta(device, DType::BF16),

@@ -337,6 +337,64 @@ fn nearest_takes_the_floor_index() {
     }
 }
 
+/// Where the output lies between two inputs, in f64; channels of whole vectors and of others, up, down, both, one pixel.
+#[test]
+fn resize_bilinear_matches_f64() {
+    let shapes = [
+        ([1, 1, 1, 1], [3, 2]),
+        ([2, 5, 4, 3], [7, 9]),
+        ([1, 13, 29, 8], [5, 29]),
+        ([2, 20, 20, 16], [24, 24]),
+        ([1, 24, 25, 24], [20, 21]),
+        ([1, 7, 130, 9], [11, 131]),
+        ([0, 4, 4, 8], [3, 5]),
+        ([1, 6, 5, 8], [1, 1]),
+    ];
+    for (device, dtype, (shape, size)) in floats().flat_map(|(d, dtype)| shapes.map(|s| (d.clone(), dtype, s))) {
+        let [n, h, w, c] = shape;
+        let x = Random::new(11).randn(&device, &shape, dtype);
+        let got = ops::resize_bilinear(&x, size).unwrap();
+        let x = f64s(&x);
+        let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
+        let taps = |i: usize, from: usize, to: usize| {
+            let at = ((i as f64 + 0.5) * from as f64 / to as f64 - 0.5).max(0.0);
+            let (first, k) = (at.floor() as usize, at - at.floor());
+            [(first, 1.0 - k), ((first + 1).min(from - 1), k)]
+        };
+        for (image, i, j) in crate::common::product3(n, size[0], size[1]) {
+            for channel in 0..c {
+                let rows = taps(i, h, size[0]);
+                let columns = taps(j, w, size[1]);
+                let value = |(row, k): (usize, f64), (column, l): (usize, f64)| {
+                    k * l * x[((image * h + row) * w + column) * c + channel]
+                };
+                let terms: Vec<f64> = rows.iter().flat_map(|&row| columns.map(|column| value(row, column))).collect();
+                values.push(terms.iter().sum());
+                magnitudes.push(terms.iter().map(|term| term.abs()).sum());
+            }
+        }
+        let want = Expected { shape: vec![n, size[0], size[1], c], values, magnitudes };
+        assert_close(&got, &want, 8.0, format!("{device} {shape:?} to {size:?}"));
+    }
+}
+
+/// Which torch's `interpolate(mode="bilinear", align_corners=False)` is: larger it is PIL's, smaller it skips pixels.
+#[test]
+fn resize_bilinear_is_torchs() {
+    const SMALLER: [f64; 6] = [-0.76960784, -0.35392157, 0.061764706, 0.32254902, 0.15784314, -0.0068627451];
+    for device in devices() {
+        let x = image(&device, 3, 4, 1);
+        for (size, want) in [([5, 6], &BILINEAR_UP[..]), ([2, 3], &SMALLER)] {
+            let got = f64s(&ops::resize_bilinear(&x, size).unwrap());
+            assert_eq!(got.len(), want.len());
+            for (i, (got, want)) in got.iter().zip(want).enumerate() {
+                assert!((got - want).abs() < 5e-7, "{device} {size:?} element {i}: {got}, not {want}");
+            }
+        }
+        assert!(ops::resize_bilinear(&x, [3, 4]).unwrap().is_same(&x));
+    }
+}
+
 /// Means of what is there, in f64; channels of whole vectors and of others, one pixel, one row, odd and even sizes.
 #[test]
 fn avg_pool_matches_f64() {
@@ -454,6 +512,7 @@ fn meta_has_the_shapes_and_bytes_of_cpu() {
         assert!(run("resize_u8", ops::resize_u8(&x, [40, 33], upsampler).unwrap()) > 0);
     }
     assert_eq!(run("resize_nearest", ops::resize_nearest(&x, [40, 33]).unwrap()), 0);
+    assert_eq!(run("resize_bilinear", ops::resize_bilinear(&x, [40, 33]).unwrap()), 9 * 2 * 3 * 40 * 33);
     let y = ops::avg_pool(&Tensor::uninit(&device, &[2, 15, 24, 3], DType::BF16).unwrap()).unwrap();
     let work = meta.take_report().ops[0].work;
     assert_eq!((y.shape(), work.bytes), (&[2, 8, 12, 3][..], 2 * (2 * 3 * (15 * 24 + 8 * 12))));
@@ -469,6 +528,7 @@ fn errors_name_the_argument() {
             as fn(&Tensor, [usize; 2]) -> megafuse::Result<Tensor>,
         |x, size| ops::resize_u8(x, size, Upsampler::Bicubic),
         ops::resize_nearest,
+        ops::resize_bilinear,
     ] {
         assert!(matches!(f(&x, [0, 4]).unwrap_err(), Error::Argument { arg: "size", .. }));
         assert!(matches!(f(&x, [4, 0]).unwrap_err(), Error::Argument { arg: "size", .. }));

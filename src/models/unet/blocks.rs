@@ -5,7 +5,9 @@ use crate::models::layers::{
     Downsample, GroupNorm, LayerNorm, Linear, Redilation, ResnetBlock, ResnetConfig, Upsample,
 };
 use crate::models::weights::Weights;
-use crate::ops::{self, Activation, Attention, AttentionOptions, FreeU, Source, StepIndex, Upsampler, WindowShift, Windows};
+use crate::ops::{
+    self, Activation, Attention, AttentionOptions, FreeU, Source, StepIndex, Upsampler, WindowShift, Windows,
+};
 use crate::runtime::Tensor;
 
 /// Layers whose input is the same in every step of a run: they are applied by `condition`, and the blocks know the index
