@@ -25,6 +25,7 @@ mod recorded;
 mod run;
 mod sampling;
 mod scalecrafter;
+mod scalediff;
 mod size;
 mod stages;
 mod start;
@@ -52,6 +53,7 @@ pub use recorded::{RecordedSteps, StageInputs, StageSteps, StepKey};
 pub use run::{ModelFacts, PublishedSchedule, Run};
 pub use sampling::{Computed, Revise, Sampling, generate, generate_counted, images};
 pub use scalecrafter::{SCALECRAFTER, ScaleCrafter};
+pub use scalediff::{SCALEDIFF, ScaleDiff, structure_guidance};
 pub use size::{Size, Stage, StageParts};
 pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
 pub use start::{Known, Start, StartPicture};
@@ -72,6 +74,7 @@ pub static METHODS: &[&MethodSpec] = &[
     &DIFFUSEHIGH,
     &UPSAMPLE_GUIDANCE,
     &PIXELRUSH,
+    &SCALEDIFF,
 ];
 
 /// Where a relay clamps its picture to [-1, 1].

@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use megafuse::methods::{DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain, ScaleCrafter};
+use megafuse::methods::{
+    DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain, ScaleCrafter, ScaleDiff,
+};
 use megafuse::models::{ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent, StepCache};
@@ -251,12 +253,25 @@ fn dispersed_kernels_are_there_before_a_step_is_recorded() {
     assert_eq!(launched.0, replayed.0);
 }
 
+/// ScaleDiff on maps with short windows: the second of two steps in neighbourhoods is replayed with another strength.
+fn stored_scalediff() -> (&'static str, &'static str, Request) {
+    let request = Request {
+        prompt: "a photo of a cat".into(),
+        method: ScaleDiff { low_pass: 0.25, ..ScaleDiff::default() }.into(),
+        stages: ["16x16:3", "28x20:2"].map(|stage| stage.parse().unwrap()).to_vec(),
+        guidance: 2.0,
+        seed: 81,
+        ..Request::default()
+    };
+    ("scalediff-sdxl", "sdxl", request)
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
         let all = stored()
             .into_iter()
-            .chain([stored_sdxl(), stored_pixelrush()])
+            .chain([stored_sdxl(), stored_pixelrush(), stored_scalediff()])
             .chain(stored_views())
             .chain(stored_hidiffusion())
             .chain(stored_caches())

@@ -232,6 +232,11 @@ fn stages_with_parts() {
 }
 
 #[test]
+fn scalediff() {
+    check_all(|name| name.starts_with("scalediff"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();

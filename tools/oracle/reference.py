@@ -27,6 +27,7 @@ Further ones of other methods: see their files.
 import argparse
 import contextlib
 import copy
+import importlib
 import pathlib
 import sys
 
@@ -113,6 +114,9 @@ class Settings:
     disperse = None
     disperse_steps = None
     freeu = None
+    # ScaleDiff
+    restart_ratio = None
+    low_pass = 0.125
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -384,21 +388,17 @@ def relay(model, settings, tensors, draws, k, x0, scheduler, sampler, level):
 
 @torch.no_grad()
 def run(model, settings):
-    import compose
-    import demofusion
-    import diffusehigh
-    import multidiffusion
-    import pixelrush
-    import upsample_guidance
-    import scalecrafter
-
     tensors = {}
     model.u8_margin = 0.5  # how close a relay's 8-bit rounding came to falling the other way, in levels
-    methods = {"plain": plain, "multidiffusion": multidiffusion.run, "demofusion": demofusion.run,
-               "hidiffusion": hidiffused, "pixelrush": pixelrush.run, "diffusehigh": diffusehigh.run,
-               "upsample-guidance": upsample_guidance.run, "scalecrafter": scalecrafter.run}
-    composed = any(len(stage) > 2 for stage in settings.stages)
-    methods.get(settings.method, compose.run if composed else megafusion)(model, settings, tensors)
+    if any(len(stage) > 2 for stage in settings.stages):
+        method = importlib.import_module("compose").run
+    elif settings.method.startswith("megafusion"):
+        method = megafusion
+    elif settings.method in ("plain", "hidiffusion"):
+        method = {"plain": plain, "hidiffusion": hidiffused}[settings.method]
+    else:
+        method = importlib.import_module(settings.method.replace("-", "_")).run  # a file per method
+    method(model, settings, tensors)
     stored = lambda v: v if v.dtype == torch.int64 else v.float()
     return {k: stored(v).contiguous().clone() for k, v in tensors.items()}
 
@@ -450,7 +450,7 @@ def main():
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
     types = {"size": size, "stages": stages, "scheduler": str, "cache": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "sharpen": truth, "wavelet_steps": int, "t1": float, "t2": float,
              "eta": float, "redilate": str, "redilate_steps": int, "progressive": truth, "damped": str, "damped_steps": int,
-             "disperse": str, "disperse_steps": int, "freeu": str,
+             "disperse": str, "disperse_steps": int, "freeu": str, "restart_ratio": float,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
              "cosine": lambda text: tuple(float(n) for n in text.split(","))}

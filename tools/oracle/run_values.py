@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs() | scalediff_runs()
 
 
 def sdxl_runs():
@@ -365,6 +365,21 @@ def scalecrafter_runs():
         "sc-sd-euler": ("defaults", sd | {"size": (16, 20), "redilate": "U0=2.5,U2=2", "damped": "U2=3", "scheduler": "euler",
                                           "freeu": "none"}),
         "sc-sd-unguided": ("mixed", sd | {"size": (16, 20), "guidance": 1.0, "redilate": "M=2,D0=3", "freeu": "1.3,1.2,0.5,0.7"}),
+    }
+
+
+def scalediff_runs():
+    """Maps larger than a neighbourhood on each level and on none, short windows, three stages."""
+    run = {"method": "scalediff", "guidance": 2.0, "seed": 81, "low_pass": 0.25}
+    stages = lambda *sizes: tuple(((w, h), n) for w, h, n in sizes)
+    return {
+        "scalediff-sdxl": ("sdxl", run | {"stages": stages((16, 16, 3), (28, 20, 2))}),
+        "scalediff-sdxl-turbo": ("sdxl-turbo", run | {"stages": stages((8, 8, 4), (16, 16, 2), (28, 24, 1)),
+                                                      "scheduler": "euler", "negative": "blurry"}),
+        "scalediff-sd": ("sd15", run | {"stages": stages((16, 12, 5), (32, 24, 2)), "restart_ratio": 0.4,
+                                        "guidance": 1.0}),
+        "scalediff-sd21": ("sd21", run | {"stages": stages((20, 20, 3), (32, 36, 2)), "low_pass": 0.5}),
+        "scalediff-four-levels": ("four-levels", run | {"stages": stages((24, 24, 2), (32, 40, 1)), "eta": 0.5}),
     }
 
 
