@@ -395,6 +395,38 @@ fn usage() -> Vec<Case> {
         flags("generate cat --model MODEL --guidance nan", &["--guidance", "nan", "0 to 1000"]),
         flags("generate cat --model MODEL --scheduler dpm++", &["--scheduler", "dpm++", "euler-ancestral"]),
         flags("generate cat --model MODEL --method hires", &["--method", "hires", "megafusion++"]),
+        flags("generate cat --model MODEL --method diffusehigh --refine-guidance 1", &["--refine-guidance", "above 1"]),
+        flags("generate cat --model MODEL --method diffusehigh --wavelet-steps few", &["--wavelet-steps", "from 0"]),
+        flags("generate cat --model MODEL --method diffusehigh --sharpen maybe", &["--sharpen", "maybe", "true"]),
+        flags(
+            "generate cat --model MODEL --method diffusehigh --stages 16x16:2,24x24:3",
+            &["--stages 16x16:2,24x24:3", "the last of the first one's 2 steps"],
+        ),
+        flags(
+            "generate cat --model MODEL --method diffusehigh --scheduler heun --size 64x64",
+            &["--scheduler heun", "expected ddim or euler"],
+        ),
+        flags(
+            "generate cat --model MODEL --method diffusehigh --stages 16x16:2,25x24:1",
+            &["--stages 25x24", "multiples of 2"],
+        ),
+        flags(
+            "generate cat --model MODEL --method plain --refine-guidance 5",
+            &["--refine-guidance 5", "diffusehigh has it"],
+        ),
+        flags("generate cat --model MODEL --method upsample-guidance --up-scale 0", &["--up-scale", "from 1 to 64"]),
+        flags("generate cat --model MODEL --method upsample-guidance --up-scale 1.5", &["--up-scale", "whole number"]),
+        flags("generate cat --model MODEL --method upsample-guidance --up-theta 0", &["--up-theta", "above 0"]),
+        flags("generate cat --model MODEL --method upsample-guidance --up-share 2", &["--up-share", "from 0 to 1"]),
+        flags(
+            "generate cat --model MODEL --method upsample-guidance --size 64x66",
+            &["--up-scale 2", "32x33 latent cells", "multiples of 4"],
+        ),
+        flags(
+            "generate cat --model MODEL --method upsample-guidance --stages 16x16:1,32x32:1",
+            &["--stages 16x16:1,32x32:1", "one stage"],
+        ),
+        flags("generate cat --model MODEL --method plain --up-scale 2", &["--up-scale 2", "upsample-guidance has it"]),
         flags("generate cat --model MODEL --upsampler lanczos", &["--upsampler", "lanczos", "bicubic-torch"]),
         flags("generate cat --model MODEL --relay-clamp all", &["--relay-clamp", "all", "decode"]),
         flags(

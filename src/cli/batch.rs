@@ -113,6 +113,10 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
         let lora = |(lora, digest): (&Lora, String)| json!({"name": lora.name(), "weight": lora.weight.to_string(), "digest": digest});
         description["loras"] = files.loras().iter().zip(files.lora_digests()).map(lora).collect();
     }
+    if let (Some(resadapter), Some(digest)) = (files.resadapter(), files.resadapter_digest()) {
+        let weight = resadapter.weight.to_string();
+        description["resadapter"] = json!({"name": resadapter.name(), "weight": weight, "digest": digest});
+    }
     if !files.embeddings().is_empty() {
         let of = |file: &TextualInversion| json!({"word": file.word(), "digest": file.digest()});
         description["embeddings"] = files.embeddings().iter().map(of).collect();

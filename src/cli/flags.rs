@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 24] = [
+const FLAGS: [(&str, &str); 25] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -18,6 +18,7 @@ const FLAGS: [(&str, &str); 24] = [
     ("mask", "--mask"),
     ("method", "--method"),
     ("negative_prompt", "--negative"),
+    ("resadapter", "--resadapter"),
     ("scheduler", "--scheduler"),
     ("sigmas", "--sigmas"),
     ("size", "--size"),

@@ -284,6 +284,12 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         };
         recipe.files.push(("lora", format!("--lora {name}.safetensors:{weight}")));
     }
+    if let Some(resadapter) = json.get("resadapter") {
+        let (Some(name), Some(weight)) = (resadapter["name"].as_str(), resadapter["weight"].as_f64()) else {
+            return Err(wrong("resadapter", "a name and a weight"));
+        };
+        recipe.files.push(("resadapter", format!("--resadapter {name}:{weight}")));
+    }
     for word in list("embeddings")? {
         let word = word.as_str().ok_or_else(|| wrong("embeddings", "words"))?;
         recipe.files.push(("embedding", format!("--embedding FILE (of the word {word:?})")));
@@ -545,7 +551,8 @@ fn without_networks(prompt: &str) -> (String, Vec<String>) {
 }
 
 /// Keys that say what a run was made of: another value makes another picture.
-const COMPARED: [&str; 7] = ["model", "loras", "embeddings", "vae", "version", "init_image_digest", "mask_digest"];
+const COMPARED: [&str; 8] =
+    ["model", "loras", "resadapter", "embeddings", "vae", "version", "init_image_digest", "mask_digest"];
 
 /// One warning where the run that `parameters` describe is of other things than the picture's.
 ///

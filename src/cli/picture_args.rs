@@ -7,8 +7,8 @@ use clap::builder::PossibleValue;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
     CacheKind, Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec,
-    ModelSource, Request, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, StepCache, Syntax, TextOptions,
-    Tiling, UpscaleOptions, VaePartition, without_effect,
+    ModelSource, Request, ResAdapter, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, StepCache, Syntax,
+    TextOptions, Tiling, UpscaleOptions, VaePartition, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -561,6 +561,14 @@ pub struct AddedFiles {
     #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = values::library::<Lora>)]
     pub lora: Vec<Lora>,
 
+    /// A ResAdapter's folder, where wanted with its weight: DIR:0.5 (default weight: 1)
+    ///
+    /// Lets a model draw at sizes that it was not trained at, with any method: pytorch_lora_weights.safetensors is merged into
+    /// the weights, the norms of diffusion_pytorch_model.safetensors stand in place of the model's. The weight is the first
+    /// one's; its authors suggest 1 below the trained size and 0.3 to 0.7 above it.
+    #[arg(long, value_name = "DIR[:WEIGHT]", value_parser = values::library::<ResAdapter>)]
+    pub resadapter: Option<ResAdapter>,
+
     /// A file of textual inversion: its word in a prompt stands for its vectors
     ///
     /// May be given several times. Safetensors as stable-diffusion-webui (the word is the file's name) or diffusers (the word
@@ -576,7 +584,9 @@ pub struct AddedFiles {
 impl AddedFiles {
     /// `--model` with what is added to it.
     pub fn source(&self, model: Option<&Path>) -> ModelSource {
-        values::source(model).with(self.lora.clone(), self.embedding.clone(), self.vae.clone())
+        values::source(model)
+            .with(self.lora.clone(), self.embedding.clone(), self.vae.clone())
+            .with_resadapter(self.resadapter.clone())
     }
 }
 

@@ -82,6 +82,7 @@ pub fn source_name(source: &ModelSource) -> String {
         ModelSource::File(path) => path.display().to_string(),
         ModelSource::Embedded => "pocket (the model inside the program)".into(),
         ModelSource::Random(shapes) => format!("{}, random weights", random_name(shapes)),
+        ModelSource::Resized { model, resadapter } => format!("{} with ResAdapter {resadapter}", source_name(model)),
         ModelSource::Modified { model, loras, embeddings, vae } => {
             let loras = loras.iter().map(|lora| format!("LoRA {lora}"));
             let vae = vae.iter().map(|vae| format!("VAE {}", vae.display()));

@@ -23,9 +23,9 @@ use serde::{Deserialize, Serialize};
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
-use super::stages::last_steps_again;
+use super::stages::{doubled_sizes, last_steps_again};
 use super::views::{DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, groups, window_starts};
-use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, StageParts, base_size, check_size};
+use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, StageParts, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, PatchLayout, Patches, StepCoefficients, StepRow, StepTable, Upsampler};
@@ -64,9 +64,6 @@ const OPTIONS: &[OptionSpec] = &[
     VIEW_BATCH,
     UPSAMPLER,
 ];
-
-/// So much of a doubling is left to the last refinement.
-const BEYOND_A_DOUBLING: f64 = 0.1;
 
 /// The feather's standard deviation, in sides of a patch.
 const FEATHER: f64 = 0.3;
@@ -242,17 +239,10 @@ impl GenerationMethod for PixelRush {
 
     /// All steps at the native area, then one per doubling of the sides and one at the final size.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, native, factor, steps, .. } = geometry;
+        let &Geometry { size, factor, steps, .. } = geometry;
         check_size("size", size, factor)?;
-        let first = base_size(size, native, factor);
-        let scale = (size.area() as f64 / first.area() as f64).sqrt();
-        let refinements = (scale.log2() - BEYOND_A_DOUBLING).ceil().max(0.0) as usize;
-        let doubled = |times: usize| Size::new(first.width << times, first.height << times);
-        let of = |stage: usize| {
-            let size = if stage == refinements { size } else { doubled(stage) };
-            Stage::new(size, if stage == 0 { steps } else { 1 })
-        };
-        Ok((0..=refinements).map(of).collect())
+        let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { 1 });
+        Ok(doubled_sizes(geometry).into_iter().enumerate().map(stage).collect())
     }
 
     /// A refinement takes no step of the schedule; its one is counted as the last of them.

@@ -25,7 +25,8 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
-use super::{Event, Geometry, Method, ModelFacts, Prediction, Run, Sampling, Size, Stage, base_size, check_size};
+use super::stages::{doubled_sizes, last_steps_again};
+use super::{Event, Geometry, Method, ModelFacts, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, Upsampler};
@@ -54,9 +55,6 @@ pub struct ScaleDiff {
 /// Those of SDXL.
 const RESTART_RATIO: f64 = 0.4;
 const LOW_PASS: f64 = 0.125;
-
-/// More stages than any size asks for.
-const MOST_DOUBLINGS: usize = 8;
 
 const HEADING: &str = "ScaleDiff";
 
@@ -172,30 +170,24 @@ impl GenerationMethod for ScaleDiff {
 
     /// All steps at the native area in the final aspect ratio; then twice the sides until the final size is reached.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, native, factor, steps, .. } = geometry;
+        let &Geometry { size, factor, steps, .. } = geometry;
         check_size("size", size, factor)?;
-        let base = base_size(size, native, factor);
-        if size.area() <= base.area() {
-            return Ok(vec![Stage { size, steps }]);
+        let sizes = doubled_sizes(geometry);
+        if sizes.len() == 1 {
+            return Ok(vec![Stage::new(size, steps)]);
         }
         let Some(restarted) = self.restarted(steps) else {
             let reason = format!("leaves none of the {steps} steps for a stage after the first; expected more");
             let ratio = self.restart_ratio.unwrap_or(RESTART_RATIO);
             return Err(Error::Request { field: "restart_ratio", value: ratio.to_string(), reason });
         };
-        let mut stages = vec![Stage { size: base, steps }];
-        let doubled = |times: usize| Size::new(base.width << times, base.height << times);
-        let reached = |times: &usize| doubled(*times).width >= size.width && doubled(*times).height >= size.height;
-        let doublings = (1..MOST_DOUBLINGS).find(reached).unwrap_or(MOST_DOUBLINGS);
-        stages.extend((1..doublings).map(|times| Stage { size: doubled(times), steps: restarted }));
-        stages.push(Stage { size, steps: restarted });
-        Ok(stages)
+        let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { restarted });
+        Ok(sizes.into_iter().enumerate().map(stage).collect())
     }
 
     /// Each stage after the first makes the last of its steps again.
     fn ranges(&self, stages: &[Stage]) -> Vec<Range<usize>> {
-        let all = stages.first().map_or(0, |first| first.steps);
-        stages.iter().map(|stage| all.saturating_sub(stage.steps)..all).collect()
+        last_steps_again(stages)
     }
 
     fn check(&self, run: &Run) -> Result<()> {

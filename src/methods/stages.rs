@@ -85,6 +85,20 @@ pub(super) fn grown_sizes(geometry: &Geometry, growth: f64) -> Vec<Size> {
     }
 }
 
+/// So much of a doubling is left to the last stage.
+const BEYOND_A_DOUBLING: f64 = 0.1;
+
+/// The native area in the final aspect ratio, then twice the sides each time, up to the final size; that size alone where the
+/// native area is as large.
+pub(super) fn doubled_sizes(geometry: &Geometry) -> Vec<Size> {
+    let &Geometry { size, native, factor, .. } = geometry;
+    let base = base_size(size, native, factor);
+    let scale = (size.area() as f64 / base.area() as f64).sqrt();
+    let doublings = (scale.log2() - BEYOND_A_DOUBLING).ceil().max(0.0) as usize;
+    let at = |times: usize| Size::new(base.width << times, base.height << times);
+    (0..doublings).map(at).chain([size]).collect()
+}
+
 /// The first stage takes the whole schedule, each later one as many of its last steps as it has.
 pub(super) fn last_steps_again(stages: &[Stage]) -> Vec<Range<usize>> {
     let all = stages.first().map_or(0, |first| first.steps);

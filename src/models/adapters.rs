@@ -5,9 +5,11 @@
 //!   LoHa  Hyeon-Woo et al. 2021, arXiv:2108.06098: (a1 b1) * (a2 b2), element by element
 //!   LoKr  Yeh et al. 2023, arXiv:2309.14859: the Kronecker product of two factors, each whole or itself a product
 //!   DoRA  Liu et al. 2024, arXiv:2402.09353: W + scale delta, brought to stored norms of its rows or columns
+//! and ResAdapter, which also brings norms in place of the model's (adapters/resadapter.rs).
 //! Keys are those of kohya's scripts and LyCORIS, of old diffusers, and of PEFT.
 
 mod peft;
+mod resadapter;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -65,6 +67,8 @@ struct Dora {
 #[derive(Debug)]
 pub struct Adapters {
     files: Vec<AdapterFile>,
+    /// A ResAdapter's, whose LoRA is the last of the files.
+    norms: Option<resadapter::Norms>,
 }
 
 #[derive(Debug)]
@@ -144,6 +148,7 @@ impl Adapters {
     pub fn open(files: &[(PathBuf, f32)]) -> Result<Adapters> {
         Ok(Adapters {
             files: files.iter().map(|(path, weight)| AdapterFile::open(path, *weight)).collect::<Result<_>>()?,
+            norms: None,
         })
     }
 
@@ -180,16 +185,21 @@ impl Adapters {
                 all.push(Unused { file: file.file.path.clone(), keys });
             }
         }
+        all.extend(self.norms.as_ref().and_then(resadapter::Norms::left));
         Ok(all)
     }
 }
 
 impl WeightStore {
-    /// Adds the adapters' changes to this part's tensors; they are computed while a tensor is loaded.
+    /// Adds the adapters' changes to this part's tensors; they are computed while a tensor is loaded. A ResAdapter's norms come
+    /// first, so that an adapter that changes norms changes these.
     ///
     /// # Errors
     /// [`Error::Weight`]: an adapter's tensors do not have the shape of the weight they change, or one of them is missing.
     pub fn with_adapters(mut self, part: Part, adapters: &Adapters) -> Result<WeightStore> {
+        if part == Part::Unet {
+            adapters.replace_norms(&mut self)?;
+        }
         let names: Vec<String> = self.tensors().map(|(key, _)| key.to_string()).collect();
         let level = 1 + names
             .iter()

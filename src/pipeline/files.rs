@@ -28,6 +28,8 @@ pub enum ModelSource {
     /// Another one with adapters, which are applied in this order, files of textual inversion, whose words its prompts then
     /// know, and the weights of another VAE.
     Modified { model: Box<ModelSource>, loras: Vec<Lora>, embeddings: Vec<PathBuf>, vae: Option<PathBuf> },
+    /// Another one, `Modified` or not, with a ResAdapter.
+    Resized { model: Box<ModelSource>, resadapter: ResAdapter },
 }
 
 /// Whose shapes random weights have.
@@ -57,6 +59,65 @@ impl ModelSource {
             true => self,
             false => ModelSource::Modified { model: Box::new(self), loras, embeddings, vae },
         }
+    }
+
+    /// This model with a ResAdapter; itself without one.
+    pub fn with_resadapter(self, resadapter: Option<ResAdapter>) -> ModelSource {
+        match resadapter {
+            Some(resadapter) => ModelSource::Resized { model: Box::new(self), resadapter },
+            None => self,
+        }
+    }
+}
+
+/// A ResAdapter's folder ([`Adapters::with_resadapter`]) and how strongly its LoRA is applied; its norms stand in place of the
+/// model's whatever the weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ResAdapter {
+    pub path: PathBuf,
+    pub weight: f32,
+}
+
+impl ResAdapter {
+    /// The folder's name.
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
+    }
+}
+
+impl std::fmt::Display for ResAdapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{}:{}", self.path.display(), self.weight)
+    }
+}
+
+impl std::str::FromStr for ResAdapter {
+    type Err = Error;
+
+    /// `DIR` or `DIR:WEIGHT`.
+    fn from_str(text: &str) -> Result<ResAdapter> {
+        weighted(text, "DIR").map(|(path, weight)| ResAdapter { path, weight }).map_err(|reason| Error::Request {
+            field: "resadapter",
+            value: text.into(),
+            reason,
+        })
+    }
+}
+
+/// `PATH` or `PATH:WEIGHT`; `what` names the path in errors.
+fn weighted(text: &str, what: &str) -> std::result::Result<(PathBuf, f32), String> {
+    let (path, weight) = match text.rsplit_once(':') {
+        None => (text, 1.0),
+        Some((path, weight)) => match weight.parse::<f32>() {
+            Ok(number) if number.is_finite() => (path, number),
+            _ => return Err(format!("the weight {weight:?} is no number; expected {what} or {what}:WEIGHT (0.8)")),
+        },
+    };
+    match path.is_empty() {
+        true => {
+            Err(format!("names no {}; expected {what} or {what}:WEIGHT", if what == "DIR" { "folder" } else { "file" }))
+        }
+        false => Ok((path.into(), weight)),
     }
 }
 
@@ -91,18 +152,11 @@ impl std::str::FromStr for Lora {
 
     /// `FILE` or `FILE:WEIGHT`.
     fn from_str(text: &str) -> Result<Lora> {
-        let refuse = |reason: String| Err(Error::Request { field: "lora", value: text.into(), reason });
-        let (path, weight) = match text.rsplit_once(':') {
-            None => (text, 1.0),
-            Some((path, weight)) => match weight.parse::<f32>() {
-                Ok(number) if number.is_finite() => (path, number),
-                _ => return refuse(format!("the weight {weight:?} is no number; expected FILE or FILE:WEIGHT (0.8)")),
-            },
-        };
-        if path.is_empty() {
-            return refuse("names no file; expected FILE or FILE:WEIGHT".into());
-        }
-        Ok(Lora { path: path.into(), weight })
+        weighted(text, "FILE").map(|(path, weight)| Lora { path, weight }).map_err(|reason| Error::Request {
+            field: "lora",
+            value: text.into(),
+            reason,
+        })
     }
 }
 
@@ -111,6 +165,7 @@ pub struct ModelFiles {
     pub(super) place: Place,
     pub(super) family: &'static FamilySpec,
     loras: Vec<Lora>,
+    resadapter: Option<ResAdapter>,
     pub(super) adapters: Adapters,
     embeddings: Vec<TextualInversion>,
     /// Whose weights stand for those of the model's own VAE.
@@ -267,6 +322,12 @@ impl ModelFiles {
                 }
                 return Ok(files);
             }
+            ModelSource::Resized { model, resadapter } => {
+                let mut files = ModelFiles::open(model)?;
+                files.adapters = files.adapters.with_resadapter(&resadapter.path, resadapter.weight)?;
+                files.resadapter = Some(resadapter.clone());
+                return Ok(files);
+            }
             ModelSource::Embedded => Place::Embedded(embedded::files()?),
             ModelSource::File(path) => Place::File(SingleFile::open(&check_extension(path)?)?),
             ModelSource::Random(RandomShapes::Published(family)) => Place::Published(*family),
@@ -300,7 +361,7 @@ impl ModelFiles {
         let adapters = Adapters::open(&[])?;
         let random = matches!(source, ModelSource::Random(_));
         let (loras, embeddings) = (Vec::new(), Vec::new());
-        let files = ModelFiles { place, family, loras, adapters, embeddings, vae: None, random };
+        let files = ModelFiles { place, family, loras, resadapter: None, adapters, embeddings, vae: None, random };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
             let parts = files.family.parts.iter().filter(|part| part.weights.is_some()).map(|part| part.folder);
@@ -361,6 +422,19 @@ impl ModelFiles {
     /// The adapters, in the order in which they are applied.
     pub fn loras(&self) -> &[Lora] {
         &self.loras
+    }
+
+    pub fn resadapter(&self) -> Option<&ResAdapter> {
+        self.resadapter.as_ref()
+    }
+
+    /// The first 16 hexadecimal digits of BLAKE3 over a ResAdapter's files.
+    pub fn resadapter_digest(&self) -> Option<String> {
+        let mut hasher = blake3::Hasher::new();
+        for bytes in self.adapters.resadapter_bytes()? {
+            hasher.update_rayon(bytes).update(&(bytes.len() as u64).to_le_bytes());
+        }
+        Some(hasher.finalize().to_hex()[..16].to_string())
     }
 
     /// The files of textual inversion.

@@ -25,7 +25,7 @@ pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use crate::text::{LongPrompt, Syntax, TextualInversion};
-pub use files::{Lora, ModelFiles, ModelSource, RandomShapes, hub_name};
+pub use files::{Lora, ModelFiles, ModelSource, RandomShapes, ResAdapter, hub_name};
 pub use hub::{HubNeed, fetch_model};
 pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};
 pub use parameters::Parameters;

@@ -75,6 +75,11 @@ impl Parameters {
             let lora = |lora: &Lora| json!({"name": lora.name(), "weight": decimal(lora.weight)});
             json["loras"] = pipeline.loras().iter().map(lora).collect();
         }
+        if let Some(resadapter) = pipeline.resadapter() {
+            let (name, weight) = (resadapter.name(), resadapter.weight);
+            fields.push(("ResAdapter".into(), format!("{name}:{weight}")));
+            json["resadapter"] = json!({"name": name, "weight": decimal(weight)});
+        }
         if !pipeline.embeddings().is_empty() {
             fields.push(("Embeddings".into(), pipeline.embeddings().join(", ")));
             json["embeddings"] = pipeline.embeddings().into();

@@ -65,6 +65,9 @@ pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&P
             "writes the model's own parts: leave the other VAE and the embeddings out",
         ));
     }
+    if matches!(source, ModelSource::Resized { .. }) {
+        return Err(Error::config("quantize", "writes the model's own parts: leave the ResAdapter out"));
+    }
     if matches!(source, ModelSource::Random(_)) {
         return Err(Error::config("quantize", "random weights are nobody's: name a model that has some"));
     }

@@ -109,7 +109,7 @@ impl Request {
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
-            ModelSource::Modified { model, .. } => Request::suited_to(model),
+            ModelSource::Modified { model, .. } | ModelSource::Resized { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
                 let method = if defaults.is_distilled() { Plain {}.into() } else { MegaFusion::plus().into() };

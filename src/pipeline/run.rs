@@ -8,7 +8,7 @@ use super::parameters::Parameters;
 use super::plan::Planner;
 use super::start::OnDevice;
 use super::upscale::Upscaler;
-use super::{Lora, ModelFiles, ModelSource, Request, SizeIds, TextOptions, WeightReport};
+use super::{Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
@@ -39,6 +39,7 @@ pub struct Pipeline {
     family: Box<dyn Family>,
     scheduler: SchedulerConfig,
     loras: Vec<Lora>,
+    resadapter: Option<ResAdapter>,
     /// The words of textual inversion that prompts may hold.
     embeddings: Vec<String>,
     /// The name of the file whose weights stand for those of the model's own VAE.
@@ -102,6 +103,7 @@ impl Pipeline {
             family,
             scheduler,
             loras: files.loras().to_vec(),
+            resadapter: files.resadapter().cloned(),
             embeddings: files.embeddings().iter().map(|file| file.word().to_string()).collect(),
             vae: files.vae_file().map(stem),
             upscaler,
@@ -174,6 +176,10 @@ impl Pipeline {
     /// The adapters that are merged into the weights.
     pub fn loras(&self) -> &[Lora] {
         &self.loras
+    }
+
+    pub fn resadapter(&self) -> Option<&ResAdapter> {
+        self.resadapter.as_ref()
     }
 
     /// The name of the file whose weights stand for those of the model's own VAE.

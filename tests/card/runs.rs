@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use megafuse::methods::{
-    DemoFusion, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain, ScaleCrafter, ScaleDiff,
+    DemoFusion, DiffuseHigh, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain, ScaleCrafter, ScaleDiff,
+    UpsampleGuidance,
 };
 use megafuse::models::{ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
@@ -266,6 +267,31 @@ fn stored_scalediff() -> (&'static str, &'static str, Request) {
     ("scalediff-sdxl", "sdxl", request)
 }
 
+/// DiffuseHigh with a step that is held and two that are not; upsample guidance with squares of three cells, all steps corrected.
+fn stored_refined() -> [(&'static str, &'static str, Request); 2] {
+    let base = Request {
+        prompt: "a photo of a cat".into(),
+        scheduler: Some(Sampler::Euler),
+        guidance: 2.0,
+        ..Request::default()
+    };
+    let high = DiffuseHigh { refine_guidance: 3.0, ..DiffuseHigh::default() };
+    let stages = ["16x16:4", "24x24:3"].map(|stage| stage.parse().unwrap()).to_vec();
+    let up = UpsampleGuidance { up_scale: Some(3), up_theta: 0.7, up_share: 1.0 };
+    let up = Request {
+        method: up.into(),
+        size: Some("24x36".parse().unwrap()),
+        steps: Some(3),
+        negative_prompt: Some("blurry".into()),
+        seed: 91,
+        ..base.clone()
+    };
+    [
+        ("diffusehigh", "sd15", Request { method: high.into(), stages, seed: 81, ..base }),
+        ("upsample-guidance-euler", "sd15", up),
+    ]
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
@@ -275,7 +301,8 @@ fn f32_runs_are_those_of_the_published_libraries() {
             .chain(stored_views())
             .chain(stored_hidiffusion())
             .chain(stored_caches())
-            .chain(stored_scalecrafter());
+            .chain(stored_scalecrafter())
+            .chain(stored_refined());
         for (name, model, request) in all {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
@@ -320,9 +347,9 @@ fn replayed_steps_are_launched_steps_bit_for_bit() {
     cards(); // the driver is chosen
     let [odd, _] = stored_hidiffusion();
     let [reused, predicted] = stored_caches();
-    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted]) {
-        let dtypes =
-            if name == "hi-sdxl-odd" || request.cache.is_some() { &DType::FLOATS[..1] } else { &DType::FLOATS[..] };
+    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted]).chain(stored_refined()) {
+        let one = ["hi-sdxl-odd", "diffusehigh", "upsample-guidance-euler"].contains(&name) || request.cache.is_some();
+        let dtypes = if one { &DType::FLOATS[..1] } else { &DType::FLOATS[..] };
         for &dtype in dtypes {
             let [launched, replayed] = [true, false].map(|eager| {
                 let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
@@ -480,6 +507,12 @@ fn a_picture_does_not_depend_on_those_made_before() {
         let stages = ["8x8:3", "12x12:3"].map(|stage| stage.parse().unwrap()).to_vec();
         let base = Request { stages, prompt: "a cat".into(), guidance: 2.5, ..Request::default() };
         let plus = Request { method: MegaFusion::plus().into(), ..base.clone() };
+        // Steps with a second call and without one; other factors and timesteps in the same tables.
+        let guided = |up_theta, up_share| {
+            let method = UpsampleGuidance { up_scale: Some(2), up_theta, up_share };
+            let (size, steps) = (Some("12x16".parse().unwrap()), Some(3));
+            Request { method: method.into(), stages: Vec::new(), size, steps, ..base.clone() }
+        };
         let requests = [
             base.clone(),
             Request { seed: 5, prompt: "two dogs".into(), negative_prompt: Some("red".into()), ..base.clone() },
@@ -487,6 +520,8 @@ fn a_picture_does_not_depend_on_those_made_before() {
             Request { guidance: 6.0, ..base.clone() },
             Request { method: MegaFusion { dilation: 3, ..MegaFusion::plus() }.into(), ..base.clone() },
             Request { scheduler: Some(Sampler::EulerAncestral), ..plus },
+            guided(1.2, 1.0),
+            guided(0.4, 0.5),
             base,
         ];
         let used = load();

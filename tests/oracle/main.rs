@@ -6,6 +6,7 @@ mod files;
 mod modules;
 mod pictures_in;
 mod random;
+mod resadapter;
 mod resizing;
 mod runs;
 mod tokens;
