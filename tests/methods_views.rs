@@ -729,7 +729,7 @@ fn parts_that_make_no_sense_are_refused() {
     refused(&relay(none, "32x32:2,48x48:2+crops"), "view_batch", "at least 1");
     let ancestral = Request { scheduler: Some(Sampler::EulerAncestral), ..mega("32x32:2,48x48:2+crops") };
     refused(&ancestral, "scheduler", "expected ddim or euler");
-    refused(&Request { eta: 0.5, ..mega("32x32:2,48x48:2+demofusion") }, "eta", "draw no noise");
+    refused(&Request { eta: Some(0.5), ..mega("32x32:2,48x48:2+demofusion") }, "eta", "draw no noise");
     let choices = Choices::default().with("shifts2", &[1, 1], vec![0]);
     refused(&Request { choices, ..mega("32x32:2,48x48:2+crops") }, "choices", "no stage has +windows or +demofusion");
 
