@@ -100,8 +100,11 @@ pub fn pooled_power(abar: f64, m: usize) -> f64 {
 pub fn matched_timestep(table: &[f64], abar: f64, m: usize) -> usize {
     let log_snr = |abar: f64| (abar / (1.0 - abar)).ln();
     let wanted = log_snr(abar) + 2.0 * (m as f64).ln();
-    let distance = |&k: &usize| (log_snr(table[k]) - wanted).abs();
-    // Of a table that ends without signal the last entry is infinitely far from all others.
+    let distance = |&k: &usize| {
+        let own = log_snr(table[k]);
+        // Without signal both are infinite.
+        if own == wanted { 0.0 } else { (own - wanted).abs() }
+    };
     let nearest = (0..table.len()).min_by(|a, b| distance(a).total_cmp(&distance(b)));
     nearest.unwrap_or(0)
 }
