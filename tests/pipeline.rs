@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use half::f16;
-use megafuse::methods::{HiDiffusion, MegaFusion, Method, Plain, Stage};
+use megafuse::methods::{HiDiffusion, MegaFusion, Method, Plain, ScaleDiff, Stage};
 use megafuse::pipeline::{
     self, Event, LoadOptions, LongPrompt, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request,
     Residency, RngKind, Sampler, Silent, Syntax, TextOptions, VaePartition,
@@ -93,6 +93,27 @@ fn hidiffusions_pictures_depend_on_their_own_seeds_alone() {
     assert_eq!((&json["method"], &json["t1"], json.get("t2")), (&"hidiffusion".into(), &0.7.into(), None));
     let error = load("sd15", DType::F32).resolve(&of(off(true, true), 0)).unwrap_err().to_string();
     assert!(error.contains("this UNet has attention, none"), "{error}");
+}
+
+/// ScaleDiff on a map with short windows: what a batch shares is not in its pictures.
+#[test]
+fn scalediffs_pictures_depend_on_their_own_seeds_alone() {
+    let pipeline = load("sdxl", DType::F32);
+    let stages = ["16x16:2", "28x20:1"].map(|stage| stage.parse().unwrap()).to_vec();
+    let of = |seed| Request {
+        prompt: "a cat".into(),
+        method: ScaleDiff::default().into(),
+        stages: stages.clone(),
+        seed,
+        ..Request::default()
+    };
+    let three = pipeline.generate(&Request { count: 3, batch: 3, ..of(5) }, &mut Silent).unwrap();
+    for (seed, picture) in (5..).zip(&three) {
+        assert_eq!(pipeline.generate(&of(seed), &mut Silent).unwrap()[0], *picture, "seed {seed}");
+    }
+    let json = &three[0].parameters.json;
+    let told = (&json["method"], json["low_pass"].as_f64(), json.get("restart_ratio"));
+    assert_eq!(told, (&"scalediff".into(), Some(0.125), None));
 }
 
 #[test]
