@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use megafuse::methods::{
-    DemoFusion, DiffuseHigh, HiDiffusion, MegaFusion, MultiDiffusion, PixelRush, Plain, ScaleCrafter, ScaleDiff,
-    UpsampleGuidance,
+    DemoFusion, DiffuseHigh, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain, ScaleCrafter,
+    ScaleDiff, UpsampleGuidance,
 };
 use megafuse::models::{ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
@@ -292,6 +292,26 @@ fn stored_refined() -> [(&'static str, &'static str, Request); 2] {
     ]
 }
 
+/// Stages with parts: shifts that go on from stage to stage, a stage of views that a relay leaves.
+fn stored_parts() -> [(&'static str, &'static str, Request); 2] {
+    let of = |stages: [&str; 3], method: MegaFusion| Request {
+        prompt: "a photo of a cat".into(),
+        method: method.into(),
+        stages: stages.map(|stage| stage.parse().unwrap()).to_vec(),
+        guidance: 1.5,
+        seed: 81,
+        ..Request::default()
+    };
+    let parts = PartOptions { t1: Some(0.7), ..PartOptions::default() };
+    let sd = MegaFusion { dilation: 2, parts, ..MegaFusion::default() };
+    let sd = of(["8x8:1", "12x10:3+hidiffusion", "14x12:1+windows+dilation"], sd);
+    let parts = PartOptions { window: Some(8), stride: Some(4), view_batch: Some(3), ..PartOptions::default() };
+    let crops = MegaFusion { parts, ..MegaFusion::plus() };
+    let crops = of(["16x16:2", "24x20:2+crops", "32x24:1+crops+dilation"], crops);
+    let crops = Request { scheduler: Some(Sampler::Euler), ..crops };
+    [("compose-sd", "defaults", sd), ("compose-crops", "sd21", crops)]
+}
+
 #[test]
 fn f32_runs_are_those_of_the_published_libraries() {
     for device in cards() {
@@ -303,7 +323,7 @@ fn f32_runs_are_those_of_the_published_libraries() {
             .chain(stored_caches())
             .chain(stored_scalecrafter())
             .chain(stored_refined());
-        for (name, model, request) in all {
+        for (name, model, request) in all.chain(stored_parts()) {
             let got = run(model, &device, DType::F32, &request);
             let bytes = std::fs::read(data(&format!("runs/{name}.safetensors"))).unwrap();
             let want = SafeTensors::deserialize(&bytes).unwrap();
