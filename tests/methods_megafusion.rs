@@ -595,6 +595,15 @@ fn options_have_one_definition() {
     };
     let all = Method::from(MegaFusion { parts, gamma: Some(2.0), ..MegaFusion::plus() });
     assert_eq!(all.options().keys().collect::<Vec<_>>(), listed, "in the order of the struct's fields");
+    // Options of parts go with the method where they are its own or parts' as well, and not from a method's own to parts.
+    assert_eq!(all.replaced_by(&MEGAFUSION).unwrap().option("t1"), Some(&0.5.into()));
+    let shares = Method::named("hidiffusion").unwrap().with("t1", 0.5).unwrap();
+    assert_eq!(shares.replaced_by(&MEGAFUSION).unwrap(), Method::default());
+    let stages = ["64x64:2".parse().unwrap(), "96x96:2+raunet".parse().unwrap()];
+    assert!(
+        MEGAFUSION.reads("t1", &stages) && !MEGAFUSION.reads("t1", &stages[..1]) && !MEGAFUSION.reads("sigma", &stages)
+    );
+    assert!(shares.spec().reads("t1", &[]) && MEGAFUSION.reads("dilation", &[]));
     assert_eq!(plus, MegaFusion::plus().into());
     assert_eq!(plus.replaced_by(&MEGAFUSION).unwrap(), Method::default());
     assert_eq!(with_gamma.replaced_by(&MEGAFUSION).unwrap().option("gamma"), Some(&2.0.into()));

@@ -236,7 +236,10 @@ impl Grid {
         if wanted.size.is_some() {
             request.size = wanted.size;
         }
-        Ok(Request { method: args.run.options.of(wanted.method)?, ..by_method(&request, wanted.method)? })
+        Ok(Request {
+            method: args.run.options.of(wanted.method, args.run.stages())?,
+            ..by_method(&request, wanted.method)?
+        })
     }
 
     /// Of every column or row: what its axes say there, where they have more than one value.

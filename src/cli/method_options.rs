@@ -3,7 +3,7 @@
 use clap::builder::{BoolishValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use megafuse::Result;
-use megafuse::pipeline::{METHODS, Method, MethodSpec, OptionKind, Request};
+use megafuse::pipeline::{METHODS, Method, MethodSpec, OptionKind, Request, Stage};
 use serde_json::{Map, Value};
 
 use super::flags;
@@ -51,12 +51,12 @@ pub struct MethodOptions {
 }
 
 impl MethodOptions {
-    /// The method with those of the options that it has.
+    /// The method with those of the options that it reads in a run with these stages.
     ///
     /// # Errors
     /// [`megafuse::Error::Request`]: a value does not fit.
-    pub fn of(&self, spec: &'static MethodSpec) -> Result<Method> {
-        let known = self.given.iter().filter(|(name, _)| spec.option(name).is_some());
+    pub fn of(&self, spec: &'static MethodSpec, stages: &[Stage]) -> Result<Method> {
+        let known = self.given.iter().filter(|(name, _)| spec.reads(name, stages));
         Method::with_options(spec, known.map(|(name, value)| (name.clone(), value.clone())).collect())
     }
 }

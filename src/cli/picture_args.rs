@@ -7,8 +7,8 @@ use clap::builder::PossibleValue;
 use megafuse::models::WeightFormat;
 use megafuse::pipeline::{
     CacheKind, Choices, InitImage, InputPicture, LoadOptions, LongPrompt, Lora, METHODS, MemoryOptions, MethodSpec,
-    ModelSource, Request, ResAdapter, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, StepCache, Syntax,
-    TextOptions, Tiling, UpscaleOptions, VaePartition, without_effect,
+    ModelSource, Request, ResAdapter, Residency, RngKind, Sampler, SigmaSpacing, Size, SizeIds, Stage, StepCache,
+    Syntax, TextOptions, Tiling, UpscaleOptions, VaePartition, without_effect,
 };
 use megafuse::{DType, Device, Error, Result};
 
@@ -627,6 +627,11 @@ impl RunArgs {
         LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
     }
 
+    /// Those of `--stages`; none: they are planned.
+    pub fn stages(&self) -> &[Stage] {
+        self.stages.as_ref().map_or(&[], |stages| &stages.0)
+    }
+
     /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.
     ///
     /// # Errors
@@ -640,9 +645,9 @@ impl RunArgs {
                 long_prompt: self.long_prompt.unwrap_or_default(),
                 clip_skip: self.clip_skip,
             },
-            method: self.options.of(spec)?,
+            method: self.options.of(spec, self.stages())?,
             size: self.size,
-            stages: self.stages.as_ref().map(|stages| stages.0.clone()).unwrap_or_default(),
+            stages: self.stages().to_vec(),
             scheduler: self.scheduler,
             sigmas: self.sigmas,
             eta: self.eta,
@@ -685,8 +690,7 @@ impl RunArgs {
             let reason = format!("--method {} has one stage; choose {}", methods[0], relaying.join(" or "));
             return Err(conflict("--stages", stages, reason));
         }
-        let stages = self.stages.as_ref().map_or(&[][..], |stages| &stages.0);
-        let unused = |name: &&String| !methods.iter().any(|spec| spec.reads(name, stages));
+        let unused = |name: &&String| !methods.iter().any(|spec| spec.reads(name, self.stages()));
         match self.options.given.keys().find(unused) {
             Some(name) => Err(without_effect(name, &self.options.given[name], methods)),
             None => Ok(()),

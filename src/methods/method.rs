@@ -289,7 +289,9 @@ impl Method {
     /// # Errors
     /// [`Error::Request`]: a value that does not fit.
     pub fn replaced_by(&self, spec: &'static MethodSpec) -> Result<Method> {
-        let known = self.given.iter().filter(|(name, _)| spec.option(name).is_some());
+        // An option of its own is none of a stage's part.
+        let kept = |name: &str| spec.part_of(name).is_none() || self.spec.part_of(name).is_some();
+        let known = self.given.iter().filter(|(name, _)| spec.option(name).is_some() && kept(name));
         Method::with_options(spec, known.map(|(name, value)| (name.clone(), value.clone())).collect())
     }
 
