@@ -97,6 +97,11 @@ OTHERS = (
     # By default windows overlap by 7/8: 9 times as many at twice the side, and as long.
     ("MultiDiffusion, windows half overlapping", ("--method", "multidiffusion", "--stride", "16")),
     ("DemoFusion", ("--method", "demofusion")),
+    ("DiffuseHigh", ("--method", "diffusehigh")),
+    ("ScaleCrafter", ("--method", "scalecrafter")),
+    ("ScaleDiff", ("--method", "scalediff")),
+    ("Upsample Guidance", ("--method", "upsample-guidance")),
+    ("PixelRush", ("--method", "pixelrush")),
 )
 CACHES = ("ucache", "easycache", "spectrum")
 
