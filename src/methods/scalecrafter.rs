@@ -156,24 +156,21 @@ fn factors(text: &str) -> std::result::Result<Vec<(&str, f64)>, String> {
             Redilation::MOST
         )
     };
-    let entry = |entry: &'_ str| -> Option<f64> {
-        let factor = entry.trim().parse::<f64>().ok()?;
-        (1.0..=Redilation::MOST).contains(&factor).then_some(factor)
-    };
-    let split = |part| -> Option<(&str, f64)> {
-        let (name, factor): (&str, &str) = str::split_once(part, '=')?;
-        let name = name.trim();
-        (!name.is_empty()).then_some((name, entry(factor)?))
-    };
-    text.split(',').map(|part| split(part).ok_or_else(expected)).collect()
+    fn entry(part: &str) -> Option<(&str, f64)> {
+        let (name, factor) = part.split_once('=')?;
+        let (name, factor) = (name.trim(), factor.trim().parse().ok()?);
+        (!name.is_empty() && (1.0..=Redilation::MOST).contains(&factor)).then_some((name, factor))
+    }
+    text.split(',').map(|part| entry(part).ok_or_else(expected)).collect()
 }
 
 /// Names of groups or convolutions.
 fn names(text: &str) -> std::result::Result<Vec<&str>, String> {
-    let expected = || "expected NAME,..., groups (D2, M, U0) or convolutions".to_string();
-    let name = |part: &'_ str| -> bool { !part.is_empty() && !part.contains('=') };
     let parts: Vec<&str> = text.split(',').map(str::trim).collect();
-    if parts.iter().all(|part| name(part)) { Ok(parts) } else { Err(expected()) }
+    match parts.iter().all(|part| !part.is_empty() && !part.contains('=')) {
+        true => Ok(parts),
+        false => Err("expected NAME,..., groups (D2, M, U0) or convolutions".into()),
+    }
 }
 
 /// Of four and of two times the channels of the finest level.
