@@ -204,7 +204,7 @@ fn factors_shrink_with_the_steps() {
 
     let of_twenty = calls(&run_of("sdxl", "2048x2048", 20, ScaleCrafter::default(), GUIDED).unwrap());
     assert_eq!(of_twenty.iter().filter(|options| !said(options).is_empty()).count(), 12);
-    // From a picture: the 20 last steps of 50 begin at step 30, where nothing is re-dilated any more.
+    // From a picture: the last 25 of 50 steps begin at step 25 of the schedule, so 5 of them are re-dilated.
     let run = run_of("sdxl", "2048x2048", 50, ScaleCrafter::default(), GUIDED).unwrap();
     let begun = run.starting(Start::new(0.5, 50, false).unwrap()).unwrap();
     assert_eq!(calls(&begun).iter().filter(|options| !said(options).is_empty()).count(), 5);
