@@ -563,7 +563,7 @@ fn values_that_are_refused() {
         ("--reschedule", "True", "true, false"),
         ("--gamma", "0", "above 0"),
         ("--method", "magic", "megafusion++"),
-        ("--scheduler", "plms", "euler-ancestral"),
+        ("--scheduler", "dpm_fast", "euler-ancestral"),
         ("--upsampler", "lanczos", "bicubic-edge"),
         ("--relay-clamp", "yes", "decode"),
         ("--rng", "numpy", "torch-cuda"),

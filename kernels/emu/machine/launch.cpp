@@ -1,7 +1,9 @@
 // The kernel table, the configuration, launches over a pool of workers, and what they report.
 #include <atomic>
 #include <condition_variable>
+#include <pthread.h>
 #include <cstdarg>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 
@@ -291,9 +293,16 @@ struct Pool {
     }
 };
 
+static Pool* of_process;
+
+// A forked child has none of its parent's workers, and their condition variables may be in any state: it begins with none.
 static Pool& pool() {
-    static Pool* pool = new Pool;
-    return *pool;
+    static const bool made = [] {
+        of_process = new Pool;
+        return pthread_atfork(nullptr, nullptr, [] { of_process = new Pool; }) == 0;
+    }();
+    if (!made) std::abort();
+    return *of_process;
 }
 
 // A worker that slept through a whole launch finds `launch` null or a later one; it is invited by its number only.
