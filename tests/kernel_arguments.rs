@@ -67,7 +67,8 @@ fn structs_of_launches(text: &str, path: &Path) -> Vec<(String, String, Vec<Fiel
             panic!("{} line {}: no \"/// `Name` of file.cu.\" above #[repr(C)]", path.display(), at + 1);
         };
         let body = lines[at + 2..].iter().take_while(|line| **line != "}");
-        let fields = body.filter(|line| !line.starts_with("//")).map(|line| {
+        // A field `_end` stands in place of padding, which the kernel's has.
+        let fields = body.filter(|line| !line.starts_with("//") && !line.starts_with("_end")).map(|line| {
             let field = line.trim_start_matches("pub ").trim_end_matches(',');
             let (name, kind) = field.split_once(": ").unwrap_or_else(|| panic!("{}: {line}", path.display()));
             match kind.strip_prefix('[').and_then(|array| array.strip_suffix(']')?.split_once("; ")) {

@@ -11,7 +11,7 @@ pub(super) const OP: &str = "attention";
 const MAX_HEAD_DIM: usize = 512;
 
 /// `AttentionArgs` of attention.cuh.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::NoUninit)]
 #[repr(C)]
 pub(super) struct AttentionArgs {
     pub y: DevicePtr,
@@ -50,6 +50,8 @@ pub(super) struct AttentionArgs {
     apart: i32,
     scale: f32,
     weight2: f32,
+    /// In place of padding.
+    _end: u32,
 }
 
 /// One instantiation of a kernel of attention.cu.
@@ -242,6 +244,7 @@ pub fn attention(device: &CudaDevice, operands: &Operands, dims: &Dims, y: &mut 
         apart: i32::from(weight.is_some()),
         scale: (std::f64::consts::LOG2_E * f64::from(dims.scale)) as f32,
         weight2: weight.unwrap_or(0.0),
+        _end: 0,
     };
     let whole = (head_dim * dtype.size_bytes()).is_multiple_of(16)
         && [arguments.y, arguments.q, arguments.k, arguments.v, k2, v2].iter().all(|a| a.0.is_multiple_of(16));

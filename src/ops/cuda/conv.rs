@@ -100,7 +100,7 @@ impl Scratch {
 }
 
 /// `ConvArgs` of conv2d.cuh.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 pub(super) struct ConvArgs {
     y: DevicePtr,

@@ -281,7 +281,7 @@ struct Cut {
 }
 
 /// `ConvTiles` of conv2d_loop.cuh.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 struct ConvTiles {
     images: i32,

@@ -8,7 +8,7 @@ use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 const OP: &str = "linear";
 
 /// `LinearArgs` of linear.cuh.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 pub(super) struct LinearArgs {
     y: DevicePtr,
@@ -21,6 +21,8 @@ pub(super) struct LinearArgs {
     k: i32,
     activation: i32,
     wide: i32,
+    /// In place of padding.
+    _end: u32,
 }
 
 impl LinearArgs {
@@ -37,6 +39,7 @@ impl LinearArgs {
             k: tiles::count(op, "K", k)?,
             activation: activation_number(args.activation),
             wide: wide.bits(),
+            _end: 0,
         })
     }
 }

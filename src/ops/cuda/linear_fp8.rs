@@ -34,7 +34,7 @@ pub fn quantize(device: &CudaDevice, x: &Tensor, codes: &mut Tensor, scales: &mu
 }
 
 /// `LinearFp8Args` of linear_fp8.cuh.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 struct LinearFp8Args {
     linear: LinearArgs,

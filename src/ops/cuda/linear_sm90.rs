@@ -348,7 +348,7 @@ impl Family {
     ///
     /// # Safety
     /// `arguments` is the entries' structure, made of `args` and `y`, whose shapes were checked.
-    pub(super) unsafe fn launch<A: Copy>(
+    pub(super) unsafe fn launch<A: bytemuck::NoUninit>(
         &self,
         device: &CudaDevice,
         args: &Linear,

@@ -11,7 +11,7 @@ use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 const THREADS: usize = 256;
 
 /// `Patches` of patches.cu.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 struct Group {
     origins: DevicePtr,
@@ -25,6 +25,8 @@ struct Group {
     height: i32,
     width: i32,
     channels: i32,
+    /// In place of padding.
+    _end: u32,
 }
 
 impl Group {
@@ -43,6 +45,7 @@ impl Group {
             height: layout.map[0] as i32,
             width: layout.map[1] as i32,
             channels: int(op, "C", channels)?,
+            _end: 0,
         })
     }
 }

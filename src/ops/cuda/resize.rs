@@ -79,7 +79,7 @@ impl Table {
 }
 
 /// `Filters` of resize.cu.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 struct Filters {
     words: [DevicePtr; 4],

@@ -1,10 +1,12 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
+use bytemuck::{NoUninit, Pod, Zeroable};
+
 use crate::runtime::Tensor;
 
 /// An address in the card's memory, as a kernel receives it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable, Pod)]
 #[repr(transparent)]
 pub struct DevicePtr(pub u64);
 
@@ -100,7 +102,8 @@ pub struct Arg<'a> {
 }
 
 impl<'a> Arg<'a> {
-    pub fn of<T: Copy>(value: &'a T) -> Arg<'a> {
+    /// A type without padding: the driver copies every byte, and what stands in padding is anything.
+    pub fn of<T: NoUninit>(value: &'a T) -> Arg<'a> {
         Arg {
             value: std::ptr::from_ref(value).cast(),
             bytes: size_of::<T>(),

@@ -72,7 +72,7 @@ pub struct Im2col<'a> {
 
 /// What TMA must know of a tensor to copy boxes of it: an argument by value, for a kernel's `GRID_CONST TensorMap`. It holds
 /// the tensor's address, which has to outlive the launches.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
 pub struct TensorMap {
     words: [u64; 16],
