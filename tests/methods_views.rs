@@ -535,10 +535,9 @@ fn pixelrush_doubles_up_to_the_size_of_the_request() {
     }
 }
 
-/// Without noise, where the network finds the noise that it is given back, a refinement is its own input: here of a network
-/// whose output does not depend on the samples.
+/// A sample that is mixed of a clean one and noise: the noise as the output gives the clean one back.
 #[test]
-fn a_refinement_that_finds_what_was_put_in_changes_nothing() {
+fn a_readout_undoes_the_mixture() {
     let scheduler =
         Scheduler::new(&SchedulerConfig::from_json("scheduler_config.json", "{}").unwrap(), Sampler::Ddim, 4, 0.0)
             .unwrap();

@@ -18,9 +18,8 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::observer::check_finite;
 use super::stages::{grown_sizes, last_steps_again};
-use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
+use super::{Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::ops::{self, Upsampler};
 use crate::rng::TorchUniform;
@@ -105,33 +104,21 @@ impl DiffuseHigh {
 
     /// The pictures that lead stage `stage`, from the samples of the one before: enlarged, and sharpened by `blur` of each.
     fn guides(&self, sampling: &mut Sampling, stage: usize, x: &Tensor, blur: &[Option<f32>]) -> Result<Vec<Tensor>> {
-        let (from, size) = (sampling.run().stages()[stage - 1].size, sampling.run().stages()[stage].size);
-        sampling.begin(Event::Relay { stage, from, to: size })?;
-        let decoded = sampling.decode(x)?;
-        sampling.dump_each(&format!("relay{stage}.decoded"), &decoded)?;
-        for picture in &decoded {
-            check_finite(picture, || format!("the decoded picture of stage {stage} ({from})"))?;
-        }
-        sampling.begin(Event::RelayUpsample { stage })?;
-        let guide = |(picture, blur): (Tensor, &Option<f32>)| {
+        let mut blur = blur.iter();
+        sampling.enlarged_pictures(stage, x, |picture, size| {
             let picture = ops::clamp(&picture, -1.0, 1.0)?;
-            let enlarged = ops::resize(&picture, [size.height, size.width], Upsampler::BicubicTorch, None, None)?;
-            match *blur {
+            let enlarged = ops::resize(&picture, size, Upsampler::BicubicTorch, None, None)?;
+            match blur.next().copied().flatten() {
                 Some(sigma) => ops::sharpen(&enlarged, sigma),
                 None => Ok(enlarged),
             }
-        };
-        let guides = decoded.into_iter().zip(blur).map(guide).collect::<Result<Vec<_>>>()?;
-        sampling.dump_each(&format!("relay{stage}.upsampled"), &guides)?;
-        Ok(guides)
+        })
     }
 
     /// The samples that stage `stage` begins with.
     fn noised(sampling: &mut Sampling, stage: usize, guides: &[Tensor]) -> Result<Tensor> {
         let level = sampling.run().ranges()[stage].start;
-        sampling.begin(Event::RelayEncode { stage })?;
-        let encoded = sampling.encode(guides, None)?;
-        sampling.dump(&format!("relay{stage}.encoded"), &encoded)?;
+        let encoded = sampling.encoded_pictures(stage, guides, false)?;
         let noised = sampling.noised(stage, &encoded, level)?;
         sampling.dump(&format!("relay{stage}.noised"), &noised)?;
         Ok(noised)

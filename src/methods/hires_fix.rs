@@ -15,7 +15,6 @@ use serde::{Deserialize, Serialize};
 
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::observer::check_finite;
 use super::parts::{self, PartOptions, with_parts};
 use super::stages::last_steps_again;
 use super::{Event, Geometry, Method, Run, Sampling, Stage, StageParts, Start, base_size, check_size};
@@ -98,35 +97,25 @@ impl HiresFix {
     fn enlarged(&self, sampling: &mut Sampling, x: &Tensor) -> Result<Tensor> {
         let run = sampling.run();
         let (from, size, level) = (run.stages()[0].size, run.stages()[1].size, run.ranges()[1].start);
-        sampling.begin(Event::Relay { stage: 1, from, to: size })?;
         sampling.dump("relay1.x0", x)?;
         let encoded = match self.enlarge {
             Enlarged::Latents => {
+                sampling.begin(Event::Relay { stage: 1, from, to: size })?;
                 sampling.begin(Event::RelayUpsample { stage: 1 })?;
                 let [_, height, width, _] = sampling.sample_shape(size);
                 let encoded = ops::resize(x, [height, width], self.upsampler, None, None)?;
                 sampling.begin(Event::RelayEncode { stage: 1 })?;
+                sampling.dump("relay1.encoded", &encoded)?;
                 encoded
             }
             Enlarged::Picture => {
-                let decoded = sampling.decode(x)?;
-                sampling.dump_each("relay1.decoded", &decoded)?;
-                for picture in &decoded {
-                    check_finite(picture, || format!("the decoded picture of the first pass ({from})"))?;
-                }
-                sampling.begin(Event::RelayUpsample { stage: 1 })?;
-                let clamp = Some((-1.0, 1.0));
-                let upsample = |picture: Tensor| {
+                let enlarged = sampling.enlarged_pictures(1, x, |picture, size| {
                     let picture = ops::clamp(&picture, -1.0, 1.0)?;
-                    ops::resize(&picture, [size.height, size.width], self.upsampler, clamp, None)
-                };
-                let upsampled = decoded.into_iter().map(upsample).collect::<Result<Vec<_>>>()?;
-                sampling.dump_each("relay1.upsampled", &upsampled)?;
-                sampling.begin(Event::RelayEncode { stage: 1 })?;
-                sampling.encode(&upsampled, None)?
+                    ops::resize(&picture, size, self.upsampler, Some((-1.0, 1.0)), None)
+                })?;
+                sampling.encoded_pictures(1, &enlarged, false)?
             }
         };
-        sampling.dump("relay1.encoded", &encoded)?;
         let noised = sampling.noised(1, &encoded, level)?;
         sampling.dump("relay1.noised", &noised)?;
         Ok(noised)

@@ -18,9 +18,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::observer::check_finite;
 use super::parts::{self, PartOptions, with_parts};
-use super::{Event, Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, StageParts, relay_stages};
+use super::{Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, StageParts, relay_stages};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, StepCoefficients, Upsampler};
@@ -212,28 +211,11 @@ impl MegaFusion {
 
     /// From the clean samples that leave stage `to - 1` to the noised ones that enter `to`.
     fn relay(&self, sampling: &mut Sampling, to: usize, x0: Tensor) -> Result<Tensor> {
-        let stages = sampling.run().stages();
-        let (from, size) = (stages[to - 1].size, stages[to].size);
-        sampling.begin(Event::Relay { stage: to, from, to: size })?;
         sampling.dump(&format!("relay{to}.x0"), &x0)?;
-        let decoded = sampling.decode(&x0)?;
+        let enlarged = sampling.enlarged_pictures(to, &x0, |picture, size| self.upsample(picture, size))?;
         drop(x0);
-        sampling.dump_each(&format!("relay{to}.decoded"), &decoded)?;
-        for picture in &decoded {
-            check_finite(picture, || format!("the decoded picture of the relay to stage {} ({size})", to + 1))?;
-        }
-
-        sampling.begin(Event::RelayUpsample { stage: to })?;
-        let upsample = |picture| self.upsample(picture, [size.height, size.width]);
-        let upsampled = decoded.into_iter().map(upsample).collect::<Result<Vec<_>>>()?;
-        sampling.dump_each(&format!("relay{to}.upsampled"), &upsampled)?;
-
-        sampling.begin(Event::RelayEncode { stage: to })?;
-        let shape = sampling.sample_shape(size);
-        let posterior_noise = if self.reference_compat { Some(sampling.draw(shape)?) } else { None };
-        let encoded = sampling.encode(&upsampled, posterior_noise.as_ref())?;
-        drop((upsampled, posterior_noise));
-        sampling.dump(&format!("relay{to}.encoded"), &encoded)?;
+        let encoded = sampling.encoded_pictures(to, &enlarged, self.reference_compat)?;
+        drop(enlarged);
 
         let level = sampling.run().ranges()[to].start.saturating_add_signed(self.relay_noise_offset as isize);
         let noised = sampling.noised(to, &encoded, level)?;

@@ -22,6 +22,7 @@ mod plain;
 mod prediction;
 mod ranges;
 mod recorded;
+mod relay;
 mod run;
 mod sampling;
 mod scalecrafter;

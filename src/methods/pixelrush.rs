@@ -133,28 +133,12 @@ impl PixelRush {
 
     /// Clean samples of a stage to those of the next one's size, through the picture.
     fn enlarged(&self, sampling: &mut Sampling, stage: usize, x0: &Tensor) -> Result<Tensor> {
-        let stages = sampling.run().stages();
-        let (from, size) = (stages[stage - 1].size, stages[stage].size);
-        sampling.begin(Event::Relay { stage, from, to: size })?;
         sampling.dump(&format!("relay{stage}.x0"), x0)?;
-        let decoded = sampling.decode(x0)?;
-        sampling.dump_each(&format!("relay{stage}.decoded"), &decoded)?;
-        for picture in &decoded {
-            check_finite(picture, || {
-                format!("the decoded picture before the refinement of stage {} ({size})", stage + 1)
-            })?;
-        }
-        sampling.begin(Event::RelayUpsample { stage })?;
-        let upsample = |picture: Tensor| {
+        let enlarged = sampling.enlarged_pictures(stage, x0, |picture, size| {
             let picture = ops::clamp(&picture, -1.0, 1.0)?;
-            ops::resize(&picture, [size.height, size.width], self.upsampler, Some((-1.0, 1.0)), None)
-        };
-        let upsampled = decoded.into_iter().map(upsample).collect::<Result<Vec<_>>>()?;
-        sampling.dump_each(&format!("relay{stage}.upsampled"), &upsampled)?;
-        sampling.begin(Event::RelayEncode { stage })?;
-        let encoded = sampling.encode(&upsampled, None)?;
-        sampling.dump(&format!("relay{stage}.encoded"), &encoded)?;
-        Ok(encoded)
+            ops::resize(&picture, size, self.upsampler, Some((-1.0, 1.0)), None)
+        })?;
+        sampling.encoded_pictures(stage, &enlarged, false)
     }
 
     /// The clean samples of a stage after the first, from those that were enlarged.

@@ -24,9 +24,8 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::observer::check_finite;
 use super::stages::{doubled_sizes, last_steps_again};
-use super::{Event, Geometry, Method, ModelFacts, Prediction, Run, Sampling, Size, Stage, check_size};
+use super::{Geometry, Method, ModelFacts, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, Upsampler};
@@ -119,26 +118,13 @@ impl ScaleDiff {
 
     /// From the last latents of stage `to - 1` to z_M of stage `to`.
     fn mixed(&self, sampling: &mut Sampling, to: usize, x: &Tensor) -> Result<Tensor> {
-        let stages = sampling.run().stages();
-        let (from, size) = (stages[to - 1].size, stages[to].size);
-        sampling.begin(Event::Relay { stage: to, from, to: size })?;
         sampling.dump(&format!("relay{to}.x0"), x)?;
-        let decoded = sampling.decode(x)?;
-        sampling.dump_each(&format!("relay{to}.decoded"), &decoded)?;
-        for picture in &decoded {
-            check_finite(picture, || format!("the decoded picture of stage {to} ({from})"))?;
-        }
-        sampling.begin(Event::RelayUpsample { stage: to })?;
         let enlarge = |x: &Tensor, sides| ops::resize(x, sides, Upsampler::BicubicTorch, None, None);
-        let pictures =
-            decoded.iter().map(|picture| enlarge(picture, [size.height, size.width])).collect::<Result<Vec<_>>>()?;
-        drop(decoded);
-        sampling.dump_each(&format!("relay{to}.upsampled"), &pictures)?;
-        let [_, h, w, _] = sampling.sample_shape(size);
+        let pictures = sampling.enlarged_pictures(to, x, |picture, sides| enlarge(&picture, sides))?;
+        let [_, h, w, _] = sampling.sample_shape(sampling.run().stages()[to].size);
         let latents = enlarge(x, [h, w])?;
-        sampling.begin(Event::RelayEncode { stage: to })?;
-        let encoded = sampling.encode(&pictures, None)?;
-        sampling.dump(&format!("relay{to}.encoded"), &encoded)?;
+        let encoded = sampling.encoded_pictures(to, &pictures, false)?;
+        drop(pictures);
         let low = ops::add_scaled(&self.low(&latents)?, &self.low(&encoded)?, -1.0)?;
         let mixed = ops::add(&encoded, &low)?;
         sampling.dump(&format!("relay{to}.mixed"), &mixed)?;
