@@ -80,7 +80,7 @@ def cell(metric, value):
 
 def markdown(entries):
     """Two tables, a row an entry: what is in the pictures and their cost; distances. A column needs a value in it."""
-    costs = (("computed", "evaluations, %", 0), ("gflop", "GFLOP", 0), ("seconds", "s", 2))
+    costs = (("computed", "evaluations, %", 0), ("gflop", "GFLOP", 0), ("core_seconds", "core s", 2))
     cost = [(k, h, d) for k, h, d in costs if any(e.get(k) for e in entries)]
     tables = []
     for names, extra in ((CONTENT, cost), (DISTANCES, [])):

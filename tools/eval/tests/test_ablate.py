@@ -106,7 +106,7 @@ class Runner(TempCase):
         self.assertEqual(paired["b"], ["objects_difference"])  # another size: the distances are to other renderings
         self.assertEqual(paired["e"], ["fd_crop_difference", "fd_r_difference", "objects_difference"])
         d = next(e for e in entries if e["row"] == "d")  # the native run's pictures: it costs nothing of its own
-        self.assertEqual((d["enlarged"], d["gflop"], d["seconds"]), (True, 2.0, None))
+        self.assertEqual((d["enlarged"], d["gflop"], d["core_seconds"]), (True, 2.0, None))
         native, enlarged = (self.picture(rows.NATIVE_ROW), self.picture(self.two[3]))
         self.assertEqual((native.getpixel((0, 0)), enlarged.size), (enlarged.getpixel((0, 0)), (128, 96)))
         truth = entries[-2]["metrics"]
@@ -228,14 +228,14 @@ class Rows(unittest.TestCase):
 class Report(TempCase):
     ENTRIES = [
         {"table": "t", "row": "true", "metrics": {"objects": [1.0, 1.0, 1.0], "fd_r": [4.26, 3.0, 5.0]}},
-        {"table": "t", "row": "x", "x": 4, "gflop": 71.6, "seconds": 0.987,
+        {"table": "t", "row": "x", "x": 4, "gflop": 71.6, "core_seconds": 0.987,
          "metrics": {"objects": [0.715, 0.62, 0.8], "objects_difference": [0.05, -4e-4, 0.1], "fd_r": [9.0, 8.0, 11]}},
         {"table": "t", "row": "y", "x": 2, "metrics": {"objects": [float("nan")] * 3, "fd_r": [1.0, 0.5, 2.0]}},
     ]  # fmt: skip
 
     def test_markdown(self):
         lines = report.markdown(self.ENTRIES).splitlines()
-        self.assertEqual(lines[0], "|  | objects right, % | against the baseline | GFLOP | s |")
+        self.assertEqual(lines[0], "|  | objects right, % | against the baseline | GFLOP | core s |")
         self.assertEqual(lines[3], "| x | 71.5 [62.0, 80.0] | +5.0 [0.0, 10.0] | 72 | 0.99 |")
         self.assertEqual(lines[4], "| y | - | - | - | - |")
         self.assertEqual(lines[6:9:2], ["|  | FD_r |", "| true | 4.3 [3.0, 5.0] |"])
