@@ -1,9 +1,9 @@
 //! The kernels with nvcc: a compressed fat binary a file, and what each kernel takes of a multiprocessor.
 //!
-//! Every file is compiled for every architecture by itself, first to PTX, then to machine code. One call of nvcc for all
-//! would do the same one after the other, and all of it again when an architecture is added.
+//! Every file is compiled to PTX, once for all architectures for which that is the same ([`Source::ptx_for`]), and that to machine
+//! code for each. One call of nvcc for all would do it for each architecture, one after the other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -53,27 +53,37 @@ fn plan_jobs(nvcc: &Nvcc, archs: &Archs, out: &Path, sources: &[Source]) -> Resu
         identity = format!("{identity} {}", host.version);
     }
     let mut jobs = Vec::new();
-    for (source, arch) in sources.iter().flat_map(|source| pairs(source, archs)) {
+    for (source, ptx, machine_code) in sources.iter().flat_map(|source| compilations(source, archs)) {
         let arguments = |extra: &[&str]| options.iter().cloned().chain(extra.iter().map(OsString::from)).collect();
-        let machine_code = archs.sass.contains(&arch);
+        let step = |arch: &String| Step {
+            arguments: arguments(&["-cubin", &format!("-arch=sm_{arch}"), "-Xptxas", "-v"]),
+            output: image(out, source, arch, "cubin"),
+        };
         jobs.push(Job {
             identity: identity.clone(),
             program: nvcc.program.clone(),
-            arguments: arguments(&["-std=c++20", "-Ikernels", "-ptx", &format!("-arch=compute_{arch}")]),
+            arguments: arguments(&["-std=c++20", "-Ikernels", "-ptx", &format!("-arch=compute_{ptx}")]),
             source: source.path.clone(),
-            output: image(out, source, &arch, "ptx"),
-            second: machine_code.then(|| Step {
-                arguments: arguments(&["-cubin", &format!("-arch=sm_{arch}"), "-Xptxas", "-v"]),
-                output: image(out, source, &arch, "cubin"),
-            }),
+            output: image(out, source, &ptx, "ptx"),
+            steps: machine_code.iter().map(step).collect(),
         });
     }
     Ok(jobs)
 }
 
-/// A source with each architecture that it is compiled for.
-fn pairs<'a>(source: &'a Source, wanted: &Archs) -> Vec<(&'a Source, String)> {
-    source.archs(wanted).all().into_iter().map(|arch| (source, arch.to_owned())).collect()
+/// A source with each PTX of it and the architectures whose machine code is made from that.
+fn compilations<'a>(source: &'a Source, wanted: &Archs) -> Vec<(&'a Source, String, Vec<String>)> {
+    let archs = source.archs(wanted);
+    let of = |ptx: String| {
+        let from_it = archs.sass.iter().filter(|arch| source.ptx_for(arch) == ptx).cloned().collect();
+        (source, ptx, from_it)
+    };
+    ptx_of(source, &archs).into_iter().map(of).collect()
+}
+
+/// Every PTX that is made of a source: what machine code is made from, and what is asked for.
+fn ptx_of(source: &Source, archs: &Archs) -> BTreeSet<String> {
+    archs.sass.iter().map(|arch| source.ptx_for(arch)).chain(archs.ptx.iter().cloned()).collect()
 }
 
 /// OUT_DIR/card/90a/norm.cubin, OUT_DIR/card/90a/sm90/linear.cubin
@@ -175,11 +185,11 @@ impl Card {
         if self.nvcc.is_err() {
             return Ok(found);
         }
-        for arch in source.archs(&self.archs).all() {
-            let ptx = image(out, source, arch, "ptx");
+        for arch in ptx_of(source, &source.archs(&self.archs)) {
+            let ptx = image(out, source, &arch, "ptx");
             let text = std::fs::read_to_string(&ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
             for (entry, kernel) in ptx::entries(&text).map_err(|error| format!("{}: {error}", ptx.display()))? {
-                if !kernel.waits && archs::number(arch) >= FIRST_WITH_OVERLAP {
+                if !kernel.waits && archs::number(&arch) >= FIRST_WITH_OVERLAP {
                     return Err(format!(
                         "{}: {entry} for {arch} does not wait for the launch before it; begin it with follow_previous() \
                          (kernels/common/device.cuh)",

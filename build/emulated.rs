@@ -77,7 +77,7 @@ pub fn plan(out: &Path, kernels: &[Source], for_tests: bool) -> Result<Emulated,
                 arguments: arguments.clone(),
                 source: source.clone(),
                 output: folder.join(kind).join(name).with_extension("o"),
-                second: None,
+                steps: vec![],
             }));
         }
         emulated.variants.push((variant, emulated.jobs.len() - before));

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use super::depfile;
 
-/// One compilation of one file, in one or two steps. The options for output and dependencies are added to the arguments.
+/// One compilation of one file, and what is made of its output. The options for output and dependencies are added to the arguments.
 pub struct Job {
     /// What the compiler calls itself; a new version compiles everything again.
     pub identity: String,
@@ -21,8 +21,8 @@ pub struct Job {
     pub source: PathBuf,
     /// Beside it lie `.d` (what the compiler read), `.log` (what it printed) and `.key` (the hash of all of it).
     pub output: PathBuf,
-    /// Makes another file from `output`.
-    pub second: Option<Step>,
+    /// Make further files from `output`.
+    pub steps: Vec<Step>,
 }
 
 pub struct Step {
@@ -70,9 +70,10 @@ impl Job {
     }
 
     fn is_stale(&self, hashes: &Hashes) -> bool {
-        let outputs = [Some(&self.output), self.second.as_ref().map(|step| &step.output), Some(&self.beside("log"))];
+        let log = self.beside("log");
+        let mut outputs = self.steps.iter().map(|step| &step.output).chain([&self.output, &log]);
         let key = fs::read_to_string(self.beside("key")).ok();
-        !outputs.into_iter().flatten().all(|path| path.is_file()) || key.is_none() || key != self.key(hashes)
+        !outputs.all(|path| path.is_file()) || key.is_none() || key != self.key(hashes)
     }
 
     /// The hash of the command and of every file that the last compilation read; `None` if there was none, or if a file
@@ -80,8 +81,8 @@ impl Job {
     fn key(&self, hashes: &Hashes) -> Option<String> {
         let read_files = depfile::parse(&fs::read_to_string(self.beside("d")).ok()?).ok()?;
         let mut hasher = DefaultHasher::new();
-        let second = self.second.as_ref().map(|step| &step.arguments);
-        (&self.identity, &self.program, &self.arguments, second).hash(&mut hasher);
+        let steps: Vec<_> = self.steps.iter().map(|step| &step.arguments).collect();
+        (&self.identity, &self.program, &self.arguments, steps).hash(&mut hasher);
         for file in &read_files {
             (file, hashes.of(Path::new(file))?).hash(&mut hasher);
         }
@@ -90,15 +91,15 @@ impl Job {
 
     fn compile(&self) -> Result<(), String> {
         let started = SystemTime::now();
-        let folder = self.output.parent().expect("an output lies in a folder");
-        fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        make_folder(&self.output)?;
         // Until the key is there again, the output counts as missing.
         let _ = fs::remove_file(self.beside("key"));
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).arg("-MD").arg("-MF").arg(self.beside("d"));
         command.arg("-o").arg(&self.output).arg(&self.source);
         let mut log = run_tool(&mut command)?;
-        if let Some(step) = &self.second {
+        for step in &self.steps {
+            make_folder(&step.output)?;
             let mut command = Command::new(&self.program);
             command.args(&step.arguments).arg("-o").arg(&step.output).arg(&self.output);
             log += &run_tool(&mut command)?;
@@ -112,6 +113,12 @@ impl Job {
         // A file saved while the compiler ran may or may not be in the output: compile again next time.
         if hashes.newest() <= Some(started) { write(&self.beside("key"), key.as_bytes()) } else { Ok(()) }
     }
+}
+
+/// The folder of an output.
+fn make_folder(output: &Path) -> Result<(), String> {
+    let folder = output.parent().expect("an output lies in a folder");
+    fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))
 }
 
 /// What the tool prints, stdout and stderr; as an error, with the command, where it fails.

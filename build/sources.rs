@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::archs::Archs;
+use super::archs::{self, Archs};
 use super::jobs;
 
 /// An instruction set with a folder of its own.
@@ -27,6 +27,11 @@ pub const FOLDERS: [InstructionSet; 1] = [InstructionSet { folder: "sm90", arch:
 const FOR_READERS: [&str; 1] = ["tutorial"];
 /// What the portable files are written for, in `Isa`.
 const PORTABLE: &str = "Sm80";
+
+/// The capabilities at which the portable files say something else: 8-bit floats in hardware, launches that overlap. PTX of
+/// each of them is what the machine code of all cards up to the next is made from, so that the compiler's front end, half of
+/// its work, runs once for them.
+const PTX_LEVELS: [u32; 3] = [80, 89, 90];
 
 /// A .cu file.
 #[derive(Clone, Debug)]
@@ -82,6 +87,15 @@ impl Source {
     /// Its instruction set's name in `Isa`.
     pub fn isa(&self) -> &'static str {
         self.set.map_or(PORTABLE, |set| set.isa)
+    }
+
+    /// From which PTX the machine code for `arch` is made.
+    pub fn ptx_for(&self, arch: &str) -> String {
+        let level = |number: u32| PTX_LEVELS.into_iter().rfind(|&level| level <= number);
+        match self.set {
+            None => level(archs::number(arch)).map_or(arch.to_owned(), |level| level.to_string()),
+            Some(_) => arch.to_owned(),
+        }
     }
 
     /// For which of the architectures it is compiled. Nothing, where the only one that it is for is not asked for.

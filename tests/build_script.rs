@@ -115,6 +115,13 @@ fn sources_are_for_every_card_or_for_one_instruction_set() {
     assert_eq!(names, [("linear", "Sm80"), ("norm", "Sm80"), ("sm90/linear", "Sm90a")]);
     assert_eq!(found[2].path, folder.path().join("sm90/linear.cu"));
     let [portable, _, hopper] = &found[..] else { panic!("{found:?}") };
+    let made_from: Vec<String> = ["80", "86", "89", "90a", "120a"].iter().map(|arch| portable.ptx_for(arch)).collect();
+    assert_eq!(
+        made_from,
+        ["80", "80", "89", "90", "90"],
+        "the front end runs once for cards that it says the same for"
+    );
+    assert_eq!(hopper.ptx_for("90a"), "90a");
     assert_eq!(archs(portable, "80,90a,ptx90a"), ("80,90a".into(), "90a".into()));
     assert_eq!(archs(hopper, "80,90a"), ("90a".into(), "".into()), "and no PTX of 80");
     assert_eq!(archs(hopper, "80,ptx90a"), ("".into(), "90a".into()));
@@ -228,7 +235,7 @@ impl Scratch {
             arguments: ["-c", "-x", "c++"].map(Into::into).to_vec(),
             source: at("a b.cpp"),
             output: at("out/value.o"),
-            second: None,
+            steps: vec![],
         };
         let scratch = Scratch { folder, job };
         scratch.age();
@@ -280,20 +287,20 @@ fn only_what_changed_is_compiled() {
 }
 
 #[test]
-fn the_second_step_is_part_of_the_compilation() {
+fn further_steps_are_part_of_the_compilation() {
     let mut scratch = Scratch::new();
     assert!(scratch.run().unwrap());
     scratch.job.arguments[0] = "-S".into();
     scratch.job.output = scratch.at("out/value.s");
     let arguments = ["-c", "-x", "assembler"].map(Into::into).to_vec();
     let output = scratch.at("out/second.o");
-    scratch.job.second = Some(jobs::Step { arguments, output: output.clone() });
+    scratch.job.steps = vec![jobs::Step { arguments, output: output.clone() }];
     assert!(scratch.run().unwrap());
     assert!(output.is_file());
     assert!(!scratch.run().unwrap(), "nothing changed");
     fs::remove_file(&output).unwrap();
     assert!(scratch.run().unwrap(), "the second output is gone");
-    scratch.job.second.as_mut().unwrap().arguments.push("-no-such-option".into());
+    scratch.job.steps[0].arguments.push("-no-such-option".into());
     scratch.run().unwrap_err();
 }
 

@@ -95,7 +95,7 @@ fn kernels_keep_to_their_registers_and_instructions() {
     assert!(wrong.is_empty(), "{}\nIf this is meant: tools/kernel-resources --update", wrong.join("\n"));
 }
 
-/// What the build left in OUT_DIR: resources.tsv, card/<arch>/<file>.ptx and .cubin.
+/// What the build left in OUT_DIR: resources.tsv, card/<arch>/<file>.cubin and the .ptx that it is made from.
 fn compiled_kernels() -> Kernels {
     let out = Path::new(env!("OUT_DIR"));
     let nvcc = PathBuf::from(read(&out.join("nvcc")));
@@ -113,18 +113,19 @@ fn compiled_kernels() -> Kernels {
     let mut cubins = Vec::new();
     for source in sources::find("kernels").expect("tests run in the package's folder") {
         for arch in source.archs(&archs).sass {
-            let cubin = out.join("card").join(&arch).join(&source.name).with_extension("cubin");
-            cubins.push((arch, source.name.clone(), cubin));
+            let image = |arch: &str, kind| out.join("card").join(arch).join(&source.name).with_extension(kind);
+            let (cubin, ptx) = (image(&arch, "cubin"), image(&source.ptx_for(&arch), "ptx"));
+            cubins.push((arch, source.name.clone(), cubin, ptx));
         }
     }
     let disassembled: Vec<_> = cubins
         .par_iter()
-        .map(|(arch, file, cubin)| {
+        .map(|(arch, file, cubin, ptx)| {
             let output = Command::new(nvcc.with_file_name("cuobjdump")).arg("-sass").arg(cubin).output();
             let output = output.unwrap_or_else(|error| panic!("cuobjdump: {error}; tools/nvcc installs it"));
             assert!(output.status.success(), "{}: {}", cubin.display(), String::from_utf8_lossy(&output.stderr));
             let instructions = count_instructions(&String::from_utf8_lossy(&output.stdout));
-            (arch, file, instructions, launch_bounds(&read(&cubin.with_extension("ptx"))))
+            (arch, file, instructions, launch_bounds(&read(ptx)))
         })
         .collect();
     for (arch, file, instructions, threads) in disassembled {
