@@ -258,7 +258,7 @@ impl Windows<'_> {
 }
 
 /// Images that share each of `rows` rows.
-fn images_of_a_row(op: &'static str, what: &'static str, rows: usize, n: usize) -> Result<usize> {
+pub(super) fn images_of_a_row(op: &'static str, what: &'static str, rows: usize, n: usize) -> Result<usize> {
     if n > 0 && (rows == 0 || !n.is_multiple_of(rows)) {
         let want = format!("a number that divides the {n} images of q");
         return Err(Error::argument(op, what, rows, want));

@@ -14,6 +14,7 @@
 //! Memory that a card needs beside the result is allocated at the head of its arm, and of the meta device's, which counts it.
 
 mod attention;
+mod attention_map;
 #[doc(hidden)]
 pub mod cases;
 mod conv;
@@ -40,6 +41,7 @@ mod step;
 mod upsample_guidance;
 
 pub use attention::{Attention, AttentionOptions, SecondSource, WindowShift, Windows, attention, attention_with};
+pub use attention_map::{attention_map, blend_attention_map};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
 pub use cuda::variants::{Variant, all as variants, on_device as variants_on, with_variants};
 pub use disperse::{disperse, dispersion};

@@ -4,6 +4,7 @@
 mod common;
 
 mod attention;
+mod attention_map;
 mod batch;
 mod conformance;
 mod conformance_tma;

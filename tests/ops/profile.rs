@@ -26,6 +26,10 @@ fn every_op(device: &Device) -> Result<()> {
     ops::add(&x, &x)?;
     ops::add_noise(&x, &x, 0.6, 0.8)?;
     ops::attention(Attention::Packed { qkv: &zeros(&[1, ROWS, 3, 2, 8])?, causal: false })?;
+    let (q, kv) = (zeros(&[1, ROWS, 2, 8])?, zeros(&[1, 3, 2, 2, 8])?);
+    let mut map = zeros(&[1, ROWS, 3])?;
+    ops::attention_map(&q, &kv, &mut map, false)?;
+    ops::blend_attention_map(&q, &map, &kv, 0.5)?;
     ops::clamp(&x, -1.0, 1.0)?;
     ops::concat(&x, &x)?;
     ops::conv2d(Conv2d::new(&x, &zeros(&[5, 3, 3, 4])?))?;

@@ -1,6 +1,7 @@
 //! The card's side of the ops: which kernel, which grid. The op has checked the arguments, and the result is not empty.
 
 pub mod attention;
+pub mod attention_map;
 pub mod attention_sm90;
 pub mod conv;
 pub mod conv_sm90;
