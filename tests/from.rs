@@ -173,6 +173,7 @@ fn every_method_makes_its_picture_again() {
         "diffusehigh --size 96x64 --steps 3 --refine-guidance 4 --wavelet-steps 0 --sharpen false",
         "upsample-guidance --size 128x96 --steps 2 --up-scale 2 --up-theta 0.8 --up-share 0.5",
         "pixelrush --size 128x96 --steps 2 --refine-timestep 300 --inject-noise 0.4 --stride 10 --view-batch 3 --upsampler bilinear",
+        "frecas --size 128x64 --steps 4 --frecas-ends 300 --frecas-gamma 2.5 --map-reuse 0.3 --frecas-upsampler bilinear --guidance-high 5",
         "scalediff --size 128x64 --steps 4 --restart-ratio 0.3 --low-pass 0.25",
     ];
     for spec in METHODS {

@@ -109,6 +109,9 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
     if flags.guidance_rescale != 0.0 {
         description["guidance_rescale"] = flags.guidance_rescale.to_string().into();
     }
+    if let Some(high) = flags.guidance_high {
+        description["guidance_high"] = high.to_string().into();
+    }
     if !files.loras().is_empty() {
         let lora = |(lora, digest): (&Lora, String)| json!({"name": lora.name(), "weight": lora.weight.to_string(), "digest": digest});
         description["loras"] = files.loras().iter().zip(files.lora_digests()).map(lora).collect();

@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 25] = [
+const FLAGS: [(&str, &str); 26] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -12,6 +12,7 @@ const FLAGS: [(&str, &str); 25] = [
     ("count", "--count"),
     ("eta", "--eta"),
     ("guidance", "--guidance"),
+    ("guidance_high", "--guidance-high"),
     ("guidance_rescale", "--guidance-rescale"),
     ("init_image", "--init-image"),
     ("lora", "--lora"),

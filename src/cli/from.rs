@@ -84,6 +84,8 @@ impl Recipe {
             "sigmas" | "eta" => given("scheduler"),
             "cache_options" => given("cache"),
             "negative" | "guidance_rescale" => unguided,
+            // Of another method or other stages the run itself says whether there is anything to split.
+            "guidance_high" => unguided || ["method", "size", "stages"].into_iter().any(&given),
             id => match METHODS.iter().any(|spec| spec.option(id).is_some()) {
                 false => false,
                 true => {
@@ -198,7 +200,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 22] = [
+const SAME: [(&str, &str); 23] = [
     ("cache", "cache"),
     ("cache_options", "cache_options"),
     ("size", "size"),
@@ -207,6 +209,7 @@ const SAME: [(&str, &str); 22] = [
     ("sigmas", "sigmas"),
     ("eta", "eta"),
     ("guidance", "guidance"),
+    ("guidance_high", "guidance_high"),
     ("guidance_rescale", "guidance_rescale"),
     ("seed", "seed"),
     ("strength", "strength"),
@@ -353,6 +356,7 @@ fn of_infotext(text: &Infotext) -> Recipe {
         match key.as_str() {
             "Steps" => recipe.flag("steps", value),
             "CFG scale" => recipe.flag("guidance", value),
+            "CFG scale high" if ours => recipe.flag("guidance_high", value),
             "CFG rescale" if ours => recipe.flag("guidance_rescale", value),
             "Seed" => recipe.flag("seed", value),
             "Size" => recipe.flag("size", value),

@@ -291,6 +291,7 @@ impl Grid {
         let named = [
             ("Steps", "steps"),
             ("CFG scale", "guidance"),
+            ("CFG scale high", "guidance_high"),
             ("CFG rescale", "guidance_rescale"),
             ("Size", "size"),
             ("Model", "model"),
@@ -350,6 +351,7 @@ pub fn common_text(parameters: &Value, skip: &[&str]) -> String {
     let number = |key: &str| get(key).and_then(Value::as_f64);
     let guidance = number("guidance").map(|scale| format!("guidance {scale}"));
     let rescale = number("guidance_rescale").map(|phi| format!("guidance rescale {phi}"));
+    let high = number("guidance_high").map(|scale| format!("guidance high {scale}"));
     let eta = number("eta").filter(|&eta| eta != 0.0).map(|eta| format!("eta {eta}"));
     let steps = text("steps").map(|steps| format!("{steps} steps"));
     let parts = [
@@ -360,6 +362,7 @@ pub fn common_text(parameters: &Value, skip: &[&str]) -> String {
         text("scheduler"),
         eta,
         guidance,
+        high,
         rescale,
         with("negative prompt: ", "negative_prompt"),
         with("seed ", "seed"),

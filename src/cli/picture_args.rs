@@ -339,6 +339,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", value_parser = values::guidance_rescale, default_value = "0")]
     pub guidance_rescale: f32,
 
+    /// Guidance scale of the details that a stage has over the one before (default for --method frecas: 35 or 45; others: none)
+    ///
+    /// Guidance is split by frequency: what fits the map of the stage before (in a first stage larger than the trained size: the
+    /// trained one's) keeps --guidance, the rest has this scale. Stages up to the trained size are not split. FreCaS,
+    /// arXiv:2410.18410.
+    #[arg(long, value_name = "X", value_parser = values::guidance_high)]
+    pub guidance_high: Option<f32>,
+
     /// Sampler (default: ddim; for --method plain that of the model's scheduler class)
     #[arg(long, value_parser = named::<Sampler>(sampler_names()), value_name = "S")]
     pub scheduler: Option<Sampler>,
@@ -654,6 +662,7 @@ impl RunArgs {
             steps: self.steps,
             guidance: self.guidance.unwrap_or(Request::suited_to(&self.source()).guidance),
             guidance_rescale: self.guidance_rescale,
+            guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,

@@ -170,6 +170,14 @@ pub fn guidance(text: &str) -> Result<f32, String> {
     }
 }
 
+/// The scale of guidance's high band.
+pub fn guidance_high(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(scale) if (0.0..=1000.0).contains(&scale) => Ok(scale),
+        _ => Err("expected a number from 0 to 1000; the value of --guidance changes nothing".into()),
+    }
+}
+
 /// phi of the guidance's rescaling.
 pub fn guidance_rescale(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {

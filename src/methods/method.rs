@@ -10,11 +10,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::parts::{part_of, readers};
-use super::{Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, consecutive};
+use super::{Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, base_size, consecutive};
 use crate::error::{Error, Result};
 use crate::names::one_of;
 use crate::runtime::Tensor;
-use crate::schedulers::{Sampler, SchedulerConfig};
+use crate::schedulers::{Sampler, Scheduler, SchedulerConfig};
 
 /// A way to make a picture, usually larger than those that the model was trained with. The implementation is a struct of
 /// the method's options; serde gives them their names in JSON, [`MethodSpec::options`] their help.
@@ -56,6 +56,39 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// ([`StepCache`](super::StepCache))?
     fn steps_over_views(&self) -> bool {
         false
+    }
+
+    /// Are its steps guided on the whole map, so that guidance can have a scale per band of frequencies
+    /// ([`FrequencySplit`](super::FrequencySplit))?
+    fn splits_guidance(&self) -> bool {
+        !self.steps_over_views()
+    }
+
+    /// The scale of guidance's high band of a run that is not told it; `None`: guidance is not split.
+    fn guidance_high(&self, _run: &Run) -> Option<f32> {
+        None
+    }
+
+    /// Height and width in cells of what guidance's low band fits in a stage, where guidance is split; `None`: not in this stage.
+    /// Default: the map of the stage before, in a first stage the trained one's; stages up to the trained area are not split.
+    fn guidance_grid(&self, run: &Run, stage: usize) -> Option<[usize; 2]> {
+        let size = run.stages()[stage].size;
+        if run.native().is_some_and(|native| size.area() <= native.area()) {
+            return None;
+        }
+        let before = match stage.checked_sub(1) {
+            Some(before) => run.stages()[before].size,
+            None => base_size(size, run.native()?, run.factor()),
+        };
+        (before.area() < size.area()).then(|| run.cells(before))
+    }
+
+    /// The schedule of a run: `scheduler` has as many steps as the stages ask for. Default: as it is.
+    ///
+    /// # Errors
+    /// [`Error::Request`], naming the option.
+    fn schedule(&self, scheduler: Scheduler, _run: &Run) -> Result<Scheduler> {
+        Ok(scheduler)
     }
 
     /// How much of the schedule a run from a picture makes where nothing is said of it, with a mask or without.

@@ -8,6 +8,8 @@ mod cache;
 mod choices;
 mod demofusion;
 mod diffusehigh;
+mod frecas;
+mod frequency_split;
 mod hidiffusion;
 mod hires_fix;
 mod low_resolution;
@@ -37,6 +39,8 @@ pub use cache::{CacheKind, CacheOption, Caching, StepCache};
 pub use choices::Choices;
 pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, gaussian_taps, phase_sizes};
 pub use diffusehigh::{DIFFUSEHIGH, DiffuseHigh};
+pub use frecas::{FRECAS, FreCaS, FrecasUpsampler};
+pub use frequency_split::{FrequencySplit, SplitGuidance};
 pub use hidiffusion::{HIDIFFUSION, HiDiffusion};
 pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
 pub use low_resolution::{LowEvaluation, LowResolution, LowSteps};
@@ -76,6 +80,7 @@ pub static METHODS: &[&MethodSpec] = &[
     &UPSAMPLE_GUIDANCE,
     &PIXELRUSH,
     &SCALEDIFF,
+    &FRECAS,
 ];
 
 /// Where a relay clamps its picture to [-1, 1].

@@ -69,6 +69,22 @@ pub trait Denoiser: Any + Send {
     fn set_channels(&mut self, _channels: &Tensor) -> Result<()> {
         Err(Error::config("denoiser", "reads nothing beside the samples"))
     }
+
+    /// What the last call that collects found of cross-attention ([`UnetOptions::attention_maps`]): `[R, h, w, text tokens]`, f32,
+    /// one row per row of the output, in memory that the next such call writes. `None`: there was none.
+    fn attention_maps(&self) -> Option<Tensor> {
+        None
+    }
+
+    /// The maps that calls of this stage, for samples of height and width `sample`, reuse where their options say so; resized here,
+    /// once for all its steps. Before the first step of a stage; where the denoiser had some, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: it has no cross-attention; those of the device.
+    fn reuse_attention_maps(&mut self, _maps: &Tensor, _sample: [usize; 2], _flat: bool) -> Result<()> {
+        Err(Error::config("denoiser", "has no cross-attention whose maps could be reused"))
+    }
+
     /// The same for a group of V patches of each of N maps: N V rows, or with guidance 2 N V, the patches of an image side by
     /// side.
     ///

@@ -234,6 +234,11 @@ impl GenerationMethod for PixelRush {
         last_steps_again(stages)
     }
 
+    /// Refinements have no guidance.
+    fn splits_guidance(&self) -> bool {
+        false
+    }
+
     /// The model's own in refinements: a patch has that.
     fn told_size(&self, run: &Run, stage: usize) -> Size {
         match (stage, run.native()) {

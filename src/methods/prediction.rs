@@ -1,6 +1,6 @@
 use super::{Denoiser, LowSteps};
 use crate::error::{Error, Result};
-use crate::models::UnetOptions;
+use crate::models::{AttentionMaps, UnetOptions};
 use crate::ops::{self, StepTable};
 use crate::runtime::{DType, Tensor};
 
@@ -58,6 +58,16 @@ impl Prediction {
     }
 }
 
+impl Prediction {
+    /// What its calls do with maps of cross-attention.
+    pub(super) fn attention_maps(&self) -> AttentionMaps {
+        match self {
+            Prediction::Network(options) => options.attention_maps,
+            _ => AttentionMaps::default(),
+        }
+    }
+}
+
 impl Default for Prediction {
     /// One call, as the network was trained.
     fn default() -> Prediction {
@@ -72,7 +82,7 @@ impl From<UnetOptions> for Prediction {
 }
 
 /// `[N, ...]` twice to `[2 N, ...]`, the rows of `a` first.
-fn side_by_side(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+pub(super) fn side_by_side(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let mut shape = a.shape().to_vec();
     let line = [1, a.numel()];
     let both = ops::concat(&a.reshape(&line)?, &b.reshape(&line)?)?;

@@ -3,7 +3,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::cache::{Caching, KeptOutput};
 use super::views::{ViewBegin, ViewKey, ViewStage, ViewSteps};
-use super::{Denoiser, Known, LowResolution, LowSteps, Prediction};
+use super::{Denoiser, FrequencySplit, Known, LowResolution, LowSteps, Prediction, SplitGuidance};
 use crate::error::{Error, Result};
 use crate::ops::{self, Guidance, SampleState, StepRow, StepTable, Thresholding, history};
 use crate::runtime::{DType, Device, Repeated, Tensor};
@@ -45,6 +45,8 @@ pub struct StepKey {
     pub window_shifts: Option<usize>,
     /// The scale of the network's second calls.
     pub low_scale: Option<usize>,
+    /// [`FrequencySplit::grid`]
+    pub split: Option<[usize; 2]>,
 }
 
 /// What a stage begins with.
@@ -59,6 +61,8 @@ pub struct StageInputs<'a> {
     pub known: Option<&'a Known>,
     /// The network's second calls.
     pub low: Option<&'a LowResolution>,
+    /// How guidance is split by frequency, if it is.
+    pub split: Option<&'a FrequencySplit>,
 }
 
 /// Stages whose steps are kept: those of a run with three relays, for two kinds of runs.
@@ -108,6 +112,7 @@ pub struct StageSteps {
     guidance: Option<Guidance>,
     known: Option<Known>,
     low: Option<LowSteps>,
+    split: Option<SplitGuidance>,
     /// Of the last step that was computed for a cache.
     kept: Option<KeptOutput>,
     recorded: Vec<(Prediction, Caching, Repeated)>,
@@ -121,7 +126,7 @@ impl RecordedSteps {
     pub fn begin(
         &self,
         key: &StepKey,
-        StageInputs { x, rows, first, window_shifts, guidance, known, low }: StageInputs,
+        StageInputs { x, rows, first, window_shifts, guidance, known, low, split }: StageInputs,
         denoiser: &DenoiserFor,
     ) -> Result<StageSteps> {
         let history = history(rows);
@@ -135,6 +140,9 @@ impl RecordedSteps {
             }
             if let (Some(to), Some(from)) = (&mut steps.low, low) {
                 to.rewrite(from, first)?;
+            }
+            if let (Some(to), Some(from)) = (&mut steps.split, split) {
+                to.rewrite(from)?;
             }
             steps.denoiser = denoiser(Some(steps.denoiser))?;
             steps.state.restart(&x)?;
@@ -159,13 +167,14 @@ impl RecordedSteps {
             };
             let known = known.map(Known::duplicate).transpose()?;
             let low = low.map(|low| LowSteps::new(&device, low, first)).transpose()?;
-            Ok((denoiser(None)?, table, noise, known, low))
+            let split = split.map(|split| SplitGuidance::new(&device, split)).transpose()?;
+            Ok((denoiser(None)?, table, noise, known, low, split))
         };
-        let (denoiser, table, noise, known, low) = self.retrying(parts)?;
+        let (denoiser, table, noise, known, low, split) = self.retrying(parts)?;
         // Steps overwrite x, which the caller may still hold.
         let x = if x.is_unshared() { x } else { x.duplicate()? };
         let (state, kept, recorded) = (SampleState::with_history(x, history)?, None, Vec::new());
-        Ok(StageSteps { denoiser, state, noise, table, guidance, known, low, kept, recorded })
+        Ok(StageSteps { denoiser, state, noise, table, guidance, known, low, split, kept, recorded })
     }
 
     /// Keeps the steps of a stage that is done, if its device records.
@@ -256,6 +265,10 @@ impl StageSteps {
         self.noise.as_mut()
     }
 
+    pub(super) fn denoiser(&self) -> &dyn Denoiser {
+        &*self.denoiser
+    }
+
     /// The samples and, after a step, its clean samples.
     pub fn state(&self) -> &SampleState {
         &self.state
@@ -308,7 +321,7 @@ impl StageSteps {
 
     /// One step by this prediction: computed, recorded or replayed.
     fn step(&mut self, prediction: &Prediction, caching: Caching) -> Result<()> {
-        let StageSteps { denoiser, state, noise, table, guidance, known, low, kept, recorded } = self;
+        let StageSteps { denoiser, state, noise, table, guidance, known, low, split, kept, recorded } = self;
         if caching == Caching::Keep && kept.is_none() {
             let mut shape = state.x().shape().to_vec();
             shape[0] *= if guidance.is_some() { 2 } else { 1 };
@@ -332,6 +345,10 @@ impl StageSteps {
                     }
                     output
                 }
+            };
+            let output = match split {
+                Some(split) => split.rows(&output)?,
+                None => output,
             };
             ops::sampler_step(state, &output, guidance.as_ref(), table, noise.as_ref())?;
             if let Some(known) = known {

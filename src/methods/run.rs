@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::{Choices, METHODS, Method, Size, Stage, Start, StepCache, check_size};
+use super::{Choices, METHODS, Method, Size, Stage, StageParts, Start, StepCache, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetConfig;
 use crate::names::one_of;
@@ -16,6 +16,8 @@ pub struct Run {
     ranges: Vec<Range<usize>>,
     scheduler: Scheduler,
     guidance: Option<Vec<GuidanceScale>>,
+    /// Scale of guidance's high band; `None`: what the method says.
+    guidance_high: Option<f32>,
     published: PublishedSchedule,
     choices: Choices,
     start: Option<Start>,
@@ -93,12 +95,13 @@ impl Run {
         let ranges = method.implementation().ranges(&stages);
         let (published, choices) = (PublishedSchedule::SD, Choices::default());
         let (start, cache, model) = (None, None, None);
-        let run = Run {
+        let mut run = Run {
             method,
             stages,
             ranges,
             scheduler,
             guidance,
+            guidance_high: None,
             published,
             choices,
             start,
@@ -127,6 +130,7 @@ impl Run {
                 "the stages ask for {steps} steps, the scheduler has {scheduled}; they must be equal"
             ));
         }
+        run.scheduler = run.method.implementation().schedule(run.scheduler.clone(), &run)?;
         run.method.implementation().check(&run)?;
         Ok(run)
     }
@@ -166,6 +170,69 @@ impl Run {
 
     pub fn cache(&self) -> Option<&StepCache> {
         self.cache.as_ref()
+    }
+
+    /// With another scale for what of guidance a smaller map does not hold ([`FrequencySplit`](super::FrequencySplit)); `None`:
+    /// as the method does.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: there is no guidance, no stage in which it can be split, or it is rescaled.
+    pub fn with_guidance_high(self, high: Option<f32>) -> Result<Run> {
+        let run = Run { guidance_high: high.or(self.guidance_high), ..self };
+        let refuse = |value: String, reason: String| Err(Error::Request { field: "guidance_high", value, reason });
+        if let Some(high) = high {
+            if !(high.is_finite() && high >= 0.0) {
+                return refuse(high.to_string(), "expected a number from 0; request.guidance is usual".into());
+            }
+            let Some(guidance) = run.guidance() else {
+                return refuse(
+                    high.to_string(),
+                    "has no effect without guidance; expected a request.guidance above 1".into(),
+                );
+            };
+            debug_assert!(!guidance.is_empty());
+            let views = |stage: &Stage| stage.parts.intersects(StageParts::CROPS.and(StageParts::DEMOFUSION));
+            if !run.method.implementation().splits_guidance() || run.stages.iter().any(views) {
+                let reason = "guidance is split over whole maps, and steps of this run see patches of theirs; choose another \
+                              request.method, and stages without +crops and +demofusion";
+                return refuse(high.to_string(), reason.into());
+            }
+            if (0..run.stages.len()).all(|stage| run.guidance_grid(stage).is_none()) {
+                let stages = run.stages_text();
+                let reason =
+                    format!("has no effect: no stage of {stages} is larger than what the model was trained at");
+                return refuse(high.to_string(), reason);
+            }
+        }
+        let rescale =
+            run.guidance().and_then(|scales| scales.iter().map(|scale| scale.rescale).find(|&phi| phi != 0.0));
+        match (run.guidance_high(), rescale) {
+            (Some(high), Some(rescale)) => Err(Error::Request {
+                field: "guidance_rescale",
+                value: rescale.to_string(),
+                reason: format!(
+                    "goes back to the contrast of one prediction, and guidance is split by frequency here \
+                                 (request.guidance_high {high}); leave one of the two out"
+                ),
+            }),
+            _ => Ok(run),
+        }
+    }
+
+    /// Scale of guidance's high band, where guidance is split.
+    pub fn guidance_high(&self) -> Option<f32> {
+        self.guidance.as_ref()?;
+        self.guidance_high.or_else(|| self.method.implementation().guidance_high(self))
+    }
+
+    /// Height and width in cells of what guidance's low band fits in a stage that is split where guidance is.
+    pub fn guidance_grid(&self, stage: usize) -> Option<[usize; 2]> {
+        self.method.implementation().guidance_grid(self, stage)
+    }
+
+    /// Height and width of a picture's map, in cells.
+    pub fn cells(&self, size: Size) -> [usize; 2] {
+        [size.height / self.factor, size.width / self.factor]
     }
 
     /// With guidance of its own for each picture of a batch, where there is guidance.

@@ -6,8 +6,8 @@ use super::cache::{Caching, StepWork};
 use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{
-    DiffusionModel, Event, Known, LowResolution, NoiseSource, Prediction, Run, Size, Stage, StageInputs, StepKey,
-    StepProgress, Watch,
+    DiffusionModel, Event, FrequencySplit, Known, LowResolution, NoiseSource, Prediction, Run, Size, Stage,
+    StageInputs, StepKey, StepProgress, Watch,
 };
 use crate::error::Result;
 use crate::models::UnetOptions;
@@ -47,6 +47,8 @@ pub struct Sampling<'a> {
     pub(super) known: Option<Known>,
     /// What its network reads beside the samples.
     pub(super) channels: Option<Tensor>,
+    /// What the last stage's network collected of its cross-attention, for the next one.
+    attention_maps: Option<Tensor>,
 }
 
 /// Clean samples in place of those that were found in a step, counted from 0; `None`: these.
@@ -107,6 +109,7 @@ pub fn generate_counted<'a>(
         draws: 0,
         known: None,
         channels: None,
+        attention_maps: None,
     };
     let latent = run.method().implementation().sample(&mut sampling)?;
     sampling.watch.dump("latent", &latent)?;
@@ -228,10 +231,12 @@ impl<'a> Sampling<'a> {
     ) -> Result<(Tensor, Tensor)> {
         let (model, stages) = (self.model, self.run.stages());
         let (Stage { size, parts, .. }, steps) = (stages[index], self.run.ranges()[index].len());
-        let (known, channels) = (self.known.take(), self.channels.take());
+        let (known, channels, maps) = (self.known.take(), self.channels.take(), self.attention_maps.take());
         self.watch.begin(Event::Condition { stage: index })?;
         let key = StepKey { repaints: known.is_some(), ..self.key(size) };
         let guidance = self.guidance(key.sample[0]);
+        let split = self.frequency_split(index, guidance.as_deref());
+        let key = StepKey { split: split.as_ref().map(|split| split.grid), ..key };
         let guidance = guidance.map(|scales| Guidance::new(model.device(), &scales)).transpose()?;
         let told = self.run.method().implementation().told_size(self.run, index);
         let second = self.low.as_ref().map(|low| low.all_timesteps(&self.timesteps));
@@ -242,12 +247,17 @@ impl<'a> Sampling<'a> {
                 None => {}
                 Some(channels) => denoiser.set_channels(channels)?,
             }
+            if let Some(maps) = &maps {
+                let [_, h, w, _] = key.sample;
+                denoiser.reuse_attention_maps(maps, [h, w], prediction_at(0).attention_maps().flat)?;
+            }
             Ok(denoiser)
         };
         let window_shifts = self.window_shifts.as_ref().map(|(_, values)| values.as_slice());
         let (rows, first) = (&self.rows, self.evaluated);
         let (known_here, low) = (known.as_ref(), self.low.as_ref());
-        let inputs = StageInputs { x, rows, first, window_shifts, guidance, known: known_here, low };
+        let inputs =
+            StageInputs { x, rows, first, window_shifts, guidance, known: known_here, low, split: split.as_ref() };
         let mut on_device = model.recorded_steps().begin(&key, inputs, &begin)?;
         self.watch.begin(Event::StageBegins { stage: index, stages: stages.len(), size, steps, parts })?;
         let mut clean = None;
@@ -295,6 +305,9 @@ impl<'a> Sampling<'a> {
                 clean = Some(known.in_place_of(on_device.state().x0())?);
             }
             self.step_done(index, step, on_device.state().x())?;
+        }
+        if steps > 0 && prediction_at(steps - 1).attention_maps().collect {
+            self.attention_maps = on_device.denoiser().attention_maps();
         }
         let (x, x0) = (on_device.state().x().clone(), clean.unwrap_or_else(|| on_device.state().x0().clone()));
         model.recorded_steps().end(key, on_device);
@@ -388,6 +401,7 @@ impl<'a> Sampling<'a> {
             window_shifts: self.window_shifts.as_ref().map(|(columns, _)| *columns),
             repaints: false,
             low_scale: self.low.as_ref().map(|low| low.scale),
+            split: None,
         }
     }
 
@@ -401,6 +415,13 @@ impl<'a> Sampling<'a> {
     pub fn set_low_resolution(&mut self, low: LowResolution) {
         debug_assert_eq!(low.evaluations.len(), self.evaluations.len());
         self.low = Some(low);
+    }
+
+    /// How the guidance of stage `index` is split by frequency: as the run says.
+    fn frequency_split(&self, index: usize, guidance: Option<&[GuidanceScale]>) -> Option<FrequencySplit> {
+        let (high, grid) = (self.run.guidance_high()?, self.run.guidance_grid(index)?);
+        let factors = guidance?.iter().map(|low| high / low.scale).collect();
+        Some(FrequencySplit { grid, factors })
     }
 
     /// Of each of `images` pictures.

@@ -39,6 +39,10 @@ impl Parameters {
         if request.guidance_rescale != 0.0 {
             fields.push(("CFG rescale".into(), request.guidance_rescale.to_string()));
         }
+        let high = run.guidance_high();
+        if let Some(high) = high {
+            fields.push(("CFG scale high".into(), high.to_string()));
+        }
         let spacing = run.scheduler().sigma_spacing();
         if spacing != SigmaSpacing::Uniform {
             fields.push(("Schedule type".into(), spacing.webui_name().to_string()));
@@ -64,6 +68,9 @@ impl Parameters {
         });
         if request.guidance_rescale != 0.0 {
             json["guidance_rescale"] = decimal(request.guidance_rescale).into();
+        }
+        if let Some(high) = high {
+            json["guidance_high"] = decimal(high).into();
         }
         // The empty prompt is not for every family what no prompt is.
         if run.guidance().is_some() && request.negative_prompt.as_deref() == Some("") {

@@ -36,6 +36,9 @@ pub struct Request {
     /// phi of Lin et al. 2023, arXiv:2305.08891, sec. 3.4: how far the guided output's standard deviation goes back to that
     /// of the conditional one, 0 (not) to 1 (all the way).
     pub guidance_rescale: f32,
+    /// Scale of what of guidance the map of the stage before (in a first stage larger than the trained size: the trained one's) does
+    /// not hold, the rest keeping `guidance`: FA-CFG of FreCaS, arXiv:2410.18410. `None`: as the method does, most without.
+    pub guidance_high: Option<f32>,
     /// A picture to begin from, where the method can. Without `size` and `stages` its own size, rounded down to whole cells,
     /// is the final one.
     pub init_image: Option<InitImage>,
@@ -68,6 +71,7 @@ impl Default for Request {
             steps: None,
             guidance: Defaults::LATENT.guidance,
             guidance_rescale: 0.0,
+            guidance_high: None,
             init_image: None,
             size_ids: SizeIds::default(),
             seed: 0,
@@ -178,6 +182,7 @@ impl Request {
         };
         run.with_guidance(vec![self.guidance_scale()])
             .published_as(defaults.published)
+            .with_guidance_high(self.guidance_high)?
             .with_choices(self.choices.clone())?
             .with_cache(self.cache.clone())
     }

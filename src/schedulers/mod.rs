@@ -156,6 +156,8 @@ pub struct Scheduler {
     sampler: Sampler,
     schedule: NoiseSchedule,
     levels: Levels,
+    /// Of DDIM at timesteps that were given: the one that each step goes to.
+    targets: Option<Vec<usize>>,
     prediction: Prediction,
     spacing: Spacing,
     sigma_spacing: SigmaSpacing,
@@ -210,6 +212,7 @@ impl Scheduler {
             sampler,
             schedule,
             levels,
+            targets: None,
             prediction: config.prediction(),
             spacing: config.spacing(sampler),
             sigma_spacing: config.sigma_spacing(sampler)?,
@@ -224,6 +227,35 @@ impl Scheduler {
         };
         scheduler.check(config)?;
         Ok(scheduler)
+    }
+
+    /// DDIM at these timesteps of the training, each with the one that its step goes to. They need not descend: a stage of a run may
+    /// begin noisier than the one before it ended.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: another sampler; [`Error::Argument`]: a timestep that was not trained; [`Error::Config`]: one without any
+    /// signal, of a network that predicts the noise.
+    pub fn at_timesteps(&self, steps: &[(usize, usize)]) -> Result<Scheduler> {
+        if self.sampler != Sampler::Ddim {
+            let reason = "these timesteps are for ddim".to_string();
+            return Err(Error::Request { field: "scheduler", value: self.sampler.to_string(), reason });
+        }
+        let trained = self.schedule.abar.len();
+        if let Some(beyond) = steps.iter().flat_map(|&(t, to)| [t, to]).find(|&t| t >= trained) {
+            let want = format!("below {trained}, the number of trained ones");
+            return Err(Error::argument("scheduler", "timestep", beyond, want));
+        }
+        let no_signal = steps.iter().any(|&(t, _)| self.schedule.abar[t] <= 0.0);
+        if no_signal && self.prediction == Prediction::Epsilon {
+            let reason = "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type epsilon says nothing about \
+                          the picture; expected prediction_type v_prediction";
+            return Err(Error::config("scheduler", reason));
+        }
+        let timesteps: Vec<f32> = steps.iter().map(|&(t, _)| t as f32).collect();
+        let mut sigmas: Vec<f64> = steps.iter().map(|&(t, _)| self.schedule.at(t)).collect();
+        sigmas.push(0.0);
+        let targets = Some(steps.iter().map(|&(_, to)| to).collect());
+        Ok(Scheduler { levels: Levels { timesteps, sigmas }, targets, ..self.clone() })
     }
 
     fn check(&self, config: &SchedulerConfig) -> Result<()> {

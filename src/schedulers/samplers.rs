@@ -118,7 +118,10 @@ impl Scheduler {
     fn ddim(&self, i: usize) -> Affine {
         let t = self.timesteps()[i] as usize;
         let abar = self.schedule.abar[t];
-        let previous = self.abar_before(t);
+        let previous = match &self.targets {
+            Some(targets) => self.schedule.abar[targets[i]],
+            None => self.abar_before(t),
+        };
         let variance = (1.0 - previous) / (1.0 - abar) * (1.0 - abar / previous);
         let std = self.eta * variance.max(0.0).sqrt();
         let direction = (1.0 - previous - std * std).max(0.0).sqrt();

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use megafuse::methods::{
-    DemoFusion, DiffuseHigh, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain, ScaleCrafter,
-    ScaleDiff, UpsampleGuidance,
+    DemoFusion, DiffuseHigh, FreCaS, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain,
+    ScaleCrafter, ScaleDiff, UpsampleGuidance,
 };
 use megafuse::models::{ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetConfig, UnetOptions, WeightStore};
 use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
@@ -261,6 +261,25 @@ fn stored_scalediff() -> (&'static str, &'static str, Request) {
     ("scalediff-sdxl", "sdxl", request)
 }
 
+/// FreCaS in two stages and in three, of which the middle one collects maps and reuses others.
+fn stored_frecas() -> [(&'static str, &'static str, Request); 2] {
+    let of = |method: FreCaS, stages: &[&str]| Request {
+        prompt: "a photo of a cat".into(),
+        method: method.into(),
+        stages: stages.iter().map(|stage| stage.parse().unwrap()).collect(),
+        guidance: 2.0,
+        guidance_high: Some(5.0),
+        seed: 91,
+        ..Request::default()
+    };
+    let three = FreCaS { frecas_ends: Some("400,150".into()), ..FreCaS::default() };
+    let three = of(three, &["8x8:2", "16x16:2", "22x18:1"]);
+    [
+        ("frecas", "sd15", of(FreCaS::default(), &["12x12:2", "20x20:2"])),
+        ("frecas-three", "sd15", Request { negative_prompt: Some("blurry".into()), ..three }),
+    ]
+}
+
 /// DiffuseHigh with a step that is held and two that are not; upsample guidance with squares of three cells, all steps corrected.
 fn stored_refined() -> [(&'static str, &'static str, Request); 2] {
     let base = Request {
@@ -330,7 +349,8 @@ fn f32_runs_are_those_of_the_published_libraries() {
 
 #[test]
 fn f32_runs_of_further_methods_are_those_of_torch() {
-    f32_runs([stored_pixelrush(), stored_scalediff(), stored_scalecrafter()].into_iter().chain(stored_refined()));
+    let further = [stored_pixelrush(), stored_scalediff(), stored_scalecrafter()].into_iter().chain(stored_refined());
+    f32_runs(further.chain(stored_frecas()));
 }
 
 /// Kernels and orders of launches that other runs have too.
@@ -538,8 +558,18 @@ fn a_picture_does_not_depend_on_those_made_before() {
             let (size, steps) = (Some("12x16".parse().unwrap()), Some(3));
             Request { method: method.into(), stages: Vec::new(), size, steps, ..base.clone() }
         };
+        // Maps of cross-attention and a ratio of scales that recorded steps read.
+        let [_, (_, _, maps)] = stored_frecas();
+        let maps = Request {
+            stages: ["8x8:3", "12x12:3"].map(|stage| stage.parse().unwrap()).to_vec(),
+            method: FreCaS::default().into(),
+            ..maps
+        };
         let requests = [
             base.clone(),
+            maps.clone(),
+            Request { seed: 5, prompt: "two dogs".into(), guidance_high: Some(9.0), ..maps.clone() },
+            maps,
             Request { seed: 5, prompt: "two dogs".into(), negative_prompt: Some("red".into()), ..base.clone() },
             plus.clone(),
             Request { guidance: 6.0, ..base.clone() },

@@ -237,6 +237,11 @@ fn scalediff() {
 }
 
 #[test]
+fn frecas() {
+    check_all(|name| name.starts_with("frecas"));
+}
+
+#[test]
 fn the_png_is_the_rounded_image() {
     for run in runs(|name| name == "mega-wide") {
         let folder = tempfile::tempdir().unwrap();

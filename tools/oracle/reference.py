@@ -72,6 +72,7 @@ class Settings:
     steps = 4
     guidance = 7.0
     guidance_rescale = 0.0
+    guidance_high = None  # of the high band; None: guidance is not split
     seed = 0
     original_size = None  # SDXL's size ids, (width, height); None: the size of the stage
     target_size = None
@@ -117,6 +118,11 @@ class Settings:
     # ScaleDiff
     restart_ratio = None
     low_pass = 0.125
+    # FreCaS; None: as the stages say
+    frecas_ends = None
+    frecas_gamma = None
+    map_reuse = None
+    frecas_upsampler = "nearest"
 
     def __init__(self, **changes):
         for key, value in changes.items():
@@ -197,6 +203,8 @@ class Guided:
     """
 
     cache = None
+    split = None  # (height and width of the low band's map, the high band's scale)
+    before = None
 
     def __init__(self, model, settings):
         self.model, self.settings, self.w = model, settings, settings.guidance
@@ -215,6 +223,13 @@ class Guided:
     def enter(self, size):
         """Begins a stage of `size` (width, height): SDXL's size ids are its own unless set, the same in every row."""
         (ow, oh), (tw, th) = (given or size for given in (self.settings.original_size, self.settings.target_size))
+        if self.settings.guidance_high is not None:
+            side = self.model.unet.config.sample_size * self.model.vae_factor
+            # A first stage larger than the trained size would take the trained one's map.
+            assert self.before or size[0] * size[1] <= side * side
+            cells = self.before and [length // self.model.vae_factor for length in self.before[::-1]]
+            self.split = (cells, self.settings.guidance_high) if size[0] * size[1] > side * side else None
+            self.before = size
         left, top = self.settings.crop
         self.time_ids = torch.tensor([[oh, ow, top, left, th, tw]] * len(self.embeds), dtype=torch.float32)
 
@@ -231,6 +246,11 @@ class Guided:
             return output
         e_u, e_c = output.chunk(2)
         guided = e_u + self.w * (e_c - e_u)
+        if self.split is not None:
+            grid, high = self.split
+            resized = lambda x, size: torch.nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            low = resized(resized(e_c - e_u, grid), e_u.shape[2:])
+            guided = e_u + self.w * low + high * (e_c - e_u - low)
         if self.settings.guidance_rescale == 0:
             return guided
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
@@ -453,7 +473,8 @@ def main():
              "disperse": str, "disperse_steps": int, "freeu": str, "restart_ratio": float,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
-             "cosine": lambda text: tuple(float(n) for n in text.split(","))}
+             "cosine": lambda text: tuple(float(n) for n in text.split(",")),
+             "guidance_high": float, "frecas_ends": str, "frecas_gamma": float, "map_reuse": float}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="")
     parser.add_argument("--model", required=True)

@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs() | scalediff_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs() | scalediff_runs() | frecas_runs()
 
 
 def sdxl_runs():
@@ -380,6 +380,26 @@ def scalediff_runs():
                                         "guidance": 1.0}),
         "scalediff-sd21": ("sd21", run | {"stages": stages((20, 20, 3), (32, 36, 2)), "low_pass": 0.5}),
         "scalediff-four-levels": ("four-levels", run | {"stages": stages((24, 24, 2), (32, 40, 1)), "eta": 0.5}),
+    }
+
+
+def frecas_runs():
+    """Both kinds of outputs, two and three stages, doubled and not; without guidance; as published; guidance split in another
+    method."""
+    run = {"method": "frecas", "guidance": 2.0, "guidance_high": 5.0, "seed": 91}
+    stages = lambda *sizes: tuple(((w, h), n) for w, h, n in sizes)
+    return {
+        "frecas": ("sd15", run | {"stages": stages((12, 12, 2), (20, 20, 2))}),
+        "frecas-sd21": ("sd21", run | {"stages": stages((20, 16, 2), (36, 32, 2)), "guidance_high": 4.0, "frecas_ends": "300", "frecas_gamma": 1.5}),
+        "frecas-sdxl": ("sdxl", run | {"stages": stages((16, 16, 3), (24, 20, 2)), "map_reuse": 0.8,
+                                       "frecas_upsampler": "bilinear"}),
+        "frecas-three": ("sd15", run | {"stages": stages((8, 8, 2), (16, 16, 2), (22, 18, 1)), "negative": "blurry",
+                                        "frecas_ends": "400,150"}),
+        "frecas-compat": ("sdxl", run | {"stages": stages((8, 8, 3), (16, 16, 3)), "reference_compat": True}),
+        "frecas-unguided": ("zero-snr", {"method": "frecas", "guidance": 1.0, "seed": 92, "frecas_upsampler": "bicubic",
+                                         "stages": stages((8, 12, 3), (16, 20, 2))}),
+        "mega-guidance-high": ("sd15", {"method": "megafusion", "guidance": 2.0, "guidance_high": 5.0, "seed": 93,
+                                        "stages": stages((16, 16, 2), (40, 28, 1))}),
     }
 
 

@@ -1,5 +1,7 @@
 use super::config::{AttentionConfig, BlockConfig, MidBlockConfig};
-use super::{ConvPlace, ConvRole, UnetBlock, UnetConditioning, UnetConfig, UnetOptions};
+use super::{
+    AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, UnetBlock, UnetConditioning, UnetConfig, UnetOptions,
+};
 use crate::error::{Error, Result};
 use crate::models::layers::{
     Downsample, GroupNorm, LayerNorm, Linear, Redilation, ResnetBlock, ResnetConfig, Upsample,
@@ -40,11 +42,29 @@ pub(super) struct Call<'a> {
     pub(super) step: &'a StepIndex,
     pub(super) options: &'a UnetOptions,
     pub(super) window_shifts: Option<&'a Tensor>,
+    pub(super) attention_maps: Option<&'a AttentionMapMemory>,
 }
 
 impl Call<'_> {
     fn is_pooled(&self, level: Option<usize>) -> bool {
         level.is_some() && self.options.pooled_level == level
+    }
+
+    /// The result `y` of cross-attention to the text as the options want it; its queries are the tokens of `map`.
+    fn by_maps(&self, map: [usize; 2], q: &Tensor, kv: &Tensor, y: Tensor) -> Result<Tensor> {
+        let AttentionMaps { collect, reuse, .. } = self.options.attention_maps;
+        if !collect && reuse == 0.0 {
+            return Ok(y);
+        }
+        let memory = self.attention_maps;
+        let memory = memory.ok_or_else(|| Error::config("unet", "the call has no memory for maps of attention"))?;
+        if collect {
+            memory.add(map, q, kv)?;
+        }
+        match reuse {
+            0.0 => Ok(y),
+            reuse => ops::blend_attention_map(&y, memory.shares(map)?, kv, reuse),
+        }
     }
 
     /// How this convolution is applied.
@@ -387,9 +407,9 @@ impl TransformerBlock {
         let y = self.norm1.forward(&x)?;
         let x = match &self.attn1 {
             Attn::Packed(attn) => attn.forward(&y, &x, map, call)?,
-            Attn::Cross(attn) => attn.forward(&y, &x, call)?,
+            Attn::Cross(attn) => attn.forward(&y, &x, call, None)?,
         };
-        let x = self.attn2.forward(&self.norm2.forward(&x)?, &x, call)?;
+        let x = self.attn2.forward(&self.norm2.forward(&x)?, &x, call, Some(map))?;
         let y = self.ff_in.fused(&self.norm3.forward(&x)?, Activation::Geglu, None)?; // [N, L, 4 C]
         self.ff_out.forward_residual(&y, &x)
     }
@@ -465,11 +485,15 @@ struct CrossAttention {
 }
 
 impl CrossAttention {
-    /// `x`, `residual: [N, L, C]` to the same.
-    fn forward(&self, x: &Tensor, residual: &Tensor, call: Call) -> Result<Tensor> {
+    /// `x`, `residual: [N, L, C]` to the same; L are the pixels of `map`, for an attention whose maps a call may collect or reuse.
+    fn forward(&self, x: &Tensor, residual: &Tensor, call: Call, map: Option<[usize; 2]>) -> Result<Tensor> {
         let [n, l, c] = x.dims("unet", "x")?;
         let q = self.to_q.forward(x)?.reshape(&[n, l, self.heads, c / self.heads])?;
-        let y = ops::attention(Attention::Cross { q: &q, kv: call.conditioning.kv(self.kv) })?;
+        let kv = call.conditioning.kv(self.kv);
+        let mut y = ops::attention(Attention::Cross { q: &q, kv })?;
+        if let Some(map) = map {
+            y = call.by_maps(map, &q, kv, y)?;
+        }
         self.to_out.forward_residual(&y.reshape(&[n, l, c])?, residual)
     }
 }

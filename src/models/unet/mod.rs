@@ -1,11 +1,13 @@
 //! UNet2DConditionModel of the SD 1.x/2.x and SDXL families. Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023,
 //! arXiv:2307.01952; the convolutional frame is that of Ho et al. 2020, arXiv:2006.11239.
 
+mod attention_maps;
 mod blocks;
 mod conditioning;
 mod config;
 mod convolutions;
 
+pub use attention_maps::{AttentionMapMemory, AttentionMaps};
 pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
 pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
@@ -45,6 +47,8 @@ pub struct UnetOptions {
     /// What the up blocks' ResNets read is weighted where the backbone has four and two times the channels of the finest level:
     /// FreeU (Si et al. 2023, arXiv:2309.11497), in that order.
     pub freeu: Option<[FreeU; 2]>,
+    /// Maps of cross-attention to the text are collected, or reused: FreCaS (2024, arXiv:2410.18410). With [`UnetCall::attention_maps`].
+    pub attention_maps: AttentionMaps,
 }
 
 /// What a call is given beside its sample and its conditioning; `&UnetOptions` is enough where that is all.
@@ -54,11 +58,13 @@ pub struct UnetCall<'a> {
     /// `[steps, M, C]`, u32, as [`WindowShift::factors`](crate::ops::WindowShift): in quarters of a window, a column for each
     /// self-attention of the windowed level in the order of execution ([`UnetConfig::self_attentions`]). `None`: no shift.
     pub window_shifts: Option<&'a Tensor>,
+    /// Where the options' maps are collected and read; none may be asked without it.
+    pub attention_maps: Option<&'a AttentionMapMemory>,
 }
 
 impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
     fn from(options: &'a UnetOptions) -> UnetCall<'a> {
-        UnetCall { options, window_shifts: None }
+        UnetCall { options, window_shifts: None, attention_maps: None }
     }
 }
 
@@ -72,6 +78,7 @@ impl Default for UnetOptions {
             neighbourhood: None,
             redilations: Redilations::default(),
             freeu: None,
+            attention_maps: AttentionMaps::default(),
         }
     }
 }
@@ -90,6 +97,7 @@ impl UnetOptions {
             neighbourhood,
             redilations,
             freeu: _,
+            attention_maps,
         } = self;
         if *mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
@@ -101,6 +109,9 @@ impl UnetOptions {
             if windowed_level.is_some() {
                 return Err(Error::argument("unet", "windowed_level", "given", "none beside a neighbourhood"));
             }
+        }
+        if !(0.0..=1.0).contains(&attention_maps.reuse) {
+            return Err(Error::argument("unet", "attention_maps.reuse", attention_maps.reuse, "a share from 0 to 1"));
         }
         let levels = config.down_blocks.len();
         let below = |arg, level: &Option<usize>, end: usize| match *level {
@@ -232,7 +243,7 @@ impl Unet {
         conditioning: &UnetConditioning,
         call: impl Into<UnetCall<'a>>,
     ) -> Result<Tensor> {
-        let UnetCall { options, window_shifts } = call.into();
+        let UnetCall { options, window_shifts, attention_maps } = call.into();
         let source: Source = x.into();
         let (x, second) = (source.first(), source.second());
         let [n, h, w, c] = x.dims("unet", "x")?;
@@ -246,7 +257,10 @@ impl Unet {
         }
         conditioning.check(x, n, step)?;
         options.check(&self.config)?;
-        let call = Call { conditioning, step, options, window_shifts };
+        let call = Call { conditioning, step, options, window_shifts, attention_maps };
+        if let Some(maps) = attention_maps {
+            maps.begin();
+        }
 
         let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, self.dtype, 1);
         let mut x = match (self.config.center_input_sample, second) {
@@ -263,6 +277,9 @@ impl Unet {
         }
         for block in &self.up_blocks {
             x = block.forward(x, call, &mut skips)?;
+        }
+        if let Some(maps) = attention_maps.filter(|_| options.attention_maps.collect) {
+            maps.finish(options.attention_maps.flat)?;
         }
         ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(true), ..self.conv_out.args(&x) })
     }

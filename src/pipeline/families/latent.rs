@@ -10,7 +10,8 @@ use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PatchInput};
 use crate::models::{
-    AddedConditioning, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig,
+    AddedConditioning, AttentionMapMemory, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning, UnetConfig,
+    UnetOptions, Vae, VaeConfig,
 };
 use crate::ops::{self, Source, StepIndex, StepTable};
 use crate::runtime::{DType, Device, Tensor};
@@ -198,6 +199,7 @@ pub struct UnetDenoiser {
     repeats: usize,
     /// `[repeats N, h, w, C]`: what an inpainting UNet reads beside the latents.
     channels: Option<Tensor>,
+    attention_maps: AttentionMapMemory,
     /// What it is told of crops, where it reads them.
     crops: Option<Crops>,
     /// By the samples of a batch: what it was told of each one's crop.
@@ -243,8 +245,17 @@ impl UnetDenoiser {
                 Device::Cuda(_) | Device::Meta(_) => conditioning.duplicate()?,
             };
             let only = StepIndex::one(unet.device(), 0)?;
-            let (channels, cropped) = (None, Vec::new());
-            return Ok(Box::new(UnetDenoiser { unet, conditioning, repeats, channels, crops, cropped, only }));
+            let (channels, cropped, attention_maps) = (None, Vec::new(), AttentionMapMemory::default());
+            return Ok(Box::new(UnetDenoiser {
+                unet,
+                conditioning,
+                repeats,
+                channels,
+                attention_maps,
+                crops,
+                cropped,
+                only,
+            }));
         };
         let reuse: Box<dyn Any> = reuse;
         let mut reuse = reuse
@@ -264,7 +275,8 @@ impl Denoiser for UnetDenoiser {
             None => Source::One(&input),
             Some(channels) => Source::Two(&input, channels),
         };
-        let call = UnetCall { options, window_shifts: steps.window_shifts() };
+        let maps = Some(&self.attention_maps);
+        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps };
         self.unet.forward(input, steps.index(), &self.conditioning, call)
     }
 
@@ -277,6 +289,14 @@ impl Denoiser for UnetDenoiser {
                 Ok(())
             }
         }
+    }
+
+    fn attention_maps(&self) -> Option<Tensor> {
+        self.attention_maps.collected()
+    }
+
+    fn reuse_attention_maps(&mut self, maps: &Tensor, sample: [usize; 2], flat: bool) -> Result<()> {
+        self.attention_maps.reuse(maps, &self.unet.attention_levels(sample), flat)
     }
 
     fn denoise_patches(&self, patches: &PatchInput, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
