@@ -183,7 +183,8 @@ fn unet() -> Unet {
 
 #[test]
 fn maps_are_collected_and_reused() {
-    let (unet, device) = (unet(), Device::cpu());
+    let unet = unet();
+    let device = unet.device().clone();
     let wave = |shape: &[usize], step: f32| {
         let values: Vec<f32> = (0..shape.iter().product()).map(|i| (step * i as f32).sin()).collect();
         Tensor::from_f32(&device, shape, DType::F32, &values).unwrap()

@@ -8,7 +8,10 @@ use megafuse::methods::{
     DemoFusion, DiffuseHigh, FreCaS, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain,
     ScaleCrafter, ScaleDiff, UpsampleGuidance,
 };
-use megafuse::models::{ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetConfig, UnetOptions, WeightStore};
+use megafuse::models::{
+    AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetCall, UnetConfig,
+    UnetOptions, WeightStore,
+};
 use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent, StepCache};
 use megafuse::runtime::cuda::Isa;
@@ -391,8 +394,9 @@ fn replayed_steps_are_launched_steps_bit_for_bit() {
     let [reused, predicted] = stored_caches();
     // Steps with a second call; DiffuseHigh's are those of plain sampling.
     let [_, second] = stored_refined();
-    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted, second]) {
-        let one = ["hi-sdxl-odd", "upsample-guidance-euler"].contains(&name) || request.cache.is_some();
+    let [_, maps] = stored_frecas();
+    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted, second, maps]) {
+        let one = ["hi-sdxl-odd", "upsample-guidance-euler", "frecas-three"].contains(&name) || request.cache.is_some();
         let dtypes = if one { &DType::FLOATS[..1] } else { &DType::FLOATS[..] };
         for &dtype in dtypes {
             let [launched, replayed] = [true, false].map(|eager| {
@@ -480,7 +484,11 @@ fn a_recorded_step_is_what_the_planner_counts() {
             freeu: Some([freeu; 2]),
             ..UnetOptions::default()
         };
-        for (options, height) in [(UnetOptions::default(), 16), (hi, 15), (scale, 15)] {
+        let maps = UnetOptions {
+            attention_maps: AttentionMaps { reuse: 0.5, ..AttentionMaps::default() },
+            ..UnetOptions::default()
+        };
+        for (options, height) in [(UnetOptions::default(), 16), (hi, 15), (scale, 15), (maps, 15)] {
             let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
                 let store = match device {
                     Device::Meta(_) => WeightStore::meta(device, DType::BF16),
@@ -498,6 +506,9 @@ fn a_recorded_step_is_what_the_planner_counts() {
                     next_from_x0: 0.5,
                     ..StepCoefficients::default()
                 };
+                let maps = Tensor::zeros(device, &[2, 4, 6, 77], DType::F32).unwrap();
+                let mut memory = AttentionMapMemory::default();
+                memory.reuse(&maps, &unet.attention_levels([height, 16]), false).unwrap();
                 let guidance = Guidance::uniform(device, 1, 7.0).unwrap();
                 let mut steps = StepTable::new(device, vec![StepRow { input_scale: 1.0, coefficients }; 2]).unwrap();
                 let mut state =
@@ -505,7 +516,8 @@ fn a_recorded_step_is_what_the_planner_counts() {
                         .unwrap();
                 work(&mut || {
                     let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
-                    let output = unet.forward(&input, steps.index(), &conditioning, &options)?;
+                    let call = UnetCall { options: &options, window_shifts: None, attention_maps: Some(&memory) };
+                    let output = unet.forward(&input, steps.index(), &conditioning, call)?;
                     ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
                     steps.index_mut().advance()
                 });
@@ -527,6 +539,7 @@ fn a_recorded_step_is_what_the_planner_counts() {
                 "conv2d_",
                 "linear_",
                 "attention_",
+                "blend_attention_map_",
                 "group_norm_",
                 "layer_norm_",
                 "resize_",
