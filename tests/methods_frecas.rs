@@ -98,7 +98,7 @@ fn the_published_numbers_are_the_defaults() {
         [high(SD, 512), high(SD_TWO, 512), high(SDXL, 1024), high(SDXL_TWO, 1024)],
         [45.0, 35.0, 35.0, 35.0].map(Some)
     );
-    assert_eq!(high("64x64:40,128x128:10", 64), Some(12.0));
+    assert_eq!(high("64x64:40,128x128:10", 64), Some(6.0));
     assert_eq!(high("512x512:40", 512), None);
     let planned = |size: &str, native: usize, steps: usize| {
         let (size, native) = (size.parse().unwrap(), Size::new(native, native));
@@ -265,8 +265,8 @@ fn pictures_depend_on_their_own_requests_alone() {
         assert_eq!(pipeline.generate(request, &mut Silent).unwrap()[0], *picture, "{}", request.prompt);
     }
     let json = &together[0].parameters.json;
-    assert_eq!((json["guidance_high"].as_f64(), json["steps"].as_u64()), (Some(12.0), Some(5)));
-    assert!(together[0].parameters.text.contains("CFG scale high: 12"), "{}", together[0].parameters.text);
+    assert_eq!((json["guidance_high"].as_f64(), json["steps"].as_u64()), (Some(6.0), Some(5)));
+    assert!(together[0].parameters.text.contains("CFG scale high: 6"), "{}", together[0].parameters.text);
     // Without guidance there is nothing to split; the maps are handed on all the same.
     let alone = |reuse| {
         let method = FreCaS { map_reuse: Some(reuse), ..FreCaS::default() };

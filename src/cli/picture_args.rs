@@ -339,7 +339,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", value_parser = values::guidance_rescale, default_value = "0")]
     pub guidance_rescale: f32,
 
-    /// Guidance scale of the details that a stage has over the one before (default for --method frecas: 35 or 45; others: none)
+    /// Guidance scale of the details that a stage has over the one before (default for --method frecas: 35 or 45, 6 for the pocket model; others: none)
     ///
     /// Guidance is split by frequency: what fits the map of the stage before (in a first stage larger than the trained size: the
     /// trained one's) keeps --guidance, the rest has this scale. Stages up to the trained size are not split. FreCaS,

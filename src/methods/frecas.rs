@@ -12,7 +12,7 @@
 //! is told the first stage's size in all stages. Numbers that no option gives are those of the published command lines, chosen by
 //! the size that the model was trained at and by the number of stages ([`FreCaS::guidance_high`] is a request's): SDXL's for 1024x1024
 //! and more, SD 2.1's for smaller ones. These are published for a guidance of 7.5 in the first stage; models trained below 128
-//! pixels, whose guidance is lower, get w_h 12.
+//! pixels, whose guidance is lower, get w_h 6.
 //!
 //! Draws: the first noise; per relay its noise, with `reference_compat` after the posterior's; with an eta one per step.
 
@@ -162,7 +162,7 @@ impl Preset {
                 *last = 200;
             }
             if native.width.max(native.height) < SMALL_NATIVE_SIDE {
-                preset.high = 12.0;
+                preset.high = 6.0;
             }
         }
         preset

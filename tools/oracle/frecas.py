@@ -106,7 +106,7 @@ def run(model, settings, tensors):
         timesteps.append([int(start + k * (end - start) / max(n - 1, 1)) for k in range(n)])
 
     predict = reference.Guided(model, settings)
-    high = 12.0 if settings.guidance_high is None else settings.guidance_high
+    high = 6.0 if settings.guidance_high is None else settings.guidance_high
     kind = scheduler.config.prediction_type
     state = State(compat)
     z, done = draws.normal((1, 4, *cells(stages[0][0]))), 0
