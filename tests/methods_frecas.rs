@@ -195,7 +195,7 @@ fn maps_are_collected_and_reused() {
     let step = StepIndex::one(&device, 0).unwrap();
     let forward = |x: &Tensor, maps: Option<&AttentionMapMemory>, asked: AttentionMaps| {
         let options = UnetOptions { attention_maps: asked, ..UnetOptions::default() };
-        let call = UnetCall { options: &options, window_shifts: None, attention_maps: maps };
+        let call = UnetCall { attention_maps: maps, ..UnetCall::from(&options) };
         unet.forward(x, &step, &conditioning, call).map(|y| y.to_f32_vec().unwrap())
     };
     let (small, large) = (wave(&[2, 5, 6, 4], 0.51), wave(&[2, 9, 13, 4], 0.29));

@@ -1,4 +1,3 @@
-use super::prediction::side_by_side;
 use crate::error::Result;
 use crate::ops::{self, StepIndex, StepRows};
 use crate::runtime::{DType, Device, Tensor};
@@ -64,6 +63,6 @@ impl SplitGuidance {
         let factors = StepRows { table: &self.factors, step: &self.pictures, rows: 1 };
         // Its squares are of one cell.
         let conditional = ops::upsample_guidance(&difference, &low, &unconditional, factors)?;
-        side_by_side(&unconditional, &conditional)
+        ops::stack(&unconditional, &conditional)
     }
 }

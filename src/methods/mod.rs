@@ -6,8 +6,10 @@
 
 mod cache;
 mod choices;
+mod convolutions;
 mod demofusion;
 mod diffusehigh;
+mod fouriscale;
 mod frecas;
 mod frequency_split;
 mod hidiffusion;
@@ -39,6 +41,7 @@ pub use cache::{CacheKind, CacheOption, Caching, StepCache};
 pub use choices::Choices;
 pub use demofusion::{DEMOFUSION, DemoFusion, JitteredWindows, cosine_factors, gaussian_taps, phase_sizes};
 pub use diffusehigh::{DIFFUSEHIGH, DiffuseHigh};
+pub use fouriscale::{FOURISCALE, FouriScale};
 pub use frecas::{FRECAS, FreCaS, FrecasUpsampler};
 pub use frequency_split::{FrequencySplit, SplitGuidance};
 pub use hidiffusion::{HIDIFFUSION, HiDiffusion};
@@ -81,6 +84,7 @@ pub static METHODS: &[&MethodSpec] = &[
     &PIXELRUSH,
     &SCALEDIFF,
     &FRECAS,
+    &FOURISCALE,
 ];
 
 /// Where a relay clamps its picture to [-1, 1].

@@ -61,6 +61,15 @@ pub trait Denoiser: Any + Send {
     /// Those of the model.
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor>;
 
+    /// The same with the conditional samples once more behind the others: 2 N rows, or with guidance 3 N. The last N of them are
+    /// twins of those before ([`UnetCall::twins`](crate::models::UnetCall::twins)).
+    ///
+    /// # Errors
+    /// [`Error::Config`]: it knows no twins; those of the model.
+    fn denoise_twins(&self, _x: &Tensor, _steps: &StepTable, _options: &UnetOptions) -> Result<Tensor> {
+        Err(Error::config("denoiser", "has no conditioning for samples that come twice"))
+    }
+
     /// What the network reads beside the samples, `[N, h, w, C]`, f32: the mask, then the masked picture's samples. Before
     /// the first step of a stage; where the denoiser has them already, in the same memory.
     ///

@@ -16,6 +16,10 @@ pub enum Prediction {
     /// Noise-damped guidance, where there is guidance (He et al. 2023, arXiv:2310.07702, sec. 3.4): the unconditional rows of a call
     /// with `weak`, and from them on the differences that guidance has in a call with `strong`.
     Damped { strong: UnetOptions, weak: UnetOptions },
+    /// One call in which the conditional samples stand twice ([`Denoiser::denoise_twins`]): guidance reads the unconditional rows
+    /// and those of the twins, as far from them as `amplified` times what the network says. Huang et al. 2024, arXiv:2403.12963,
+    /// sec. 3.4.
+    Twins { options: UnetOptions, amplified: f32 },
 }
 
 impl Prediction {
@@ -52,7 +56,23 @@ impl Prediction {
                 let unconditional = rows(&weak, 0)?;
                 let difference = ops::add_scaled(&rows(&strong, images)?, &rows(&strong, 0)?, -1.0)?;
                 let conditional = ops::add(&unconditional, &difference)?;
-                side_by_side(&unconditional, &conditional)
+                ops::stack(&unconditional, &conditional)
+            }
+            Prediction::Twins { options, amplified } => {
+                let (images, output) = (x.shape()[0], denoiser.denoise_twins(x, table, options)?);
+                if output.shape()[0] == 2 * images {
+                    return output.rows(images..2 * images); // there is no guidance
+                }
+                let rows = |from: usize| ops::scale_cast(&output.rows(from..from + images)?, 1.0, 0.0, DType::F32, 1);
+                let (unconditional, twins) = (rows(0)?, rows(2 * images)?);
+                let conditional = match *amplified {
+                    1.0 => twins,
+                    factor => {
+                        let difference = ops::add_scaled(&twins, &unconditional, -1.0)?;
+                        ops::add_scaled(&unconditional, &difference, factor)?
+                    }
+                };
+                ops::stack(&unconditional, &conditional)
             }
         }
     }
@@ -79,13 +99,4 @@ impl From<UnetOptions> for Prediction {
     fn from(options: UnetOptions) -> Prediction {
         Prediction::Network(options)
     }
-}
-
-/// `[N, ...]` twice to `[2 N, ...]`, the rows of `a` first.
-pub(super) fn side_by_side(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let mut shape = a.shape().to_vec();
-    let line = [1, a.numel()];
-    let both = ops::concat(&a.reshape(&line)?, &b.reshape(&line)?)?;
-    shape[0] *= 2;
-    both.reshape(&shape)
 }

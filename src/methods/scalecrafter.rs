@@ -20,10 +20,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::convolutions::{self, FREEU, Map, Names, freeu_for};
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::{Geometry, MegaFusion, Method, ModelFacts, Plain, Prediction, Run, Sampling, Size, Stage};
 use crate::error::{Error, Result};
-use crate::models::{ConvPlace, Redilation, UnetBlock, UnetConfig, UnetOptions};
+use crate::models::{ConvPlace, Redilation, UnetOptions};
 use crate::ops::FreeU;
 use crate::runtime::Tensor;
 use crate::schedulers::{Sampler, SchedulerConfig};
@@ -119,7 +120,7 @@ const OPTIONS: &[OptionSpec] = &[
         value_name: "LIST",
         help: "Which of the re-dilated convolutions get 5x5 kernels and half the dilation: D3,M (default: none)\n\n\
                Made from the model's 3x3 kernels once, and kept beside them.",
-        kind: OptionKind::Text { check: |text| names(text).map(drop) },
+        kind: OptionKind::Text { check: |text| convolutions::names(text).map(drop) },
     },
     OptionSpec {
         name: "disperse_steps",
@@ -130,17 +131,6 @@ const OPTIONS: &[OptionSpec] = &[
     },
     FREEU,
 ];
-
-/// FreeU's factors, or none.
-const FREEU: OptionSpec = OptionSpec {
-    name: "freeu",
-    heading: HEADING,
-    value_name: "B1,B2,S1,S2",
-    help: "FreeU's factors of backbone and skip connections, or none (default: by model)\n\n\
-           Where the backbone of an up block has four (B1, S1) or two times (B2, S2) the channels of the finest level. SD 1.x \
-           1.2,1.4,0.9,0.2; SD 2.x 1.1,1.2,0.9,0.2; SDXL 1.1,1.2,0.6,0.4.",
-    kind: OptionKind::Text { check: |text| freeu_of(text).map(drop) },
-};
 
 impl From<ScaleCrafter> for Method {
     fn from(options: ScaleCrafter) -> Method {
@@ -164,59 +154,7 @@ fn factors(text: &str) -> std::result::Result<Vec<(&str, f64)>, String> {
     text.split(',').map(|part| entry(part).ok_or_else(expected)).collect()
 }
 
-/// Names of groups or convolutions.
-fn names(text: &str) -> std::result::Result<Vec<&str>, String> {
-    let parts: Vec<&str> = text.split(',').map(str::trim).collect();
-    match parts.iter().all(|part| !part.is_empty() && !part.contains('=')) {
-        true => Ok(parts),
-        false => Err("expected NAME,..., groups (D2, M, U0) or convolutions".into()),
-    }
-}
-
-/// Of four and of two times the channels of the finest level.
-fn freeu_of(text: &str) -> std::result::Result<Option<[FreeU; 2]>, String> {
-    if text == "none" {
-        return Ok(None);
-    }
-    let numbers: Vec<f32> = text.split(',').map_while(|part| part.trim().parse().ok()).collect();
-    match numbers[..] {
-        [b1, b2, s1, s2]
-            if text.split(',').count() == 4 && numbers.iter().all(|number| (0.0..=10.0).contains(number)) =>
-        {
-            Ok(Some([FreeU { backbone: b1, skip: s1 }, FreeU { backbone: b2, skip: s2 }]))
-        }
-        _ => Err("expected none, or B1,B2,S1,S2: four numbers from 0 to 10".into()),
-    }
-}
-
-/// The published maps of blocks.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Map {
-    /// Four levels; SD 2.x are those with linear projections.
-    Sd1,
-    Sd2,
-    /// Three levels.
-    Sdxl,
-}
-
 impl Map {
-    fn of(unet: &UnetConfig) -> Option<Map> {
-        match (unet.down_blocks.len(), unet.use_linear_projection) {
-            (4, false) => Some(Map::Sd1),
-            (4, true) => Some(Map::Sd2),
-            (3, _) => Some(Map::Sdxl),
-            _ => None,
-        }
-    }
-
-    fn freeu(self) -> &'static str {
-        match self {
-            Map::Sd1 => "1.2,1.4,0.9,0.2",
-            Map::Sd2 => "1.1,1.2,0.9,0.2",
-            Map::Sdxl => "1.1,1.2,0.6,0.4",
-        }
-    }
-
     /// The configuration for a size of these times the trained sides, the longer one first. Convolutions that a map lacks are
     /// left out.
     fn published(self, times: [f64; 2]) -> Option<Published> {
@@ -296,48 +234,7 @@ impl Schedule {
     }
 }
 
-/// The convolutions of a UNet, by what a list calls them.
-struct Names(Vec<ConvPlace>);
-
 impl Names {
-    /// None: there is no such convolution.
-    fn get(&self, name: &str) -> Vec<ConvPlace> {
-        let number = |prefix| name.strip_prefix(prefix).and_then(|number: &str| number.parse().ok());
-        let block = match (name, number('D'), number('U')) {
-            ("M", ..) => Some(UnetBlock::Mid),
-            (_, Some(i), _) => Some(UnetBlock::Down(i)),
-            (_, _, Some(i)) => Some(UnetBlock::Up(i)),
-            _ => None,
-        };
-        let is_meant = |place: &&ConvPlace| match block {
-            Some(block) => place.block == block,
-            None => place.to_string() == name,
-        };
-        self.0.iter().filter(is_meant).copied().collect()
-    }
-
-    /// # Errors
-    /// [`Error::Request`]: there is no such convolution.
-    fn find(&self, field: &'static str, name: &str) -> Result<Vec<ConvPlace>> {
-        let places = self.get(name);
-        if !places.is_empty() {
-            return Ok(places);
-        }
-        let blocks: BTreeSet<UnetBlock> = self.0.iter().map(|place| place.block).collect();
-        let group = |block: &UnetBlock| match block {
-            UnetBlock::Down(i) => format!("D{i}"),
-            UnetBlock::Mid => "M".into(),
-            UnetBlock::Up(i) => format!("U{i}"),
-        };
-        let groups: Vec<String> = blocks.iter().map(group).collect();
-        let reason = format!(
-            "this network has no such convolution; expected {} or a name like {}",
-            groups.join(", "),
-            self.0[self.0.len() - 1]
-        );
-        Err(Error::Request { field, value: name.into(), reason })
-    }
-
     /// # Errors
     /// [`Error::Request`]: no list, or a name that the network does not have.
     fn factors(&self, field: &'static str, text: &str) -> Result<Factors> {
@@ -392,12 +289,7 @@ impl ScaleCrafter {
         let damped_steps = self.damped_steps.unwrap_or(own_steps);
         let dispersed = match &self.disperse {
             None => BTreeSet::new(),
-            Some(list) => {
-                let (field, value) = ("disperse", list.clone());
-                let listed = self::names(list).map_err(|reason| Error::Request { field, value, reason })?;
-                let places = listed.into_iter().map(|name| names.find(field, name)).collect::<Result<Vec<_>>>()?;
-                places.into_iter().flatten().collect()
-            }
+            Some(list) => names.listed("disperse", list)?,
         };
         Ok(Schedule {
             strong,
@@ -410,13 +302,6 @@ impl ScaleCrafter {
             freeu: freeu_for(self.freeu.as_deref(), map)?,
         })
     }
-}
-
-/// # Errors
-/// [`Error::Request`]: what was given is none.
-fn freeu_for(given: Option<&str>, map: Option<Map>) -> Result<Option<[FreeU; 2]>> {
-    let text = given.unwrap_or(map.map_or("none", Map::freeu));
-    freeu_of(text).map_err(|reason| Error::Request { field: "freeu", value: text.into(), reason })
 }
 
 /// # Errors

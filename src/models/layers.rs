@@ -1,10 +1,11 @@
 //! Layers with weights: the checkpoint's names, the fused ops.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, ConvNorm, LinearFp8, Quantized, Source, StepRows, Stripe};
+use crate::ops::{self, Activation, ConvNorm, LinearFp8, LowPass, Quantized, Source, SpectralFilter, StepRows, Stripe};
 use crate::runtime::Tensor;
 
 /// A linear layer's weight `[N, K]`, in the dtype of the activations or in 8 bits.
@@ -111,6 +112,52 @@ impl Redilation {
     }
 }
 
+/// How a 3x3 convolution is applied in a call.
+#[derive(Clone, Copy, Debug)]
+pub enum ConvForm<'a> {
+    Redilated(Redilation),
+    Filtered(FilteredConv<'a>),
+}
+
+/// A convolution whose dilation is larger than it was trained with, and what passes to it is low frequencies: FouriScale (Huang et
+/// al. 2024, arXiv:2403.12963, sec. 3.2 and 3.3). The batch ends with twins, which are treated less severely.
+#[derive(Clone, Copy, Debug)]
+pub struct FilteredConv<'a> {
+    /// How many times the trained reach, 1 or more.
+    pub factor: f64,
+    /// Of the samples before the twins, and of the twins.
+    pub dilations: [usize; 2],
+    pub filter: Option<MapFilter>,
+    /// The last so many samples.
+    pub twins: usize,
+    /// The rows of both, where a convolution adds rows and they are others than those of the whole batch.
+    pub rows: Option<[StepRows<'a>; 2]>,
+}
+
+/// What [`FilteredConv`] filters by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MapFilter {
+    /// Height and width of the layer's map for samples of the size that the network was trained at.
+    pub base: [usize; 2],
+    pub floor: f64,
+}
+
+impl MapFilter {
+    /// The sides to which a map is padded: the trained ones as often as the longer side needs, as published; what is odd then is one
+    /// more.
+    fn padded(&self, map: [usize; 2]) -> [usize; 2] {
+        let times = |axis: usize| map[axis].div_ceil(self.base[axis].max(1));
+        let times = times(0).max(times(1));
+        self.base.map(|base| (base.max(1) * times).next_multiple_of(2))
+    }
+}
+
+impl From<Redilation> for ConvForm<'_> {
+    fn from(redilation: Redilation) -> Self {
+        ConvForm::Redilated(redilation)
+    }
+}
+
 impl Conv2d {
     pub fn load(w: &Weights, out: usize, input: usize, kernel: usize) -> Result<Conv2d> {
         Ok(Conv2d::new(w.conv("weight", out, input, kernel)?, w.tensor("bias", &[out])?))
@@ -176,6 +223,55 @@ impl Conv2d {
             Some(residual) => ops::add_scaled(&y, residual, args.scale),
             None => Ok(y),
         }
+    }
+
+    /// The convolution `args` of this layer, whose padding is that of dilation 1, in this form.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn formed<'a>(&'a self, args: ops::Conv2d<'a>, form: ConvForm<'a>) -> Result<Tensor> {
+        match form {
+            ConvForm::Redilated(redilation) => self.redilated(args, redilation),
+            ConvForm::Filtered(filtered) => self.filtered(args, filtered),
+        }
+    }
+
+    fn filtered<'a>(&'a self, args: ops::Conv2d<'a>, form: FilteredConv<'a>) -> Result<Tensor> {
+        let FilteredConv { factor, dilations, filter, twins, rows } = form;
+        let [n, h, w, _] = args.x.dims("conv2d")?;
+        let filtered = match filter {
+            None => None,
+            Some(filter) => {
+                let x = match (args.norm, args.x) {
+                    (Some(norm), x) => ops::group_norm(norm.of(x))?,
+                    (None, Source::One(x)) => x.clone(),
+                    (None, Source::Two(a, b)) => ops::concat(a, b)?,
+                };
+                let pass = LowPass { scale: (factor / args.stride as f64).max(1.0), floor: filter.floor };
+                let padded = filter.padded([h, w]);
+                Some(ops::spectral_filter(SpectralFilter { x: &x, padded, pass, weak: twins })?)
+            }
+        };
+        let args = match &filtered {
+            Some(x) => ops::Conv2d { x: x.into(), norm: None, ..args },
+            None => args,
+        };
+        let dilated = |args: ops::Conv2d, dilation: usize| {
+            let padding = args.padding.map(|side| side * dilation);
+            ops::conv2d(ops::Conv2d { dilation, padding, ..args })
+        };
+        let [dilation, of_twins] = dilations;
+        if dilation == of_twins || twins == 0 || twins == n {
+            return dilated(args, if twins == n { of_twins } else { dilation });
+        }
+        let part = |number: usize, samples: Range<usize>, dilation| {
+            let (x, x2) = (args.x.first().rows(samples.clone())?, args.x.second().map(|x2| x2.rows(samples.clone())));
+            let (x2, residual) = (x2.transpose()?, args.residual.map(|residual| residual.rows(samples)).transpose()?);
+            let x = x2.as_ref().map_or(Source::One(&x), |x2| Source::Two(&x, x2));
+            let row = args.row.map(|row| rows.map_or(row, |rows| rows[number]));
+            dilated(ops::Conv2d { x, row, residual: residual.as_ref(), ..args }, dilation)
+        };
+        ops::stack(&part(0, 0..n - twins, dilation)?, &part(1, n - twins..n, of_twins)?)
     }
 
     /// The op's arguments with weight and bias set, to be completed: stride, norm, residual, ...
@@ -295,7 +391,7 @@ impl ResnetBlock {
     }
 
     /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps'; to `[N, H, W, C_out]`.
-    /// `redilations`: of the two 3x3 convs.
+    /// `forms`: of the two 3x3 convs.
     ///
     /// # Errors
     /// Those of the ops; [`Error::Shape`] for two sources in a block without `conv_shortcut`, which has one input only.
@@ -303,17 +399,17 @@ impl ResnetBlock {
         &'a self,
         x: impl Into<Source<'a>>,
         row: Option<StepRows<'a>>,
-        redilations: [Redilation; 2],
+        forms: [ConvForm<'a>; 2],
     ) -> Result<Tensor> {
         let x = x.into();
         let conv1 = ops::Conv2d { norm: self.norm1.on_load(true), row, ..self.conv1.args(x) };
-        let h = self.conv1.redilated(conv1, redilations[0])?;
+        let h = self.conv1.formed(conv1, forms[0])?;
         let shortcut = match (&self.conv_shortcut, x) {
             (Some(conv), x) => ops::conv2d(conv.args(x))?,
             (None, Source::One(x)) => x.clone(),
             (None, Source::Two(x, _)) => return Err(Error::shape("resnet", "x", x, "one source: C_in is C_out")),
         };
-        self.second_half(&h, &shortcut, redilations[1])
+        self.second_half(&h, &shortcut, forms[1])
     }
 
     /// As [`forward`](ResnetBlock::forward) without rows and dilation, in less memory: `x` lives no longer than the block needs
@@ -331,12 +427,12 @@ impl ResnetBlock {
             }
             None => x,
         };
-        self.second_half(&h, &shortcut, Redilation::NONE)
+        self.second_half(&h, &shortcut, Redilation::NONE.into())
     }
 
-    fn second_half(&self, h: &Tensor, shortcut: &Tensor, redilation: Redilation) -> Result<Tensor> {
+    fn second_half(&self, h: &Tensor, shortcut: &Tensor, form: ConvForm) -> Result<Tensor> {
         let (norm, residual) = (self.norm2.on_load(true), Some(shortcut));
-        self.conv2.redilated(ops::Conv2d { norm, residual, scale: self.scale, ..self.conv2.args(h) }, redilation)
+        self.conv2.formed(ops::Conv2d { norm, residual, scale: self.scale, ..self.conv2.args(h) }, form)
     }
 }
 
@@ -355,12 +451,12 @@ impl Downsample {
 
     /// `[N, H, W, C]` to half the size, rounded up (rounded down with padding 0).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_redilated(x, Redilation::NONE)
+        self.forward_as(x, Redilation::NONE.into())
     }
 
-    /// The same as `redilation` says; unless it is [`NONE`](Redilation::NONE), half the size is rounded down, to 1 at least.
-    pub fn forward_redilated(&self, x: &Tensor, redilation: Redilation) -> Result<Tensor> {
-        self.conv.redilated(ops::Conv2d { stride: 2, padding: self.padding, ..self.conv.args(x) }, redilation)
+    /// The same in this form; re-dilated, half the size is rounded down, to 1 at least.
+    pub fn forward_as(&self, x: &Tensor, form: ConvForm) -> Result<Tensor> {
+        self.conv.formed(ops::Conv2d { stride: 2, padding: self.padding, ..self.conv.args(x) }, form)
     }
 
     /// `[N, H, W, C]` to a quarter of the size, rounded up: the same weights with stride 4, dilation 2 and padding 2 all around
@@ -382,12 +478,12 @@ impl Upsample {
 
     /// `[N, H, W, C]` to `[N, size[0], size[1], C]`.
     pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
-        self.forward_redilated(x, size, Redilation::NONE)
+        self.forward_as(x, size, Redilation::NONE.into())
     }
 
-    /// The same with the convolution as `redilation` says.
-    pub fn forward_redilated(&self, x: &Tensor, size: [usize; 2], redilation: Redilation) -> Result<Tensor> {
-        self.conv.redilated(ops::Conv2d { resize_to: Some(size), ..self.conv.args(x) }, redilation)
+    /// The same with the convolution in this form.
+    pub fn forward_as(&self, x: &Tensor, size: [usize; 2], form: ConvForm) -> Result<Tensor> {
+        self.conv.formed(ops::Conv2d { resize_to: Some(size), ..self.conv.args(x) }, form)
     }
 
     /// The rows of `stripe` of what [`forward`](Upsample::forward) gives for one image.

@@ -19,8 +19,8 @@ pub use layers::Redilation;
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
 pub use unet::{
-    AddedConditioning, AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, Redilations, TIME_IDS, TextConditioning,
-    Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
+    AddedConditioning, AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, Redilations, TIME_IDS,
+    TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
 };
 pub use vae::{Partition, Vae, VaeConfig};
 pub use weights::{Part, Rewritten, Unused, WeightFormat, WeightStore, Weights, rewrite};

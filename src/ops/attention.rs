@@ -17,6 +17,9 @@ pub enum Attention<'a> {
     /// Cross-attention: q `[N, L_q, heads, head_dim]`, kv `[R, L_k, 2, heads, head_dim]`. R divides N, and image i attends to
     /// row `i / (N / R)`: to keys and values of its own where R is N, to those that all images share where R is 1.
     Cross { q: &'a Tensor, kv: &'a Tensor },
+    /// Self-attention by the weights of other tokens: q and k of the fused projection `qk`, v of the fused projection `v`, both
+    /// `[N, L, 3, heads, head_dim]`, where they are.
+    Borrowed { qk: &'a Tensor, v: &'a Tensor },
 }
 
 /// What attention does beyond `softmax(q k^T / sqrt(head_dim)) v`: arguments of [`attention_with`]. The default is nothing.
@@ -98,14 +101,23 @@ pub fn attention(args: Attention) -> Result<Tensor> {
 /// tokens', or windows beside what they do not go with, a step or column that the factors do not have.
 pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tensor> {
     const OP: &str = "attention";
+    let fused = |arg: &'static str, qkv: &Tensor| {
+        let [_, _, three, _, _] = qkv.dims(OP, arg)?;
+        float(OP, arg, qkv)?;
+        match three {
+            3 => Ok(()),
+            _ => Err(Error::shape(OP, arg, qkv, "[N, L, 3, heads, head_dim]")),
+        }
+    };
     let (q, kv, causal, parts) = match args {
         Attention::Packed { qkv, causal } => {
-            let [_, _, three, _, _] = qkv.dims(OP, "qkv")?;
-            float(OP, "qkv", qkv)?;
-            if three != 3 {
-                return Err(Error::shape(OP, "qkv", qkv, "[N, L, 3, heads, head_dim]"));
-            }
+            fused("qkv", qkv)?;
             (qkv, qkv, causal, 3)
+        }
+        Attention::Borrowed { qk, v } => {
+            fused("qk", qk)?;
+            v.expect(OP, "v", qk.shape(), qk.dtype(), qk.device())?;
+            (qk, qk, false, 3)
         }
         Attention::Cross { q, kv } => {
             let [_, _, heads, head_dim] = q.dims(OP, "q")?;
@@ -171,7 +183,13 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
         Dims { n, images_per_kv, queries, keys, heads, head_dim, scale, causal, second, images_per_bias, windows };
     let operands = Operands {
         q: Part { tensor: q, part: 0, parts: if parts == 3 { 3 } else { 1 } },
-        kv: last_two(kv, parts),
+        kv: match args {
+            Attention::Borrowed { v, .. } => {
+                let of = |tensor, part| Part { tensor, part, parts };
+                [of(kv, 1), of(v, 2)]
+            }
+            Attention::Packed { .. } | Attention::Cross { .. } => last_two(kv, parts),
+        },
         second: options.second.map(|second| last_two(second.kv, second.kv.shape()[2])),
         bias: options.bias,
         shift: options.windows.and_then(|windows| windows.shift),
@@ -181,7 +199,8 @@ pub fn attention_with(args: Attention, options: AttentionOptions) -> Result<Tens
     let _timed = profile::scope(OP, y.shape());
     let AttentionOptions { scale, bias, second: given, windows: within } = options;
     // The recorded shapes have no words for the options.
-    if scale.is_none() && bias.is_none() && given.is_none() && within.is_none() {
+    let borrowed = matches!(args, Attention::Borrowed { .. });
+    if scale.is_none() && bias.is_none() && given.is_none() && within.is_none() && !borrowed {
         let packed = matches!(args, Attention::Packed { .. });
         profile::call(OP, || {
             cases::attention_shape([n, queries, keys, heads, head_dim], images_per_kv, packed, causal)

@@ -122,6 +122,21 @@ pub fn concat(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
+/// `a` and `b` one after the other on the first dimension: `[A, ...]` and `[B, ...]` to `[A + B, ...]`; recorded as `concat`.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device).
+pub fn stack(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    const OP: &str = "concat";
+    let (Some((of_a, rest)), Some(of_b)) = (a.shape().split_first(), b.shape().first()) else {
+        let scalar = if a.shape().is_empty() { ("a", a) } else { ("b", b) };
+        return Err(Error::shape(OP, scalar.0, scalar.1, "[N, ...]"));
+    };
+    b.expect(OP, "b", &[&[*of_b], rest].concat(), a.dtype(), a.device())?;
+    let line = |x: &Tensor| x.reshape(&[1, x.numel()]);
+    concat(&line(a)?, &line(b)?)?.reshape(&[&[of_a + of_b], rest].concat())
+}
+
 /// `min(max(x, low), high)`, same shape and dtype; NaN stays NaN.
 ///
 /// # Errors

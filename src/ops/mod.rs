@@ -36,6 +36,7 @@ pub mod profile;
 mod resize;
 mod rms_norm;
 mod sampler;
+mod spectral_filter;
 mod statistics;
 mod step;
 mod upsample_guidance;
@@ -45,7 +46,7 @@ pub use attention_map::{attention_map, blend_attention_map};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
 pub use cuda::variants::{Variant, all as variants, on_device as variants_on, with_variants};
 pub use disperse::{disperse, dispersion};
-pub use elementwise::{Activation, activation, add, add_scaled, clamp, concat, count_non_finite, scale_cast};
+pub use elementwise::{Activation, activation, add, add_scaled, clamp, concat, count_non_finite, scale_cast, stack};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use freeu::{FreeU, freeu};
 pub use latents::{blur_latents, latent_moments, mix_latents, standardise_latents};
@@ -57,6 +58,7 @@ pub use patches::{PatchLayout, Patches, Restandardised, gather_patches, merge_pa
 pub use resize::{RelayNoise, Upsampler, avg_pool, resize, resize_bilinear, resize_nearest, resize_u8};
 pub use rms_norm::{RmsNorm, rms_norm};
 pub use sampler::{add_noise, diagonal_gaussian};
+pub use spectral_filter::{LowPass, SpectralFilter, Strength, spectral_filter};
 pub use statistics::{GroupMoments, GroupStatistics};
 pub use step::{
     Guidance, GuidanceScale, HISTORY, Kept, Repaint, SampleState, StepCoefficients, StepIndex, StepRow, StepRows,

@@ -516,7 +516,7 @@ fn a_recorded_step_is_what_the_planner_counts() {
                         .unwrap();
                 work(&mut || {
                     let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
-                    let call = UnetCall { options: &options, window_shifts: None, attention_maps: Some(&memory) };
+                    let call = UnetCall { attention_maps: Some(&memory), ..UnetCall::from(&options) };
                     let output = unet.forward(&input, steps.index(), &conditioning, call)?;
                     ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
                     steps.index_mut().advance()

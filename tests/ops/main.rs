@@ -25,6 +25,7 @@ mod repaint;
 mod resize;
 mod rms_norm;
 mod sampler;
+mod spectral_filter;
 mod step;
 mod stripes;
 mod upsample_guidance;

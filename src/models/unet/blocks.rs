@@ -4,7 +4,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::models::layers::{
-    Downsample, GroupNorm, LayerNorm, Linear, Redilation, ResnetBlock, ResnetConfig, Upsample,
+    ConvForm, Downsample, FilteredConv, GroupNorm, LayerNorm, Linear, Redilation, ResnetBlock, ResnetConfig, Upsample,
 };
 use crate::models::weights::Weights;
 use crate::ops::{
@@ -43,9 +43,12 @@ pub(super) struct Call<'a> {
     pub(super) options: &'a UnetOptions,
     pub(super) window_shifts: Option<&'a Tensor>,
     pub(super) attention_maps: Option<&'a AttentionMapMemory>,
+    pub(super) twins: usize,
+    /// Of the network.
+    pub(super) levels: usize,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
     fn is_pooled(&self, level: Option<usize>) -> bool {
         level.is_some() && self.options.pooled_level == level
     }
@@ -67,12 +70,23 @@ impl Call<'_> {
         }
     }
 
-    /// How this convolution is applied.
-    fn redilation(&self, place: ConvPlace) -> Redilation {
-        self.options.redilations.get(place).unwrap_or_else(|| match place.block {
+    /// How this convolution is applied; `resnet`: the number of its ResNet's rows.
+    fn form(&self, place: ConvPlace, resnet: Option<usize>) -> ConvForm<'a> {
+        if let Some(fourier) = self.options.fourier.as_ref().filter(|fourier| fourier.places.contains(&place)) {
+            let (dilations, filter) = (fourier.dilations(), fourier.filter(place, self.levels));
+            let rows = resnet.and_then(|resnet| self.conditioning.rows_of_twins(resnet, self.step));
+            return ConvForm::Filtered(FilteredConv {
+                factor: fourier.factor,
+                dilations,
+                filter,
+                twins: self.twins,
+                rows,
+            });
+        }
+        ConvForm::Redilated(self.options.redilations.get(place).unwrap_or_else(|| match place.block {
             UnetBlock::Mid => Redilation::by(self.options.mid_dilation as f64),
             UnetBlock::Down(_) | UnetBlock::Up(_) => Redilation::NONE,
-        })
+        }))
     }
 }
 
@@ -112,7 +126,7 @@ pub(super) struct Resnet {
 impl Resnet {
     fn forward<'a>(&'a self, x: impl Into<Source<'a>>, call: Call<'a>) -> Result<Tensor> {
         let row = call.conditioning.rows(self.row, call.step);
-        self.block.forward(x, Some(row), self.places.map(|place| call.redilation(place)))
+        self.block.forward(x, Some(row), self.places.map(|place| call.form(place, Some(self.row))))
     }
 }
 
@@ -285,7 +299,7 @@ impl DownBlock {
             let wide = self.level.is_some() && call.options.wide_downsampler == self.level;
             x = match wide {
                 true => downsample.forward_wide(&x)?,
-                false => downsample.forward_redilated(&x, call.redilation(self.sampler))?,
+                false => downsample.forward_as(&x, call.form(self.sampler, None))?,
             };
             skips.push(x.clone());
         }
@@ -347,7 +361,7 @@ impl UpBlock {
         match (&self.upsample, skips.last()) {
             (Some(upsample), Some(skip)) => {
                 let [_, h, w, _] = skip.dims("unet", "skip")?;
-                upsample.forward_redilated(&x, [h, w], call.redilation(self.sampler))
+                upsample.forward_as(&x, [h, w], call.form(self.sampler, None))
             }
             _ => Ok(x),
         }
@@ -436,7 +450,7 @@ impl SelfAttention {
         let windowed = self.place.filter(|place| call.options.windowed_level == Some(place.level));
         let Some(Place { number, .. }) = windowed else {
             let around = call.options.neighbourhood.and_then(|sides| self.neighbourhood(map, sides));
-            return self.to_out.forward_residual(&self.attend(x, around)?, residual);
+            return self.to_out.forward_residual(&self.attend(x, around, call.twins)?, residual);
         };
         let window = map.map(|side| side.div_ceil(2));
         let (even, unit) = (window.map(|side| 2 * side), window.map(|side| side / 4));
@@ -445,9 +459,9 @@ impl SelfAttention {
         let shift = factors.map(|factors| WindowShift { factors, step: call.step, column: number, unit });
         let windows = Some(Windows { map: even, window, keys: None, shift });
         if even == map {
-            return self.to_out.forward_residual(&self.attend(x, windows)?, residual);
+            return self.to_out.forward_residual(&self.attend(x, windows, 0)?, residual);
         }
-        let y = self.to_out.forward(&self.attend(&resized(x, map, even)?, windows)?)?;
+        let y = self.to_out.forward(&self.attend(&resized(x, map, even)?, windows, 0)?)?;
         ops::add(&resized(&y, even, map)?, residual)
     }
 
@@ -460,9 +474,17 @@ impl SelfAttention {
     }
 
     /// `[N, L, C]` to the same, before the output's projection.
-    fn attend(&self, x: &Tensor, windows: Option<Windows>) -> Result<Tensor> {
+    fn attend(&self, x: &Tensor, windows: Option<Windows>, twins: usize) -> Result<Tensor> {
         let [n, l, c] = x.dims("unet", "x")?;
         let qkv = self.to_qkv.forward(x)?.reshape(&[n, l, 3, self.heads, c / self.heads])?;
+        if twins > 0 {
+            // The samples before, and those that borrow the weights of the last of these.
+            let others = n - twins;
+            let (own, qk, v) = (qkv.rows(0..others)?, qkv.rows(others - twins..others)?, qkv.rows(others..n)?);
+            let own = ops::attention(Attention::Packed { qkv: &own, causal: false })?;
+            let borrowed = ops::attention(Attention::Borrowed { qk: &qk, v: &v })?;
+            return ops::stack(&own, &borrowed)?.reshape(&[n, l, c]);
+        }
         let options = AttentionOptions { windows, ..AttentionOptions::default() };
         ops::attention_with(Attention::Packed { qkv: &qkv, causal: false }, options)?.reshape(&[n, l, c])
         // qkv, three times the size of x, is done with before the next layer allocates.

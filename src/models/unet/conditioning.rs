@@ -46,6 +46,15 @@ pub struct UnetConditioning {
     text_rows: usize,     // R
     steps: usize,
     guidance: Option<f32>,
+    /// With twins whose rows are not the others': the same tables of the others and of the twins.
+    twins: Option<[PartRows; 2]>,
+}
+
+/// The rows of one part of a batch.
+#[derive(Clone, Debug)]
+struct PartRows {
+    tables: Vec<Tensor>, // one a ResNet: [steps * per_step, C_out]
+    per_step: usize,
 }
 
 impl UnetConditioning {
@@ -59,13 +68,57 @@ impl UnetConditioning {
         self.steps
     }
 
+    /// For a batch that ends with twins ([`UnetCall::twins`](super::UnetCall::twins)), as many as the samples of the text's rows
+    /// from `first` on, whose text and sizes they have.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: `first` is not below R, or the rows from there on are more than those before it but all;
+    /// [`Error::OutOfMemory`].
+    pub fn with_twins(&self, first: usize) -> Result<UnetConditioning> {
+        let (all, per_step) = (self.text_rows, self.rows_per_step);
+        let again = all.saturating_sub(first);
+        if again == 0 || !all.is_multiple_of(again) {
+            let want = format!("below the text's {all} rows, so that a part of equal size begins there");
+            return Err(Error::argument("unet", "first row of the twins", first, want));
+        }
+        let kv = |kv: &Tensor| Tensor::concat(&[kv.clone(), kv.rows(first..all)?]);
+        let kv = self.kv.iter().map(kv).collect::<Result<_>>()?;
+        if per_step == 1 || self.steps == 0 {
+            // The rows are the same for all samples.
+            return Ok(UnetConditioning { kv, text_rows: all + again, ..self.clone() });
+        }
+        let of_step = |step: usize, first: usize| step * per_step + first..(step + 1) * per_step;
+        let twins = |table: &Tensor| {
+            Tensor::concat(&(0..self.steps).map(|step| table.rows(of_step(step, first))).collect::<Result<Vec<_>>>()?)
+        };
+        let both = |table: &Tensor| {
+            let of = |step: usize| [table.rows(of_step(step, 0)), table.rows(of_step(step, first))];
+            Tensor::concat(&(0..self.steps).flat_map(of).collect::<Result<Vec<_>>>()?)
+        };
+        let others = PartRows { tables: self.rows.clone(), per_step };
+        let twins = PartRows { tables: self.rows.iter().map(twins).collect::<Result<_>>()?, per_step: again };
+        Ok(UnetConditioning {
+            rows: self.rows.iter().map(both).collect::<Result<_>>()?,
+            rows_per_step: per_step + again,
+            kv,
+            text_rows: all + again,
+            twins: Some([others, twins]),
+            ..self.clone()
+        })
+    }
+
     /// The same in memory of its own.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; [`Error::Driver`].
     pub fn duplicate(&self) -> Result<UnetConditioning> {
         let all = |tensors: &[Tensor]| tensors.iter().map(Tensor::duplicate).collect::<Result<Vec<_>>>();
-        Ok(UnetConditioning { rows: all(&self.rows)?, kv: all(&self.kv)?, ..self.clone() })
+        let part = |part: &PartRows| Ok(PartRows { tables: all(&part.tables)?, per_step: part.per_step });
+        let twins = match &self.twins {
+            Some([others, twins]) => Some([part(others)?, part(twins)?]),
+            None => None,
+        };
+        Ok(UnetConditioning { rows: all(&self.rows)?, kv: all(&self.kv)?, twins, ..self.clone() })
     }
 
     /// Another conditioning of the same shapes, in the memory of this one: a recorded step then reads it.
@@ -73,8 +126,10 @@ impl UnetConditioning {
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `from` has other shapes; [`Error::Driver`].
     pub fn copy_from(&mut self, from: &UnetConditioning) -> Result<()> {
-        let (to, from) = (self.rows.iter_mut().chain(&mut self.kv), from.rows.iter().chain(&from.kv));
-        to.zip(from).try_for_each(|(to, from)| to.copy_from(from))
+        let of_twins = self.twins.iter_mut().flatten().flat_map(|part| &mut part.tables);
+        let from_twins = from.twins.iter().flatten().flat_map(|part| &part.tables);
+        let to = self.rows.iter_mut().chain(&mut self.kv).chain(of_twins);
+        to.zip(from.rows.iter().chain(&from.kv).chain(from_twins)).try_for_each(|(to, from)| to.copy_from(from))
     }
 
     /// The same with the projections alone, where both have K and V of one memory.
@@ -87,6 +142,12 @@ impl UnetConditioning {
 
     pub(super) fn rows<'a>(&'a self, resnet: usize, step: &'a StepIndex) -> StepRows<'a> {
         StepRows { table: &self.rows[resnet], step, rows: self.rows_per_step }
+    }
+
+    /// Of the samples before the twins and of the twins, where they are not those of the whole batch.
+    pub(super) fn rows_of_twins<'a>(&'a self, resnet: usize, step: &'a StepIndex) -> Option<[StepRows<'a>; 2]> {
+        let parts = self.twins.as_ref()?;
+        Some([0, 1].map(|part| StepRows { table: &parts[part].tables[resnet], step, rows: parts[part].per_step }))
     }
 
     pub(super) fn kv(&self, attention: usize) -> &Tensor {
@@ -248,7 +309,7 @@ impl Unet {
             _ => time.linear_2.fused(&emb, Activation::Silu, None)?,
         };
         let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
-        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance })
+        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance, twins: None })
     }
 
     /// The embedding of the added conditioning of `rows` rows, `[rows, T]`.

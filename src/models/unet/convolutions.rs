@@ -13,6 +13,16 @@ pub struct ConvPlace {
     pub role: ConvRole,
 }
 
+impl ConvPlace {
+    /// Why no downsampler of a network with a `downsample_padding` of 0 is dilated.
+    pub(super) const ONE_SIDED: &str =
+        "no downsampler: those of this network (downsample_padding 0) are padded at one side alone";
+
+    pub(super) fn is_downsampler(self) -> bool {
+        matches!(self.block, UnetBlock::Down(_)) && self.role == ConvRole::Sampler
+    }
+}
+
 /// A block of the network: `down_blocks.2`, `mid_block`, `up_blocks.0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum UnetBlock {

@@ -6,11 +6,13 @@ mod blocks;
 mod conditioning;
 mod config;
 mod convolutions;
+mod fourier;
 
 pub use attention_maps::{AttentionMapMemory, AttentionMaps};
 pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
 pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
+pub use fourier::FourierConvs;
 
 use super::layers::{Conv2d, GroupNorm, Redilation};
 use super::weights::{WeightStore, Weights};
@@ -49,6 +51,9 @@ pub struct UnetOptions {
     pub freeu: Option<[FreeU; 2]>,
     /// Maps of cross-attention to the text are collected, or reused: FreCaS (2024, arXiv:2410.18410). With [`UnetCall::attention_maps`].
     pub attention_maps: AttentionMaps,
+    /// Convolutions with a low-pass filter before them: FouriScale (Huang et al. 2024, arXiv:2403.12963). They go before
+    /// `redilations` and `mid_dilation`.
+    pub fourier: Option<FourierConvs>,
 }
 
 /// What a call is given beside its sample and its conditioning; `&UnetOptions` is enough where that is all.
@@ -60,11 +65,15 @@ pub struct UnetCall<'a> {
     pub window_shifts: Option<&'a Tensor>,
     /// Where the options' maps are collected and read; none may be asked without it.
     pub attention_maps: Option<&'a AttentionMapMemory>,
+    /// So many of the last samples are the ones before them once more, for which the conditioning was made
+    /// ([`UnetConditioning::with_twins`]): their self-attention has the queries and keys of these, and their own values, as
+    /// FouriScale has it (sec. 3.4). Not beside windows and neighbourhoods.
+    pub twins: usize,
 }
 
 impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
     fn from(options: &'a UnetOptions) -> UnetCall<'a> {
-        UnetCall { options, window_shifts: None, attention_maps: None }
+        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0 }
     }
 }
 
@@ -79,6 +88,7 @@ impl Default for UnetOptions {
             redilations: Redilations::default(),
             freeu: None,
             attention_maps: AttentionMaps::default(),
+            fourier: None,
         }
     }
 }
@@ -98,6 +108,7 @@ impl UnetOptions {
             redilations,
             freeu: _,
             attention_maps,
+            fourier,
         } = self;
         if *mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
@@ -128,17 +139,15 @@ impl UnetOptions {
             if !places.contains(&place) {
                 return Err(Error::argument("unet", "redilations", place, "a convolution of the network's blocks"));
             }
-            let is_downsampler = matches!(place.block, UnetBlock::Down(_)) && place.role == ConvRole::Sampler;
-            if is_downsampler && config.downsample_padding == 0 {
-                let want = "no downsampler: those of this network (downsample_padding 0) are padded at one side alone";
-                return Err(Error::argument("unet", "redilations", place, want));
+            if place.is_downsampler() && config.downsample_padding == 0 {
+                return Err(Error::argument("unet", "redilations", place, ConvPlace::ONE_SIDED));
             }
             if !(redilation.factor > 0.0 && redilation.factor <= Redilation::MOST) {
                 let want = format!("above 0, at most {}", Redilation::MOST);
                 return Err(Error::argument("unet", "redilations", format!("{place} {}", redilation.factor), want));
             }
         }
-        Ok(())
+        fourier.as_ref().map_or(Ok(()), |fourier| fourier.check(config))
     }
 }
 
@@ -235,7 +244,7 @@ impl Unet {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `x`; [`Error::Argument`]: `step`, an option that the network has
-    /// no place for, window shifts of fewer columns or other images; [`Error::OutOfMemory`].
+    /// no place for, window shifts of fewer columns or other images, more twins than others; [`Error::OutOfMemory`].
     pub fn forward<'a>(
         &self,
         x: impl Into<Source<'a>>,
@@ -243,7 +252,7 @@ impl Unet {
         conditioning: &UnetConditioning,
         call: impl Into<UnetCall<'a>>,
     ) -> Result<Tensor> {
-        let UnetCall { options, window_shifts, attention_maps } = call.into();
+        let UnetCall { options, window_shifts, attention_maps, twins } = call.into();
         let source: Source = x.into();
         let (x, second) = (source.first(), source.second());
         let [n, h, w, c] = x.dims("unet", "x")?;
@@ -257,10 +266,19 @@ impl Unet {
         }
         conditioning.check(x, n, step)?;
         options.check(&self.config)?;
-        let call = Call { conditioning, step, options, window_shifts, attention_maps };
         if let Some(maps) = attention_maps {
             maps.begin();
         }
+        if twins > 0 {
+            if 2 * twins > n {
+                return Err(Error::argument("unet", "twins", twins, format!("at most half of the {n} samples")));
+            }
+            if options.windowed_level.is_some() || options.neighbourhood.is_some() {
+                return Err(Error::argument("unet", "twins", twins, "0 beside windows and neighbourhoods"));
+            }
+        }
+        let levels = self.down_blocks.len();
+        let call = Call { conditioning, step, options, window_shifts, attention_maps, twins, levels };
 
         let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, self.dtype, 1);
         let mut x = match (self.config.center_input_sample, second) {

@@ -20,6 +20,7 @@ pub mod repaint;
 pub mod resize;
 pub mod rms_norm;
 pub mod sampler;
+pub mod spectral_filter;
 pub mod step;
 pub mod tiles;
 pub mod upsample_guidance;

@@ -1,7 +1,7 @@
 //! What the families with a UNet over the latents of a VAE have in common.
 
 use std::any::Any;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::{Module, Resident};
@@ -206,6 +206,8 @@ pub struct UnetDenoiser {
     cropped: Vec<Cropped>,
     /// Of the conditioning of crops, which has one step: its index.
     only: StepIndex,
+    /// The conditioning of a batch that ends with the conditional samples once more, from the first such call on.
+    twins: OnceLock<UnetConditioning>,
 }
 
 /// What a network that was trained on crops is told beside where they lie.
@@ -245,7 +247,8 @@ impl UnetDenoiser {
                 Device::Cuda(_) | Device::Meta(_) => conditioning.duplicate()?,
             };
             let only = StepIndex::one(unet.device(), 0)?;
-            let (channels, cropped, attention_maps) = (None, Vec::new(), AttentionMapMemory::default());
+            let (channels, cropped, twins) = (None, Vec::new(), OnceLock::new());
+            let attention_maps = AttentionMapMemory::default();
             return Ok(Box::new(UnetDenoiser {
                 unet,
                 conditioning,
@@ -255,6 +258,7 @@ impl UnetDenoiser {
                 crops,
                 cropped,
                 only,
+                twins,
             }));
         };
         let reuse: Box<dyn Any> = reuse;
@@ -262,9 +266,28 @@ impl UnetDenoiser {
             .downcast::<UnetDenoiser>()
             .map_err(|_| Error::config("recorded steps", "the denoiser to use again is of another family"))?;
         reuse.conditioning.copy_from(&conditioning)?;
+        let first = reuse.first_conditional();
+        if let Some(twins) = reuse.twins.get_mut() {
+            twins.copy_from(&conditioning.with_twins(first)?)?;
+        }
         reuse.crops = crops;
         reuse.cropped.iter_mut().for_each(|cropped| cropped.current = false);
         Ok(reuse)
+    }
+
+    /// The first conditional row of the text: of the unconditional rows there are as many, or none.
+    fn first_conditional(&self) -> usize {
+        self.conditioning.text_rows() / self.repeats * (self.repeats - 1)
+    }
+
+    /// The conditioning for a batch that ends with the conditional samples once more. A card reads it at every step, so it is
+    /// made once and stays where it is.
+    fn twins(&self) -> Result<&UnetConditioning> {
+        if let Some(twins) = self.twins.get() {
+            return Ok(twins);
+        }
+        let twins = self.conditioning.with_twins(self.first_conditional())?;
+        Ok(self.twins.get_or_init(|| twins))
     }
 }
 
@@ -276,8 +299,20 @@ impl Denoiser for UnetDenoiser {
             Some(channels) => Source::Two(&input, channels),
         };
         let maps = Some(&self.attention_maps);
-        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps };
+        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps, twins: 0 };
         self.unet.forward(input, steps.index(), &self.conditioning, call)
+    }
+
+    fn denoise_twins(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
+        let (twins, images) = (self.twins()?, x.shape().first().copied().unwrap_or(0));
+        let input = ops::scale_input(x, steps, self.unet.dtype(), self.repeats + 1)?;
+        let channels = match &self.channels {
+            Some(channels) => Some(ops::stack(channels, &channels.rows(0..images)?)?),
+            None => None,
+        };
+        let input = channels.as_ref().map_or(Source::One(&input), |channels| Source::Two(&input, channels));
+        let call = UnetCall { options, window_shifts: None, attention_maps: None, twins: images };
+        self.unet.forward(input, steps.index(), twins, call)
     }
 
     fn set_channels(&mut self, channels: &Tensor) -> Result<()> {
