@@ -166,6 +166,7 @@ fn every_method_makes_its_picture_again() {
         "megafusion++ --size 96x96 --steps 3 --gamma 1.5",
         "hidiffusion --size 96x64 --steps 3 --t1 0.7 --aggressive false --windows false",
         "scalecrafter --size 96x64 --steps 2 --redilate D1=2,M=1.5 --redilate-steps 1 --disperse D1 --freeu none",
+        "fouriscale --size 96x64 --steps 3 --fourier M,U0 --fourier-stop 2 --fourier-dilation 2.5 --fourier-floor 0.3 --amplified-guidance",
         "hires-fix --size 96x64 --steps 4 --denoise 0.6 --enlarge latents --upsampler bilinear",
         "hires-fix --stages 64x64:4,96x64:2",
         "multidiffusion --size 96x64 --steps 2 --stride 8 --view-batch 3 --circular",

@@ -355,7 +355,7 @@ pub struct RunArgs {
     #[arg(long, value_parser = named::<SigmaSpacing>(["uniform", "karras", "exponential"]), value_name = "S")]
     pub sigmas: Option<SigmaSpacing>,
 
-    /// DDIM's share of fresh noise per step, 0 to 1 (default: 1 for scalecrafter, 0 for the others)
+    /// DDIM's share of fresh noise per step, 0 to 1 (default: 1 for scalecrafter and fouriscale, 0 for the others)
     #[arg(long, value_name = "X", value_parser = values::eta)]
     pub eta: Option<f64>,
 

@@ -168,6 +168,7 @@ pub fn sdxl(l: usize) -> Vec<Case> {
     // ScaleDiff's, of the same maps.
     cases.push(neighbourhood_attention(2, [l; 2], [half; 2], 10, 64));
     cases.extend(scalecrafter(2 * half));
+    cases.extend(fouriscale(2 * half));
     cases
 }
 
@@ -185,6 +186,23 @@ fn scalecrafter(l: usize) -> Vec<Case> {
         disperse(1280, 1280),
         freeu([2, half, half], 1280, 1280),
         freeu([2, l, l], 640, 640),
+    ]
+}
+
+/// What FouriScale asks of SDXL's UNet beside its own ops, at twice the sides: the filters of its two finest filtered levels over three
+/// samples, each with the dilated convolution that it precedes, and the self-attention of the twins.
+fn fouriscale(l: usize) -> Vec<Case> {
+    let half = l / 2;
+    let dilated = |side: usize, channels: usize, outputs| {
+        let (name, shape) = (format!("dilated 2 {side}"), [3, side, side, channels]);
+        conv(Conv { name, shape, outputs, dilation: 2, ..Conv::default() })
+    };
+    vec![
+        spectral_filter([3, half, half, 1280], [half; 2]),
+        dilated(half, 1280, 1280),
+        spectral_filter([3, l, l, 1280], [l; 2]),
+        dilated(l, 1280, 640),
+        borrowed_attention(1, l * l, 10, 64),
     ]
 }
 
@@ -287,6 +305,8 @@ pub fn small() -> Vec<Case> {
         resize_bilinear([1, 5, 8, 16], [6, 7]),
         disperse(4, 8),
         freeu([1, 5, 8], 16, 8),
+        spectral_filter([3, 5, 8, 16], [6, 8]),
+        borrowed_attention(1, 64, 2, 40),
     ];
     cases.extend(relay(2));
     cases
@@ -577,6 +597,27 @@ fn freeu([n, h, w]: [usize; 3], backbone: usize, skip: usize) -> Case {
     case("freeu", format!("[{n}, {h}, {w}] {backbone} + {skip}"), values, move |inputs| {
         let (b, s) = (inputs.tensor(&[n, h, w, backbone])?, inputs.tensor(&[n, h, w, skip])?);
         Ok(Box::new(move || super::freeu(&b, &s, super::FreeU { backbone: 1.1, skip: 0.6 })))
+    })
+}
+
+/// The filter of maps within maps of these sides, the last one's the weak one.
+fn spectral_filter(shape: [usize; 4], padded: [usize; 2]) -> Case {
+    let values = json!({ "dims": shape, "padded": padded });
+    case("spectral_filter", format!("{shape:?} in {padded:?}"), values, move |inputs| {
+        let x = inputs.tensor(&shape)?;
+        let pass = super::LowPass { scale: 2.0, floor: 0.6 };
+        Ok(Box::new(move || super::spectral_filter(super::SpectralFilter { x: &x, padded, pass, weak: 1 })))
+    })
+}
+
+/// Self-attention by the weights of other tokens.
+fn borrowed_attention(n: usize, l: usize, heads: usize, head_dim: usize) -> Case {
+    let name = format!("[{n},{l},{heads},{head_dim}] borrowed weights");
+    let values = json!({ "dims": [n, l, heads, head_dim], "borrowed": true });
+    case("attention", name, values, move |inputs| {
+        let shape = [n, l, 3, heads, head_dim];
+        let (qk, v) = (inputs.tensor(&shape)?, inputs.tensor(&shape)?);
+        Ok(Box::new(move || super::attention(Attention::Borrowed { qk: &qk, v: &v })))
     })
 }
 

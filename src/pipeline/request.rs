@@ -27,7 +27,7 @@ pub struct Request {
     pub scheduler: Option<Sampler>,
     /// How the noise levels of a sampler with sigmas are spaced. Default: as the model's configuration says.
     pub sigmas: Option<SigmaSpacing>,
-    /// DDIM's share of fresh noise per step, 0 to 1. Default: the method's own, 1 for ScaleCrafter and else 0.
+    /// DDIM's share of fresh noise per step, 0 to 1. Default: the method's own, 1 for ScaleCrafter and FouriScale, else 0.
     pub eta: Option<f64>,
     /// Steps over all stages. Default: the sum of `stages`, else 50.
     pub steps: Option<usize>,

@@ -3,14 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use megafuse::methods::{
-    DemoFusion, DiffuseHigh, FreCaS, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain,
+    DemoFusion, DiffuseHigh, FouriScale, FreCaS, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain,
     ScaleCrafter, ScaleDiff, UpsampleGuidance,
 };
 use megafuse::models::{
-    AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, Redilation, Unet, UnetBlock, UnetCall, UnetConfig,
-    UnetOptions, WeightStore,
+    AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, Redilation, Unet, UnetBlock, UnetCall,
+    UnetConfig, UnetOptions, WeightStore,
 };
 use megafuse::ops::{self, FreeU, Guidance, SampleState, StepCoefficients, StepRow, StepTable};
 use megafuse::pipeline::{Event, ModelSource, Observer, Pipeline, Request, Silent, StepCache};
@@ -231,6 +232,55 @@ fn stored_scalecrafter() -> (&'static str, &'static str, Request) {
     ("sc-sdxl-damped", "sdxl", request)
 }
 
+/// Two of FouriScale: maps of odd sides that are padded, dilations of the twins that are others, amplified guidance; no guidance.
+fn stored_fouriscale() -> [(&'static str, &'static str, Request); 2] {
+    let of = |options: FouriScale| Request {
+        prompt: "a photo of a cat".into(),
+        method: options.into(),
+        size: Some("36x28".parse().unwrap()),
+        steps: Some(3),
+        seed: 91,
+        ..Request::default()
+    };
+    let odd = FouriScale {
+        fourier_dilation: Some(3.5),
+        fourier_start: Some(1),
+        fourier_stop: Some(3),
+        amplified_guidance: true,
+        ..FouriScale::default()
+    };
+    let odd = Request { guidance: 2.0, eta: Some(0.5), negative_prompt: Some("blurry".into()), ..of(odd) };
+    let unguided = FouriScale {
+        fourier_dilation: Some(2.0),
+        fourier_stop: Some(2),
+        fourier_floor: Some(0.25),
+        ..FouriScale::default()
+    };
+    [("fs-sdxl-odd", "sdxl", odd), ("fs-v-unguided", "sd21", Request { guidance: 1.0, ..of(unguided) })]
+}
+
+/// Filters and twins in steps that are launched, recorded and replayed, with the next prompt's conditioning in the same memory.
+#[test]
+fn replayed_twins_are_launched_twins_bit_for_bit() {
+    cards(); // the driver is chosen
+    let options = FouriScale { fourier_start: Some(3), fourier_stop: Some(3), ..FouriScale::default() };
+    let request = Request {
+        method: options.into(),
+        size: Some("20x24".parse().unwrap()),
+        steps: Some(3),
+        guidance: 2.0,
+        ..Request::default()
+    };
+    let pictures = [true, false].map(|eager| {
+        let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
+        let source = ModelSource::Directory(data("sdxl-turbo"));
+        let pipeline = Pipeline::load(source, Device::Cuda(device), DType::BF16).unwrap();
+        let of = |prompt: &str| Request { prompt: prompt.into(), ..request.clone() };
+        ["a cat", "two dogs"].map(|prompt| pipeline.generate(&of(prompt), &mut Silent).unwrap())
+    });
+    assert!(pictures[0] == pictures[1] && pictures[0][0] != pictures[0][1]);
+}
+
 /// A recorded step with 5x5 kernels, which the step before it has made: launched and replayed, bit for bit.
 #[test]
 fn dispersed_kernels_are_there_before_a_step_is_recorded() {
@@ -352,8 +402,8 @@ fn f32_runs_are_those_of_the_published_libraries() {
 
 #[test]
 fn f32_runs_of_further_methods_are_those_of_torch() {
-    let further = [stored_pixelrush(), stored_scalediff(), stored_scalecrafter()].into_iter().chain(stored_refined());
-    f32_runs(further.chain(stored_frecas()));
+    let single = [stored_pixelrush(), stored_scalediff(), stored_scalecrafter()].into_iter();
+    f32_runs(single.chain(stored_refined()).chain(stored_frecas()).chain(stored_fouriscale()));
 }
 
 /// Kernels and orders of launches that other runs have too.
@@ -488,7 +538,16 @@ fn a_recorded_step_is_what_the_planner_counts() {
             attention_maps: AttentionMaps { reuse: 0.5, ..AttentionMaps::default() },
             ..UnetOptions::default()
         };
-        for (options, height) in [(UnetOptions::default(), 16), (hi, 15), (scale, 15), (maps, 15)] {
+        // Of a down block, its sampler and an upsampler; both dilations.
+        let fourier = FourierConvs {
+            places: Arc::new(config.convolutions().into_iter().filter(redilated).collect()),
+            factor: 2.5,
+            twin_factor: 1.5,
+            floor: 0.0,
+            base: [8, 8],
+        };
+        let fourier = UnetOptions { fourier: Some(fourier), ..UnetOptions::default() };
+        for (options, height) in [(UnetOptions::default(), 16), (hi, 15), (scale, 15), (maps, 15), (fourier, 15)] {
             let step = |device: &Device, work: &mut dyn FnMut(&mut Step)| {
                 let store = match device {
                     Device::Meta(_) => WeightStore::meta(device, DType::BF16),
@@ -497,6 +556,10 @@ fn a_recorded_step_is_what_the_planner_counts() {
                 let unet = Unet::load(store, &config).unwrap();
                 let text = Tensor::zeros(device, &[2, 77, config.cross_attention_dim], DType::BF16).unwrap();
                 let conditioning = unet.condition(&text, &[981.0, 1.0]).unwrap();
+                let conditioning = match options.fourier {
+                    None => conditioning,
+                    Some(_) => conditioning.with_twins(1).unwrap(),
+                };
                 let coefficients = StepCoefficients {
                     x0_from_x: 1.0,
                     x0_from_e: -0.5,
@@ -515,9 +578,15 @@ fn a_recorded_step_is_what_the_planner_counts() {
                     SampleState::new(Tensor::zeros(device, &[1, height, 16, config.in_channels], DType::F32).unwrap())
                         .unwrap();
                 work(&mut || {
-                    let input = ops::scale_input(state.x(), &steps, DType::BF16, 2)?;
-                    let call = UnetCall { attention_maps: Some(&memory), ..UnetCall::from(&options) };
+                    // With twins: the rows that guidance reads are the first and the last.
+                    let twins = usize::from(options.fourier.is_some());
+                    let input = ops::scale_input(state.x(), &steps, DType::BF16, 2 + twins)?;
+                    let call = UnetCall { attention_maps: Some(&memory), twins, ..UnetCall::from(&options) };
                     let output = unet.forward(&input, steps.index(), &conditioning, call)?;
+                    let output = match twins {
+                        0 => output,
+                        _ => ops::stack(&output.rows(0..1)?, &output.rows(2..3)?)?,
+                    };
                     ops::sampler_step(&mut state, &output, Some(&guidance), &steps, None)?;
                     steps.index_mut().advance()
                 });
@@ -546,6 +615,8 @@ fn a_recorded_step_is_what_the_planner_counts() {
                 "avg_pool_",
                 "add_",
                 "freeu_",
+                "spectral_",
+                "concat_",
                 "sampler_step_",
                 "advance_step",
             ];

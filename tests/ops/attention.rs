@@ -96,6 +96,25 @@ fn cross_attention_matches_f64() {
     }
 }
 
+/// Queries and keys of one fused projection, values of another, which may lie behind it in one memory.
+#[test]
+fn borrowed_weights_match_f64() {
+    let shapes = [[2, 77, 2, 64], [1, 97, 1, 33], [1, 65, 1, 80], [3, 30, 3, 32], [0, 5, 2, 8], [2, 5, 0, 8]];
+    for device in devices() {
+        for (dtype, [n, l, heads, d]) in DType::FLOATS.into_iter().flat_map(|dtype| shapes.map(|s| (dtype, s))) {
+            let both = Random::new(16).randn(&device, &[2 * n, l, 3, heads, d], dtype);
+            let (qk, v) = (both.rows(0..n).unwrap(), both.rows(n..2 * n).unwrap());
+            let got = ops::attention(Attention::Borrowed { qk: &qk, v: &v }).unwrap();
+            let x = f64s(&both);
+            let want = reference([n, l, l, heads, d], false, weights(&device, dtype), |part, b, i, h| {
+                let image = if part == 2 { n + b } else { b };
+                row(&x, d, ((image * l + i) * 3 + part) * heads + h)
+            });
+            assert_close(&got, &want, 8.0, format!("{device} borrowed {n} {l} {heads} {d}"));
+        }
+    }
+}
+
 /// Images that share keys and values, on every kind of tile: narrow and long, of any width, wide.
 #[test]
 fn images_share_the_rows_of_kv() {

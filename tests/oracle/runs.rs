@@ -161,6 +161,11 @@ fn scalecrafter() {
 }
 
 #[test]
+fn fouriscale() {
+    check_all(|name| name.starts_with("fs-"));
+}
+
+#[test]
 fn reference_compat() {
     check_all(|name| name.starts_with("compat"));
 }

@@ -115,6 +115,13 @@ class Settings:
     disperse = None
     disperse_steps = None
     freeu = None
+    # FouriScale; None: as the model and the size say
+    fourier = None
+    fourier_dilation = None
+    fourier_start = None
+    fourier_stop = None
+    fourier_floor = None
+    amplified_guidance = False
     # ScaleDiff
     restart_ratio = None
     low_pass = 0.125
@@ -129,11 +136,12 @@ class Settings:
             assert hasattr(Settings, key), key
             setattr(self, key, value)
         if self.eta is None:
-            self.eta = 1.0 if self.method == "scalecrafter" else 0.0
+            self.eta = 1.0 if self.method in ("scalecrafter", "fouriscale") else 0.0
 
     def sampler(self, scheduler_config):
-        """Without --scheduler: DDIM for MegaFusion and ScaleCrafter; else the class of scheduler_config.json, which must be one of these."""
-        if self.method.startswith("megafusion") or self.method == "scalecrafter":
+        """Without --scheduler: DDIM for MegaFusion, ScaleCrafter and FouriScale; else the class of scheduler_config.json, which must be
+        one of these."""
+        if self.method.startswith("megafusion") or self.method in ("scalecrafter", "fouriscale"):
             return self.scheduler or "ddim"
         own = {v: k for k, v in CLASSES.items()}
         return self.scheduler or own[scheduler_config["_class_name"]]
@@ -470,7 +478,8 @@ def main():
     stages = lambda text: tuple((size(s.split(":")[0]), int(s.split(":")[1])) for s in text.split(","))
     types = {"size": size, "stages": stages, "scheduler": str, "cache": str, "reschedule": truth, "raunet": truth, "windows": truth, "aggressive": truth, "sharpen": truth, "wavelet_steps": int, "t1": float, "t2": float,
              "eta": float, "redilate": str, "redilate_steps": int, "progressive": truth, "damped": str, "damped_steps": int,
-             "disperse": str, "disperse_steps": int, "freeu": str, "restart_ratio": float,
+             "disperse": str, "disperse_steps": int, "freeu": str, "fourier": str, "fourier_dilation": float,
+             "fourier_start": int, "fourier_stop": int, "fourier_floor": float, "restart_ratio": float,
              "dilation": int, "negative": str, "original_size": size, "target_size": size,
              "crop": lambda text: tuple(int(n) for n in text.split(",")), "window": int, "stride": int,
              "cosine": lambda text: tuple(float(n) for n in text.split(",")),
@@ -485,7 +494,7 @@ def main():
         if key.startswith("_") or callable(default) or key == "prompt":
             continue
         option = "--" + key.replace("_", "-")
-        if key in ("reference_compat", "circular"):
+        if key in ("reference_compat", "circular", "amplified_guidance"):
             parser.add_argument(option, action="store_true")
         else:
             parser.add_argument(option, default=default, type=types.get(key, type(default)))

@@ -131,7 +131,7 @@ def runs():
                                        "guidance": 1.5, "scheduler": "ddim"})
         out[f"mega-{model}"] = (model, {"method": "megafusion", "stages": stages, "seed": 22, "guidance": 2.0,
                                      "scheduler": "ddim"})
-    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs() | scalediff_runs() | frecas_runs()
+    return out | sdxl_runs() | zero_snr_runs() | rescale_runs() | view_runs() | hidiffusion_runs() | pixelrush_runs() | diffusehigh_runs() | upsample_guidance_runs() | cache_runs() | composed_runs() | scalecrafter_runs() | scalediff_runs() | frecas_runs() | fouriscale_runs()
 
 
 def sdxl_runs():
@@ -400,6 +400,24 @@ def frecas_runs():
                                          "stages": stages((8, 12, 3), (16, 20, 2))}),
         "mega-guidance-high": ("sd15", {"method": "megafusion", "guidance": 2.0, "guidance_high": 5.0, "seed": 93,
                                         "stages": stages((16, 16, 2), (40, 28, 1))}),
+    }
+
+
+def fouriscale_runs():
+    """Both maps of blocks and a further one: filters over whole and padded maps, of even and odd sides; both dilations of SDXL's
+    twins, the same and apart; steps before, between and behind both thresholds."""
+    run = {"method": "fouriscale", "guidance": 2.0, "seed": 91}
+    return {
+        # Twice the trained sides: d is 2, 5/3, 4/3.
+        "fs-sdxl": ("sdxl-turbo", run | {"size": (32, 32), "steps": 3, "fourier_start": 0, "fourier_stop": 3}),
+        "fs-sdxl-odd": ("sdxl", run | {"size": (36, 28), "steps": 3, "fourier_dilation": 3.5, "fourier_start": 1,
+                                       "fourier_stop": 3, "amplified_guidance": True, "negative": "blurry", "eta": 0.5}),
+        # In steps 0 and 1 of 4, then all is plain.
+        "fs-sd": ("four-levels", run | {"size": (40, 32), "steps": 4, "guidance": 1.5, "fourier_dilation": 3.0}),
+        "fs-v-unguided": ("sd21", run | {"size": (36, 28), "steps": 3, "guidance": 1.0, "fourier_dilation": 2.0,
+                                         "fourier_stop": 2, "fourier_floor": 0.25}),
+        "fs-euler": ("sd15", run | {"size": (36, 20), "steps": 3, "scheduler": "euler", "fourier": "D0,M,up_blocks.0.upsamplers.0.conv",
+                                    "freeu": "1.2,1.1,0.8,0.5", "fourier_start": 1, "fourier_stop": 2}),
     }
 
 
