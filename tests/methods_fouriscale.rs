@@ -251,12 +251,12 @@ fn request(method: impl Into<Method>, size: &str) -> Request {
 /// At the size that the model was trained at: FreeU alone, bit for bit what ScaleCrafter makes that re-dilates nothing.
 #[test]
 fn the_trained_size_is_plain() {
-    let pipeline = pipeline("four-levels", &Device::cpu());
+    let pipeline = pipeline("sdxl-turbo", &Device::cpu());
     let none = ScaleCrafter { redilate: Some("M=1".into()), ..ScaleCrafter::default() };
     let [fourier, none, plain_freeu] = [
-        request(FouriScale::default(), "64x64"),
-        request(none, "64x64"),
-        request(FouriScale { freeu: Some("none".into()), ..FouriScale::default() }, "64x64"),
+        request(FouriScale::default(), "16x16"),
+        request(none, "16x16"),
+        request(FouriScale { freeu: Some("none".into()), ..FouriScale::default() }, "16x16"),
     ]
     .map(|request| pipeline.generate(&request, &mut Silent).unwrap()[0].rgb.clone());
     assert!(fourier == none && fourier != plain_freeu);
