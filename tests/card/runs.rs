@@ -263,11 +263,11 @@ fn stored_fouriscale() -> [(&'static str, &'static str, Request); 2] {
 #[test]
 fn replayed_twins_are_launched_twins_bit_for_bit() {
     cards(); // the driver is chosen
-    let options = FouriScale { fourier_start: Some(3), fourier_stop: Some(3), ..FouriScale::default() };
+    let options = FouriScale { fourier_start: Some(2), fourier_stop: Some(2), ..FouriScale::default() };
     let request = Request {
         method: options.into(),
-        size: Some("20x24".parse().unwrap()),
-        steps: Some(3),
+        size: Some("18x18".parse().unwrap()),
+        steps: Some(2),
         guidance: 2.0,
         ..Request::default()
     };
