@@ -54,7 +54,7 @@ fn transformed(z: &[[f64; 2]], sign: f64) -> Vec<[f64; 2]> {
 }
 
 /// One channel of one image, `[h][w]`, padded.
-fn filtered(map: &mut Vec<Vec<[f64; 2]>>, masks: [&[f64]; 2]) {
+fn filtered(map: &mut [Vec<[f64; 2]>], masks: [&[f64]; 2]) {
     let sides = [map.len(), map[0].len()];
     for sign in [-1.0, 1.0] {
         map.iter_mut().for_each(|row| *row = transformed(row, sign));
