@@ -305,13 +305,13 @@ fn twins_are_the_samples_before_them() {
         let step = StepIndex::one(&device, 1).unwrap();
         let plain = unet.forward(&x, &step, &conditioning, &options).unwrap().to_f32_vec().unwrap();
         let both = Tensor::concat(&[x.clone(), x.rows(first..rows).unwrap()]).unwrap();
-        let call = UnetCall { options: &options, window_shifts: None, twins };
+        let call = UnetCall { twins, ..UnetCall::from(&options) };
         let got = unet.forward(&both, &step, &conditioning.with_twins(first).unwrap(), call).unwrap();
         let want = [&plain[..], &plain[first * 6 * 5 * 4..]].concat();
         assert_eq!(got.to_f32_vec().unwrap(), want, "{rows} rows, from {first} on");
 
         let error = |twins| {
-            let call = UnetCall { options: &options, window_shifts: None, twins };
+            let call = UnetCall { twins, ..UnetCall::from(&options) };
             unet.forward(&both, &step, &conditioning.with_twins(first).unwrap(), call).unwrap_err().to_string()
         };
         assert!(error(rows + twins).contains("twins"), "{}", error(rows + twins));

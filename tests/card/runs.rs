@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use megafuse::methods::{
-    DemoFusion, DiffuseHigh, FouriScale, FreCaS, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush, Plain,
-    ScaleCrafter, ScaleDiff, UpsampleGuidance,
+    DemoFusion, DiffuseHigh, FouriScale, FreCaS, HiDiffusion, MegaFusion, MultiDiffusion, PartOptions, PixelRush,
+    Plain, ScaleCrafter, ScaleDiff, UpsampleGuidance,
 };
 use megafuse::models::{
     AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, Redilation, Unet, UnetBlock, UnetCall,
