@@ -97,6 +97,7 @@ fn struct_of_kernels(text: &str, name: &str) -> Vec<Field> {
         let kind = match kind.trim() {
             "int" => "i32",
             "float" => "f32",
+            "double" => "f64",
             pointer if pointer.ends_with('*') => "DevicePtr",
             other => match other.split_once('<') {
                 Some((of_kernels, _)) => of_kernels,
