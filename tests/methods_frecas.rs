@@ -120,6 +120,22 @@ fn the_published_numbers_are_the_defaults() {
     assert!(matches!(planned("2048x2048", 512, 2).unwrap_err(), Error::Request { field: "steps", .. }));
 }
 
+/// A model without signal at its last timestep says nothing there by its noise.
+#[test]
+fn given_timesteps_are_checked() {
+    let ddim = scheduler(Sampler::Ddim, 4);
+    assert!(matches!(ddim.at_timesteps(&[(1000, 0)]).unwrap_err(), Error::Argument { arg: "timestep", .. }));
+    assert!(matches!(ddim.at_timesteps(&[(9, 1000)]).unwrap_err(), Error::Argument { arg: "timestep", .. }));
+    let euler = scheduler(Sampler::Euler, 4).at_timesteps(&[(9, 0)]).unwrap_err();
+    assert!(matches!(euler, Error::Request { field: "scheduler", .. }), "{euler}");
+    let json = r#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                   "rescale_betas_zero_snr": true, "timestep_spacing": "leading", "clip_sample": false}"#;
+    let config = SchedulerConfig::from_json("scheduler_config.json", json).unwrap();
+    let no_signal = Scheduler::new(&config, Sampler::Ddim, 4, 0.0).unwrap();
+    assert!(matches!(no_signal.at_timesteps(&[(999, 0)]).unwrap_err(), Error::Config { .. }));
+    assert_eq!(no_signal.at_timesteps(&[(998, 5), (7, 7)]).unwrap().timesteps(), [998.0, 7.0]);
+}
+
 #[test]
 fn malformed_runs_are_refused() {
     let ends = |text: &str| FreCaS { frecas_ends: Some(text.into()), ..FreCaS::default() };

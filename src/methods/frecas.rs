@@ -260,13 +260,14 @@ impl FreCaS {
         let (weight, steps, last) = (self.reuse(run), run.stages()[stage].steps, stage + 1 == run.stages().len());
         let attention_maps = AttentionMaps {
             collect: weight > 0.0 && !last && step + 1 == steps,
-            reuse: if stage > 0 { weight } else { 0.0 },
+            // The first stage that is made has no maps before it.
+            reuse: if stage > run.first_stage() { weight } else { 0.0 },
             flat: self.reference_compat,
         };
         UnetOptions { attention_maps, ..UnetOptions::default() }.into()
     }
 
-    /// From the clean samples that leave stage `to - 1` to the noised ones that enter `to`.
+    /// From the clean samples that leave stage `to - 1` to the noised ones that enter `to`, through pictures.
     fn relayed(&self, sampling: &mut Sampling, to: usize, x0: &Tensor) -> Result<Tensor> {
         sampling.dump(&format!("relay{to}.x0"), x0)?;
         let enlarged = sampling.enlarged_pictures(to, x0, |picture, size| {
@@ -277,7 +278,12 @@ impl FreCaS {
                 FrecasUpsampler::Bicubic => ops::resize(&picture, size, Upsampler::BicubicTorch, None, None),
             }
         })?;
-        let encoded = sampling.encoded_pictures(to, &enlarged, self.reference_compat)?;
+        self.entered(sampling, to, &enlarged)
+    }
+
+    /// The noised samples that enter stage `to`, of pictures of its size.
+    fn entered(&self, sampling: &mut Sampling, to: usize, pictures: &[Tensor]) -> Result<Tensor> {
+        let encoded = sampling.encoded_pictures(to, pictures, self.reference_compat)?;
         let level = sampling.run().ranges()[to].start;
         let noised = sampling.noised(to, &encoded, level)?;
         sampling.dump(&format!("relay{to}.noised"), &noised)?;

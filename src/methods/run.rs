@@ -184,13 +184,10 @@ impl Run {
             if !(high.is_finite() && high >= 0.0) {
                 return refuse(high.to_string(), "expected a number from 0; request.guidance is usual".into());
             }
-            let Some(guidance) = run.guidance() else {
-                return refuse(
-                    high.to_string(),
-                    "has no effect without guidance; expected a request.guidance above 1".into(),
-                );
-            };
-            debug_assert!(!guidance.is_empty());
+            if run.guidance().is_none() {
+                let reason = "has no effect without guidance; expected a request.guidance above 1";
+                return refuse(high.to_string(), reason.into());
+            }
             let views = |stage: &Stage| stage.parts.intersects(StageParts::CROPS.and(StageParts::DEMOFUSION));
             if !run.method.implementation().splits_guidance() || run.stages.iter().any(views) {
                 let reason = "guidance is split over whole maps, and steps of this run see patches of theirs; choose another \

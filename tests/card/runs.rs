@@ -444,9 +444,8 @@ fn replayed_steps_are_launched_steps_bit_for_bit() {
     let [reused, predicted] = stored_caches();
     // Steps with a second call; DiffuseHigh's are those of plain sampling.
     let [_, second] = stored_refined();
-    let [_, maps] = stored_frecas();
-    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted, second, maps]) {
-        let one = ["hi-sdxl-odd", "upsample-guidance-euler", "frecas-three"].contains(&name) || request.cache.is_some();
+    for (name, model, request) in stored().into_iter().chain([odd, reused, predicted, second]) {
+        let one = ["hi-sdxl-odd", "upsample-guidance-euler"].contains(&name) || request.cache.is_some();
         let dtypes = if one { &DType::FLOATS[..1] } else { &DType::FLOATS[..] };
         for &dtype in dtypes {
             let [launched, replayed] = [true, false].map(|eager| {

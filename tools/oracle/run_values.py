@@ -399,7 +399,7 @@ def frecas_runs():
         "frecas-unguided": ("zero-snr", {"method": "frecas", "guidance": 1.0, "seed": 92, "frecas_upsampler": "bicubic",
                                          "stages": stages((8, 12, 3), (16, 20, 2))}),
         "mega-guidance-high": ("sd15", {"method": "megafusion", "guidance": 2.0, "guidance_high": 5.0, "seed": 93,
-                                        "stages": stages((16, 16, 2), (40, 28, 1))}),
+                                        "stages": stages((12, 12, 1), (34, 32, 1))}),
     }
 
 
