@@ -1,5 +1,6 @@
 //! `megafuse generate --manifest`: a picture for every line of a file.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,10 +12,12 @@ use serde_json::{Value, json};
 
 use super::console::say;
 use super::flags;
+use super::generate::{phase_suffix, shown_phases};
 use super::manifest::{self, Line, Shard};
-use super::output;
-use super::picture_args::{GenerateArgs, conflict};
-use super::progress::{PicturesProgress, seconds_text};
+use super::method_options::MethodOptions;
+use super::output::{self, Target};
+use super::picture_args::{GenerateArgs, MethodRun, conflict};
+use super::progress::{PhaseFiles, PicturesProgress, seconds_text};
 use super::run_folder::{Found, RunFolder};
 use super::session::{Costs, Session, batches, tell_unread};
 
@@ -23,19 +26,21 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
         let reason = "a line of the manifest makes one picture; write a line for each, with its own id and seed";
         return Err(conflict("--count", args.picture.count, reason));
     }
-    let flags = args.picture.request(&args.run, "")?;
     let lines = manifest::read(manifest)?;
+    let spec = args.picture.spec(&args.run);
+    let runs: Vec<MethodRun> = lines.iter().map(|line| line.run(spec, args.run.stages())).collect();
+    let flags = Flags { request: args.picture.request_beside(&args.run, "", &runs)?, options: &args.run.options };
     let session = Session::open(&args.run)?;
-    let mut costs = check(&session, manifest, &lines, &flags)?;
+    let (mut costs, lines) = check(&session, manifest, lines, &flags)?;
     let out = args.out.as_deref().ok_or_else(|| conflict("--manifest", manifest.display(), "needs --out, a folder"))?;
     if output::is_stdout(out) {
         return Err(conflict("--out", out.display(), "--manifest writes a folder of pictures, which needs a name"));
     }
     let folder = RunFolder::inspect(out, description(&session, &flags)?, args.resume)?;
-    folder.check_names(&lines)?;
+    folder.check_names(lines.iter().flat_map(Named::file_names).collect())?;
 
     let shard = args.shard.unwrap_or(Shard::WHOLE);
-    let part: Vec<&Line> = lines.iter().enumerate().filter(|(at, _)| shard.has(*at)).map(|(_, line)| line).collect();
+    let part: Vec<&Named> = lines.iter().enumerate().filter(|(at, _)| shard.has(*at)).map(|(_, line)| line).collect();
     let todo = missing(&session, &folder, &part, &flags)?;
     let present = part.len() - todo.len();
     if todo.is_empty() {
@@ -44,9 +49,9 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
         return Ok(());
     }
     output::advise_on_interrupt("; the same command with --resume makes the missing ones");
-    let mut item = |line: &'_ Line| {
-        let request = line.request(&flags)?;
-        Ok(Item { line: line.clone(), cost: costs.of(&session, &request)?, request })
+    let mut item = |named: &Named| {
+        let request = flags.of(&named.line)?;
+        Ok(Item { named: named.clone(), cost: costs.of(&session, &request)?, request })
     };
     let todo: Vec<Item> = todo.into_iter().map(&mut item).collect::<Result<_>>()?;
     let batch = session.batch(args.run.batch, &todo[0].request, todo.len())?;
@@ -59,11 +64,40 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     Pictures { pipeline, folder, batch, manifest, shard }.make(&todo, present)
 }
 
-/// Every line's request against the model, before weights are read: what each picture costs.
-fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) -> Result<Costs> {
-    let mut costs = Costs::default();
+/// What the flags say of every line.
+struct Flags<'a> {
+    request: Request,
+    options: &'a MethodOptions,
+}
+
+impl Flags<'_> {
+    fn of(&self, line: &Line) -> Result<Request> {
+        line.request(&self.request, self.options)
+    }
+}
+
+/// A line, and how many phases of its picture are written beside it.
+#[derive(Clone)]
+struct Named {
+    line: Line,
+    phases: usize,
+}
+
+impl Named {
+    /// Of all its pictures, those of phases first.
+    fn file_names(&self) -> Vec<String> {
+        (1..=self.phases).map(|phase| self.line.phase_name(phase)).chain([self.line.file_name()]).collect()
+    }
+}
+
+/// Every line's request against the model, before weights are read: what each picture costs, and which files each line writes.
+///
+/// # Errors
+/// Those of a request; [`Error::File`]: two lines would write the same file.
+fn check(session: &Session, manifest: &Path, lines: Vec<Line>, flags: &Flags) -> Result<(Costs, Vec<Named>)> {
+    let (mut costs, mut all) = (Costs::default(), Vec::new());
     for line in lines {
-        let request = line.request(flags)?;
+        let request = flags.of(&line)?;
         if line.negative_prompt.as_ref().is_some_and(|negative| !negative.is_empty()) && request.guidance <= 1.0 {
             let reason = format!("negative_prompt has no effect with a guidance of {}", request.guidance);
             return Err(Error::file(&manifest::place(manifest, line.number), reason));
@@ -81,12 +115,30 @@ fn check(session: &Session, manifest: &Path, lines: &[Line], flags: &Request) ->
             }
             other => other,
         })?;
+        // Not resolved for nothing: there may be very many lines.
+        let phases = match shown_phases(&request.method, 2) {
+            0 => 0,
+            _ => shown_phases(&request.method, session.planner.pipeline().resolve(&request)?.stages().len()),
+        };
+        all.push(Named { line, phases });
     }
-    Ok(costs)
+    let finished: HashMap<String, usize> =
+        all.iter().map(|Named { line, .. }| (line.id.to_ascii_lowercase(), line.number)).collect();
+    for Named { line, phases } in &all {
+        for phase in 1..=*phases {
+            let id = format!("{}{}", line.id, phase_suffix(phase));
+            if let Some(&other) = finished.get(&id.to_ascii_lowercase()) {
+                let reason =
+                    format!("id {id:?} is what --phases calls a picture of line {}; choose another", line.number);
+                return Err(Error::file(&manifest::place(manifest, other), reason));
+            }
+        }
+    }
+    Ok((costs, all))
 }
 
 /// Everything but the lines that decides the pictures.
-fn description(session: &Session, flags: &Request) -> Result<Value> {
+fn description(session: &Session, Flags { request: flags, options }: &Flags) -> Result<Value> {
     let files = ModelFiles::open(session.source())?;
     let stages: Vec<String> = flags.stages.iter().map(Stage::to_string).collect();
     // Cards of one kind make the same pictures; other devices make others, to rounding.
@@ -153,26 +205,29 @@ fn description(session: &Session, flags: &Request) -> Result<Value> {
             init.mask.as_ref().map(|mask| json!({"name": mask.name(), "digest": mask.digest()})).into();
         description["strength"] = init.strength_with(&flags.method).into();
     }
-    for (name, value) in flags.method.options() {
+    // Those given are some line's, if not of the method that the flags name.
+    for (name, value) in flags.method.options().iter().chain(&options.given) {
         description[name] = value.clone();
     }
     Ok(description)
 }
 
 /// The lines whose pictures are not there.
-fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Line], flags: &Request) -> Result<Vec<&'a Line>> {
+fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Named], flags: &Flags) -> Result<Vec<&'a Named>> {
     let mut todo = Vec::new();
-    for &line in part {
-        if !folder.has(line) {
-            todo.push(line);
+    for &named in part {
+        let line = &named.line;
+        if !folder.has(&line.file_name()) {
+            todo.push(named);
             continue;
         }
-        let parameters = session.planner.pipeline().parameters(&line.request(flags)?)?.json;
+        let parameters = session.planner.pipeline().parameters(&flags.of(line)?)?.json;
         match folder.find(line, &parameters)? {
-            Found::Picture => {}
+            Found::Picture if named.file_names().iter().all(|name| folder.has(name)) => {}
+            Found::Picture => todo.push(named),
             Found::Damaged => {
                 say!("warning: {} is no whole PNG and is made again", folder.picture(line).display());
-                todo.push(line);
+                todo.push(named);
             }
         }
     }
@@ -181,7 +236,7 @@ fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Line], flags: 
 
 /// A picture to make.
 struct Item {
-    line: Line,
+    named: Named,
     request: Request,
     /// In MACs.
     cost: u64,
@@ -247,20 +302,26 @@ impl Pictures<'_> {
         failed: &Path,
         failures: &mut Vec<String>,
     ) -> Result<()> {
-        let place = |item: &Item| manifest::place(self.manifest, item.line.number).display().to_string();
-        progress.picture(place(items[0]));
+        let place = |item: &Item| manifest::place(self.manifest, item.named.line.number).display().to_string();
+        let phases = items.iter().map(|item| {
+            let names = item.named.file_names();
+            let targets =
+                names.iter().take(item.named.phases).map(|name| Target::Chosen(self.folder.path().join(name)));
+            PhaseFiles::new(&self.pipeline, &item.request, &targets.collect::<Vec<_>>())
+        });
+        progress.picture(place(items[0]), phases.collect::<Result<_>>()?);
         let requests: Vec<Request> = items.iter().map(|item| item.request.clone()).collect();
         match (self.pipeline.generate_batch(&requests, progress), items) {
             (Ok(pictures), _) => {
                 for (item, picture) in items.iter().zip(&pictures) {
-                    self.write(&item.line, picture, progress)?;
+                    self.write(&item.named.line, picture, progress)?;
                     progress.picture_done(item.cost);
                 }
                 Ok(())
             }
             // The numbers of this picture, not the machine: the others may well come out.
             (Err(error @ Error::NonFinite { .. }), [item]) => {
-                let record = json!({"line": item.line.number, "id": item.line.id, "error": flags::error_text(&error)});
+                let record = json!({"line": item.named.line.number, "id": item.named.line.id, "error": flags::error_text(&error)});
                 output::append_line(failed, &record.to_string())?;
                 progress.line(&format!("{}: {}", place(item), flags::error_text(&error)));
                 failures.push(flags::error_text(&error));

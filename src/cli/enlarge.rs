@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use megafuse::pipeline::{InitImage, InputPicture, MethodSpec, Pipeline, PlanReport, Request, Size, Stage};
+use megafuse::pipeline::{
+    InitImage, InputPicture, METHODS, Method, MethodSpec, Pipeline, PlanReport, Request, Size, Stage,
+};
 use megafuse::{Error, Result};
 
 use super::console::say;
@@ -12,14 +14,10 @@ use super::method_options::MethodChoice;
 use super::output::{self, Outputs, Target};
 use super::picture_args::{PictureArgs, RunArgs, conflict};
 use super::session::{Session, tell_unread};
-use super::{from, values};
+use super::{flags, from, values};
 
 /// What enlarges where no flag says otherwise.
 const METHOD: &str = "megafusion";
-
-/// How much of the schedule is run where no flag says otherwise, by methods that run a part: a relay's last steps at the large size,
-/// and some before them at the picture's own.
-const STRENGTH: f64 = 0.35;
 
 const SCALE: f64 = 2.0;
 
@@ -67,20 +65,34 @@ Examples:
   # more of it made anew; another method; several pictures
   megafuse enlarge photo.jpg --size 2048x1536 --strength 0.5
   megafuse enlarge photo.jpg --method multidiffusion --strength 0.4
+  megafuse enlarge photo.jpg --method hires-fix --denoise 0.5
   megafuse enlarge *.png --out enlarged/
 
 The picture is noised and denoised by the last steps of a relay that begins at its own size (generate --init-image), so that the
-model adds detail. megafuse upscale enlarges by a super-resolution network instead, which adds none of its own.";
+model adds detail. Of methods with a first stage of their own it takes the place of what that would make. megafuse upscale enlarges
+by a super-resolution network instead, which adds no detail of its own.
+
+Where no flag says otherwise, multidiffusion's windows are half a window apart (--stride), in place of an eighth, which takes about
+sixteen times as long, and hires-fix has a --denoise of 0.35.";
 
 /// The flags that these take from `generate` as this command has them.
 pub fn adapted(command: clap::Command) -> clap::Command {
-    let strength = format!(
-        "How much of the schedule is run, 0 to 1 (default: {STRENGTH}; for demofusion all): the larger, the more is made anew"
-    );
+    let usual = MethodSpec::find(METHOD).map(|spec| spec.name).and_then(Method::named);
+    let usual = usual.ok().and_then(|method| method.enlarging_strength()).unwrap_or(1.0);
+    let named = METHODS.iter().filter_map(|spec| Method::named(spec.name).ok());
+    let others = named.filter_map(|method| match (method.enlarging_strength(), method.in_place_of_first_stage()) {
+        (Some(strength), _) if strength == usual => None,
+        (Some(strength), _) => Some(format!("{method} takes {strength}")),
+        (None, by) => Some(format!("of {method} {} says it", flags::named(by.unwrap_or_default()))),
+    });
+    let summary = "How much of the schedule is run, 0 to 1: the larger, the more is made anew";
+    let strength = format!("{summary}\n\nDefault: {usual}; {}.", others.collect::<Vec<_>>().join("; "));
     command
         .mut_arg("init_image", |arg| arg.hide(true))
         .mut_arg("mask", |arg| arg.hide(true))
-        .mut_arg("strength", |arg| arg.help(strength.clone()).long_help(strength).help_heading("Options"))
+        .mut_arg("strength", |arg| {
+            arg.help(format!("{summary} (default: {usual})")).long_help(strength).help_heading("Options")
+        })
         .mut_arg("method", |arg| {
             let help = format!("How the picture is enlarged (default: {METHOD}); those of generate --init-image");
             arg.help(help.clone()).long_help(help)
@@ -95,7 +107,7 @@ pub fn adapted(command: clap::Command) -> clap::Command {
 struct Work {
     request: Request,
     plan: PlanReport,
-    target: Target,
+    files: Files,
 }
 
 pub fn run(mut args: EnlargeArgs) -> Result<()> {
@@ -131,14 +143,14 @@ pub fn run(mut args: EnlargeArgs) -> Result<()> {
         let size = plan.stages.last().map_or(from, |last| last.size);
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         let target = Target::named(args.out.clone(), &format!("{stem}-{size}"));
-        outputs.target("--out", &target)?;
+        let files = Files::new(target, &request, plan.stages.len(), &mut outputs)?;
         say!("{}", description(&request, &plan, &name, from));
-        work.push(Work { request, plan, target });
+        work.push(Work { request, plan, files });
     }
     let pipeline = session.load()?;
     tell_unread(&pipeline, work.iter().map(|work| &work.request))?;
-    for Work { request, plan, target } in work {
-        generate::make(&pipeline, &request, 0, &[Files::only(target)], &plan)?;
+    for Work { request, plan, files } in work {
+        generate::make(&pipeline, &request, 0, &[files], &plan)?;
     }
     Ok(())
 }
@@ -147,10 +159,13 @@ pub fn run(mut args: EnlargeArgs) -> Result<()> {
 fn description(request: &Request, plan: &PlanReport, name: &str, from: Size) -> String {
     let stages: Vec<String> = plan.stages.iter().map(Stage::to_string).collect();
     let size = plan.stages.last().map_or(from, |last| last.size);
-    let share = request.init_image.as_ref().map_or(1.0, |init| init.strength_with(&request.method));
     let words = if request.prompt.is_empty() { "without words".into() } else { format!("{:?}", request.prompt) };
-    let (method, stages, percent) = (&request.method, stages.join(" "), (100.0 * share).round());
-    format!("{name}: {from} to {size} by {method}, {percent} % of the stages {stages}, {words}")
+    let (method, stages) = (&request.method, stages.join(" "));
+    let share = match request.init_image.as_ref().and_then(|init| init.strength_with(method)) {
+        Some(strength) => format!("{} % of the stages", (100.0 * strength).round()),
+        None => "the later of the stages".into(),
+    };
+    format!("{name}: {from} to {size} by {method}, {share} {stages}, {words}")
 }
 
 fn request(
@@ -168,8 +183,6 @@ fn request(
     if request.negative_prompt.is_none() {
         request.negative_prompt = negative.filter(|_| request.is_guided());
     }
-    let runs_a_part = request.method.name() != "demofusion";
-    let strength = strength.or(runs_a_part.then_some(STRENGTH));
     request.init_image = Some(InitImage { picture, mask: None, strength });
     let size = match (args.run.stages.as_ref().and_then(|stages| stages.0.last()), args.run.size) {
         (Some(last), _) => last.size,
@@ -177,14 +190,8 @@ fn request(
         (None, None) => scaled(from, args.scale.unwrap_or(SCALE), pipeline.factor()),
     };
     check_size(size, from, pipeline.factor(), &request)?;
-    if request.stages.is_empty() {
-        request.size = Some(size);
-    }
+    let mut request = pipeline.enlarging(&request, size)?;
     let run = pipeline.resolve(&request)?;
-    if request.stages.is_empty() && request.method.name().starts_with("megafusion") {
-        request.stages = pipeline.stages_from(from, size, run.scheduler().timesteps().len())?;
-        (request.size, request.steps) = (None, None);
-    }
     // Without words both rows of guidance are the same.
     if request.prompt.is_empty()
         && request.negative_prompt.is_none()

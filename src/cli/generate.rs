@@ -6,13 +6,13 @@ use std::time::Instant;
 use megafuse::Result;
 use megafuse::image::{PngText, encode_png};
 use megafuse::ops::profile as ops_profile;
-use megafuse::pipeline::{Choices, Pipeline, PlanReport, Request, text_of};
+use megafuse::pipeline::{Choices, Method, Pipeline, PlanReport, Request, text_of};
 
 use super::console::say;
 use super::from;
 use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
-use super::progress::{Keep, Progress, seconds_text};
+use super::progress::{Keep, PhaseFiles, Progress, seconds_text};
 use super::session::{Session, tell_unread};
 use super::{batch, bench, profile, safetensors_file, strip};
 
@@ -72,10 +72,34 @@ pub struct Files {
 }
 
 impl Files {
-    /// The picture alone.
-    pub fn only(picture: Target) -> Files {
-        Files { picture, dump: None, strip: None, phases: Vec::new() }
+    /// The picture of a run of so many stages, and those of its phases where they are wanted. The places are checked.
+    ///
+    /// # Errors
+    /// As [`Outputs::target`]; [`Error::Request`](megafuse::Error::Request): there is nothing beside standard output.
+    pub fn new(picture: Target, request: &Request, stages: usize, outputs: &mut Outputs) -> Result<Files> {
+        outputs.target("--out", &picture)?;
+        let mut phases = Vec::new();
+        for phase in 1..=shown_phases(&request.method, stages) {
+            let Some(target) = picture.beside(&phase_suffix(phase)) else {
+                let reason = "the picture goes to standard output, and there is nothing beside it; name a file";
+                return Err(conflict("--phases", "true", reason));
+            };
+            outputs.target("--phases", &target)?;
+            phases.push(target);
+        }
+        Ok(Files { picture, dump: None, strip: None, phases })
     }
+}
+
+/// Phases before the last whose pictures are wanted, of a run of so many stages.
+pub fn shown_phases(method: &Method, stages: usize) -> usize {
+    let wanted = method.option("phases").and_then(serde_json::Value::as_bool) == Some(true);
+    if wanted { stages.saturating_sub(1) } else { 0 }
+}
+
+/// What the name of a phase's picture has beyond that of the whole.
+pub fn phase_suffix(phase: usize) -> String {
+    format!("-phase{phase}")
 }
 
 /// Makes the pictures from number `first` on in one batch and writes them: so each is on disk as soon as it is done.
@@ -88,8 +112,7 @@ pub fn make(pipeline: &Pipeline, request: &Request, first: usize, files: &[Files
     };
     let of = |index: usize| Request { seed: request.seed + (first + index) as u64, count: 1, ..request.clone() };
     let requests: Vec<Request> = (0..files.len()).map(of).collect();
-    let phases = requests.iter().zip(files).filter(|(_, files)| !files.phases.is_empty());
-    let phases = phases.map(|(request, files)| Ok((files.phases.clone(), pipeline.parameters(request)?)));
+    let phases = requests.iter().zip(files).map(|(request, files)| PhaseFiles::new(pipeline, request, &files.phases));
     let mut progress = Progress::new(keep).with_phases(phases.collect::<Result<_>>()?);
     let pictures = pipeline.generate_batch(&requests, &mut progress)?;
     progress.finish();
@@ -122,28 +145,16 @@ fn targets(args: &GenerateArgs, request: &Request, stages: usize) -> Result<Vec<
     let one = |index: usize| {
         let seed = request.seed + index as u64;
         let picture = Target::picture(args.out.as_deref(), index, request.count, seed);
-        outputs.target("--out", &picture)?;
-        let mut phases = Vec::new();
-        if request.method.option("phases").and_then(serde_json::Value::as_bool) == Some(true) {
-            for phase in 1..stages {
-                let Some(target) = picture.beside(&format!("-phase{phase}")) else {
-                    let reason = "the picture goes to standard output, and there is nothing beside it; name a file";
-                    return Err(conflict("--phases", "true", reason));
-                };
-                outputs.target("--phases", &target)?;
-                phases.push(target);
-            }
-        }
+        let files = Files::new(picture, request, stages, &mut outputs)?;
         let mut place = |flag, path: Option<&Path>| -> Result<Option<PathBuf>> {
             let path = path.map(|path| output::numbered(path, index, request.count));
             path.as_deref().map_or(Ok(()), |path| outputs.file(flag, path))?;
             Ok(path)
         };
         Ok(Files {
-            picture,
             dump: place("--dump", args.dump.as_deref())?,
             strip: place("--strip", args.strip.as_deref())?,
-            phases,
+            ..files
         })
     };
     (0..request.count).map(one).collect()

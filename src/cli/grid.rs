@@ -13,7 +13,7 @@ use super::canvas::Canvas;
 use super::console::say;
 use super::manifest::{self, Line};
 use super::output::{self, Target};
-use super::picture_args::{GridArgs, by_method, conflict};
+use super::picture_args::{GridArgs, MethodRun, by_method, conflict};
 use super::progress::PicturesProgress;
 use super::session::{Costs, Session, batches, tell_unread};
 use super::sheet::{Sheet, common_cell, scaled};
@@ -71,9 +71,13 @@ struct Cell {
 
 pub fn run(args: &GridArgs) -> Result<()> {
     output::check_png("--out", args.out.as_deref())?;
-    let methods: Vec<&MethodSpec> = args.methods.iter().map(|method| method.method).collect();
-    args.run.check_effect(&methods)?;
+    if args.run.options.given.contains_key("phases") {
+        let reason =
+            "a grid shows finished pictures; leave it out, or use generate --manifest to write those of phases";
+        return Err(conflict("--phases", "true", reason));
+    }
     let grid = Grid::new(args)?;
+    args.run.check_effect(&grid.runs(args))?;
     let target = Target::named(args.out.clone(), "megafuse-grid");
     target.check()?;
     let session = Session::open(&args.run)?;
@@ -109,7 +113,7 @@ fn pictures(pipeline: &Pipeline, cells: &[Cell], batch: usize, cell: [usize; 2])
     let mut canvases: Vec<Option<Canvas>> = cells.iter().map(|_| None).collect();
     let requests: Vec<&Request> = cells.iter().map(|cell| &cell.request).collect();
     for group in batches(&requests, batch) {
-        progress.picture(format!("{:?}", requests[group[0]].prompt));
+        progress.picture(format!("{:?}", requests[group[0]].prompt), Vec::new());
         let together: Vec<Request> = group.iter().map(|&at| requests[at].clone()).collect();
         let made = pipeline.generate_batch(&together, &mut progress)?;
         for (at, picture) in group.into_iter().zip(made) {
@@ -173,6 +177,19 @@ impl Grid {
         Ok(Grid { subjects, methods: args.methods.clone(), seeds, columns, rows })
     }
 
+    /// The methods and the stages that are named for them.
+    fn runs<'a>(&'a self, args: &'a GridArgs) -> Vec<MethodRun<'a>> {
+        let stages = args.run.stages();
+        let of_subject = |subject: &'a Subject| {
+            let of = move |method: &MethodAt| match &subject.line {
+                Some(line) => line.run(method.method, stages),
+                None => (method.method, stages),
+            };
+            self.methods.iter().map(of)
+        };
+        self.subjects.iter().flat_map(of_subject).collect()
+    }
+
     fn length(&self, axis: Axis) -> usize {
         match axis {
             Axis::Prompts => self.subjects.len(),
@@ -222,7 +239,7 @@ impl Grid {
         let relayed = self.methods.iter().map(|method| method.method).find(|spec| spec.relays);
         let flags = args.run.request(relayed.unwrap_or(wanted.method))?;
         let mut request = match &subject.line {
-            Some(line) => line.request(&flags)?,
+            Some(line) => line.request(&flags, &args.run.options)?,
             None => Request { prompt: subject.prompt.clone(), ..flags },
         };
         if let Some(seeds) = &self.seeds {
@@ -236,10 +253,8 @@ impl Grid {
         if wanted.size.is_some() {
             request.size = wanted.size;
         }
-        Ok(Request {
-            method: args.run.options.of(wanted.method, args.run.stages())?,
-            ..by_method(&request, wanted.method)?
-        })
+        let request = by_method(&request, wanted.method)?;
+        Ok(Request { method: args.run.options.of(wanted.method, &request.stages)?, ..request })
     }
 
     /// Of every column or row: what its axes say there, where they have more than one value.

@@ -5,12 +5,14 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use megafuse::pipeline::{MethodSpec, Request, Size};
+use megafuse::pipeline::{MethodSpec, Request, Size, Stage};
 use megafuse::{Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::picture_args::by_method;
+use super::generate::phase_suffix;
+use super::method_options::MethodOptions;
+use super::picture_args::{MethodRun, by_method};
 use super::values::{self, Stages};
 
 /// One line; `None`: as the flags say.
@@ -175,6 +177,11 @@ impl Line {
         format!("{}.png", self.id)
     }
 
+    /// Of the picture of `phase`, from 1.
+    pub fn phase_name(&self, phase: usize) -> String {
+        format!("{}{}.png", self.id, phase_suffix(phase))
+    }
+
     /// The line's own; else `first` plus what tells it from the others: the id where there is one, so that the order of
     /// lines does not matter, else the number.
     pub fn seed(&self, first: u64) -> u64 {
@@ -182,11 +189,16 @@ impl Line {
         self.seed.unwrap_or(first.wrapping_add(offset))
     }
 
-    /// The flags, with what the line says in their place.
+    /// The method and the stages that the line or else the flags name.
+    pub fn run<'a>(&'a self, spec: &'static MethodSpec, stages: &'a [Stage]) -> MethodRun<'a> {
+        (self.method.unwrap_or(spec), self.stages.as_ref().map_or(stages, |stages| &stages.0))
+    }
+
+    /// The flags, with what the line says in their place, and those of the method's `options` that the line's run reads.
     ///
     /// # Errors
     /// [`Error::Request`]: an option of the flags does not fit the line's method.
-    pub fn request(&self, flags: &Request) -> Result<Request> {
+    pub fn request(&self, flags: &Request, options: &MethodOptions) -> Result<Request> {
         // Stages have their sizes and steps: the flags' do not go on top of them.
         let flags = match self.stages {
             Some(_) => &Request { size: None, steps: None, ..flags.clone() },
@@ -204,10 +216,12 @@ impl Line {
             count: 1,
             ..flags.clone()
         };
-        match self.method {
-            Some(spec) if spec.name != flags.method.name() => by_method(&request, spec),
-            _ => Ok(request),
-        }
+        let request = match self.method {
+            Some(spec) if spec.name != flags.method.name() => by_method(&request, spec)?,
+            _ => request,
+        };
+        let method = options.of(request.method.spec(), &request.stages)?;
+        Ok(Request { method, ..request })
     }
 
     /// Does the line say how the picture gets its size?
@@ -260,7 +274,7 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
-    use megafuse::pipeline::{Method, Stage};
+    use megafuse::pipeline::Method;
 
     use super::*;
 
@@ -285,10 +299,11 @@ mod tests {
 
         let stages = vec![Stage::new(Size::new(64, 64), 4), Stage::new(Size::new(96, 64), 2)];
         let flagged = Method::default().with("dilation", 2).unwrap();
+        let options = MethodOptions { given: [("dilation".to_string(), 2.into())].into_iter().collect() };
         let flags = Request { negative_prompt: Some("f".into()), stages, method: flagged, ..Request::default() };
-        let of = |line: usize| lines[line].request(&flags).unwrap();
+        let of = |line: usize| lines[line].request(&flags, &options).unwrap();
         assert_eq!((of(1).prompt.as_str(), of(1).guidance, of(1).negative_prompt.as_deref()), ("b", 7.1, Some("f")));
-        assert_eq!(of(1).stages, flags.stages);
+        assert_eq!((of(1).stages, of(1).method), (flags.stages.clone(), flags.method.clone()));
         // Beside the stages of the others, plain makes their steps at their last size.
         let plain = of(2);
         assert_eq!((plain.method.name(), plain.size, plain.steps), ("plain", Some(Size::new(96, 64)), Some(6)));

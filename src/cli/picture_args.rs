@@ -260,6 +260,9 @@ Examples:
 
 What all cells have in common stands above them; the PNG also carries every cell's parameters as JSON.";
 
+/// A method, and the stages that are named for it.
+pub type MethodRun<'a> = (&'static MethodSpec, &'a [Stage]);
+
 /// The method and the seeds of one request.
 #[derive(Args)]
 pub struct PictureArgs {
@@ -599,21 +602,33 @@ impl AddedFiles {
 }
 
 impl PictureArgs {
+    /// The method that is chosen, or the one that suits the model.
+    pub fn spec(&self, run: &RunArgs) -> &'static MethodSpec {
+        self.method.0.unwrap_or_else(|| Request::suited_to(&run.source()).method.spec())
+    }
+
     /// # Errors
     /// [`Error::Request`] naming the flag, when two flags contradict each other or one would have no effect.
     pub fn request(&self, run: &RunArgs, prompt: &str) -> Result<Request> {
+        self.request_beside(run, prompt, &[(self.spec(run), run.stages())])
+    }
+
+    /// The same for runs by these methods with these stages.
+    ///
+    /// # Errors
+    /// As [`request`](PictureArgs::request).
+    pub fn request_beside(&self, run: &RunArgs, prompt: &str, runs: &[MethodRun]) -> Result<Request> {
         if self.seed.checked_add(self.count as u64 - 1).is_none() {
             let reason = format!("with --count {} the last seed would exceed 2^64 - 1", self.count);
             return Err(conflict("--seed", self.seed, reason));
         }
-        let spec = self.method.0.unwrap_or_else(|| Request::suited_to(&run.source()).method.spec());
-        run.check_effect(&[spec])?;
+        run.check_effect(runs)?;
         // So that the memory of a whole batch is looked at before the run; auto is settled by what there is.
         let batch = match run.batch {
             Batch::Of(batch) => batch.min(self.count),
             Batch::Auto => 1,
         };
-        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, batch, ..run.request(spec)? })
+        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, batch, ..run.request(self.spec(run))? })
     }
 }
 
@@ -677,8 +692,8 @@ impl RunArgs {
     /// A flag that would change nothing is a misunderstanding; better said before an hour of computing than after.
     ///
     /// # Errors
-    /// [`Error::Request`]: the flag has no effect with any of these methods.
-    pub fn check_effect(&self, methods: &[&'static MethodSpec]) -> Result<()> {
+    /// [`Error::Request`]: the flag has no effect in any of these runs.
+    pub fn check_effect(&self, runs: &[MethodRun]) -> Result<()> {
         let eta = self.eta.unwrap_or(0.0);
         if eta > 0.0 && self.scheduler.is_some_and(|sampler| sampler != Sampler::Ddim) {
             return Err(conflict("--eta", eta, "only --scheduler ddim has an eta"));
@@ -693,17 +708,22 @@ impl RunArgs {
             return Err(conflict("--guidance-rescale", self.guidance_rescale, reason));
         }
         if let Some(stages) = self.stages.as_ref().filter(|stages| stages.0.len() > 1)
-            && !methods.iter().any(|spec| spec.relays)
+            && !runs.iter().any(|(spec, _)| spec.relays)
         {
             let relaying: Vec<&str> = METHODS.iter().filter(|spec| spec.relays).map(|spec| spec.name).collect();
-            let reason = format!("--method {} has one stage; choose {}", methods[0], relaying.join(" or "));
+            let chosen = runs.first().map_or("plain", |(spec, _)| spec.name);
+            let reason = format!("--method {chosen} has one stage; choose {}", relaying.join(" or "));
             return Err(conflict("--stages", stages, reason));
         }
-        let unused = |name: &&String| !methods.iter().any(|spec| spec.reads(name, self.stages()));
-        match self.options.given.keys().find(unused) {
-            Some(name) => Err(without_effect(name, &self.options.given[name], methods)),
-            None => Ok(()),
+        let unused = |name: &&String| !runs.iter().any(|(spec, stages)| spec.reads(name, stages));
+        let Some(name) = self.options.given.keys().find(unused) else { return Ok(()) };
+        let mut methods: Vec<&MethodSpec> = Vec::new();
+        for (spec, _) in runs {
+            if !methods.iter().any(|known| known.name == spec.name) {
+                methods.push(spec);
+            }
         }
+        Err(without_effect(name, &self.options.given[name], &methods))
     }
 }
 

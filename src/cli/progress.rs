@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use megafuse::Result;
 use megafuse::image::{PngText, encode_png, to_bytes};
-use megafuse::pipeline::{Event, Observer, Parameters, StepProgress};
+use megafuse::pipeline::{Event, Observer, Parameters, Pipeline, Request, StepProgress};
 
 use super::console::say;
 use super::flags;
@@ -34,8 +35,35 @@ pub struct Progress {
     keep: Keep,
     /// The intermediate tensors of each picture by name, those that are wanted.
     pub tensors: Vec<BTreeMap<String, Array>>,
-    /// Of each picture, where those of its phases go, and what their text says.
-    phases: Vec<(Vec<Target>, Parameters)>,
+    /// Of each picture.
+    phases: Vec<PhaseFiles>,
+}
+
+/// Where the pictures of a picture's phases go, and what their text says.
+pub struct PhaseFiles {
+    targets: Vec<Target>,
+    /// None where no phase is wanted.
+    parameters: Option<Parameters>,
+}
+
+impl PhaseFiles {
+    /// # Errors
+    /// As [`Pipeline::parameters`].
+    pub fn new(pipeline: &Pipeline, request: &Request, targets: &[Target]) -> Result<PhaseFiles> {
+        let parameters = (!targets.is_empty()).then(|| pipeline.parameters(request)).transpose()?;
+        Ok(PhaseFiles { targets: targets.to_vec(), parameters })
+    }
+
+    /// Writes the picture of `phase` (from 1), if it is wanted; returns where it went.
+    ///
+    /// # Errors
+    /// As [`Target::write`].
+    fn write(&self, phase: usize, [height, width]: [usize; 2], values: &[f32]) -> Result<Option<PathBuf>> {
+        let target = phase.checked_sub(1).and_then(|at| self.targets.get(at));
+        let (Some(target), Some(parameters)) = (target, &self.parameters) else { return Ok(None) };
+        let text = PngText { parameters: &parameters.text, json: &parameters.json.to_string() };
+        target.write(&encode_png(&to_bytes(values)?, width, height, text)?).map(Some)
+    }
 }
 
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -55,7 +83,7 @@ impl Progress {
     }
 
     /// Pictures of phases are written here as they come, of each picture of the batch.
-    pub fn with_phases(mut self, phases: Vec<(Vec<Target>, Parameters)>) -> Progress {
+    pub fn with_phases(mut self, phases: Vec<PhaseFiles>) -> Progress {
         self.phases = phases;
         self
     }
@@ -153,13 +181,12 @@ impl Observer for Progress {
         Ok(())
     }
 
-    fn phase(&mut self, index: usize, phase: usize, [height, width]: [usize; 2], values: Vec<f32>) -> Result<()> {
-        let Some((targets, parameters)) = self.phases.get(index) else { return Ok(()) };
-        let Some(target) = phase.checked_sub(1).and_then(|at| targets.get(at)) else { return Ok(()) };
-        let text = PngText { parameters: &parameters.text, json: &parameters.json.to_string() };
-        let path = target.write(&encode_png(&to_bytes(&values)?, width, height, text)?)?;
-        self.line(&format!("phase {phase}: {width}x{height}"));
-        output::print_name(&path);
+    fn phase(&mut self, index: usize, phase: usize, size: [usize; 2], values: Vec<f32>) -> Result<()> {
+        let Some(files) = self.phases.get(index) else { return Ok(()) };
+        if let Some(path) = files.write(phase, size, &values)? {
+            self.line(&format!("phase {phase}: {}x{}", size[1], size[0]));
+            output::print_name(&path);
+        }
         Ok(())
     }
 }
@@ -183,6 +210,8 @@ pub struct PicturesProgress {
     /// What the picture in the making is called.
     name: String,
     warnings: usize,
+    /// Of each picture in the making.
+    phases: Vec<PhaseFiles>,
 }
 
 /// Further warnings are counted: ten thousand prompts may all be too long.
@@ -202,13 +231,14 @@ impl PicturesProgress {
             say!("{count} pictures");
         }
         let now = Instant::now();
-        let (done, cost_done, name, warnings) = (0, 0, String::new(), 0);
-        PicturesProgress { bar, begin: now, last_line: now, count, done, cost, cost_done, name, warnings }
+        let (done, cost_done, name, warnings, phases) = (0, 0, String::new(), 0, Vec::new());
+        PicturesProgress { bar, begin: now, last_line: now, count, done, cost, cost_done, name, warnings, phases }
     }
 
-    /// A picture begins.
-    pub fn picture(&mut self, name: String) {
+    /// A picture begins, or a batch of them, whose phases' pictures go to these places.
+    pub fn picture(&mut self, name: String, phases: Vec<PhaseFiles>) {
         self.name = name;
+        self.phases = phases;
     }
 
     /// It is done, or has failed; `cost`: its own.
@@ -275,6 +305,14 @@ impl Observer for PicturesProgress {
         if self.warnings <= MOST_WARNINGS {
             self.line(&format!("warning: {}: {}", self.name, flags::named(message)));
         }
+    }
+
+    fn phase(&mut self, index: usize, phase: usize, size: [usize; 2], values: Vec<f32>) -> Result<()> {
+        let Some(files) = self.phases.get(index) else { return Ok(()) };
+        if let Some(path) = files.write(phase, size, &values)? {
+            self.suspend(|| output::print_name(&path));
+        }
+        Ok(())
     }
 }
 

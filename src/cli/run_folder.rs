@@ -91,15 +91,11 @@ impl RunFolder {
         Err(Error::file(&path, reason))
     }
 
-    /// Pictures that no line makes: then the folder is another manifest's.
+    /// Pictures that no line makes: then the folder is another manifest's. `wanted`: those that lines make.
     ///
     /// # Errors
     /// [`Error::File`] naming one of them.
-    pub fn check_names(&self, lines: &[Line]) -> Result<()> {
-        if self.pictures.is_empty() {
-            return Ok(());
-        }
-        let wanted: HashSet<String> = lines.iter().map(Line::file_name).collect();
+    pub fn check_names(&self, wanted: HashSet<String>) -> Result<()> {
         match self.pictures.iter().filter(|name| !wanted.contains(*name)).min() {
             None => Ok(()),
             Some(name) => Err(Error::file(
@@ -109,9 +105,9 @@ impl RunFolder {
         }
     }
 
-    /// Is there a file for the picture of `line`?
-    pub fn has(&self, line: &Line) -> bool {
-        self.pictures.contains(&line.file_name())
+    /// Is there a picture of this name?
+    pub fn has(&self, name: &str) -> bool {
+        self.pictures.contains(name)
     }
 
     /// What the file for `line` holds, whose picture says `parameters` about itself.

@@ -22,7 +22,8 @@
 //! the largest jitter around it.
 //!
 //! From a picture phase 1 is one of the others, of scale 1: the picture at its size, encoded, takes the place of the enlarged latents
-//! of the phase before, and its mean and deviation those of phase 1's.
+//! of the phase before, and its mean and deviation those of phase 1's. Where the picture is larger than the trained size, windows are
+//! of that size, and the dilated samples about as many, along a side, as the phase's longer side is times the trained one.
 //!
 //! Draws: phase 1's first noise, from a picture its posterior's; then one noise per phase of the others. `jitter<s>`: of a generator of its own, per step and window the
 //! column's offset, then the row's; none along an axis that the window spans.
@@ -31,8 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::views::{
-    DEFAULT_VIEW_BATCH, Progressive, STRIDE, SkipResidual, VIEW_BATCH, ViewStage, check_no_mask, check_sampler,
-    window_starts,
+    DEFAULT_VIEW_BATCH, Progressive, STRIDE, SkipResidual, VIEW_BATCH, ViewStage, check_sampler, window_starts,
 };
 use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
@@ -286,11 +286,18 @@ fn of_step(jitter: &[i64], step: usize, count: usize) -> &[i64] {
     &jitter[step * 2 * count..][..2 * count]
 }
 
+/// Cells of a map from one cell of a dilated sample to the next, so that the sample is about as large as a window.
+fn dilated_scale([height, width]: [usize; 2], window: usize) -> usize {
+    ((height.max(width) as f64 / window as f64).round() as usize).max(1)
+}
+
 impl DemoFusion {
-    /// Cells of a window's sides, which are those of the longer side of phase 1, and the stride.
+    /// Cells of a window's sides, which are those of the longer side of phase 1, from a picture at most the trained ones, and
+    /// the stride.
     fn window(&self, run: &Run) -> (usize, usize) {
-        let first = run.stages()[0].size;
-        let window = (first.width.max(first.height) / run.factor()).max(1);
+        let longer = |size: Size| (size.width.max(size.height) / run.factor()).max(1);
+        let (first, trained) = (longer(run.stages()[0].size), run.native().map(longer));
+        let window = trained.filter(|_| run.start().is_some()).map_or(first, |trained| first.min(trained));
         (window, self.stride.unwrap_or((window / 2).max(1)))
     }
 
@@ -324,6 +331,7 @@ impl DemoFusion {
         let count = windows.count();
         let jitter = jitter(sampling, &windows, phase, steps, generators)?;
 
+        let scale = dilated_scale([height, width], window);
         let training_steps = run.scheduler().alphas_cumprod().len() as f64;
         let evaluations = run.scheduler().evaluations(range);
         let factors: Vec<[f64; 3]> = evaluations
@@ -334,7 +342,7 @@ impl DemoFusion {
             [1.0 - c1, c1 * signal, c1 * sigma].map(|factor| factor as f32)
         };
         let taps = |[_, _, c3]: &[f64; 3]| {
-            gaussian_taps(phase, self.sigma * c3).into_iter().map(|tap| tap as f32).collect::<Vec<f32>>()
+            gaussian_taps(scale, self.sigma * c3).into_iter().map(|tap| tap as f32).collect::<Vec<f32>>()
         };
         let scales: Vec<f32> = evaluations.iter().map(|evaluation| evaluation.input_scale).collect();
         // sigma_T = 0: a scale of 1.
@@ -349,7 +357,7 @@ impl DemoFusion {
             progressive: Some(Progressive {
                 skip: Some(SkipResidual { base, noise, factors: factors.iter().zip(&levels).map(skip).collect() }),
                 dilated: factors.iter().map(|[_, c2, _]| *c2 as f32).collect(),
-                scale: phase,
+                scale,
                 taps: factors.iter().map(taps).collect(),
                 input_scales: self.reference_compat.then_some(own),
             }),
@@ -390,7 +398,7 @@ impl DemoFusion {
         let count = windows.count();
         let jitter = jitter(sampling, &windows, index + 1, range.len(), generators)?;
 
-        let scale = ((height.max(width) as f64 / window as f64).round() as usize).max(1);
+        let scale = dilated_scale([height, width], window);
         let all = run.scheduler().alphas_cumprod().len() as f64;
         let scheduled = run.scheduler().timesteps().len() as f64;
         let (begin, share) = (all * range.start as f64 / scheduled, range.len() as f64 / scheduled);
@@ -473,7 +481,7 @@ impl GenerationMethod for DemoFusion {
     }
 
     fn default_size(&self, native: Size) -> Size {
-        Size::new(2 * native.width, 2 * native.height)
+        native.times(2)
     }
 
     /// A phase for each multiple of the trained side up to the picture's longer side.
@@ -504,12 +512,26 @@ impl GenerationMethod for DemoFusion {
         stages.iter().map(|stage| 0..stage.steps).collect()
     }
 
-    fn begins_from_pictures(&self) -> bool {
-        true
+    /// As many phases as the final side is times the picture's, or the trained one where that is larger; fewer where they
+    /// would have no whole cells.
+    fn stages_from_picture(&self, geometry: &Geometry, picture: Size) -> Result<Vec<Stage>> {
+        let &Geometry { size, native, factor, steps, .. } = geometry;
+        check_size("size", size, factor)?;
+        let longer = |size: Size| size.width.max(size.height);
+        let fits = |phases: &usize| {
+            longer(size).is_multiple_of(phases * factor) && size.width.min(size.height) >= phases * factor
+        };
+        let most = longer(size) / longer(picture).max(longer(native));
+        let phases = (1..=most).rev().find(fits).unwrap_or(1);
+        Ok(phase_sizes(size, phases, factor).into_iter().map(|size| Stage::new(size, steps)).collect())
     }
 
     /// Every phase runs the whole schedule.
     fn default_strength(&self, _repaints: bool) -> f64 {
+        1.0
+    }
+
+    fn enlarging_strength(&self) -> f64 {
         1.0
     }
 
@@ -542,7 +564,6 @@ impl GenerationMethod for DemoFusion {
             let value = format!("with request.scheduler {}", run.scheduler().sampler());
             return refuse("reference_compat", value, "the published code of DemoFusion samples with euler".into());
         }
-        check_no_mask(run)?;
         if run.start().is_some_and(|start| start.step > 0) {
             let reason =
                 "every phase runs the whole schedule, and the picture takes the place of phase 1's; expected 1";

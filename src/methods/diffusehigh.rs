@@ -10,14 +10,18 @@
 //! sizes are 2048, 3072 and 4096. Pictures are clamped where they are decoded, the sharpened one is not; E gives the
 //! posterior's mean. The network is told the first stage's size in all stages.
 //!
-//! Draws, in order: the first noise; per step one, where the sampler draws; per further stage its noise. The code also draws
-//! noise in every step of Euler, which it multiplies by 0; here it does not.
+//! A picture that the run begins from stands in place of clamp(D(x)) of the first stage, which is not run; it may have any size, and the
+//! network is told the trained area in its proportions.
+//!
+//! Draws, in order: the first noise; per step one, where the sampler draws; per further stage its noise, which is all of them from a picture.
+//! The code also draws noise in every step of Euler, which it multiplies by 0; here it does not.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
+use super::relay::Left;
 use super::stages::{grown_sizes, last_steps_again};
 use super::{Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
@@ -102,10 +106,10 @@ impl DiffuseHigh {
         self.wavelet_steps.unwrap_or((steps * held).div_ceil(published)).min(steps)
     }
 
-    /// The pictures that lead stage `stage`, from the samples of the one before: enlarged, and sharpened by `blur` of each.
-    fn guides(&self, sampling: &mut Sampling, stage: usize, x: &Tensor, blur: &[Option<f32>]) -> Result<Vec<Tensor>> {
+    /// The pictures that lead stage `stage`, from what the one before leaves: enlarged, and sharpened by `blur` of each.
+    fn guides(&self, sampling: &mut Sampling, stage: usize, left: &Left, blur: &[Option<f32>]) -> Result<Vec<Tensor>> {
         let mut blur = blur.iter();
-        sampling.enlarged_pictures(stage, x, |picture, size| {
+        sampling.enlarged_left(stage, left, |picture, size| {
             let picture = ops::clamp(&picture, -1.0, 1.0)?;
             let enlarged = ops::resize(&picture, size, Upsampler::BicubicTorch, None, None)?;
             match blur.next().copied().flatten() {
@@ -147,7 +151,7 @@ impl GenerationMethod for DiffuseHigh {
 
     /// Twice the sides.
     fn default_size(&self, native: Size) -> Size {
-        Size::new(2 * native.width, 2 * native.height)
+        native.times(2)
     }
 
     /// All steps at the native area in the final aspect ratio, then 15 of 50 at each further size; from one to the next the
@@ -168,7 +172,11 @@ impl GenerationMethod for DiffuseHigh {
 
     /// The first stage's, as published.
     fn told_size(&self, run: &Run, _stage: usize) -> Size {
-        run.stages()[0].size
+        run.trained_size()
+    }
+
+    fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        Some("the steps of the later request.stages")
     }
 
     fn step_name(&self, stage: usize, step: usize, run_step: usize) -> String {
@@ -207,21 +215,26 @@ impl GenerationMethod for DiffuseHigh {
             })?;
             blur = drawn.into_iter().map(|of_picture| of_picture.into_iter().map(Some).collect()).collect();
         }
-        let x = sampling.initial_noise(stages[0].size)?;
-        let (mut x, _) = sampling.stage(0, x, &|_| Prediction::default())?;
-        sampling.dump("stage1.latent", &x)?;
+        let mut left = sampling.first_stage(|sampling| {
+            let x = sampling.initial_noise(stages[0].size)?;
+            let (x, _) = sampling.stage(0, x, &|_| Prediction::default())?;
+            sampling.dump("stage1.latent", &x)?;
+            Ok(x)
+        })?;
         sampling.set_guidance_scale(self.refine_guidance);
         for stage in 1..stages.len() {
             let of_stage: Vec<Option<f32>> = blur.iter().map(|of_picture| of_picture[stage - 1]).collect();
-            let guides = self.guides(sampling, stage, &x, &of_stage)?;
-            drop(x);
+            let guides = self.guides(sampling, stage, &left, &of_stage)?;
+            drop(left);
             let held = self.held(stages[stage].steps);
             let noised = DiffuseHigh::noised(sampling, stage, &guides)?;
-            (x, _) = sampling.revised_stage(stage, noised, &|_| Prediction::default(), &mut |sampling, step, x0| {
-                if step < held { led(sampling, x0, &guides).map(Some) } else { Ok(None) }
-            })?;
+            let (x, _) =
+                sampling.revised_stage(stage, noised, &|_| Prediction::default(), &mut |sampling, step, x0| {
+                    if step < held { led(sampling, x0, &guides).map(Some) } else { Ok(None) }
+                })?;
             sampling.dump(&format!("stage{}.latent", stage + 1), &x)?;
+            left = Left::Samples(x);
         }
-        Ok(x)
+        sampling.last_samples(left)
     }
 }

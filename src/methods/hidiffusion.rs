@@ -28,7 +28,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::{Geometry, MegaFusion, Method, ModelFacts, Plain, Run, Sampling, Size, Stage};
+use super::{MegaFusion, Method, ModelFacts, Run, Sampling, Size};
 use crate::error::{Error, Result};
 use crate::models::{UnetConfig, UnetOptions};
 use crate::rng::TorchUniform;
@@ -285,16 +285,7 @@ impl GenerationMethod for HiDiffusion {
         MegaFusion::default().default_size(native)
     }
 
-    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        Plain {}.stages(geometry)
-    }
-
-    fn begins_from_pictures(&self) -> bool {
-        true
-    }
-
     fn check(&self, run: &Run) -> Result<()> {
-        Plain {}.check(run)?;
         self.check_options()?;
         run.model().map_or(Ok(()), |model| self.schedule(model, run, 0).map(drop))
     }

@@ -6,18 +6,22 @@
 //! x_t   = signal_t y + sigma_t noise, where the last int(n denoise) steps begin
 //! x_0'  = those steps at the final size, on the same schedule
 //! ```
-//! The picture is the decoded last x of the second pass, as in plain sampling. Draws, in order: the first noise; per step
-//! one, where the sampler draws; the second noise; per step again.
+//! The picture is the decoded last x of the second pass, as in plain sampling. A picture that the run begins from stands in place of
+//! clamp(D(x_0)), at the first size, and the first pass is not run; with latents in place of x_0 the mean of its posterior.
+//!
+//! Draws, in order: the first noise; per step one, where the sampler draws; the second noise; per step again. From a picture the last two.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::parts::{self, PartOptions, with_parts};
+use super::relay::Left;
 use super::stages::last_steps_again;
-use super::{Event, Geometry, Method, Run, Sampling, Stage, StageParts, Start, base_size, check_size};
+use super::{Event, Geometry, Method, Run, Sampling, Size, Stage, StageParts, Start, base_size, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::names::named;
@@ -93,23 +97,23 @@ impl From<HiresFix> for Method {
 }
 
 impl HiresFix {
-    /// From the clean samples of the first pass to the noised ones of the second.
-    fn enlarged(&self, sampling: &mut Sampling, x: &Tensor) -> Result<Tensor> {
+    /// From what the first pass leaves to the noised samples of the second.
+    fn enlarged(&self, sampling: &mut Sampling, left: &Left) -> Result<Tensor> {
         let run = sampling.run();
         let (from, size, level) = (run.stages()[0].size, run.stages()[1].size, run.ranges()[1].start);
-        sampling.dump("relay1.x0", x)?;
         let encoded = match self.enlarge {
             Enlarged::Latents => {
+                let x = sampling.samples_left(1, left)?;
                 sampling.begin(Event::Relay { stage: 1, from, to: size })?;
                 sampling.begin(Event::RelayUpsample { stage: 1 })?;
                 let [_, height, width, _] = sampling.sample_shape(size);
-                let encoded = ops::resize(x, [height, width], self.upsampler, None, None)?;
+                let encoded = ops::resize(&x, [height, width], self.upsampler, None, None)?;
                 sampling.begin(Event::RelayEncode { stage: 1 })?;
                 sampling.dump("relay1.encoded", &encoded)?;
                 encoded
             }
             Enlarged::Picture => {
-                let enlarged = sampling.enlarged_pictures(1, x, |picture, size| {
+                let enlarged = sampling.enlarged_left(1, left, |picture, size| {
                     let picture = ops::clamp(&picture, -1.0, 1.0)?;
                     ops::resize(&picture, size, self.upsampler, Some((-1.0, 1.0)), None)
                 })?;
@@ -124,8 +128,8 @@ impl HiresFix {
 
 impl GenerationMethod for HiresFix {
     /// Twice the sides.
-    fn default_size(&self, native: super::Size) -> super::Size {
-        super::Size::new(2 * native.width, 2 * native.height)
+    fn default_size(&self, native: Size) -> Size {
+        native.times(2)
     }
 
     /// All steps at the native area in the final aspect ratio, then the last ones at the final size.
@@ -143,6 +147,15 @@ impl GenerationMethod for HiresFix {
 
     fn parts(&self) -> StageParts {
         parts::OF_ANY_METHOD
+    }
+
+    fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        Some("request.denoise")
+    }
+
+    /// As much as other methods make anew of a picture that they enlarge.
+    fn enlarging_options(&self, _: &Geometry) -> Vec<(&'static str, Value)> {
+        vec![("denoise", self.enlarging_strength().into())]
     }
 
     /// The second pass makes the last of the first one's steps again.
@@ -173,9 +186,12 @@ impl GenerationMethod for HiresFix {
         let scheduler = sampling.run().scheduler().clone();
         sampling.prepare(vec![scheduler.clone(), scheduler], |coefficients| coefficients)?;
         let (mut composition, trained) = (self.parts.begin(sampling)?, UnetOptions::default());
-        let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
-        let (x, _) = composition.stage(sampling, 0, x, &trained)?;
-        let x = self.enlarged(sampling, &x)?;
+        let left = sampling.first_stage(|sampling| {
+            let x = sampling.initial_noise(sampling.run().stages()[0].size)?;
+            Ok(composition.stage(sampling, 0, x, &trained)?.0)
+        })?;
+        let x = self.enlarged(sampling, &left)?;
+        drop(left);
         let (x, _) = composition.stage(sampling, 1, x, &trained)?;
         Ok(x)
     }

@@ -243,7 +243,7 @@ impl GenerationMethod for MegaFusion {
 
     fn default_size(&self, native: Size) -> Size {
         let scale = if native.width.max(native.height) < SMALL_NATIVE_SIDE { 4 } else { 2 };
-        Size::new(scale * native.width, scale * native.height)
+        native.times(scale)
     }
 
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
@@ -252,11 +252,6 @@ impl GenerationMethod for MegaFusion {
 
     fn parts(&self) -> StageParts {
         parts::OF_ANY_METHOD.and(StageParts::DILATION)
-    }
-
-    /// A run that begins in a later stage has that stage's gamma and dilation.
-    fn begins_from_pictures(&self) -> bool {
-        true
     }
 
     fn check(&self, run: &Run) -> Result<()> {

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::parts::{part_of, readers};
-use super::{Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, base_size, consecutive};
+use super::{Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, base_size, check_size, consecutive};
 use crate::error::{Error, Result};
 use crate::names::one_of;
 use crate::runtime::Tensor;
@@ -34,11 +34,26 @@ pub trait GenerationMethod: Debug + Send + Sync {
         native
     }
 
-    /// The stages of a request that names only its final size.
+    /// The stages of a request that names only its final size. Default: one, with every step.
     ///
     /// # Errors
     /// [`Error::Request`]: the size is not made of whole cells.
-    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>>;
+    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
+        let &Geometry { size, factor, steps, .. } = geometry;
+        check_size("size", size, factor)?;
+        Ok(vec![Stage::new(size, steps)])
+    }
+
+    /// The stages of a run that enlarges a picture, whose size in whole cells is `picture`. Default: those of
+    /// [`stages`](GenerationMethod::stages) for a model trained at the picture's size; at its own where that is larger and the
+    /// network makes the first stage.
+    ///
+    /// # Errors
+    /// As [`stages`](GenerationMethod::stages).
+    fn stages_from_picture(&self, geometry: &Geometry, picture: Size) -> Result<Vec<Stage>> {
+        let made = self.in_place_of_first_stage().is_none() && geometry.native.area() > picture.area();
+        self.stages(&Geometry { native: if made { geometry.native } else { picture }, ..*geometry })
+    }
 
     /// Which steps of the run's schedule each stage takes; the schedule has as many as the last of them asks for. Default:
     /// the stages share it, one after the other, as those of a relay do.
@@ -46,10 +61,16 @@ pub trait GenerationMethod: Debug + Send + Sync {
         consecutive(stages)
     }
 
-    /// Does it begin with [`Sampling::first_samples`], and so from a picture where the run has one? Its stages then take
+    /// Does it begin from a picture where the run has one? Most methods do by [`Sampling::first_samples`]: their stages take
     /// consecutive steps, and those before [`Run::first_stage`] are not run.
     fn begins_from_pictures(&self) -> bool {
-        false
+        true
+    }
+
+    /// Does a picture stand in place of what the first stage makes, whose steps are then not run? The method begins with
+    /// `Sampling::first_stage`, and has no strength: this names what says how much of the enlarged picture is made anew.
+    fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        None
     }
 
     /// Do its steps go over views of the map, so that no step has one output of the network to keep
@@ -94,6 +115,17 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// How much of the schedule a run from a picture makes where nothing is said of it, with a mask or without.
     fn default_strength(&self, repaints: bool) -> f64 {
         if repaints { 1.0 } else { 0.8 }
+    }
+
+    /// The same of a run that enlarges a picture: of a relay the last steps at the large size, and some before them at the
+    /// picture's own.
+    fn enlarging_strength(&self) -> f64 {
+        0.35
+    }
+
+    /// Values of options that are unset in a run that enlarges a picture.
+    fn enlarging_options(&self, _geometry: &Geometry) -> Vec<(&'static str, Value)> {
+        Vec::new()
     }
 
     /// What its stages may do beside its own ([`StageParts`]).
@@ -351,6 +383,29 @@ impl Method {
         self.implementation.ranges(stages).iter().map(|range| range.end).max().unwrap_or(0)
     }
 
+    /// What says how much of an enlarged picture is made anew, of a method that has no strength: a picture that the run begins
+    /// from stands in place of its first stage's.
+    pub fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        self.implementation.in_place_of_first_stage()
+    }
+
+    /// How much of the schedule a run makes that enlarges a picture, where nothing is said of it. `None`: the method has no
+    /// strength.
+    pub fn enlarging_strength(&self) -> Option<f64> {
+        self.in_place_of_first_stage().is_none().then(|| self.implementation.enlarging_strength())
+    }
+
+    /// Can a run by it begin from a picture?
+    pub fn begins_from_pictures(&self) -> bool {
+        self.implementation.begins_from_pictures()
+    }
+
+    /// Can a run by it keep what a mask keeps of a picture?
+    pub fn takes_masks(&self) -> bool {
+        let views = self.implementation.steps_over_views();
+        self.begins_from_pictures() && self.in_place_of_first_stage().is_none() && !views
+    }
+
     pub(crate) fn implementation(&self) -> &dyn GenerationMethod {
         &*self.implementation
     }
@@ -383,6 +438,12 @@ impl FromStr for Method {
 }
 
 impl MethodSpec {
+    /// Names of the methods, with their default options, of which `is` holds.
+    pub fn names(is: impl Fn(&Method) -> bool) -> Vec<&'static str> {
+        let methods = METHODS.iter().filter_map(|spec| Method::with_options(spec, Map::new()).ok());
+        methods.filter(is).map(|method| method.name()).collect()
+    }
+
     /// # Errors
     /// [`Error::Request`]: no method has this name.
     pub fn find(name: &str) -> Result<&'static MethodSpec> {

@@ -14,7 +14,10 @@
 //! model's own size and no crop; refinements have no guidance. The last stage has the picture's size, whatever its ratio to the
 //! first.
 //!
-//! Draws: the first noise; per step one, where the sampler draws; one per refinement, unless q is 0.
+//! A picture that the run begins from stands in place of clamp(D(x_0)) of the first stage, which is not run. So any picture is refined,
+//! whatever made it.
+//!
+//! Draws: the first noise; per step one, where the sampler draws; one per refinement, unless q is 0, which is all of them from a picture.
 
 use std::ops::Range;
 
@@ -23,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::megafusion::UPSAMPLER;
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::observer::check_finite;
+use super::relay::Left;
 use super::stages::{doubled_sizes, last_steps_again};
 use super::views::{DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, groups, window_starts};
 use super::{Event, Geometry, Method, Prediction, Run, Sampling, Size, Stage, StageParts, check_size};
@@ -131,10 +135,12 @@ impl PixelRush {
         Ok(Places { layout, origins: origins.collect() })
     }
 
-    /// Clean samples of a stage to those of the next one's size, through the picture.
-    fn enlarged(&self, sampling: &mut Sampling, stage: usize, x0: &Tensor) -> Result<Tensor> {
-        sampling.dump(&format!("relay{stage}.x0"), x0)?;
-        let enlarged = sampling.enlarged_pictures(stage, x0, |picture, size| {
+    /// From what a stage leaves to clean samples of the next one's size, through the picture.
+    fn enlarged(&self, sampling: &mut Sampling, stage: usize, left: &Left) -> Result<Tensor> {
+        if let Left::Samples(x0) = left {
+            sampling.dump(&format!("relay{stage}.x0"), x0)?;
+        }
+        let enlarged = sampling.enlarged_left(stage, left, |picture, size| {
             let picture = ops::clamp(&picture, -1.0, 1.0)?;
             ops::resize(&picture, size, self.upsampler, Some((-1.0, 1.0)), None)
         })?;
@@ -218,7 +224,7 @@ fn feather(device: &Device, n: usize) -> Result<Tensor> {
 
 impl GenerationMethod for PixelRush {
     fn default_size(&self, native: Size) -> Size {
-        Size::new(2 * native.width, 2 * native.height)
+        native.times(2)
     }
 
     /// All steps at the native area, then one per doubling of the sides and one at the final size.
@@ -227,6 +233,10 @@ impl GenerationMethod for PixelRush {
         check_size("size", size, factor)?;
         let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { 1 });
         Ok(doubled_sizes(geometry).into_iter().enumerate().map(stage).collect())
+    }
+
+    fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        Some("request.refine_timestep")
     }
 
     /// A refinement takes no step of the schedule; its one is counted as the last of them.
@@ -265,12 +275,14 @@ impl GenerationMethod for PixelRush {
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         let run = sampling.run();
         sampling.prepare(vec![run.scheduler().clone(); run.stages().len()], |coefficients| coefficients)?;
-        let noise = sampling.initial_noise(run.stages()[0].size)?;
-        let (mut x, _) = sampling.stage(0, noise, &|_| Prediction::default())?;
+        let mut left = sampling.first_stage(|sampling| {
+            let noise = sampling.initial_noise(run.stages()[0].size)?;
+            Ok(sampling.stage(0, noise, &|_| Prediction::default())?.0)
+        })?;
         for stage in 1..run.stages().len() {
-            let enlarged = self.enlarged(sampling, stage, &x)?;
-            x = self.refined(sampling, stage, &enlarged)?;
+            let enlarged = self.enlarged(sampling, stage, &left)?;
+            left = Left::Samples(self.refined(sampling, stage, &enlarged)?);
         }
-        Ok(x)
+        sampling.last_samples(left)
     }
 }

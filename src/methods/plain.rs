@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, from_options};
-use super::{Geometry, Method, Prediction, Run, Sampling, Stage, check_size};
-use crate::error::{Error, Result};
+use super::{Method, Prediction, Run, Sampling};
+use crate::error::Result;
 use crate::runtime::Tensor;
 
 pub static PLAIN: MethodSpec = MethodSpec {
@@ -28,22 +28,7 @@ impl From<Plain> for Method {
 }
 
 impl GenerationMethod for Plain {
-    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
-        Ok(vec![Stage::new(size, steps)])
-    }
-
-    fn begins_from_pictures(&self) -> bool {
-        true
-    }
-
-    fn check(&self, run: &Run) -> Result<()> {
-        if run.stages().len() > 1 {
-            let (field, value) = ("stages", run.stages_text());
-            let reason = format!("the {} method has one stage; use request.method megafusion", run.method());
-            return Err(Error::Request { field, value, reason });
-        }
+    fn check(&self, _: &Run) -> Result<()> {
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::{Choices, METHODS, Method, Size, Stage, StageParts, Start, StepCache, check_size};
+use super::{Choices, Method, MethodSpec, Size, Stage, StageParts, Start, StepCache, base_size, check_size};
 use crate::error::{Error, Result};
 use crate::models::UnetConfig;
 use crate::names::one_of;
@@ -114,13 +114,14 @@ impl Run {
         if run.stages.is_empty() || run.stages.iter().any(|stage| stage.steps == 0) {
             return refuse("expected at least one stage, and one step in each".into());
         }
+        if run.stages.len() > 1 && !run.method.spec().relays {
+            return refuse(format!("the {} method has one stage; use request.method megafusion", run.method));
+        }
         for stage in &run.stages {
             check_size("stages", stage.size, factor)?;
             let beyond = stage.parts.without(run.method.implementation().parts());
             if !beyond.is_empty() {
-                let takes =
-                    |name: &&str| Method::named(name).is_ok_and(|m| m.implementation().parts().contains(beyond));
-                let names: Vec<&str> = METHODS.iter().map(|spec| spec.name).filter(takes).collect();
+                let names = MethodSpec::names(|method| method.implementation().parts().contains(beyond));
                 return refuse(format!("{} has no stages with {beyond}; choose {}", run.method, one_of(&names)));
             }
         }
@@ -246,20 +247,39 @@ impl Run {
         &self.choices
     }
 
-    /// From a picture: the steps of the schedule before its own are not made, and stages that have none left are empty.
+    /// From a picture: the steps of the schedule before its own are not made, or where the picture stands in place of the first
+    /// stage's those of this stage; stages that have none left are empty.
     ///
     /// # Errors
-    /// [`Error::Request`]: the method cannot begin from a picture, or not from one with a mask.
+    /// [`Error::Request`]: the method cannot begin from a picture, or not from one with a mask; no stage follows the first.
     pub fn starting(mut self, start: Start) -> Result<Run> {
-        if !self.method.implementation().begins_from_pictures() {
-            let (field, value) = ("init_image", format!("with request.method {}", self.method));
-            let begins = |name: &&str| Method::named(name).is_ok_and(|m| m.implementation().begins_from_pictures());
-            let names: Vec<&str> = METHODS.iter().map(|spec| spec.name).filter(begins).collect();
+        let value = format!("with request.method {}", self.method);
+        if !self.method.begins_from_pictures() {
+            let names = MethodSpec::names(Method::begins_from_pictures);
             let reason = format!("this method begins with noise; choose {}", one_of(&names));
-            return Err(Error::Request { field, value, reason });
+            return Err(Error::Request { field: "init_image", value, reason });
         }
-        for range in &mut self.ranges {
-            range.start = range.start.max(start.step).min(range.end);
+        if start.repaints && !self.method.takes_masks() {
+            let names = MethodSpec::names(Method::takes_masks);
+            let reason =
+                format!("this method keeps no part of a picture; leave request.mask out, or choose {}", one_of(&names));
+            return Err(Error::Request { field: "mask", value, reason });
+        }
+        match (self.method.in_place_of_first_stage(), &mut self.ranges[..]) {
+            (None, ranges) => {
+                for range in ranges {
+                    range.start = range.start.max(start.step).min(range.end);
+                }
+            }
+            (Some(_), [first, _, ..]) => first.start = first.end,
+            (Some(_), _) => {
+                let reason = format!(
+                    "{} enlarges the picture after the first stage, in whose place it stands, and no other follows; name a \
+                     larger request.size, or choose request.method plain",
+                    self.method
+                );
+                return Err(Error::Request { field: "stages", value: self.stages_text(), reason });
+            }
         }
         self.start = Some(start);
         self.method.implementation().check(&self)?;
@@ -274,6 +294,22 @@ impl Run {
     /// The first stage that has steps.
     pub fn first_stage(&self) -> usize {
         self.ranges.iter().position(|range| !range.is_empty()).unwrap_or(0)
+    }
+
+    /// The size at which the run's picture is taken, if it begins from one.
+    pub fn picture_size(&self) -> Option<Size> {
+        let stage = if self.method.in_place_of_first_stage().is_some() { 0 } else { self.first_stage() };
+        self.start.map(|_| self.stages[stage].size)
+    }
+
+    /// The size of the first stage; where a picture stands in its place, whose size may be any, the trained area in its
+    /// proportions.
+    pub(super) fn trained_size(&self) -> Size {
+        let first = self.stages[0].size;
+        match (self.start, self.native) {
+            (Some(_), Some(native)) => base_size(first, native, self.factor),
+            _ => first,
+        }
     }
 
     pub fn published(&self) -> PublishedSchedule {

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::convolutions::{self, FREEU, Map, Names, freeu_for};
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::{Geometry, MegaFusion, Method, ModelFacts, Plain, Prediction, Run, Sampling, Size, Stage};
+use super::{MegaFusion, Method, ModelFacts, Prediction, Run, Sampling, Size};
 use crate::error::{Error, Result};
 use crate::models::{ConvPlace, Redilation, UnetOptions};
 use crate::ops::FreeU;
@@ -340,16 +340,7 @@ impl GenerationMethod for ScaleCrafter {
         MegaFusion::default().default_size(native)
     }
 
-    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        Plain {}.stages(geometry)
-    }
-
-    fn begins_from_pictures(&self) -> bool {
-        true
-    }
-
     fn check(&self, run: &Run) -> Result<()> {
-        Plain {}.check(run)?;
         let refuse = |field, value: String, reason: &str| Err(Error::Request { field, value, reason: reason.into() });
         if let Some(steps) = self.disperse_steps.filter(|_| self.disperse.is_none()) {
             return refuse("disperse_steps", steps.to_string(), "has no effect without request.disperse");

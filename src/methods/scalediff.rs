@@ -17,13 +17,18 @@
 //! jitter, which the authors use for FLUX alone, is not here.
 //!
 //! Every stage but the last has twice the sides of the one before; the last has the size of the request, which may be less than
-//! twice. Draws, in order: the first noise; per step one, where the sampler draws; per stage its noise, then its steps.
+//! twice. A picture that the run begins from stands in place of D(latents) of the first stage, which is not run; z_LU then begins with
+//! the mean of its posterior, and a neighbourhood is the level's map of the trained area in its proportions.
+//!
+//! Draws, in order: the first noise; per step one, where the sampler draws; per further stage its noise, then its steps. From a picture
+//! those of the further stages.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
+use super::relay::Left;
 use super::stages::{doubled_sizes, last_steps_again};
 use super::{Geometry, Method, ModelFacts, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
@@ -116,13 +121,13 @@ impl ScaleDiff {
         ops::resize(&low, [h, w], Upsampler::Bilinear, None, None)
     }
 
-    /// From the last latents of stage `to - 1` to z_M of stage `to`.
-    fn mixed(&self, sampling: &mut Sampling, to: usize, x: &Tensor) -> Result<Tensor> {
-        sampling.dump(&format!("relay{to}.x0"), x)?;
+    /// From what stage `to - 1` leaves to z_M of stage `to`.
+    fn mixed(&self, sampling: &mut Sampling, to: usize, left: &Left) -> Result<Tensor> {
+        let x = sampling.samples_left(to, left)?;
         let enlarge = |x: &Tensor, sides| ops::resize(x, sides, Upsampler::BicubicTorch, None, None);
-        let pictures = sampling.enlarged_pictures(to, x, |picture, sides| enlarge(&picture, sides))?;
+        let pictures = sampling.enlarged_left(to, left, |picture, sides| enlarge(&picture, sides))?;
         let [_, h, w, _] = sampling.sample_shape(sampling.run().stages()[to].size);
-        let latents = enlarge(x, [h, w])?;
+        let latents = enlarge(&x, [h, w])?;
         let encoded = sampling.encoded_pictures(to, &pictures, false)?;
         drop(pictures);
         let low = ops::add_scaled(&self.low(&latents)?, &self.low(&encoded)?, -1.0)?;
@@ -151,7 +156,7 @@ impl GenerationMethod for ScaleDiff {
 
     /// Twice the sides.
     fn default_size(&self, native: Size) -> Size {
-        Size::new(2 * native.width, 2 * native.height)
+        native.times(2)
     }
 
     /// All steps at the native area in the final aspect ratio; then twice the sides until the final size is reached.
@@ -169,6 +174,10 @@ impl GenerationMethod for ScaleDiff {
         };
         let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { restarted });
         Ok(sizes.into_iter().enumerate().map(stage).collect())
+    }
+
+    fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        Some("request.restart_ratio")
     }
 
     /// Each stage after the first makes the last of its steps again.
@@ -204,12 +213,14 @@ impl GenerationMethod for ScaleDiff {
         let run = sampling.run();
         let stages = run.stages();
         sampling.prepare(vec![run.scheduler().clone(); stages.len()], |coefficients| coefficients)?;
-        let noise = sampling.initial_noise(stages[0].size)?;
-        let [_, height, width, _] = sampling.sample_shape(stages[0].size);
+        let [_, height, width, _] = sampling.sample_shape(run.trained_size());
         let options = UnetOptions { neighbourhood: Some([height, width]), ..UnetOptions::default() };
-        let (mut x, _) = sampling.stage(0, noise, &|_| Prediction::default())?;
+        let mut left = sampling.first_stage(|sampling| {
+            let noise = sampling.initial_noise(stages[0].size)?;
+            Ok(sampling.stage(0, noise, &|_| Prediction::default())?.0)
+        })?;
         for stage in 1..stages.len() {
-            let mixed = self.mixed(sampling, stage, &x)?;
+            let mixed = self.mixed(sampling, stage, &left)?;
             let low = self.low(&mixed)?;
             let range = run.ranges()[stage].clone();
             let noised = sampling.noised(stage, &mixed, range.start)?;
@@ -220,8 +231,8 @@ impl GenerationMethod for ScaleDiff {
                 let difference = ops::add_scaled(&low, &self.low(x0)?, -1.0)?;
                 ops::add_scaled(x0, &difference, strengths[step] as f32).map(Some)
             };
-            x = sampling.revised_stage(stage, noised, &|_| options.clone().into(), &mut revise)?.0;
+            left = Left::Samples(sampling.revised_stage(stage, noised, &|_| options.clone().into(), &mut revise)?.0);
         }
-        Ok(x)
+        sampling.last_samples(left)
     }
 }

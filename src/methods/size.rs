@@ -16,6 +16,11 @@ impl Size {
         Size { width, height }
     }
 
+    /// With sides that are `n` times as long.
+    pub fn times(self, n: usize) -> Size {
+        Size::new(n * self.width, n * self.height)
+    }
+
     /// Width times height.
     pub fn area(self) -> usize {
         self.width * self.height

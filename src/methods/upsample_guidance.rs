@@ -19,7 +19,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::{Geometry, LowEvaluation, LowResolution, Method, Plain, Prediction, Run, Sampling, Size, Stage};
+use super::{LowEvaluation, LowResolution, Method, Prediction, Run, Sampling, Size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::runtime::Tensor;
@@ -150,19 +150,10 @@ impl UpsampleGuidance {
 impl GenerationMethod for UpsampleGuidance {
     /// Twice the sides.
     fn default_size(&self, native: Size) -> Size {
-        Size::new(2 * native.width, 2 * native.height)
-    }
-
-    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        Plain {}.stages(geometry)
-    }
-
-    fn begins_from_pictures(&self) -> bool {
-        true
+        native.times(2)
     }
 
     fn check(&self, run: &Run) -> Result<()> {
-        Plain {}.check(run)?;
         let refuse = |field, value: String, reason: String| Err(Error::Request { field, value, reason });
         if self.up_scale == Some(0) {
             return refuse("up_scale", "0".into(), "expected 1 (no second call) or more".into());

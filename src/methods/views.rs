@@ -73,20 +73,6 @@ pub fn check_sampler(run: &Run) -> Result<()> {
     }
 }
 
-/// # Errors
-/// [`Error::Request`]: the run keeps a part of a picture, which steps over views do not.
-pub fn check_no_mask(run: &Run) -> Result<()> {
-    match run.start().is_some_and(|start| start.repaints) {
-        false => Ok(()),
-        true => {
-            let (field, value) = ("mask", format!("with request.method {}", run.method()));
-            let reason =
-                "steps over views keep no part of a picture; leave request.mask out, or choose plain or hidiffusion";
-            Err(Error::Request { field, value, reason: reason.into() })
-        }
-    }
-}
-
 /// How the steps of a stage go over views.
 pub struct ViewStage<'a> {
     /// All windows of a picture have one shape.

@@ -127,8 +127,10 @@ impl Parameters {
             json["long_prompt"] = long_prompt.name().into();
         }
         if let Some(init) = &request.init_image {
-            fields.push(("Denoising strength".into(), init.strength_with(method).to_string()));
-            json["strength"] = init.strength_with(method).into();
+            if let Some(strength) = init.strength_with(method) {
+                fields.push(("Denoising strength".into(), strength.to_string()));
+                json["strength"] = strength.into();
+            }
             for (key, picture) in [("init_image", Some(&init.picture)), ("mask", init.mask.as_ref())] {
                 let Some(picture) = picture else { continue };
                 fields.push((title(key), picture.name().to_string()));

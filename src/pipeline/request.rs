@@ -39,7 +39,7 @@ pub struct Request {
     /// Scale of what of guidance the map of the stage before (in a first stage larger than the trained size: the trained one's) does
     /// not hold, the rest keeping `guidance`: FA-CFG of FreCaS, arXiv:2410.18410. `None`: as the method does, most without.
     pub guidance_high: Option<f32>,
-    /// A picture to begin from, where the method can. Without `size` and `stages` its own size, rounded down to whole cells,
+    /// A picture to begin from. Without `size` and `stages` its own size, rounded down to whole cells,
     /// is the final one.
     pub init_image: Option<InitImage>,
     /// What SDXL is told of sizes.
@@ -248,7 +248,10 @@ impl Request {
             let whole = |side: usize| if side < factor { side } else { side / factor * factor };
             Size::new(whole(width), whole(height))
         };
-        let (size, native) = match (self.size.or(self.init_image.as_ref().map(own)), native) {
+        let own = self.init_image.as_ref().map(own);
+        // The network makes no first stage: none of a size that it was trained at is needed.
+        let replaced = own.filter(|_| self.method.in_place_of_first_stage().is_some());
+        let (size, native) = match (self.size.or(own), native.or(replaced)) {
             (Some(size), Some(native)) => (size, native),
             (None, Some(native)) => (self.method.implementation().default_size(native), native),
             (Some(size), None) if !self.method.spec().relays => (size, size),
@@ -261,17 +264,27 @@ impl Request {
                 return Err(refused("size", "(none)", reason));
             }
         };
-        let relay_growth = defaults.relay_growth;
-        self.method.implementation().stages(&Geometry { size, native, factor, steps, relay_growth })
+        let geometry = Geometry { size, native, factor, steps, relay_growth: defaults.relay_growth };
+        match replaced {
+            Some(picture) => self.method.implementation().stages_from_picture(&geometry, picture),
+            None => self.method.implementation().stages(&geometry),
+        }
     }
 }
 
 /// The step at which a run of `steps` begins.
 ///
 /// # Errors
-/// [`Error::Request`]: a strength outside 0 to 1, or one that leaves no step.
+/// [`Error::Request`]: a strength outside 0 to 1, or one that leaves no step, or any of a method that has none.
 fn start_of(init: &InitImage, method: &Method, steps: usize) -> Result<Start> {
-    let strength = init.strength_with(method);
+    let strength = match (method.in_place_of_first_stage(), init.strength, init.strength_with(method)) {
+        (Some(by), Some(given), _) => {
+            let reason = format!("{by} says how much {method} makes anew of a picture; leave request.strength out");
+            return Err(refused("strength", given, reason));
+        }
+        (_, _, Some(strength)) => strength,
+        _ => return Ok(Start { step: 0, noise_only: false, repaints: init.mask.is_some() }),
+    };
     if !(0.0..=1.0).contains(&strength) {
         return Err(refused("strength", strength, "expected 0 (the picture as it is) to 1 (all steps)"));
     }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
     self, Denoiser, DiffusionModel, Event, Geometry, ModelFacts, NoiseSource, Observer, RecordedSteps, Run, RunRange,
-    Size, Stage, StartPicture, Watch, relay_stages, tell,
+    Size, StartPicture, Watch, tell,
 };
 use crate::models::Partition;
 use crate::rng::Rng;
@@ -230,17 +230,36 @@ impl Pipeline {
         self.family.weights()
     }
 
-    /// The stages of a relay that enlarges a picture of size `from`: the first has its own size in whole cells, or the trained
-    /// area where that is larger; each relay adds at most once the first's sides.
+    /// The request for its `init_image` at a larger `size`, by its method: with the stages, where it names none, that this method
+    /// makes from the picture's own size on, and options and a strength that suit it where they are unset. One without a picture
+    /// stays as it is.
     ///
     /// # Errors
-    /// [`Error::Request`]: `size` is not made of whole cells.
-    pub fn stages_from(&self, from: Size, size: Size, steps: usize) -> Result<Vec<Stage>> {
+    /// [`Error::Request`]: `size` is not made of whole cells; an option leaves no step.
+    pub fn enlarging(&self, request: &Request, size: Size) -> Result<Request> {
+        let mut request = request.clone();
+        let Some(init) = &mut request.init_image else { return Ok(request) };
+        init.strength = init.strength.or(request.method.enlarging_strength());
+        if !request.stages.is_empty() {
+            return Ok(request);
+        }
         let factor = self.factor();
         let whole = |side: usize| ((side + factor / 2) / factor).max(1) * factor;
-        let own = Size::new(whole(from.width), whole(from.height));
-        let native = self.native_size().filter(|native| native.area() > own.area()).unwrap_or(own);
-        relay_stages(&Geometry { size, native, factor, steps, relay_growth: 1.0 })
+        let from = init.picture.size();
+        let picture = Size::new(whole(from.width), whole(from.height));
+        let native = self.native_size().unwrap_or(picture);
+        let steps = request.steps.unwrap_or(self.defaults.steps);
+        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0 };
+        for (name, value) in request.method.implementation().enlarging_options(&geometry) {
+            if request.method.option(name).is_none() {
+                request.method = request.method.with(name, value)?;
+            }
+        }
+        let stages = request.method.implementation().stages_from_picture(&geometry, picture)?;
+        Ok(match stages.len() {
+            1 => Request { size: Some(size), ..request },
+            _ => Request { size: None, steps: None, stages, ..request },
+        })
     }
 
     /// What a request comes to with this model.
@@ -279,7 +298,7 @@ impl Pipeline {
     pub fn remarks(&self, request: &Request) -> Result<Vec<String>> {
         let Some(init) = &request.init_image else { return Ok(Vec::new()) };
         let run = self.resolve(request)?;
-        let size = run.stages()[run.first_stage()].size;
+        let Some(size) = run.picture_size() else { return Ok(Vec::new()) };
         Ok(init.remarks(size, request.size.is_some() || !request.stages.is_empty() || run.stages().len() > 1))
     }
 

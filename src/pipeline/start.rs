@@ -87,7 +87,7 @@ pub struct InitImage {
     /// White (from level 128 of its grey on) is repainted, black is kept; stretched as the picture is. `None`: all of it.
     pub mask: Option<InputPicture>,
     /// How much of the schedule is run, 0 to 1. `None`: the method's own: 0.8, and 1 with a mask, which then begins with noise
-    /// alone; of DemoFusion 1.
+    /// alone; of DemoFusion 1. Not of methods that have the picture in place of their first stage's.
     pub strength: Option<f64>,
 }
 
@@ -96,9 +96,10 @@ impl InitImage {
         InitImage { picture, mask: None, strength: None }
     }
 
-    /// As given, or what the method makes of a picture.
-    pub fn strength_with(&self, method: &Method) -> f64 {
-        self.strength.unwrap_or_else(|| method.implementation().default_strength(self.mask.is_some()))
+    /// As given, or what the method makes of a picture. `None`: the method has no strength.
+    pub fn strength_with(&self, method: &Method) -> Option<f64> {
+        let usual = || method.implementation().default_strength(self.mask.is_some());
+        method.in_place_of_first_stage().is_none().then(|| self.strength.unwrap_or_else(usual))
     }
 
     /// What of a run of these pictures at `size` may surprise, a sentence each.
