@@ -78,6 +78,44 @@ fn pictures_of_any_proportions() {
     assert_eq!(json(&place, "by.png")["stages"][1], "40x60:2+crops");
 }
 
+/// Every method has its own stages from the picture's size on, options and share of the schedule; flags go before them.
+#[test]
+fn other_methods_by_name() {
+    let place = Place::with(&["--device", "cpu"]);
+    photo(&place, "tall.png", 20, 30);
+    let by = |method: &str, more: &[&str]| {
+        let args = ["enlarge", "tall.png", "--model", MODEL, "--steps", "3", "--prompt", "a cat", "--method", method];
+        place.ok(&[&args, more, &["--out", "by.png"]].concat());
+        let (width, height, _) = read_image(&place.path("by.png")).unwrap();
+        assert_eq!((width, height), (40, 60), "{method}");
+        json(&place, "by.png")
+    };
+    for (method, more, stages, key, value) in [
+        ("hires-fix", &[][..], "20x30:3 40x60:1", "denoise", Value::from(0.35)),
+        ("hires-fix", &["--denoise", "1"], "20x30:3 40x60:3", "denoise", 1.0.into()),
+        ("diffusehigh", &[], "20x30:3 40x60:1", "sharpen", true.into()),
+        ("scalediff", &[], "20x30:3 40x60:2", "low_pass", 0.125.into()),
+        ("pixelrush", &[], "20x30:3 40x60:1", "refine_timestep", 249.into()),
+        ("demofusion", &[], "40x60:3", "strength", 1.0.into()),
+        ("upsample-guidance", &[], "40x60:3", "strength", 0.35.into()),
+        ("multidiffusion", &[], "40x60:3", "stride", 8.into()),
+        ("multidiffusion", &["--stride", "12", "--strength", "0.7"], "40x60:3", "stride", 12.into()),
+    ] {
+        let said = by(method, more);
+        let made: Vec<&str> = said["stages"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        assert_eq!((made.join(" ").as_str(), &said[key]), (stages, &value), "{method}");
+        assert_eq!(said.get("strength").is_none(), stages.starts_with("20x30"), "{method}");
+    }
+    // As generate makes it from the same stages.
+    let made = place.bytes("by.png");
+    by("diffusehigh", &[]);
+    let enlarged = place.bytes("by.png");
+    assert!(made != enlarged);
+    let args = ["generate", "a cat", "--model", MODEL, "--method", "diffusehigh", "--init-image", "tall.png"];
+    place.ok(&[&args[..], &["--stages", "20x30:3,40x60:1", "--out", "by.png"]].concat());
+    assert!(place.bytes("by.png") == enlarged);
+}
+
 #[test]
 fn what_cannot_be_enlarged_is_refused() {
     let place = Place::with(&["--device", "cpu"]);
@@ -96,7 +134,25 @@ fn what_cannot_be_enlarged_is_refused() {
         (&["a.png", "--out", "a.jpg"], &["--out a.jpg: pictures are written as PNG"]),
         (&["a.png", "--init-image", "a.png"], &["--init-image", "enlarge begins from its own pictures"]),
         (&["a.png", "--strength", "0.01"], &["--strength 0.01: leaves none of the"]),
-        (&["a.png", "--method", "hires-fix"], &["begins with noise; choose plain"]),
+        (
+            &["a.png", "--method", "hires-fix", "--strength", "0.5"],
+            &["--strength 0.5: --denoise says how much hires-fix makes anew of a picture; leave --strength out"],
+        ),
+        (
+            &["a.png", "--method", "diffusehigh", "--strength", "1"],
+            &["--strength 1: the steps of the later --stages says how much diffusehigh"],
+        ),
+        (
+            &["a.png", "--method", "pixelrush", "--stages", "40x60:3"],
+            &["--stages 40x60:3: pixelrush enlarges the picture after the first stage", "larger --size"],
+        ),
+        (&["a.png", "--method", "demofusion", "--strength", "0.5"], &["--strength", "every phase runs the whole schedule"]),
+        (&["a.png", "--method", "scalediff", "--mask", "a.png"], &["--mask", "enlarge makes all of it"]),
+        (
+            &["a.png", "--method", "demofusion", "--phases", "--size", "128x192", "--out", "-"],
+            &["--phases true", "nothing beside it; name a file"],
+        ),
+        (&["a.png", "--phases"], &["--phases", "has no effect with --method megafusion; demofusion has it"]),
         (
             &["a.png", "--method", "plain", "--window", "8"],
             &["--window 8", "has no effect with --method plain", "+crops"],

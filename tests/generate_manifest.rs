@@ -248,6 +248,54 @@ fn lines_without_ids_are_numbered_and_may_have_their_own_sizes() {
     assert!(text(&again.stderr).contains("3 of 3 pictures are there already"), "{}", text(&again.stderr));
 }
 
+/// A flag that only the parts of a line's stages read, or only a line's method, is that line's.
+#[test]
+fn flags_that_single_lines_read() {
+    let place = Place::new(&[
+        "{\"prompt\": \"a\", \"stages\": \"16x16:2,24x24:1+crops\"}".into(),
+        "{\"prompt\": \"b\"}".into(),
+        "{\"prompt\": \"c\", \"method\": \"hires-fix\", \"stages\": \"16x16:3,24x24:1\"}".into(),
+    ]);
+    let flags = ["--window", "4", "--enlarge", "latents"];
+    let files = place.ok("out", &flags);
+    let of = |name, key: &str| parameters(&files, name).get(key).cloned();
+    assert_eq!((of("000001.png", "window"), of("000001.png", "enlarge")), (Some(4.into()), None));
+    assert_eq!((of("000002.png", "window"), of("000002.png", "enlarge")), (None, None));
+    assert_eq!((of("000003.png", "window"), of("000003.png", "enlarge")), (None, Some("latents".into())));
+    let message = place.fails(1, "out", &["--window", "6", "--enlarge", "latents", "--resume"]);
+    assert!(message.contains("out/run.json") && message.contains("window 4, now 6"), "{message}");
+    place.manifest(&lines(2));
+    for (flags, says) in [(&flags[..2], "--window 4: has no effect"), (&flags[2..], "--enlarge latents: has no effect")] {
+        let message = place.fails(2, "other", flags);
+        assert!(message.contains(says), "{says} in: {message}");
+    }
+}
+
+/// `--phases` writes the earlier phases' pictures beside each line's.
+#[test]
+fn pictures_of_phases() {
+    let line = |id: &str| format!("{{\"prompt\": \"{id} of a cat\", \"id\": \"{id}\"}}");
+    let place = Place::new(&[line("a"), line("b")]);
+    let flags = ["--method", "demofusion", "--size", "64x32", "--steps", "1", "--guidance", "1", "--batch", "2", "--phases"];
+    let files = place.ok("out", &flags);
+    assert_eq!(pictures(&files), ["a-phase1.png", "a.png", "b-phase1.png", "b.png"]);
+    let (width, height) = image::load_from_memory(&files["a-phase1.png"]).unwrap().into_rgb8().dimensions();
+    assert_eq!((width, height), (32, 16));
+    assert_eq!(parameters(&files, "b-phase1.png"), parameters(&files, "b.png"));
+    assert!(files["a-phase1.png"] != files["b-phase1.png"]);
+    // One that is missing is made again, and its line with it.
+    fs::remove_file(place.path("out/b-phase1.png")).unwrap();
+    let again = place.run("out", &[&flags[..], &["--resume"]].concat());
+    assert_eq!(text(&again.stdout), "out/b-phase1.png\nout/b.png\n", "{}", text(&again.stderr));
+    assert_eq!(place.files("out"), files);
+    // Without the flag they are no line's.
+    let message = place.fails(1, "out", &[&flags[..flags.len() - 1], &["--resume"]].concat());
+    assert!(message.contains("phases true, now false"), "{message}");
+    place.manifest(&[line("a"), line("A-phase1")]);
+    let message = place.fails(1, "other", &flags);
+    assert!(message.contains("prompts.jsonl:2: id \"a-phase1\" is what --phases calls a picture of line 1"), "{message}");
+}
+
 #[test]
 fn a_folder_made_otherwise_is_refused() {
     let place = Place::new(&lines(3));

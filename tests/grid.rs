@@ -181,6 +181,8 @@ fn grids_that_cannot_be_made_are_refused_first() {
         (&["grid", "a", "--cell", "0"], 2, "from 16"),
         (&["grid", "a", "--cell", "4096", "--seeds", "0..300"], 2, "300 rows"),
         (&["grid", "a", "--methods", "plain", "--upsampler", "bilinear"], 2, "--upsampler bilinear"),
+        (&["grid", "a", "--methods", "demofusion", "--phases"], 2, "a grid shows finished pictures"),
+        (&["grid", "a", "--methods", "plain,megafusion", "--window", "8"], 2, "a stage with +crops in --stages"),
         (&["grid", "a", "--out", "a.jpg"], 2, ".png"),
         (&["grid", "a", "--out", "no/such/a.png"], 1, "cannot be made"),
         (&["grid", "--manifest", "no.jsonl"], 1, "no.jsonl: no such file"),

@@ -3,7 +3,7 @@
 use megafuse::methods::{
     DiffuseHigh, GenerationMethod, Geometry, Method, Size, Stage, UpsampleGuidance, matched_timestep, pooled_power,
 };
-use megafuse::pipeline::{ModelSource, Pipeline, Request, Silent};
+use megafuse::pipeline::{InitImage, InputPicture, METHODS, ModelSource, Pipeline, Planner, Request, Silent};
 use megafuse::schedulers::{Sampler, Scheduler, SchedulerConfig};
 use megafuse::{DType, Device};
 
@@ -50,6 +50,68 @@ fn the_second_call_has_the_ratio_of_signal_to_noise_of_its_samples() {
     }
     assert_eq!(matched_timestep(&[0.9, 0.5, 0.0], 0.0, 2), 2, "nothing but noise stays so");
     assert_eq!([pooled_power(1.0, 3), pooled_power(0.0, 2), pooled_power(0.5, 2)], [1.0, 0.25, 0.625]);
+}
+
+/// Of every method that begins from a picture: it is encoded before the network is asked, no step before its own is made, and a
+/// stage in whose place it stands has none.
+#[test]
+fn every_method_begins_from_a_picture() {
+    let planner = Planner::new(&ModelSource::Embedded, DType::F32).unwrap();
+    let picture = InputPicture::new("grey.png", Size::new(70, 50), vec![99; 3 * 70 * 50]).unwrap();
+    let pipeline = planner.pipeline();
+    let mut in_place = Vec::new();
+    for spec in METHODS {
+        let method = Method::named(spec.name).unwrap();
+        let base = Request { method: method.clone(), steps: Some(4), ..Request::default() };
+        let from = Request { init_image: Some(InitImage::new(picture.clone())), ..base };
+        let request = pipeline.enlarging(&from, Size::new(144, 96)).unwrap();
+        if !method.begins_from_pictures() {
+            let error = pipeline.resolve(&request).unwrap_err().to_string();
+            assert!(error.contains("begins with noise; choose plain"), "{error}");
+            continue;
+        }
+        let run = pipeline.resolve(&request).unwrap();
+        let plan = planner.plan(&request).unwrap();
+        let at = |name: &str| plan.phases.iter().position(|phase| phase.name == name);
+        let encoded = at("encode").or(at("relay encode")).expect(spec.name);
+        assert!(encoded < at("denoise").expect(spec.name), "{}", spec.name);
+        let whole: usize = run.stages().iter().map(|stage| stage.steps).sum();
+        match method.in_place_of_first_stage() {
+            None => assert!(run.steps() < whole || method.enlarging_strength() == Some(1.0), "{}", spec.name),
+            Some(_) => {
+                in_place.push(spec.name);
+                assert_eq!(run.picture_size(), Some(run.stages()[0].size), "{}", spec.name);
+                assert_eq!(run.steps(), whole - run.stages()[0].steps, "{}", spec.name);
+                assert!(plan.phases.iter().all(|phase| phase.name != "relay decode" || phase.stage != Some(1)));
+                assert!(plan.phases.iter().all(|phase| phase.name != "denoise" || phase.stage != Some(0)));
+            }
+        }
+    }
+    assert_eq!(in_place, ["hires-fix", "diffusehigh", "pixelrush", "scalediff"]);
+}
+
+/// Stages from a picture's own size on, be it smaller or larger than what the model was trained at.
+#[test]
+fn stages_from_a_picture() {
+    let planned = |method: Method, picture: &str, size: &str| {
+        let picture: Size = picture.parse().unwrap();
+        let init = InputPicture::new("a.png", picture, vec![0; 3 * picture.area()]).unwrap();
+        let planner = Planner::new(&ModelSource::Embedded, DType::F32).unwrap();
+        let request = Request { method, steps: Some(10), init_image: Some(InitImage::new(init)), ..Request::default() };
+        let request = planner.pipeline().enlarging(&request, size.parse().unwrap()).unwrap();
+        planner.pipeline().resolve(&request).unwrap().stages_text()
+    };
+    let of = |method: &str, picture: &str, size: &str| planned(Method::named(method).unwrap(), picture, size);
+    assert_eq!(of("megafusion", "64x64", "128x128"), "64x64:8,128x128:2");
+    assert_eq!(of("megafusion", "101x50", "200x100"), "104x48:8,200x100:2");
+    assert_eq!(of("hires-fix", "200x100", "400x200"), "200x104:10,400x200:3");
+    assert_eq!(of("diffusehigh", "32x32", "128x128"), "32x32:10,64x64:3,96x96:3,128x128:3");
+    assert_eq!(of("scalediff", "128x128", "512x512"), "128x128:10,256x256:4,512x512:4");
+    assert_eq!(of("pixelrush", "64x64", "192x192"), "64x64:10,128x128:1,192x192:1");
+    assert_eq!(of("demofusion", "64x64", "256x256"), "64x64:10,128x128:10,192x192:10,256x256:10");
+    assert_eq!(of("demofusion", "96x64", "144x96"), "144x96:10");
+    assert_eq!(of("demofusion", "128x128", "256x256"), "128x128:10,256x256:10");
+    assert_eq!(of("plain", "64x64", "128x128"), "128x128:10");
 }
 
 /// The same bytes alone and in a batch; a scale of 1 is plain sampling, bit for bit.

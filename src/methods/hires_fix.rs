@@ -101,6 +101,7 @@ impl HiresFix {
     fn enlarged(&self, sampling: &mut Sampling, left: &Left) -> Result<Tensor> {
         let run = sampling.run();
         let (from, size, level) = (run.stages()[0].size, run.stages()[1].size, run.ranges()[1].start);
+        sampling.dump_left(1, left)?;
         let encoded = match self.enlarge {
             Enlarged::Latents => {
                 let x = sampling.samples_left(1, left)?;

@@ -137,9 +137,7 @@ impl PixelRush {
 
     /// From what a stage leaves to clean samples of the next one's size, through the picture.
     fn enlarged(&self, sampling: &mut Sampling, stage: usize, left: &Left) -> Result<Tensor> {
-        if let Left::Samples(x0) = left {
-            sampling.dump(&format!("relay{stage}.x0"), x0)?;
-        }
+        sampling.dump_left(stage, left)?;
         let enlarged = sampling.enlarged_left(stage, left, |picture, size| {
             let picture = ops::clamp(&picture, -1.0, 1.0)?;
             ops::resize(&picture, size, self.upsampler, Some((-1.0, 1.0)), None)

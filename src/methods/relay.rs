@@ -27,17 +27,24 @@ impl Sampling<'_> {
         Ok(Left::Picture(pixels))
     }
 
-    /// The clean samples that a stage leaves, of a picture the posterior's mode. Dumped as `relay<to>.x0`, or those of a picture
-    /// as `init0.encoded`.
+    /// Dumps what a stage leaves as `relay<to>.x0`, a picture not.
+    ///
+    /// # Errors
+    /// Those of the observer.
+    pub(super) fn dump_left(&mut self, to: usize, left: &Left) -> Result<()> {
+        match left {
+            Left::Samples(x0) => self.dump(&format!("relay{to}.x0"), x0),
+            Left::Picture(_) => Ok(()),
+        }
+    }
+
+    /// The clean samples that a stage leaves, of a picture the posterior's mode, dumped as `init0.encoded`.
     ///
     /// # Errors
     /// [`Error::Interrupted`](crate::Error::Interrupted); those of the model.
     pub(super) fn samples_left(&mut self, to: usize, left: &Left) -> Result<Tensor> {
         match left {
-            Left::Samples(x0) => {
-                self.dump(&format!("relay{to}.x0"), x0)?;
-                Ok(x0.clone())
-            }
+            Left::Samples(x0) => Ok(x0.clone()),
             Left::Picture(picture) => {
                 self.begin(Event::EncodePicture { stage: to - 1 })?;
                 let one = self.encode(std::slice::from_ref(picture), None)?;

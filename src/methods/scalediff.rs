@@ -123,6 +123,7 @@ impl ScaleDiff {
 
     /// From what stage `to - 1` leaves to z_M of stage `to`.
     fn mixed(&self, sampling: &mut Sampling, to: usize, left: &Left) -> Result<Tensor> {
+        sampling.dump_left(to, left)?;
         let x = sampling.samples_left(to, left)?;
         let enlarge = |x: &Tensor, sides| ops::resize(x, sides, Upsampler::BicubicTorch, None, None);
         let pictures = sampling.enlarged_left(to, left, |picture, sides| enlarge(&picture, sides))?;

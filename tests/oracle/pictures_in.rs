@@ -51,6 +51,12 @@ fn hires_fix() {
     check("hires");
 }
 
+/// Methods that have the picture in place of their first stage's.
+#[test]
+fn cascades_from_a_picture() {
+    check("cascade");
+}
+
 /// One of each kind, with recorded steps: known parts, further channels, a relay that begins late, a second pass.
 #[test]
 fn on_the_emulated_card() {
@@ -60,7 +66,14 @@ fn on_the_emulated_card() {
         return;
     }
     const EMU: [&str; 4] = ["--device", "emu", "--dtype", "f32"];
-    let names = ["img2img-heun", "inpaint-ancestral", "inpaint-channels-sdxl", "mega-inpaint", "hires-picture"];
+    let names = [
+        "img2img-heun",
+        "inpaint-ancestral",
+        "inpaint-channels-sdxl",
+        "mega-inpaint",
+        "hires-picture",
+        "cascade-diffusehigh",
+    ];
     all_passed(names.map(|name| check_in(FOLDER, &run(name), &EMU)).into());
     // The second picture's steps are replays, in the memory of the first one's.
     for name in ["inpaint-channels-sdxl", "inpaint-ddim"] {
@@ -102,7 +115,7 @@ fn with_seed_plus(mut run: Run, more: u64) -> Run {
 /// A picture from a picture depends on its own seed alone, at every batch size.
 #[test]
 fn a_batch_makes_the_pictures_of_single_runs() {
-    for name in ["inpaint-ancestral", "inpaint-channels", "hires-picture"] {
+    for name in ["inpaint-ancestral", "inpaint-channels", "hires-picture", "cascade-diffusehigh", "cascade-scalediff"] {
         let (run, folder) = (run(name), tempfile::tempdir().unwrap());
         generate(folder.path(), &run, &["--count", "3", "--batch", "3"]).unwrap();
         generate(folder.path(), &with_seed_plus(run, 2), &[]).unwrap();
@@ -182,8 +195,8 @@ fn what_does_not_fit_is_named() {
         (&inpainting, &["--init-image", &photo], &["--mask (none)", "is an inpainting model"]),
         (
             &small,
-            &["--method", "hires-fix", "--init-image", &photo],
-            &["--init-image with --method hires-fix", "begins with noise; choose plain, megafusion"],
+            &["--method", "hires-fix", "--init-image", &photo, "--mask", &mask],
+            &["--mask with --method hires-fix", "keeps no part of a picture", "choose plain, megafusion"],
         ),
         (&small, &["--method", "hires-fix", "--denoise", "0.1"], &["--denoise 0.1: leaves none of the 5 steps"]),
         (&small, &["--method", "hires-fix", "--denoise", "2"], &["--denoise", "above 0, at most 1"]),

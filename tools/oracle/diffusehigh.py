@@ -88,14 +88,16 @@ def encoded(model, x):
     return model.vae.encode(2 * x - 1).latent_dist.mode() * model.vae.config.scaling_factor
 
 
-def run(model, settings, tensors):
+def run(model, settings, tensors, begin=None):
+    """`begin`: of the first stage's size in pixels, a picture in [-1, 1] in place of the stage's; SDXL's size ids are then those of
+    the trained area in its proportions."""
     draws = reference.Draws(settings.seed, tensors, model.unet.dtype)
     sampler = settings.scheduler or {"EulerDiscreteScheduler": "euler", "DDIMScheduler": "ddim"}.get(
         model.scheduler_config["_class_name"], "euler")
     scheduler = reference.make_scheduler(reference.SAMPLERS[sampler], model.scheduler_config)
     steps, later = settings.stages[0][1], settings.stages[1:]
     predict = reference.Guided(model, settings)
-    predict.enter(settings.stages[0][0])
+    predict.enter(settings.stages[0][0] if begin is None else reference.trained_size(model, settings.stages[0][0]))
     if settings.sharpen and later:
         own = torch.Generator().manual_seed(settings.seed)
         tensors["blur"] = torch.cat([torch.empty(1).uniform_(0.1, 2.0, generator=own) for _ in later])
@@ -116,13 +118,18 @@ def run(model, settings, tensors):
 
     (width, height), _ = settings.stages[0]
     scheduler.set_timesteps(steps)
-    x = draws.normal((1, 4, height // model.vae_factor, width // model.vae_factor)) * scheduler.init_noise_sigma
-    x = sampled(x, 0, "", 0, None)
-    tensors["stage1.latent"] = x
+    if begin is None:
+        x = draws.normal((1, 4, height // model.vae_factor, width // model.vae_factor)) * scheduler.init_noise_sigma
+        x = sampled(x, 0, "", 0, None)
+        tensors["stage1.latent"] = x
     predict.w = settings.refine_guidance
     for k, ((width, height), count) in enumerate(later, 1):
-        tensors[f"relay{k}.decoded"] = reference.decode(model, x)
-        guide = resize.upsample(picture(model, x), (height, width), "bicubic-torch")
+        if begin is not None and k == 1:
+            before = begin(settings.stages[0][0]) / 2 + 0.5
+        else:
+            tensors[f"relay{k}.decoded"] = reference.decode(model, x)
+            before = picture(model, x)
+        guide = resize.upsample(before, (height, width), "bicubic-torch")
         if settings.sharpen:
             guide = 2 * guide - blurred(guide, tensors["blur"][k - 1])
         z = encoded(model, guide)

@@ -24,6 +24,8 @@ on. Relays have no published pipeline. What they do:
   noise, the masked picture's posterior (unused).
 - With 9 channels mask and masked picture are those of each stage's size; it draws the noise, then the masked posterior.
 - MultiDiffusion begins as one of one stage. DemoFusion has the picture's latents in place of those of phase 1, at its size.
+- Hires fix, DiffuseHigh, ScaleDiff and PixelRush have the picture at the size of their first stage in place of what that decodes to,
+  and do not run it. Where latents are enlarged, they begin with the mean of the picture's posterior: init0.encoded.
 - Hires fix encodes the enlarged picture to the posterior's mean, and draws its noise alone.
 """
 
@@ -39,10 +41,13 @@ from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 
 import demofusion
+import diffusehigh
 import multidiffusion
+import pixelrush
 import reference
 import resize
 import run_values
+import scalediff
 import small_models
 import small_sdxl
 from module_values import relative, set_mid_dilation
@@ -63,6 +68,7 @@ class Settings(reference.Settings):
         for key, value in changes.items():
             assert hasattr(Settings, key), key
             setattr(self, key, value)
+        self.eta = self.eta or 0.0
 
 
 def runs():
@@ -112,6 +118,22 @@ def runs():
         "views-demofusion": ("sdxl-turbo", None, demo | {"scheduler": "euler"}),
         "views-demofusion-ddim": ("sdxl-turbo", None, demo | {"size": (22, 32), "scheduler": "ddim", "init_image": "tall.png",
                                                               "strength": 1.0, "stride": 3}),
+    }
+    own = {"init_image": "photo.png", "guidance": 1.5, "seed": 75}
+    two, three = (((10, 8), 4), ((18, 14), 2)), (((10, 8), 3), ((14, 12), 2), ((20, 16), 2))
+    again, high = hires | own | {"stages": two}, own | {"method": "diffusehigh", "refine_guidance": 2.0}
+    rush = own | {"method": "pixelrush"}
+    scale = own | {"method": "scalediff", "scheduler": "ddim"}
+    out |= {
+        "cascade-hires": ("sd15", None, again),
+        "cascade-hires-latents": ("sdxl-odd", None, again | {"enlarge": "latents", "scheduler": "euler"}),
+        "cascade-diffusehigh": ("sdxl", None, high | {"stages": two, "wavelet_steps": 1}),
+        "cascade-diffusehigh-three": ("sd15", None, high | {"stages": three, "sharpen": False, "scheduler": "ddim"}),
+        # Of a smaller picture than the trained size, and of a larger one.
+        "cascade-scalediff": ("sdxl-turbo", None, scale | {"stages": (((12, 10), 4), ((24, 20), 2))}),
+        "cascade-scalediff-larger": ("sdxl-turbo", None, scale | {"stages": (((28, 12), 3), ((36, 16), 1)), "scheduler": "euler"}),
+        "cascade-pixelrush": ("sdxl-turbo", None, rush | {"stages": (((10, 8), 2), ((20, 16), 1))}),
+        "cascade-pixelrush-three": ("sd15", None, rush | {"scheduler": "ddim", "stages": (((8, 6), 2), ((16, 12), 1), ((24, 18), 1)), "inject_noise": 0.0}),
     }
     planned = {"stages": (), "size": (28, 26), "steps": 3, "denoise": 0.7}
     return out | {"hires-planned": ("mixed", None, hires | planned)}
@@ -393,16 +415,26 @@ def hires_fix(model, settings, tensors):
     predict = reference.Guided(model, settings)
     scheduler, second = (scheduler_of(model, sampler, steps) for _ in range(2))
     tables(tensors, [scheduler, second])
-    predict.enter((w, h))
-    x = draws.normal((1, 4, h // factor, w // factor)) * scheduler.init_noise_sigma
-    x, _, done = denoise(model, settings, tensors, draws, predict, scheduler, sampler, (0, steps), x, 0)
-    tensors["relay1.x0"] = x
+    begin, done = in_place(model, settings, draws, tensors), 0
+    mean = lambda picture: model.vae.encode(picture).latent_dist.mean * model.vae.config.scaling_factor
+    if begin is None:
+        predict.enter((w, h))
+        x = draws.normal((1, 4, h // factor, w // factor)) * scheduler.init_noise_sigma
+        x, _, done = denoise(model, settings, tensors, draws, predict, scheduler, sampler, (0, steps), x, 0)
+    else:
+        picture = begin((w, h))
     if settings.enlarge == "latents":
+        if begin is not None:
+            tensors["init0.encoded"] = x = mean(picture)
         y = resize.upsample(x, (to_h // factor, to_w // factor), settings.upsampler)
     else:
-        tensors["relay1.decoded"] = decoded = reference.decode(model, x)
+        decoded = reference.decode(model, x) if begin is None else picture
         tensors["relay1.upsampled"] = up = resize.upsample(decoded.clamp(-1, 1), (to_h, to_w), settings.upsampler).clamp(-1, 1)
-        y = model.vae.encode(up).latent_dist.mean * model.vae.config.scaling_factor
+        y = mean(up)
+        if begin is None:
+            tensors["relay1.decoded"] = decoded
+    if begin is None:
+        tensors["relay1.x0"] = x
     tensors["relay1.encoded"] = y
     first = steps - again
     tensors["relay1.noised"] = x = add_noise(y, draws.normal(y.shape), level(second, sampler, first))
@@ -410,6 +442,22 @@ def hires_fix(model, settings, tensors):
     x, _, _ = denoise(model, settings, tensors, draws, predict, second, sampler, (first, steps), x, done)
     tensors["latent"] = x
     tensors["image"] = reference.decode(model, x)
+
+
+def in_place(model, settings, draws, tensors):
+    """Of a size in pixels the run's picture, which stands in place of what a first stage decodes to; None: it begins with noise."""
+    if settings.init_image is None:
+        return None
+
+    def picture(size):
+        tensors["init0.picture"] = pixels = Pictures(model, settings, draws, tensors).pixels(size)
+        return pixels
+
+    return picture
+
+
+def cascade(module):
+    return lambda model, settings, tensors: module.run(model, settings, tensors, in_place(model, settings, None, tensors))
 
 
 def multidiffused(model, settings, tensors):
@@ -427,7 +475,9 @@ def demofused(model, settings, tensors):
     demofusion.run(model, settings, tensors, lambda draws, size: Pictures(model, settings, draws, tensors).known(0, size))
 
 
-METHODS = {"multidiffusion": multidiffused, "demofusion": demofused, "plain": plain, "megafusion": megafusion, "megafusion++": megafusion, "hires-fix": hires_fix}
+METHODS = {"multidiffusion": multidiffused, "demofusion": demofused, "plain": plain, "megafusion": megafusion,
+           "megafusion++": megafusion, "hires-fix": hires_fix, "diffusehigh": cascade(diffusehigh), "scalediff": cascade(scalediff),
+           "pixelrush": cascade(pixelrush)}
 
 
 @torch.no_grad()
@@ -505,11 +555,11 @@ def main():
         error = max(relative(in_f32[key], tensors[key]) for key in tensors)
         assert error < run_values.F32_LIMIT, (name, error)
         theirs = None
-        if settings.method in ("plain", "hires-fix"):
+        if settings.method in ("plain", "hires-fix") and not name.startswith("cascade"):
             theirs = check_against_pipeline(single, settings, tensors, max(2e-5, error))
         print(name, f"{error:.1e}", theirs, len(tensors))
         del tensors["alpha_bar"]  # as in tests/data/runs
-        if name.startswith("views"):
+        if name.startswith(("views", "cascade")):
             tensors = run_values.stored(name, tensors)
         save_file(tensors, ROOT / f"{name}.safetensors")
         (ROOT / f"{name}.safetensors").chmod(0o644)

@@ -28,20 +28,25 @@ def feather(n, dtype):
     return torch.exp(-((i - (n - 1) / 2) ** 2) / (2 * (0.3 * n) ** 2)).to(dtype)
 
 
-def run(model, settings, tensors):
+def run(model, settings, tensors, begin=None):
+    """`begin`: of the first stage's size in pixels, a picture in [-1, 1] in place of the stage's."""
     draws = reference.Draws(settings.seed, tensors, model.unet.dtype)
     sampler = settings.sampler(model.scheduler_config)
     scheduler = reference.make_scheduler(reference.CLASSES[sampler], model.scheduler_config)
     (first, steps), *rest = settings.stages
     scheduler.set_timesteps(steps)
     cells = lambda size: (1, 4, size[1] // model.vae_factor, size[0] // model.vae_factor)
-    predict = reference.Guided(model, settings)
-    predict.enter(first)
-    x = draws.normal(cells(first)) * scheduler.init_noise_sigma
-    for n, t in enumerate(scheduler.timesteps):
-        stepped = reference.step(scheduler, sampler, predict(scheduler.scale_model_input(x, t), t), t, x, draws, settings.eta)
-        x = stepped.prev_sample
-        tensors[f"step{n + 1}"] = x
+    dtype = model.unet.dtype
+    if begin is None:
+        predict = reference.Guided(model, settings)
+        predict.enter(first)
+        x = draws.normal(cells(first)) * scheduler.init_noise_sigma
+        for n, t in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale_model_input(x, t)
+            x = reference.step(scheduler, sampler, predict(scaled, t), t, x, draws, settings.eta).prev_sample
+            tensors[f"step{n + 1}"] = x
+    else:
+        steps = 0
 
     # Refinements are told the model's own size, and have no guidance.
     plain = type(settings)(**vars(settings) | {"guidance": 1.0})
@@ -50,12 +55,13 @@ def run(model, settings, tensors):
     refine.enter((sample * model.vae_factor,) * 2)
     stride = settings.stride or max(sample * 3 // 4, 1)
     level = settings.refine_timestep
-    abar = scheduler.alphas_cumprod[level].to(x.dtype)
+    abar = scheduler.alphas_cumprod[level].to(dtype)
     for k, (size, _) in enumerate(rest, start=1):
-        decoded = reference.decode(model, x)
+        given = begin is not None and k == 1
+        decoded = begin(first) if given else reference.decode(model, x)
         upsampled = resize.upsample(decoded.clamp(-1, 1), (size[1], size[0]), settings.upsampler).clamp(-1, 1)
         y = model.vae.encode(upsampled).latent_dist.mean * model.vae.config.scaling_factor
-        for name, tensor in [("x0", x), ("decoded", decoded), ("upsampled", upsampled), ("encoded", y)]:
+        for name, tensor in [("upsampled", upsampled), ("encoded", y)] + ([] if given else [("x0", x), ("decoded", decoded)]):
             tensors[f"relay{k}.{name}"] = tensor
         q = settings.inject_noise
         noise = draws.normal(y.shape) if q > 0 else None

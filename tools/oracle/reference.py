@@ -273,6 +273,14 @@ def guidance_embedding(w, width):
     return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([w]), width)
 
 
+def trained_size(model, size):
+    """The trained area in the proportions of a size, of whole cells: (width, height)"""
+    (w, h), factor = size, model.vae_factor
+    native = model.unet.config.sample_size * factor
+    side = lambda ratio: max(1, int(native * ratio**0.5 / factor + 0.5)) * factor
+    return side(w / h), side(h / w)
+
+
 def decode(model, latent):
     return model.vae.decode(latent / model.vae.config.scaling_factor).sample
 

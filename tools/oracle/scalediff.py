@@ -94,7 +94,9 @@ def neighbourhoods(unet, base):
             back()
 
 
-def run(model, settings, tensors):
+def run(model, settings, tensors, begin=None):
+    """`begin`: of the first stage's size in pixels, a picture in [-1, 1] in place of the stage's. Its latents are then init0.encoded,
+    and neighbourhoods are as large as the trained area in its proportions."""
     draws = reference.Draws(settings.seed, tensors, model.unet.dtype)
     sampler = settings.scheduler or "ddim"
     share = settings.low_pass
@@ -148,21 +150,27 @@ def run(model, settings, tensors):
         return x
 
     (size, _), *later = settings.stages
-    base = cells(size)
-    x = run_stage(size, draws.normal((1, 4, *base)) * scheduler.init_noise_sigma, 0)
+    if begin is None:
+        base = cells(size)
+        x = run_stage(size, draws.normal((1, 4, *base)) * scheduler.init_noise_sigma, 0)
+    else:
+        base = cells(reference.trained_size(model, size))
+        picture = begin(size)
+        tensors["init0.encoded"] = x = model.vae.encode(picture).latent_dist.mean * model.vae.config.scaling_factor
     for k, (size, steps) in enumerate(later, 1):
         first = total - steps
         if settings.restart_ratio is not None:
             assert first == int(total * (1 - settings.restart_ratio))
         enlarge = lambda y, sides: F.interpolate(y, size=sides, mode="bicubic", align_corners=False)
-        decoded = reference.decode(model, x)
+        given = begin is not None and k == 1
+        decoded = picture if given else reference.decode(model, x)
         up = enlarge(decoded, (size[1], size[0]))
         encoded = model.vae.encode(up).latent_dist.mean * model.vae.config.scaling_factor
         mixed = refine(enlarge(x, cells(size)), encoded, 1, share)
         signal, sigma = level(first)
         noised = signal * mixed + sigma * draws.normal(mixed.shape)
         named = {"x0": x, "decoded": decoded, "upsampled": up, "encoded": encoded, "mixed": mixed, "noised": noised}
-        tensors |= {f"relay{k}.{name}": tensor for name, tensor in named.items()}
+        tensors |= {f"relay{k}.{name}": tensor for name, tensor in named.items() if not given or name not in ("x0", "decoded")}
         with neighbourhoods(model.unet, base):
             x = run_stage(size, noised, first, mixed)
     tensors["timesteps"] = timesteps.float()
