@@ -146,7 +146,10 @@ fn what_cannot_be_enlarged_is_refused() {
             &["a.png", "--method", "pixelrush", "--stages", "40x60:3"],
             &["--stages 40x60:3: pixelrush enlarges the picture after the first stage", "larger --size"],
         ),
-        (&["a.png", "--method", "demofusion", "--strength", "0.5"], &["--strength", "every phase runs the whole schedule"]),
+        (
+            &["a.png", "--method", "demofusion", "--strength", "0.5"],
+            &["--strength", "every phase runs the whole schedule"],
+        ),
         (&["a.png", "--method", "scalediff", "--mask", "a.png"], &["--mask", "enlarge makes all of it"]),
         (
             &["a.png", "--method", "demofusion", "--phases", "--size", "128x192", "--out", "-"],

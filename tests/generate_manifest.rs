@@ -265,7 +265,8 @@ fn flags_that_single_lines_read() {
     let message = place.fails(1, "out", &["--window", "6", "--enlarge", "latents", "--resume"]);
     assert!(message.contains("out/run.json") && message.contains("window 4, now 6"), "{message}");
     place.manifest(&lines(2));
-    for (flags, says) in [(&flags[..2], "--window 4: has no effect"), (&flags[2..], "--enlarge latents: has no effect")] {
+    for (flags, says) in [(&flags[..2], "--window 4: has no effect"), (&flags[2..], "--enlarge latents: has no effect")]
+    {
         let message = place.fails(2, "other", flags);
         assert!(message.contains(says), "{says} in: {message}");
     }
@@ -276,7 +277,8 @@ fn flags_that_single_lines_read() {
 fn pictures_of_phases() {
     let line = |id: &str| format!("{{\"prompt\": \"{id} of a cat\", \"id\": \"{id}\"}}");
     let place = Place::new(&[line("a"), line("b")]);
-    let flags = ["--method", "demofusion", "--size", "64x32", "--steps", "1", "--guidance", "1", "--batch", "2", "--phases"];
+    let flags =
+        ["--method", "demofusion", "--size", "64x32", "--steps", "1", "--guidance", "1", "--batch", "2", "--phases"];
     let files = place.ok("out", &flags);
     assert_eq!(pictures(&files), ["a-phase1.png", "a.png", "b-phase1.png", "b.png"]);
     let (width, height) = image::load_from_memory(&files["a-phase1.png"]).unwrap().into_rgb8().dimensions();
@@ -293,7 +295,10 @@ fn pictures_of_phases() {
     assert!(message.contains("phases true, now false"), "{message}");
     place.manifest(&[line("a"), line("A-phase1")]);
     let message = place.fails(1, "other", &flags);
-    assert!(message.contains("prompts.jsonl:2: id \"a-phase1\" is what --phases calls a picture of line 1"), "{message}");
+    assert!(
+        message.contains("prompts.jsonl:2: id \"a-phase1\" is what --phases calls a picture of line 1"),
+        "{message}"
+    );
 }
 
 #[test]

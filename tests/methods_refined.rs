@@ -57,14 +57,14 @@ fn the_second_call_has_the_ratio_of_signal_to_noise_of_its_samples() {
 #[test]
 fn every_method_begins_from_a_picture() {
     let planner = Planner::new(&ModelSource::Embedded, DType::F32).unwrap();
-    let picture = InputPicture::new("grey.png", Size::new(70, 50), vec![99; 3 * 70 * 50]).unwrap();
+    let picture = InputPicture::new("grey.png", Size::new(64, 64), vec![99; 3 * 64 * 64]).unwrap();
     let pipeline = planner.pipeline();
     let mut in_place = Vec::new();
     for spec in METHODS {
         let method = Method::named(spec.name).unwrap();
         let base = Request { method: method.clone(), steps: Some(4), ..Request::default() };
         let from = Request { init_image: Some(InitImage::new(picture.clone())), ..base };
-        let request = pipeline.enlarging(&from, Size::new(144, 96)).unwrap();
+        let request = pipeline.enlarging(&from, Size::new(128, 128)).unwrap();
         if !method.begins_from_pictures() {
             let error = pipeline.resolve(&request).unwrap_err().to_string();
             assert!(error.contains("begins with noise; choose plain"), "{error}");
@@ -103,8 +103,8 @@ fn stages_from_a_picture() {
     };
     let of = |method: &str, picture: &str, size: &str| planned(Method::named(method).unwrap(), picture, size);
     assert_eq!(of("megafusion", "64x64", "128x128"), "64x64:8,128x128:2");
-    assert_eq!(of("megafusion", "101x50", "200x100"), "104x48:8,200x100:2");
-    assert_eq!(of("hires-fix", "200x100", "400x200"), "200x104:10,400x200:3");
+    assert_eq!(of("megafusion", "101x50", "200x100"), "100x52:8,200x100:2");
+    assert_eq!(of("hires-fix", "200x100", "400x200"), "200x100:10,400x200:3");
     assert_eq!(of("diffusehigh", "32x32", "128x128"), "32x32:10,64x64:3,96x96:3,128x128:3");
     assert_eq!(of("scalediff", "128x128", "512x512"), "128x128:10,256x256:4,512x512:4");
     assert_eq!(of("pixelrush", "64x64", "192x192"), "64x64:10,128x128:1,192x192:1");

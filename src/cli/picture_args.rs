@@ -484,13 +484,14 @@ pub struct StartArgs {
     /// Its Exif orientation is applied and transparency dropped; grey and 16-bit pictures are read as 8-bit RGB. It is
     /// stretched to the size of the stage that begins, by Lanczos; without --size and --stages its own size, rounded down to
     /// what the model can make, is the final one. With several stages the run begins in that one in which the first of its
-    /// steps lies. For demofusion it takes the place of phase 1's. Not with methods of two passes: the error names those that it goes with.
+    /// steps lies. For demofusion it takes the place of phase 1's; for methods that make a picture and enlarge it (hires-fix,
+    /// diffusehigh, scalediff, pixelrush) that of the first stage's, which is not run and is planned at the picture's own size.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Begin from a picture")]
     pub init_image: Option<PathBuf>,
 
     /// Where the picture is made anew: white is repainted, black kept
     ///
-    /// A grey picture, of any size: it is stretched as --init-image is, and its levels from 128 on count as white. What is
+    /// With methods that run every step on the whole map. A grey picture, of any size: it is stretched as --init-image is, and its levels from 128 on count as white. What is
     /// kept passes through the VAE and so differs a little from the file. A model for inpainting reads the mask itself, and
     /// needs one; with any other the kept part is put back after every step.
     #[arg(long, value_name = "FILE", value_parser = values::path(), requires = "init_image",
@@ -499,7 +500,9 @@ pub struct StartArgs {
 
     /// How much of the schedule is run, 0 to 1 (default: 0.8; 1 with --mask and for demofusion, which takes nothing else)
     ///
-    /// The last int(steps x strength) steps. 1 with a mask begins with noise alone.
+    /// The last int(steps x strength) steps. 1 with a mask begins with noise alone. Methods that have the picture in place of
+    /// their first stage's take none: --denoise of hires-fix, --restart-ratio of scalediff, --refine-timestep of pixelrush and the
+    /// steps of diffusehigh's later --stages say it.
     #[arg(long, value_name = "X", value_parser = values::strength, help_heading = "Begin from a picture")]
     pub strength: Option<f64>,
 }

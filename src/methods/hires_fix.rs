@@ -75,7 +75,7 @@ const OWN: [OptionSpec; 3] = [
         heading: HEADING,
         value_name: "X",
         help: "Share of the steps that the second pass makes, above 0 to 1 (default: 0.7)\n\n\
-               The larger, the more of the enlarged picture is made anew. As request.strength, rounded down to whole steps.",
+               The larger, the more of the enlarged picture is made anew. Rounded down to whole steps. In megafuse enlarge 0.35.",
         kind: OptionKind::Number { above: 0.0, most: 1.0, expected: "expected a number above 0, at most 1" },
     },
     OptionSpec {

@@ -256,9 +256,9 @@ impl Pipeline {
             }
         }
         let stages = request.method.implementation().stages_from_picture(&geometry, picture)?;
-        Ok(match stages.len() {
-            1 => Request { size: Some(size), ..request },
-            _ => Request { size: None, steps: None, stages, ..request },
+        Ok(match request.method.spec().relays {
+            true => Request { size: None, steps: None, stages, ..request },
+            false => Request { size: Some(size), ..request },
         })
     }
 

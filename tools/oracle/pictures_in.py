@@ -131,9 +131,11 @@ def runs():
         "cascade-diffusehigh-three": ("sd15", None, high | {"stages": three, "sharpen": False, "scheduler": "ddim"}),
         # Of a smaller picture than the trained size, and of a larger one.
         "cascade-scalediff": ("sdxl-turbo", None, scale | {"stages": (((12, 10), 4), ((24, 20), 2))}),
-        "cascade-scalediff-larger": ("sdxl-turbo", None, scale | {"stages": (((28, 12), 3), ((36, 16), 1)), "scheduler": "euler"}),
+        "cascade-scalediff-larger": ("sdxl-turbo", None, scale | {"scheduler": "euler",
+                                                                  "stages": (((28, 12), 3), ((36, 16), 1))}),
         "cascade-pixelrush": ("sdxl-turbo", None, rush | {"stages": (((10, 8), 2), ((20, 16), 1))}),
-        "cascade-pixelrush-three": ("sd15", None, rush | {"scheduler": "ddim", "stages": (((8, 6), 2), ((16, 12), 1), ((24, 18), 1)), "inject_noise": 0.0}),
+        "cascade-pixelrush-three": ("sd15", None, rush | {"scheduler": "ddim", "inject_noise": 0.0,
+                                                         "stages": (((8, 6), 2), ((16, 12), 1), ((24, 18), 1))}),
     }
     planned = {"stages": (), "size": (28, 26), "steps": 3, "denoise": 0.7}
     return out | {"hires-planned": ("mixed", None, hires | planned)}
