@@ -150,7 +150,7 @@ fn what_cannot_be_enlarged_is_refused() {
             &["a.png", "--method", "demofusion", "--strength", "0.5"],
             &["--strength", "every phase runs the whole schedule"],
         ),
-        (&["a.png", "--method", "scalediff", "--mask", "a.png"], &["--mask", "enlarge makes all of it"]),
+        (&["a.png", "--init-image", "a.png", "--mask", "a.png"], &["--mask", "enlarge makes all of it"]),
         (
             &["a.png", "--method", "demofusion", "--phases", "--size", "128x192", "--out", "-"],
             &["--phases true", "nothing beside it; name a file"],

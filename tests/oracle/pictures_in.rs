@@ -169,7 +169,7 @@ fn what_does_not_fit_is_named() {
     let small = data("sd15").display().to_string();
     let folder = place.path().display().to_string();
     let plain = ["--method", "plain", "--steps", "5"];
-    let cases: [(&str, &[&str], &[&str]); 22] = [
+    let cases: [(&str, &[&str], &[&str]); 27] = [
         (&small, &["--init-image", &missing], &["no.png", "no such file", "PNG, JPEG or WebP"]),
         (&small, &["--init-image", &folder], &["is a folder"]),
         (&small, &["--init-image", &text], &["text.png", "not a PNG, JPEG or WebP file"]),
@@ -197,6 +197,31 @@ fn what_does_not_fit_is_named() {
             &small,
             &["--method", "hires-fix", "--init-image", &photo, "--mask", &mask],
             &["--mask with --method hires-fix", "keeps no part of a picture", "choose plain, megafusion"],
+        ),
+        (
+            &small,
+            &["--method", "pixelrush", "--init-image", &photo, "--mask", &mask, "--size", "72x56"],
+            &["--mask with --method pixelrush: this method keeps no part of a picture; leave --mask out"],
+        ),
+        (
+            &small,
+            &["--method", "scalediff", "--init-image", &photo, "--strength", "0.5", "--size", "72x56"],
+            &["--strength 0.5: --restart-ratio says how much scalediff makes anew of a picture; leave --strength out"],
+        ),
+        (
+            &small,
+            &["--method", "diffusehigh", "--init-image", &photo],
+            &["--stages 36x28:5: diffusehigh enlarges the picture after the first stage", "name a larger --size"],
+        ),
+        (
+            &small,
+            &["--method", "scalediff", "--init-image", &photo, "--size", "71x56"],
+            &["--size 71x56: sides must be multiples of 2"],
+        ),
+        (
+            &inpainting,
+            &["--method", "hires-fix", "--init-image", &photo, "--mask", &mask],
+            &["--mask with --method hires-fix", "leave --mask out, or choose plain"],
         ),
         (&small, &["--method", "hires-fix", "--denoise", "0.1"], &["--denoise 0.1: leaves none of the 5 steps"]),
         (&small, &["--method", "hires-fix", "--denoise", "2"], &["--denoise", "above 0, at most 1"]),
