@@ -7,6 +7,7 @@ jitter<s> [steps, windows, 2], whole numbers: the offset of each window's column
 What the paper leaves open, and the published code's way with it:
 - The cosine factors take (1000 - t) / 1000; the Gaussian has 2 s - 1 taps; the blur's deviation falls to 0.01 sigma.
 - A phase's noise is one draw, here the next of the run's one generator; jitter comes from Python's random.Random(seed).
+- From a picture of any size `stages` says the phases' sizes, windows are of the trained one, and a dilated sample has about its sides.
 - Along an axis that a window spans there is no jitter and no draw; windows at a border move outward only, into zeros.
 - SDXL's sizes are those of the final picture in all phases; a window's crop is its place in the map padded by the largest
   offset.
@@ -69,16 +70,18 @@ def run(model, settings, tensors, begin=None):
     sampler = settings.scheduler or {"EulerDiscreteScheduler": "euler", "DDIMScheduler": "ddim"}.get(
         model.scheduler_config["_class_name"], "euler")
     scheduler = reference.make_scheduler(reference.SAMPLERS[sampler], model.scheduler_config)
-    scheduler.set_timesteps(settings.steps)
+    stages = settings.stages
+    scheduler.set_timesteps(stages[0][1] if stages else settings.steps)
     scheduler.is_scale_input_called = True  # inputs are scaled here
     timesteps = scheduler.timesteps
     factor, window = model.vae_factor, model.unet.config.sample_size
     stride = settings.stride or max(window // 2, 1)
     reach = (window - stride) // 4
-    phases = max(settings.size) // (window * factor)
-    sizes = phase_sizes(settings.size, phases, factor)
+    final = stages[-1][0] if stages else settings.size
+    phases = len(stages) or max(final) // (window * factor)
+    sizes = phase_sizes(final, phases, factor)
     predict = reference.Guided(model, settings)
-    predict.enter(settings.size)
+    predict.enter(final)
     whole = predict.time_ids
 
     def scaled(x, i, level):
@@ -101,6 +104,8 @@ def run(model, settings, tensors, begin=None):
         height, width = sizes[s - 1]
         rows, columns = (windows(n, window, stride, reach) for n in (height, width))
         size = (min(window, height), min(window, width))
+        # s, but of a picture that is larger than the trained size
+        apart = max(1, int(max(height, width) / window + 0.5))
         jitter = torch.zeros(len(timesteps), len(rows) * len(columns), 2, dtype=torch.int64)
         for step in range(len(timesteps)):
             for v in range(len(rows) * len(columns)):
@@ -134,14 +139,14 @@ def run(model, settings, tensors, begin=None):
             local = inner(total) / inner(count)
 
             predict.time_ids = whole
-            pad = [(-n) % s for n in (height, width)]
+            pad = [(-n) % apart for n in (height, width)]
             padded = F.pad(x, (pad[1], 0, pad[0], 0))
-            blurred = blur(padded, s, settings.sigma * c3)
+            blurred = blur(padded, apart, settings.sigma * c3)
             dilated = torch.zeros_like(padded)
-            for a in range(s):
-                for b in range(s):
-                    output = predict(scaled(blurred[:, :, a::s, b::s], i, later), t)
-                    dilated[:, :, a::s, b::s] = stepped(output, i, padded[:, :, a::s, b::s])
+            for a in range(apart):
+                for b in range(apart):
+                    output = predict(scaled(blurred[:, :, a::apart, b::apart], i, later), t)
+                    dilated[:, :, a::apart, b::apart] = stepped(output, i, padded[:, :, a::apart, b::apart])
             x = (1 - c2) * local + c2 * dilated[:, :, pad[0] :, pad[1] :]
             tensors[f"phase{s}.step{i + 1}"] = x
         return x

@@ -118,6 +118,9 @@ def runs():
         "views-demofusion": ("sdxl-turbo", None, demo | {"scheduler": "euler"}),
         "views-demofusion-ddim": ("sdxl-turbo", None, demo | {"size": (22, 32), "scheduler": "ddim", "init_image": "tall.png",
                                                               "strength": 1.0, "stride": 3}),
+        # Of a picture larger than the trained size.
+        "views-demofusion-larger": ("sdxl-turbo", None, demo | {"size": None, "steps": None, "scheduler": "euler",
+                                                                "stages": (((24, 6), 1), ((48, 12), 1))}),
     }
     own = {"init_image": "photo.png", "guidance": 1.5, "seed": 75}
     two, three = (((10, 8), 4), ((18, 14), 2)), (((10, 8), 3), ((14, 12), 2), ((20, 16), 2))
