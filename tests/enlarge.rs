@@ -140,7 +140,7 @@ fn what_cannot_be_enlarged_is_refused() {
         ),
         (
             &["a.png", "--method", "diffusehigh", "--strength", "1"],
-            &["--strength 1: the steps of the later --stages says how much diffusehigh"],
+            &["--strength 1: the number of steps of the later --stages says how much diffusehigh"],
         ),
         (
             &["a.png", "--method", "pixelrush", "--stages", "40x60:3"],

@@ -69,8 +69,8 @@ Examples:
   megafuse enlarge *.png --out enlarged/
 
 The picture is noised and denoised by the last steps of a relay that begins at its own size (generate --init-image), so that the
-model adds detail. Of methods with a first stage of their own it takes the place of what that would make. megafuse upscale enlarges
-by a super-resolution network instead, which adds no detail of its own.
+model adds detail. For methods that make a first picture and enlarge it, it takes that one's place. megafuse upscale enlarges by a
+super-resolution network instead, which adds no detail of its own.
 
 Where no flag says otherwise, multidiffusion's windows are half a window apart (--stride), in place of an eighth, which takes about
 sixteen times as long, and hires-fix has a --denoise of 0.35.";
@@ -79,14 +79,18 @@ sixteen times as long, and hires-fix has a --denoise of 0.35.";
 pub fn adapted(command: clap::Command) -> clap::Command {
     let usual = MethodSpec::find(METHOD).map(|spec| spec.name).and_then(Method::named);
     let usual = usual.ok().and_then(|method| method.enlarging_strength()).unwrap_or(1.0);
-    let named = METHODS.iter().filter_map(|spec| Method::named(spec.name).ok());
-    let others = named.filter_map(|method| match (method.enlarging_strength(), method.in_place_of_first_stage()) {
-        (Some(strength), _) if strength == usual => None,
-        (Some(strength), _) => Some(format!("{method} takes {strength}")),
-        (None, by) => Some(format!("of {method} {} says it", flags::named(by.unwrap_or_default()))),
+    let methods: Vec<Method> = METHODS.iter().filter_map(|spec| Method::named(spec.name).ok()).collect();
+    let others = methods.iter().filter_map(|method| {
+        let strength = method.enlarging_strength().filter(|&strength| strength != usual)?;
+        Some(format!("; of {method} {strength}"))
     });
+    let none = methods.iter().filter_map(|method| {
+        let by = method.in_place_of_first_stage()?;
+        Some(format!("{method} ({})", flags::named(by)))
+    });
+    let (others, none) = (others.collect::<String>(), none.collect::<Vec<_>>().join(", "));
     let summary = "How much of the schedule is run, 0 to 1: the larger, the more is made anew";
-    let strength = format!("{summary}\n\nDefault: {usual}; {}.", others.collect::<Vec<_>>().join("; "));
+    let strength = format!("{summary}\n\nDefault: {usual}{others}. Of these another flag says it: {none}.");
     command
         .mut_arg("init_image", |arg| arg.hide(true))
         .mut_arg("mask", |arg| arg.hide(true))

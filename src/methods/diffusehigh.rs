@@ -176,7 +176,7 @@ impl GenerationMethod for DiffuseHigh {
     }
 
     fn in_place_of_first_stage(&self) -> Option<&'static str> {
-        Some("the steps of the later request.stages")
+        Some("the number of steps of the later request.stages")
     }
 
     fn step_name(&self, stage: usize, step: usize, run_step: usize) -> String {

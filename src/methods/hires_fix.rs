@@ -105,7 +105,9 @@ impl HiresFix {
         let encoded = match self.enlarge {
             Enlarged::Latents => {
                 let x = sampling.samples_left(1, left)?;
-                sampling.begin(Event::Relay { stage: 1, from, to: size })?;
+                if let Left::Samples(_) = left {
+                    sampling.begin(Event::Relay { stage: 1, from, to: size })?;
+                }
                 sampling.begin(Event::RelayUpsample { stage: 1 })?;
                 let [_, height, width, _] = sampling.sample_shape(size);
                 let encoded = ops::resize(&x, [height, width], self.upsampler, None, None)?;
