@@ -87,7 +87,7 @@ fn every_method_begins_from_a_picture() {
             }
         }
     }
-    assert_eq!(in_place, ["hires-fix", "diffusehigh", "pixelrush", "scalediff"]);
+    assert_eq!(in_place, ["hires-fix", "diffusehigh", "pixelrush", "scalediff", "frecas"]);
 }
 
 /// Stages from a picture's own size on, be it smaller or larger than what the model was trained at.

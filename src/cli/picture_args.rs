@@ -485,7 +485,7 @@ pub struct StartArgs {
     /// stretched to the size of the stage that begins, by Lanczos; without --size and --stages its own size, rounded down to
     /// what the model can make, is the final one. With several stages the run begins in that one in which the first of its
     /// steps lies. For demofusion it takes the place of phase 1's; for methods that make a picture and enlarge it (hires-fix,
-    /// diffusehigh, scalediff, pixelrush) that of the first stage's, which is not run and is planned at the picture's own size.
+    /// diffusehigh, scalediff, pixelrush, frecas) that of the first stage's, which is not run and is planned at the picture's own size.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Begin from a picture")]
     pub init_image: Option<PathBuf>,
 
@@ -501,8 +501,8 @@ pub struct StartArgs {
     /// How much of the schedule is run, 0 to 1 (default: 0.8; 1 with --mask and for demofusion, which takes nothing else)
     ///
     /// The last int(steps x strength) steps. 1 with a mask begins with noise alone. Methods that have the picture in place of
-    /// their first stage's take none: --denoise of hires-fix, --restart-ratio of scalediff, --refine-timestep of pixelrush and the
-    /// steps of diffusehigh's later --stages say it.
+    /// their first stage's take none: --denoise of hires-fix, --restart-ratio of scalediff, --refine-timestep of pixelrush,
+    /// --frecas-ends of frecas and the steps of diffusehigh's later --stages say it.
     #[arg(long, value_name = "X", value_parser = values::strength, help_heading = "Begin from a picture")]
     pub strength: Option<f64>,
 }

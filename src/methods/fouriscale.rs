@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::convolutions::{self, FREEU, Map, Names, freeu_for};
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::{Geometry, MegaFusion, Method, ModelFacts, Plain, Prediction, Run, Sampling, Size, Stage};
+use super::{MegaFusion, Method, ModelFacts, Prediction, Run, Sampling, Size};
 use crate::error::{Error, Result};
 use crate::models::{ConvPlace, ConvRole, FourierConvs, Redilation, UnetBlock, UnetOptions};
 use crate::ops::FreeU;
@@ -303,14 +303,6 @@ impl GenerationMethod for FouriScale {
         MegaFusion::default().default_size(native)
     }
 
-    fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        Plain {}.stages(geometry)
-    }
-
-    fn begins_from_pictures(&self) -> bool {
-        true
-    }
-
     /// The base size.
     fn told_size(&self, run: &Run, stage: usize) -> Size {
         let map = run.model().and_then(|model| model.unet.as_ref()).and_then(Map::of);
@@ -318,7 +310,6 @@ impl GenerationMethod for FouriScale {
     }
 
     fn check(&self, run: &Run) -> Result<()> {
-        Plain {}.check(run)?;
         let refuse = |field, value: String, reason: String| Err(Error::Request { field, value, reason });
         if let (Some(start), Some(stop)) = (self.fourier_start, self.fourier_stop)
             && start > stop

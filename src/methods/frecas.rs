@@ -14,11 +14,16 @@
 //! and more, SD 2.1's for smaller ones. These are published for a guidance of 7.5 in the first stage; models trained below 128
 //! pixels, whose guidance is lower, get w_h 6.
 //!
-//! Draws: the first noise; per relay its noise, with `reference_compat` after the posterior's; with an eta one per step.
+//! A picture that the run begins from stands in place of clamp(D(x0)) of the first stage, which is not run; there are then no maps for
+//! the second one, and the network is told the trained area in the picture's proportions.
+//!
+//! Draws: the first noise; per relay its noise, with `reference_compat` after the posterior's; with an eta one per step. From a picture
+//! those of the relays and of the later stages' steps.
 
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
+use super::relay::Left;
 use super::stages::doubled_sizes;
 use super::{Geometry, Method, Prediction, Run, Sampling, Size, Stage, check_size};
 use crate::error::{Error, Result};
@@ -267,10 +272,10 @@ impl FreCaS {
         UnetOptions { attention_maps, ..UnetOptions::default() }.into()
     }
 
-    /// From the clean samples that leave stage `to - 1` to the noised ones that enter `to`, through pictures.
-    fn relayed(&self, sampling: &mut Sampling, to: usize, x0: &Tensor) -> Result<Tensor> {
-        sampling.dump(&format!("relay{to}.x0"), x0)?;
-        let enlarged = sampling.enlarged_pictures(to, x0, |picture, size| {
+    /// From what leaves stage `to - 1` to the noised samples that enter `to`.
+    fn relayed(&self, sampling: &mut Sampling, to: usize, left: &Left) -> Result<Tensor> {
+        sampling.dump_left(to, left)?;
+        let enlarged = sampling.enlarged_left(to, left, |picture, size| {
             let picture = ops::clamp(&picture, -1.0, 1.0)?;
             match self.frecas_upsampler {
                 FrecasUpsampler::Nearest => ops::resize_nearest(&picture, size),
@@ -307,7 +312,7 @@ impl GenerationMethod for FreCaS {
 
     /// Twice the sides.
     fn default_size(&self, native: Size) -> Size {
-        Size::new(2 * native.width, 2 * native.height)
+        native.times(2)
     }
 
     /// The native area in the final aspect ratio, then twice the sides each time. Of 50 steps one relay has 10; two have 10 each,
@@ -335,7 +340,11 @@ impl GenerationMethod for FreCaS {
 
     /// The first stage's, as published.
     fn told_size(&self, run: &Run, _stage: usize) -> Size {
-        run.stages()[0].size
+        run.trained_size()
+    }
+
+    fn in_place_of_first_stage(&self) -> Option<&'static str> {
+        Some("request.frecas_ends")
     }
 
     fn guidance_high(&self, run: &Run) -> Option<f32> {
@@ -375,18 +384,19 @@ impl GenerationMethod for FreCaS {
         let run = sampling.run();
         let stages = run.stages().len();
         sampling.prepare(vec![run.scheduler().clone(); stages], |coefficients| coefficients)?;
-        let mut x = sampling.initial_noise(run.stages()[0].size)?;
-        for stage in 0..stages {
+        let of_stage = |sampling: &mut Sampling, stage: usize, x: Tensor| {
             let (last, x0) = sampling.stage(stage, x, &|step| self.prediction(run, stage, step))?;
-            x = match stage + 1 == stages {
-                true if self.reference_compat => last,
-                true => x0,
-                false => {
-                    drop(last);
-                    self.relayed(sampling, stage + 1, &x0)?
-                }
-            };
+            Ok(if self.reference_compat && stage + 1 == stages { last } else { x0 })
+        };
+        let mut left = sampling.first_stage(|sampling| {
+            let x = sampling.initial_noise(run.stages()[0].size)?;
+            of_stage(sampling, 0, x)
+        })?;
+        for stage in 1..stages {
+            let x = self.relayed(sampling, stage, &left)?;
+            drop(left);
+            left = Left::Samples(of_stage(sampling, stage, x)?);
         }
-        Ok(x)
+        sampling.last_samples(left)
     }
 }

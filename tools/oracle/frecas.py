@@ -81,7 +81,9 @@ def enlarge(picture, size, upsampler):
     return F.interpolate(picture, size=size, mode=upsampler, **options)
 
 
-def run(model, settings, tensors):
+def run(model, settings, tensors, begin=None):
+    """`begin`: of the first stage's size in pixels, a picture in [-1, 1] in place of the stage's; SDXL's size ids are then those of
+    the trained area in its proportions, and the second stage has no maps."""
     compat, stages = settings.reference_compat, settings.stages
     draws = reference.Draws(settings.seed, tensors, model.unet.dtype)
     scheduler = reference.make_scheduler("DDIMScheduler", model.scheduler_config)
@@ -109,14 +111,16 @@ def run(model, settings, tensors):
     high = 6.0 if settings.guidance_high is None else settings.guidance_high
     kind = scheduler.config.prediction_type
     state = State(compat)
-    z, done = draws.normal((1, 4, *cells(stages[0][0]))), 0
-    predict.enter(stages[0][0])
+    z, done = None if begin else draws.normal((1, 4, *cells(stages[0][0]))), 0
+    predict.enter(reference.trained_size(model, stages[0][0]) if begin else stages[0][0])
+    collected = None
     for s, (size, n) in enumerate(stages):
         last_stage = s + 1 == len(stages)
         predict.split = None if s == 0 else (cells(stages[s - 1][0]), high)
-        state.weight = weight if s > 0 else 0.0
+        given = begin is not None and s == 0
+        state.weight = weight if collected is not None else 0.0
         span = timesteps[s][0] - timesteps[s][-1]
-        for k, t in enumerate(timesteps[s]):
+        for k, t in enumerate([] if given else timesteps[s]):
             state.collect = weight > 0 and k + 1 == n and not last_stage
             state.found = []
             with maps(model.unet, state):
@@ -139,7 +143,7 @@ def run(model, settings, tensors):
             break
         state.reused = collected if weight > 0 else None
         (w, h), _ = stages[s + 1]
-        decoded = reference.decode(model, x0)
+        decoded = begin(size) if given else reference.decode(model, x0)
         up = enlarge(decoded.clamp(-1, 1), (h, w), settings.frecas_upsampler)
         posterior = model.vae.encode(up).latent_dist
         y = posterior.mean
@@ -148,7 +152,7 @@ def run(model, settings, tensors):
         y = y * model.vae.config.scaling_factor
         a = abar[timesteps[s + 1][0]].to(y.dtype)
         z = a.sqrt() * y + (1 - a).sqrt() * draws.normal(y.shape)
-        named = {"x0": x0, "decoded": decoded, "upsampled": up, "encoded": y, "noised": z}
+        named = {"upsampled": up, "encoded": y, "noised": z} | ({} if given else {"x0": x0, "decoded": decoded})
         tensors |= {f"relay{s + 1}.{name}": tensor for name, tensor in named.items()}
     tensors["timesteps"] = torch.tensor([t for of_stage in timesteps for t in of_stage], dtype=torch.float32)
     tensors["alpha_bar"] = scheduler.alphas_cumprod[None].repeat(len(stages), 1).float()

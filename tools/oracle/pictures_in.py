@@ -24,7 +24,7 @@ on. Relays have no published pipeline. What they do:
   noise, the masked picture's posterior (unused).
 - With 9 channels mask and masked picture are those of each stage's size; it draws the noise, then the masked posterior.
 - MultiDiffusion begins as one of one stage. DemoFusion has the picture's latents in place of those of phase 1, at its size.
-- Hires fix, DiffuseHigh, ScaleDiff and PixelRush have the picture at the size of their first stage in place of what that decodes to,
+- Hires fix, DiffuseHigh, ScaleDiff, PixelRush and FreCaS have the picture at the size of their first stage in place of what that decodes to,
   and do not run it. Where latents are enlarged, they begin with the mean of the picture's posterior: init0.encoded.
 - Hires fix encodes the enlarged picture to the posterior's mean, and draws its noise alone.
 """
@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 
 import demofusion
 import diffusehigh
+import frecas
 import multidiffusion
 import pixelrush
 import reference
@@ -123,7 +124,7 @@ def runs():
                                                                 "stages": (((24, 6), 1), ((48, 12), 1))}),
     }
     own = {"init_image": "photo.png", "guidance": 1.5, "seed": 75}
-    two, three = (((10, 8), 4), ((18, 14), 2)), (((10, 8), 3), ((14, 12), 2), ((20, 16), 2))
+    two, three = (((10, 8), 4), ((18, 14), 2)), (((8, 6), 3), ((12, 10), 2), ((16, 14), 2))
     again, high = hires | own | {"stages": two}, own | {"method": "diffusehigh", "refine_guidance": 2.0}
     rush = own | {"method": "pixelrush"}
     scale = own | {"method": "scalediff", "scheduler": "ddim"}
@@ -136,6 +137,8 @@ def runs():
         "cascade-scalediff": ("sdxl-turbo", None, scale | {"stages": (((12, 10), 4), ((24, 20), 2))}),
         "cascade-scalediff-larger": ("sdxl-turbo", None, scale | {"scheduler": "euler",
                                                                   "stages": (((28, 12), 3), ((36, 16), 1))}),
+        "cascade-frecas": ("sd15", None, own | {"method": "frecas", "guidance_high": 3.0, "frecas_ends": "400,150",
+                                                "stages": (((8, 6), 2), ((12, 10), 2), ((16, 14), 1))}),
         "cascade-pixelrush": ("sdxl-turbo", None, rush | {"stages": (((10, 8), 2), ((20, 16), 1))}),
         "cascade-pixelrush-three": ("sd15", None, rush | {"scheduler": "ddim", "inject_noise": 0.0,
                                                          "stages": (((8, 6), 2), ((16, 12), 1), ((24, 18), 1))}),
@@ -482,7 +485,7 @@ def demofused(model, settings, tensors):
 
 METHODS = {"multidiffusion": multidiffused, "demofusion": demofused, "plain": plain, "megafusion": megafusion,
            "megafusion++": megafusion, "hires-fix": hires_fix, "diffusehigh": cascade(diffusehigh), "scalediff": cascade(scalediff),
-           "pixelrush": cascade(pixelrush)}
+           "pixelrush": cascade(pixelrush), "frecas": cascade(frecas)}
 
 
 @torch.no_grad()
