@@ -1,6 +1,6 @@
 //! Step caches: a step whose network output can be told from those before it does without the network. Off by default; one
 //! piece for every sampler, and for every method whose steps see the whole map. The three are those of stable-diffusion.cpp
-//! (docs/caching.md), its names and defaults included.
+//! (docs/methods.md), its names and defaults included.
 //!
 //! ucache, easycache (EasyCache: Zhou et al. 2025, arXiv:2507.02860) reuse the change that the network made last, where little
 //! has changed since. u is what the network reads, o what it gives; |.| is the mean absolute value over all elements:
@@ -18,7 +18,8 @@
 //! Which steps it predicts follows from their number alone. Either way the last step of a stage is computed, as are second
 //! evaluations of a step; everything begins anew with each stage.
 //!
-//! Where u and o decide, they come to the host once per step: it waits for the card once per step.
+//! Where u and o decide, their means are taken on the device: a number or two come to the host, which waits for them twice
+//! per computed step, and once per step that is reused.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -193,7 +194,7 @@ impl StepCache {
                 let at = |share: f64| ((share * steps as f64) as usize).min(steps.saturating_sub(1));
                 let (first, end) = (at(self.value("start")), at(self.value("end")));
                 let active = (0..steps).map(|step| (first..end).contains(&step)).collect();
-                Decides::Reuse { change: Change::new(self, steps), active }
+                Decides::Reuse { change: Change::new(self, steps), active, output: None }
             }
             CacheKind::Easycache => {
                 let last = scheduler.alphas_cumprod().len().saturating_sub(1) as f64;
@@ -203,10 +204,11 @@ impl StepCache {
                     let t = scheduler.training_timestep(step);
                     t <= from && t > to
                 };
-                Decides::Reuse { change: Change::new(self, steps), active: range.map(is_active).collect() }
+                let active = range.map(is_active).collect();
+                Decides::Reuse { change: Change::new(self, steps), active, output: None }
             }
         };
-        StageCache { decides, steps, input: None }
+        StageCache { decides, steps, keeps: false }
     }
 }
 
@@ -257,10 +259,11 @@ impl KeptOutput {
         ops::add(&self.scaled(x, table)?, &change)
     }
 
-    /// The output of the condition that decides: the positive one, the last N rows.
-    fn anchor(&self, images: usize) -> Result<Vec<f32>> {
+    /// Input and output of the condition that decides: the positive one, the last N rows.
+    fn anchor(&self, images: usize) -> Result<[Tensor; 2]> {
         let rows = self.output.shape()[0];
-        self.output.rows(rows.saturating_sub(images)..rows)?.to_f32_vec()
+        let last = rows.saturating_sub(images)..rows;
+        Ok([self.input.rows(last.clone())?, self.output.rows(last)?])
     }
 }
 
@@ -268,8 +271,8 @@ impl KeptOutput {
 pub(super) struct StageCache {
     decides: Decides,
     steps: usize,
-    /// What the network reads in the step that is to be kept.
-    input: Option<Vec<f32>>,
+    /// Is the step that is evaluated one to be kept?
+    keeps: bool,
 }
 
 enum Decides {
@@ -277,6 +280,8 @@ enum Decides {
         change: Change,
         /// Of each step: may it be reused?
         active: Vec<bool>,
+        /// o of the last computed step, of the condition that decides.
+        output: Option<Tensor>,
     },
     Predict {
         spectrum: Spectrum,
@@ -299,15 +304,20 @@ impl StageCache {
                 None => Ok(StepWork::Compute(Caching::Off)),
             },
             Decides::Reuse { active, .. } if !active[step] => Ok(StepWork::Compute(Caching::Off)),
-            // Without data none is left out: the most that a run costs.
-            Decides::Reuse { .. } if matches!(x.device(), Device::Meta(_)) => Ok(StepWork::Compute(Caching::Keep)),
-            Decides::Reuse { change, .. } => {
-                let scale = on_device.next_input_scale();
-                let input: Vec<f32> = x.to_f32_vec()?.into_iter().map(|value| value * scale).collect();
-                if change.reuses(&input) && !is_last {
+            Decides::Reuse { change, output, .. } => {
+                let distance = match (output, on_device.kept_output()) {
+                    (Some(_), Some(kept)) => {
+                        let [input, _] = kept.anchor(x.shape()[0])?;
+                        let change = ops::add_scaled(&input, x, -on_device.next_input_scale())?;
+                        mean_absolutes(&[&change])?.map(|[distance]| distance)
+                    }
+                    _ => None,
+                };
+                // Without data none is left out: the most that a run costs.
+                if !matches!(x.device(), Device::Meta(_)) && change.reuses(distance) && !is_last {
                     return Ok(StepWork::Compute(Caching::Reuse));
                 }
-                self.input = Some(input);
+                self.keeps = true;
                 Ok(StepWork::Compute(Caching::Keep))
             }
         }
@@ -326,14 +336,52 @@ impl StageCache {
                 }
             }
             Decides::Predict { .. } => {}
-            Decides::Reuse { change, .. } => {
-                if let (Some(input), Some(kept)) = (self.input.take(), on_device.kept_output()) {
-                    change.computed(input, kept.anchor(on_device.state().x().shape()[0])?);
+            Decides::Reuse { change, output, .. } => {
+                let Some(kept) = on_device.kept_output().filter(|_| std::mem::take(&mut self.keeps)) else {
+                    return Ok(());
+                };
+                let [_, now] = kept.anchor(on_device.state().x().shape()[0])?;
+                match output {
+                    None => {
+                        if let Some([norm]) = mean_absolutes(&[&now])? {
+                            change.computed(None, norm);
+                        }
+                        *output = Some(now.duplicate()?);
+                    }
+                    Some(last) => {
+                        let difference = ops::add_scaled(&now, last, -1.0)?;
+                        if let Some([moved, norm]) = mean_absolutes(&[&difference, &now])? {
+                            change.computed(Some(moved), norm);
+                        }
+                        last.copy_from(&now)?;
+                    }
                 }
             }
         }
         Ok(())
     }
+}
+
+/// The mean absolute values of tensors `[N, ...]` of one shape, f32, which are taken on their device and come to the host
+/// together. `None`: they have no data.
+fn mean_absolutes<const COUNT: usize>(tensors: &[&Tensor; COUNT]) -> Result<Option<[f64; COUNT]>> {
+    let mut all: Option<Tensor> = None;
+    for x in tensors {
+        // |x| = x - 2 min(x, 0), which rounds nothing.
+        let absolute = ops::add_scaled(x, &ops::clamp(x, f32::MIN, 0.0)?, -2.0)?;
+        let moments = ops::latent_moments(&absolute, 0)?;
+        all = Some(match all {
+            None => moments,
+            Some(all) => ops::concat(&all, &moments)?,
+        });
+    }
+    let Some(all) = all.filter(|all| !matches!(all.device(), Device::Meta(_))) else { return Ok(None) };
+    // Of each image a mean and a deviation per tensor.
+    let values = all.to_f32_vec()?;
+    let images = values.len() / (2 * COUNT).max(1);
+    let mean =
+        |of: usize| values.chunks(2 * COUNT).map(|image| f64::from(image[2 * of])).sum::<f64>() / images.max(1) as f64;
+    Ok(Some(std::array::from_fn(mean)))
 }
 
 /// `sum_k weights[k] clean[k]`
@@ -356,8 +404,6 @@ struct Change {
     relative: bool,
     reset: bool,
     steps: f64,
-    /// u and o of the last computed step.
-    last: Option<(Vec<f32>, Vec<f32>)>,
     /// d of this step.
     distance: Option<f64>,
     /// k
@@ -384,7 +430,6 @@ impl Change {
             relative: cache.is_set("relative"),
             reset: cache.is_set("reset"),
             steps: steps as f64,
-            last: None,
             distance: None,
             rate: None,
             norm: 0.0,
@@ -395,9 +440,9 @@ impl Change {
         }
     }
 
-    /// Is the step that reads `input` to be reused?
-    fn reuses(&mut self, input: &[f32]) -> bool {
-        self.distance = self.last.as_ref().map(|(last, _)| mean_distance(input, last));
+    /// Is the step whose input is `distance` from that of the last computed one, if there is one, to be reused?
+    fn reuses(&mut self, distance: Option<f64>) -> bool {
+        self.distance = distance;
         let (Some(distance), Some(rate)) = (self.distance.filter(|&d| d > 0.0), self.rate) else { return false };
         if self.norm <= 0.0 {
             return false;
@@ -437,10 +482,9 @@ impl Change {
         reuses
     }
 
-    /// The network made `output` of `input`.
-    fn computed(&mut self, input: Vec<f32>, output: Vec<f32>) {
-        if let Some((_, last)) = &self.last {
-            let change = mean_distance(&output, last);
+    /// The network made an output of this norm, `change` from that of the last computed step, if there is one.
+    fn computed(&mut self, change: Option<f64>, norm: f64) {
+        if let Some(change) = change {
             if let Some(distance) = self.distance.filter(|&distance| distance > 0.0 && change > 0.0) {
                 self.rate = Some(change / distance);
             }
@@ -448,19 +492,13 @@ impl Change {
                 self.mean_change = Some(self.mean_change.map_or(change, |mean| 0.8 * mean + 0.2 * change));
             }
         }
-        self.norm = output.iter().map(|value| f64::from(value.abs())).sum::<f64>() / output.len().max(1) as f64;
-        self.last = Some((input, output));
+        self.norm = norm;
         self.skips = 0.0;
         self.computed += 1.0;
         if !self.ucache {
             self.error = 0.0;
         }
     }
-}
-
-fn mean_distance(a: &[f32], b: &[f32]) -> f64 {
-    let sum: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs()).sum();
-    sum / a.len().max(1) as f64
 }
 
 /// Which steps are predicted, and from what.
@@ -648,16 +686,17 @@ mod tests {
         assert!((got - cubic(4)).abs() < 1e-3, "{got} {}", cubic(4));
     }
 
-    /// Inputs and outputs that are constant over the elements: u of each step, and o where it is computed.
+    /// u falls by 1 at each step, o, where it is computed, rises by 1/8 from 3.
     fn decisions(name: &str, options: &str, steps: usize) -> String {
         let mut change = Change::new(&StepCache::new(name, options).unwrap(), steps);
+        let mut last: Option<usize> = None;
         let decide = |step: usize| {
-            let input = vec![10.0 - step as f32; 6];
-            if change.reuses(&input) {
+            let since = last.map(|last| (step - last) as f64);
+            if change.reuses(since) {
                 return '.';
             }
-            let output = vec![3.0 + 0.125 * step as f32; 6];
-            change.computed(input, output);
+            change.computed(since.map(|steps| 0.125 * steps), 3.0 + 0.125 * step as f64);
+            last = Some(step);
             'C'
         };
         (0..steps).map(decide).collect()
