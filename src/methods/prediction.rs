@@ -50,11 +50,9 @@ impl Prediction {
                     return Ok(strong); // there is no guidance
                 }
                 let weak = denoiser.denoise(x, table, weak)?;
-                let rows = |output: &Tensor, from: usize| {
-                    ops::scale_cast(&output.rows(from..from + images)?, 1.0, 0.0, DType::F32, 1)
-                };
-                let unconditional = rows(&weak, 0)?;
-                let difference = ops::add_scaled(&rows(&strong, images)?, &rows(&strong, 0)?, -1.0)?;
+                let strong = in_f32(strong)?;
+                let unconditional = in_f32(weak.rows(0..images)?)?;
+                let difference = ops::add_scaled(&strong.rows(images..2 * images)?, &strong.rows(0..images)?, -1.0)?;
                 let conditional = ops::add(&unconditional, &difference)?;
                 ops::stack(&unconditional, &conditional)
             }
@@ -98,5 +96,12 @@ impl Default for Prediction {
 impl From<UnetOptions> for Prediction {
     fn from(options: UnetOptions) -> Prediction {
         Prediction::Network(options)
+    }
+}
+
+fn in_f32(x: Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F32 => Ok(x),
+        _ => ops::scale_cast(&x, 1.0, 0.0, DType::F32, 1),
     }
 }
