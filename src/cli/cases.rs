@@ -4,7 +4,8 @@
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
     self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, FreeU, GroupNorm, Guidance, LayerNorm, Linear,
-    RelayNoise, Repaint, RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant, WindowShift, Windows,
+    PatchLayout, Patches, RelayNoise, Repaint, RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant,
+    WindowShift, Windows,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -123,6 +124,7 @@ pub fn all() -> Vec<Case> {
     pointwise(&mut cases);
     resizes(&mut cases);
     steps(&mut cases);
+    methods(&mut cases);
     cases
 }
 
@@ -486,4 +488,61 @@ fn steps(cases: &mut Vec<Case>) {
         let (moments, noise) = (inputs.uniform(&[2, 9, 11, 8], 2.0)?, inputs.f32(&SHAPE)?);
         Ok(vec![ops::diagonal_gaussian(&moments, None)?, ops::diagonal_gaussian(&moments, Some(&noise))?])
     }));
+}
+
+/// What methods do beside the network.
+fn methods(cases: &mut Vec<Case>) {
+    const SHAPE: [usize; 4] = [2, 10, 12, 4];
+    // Patches over the edges, in places of their own on each map; some cells are in none.
+    fn patches(device: &Device, stride: usize) -> Result<Patches> {
+        let layout = PatchLayout { map: [SHAPE[1], SHAPE[2]], size: [5, 4], stride, wraps: false };
+        let mut patches = Patches::new(device, SHAPE[0], 3, layout)?;
+        patches.place(&[[-1, -2], [2, 3], [4, 4], [0, 5], [6, 9], [3, 1]])?;
+        Ok(patches)
+    }
+    for stride in [1, 2] {
+        cases.push(case("gather_patches", format!("6 of [5,4], stride {stride}"), 2.0, move |inputs| {
+            let (x, steps) = (inputs.f32(&SHAPE)?, step_table(inputs.device)?);
+            Ok(vec![ops::gather_patches(&x, &patches(inputs.device, stride)?, None, &steps, inputs.dtype, 2)?])
+        }));
+        // As of sampler_step, of three patches.
+        cases.push(case("step_patches", format!("6 of [5,4], stride {stride}"), 60.0, move |inputs| {
+            let (x, output) = (inputs.f32(&SHAPE)?, inputs.uniform(&[12, 5, 4, 4], 1.0)?);
+            let (steps, guidance) = (step_table(inputs.device)?, Guidance::uniform(inputs.device, 6, 7.0)?);
+            let mut sums = Tensor::zeros(inputs.device, &SHAPE, DType::F32)?;
+            ops::step_patches(&x, &patches(inputs.device, stride)?, &output, Some(&guidance), &steps, &mut sums)?;
+            Ok(vec![sums])
+        }));
+    }
+    let merge = |inputs: &mut Inputs| {
+        let values = inputs.f32(&[6, 5, 4, 4])?;
+        let weights = |values: &[f32]| Tensor::from_f32(inputs.device, &[values.len()], DType::F32, values);
+        let (rows, columns) = (weights(&[0.5, 1.0, 1.5, 1.0, 0.5])?, weights(&[0.25, 1.0, 1.0, 0.25])?);
+        Ok(vec![ops::merge_patches(&values, &patches(inputs.device, 1)?, &rows, &columns)?])
+    };
+    cases.push(case("merge_patches", "6 of [5,4]", 8.0, merge).only_f32());
+    // The low band's absolute weights are below 2 along each axis, of a difference up to 2.
+    let exchange = |inputs: &mut Inputs| Ok(vec![ops::exchange_low_band(&inputs.f32(&SHAPE)?, &inputs.f32(&SHAPE)?)?]);
+    cases.push(case("exchange_low_band", "[2,10,12,4]", 16.0, exchange).only_f32());
+    let sharpen = |inputs: &mut Inputs| Ok(vec![ops::sharpen(&inputs.f32(&SHAPE)?, 1.0)?]);
+    cases.push(case("sharpen", "[2,10,12,4]", 4.0, sharpen).only_f32());
+    let pool = |inputs: &mut Inputs| Ok(vec![ops::pool_latents(&inputs.f32(&SHAPE)?, 2)?]);
+    cases.push(case("pool_latents", "[2,10,12,4] by 2", 4.0, pool).only_f32());
+    cases.push(case("upsample_guidance", "guided [2,10,12,4] by 2", 8.0, |inputs| {
+        let (output, low) = (inputs.uniform(&[4, 10, 12, 4], 1.0)?, inputs.uniform(&[4, 5, 6, 4], 1.0)?);
+        let (pooled, step) = (inputs.f32(&[2, 5, 6, 4])?, StepIndex::one(inputs.device, 0)?);
+        let table = Tensor::from_f32(inputs.device, &[1, 3], DType::F32, &[0.6, 0.3, 0.5])?;
+        let factors = StepRows { table: &table, step: &step, rows: 1 };
+        Ok(vec![ops::upsample_guidance(&output, &low, &pooled, factors)?])
+    }));
+    // Sums of 480 values.
+    let moments = |inputs: &mut Inputs| Ok(vec![ops::latent_moments(&inputs.f32(&SHAPE)?, 20)?]);
+    cases.push(case("latent_moments", "[2,10,12,4] and 20 zeros", 32.0, moments).only_f32());
+    let standardise = |inputs: &mut Inputs| {
+        let x = inputs.f32(&SHAPE)?;
+        let moments = |values: &[f32]| Tensor::from_f32(inputs.device, &[2, 2], DType::F32, values);
+        let (from, to) = (moments(&[0.25, 0.6, -0.1, 0.5])?, moments(&[-0.5, 1.1, 0.0, 0.9])?);
+        Ok(vec![ops::standardise_latents(&x, &from, &to)?])
+    };
+    cases.push(case("standardise_latents", "[2,10,12,4]", 8.0, standardise).only_f32());
 }

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::conv::Geometry;
 use super::{
-    Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Repaint,
-    RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable, TimestepEmbedding,
-    Upsampler, WindowShift, Windows,
+    Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, PatchLayout,
+    Patches, Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable,
+    TimestepEmbedding, Upsampler, WindowShift, Windows,
 };
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Tensor};
@@ -277,6 +277,30 @@ pub fn relay(l: usize) -> Vec<Case> {
     cases
 }
 
+/// What methods do beside the network, one picture: views of `l` x `l` on latents of twice the sides, with half a view between
+/// neighbours, and crops' strided samples (MultiDiffusion, DemoFusion); patches that are merged by weight (PixelRush); the low
+/// bands of the picture and its sharpening (DiffuseHigh); the second call's correction (Upsample Guidance); moments of latents.
+/// Attention within windows and neighbourhoods, beside that of the whole map, is among SDXL's own.
+pub fn methods(l: usize) -> Vec<Case> {
+    let (map, picture) = ([2 * l; 2], [1, 16 * l, 16 * l, 3]);
+    let latents = [1, 2 * l, 2 * l, 4];
+    let views = |size| patches_over(map, [size; 2], size / 2);
+    let strided = PatchesOf { layout: PatchLayout { map, size: [l; 2], stride: 2, wraps: false }, origins: strided(2) };
+    vec![
+        gather_patches(views(l)),
+        step_patches(views(l)),
+        gather_patches(strided.clone()),
+        step_patches(strided),
+        merge_patches(views(l)),
+        exchange_low_band(picture),
+        sharpen(picture),
+        pool_latents(latents, 2),
+        upsample_guidance(latents, 2),
+        latent_moments(latents),
+        standardise_latents(latents),
+    ]
+}
+
 /// T5-XXL at 256 tokens, and the queries of SD3 at 1024x1024 (24 heads, picture and text), in a guided step.
 pub fn rms_norms() -> Vec<Case> {
     vec![rms_norm(512, 4096), rms_norm(2 * (4096 + 154) * 24, 64)]
@@ -309,6 +333,7 @@ pub fn small() -> Vec<Case> {
         borrowed_attention(1, 64, 2, 40),
     ];
     cases.extend(relay(2));
+    cases.extend(methods(4));
     cases
 }
 
@@ -878,5 +903,147 @@ fn count_non_finite(shape: [usize; 4]) -> Case {
             super::count_non_finite(&x)?;
             Ok(x.clone())
         }))
+    })
+}
+
+/// Patches of one map.
+#[derive(Clone)]
+struct PatchesOf {
+    layout: PatchLayout,
+    origins: Vec<[i32; 2]>,
+}
+
+/// The map in patches of `size`, `step` cells from one to the next.
+fn patches_over(map: [usize; 2], size: [usize; 2], step: usize) -> PatchesOf {
+    let along = |axis: usize| (0..=map[axis] - size[axis]).step_by(step).map(|at| at as i32);
+    let origins = along(0).flat_map(|row| along(1).map(move |column| [row, column])).collect();
+    PatchesOf { layout: PatchLayout { map, size, stride: 1, wraps: false }, origins }
+}
+
+/// Every cell of a square of `stride` cells begins a strided sample.
+fn strided(stride: i32) -> Vec<[i32; 2]> {
+    (0..stride * stride).map(|i| [i / stride, i % stride]).collect()
+}
+
+impl PatchesOf {
+    fn name(&self) -> String {
+        let PatchLayout { map, size, stride, .. } = self.layout;
+        let strided = if stride > 1 { format!(" by {stride}") } else { String::new() };
+        format!("{} of {size:?}{strided} on {map:?}", self.origins.len())
+    }
+
+    fn fields(&self) -> Value {
+        let PatchLayout { map, size, stride, wraps } = self.layout;
+        json!({ "map": map, "size": size, "stride": stride, "wraps": wraps, "patches": self.origins.len(), "c": 4 })
+    }
+
+    fn on(&self, device: &Device) -> Result<Patches> {
+        let mut patches = Patches::new(device, 1, self.origins.len(), self.layout)?;
+        patches.place(&self.origins)?;
+        Ok(patches)
+    }
+
+    /// Of latents, so many images in all.
+    fn shape(&self, images: usize) -> [usize; 4] {
+        let [h, w] = self.layout.size;
+        [images * self.origins.len(), h, w, 4]
+    }
+
+    fn map(&self) -> [usize; 4] {
+        let [h, w] = self.layout.map;
+        [1, h, w, 4]
+    }
+}
+
+fn gather_patches(of: PatchesOf) -> Case {
+    case("gather_patches", format!("twice {}", of.name()), of.fields(), move |inputs| {
+        let (x, patches, steps) = (inputs.f32(&of.map())?, of.on(inputs.device)?, step_table(inputs.device)?);
+        let dtype = inputs.dtype;
+        Ok(Box::new(move || super::gather_patches(&x, &patches, None, &steps, dtype, 2)))
+    })
+}
+
+fn step_patches(of: PatchesOf) -> Case {
+    case("step_patches", format!("guided {}", of.name()), of.fields(), move |inputs| {
+        let (x, patches, steps) = (inputs.f32(&of.map())?, of.on(inputs.device)?, step_table(inputs.device)?);
+        let output = inputs.tensor(&of.shape(2))?;
+        let guidance = Guidance::uniform(inputs.device, of.origins.len(), 7.0)?;
+        let sums = RefCell::new(Tensor::uninit(inputs.device, &of.map(), DType::F32)?);
+        Ok(Box::new(move || {
+            let mut sums = sums.borrow_mut();
+            if !sums.is_unshared() {
+                *sums = Tensor::uninit(sums.device(), sums.shape(), DType::F32)?; // somebody keeps the result before
+            }
+            super::step_patches(&x, &patches, &output, Some(&guidance), &steps, &mut sums)?;
+            Ok(sums.clone())
+        }))
+    })
+}
+
+fn merge_patches(of: PatchesOf) -> Case {
+    case("merge_patches", of.name(), of.fields(), move |inputs| {
+        let (values, patches) = (inputs.f32(&of.shape(1))?, of.on(inputs.device)?);
+        let weights = |length: usize| -> Result<Tensor> {
+            let values: Vec<f32> = (0..length).map(|i| 1.0 + i.min(length - 1 - i) as f32).collect();
+            Tensor::from_f32(inputs.device, &[length], DType::F32, &values)
+        };
+        let [rows, columns] = of.layout.size.map(weights);
+        let (rows, columns) = (rows?, columns?);
+        Ok(Box::new(move || super::merge_patches(&values, &patches, &rows, &columns)))
+    })
+}
+
+fn exchange_low_band(shape: [usize; 4]) -> Case {
+    case("exchange_low_band", format!("f32 {shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let (x, guide) = (inputs.f32(&shape)?, inputs.f32(&shape)?);
+        Ok(Box::new(move || super::exchange_low_band(&x, &guide)))
+    })
+}
+
+fn sharpen(shape: [usize; 4]) -> Case {
+    case("sharpen", format!("f32 {shape:?}"), json!({ "dims": shape, "sigma": 1.0 }), move |inputs| {
+        let x = inputs.f32(&shape)?;
+        Ok(Box::new(move || super::sharpen(&x, 1.0)))
+    })
+}
+
+fn pool_latents(shape: [usize; 4], scale: usize) -> Case {
+    case("pool_latents", format!("f32 {shape:?} by {scale}"), json!({ "dims": shape, "scale": scale }), move |inputs| {
+        let x = inputs.f32(&shape)?;
+        Ok(Box::new(move || super::pool_latents(&x, scale)))
+    })
+}
+
+fn upsample_guidance(shape: [usize; 4], scale: usize) -> Case {
+    let fields = json!({ "dims": shape, "scale": scale, "repeats": 2 });
+    case("upsample_guidance", format!("guided {shape:?} by {scale}"), fields, move |inputs| {
+        let [n, h, w, c] = shape;
+        let (output, low) = (inputs.tensor(&[2 * n, h, w, c])?, inputs.tensor(&[2 * n, h / scale, w / scale, c])?);
+        let pooled = inputs.f32(&[n, h / scale, w / scale, c])?;
+        let table = Tensor::from_f32(inputs.device, &[1, 3], DType::F32, &[0.6, 0.3, 0.5])?;
+        let step = StepIndex::one(inputs.device, 0)?;
+        Ok(Box::new(move || {
+            let factors = StepRows { table: &table, step: &step, rows: 1 };
+            super::upsample_guidance(&output, &low, &pooled, factors)
+        }))
+    })
+}
+
+fn latent_moments(shape: [usize; 4]) -> Case {
+    case("latent_moments", format!("f32 {shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.f32(&shape)?;
+        // Away from a mean of 0, whose relative error says nothing.
+        let x = super::scale_cast(&x, 1.0, 2.0, DType::F32, 1)?;
+        Ok(Box::new(move || super::latent_moments(&x, 0)))
+    })
+}
+
+fn standardise_latents(shape: [usize; 4]) -> Case {
+    case("standardise_latents", format!("f32 {shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let x = inputs.f32(&shape)?;
+        let moments =
+            |values: [f32; 2]| Tensor::from_f32(inputs.device, &[shape[0], 2], DType::F32, &values.repeat(shape[0]));
+        let (from, to) = (moments([0.25, 0.6])?, moments([-0.5, 1.1])?);
+        Ok(Box::new(move || super::standardise_latents(&x, &from, &to)))
     })
 }

@@ -214,6 +214,8 @@ pub enum Shapes {
     Sdxl,
     /// A relay from 512x512 to 1024x1024, and the sampler's steps
     Relay,
+    /// What methods do beside the network at 2048x2048: views, patches, frequency bands, moments
+    Methods,
 }
 
 const EXAMPLES: &str = "\

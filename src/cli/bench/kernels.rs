@@ -68,6 +68,7 @@ impl Shapes {
             Shapes::VaeAt1024 => cases::vae_decode(128),
             Shapes::Sdxl => cases::sdxl(128),
             Shapes::Relay => cases::relay(64),
+            Shapes::Methods => cases::methods(128),
         }
     }
 }
