@@ -35,6 +35,21 @@ DEVICE bool cell_of(int& at, const Patches& p, const int* origin, int row, int c
     return GUARD(i < p.rows) && GUARD(j < p.columns);
 }
 
+// Where an element of maps or patches [n, rows, columns, C] is.
+struct Place {
+    int64_t n;
+    int row, column, channel;
+
+    __device__ __forceinline__ Place(int64_t element, int rows, int columns, int channels) {
+        channel = int(element % channels);
+        element /= channels;
+        column = int(element % columns);
+        element /= columns;
+        row = int(element % rows);
+        n = element / rows;
+    }
+};
+
 // gather_patches: what the network reads of a group's patches.
 //   y[r][image][patch][i][j] = input_scale * x(cell), 0 outside of the map, rounded once, for every r < repeats
 //   with moments first (x - mean) * (std' / std) + mean' inside: x with the mean' and std' of another map
@@ -47,20 +62,15 @@ DEVICE void gather_patches(T* y, const float* x, const float* from, const float*
                            const unsigned* step, int64_t elements, int repeats, const Patches& p) {
     const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (!GUARD(at < elements)) return;
-    const int channel = int(at % p.channels);
-    int64_t rest = at / p.channels;
-    const int j = int(rest % p.columns);
-    rest /= p.columns;
-    const int i = int(rest % p.rows);
-    rest /= p.rows;
-    const int64_t image = rest / p.count;
-    const int* first = origin(p, image, int(*p.first) + int(rest % p.count));
-    const int row = first[0] + i * p.stride;
-    int column = first[1] + j * p.stride;
+    const Place cell(at, p.rows, p.columns, p.channels);
+    const int64_t image = cell.n / p.count;
+    const int* first = origin(p, image, int(*p.first) + int(cell.n % p.count));
+    const int row = first[0] + cell.row * p.stride;
+    int column = first[1] + cell.column * p.stride;
     if (p.wraps) column %= p.width;
     float value = 0.f;
     if (GUARD(row >= 0) && GUARD(row < p.height) && GUARD(column >= 0) && GUARD(column < p.width)) {
-        value = x[((image * p.height + row) * p.width + column) * p.channels + channel];
+        value = x[((image * p.height + row) * p.width + column) * p.channels + cell.channel];
         if (from) {
             const float *a = from + 2 * image, *b = to + 2 * image;
             value = (value - a[0]) * (b[1] / a[1]) + b[0];
@@ -82,21 +92,16 @@ DEVICE void step_patches(float* sums, const float* x, const Output<T>& output, c
                          int64_t elements, const Patches& p) {
     const int64_t element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (!GUARD(element < elements)) return;
-    const int channel = int(element % p.channels);
-    int64_t rest = element / p.channels;
-    const int column = int(rest % p.width);
-    rest /= p.width;
-    const int row = int(rest % p.height);
-    const int64_t image = rest / p.height;
+    const Place cell(element, p.height, p.width, p.channels);
     const int first = int(*p.first);
     const float* k = table + size_t(step[0]) * kColumns;
     const float now = x[element], clip = k[kClip];
     float sum = first == 0 ? 0.f : sums[element];
     int at = 0;
     for (int index = 0; index < p.count; index++) {
-        if (!cell_of(at, p, origin(p, image, first + index), row, column)) continue;
-        const int64_t patch = image * p.count + index;
-        const float e = output.at((patch * p.rows * p.columns + at) * p.channels + channel, patch);
+        if (!cell_of(at, p, origin(p, cell.n, first + index), cell.row, cell.column)) continue;
+        const int64_t patch = cell.n * p.count + index;
+        const float e = output.at((patch * p.rows * p.columns + at) * p.channels + cell.channel, patch);
         float clean = k[kX0FromX] * now + k[kX0FromE] * e;
         // NaN stays NaN: neither comparison holds.
         clean = clean > clip ? clip : clean < -clip ? -clip : clean;
@@ -105,7 +110,7 @@ DEVICE void step_patches(float* sums, const float* x, const Output<T>& output, c
     if (first + p.count == p.total) {
         int holders = 0;
         for (int index = 0; index < p.total; index++) {
-            if (cell_of(at, p, origin(p, image, index), row, column)) holders++;
+            if (cell_of(at, p, origin(p, cell.n, index), cell.row, cell.column)) holders++;
         }
         sum = holders == 0 ? now : sum / float(holders);
     }
@@ -124,19 +129,14 @@ KERNEL(merge_patches, kThreads, 1)
     const Patches& p = patches;
     const int64_t element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (!GUARD(element < elements)) return;
-    const int channel = int(element % p.channels);
-    int64_t rest = element / p.channels;
-    const int column = int(rest % p.width);
-    rest /= p.width;
-    const int row = int(rest % p.height);
-    const int64_t image = rest / p.height;
+    const Place cell(element, p.height, p.width, p.channels);
     float sum = 0.f, weights = 0.f;
     int at = 0;
     for (int index = 0; index < p.total; index++) {
-        if (!cell_of(at, p, origin(p, image, index), row, column)) continue;
+        if (!cell_of(at, p, origin(p, cell.n, index), cell.row, cell.column)) continue;
         const float weight = rows[at / p.columns] * columns[at % p.columns];
-        const int64_t patch = image * p.total + index;
-        sum += weight * values[(patch * p.rows * p.columns + at) * p.channels + channel];
+        const int64_t patch = cell.n * p.total + index;
+        sum += weight * values[(patch * p.rows * p.columns + at) * p.channels + cell.channel];
         weights += weight;
     }
     y[element] = weights == 0.f ? 0.f : sum / weights;
