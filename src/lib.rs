@@ -32,6 +32,7 @@ pub mod methods;
 pub mod models;
 mod names;
 pub mod ops;
+mod pickle;
 pub mod pipeline;
 pub mod rng;
 pub mod runtime;

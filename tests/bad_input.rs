@@ -561,7 +561,13 @@ fn single_files() -> Vec<Case> {
     }
     vec![
         input("no such single file", FILE, |_| {}, &["it.safetensors", "o such file"]),
-        input("a pickle", "plan cat --model MODEL/it.ckpt", |_| {}, &["it.ckpt", "pickle", "safetensors version"]),
+        input("no such checkpoint", "plan cat --model MODEL/it.ckpt", |_| {}, &["it.ckpt", "o such file"]),
+        input(
+            "half a checkpoint",
+            "plan cat --model MODEL/it.ckpt",
+            |m| m.write("it.ckpt", b"PK\x03\x04"),
+            &["it.ckpt", "no directory of a zip archive", "download it again"],
+        ),
         input("a GGUF file", "plan cat --model MODEL/it.gguf", |_| {}, &["it.gguf", "GGUF", "safetensors version"]),
         input(
             "a LoRA as a model",
@@ -585,7 +591,17 @@ fn single_files() -> Vec<Case> {
             &["it.safetensors", "truncated or damaged"],
         ),
         input("no such LoRA", LORA, |_| {}, &["it.safetensors", "o such file"]),
-        input("a pickled LoRA", "plan cat --model MODEL --lora MODEL/it.pt", |_| {}, &["it.pt", "pickle"]),
+        input(
+            "a LoRA that would run a command",
+            "plan cat --model MODEL --lora MODEL/it.pt",
+            |m| {
+                m.write(
+                    "it.pt",
+                    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.}.cos\nsystem\nU\x04true\x85R.",
+                )
+            },
+            &["it.pt", "would call os.system", "was not run"],
+        ),
         input(
             "a model as a LoRA",
             LORA,

@@ -3,6 +3,8 @@
 
 #[path = "common/place.rs"]
 mod place;
+#[path = "common/torch_file.rs"]
+mod torch_file;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -623,11 +625,11 @@ fn answers_that_are_no_listing_are_refused() {
             "without a hash",
         ),
         ("{\"sha\": \"SHA\", \"siblings\": [{\"rfilename\": \"a\", \"blobId\": \"SHA\"}]}", "a file without a size"),
-        ("{\"sha\": \"SHA\", \"siblings\": []}", "holds neither model_index.json nor a safetensors file"),
+        ("{\"sha\": \"SHA\", \"siblings\": []}", "holds neither model_index.json nor a safetensors or .ckpt file"),
         // A name that leads out of the cache is none of the model's files.
         (
             "{\"sha\": \"SHA\", \"siblings\": [{\"rfilename\": \"../x.safetensors\", \"size\": 1, \"blobId\": \"SHA\"}]}",
-            "holds neither model_index.json nor a safetensors file",
+            "holds neither model_index.json nor a safetensors or .ckpt file",
         ),
     ] {
         let hub = Hub::new();
@@ -655,14 +657,6 @@ fn models_that_are_not_read_here_are_refused_before_their_weights_come() {
     assert_parts(&message, &["model_index.json", "FLUX, which is not supported", "FluxPipeline"]);
     let message = with(&|files| drop(files.insert("model_index.json".into(), b"{".to_vec())));
     assert_parts(&message, &["model_index.json: not JSON"]);
-    let message = with(&|files| {
-        let unet = files.remove(UNET).unwrap();
-        files.insert("unet/diffusion_pytorch_model.bin".into(), unet);
-    });
-    assert_parts(
-        &message,
-        &["unet has no safetensors weights, only diffusion_pytorch_model.bin", "pickle", "save_pretrained"],
-    );
     let message = with(&|files| {
         let unet = files.remove(UNET).unwrap();
         files.insert("unet/other.safetensors".into(), unet);
@@ -704,8 +698,35 @@ fn repositories_of_single_files() {
     assert_parts(&message, &["no file d.safetensors", "a.safetensors, b.safetensors, sub/c.safetensors"]);
     let cache = cache.offline();
     assert_parts(&cache.error("acme/tiny/a.safetensors", F32), &["a.safetensors is not in the cache", "hf download"]);
-    let message = Cache::of(&of(&["old.ckpt"])).error("acme/tiny", F32);
-    assert_parts(&message, &["only old.ckpt, a PyTorch pickle"]);
+    // What torch wrote, where there is nothing else.
+    let cache = Cache::of(&of(&["old.ckpt", "old.txt"]));
+    assert!(cache.get("acme/tiny", F32).unwrap().ends_with("old.ckpt"));
+    let message = Cache::of(&of(&["a.ckpt", "b.ckpt"])).error("acme/tiny", F32);
+    assert_parts(&message, &["2 checkpoints", "acme/tiny/a.ckpt, acme/tiny/b.ckpt"]);
+}
+
+#[test]
+fn weights_that_torch_wrote_come_where_there_is_no_safetensors() {
+    let bin = "unet/diffusion_pytorch_model.bin";
+    let mut files = files_of(Path::new(MODEL));
+    let unet = torch_file::of_safetensors(&Path::new(MODEL).join(UNET));
+    files.insert(bin.into(), unet);
+    let text = "text_encoder/model.safetensors";
+    files.insert("text_encoder/pytorch_model.bin".into(), torch_file::of_safetensors(&Path::new(MODEL).join(text)));
+    let both = Hub::with(files.clone());
+    Cache::of(&both).get("acme/tiny", F32).unwrap();
+    assert!(both.weights_asked().iter().all(|name| name.ends_with(".safetensors")), "{:?}", both.weights_asked());
+    files.remove(UNET);
+    files.remove(text);
+    let hub = Hub::with(files);
+    let cache = Cache::of(&hub);
+    let place = cache.get("acme/tiny", F32).unwrap();
+    assert!(place.join(bin).is_file() && place.join("text_encoder/pytorch_model.bin").is_file());
+    let cache = cache.offline();
+    assert_eq!(cache.get("acme/tiny", F32).unwrap(), place);
+    let loaded = ModelFiles::open(&ModelSource::Directory(place)).unwrap();
+    loaded.unet(&megafuse::Device::cpu(), DType::F32).unwrap();
+    loaded.clip("text_encoder", &megafuse::Device::cpu(), DType::F32).unwrap();
 }
 
 #[test]

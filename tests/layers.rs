@@ -4,21 +4,22 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Module, and the modules of ours that it may import.
-const LAYERS: [(&str, &[&str]); 15] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("main", &["cli"]),
     ("cli", &["pipeline", "hub", "image", "models", "ops", "runtime", "json"]),
     ("pipeline", &["methods", "schedulers", "models", "ops", "text", "image", "rng", "runtime", "json", "hub"]),
     ("methods", &["schedulers", "models", "ops", "rng", "runtime"]),
     ("schedulers", &["ops", "runtime", "json"]),
-    ("models", &["ops", "runtime", "json"]),
+    ("models", &["ops", "runtime", "json", "pickle"]),
     ("ops", &["runtime"]),
     ("runtime", &[]),
     ("hub", &["image"]),
     ("rng", &[]),
-    ("text", &["json"]),
+    ("text", &["json", "pickle"]),
     ("image", &[]),
     ("names", &[]),
     ("json", &[]),
+    ("pickle", &[]),
     ("error", &[]),
 ];
 

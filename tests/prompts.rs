@@ -263,6 +263,26 @@ fn files_of_learned_words_are_read() {
     assert!(error.contains("SDXL") && error.contains("Bad Hands.v2"), "{error}");
 }
 
+/// As torch.save wrote them: of webui, of the first code, whose vectors are in a module, and of diffusers.
+#[test]
+fn files_of_learned_words_that_torch_wrote_are_read() {
+    let all: Vec<f32> = (0..8).map(|i| i as f32 / 8.0).collect();
+    let cases = [
+        ("webui.pt", "webui", 2, &all[..]),
+        ("parameters.pt", "parameters", 2, &all),
+        ("diffusers.bin", "<toy>", 1, &[0.0, 1.0, 2.0, 3.0]),
+    ];
+    for (name, word, rows, values) in cases {
+        let file = TextualInversion::read(&data("pickles").join(name)).unwrap();
+        let words = LearnedWords::new(std::slice::from_ref(&file), Encoder::Single, 4).unwrap();
+        assert_eq!((words.words(), words.table()), (&[(word.to_string(), rows)][..], (values, [rows, 4])), "{name}");
+        if name == "webui.pt" {
+            let bytes = tensor_file(&[("emb_params", Dtype::F32, &[2, 4], values)]);
+            assert_eq!(read("webui.safetensors", &bytes).unwrap().digest(), file.digest());
+        }
+    }
+}
+
 #[test]
 fn broken_files_of_learned_words_are_named() {
     let f32s = Dtype::F32;
@@ -290,10 +310,14 @@ fn broken_files_of_learned_words_are_named() {
             assert!(error.contains(part), "{error:?} lacks {part:?}");
         }
     }
-    for name in ["a.pt", "a.bin", "a.PT"] {
-        let error = TextualInversion::read(Path::new(name)).unwrap_err().to_string();
-        assert!(error.contains(name) && error.contains("safetensors.torch.save_file"), "{error}");
-    }
+    let error = read("a.pt", b"PK\x03\x04").unwrap_err();
+    assert!(error.contains("a.pt") && error.contains("no directory of a zip archive"), "{error}");
+    // One that would run a command, in PyTorch's older form, and a network's checkpoint.
+    let older = [&b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."[..], b"\x80\x02M\xe9\x03.", b"\x80\x02}."].concat();
+    let error = read("a.pt", &[&older[..], b"cnt\nsystem\nU\x04true\x85R.", b"\x80\x02]."].concat()).unwrap_err();
+    assert!(error.contains("would call nt.system"), "{error}");
+    let error = TextualInversion::read(&data("pickles/older.pth")).unwrap_err().to_string();
+    assert!(error.contains("14 tensors (bf16, channels_last, columns, empty, ...)"), "{error}");
     let good = read("dir/Toy.safetensors", &tensor_file(&[("emb_params", f32s, &[1, 2], &[1.0, 2.0])])).unwrap();
     let same = read("other/toy.safetensors", &tensor_file(&[("emb_params", f32s, &[1, 2], &[1.0, 2.0])])).unwrap();
     let error = LearnedWords::new(&[good.clone(), same], Encoder::Single, 2).unwrap_err().to_string();

@@ -2,6 +2,8 @@
 
 #[path = "common/place.rs"]
 mod place;
+#[path = "common/torch_file.rs"]
+mod torch_file;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -108,6 +110,53 @@ fn a_directory_keeps_its_layout() {
         for (got, wanted) in values(&got).iter().zip(values(&wanted)) {
             assert!((got - wanted).abs() <= 3e-7 * wanted.abs(), "{key}: {got} for {wanted}");
         }
+    }
+}
+
+/// What torch.save wrote becomes safetensors, under the names that these have; a shard's index too.
+#[test]
+fn files_of_torch_become_safetensors() {
+    let place = Place::new();
+    let (model, output) = (place.path("model"), place.path("small"));
+    copy(&data("sd15"), &model);
+    for (name, bin) in [
+        ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model-00001-of-00001"),
+        ("text_encoder/model", "text_encoder/pytorch_model"),
+        ("vae/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
+    ] {
+        let safetensors = model.join(format!("{name}.safetensors"));
+        fs::write(model.join(format!("{bin}.bin")), torch_file::of_safetensors(&safetensors)).unwrap();
+        fs::remove_file(safetensors).unwrap();
+    }
+    let wanted = directory(&data("sd15"), Part::Unet);
+    let shard = "diffusion_pytorch_model-00001-of-00001.bin";
+    let map: serde_json::Map<_, _> = wanted.tensors().map(|(key, _)| (key.to_string(), shard.into())).collect();
+    let index = model.join("unet/diffusion_pytorch_model.bin.index.json");
+    fs::write(index, serde_json::json!({ "weight_map": map }).to_string()).unwrap();
+    let done = pipeline::quantize(&ModelSource::at(&model), &output, &mut |_| {}).unwrap();
+    let mut products = 0;
+    for part in [Part::TextEncoder, Part::Unet, Part::Vae] {
+        let (got, wanted) = (directory(&output, part), directory(&data("sd15"), part));
+        assert!(got.paths().all(|path| path.extension().is_some_and(|end| end == "safetensors")), "{part:?}");
+        products += compare(&got, &wanted, part == Part::Unet, 0.0, part.folder());
+    }
+    assert_eq!((done.weights, products > 10), (products, true));
+    assert!(output.join("unet/diffusion_pytorch_model.safetensors.index.json").is_file());
+    assert!(output.join("text_encoder/model.safetensors").is_file());
+
+    // A whole checkpoint, with what it says of its training.
+    let (checkpoint, small) = (place.path("it.ckpt"), place.path("it.safetensors"));
+    let stored = data("single-file/sd21.safetensors");
+    let configured = ["unet/config.json", "text_encoder/config.json", "vae/config.json"];
+    let text = |name: &str| (name.to_string(), fs::read_to_string(data("sd21").join(name)).unwrap());
+    fs::write(&checkpoint, torch_file::checkpoint(&stored, 875_000, &configured.map(text))).unwrap();
+    pipeline::quantize(&ModelSource::at(&checkpoint), &small, &mut |_| {}).unwrap();
+    let (got, wanted) = (SingleFile::open(&small).unwrap(), SingleFile::open(&checkpoint).unwrap());
+    let scheduler = |file: &SingleFile| file.config("scheduler/scheduler_config.json").unwrap();
+    assert!(scheduler(&got).contains("epsilon") && scheduler(&got) == scheduler(&wanted));
+    let store = |file: &SingleFile, part| file.store(part, &Device::cpu(), DType::F32).unwrap();
+    for part in [Part::TextEncoder, Part::Unet, Part::Vae] {
+        compare(&store(&got, part), &store(&wanted, part), part == Part::Unet, 0.0, part.folder());
     }
 }
 

@@ -290,7 +290,7 @@ fn pickles_are_read_as_data() {
     file(&legacy(command.as_bytes()));
     refused(&path, &["model.pth"]);
     file(&legacy(b"\x80\x02cos\nsystem\nU\x04true\x85R."));
-    refused(&path, &["holds no dict of tensors"]);
+    refused(&path, &["would call os.system", "was not run"]);
     assert!(!ran.exists());
     file(&legacy(b"\x80\x02]."));
     refused(&path, &["holds no dict of tensors"]);
@@ -302,7 +302,7 @@ fn pickles_are_read_as_data() {
     let nested = [vec![b']'; 1 << 20], vec![b'a'; (1 << 20) - 1], vec![b'.']].concat();
     file(&legacy(&nested));
     refused(&path, &["holds no dict of tensors"]);
-    // A tensor that lies transposed, and one that is longer than its storage.
+    // A tensor of another name, one that lies transposed, and one that is longer than its storage.
     let tensor = |size: &str, strides: &str| {
         let storage = "(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ";
         format!("}}U\x01wctorch._utils\n_rebuild_tensor_v2\n({storage}K\0{size}{strides}tRs.").into_bytes()
@@ -315,7 +315,7 @@ fn pickles_are_read_as_data() {
     file(&with_storage(&tensor("(K\x02K\x02t", "(K\x02K\x01t")));
     refused(&path, &["conv_first.weight is missing"]);
     file(&with_storage(&tensor("(K\x02K\x02t", "(K\x01K\x02t")));
-    refused(&path, &["w does not lie in the file in order (strides [1, 2])"]);
+    refused(&path, &["conv_first.weight is missing"]);
     file(&with_storage(&tensor("(K\x02K\x03t", "(K\x03K\x01t")));
     refused(&path, &["w is longer than its storage"]);
 }

@@ -1,6 +1,9 @@
 //! Single-file checkpoints and adapters against the directory form and PyTorch's sums (tools/oracle/single_file.py, whose
 //! files diffusers' own conversion has read back).
 
+#[path = "common/torch_file.rs"]
+mod torch_file;
+
 use std::path::{Path, PathBuf};
 
 use megafuse::models::single_file::{open_vae, published_config};
@@ -63,6 +66,28 @@ fn a_single_file_holds_what_the_directory_holds() {
             assert_same(&store, &directory(model, part), &format!("{model} {}", part.folder()));
         }
         let vae = open_vae(&data(&format!("single-file/{model}.safetensors")), &Device::cpu(), DType::F32);
+        assert_same(&vae.expect("has a VAE"), &directory(model, Part::Vae), model);
+    }
+}
+
+/// The same tensors as a `.ckpt`, of which the training that it is of tells how SD 2.x predicts.
+#[test]
+fn a_checkpoint_of_torch_holds_what_the_directory_holds() {
+    let place = tempfile::tempdir().expect("a folder");
+    let path = place.path().join("it.ckpt");
+    for (model, steps, prediction) in
+        [("sd15", 7, "epsilon"), ("sd21", 875_000, "epsilon"), ("sd21", 7, "v_prediction")]
+    {
+        let stored = data(&format!("single-file/{model}.safetensors"));
+        std::fs::write(&path, torch_file::checkpoint(&stored, steps, &[])).expect("writes");
+        let file = SingleFile::open(&path).expect("opens");
+        assert_eq!(file.unused(), &[] as &[String]);
+        assert!(file.config("scheduler/scheduler_config.json").expect("published").contains(prediction), "{model}");
+        for &part in file.part_list() {
+            let store = file.store(part, &Device::cpu(), DType::F32).expect("has the part");
+            assert_same(&store, &directory(model, part), &format!("{model} {}", part.folder()));
+        }
+        let vae = open_vae(&path, &Device::cpu(), DType::F32);
         assert_same(&vae.expect("has a VAE"), &directory(model, Part::Vae), model);
     }
 }
@@ -161,7 +186,10 @@ fn the_built_in_vocabulary_gives_the_published_ids() {
 
 /// The merged tensors within rounding of f32, and every other tensor as it was.
 fn assert_merged(adapter: &str, want: &str, parts: &[Part]) {
-    let path = data(&format!("single-file/lora-{adapter}.safetensors"));
+    let path = match adapter.ends_with(".pt") {
+        true => data(&format!("pickles/lora-{adapter}")),
+        false => data(&format!("single-file/lora-{adapter}.safetensors")),
+    };
     let adapters = Adapters::open(&[(path, 1.0)]).expect("opens");
     let folder = data("single-file");
     let want = WeightStore::open(&folder, want, &Device::cpu(), DType::F32).expect("PyTorch's sums");
@@ -191,7 +219,7 @@ fn assert_merged(adapter: &str, want: &str, parts: &[Part]) {
 
 #[test]
 fn three_dialects_of_a_lora_give_the_same_weights() {
-    for dialect in ["kohya", "old-diffusers", "peft"] {
+    for dialect in ["kohya", "old-diffusers", "peft", "kohya.pt"] {
         assert_merged(dialect, "lora-merged", &[Part::TextEncoder, Part::Unet]);
     }
 }

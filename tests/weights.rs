@@ -1,7 +1,10 @@
 //! Weight files: layouts and conversions that come out right, and every way a file can be wrong with its own error.
 
+#[path = "common/torch_file.rs"]
+mod torch_file;
+
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use megafuse::models::{WeightStore, Weights};
@@ -515,7 +518,8 @@ fn damaged_files_are_refused() {
         ),
         ("unknown dtype", with_header(r#"{"a":{"dtype":"Q7","shape":[2],"data_offsets":[0,8]}}"#, 8), again),
         ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:00".to_vec(), &["Git LFS", "git lfs pull"]),
-        ("zip", b"PK\x03\x04rest of a zip archive".to_vec(), &["PyTorch pickle", "convert"]),
+        ("zip", b"PK\x03\x04rest of a zip archive".to_vec(), &["no directory of a zip archive", "download it again"]),
+        ("another pickle", b"\x80\x04}.".to_vec(), &["none that torch.save wrote", "as safetensors"]),
         ("html", b"<!DOCTYPE html><html>".to_vec(), &["web page", "download it again"]),
         ("gguf", b"GGUF\x03\0\0\0".to_vec(), &["GGUF"]),
     ];
@@ -536,8 +540,120 @@ fn absent_files_say_what_is_there_instead() {
     assert_says(&message(open(at, DType::F32)), &["model.safetensors", "not found", "download"]);
     write(at, "other.safetensors", b"");
     assert_says(&message(open(at, DType::F32)), &["not found", "other.safetensors", "rename"]);
+    write(at, "weights.pth", b"");
+    assert_says(&message(open(at, DType::F32)), &["nor pytorch_model.bin", "weights.pth", "rename"]);
     write(at, "pytorch_model.bin", b"");
-    assert_says(&message(open(at, DType::F32)), &["pytorch_model.bin", "pickle", "save_pretrained"]);
+    assert_says(&message(open(at, DType::F32)), &["pytorch_model.bin", "is empty"]);
+}
+
+fn pickles(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pickles").join(name)
+}
+
+/// What torch.save wrote, in both of its forms, against what torch reads of it (tools/oracle/pickles.py): all dtypes, tensors
+/// that lie in their storages in any order or share them, a parameter; of a training's checkpoint the state dict alone.
+#[test]
+fn files_of_torch_hold_what_torch_reads() {
+    let cpu = Device::cpu();
+    let open = |name: &str| WeightStore::open_state_dict(&pickles(name), &[], &cpu, DType::F32).expect("opens");
+    let names = |store: &WeightStore| -> Vec<(String, Vec<usize>)> {
+        store.tensors().map(|(key, shape)| (key.to_string(), shape.to_vec())).collect()
+    };
+    for name in ["training.ckpt", "older.pth"] {
+        let (got, want) = (open(name), open("values.safetensors"));
+        assert_eq!(names(&got), names(&want), "{name}");
+        assert_eq!(names(&got).len(), 14);
+        for (key, shape) in names(&want).iter().filter(|(key, _)| key != "i64") {
+            let read = |store: &WeightStore| values(&store.root().tensor(key, shape).expect("a tensor"));
+            assert_eq!(read(&got), read(&want), "{name} {key}");
+        }
+    }
+}
+
+/// `.bin` beside nothing else is read, under the name that each kind of network has; safetensors come before it.
+#[test]
+fn bins_are_read_where_there_is_no_safetensors() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let at = dir.path();
+    let safetensors = |values: Vec<f64>| file_bytes(FileDtype::F32, &[("a", &[2], values)]);
+    let bin = |values: Vec<f64>| {
+        write(at, "source", &safetensors(values));
+        torch_file::of_safetensors(&at.join("source"))
+    };
+    let open_stem = |stem| WeightStore::open(at, stem, &Device::cpu(), DType::F32).expect("opens");
+    let of = |stem| values(&open_stem(stem).root().tensor("a", &[2]).expect("a tensor"));
+    write(at, "pytorch_model.bin", &bin(vec![1.0, 2.0]));
+    write(at, "diffusion_pytorch_model.fp16.bin", &bin(vec![3.0, 4.0]));
+    assert_eq!((of("model"), of("diffusion_pytorch_model")), (vec![1.0, 2.0], vec![3.0, 4.0]));
+    assert_eq!(open_stem("diffusion_pytorch_model").variant(), Some("fp16"));
+    write(at, "diffusion_pytorch_model-00001-of-00001.bin", &bin(vec![5.0, 6.0]));
+    let index = r#"{"weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.bin"}}"#;
+    write(at, "diffusion_pytorch_model.bin.index.json", index.as_bytes());
+    assert_eq!(of("diffusion_pytorch_model"), [5.0, 6.0]);
+    write(at, "diffusion_pytorch_model.bf16.safetensors", &safetensors(vec![7.0, 8.0]));
+    assert_eq!(of("diffusion_pytorch_model"), [7.0, 8.0]);
+}
+
+#[test]
+fn damaged_files_of_torch_say_what_is_wrong() {
+    let good = fs::read(pickles("training.ckpt")).expect("a file");
+    let zip = |pickle: &[u8]| torch_file::archive(pickle, &[&[0; 16]], 0);
+    // {"w": a tensor of storage 0, which has so many bytes of a kind}
+    let tensor = |class: &str, storage: &str, size: &str, strides: &str| {
+        let storage = format!("(U\x07storagectorch\n{class}\nU\x01{storage}U\x03cpuK\x04tQ");
+        zip(format!("}}U\x01wctorch._utils\n_rebuild_tensor_v2\n({storage}K\0{size}{strides}tRs.").as_bytes())
+    };
+    let (square, plain) = ("(K\x02K\x02t", "(K\x02K\x01t");
+    let mut of_another_program = zip(b"}.");
+    while let Some(at) = of_another_program.windows(8).position(|name| name == b"data.pkl") {
+        of_another_program[at + 5..at + 8].copy_from_slice(b"txt");
+    }
+    // {} of which each BUILD with itself as its parameters makes twice as much, 40 times.
+    let doubling =
+        [&b"}q\0X\x01\0\0\0aNs0}X\x0b\0\0\0_parametersh\0sq\x01"[..], &b"0h\0h\x01b".repeat(40), b"."].concat();
+    // Seven dicts, each with the one before under a hundred names.
+    let mut tree = b"}X\x01\0\0\0aNsq\0".to_vec();
+    for level in 0..7u8 {
+        tree.push(b'}');
+        tree.extend((0..100).flat_map(|name| [b'K', name, b'h', level, b's']));
+        tree.extend([b'q', level + 1]);
+    }
+    tree.push(b'.');
+    const AGAIN: &str = "download it again";
+    let cases: Vec<(&str, Vec<u8>, &[&str])> = vec![
+        ("cut", good[..good.len() / 2].to_vec(), &["no directory of a zip archive", AGAIN]),
+        ("no pickle", torch_file::archive(b"", &[], 0), &["in the middle"]),
+        ("a zip of other files", of_another_program, &["without data.pkl", "not a file that torch.save wrote"]),
+        ("compressed", torch_file::archive(b"}.", &[], 8), &["data.pkl is compressed", "save it as safetensors"]),
+        (
+            "a command",
+            zip(b"cposix\nsystem\nU\x04true\x85R."),
+            &["would call posix.system", "was not run", "do not use"],
+        ),
+        ("a command among weights", zip(b"}U\x01ac__builtin__\neval\nU\x01x\x85Rs."), &["would call __builtin__.eval"]),
+        ("a command by name", zip(b"(U\x04trueios\nsystem\n."), &["would call os.system"]),
+        ("a command as an object", zip(b"(csubprocess\nPopen\nU\x04trueo."), &["would call subprocess.Popen"]),
+        ("numbers alone", zip(b"}U\x01aK\x01s."), &["holds no dict of tensors"]),
+        ("an unknown instruction", zip(b"\xff."), &["unknown instruction 0xff"]),
+        ("no value", zip(b"."), &["an empty stack"]),
+        ("a dict that doubles", zip(&doubling), &["grows without end"]),
+        ("a tree of dicts", zip(&tree), &["dicts in dicts without end"]),
+        ("no end", zip(b"}"), &["in the middle"]),
+        ("a storage that is not there", tensor("FloatStorage", "7", square, plain), &["w is in no storage", AGAIN]),
+        ("beyond its storage", tensor("FloatStorage", "0", "(K\x05t", "(K\x01t"), &["w is longer than its storage"]),
+        ("sizes and strides", tensor("FloatStorage", "0", square, "(K\x01t"), &["strides [1]"]),
+        ("one value for all", tensor("FloatStorage", "0", square, "(K\0K\0t"), &["w of shape [2, 2] repeats"]),
+        ("complex numbers", tensor("ComplexFloatStorage", "0", square, plain), &["torch.ComplexFloatStorage", "f16"]),
+    ];
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path().join("it.ckpt");
+    for (name, bytes, says) in cases {
+        fs::write(&path, &bytes).expect("temporary file");
+        let error = message(WeightStore::open_state_dict(&path, &[], &Device::meta(), DType::F32));
+        says.iter().chain(&["it.ckpt"]).for_each(|part| {
+            assert!(error.contains(part), "{name}: {error:?} does not say {part:?}");
+        });
+    }
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub fn run() -> Result<()> {
         Err(error) => row("pocket", format!("broken: {error}; build the program again from a complete checkout")),
     }
     row("others", "--model DIR, a Stable Diffusion 1.x or 2.x directory as published in the layout of diffusers:");
-    row("", "tokenizer/, text_encoder/, unet/, vae/, scheduler/, the weights as safetensors, f32 or f16");
+    row("", "tokenizer/, text_encoder/, unet/, vae/, scheduler/, the weights as safetensors or .bin, f32 or f16");
     embedded.map(drop)
 }
 

@@ -283,11 +283,11 @@ pub struct PictureArgs {
 pub struct RunArgs {
     /// Model directory, single file or ORG/NAME of the Hugging Face hub (default: the small model inside the program)
     ///
-    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors weights; or it is a
+    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors or .bin weights; or it is a
     /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME). The file is a whole checkpoint of Stable
-    /// Diffusion 1.x, 2.x or XL in safetensors. What is no path is a name on the hub: ORG/NAME, ORG/NAME@REVISION, or
+    /// Diffusion 1.x, 2.x or XL in safetensors or .ckpt, of which nothing is run. What is no path is a name on the hub: ORG/NAME, ORG/NAME@REVISION, or
     /// ORG/NAME/FILE.safetensors where a repository holds single files. What its local cache does not have is fetched:
-    /// of each part one safetensors form, in f16 where the run's element type has 16 bits and there is one.
+    /// of each part one safetensors form (else .bin), in f16 where the run's element type has 16 bits and there is one.
     #[arg(long, value_name = "MODEL", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
@@ -570,8 +570,8 @@ pub fn tiling(rows: Option<usize>) -> Tiling {
 pub struct AddedFiles {
     /// A LoRA to merge into the weights, where wanted with its weight: FILE:0.8 (default weight: 1)
     ///
-    /// May be given several times. LoRA, LoHa, LoKr and DoRA in safetensors, with the keys of kohya's scripts, of
-    /// diffusers or of PEFT.
+    /// May be given several times. LoRA, LoHa, LoKr and DoRA in safetensors or .pt, with the keys of kohya's
+    /// scripts, of diffusers or of PEFT.
     #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = values::library::<Lora>)]
     pub lora: Vec<Lora>,
 
@@ -585,12 +585,12 @@ pub struct AddedFiles {
 
     /// A file of textual inversion: its word in a prompt stands for its vectors
     ///
-    /// May be given several times. Safetensors as stable-diffusion-webui (the word is the file's name) or diffusers (the word
-    /// is the tensor's) write them; for SDXL with clip_l and clip_g.
+    /// May be given several times. Safetensors, .pt or .bin as stable-diffusion-webui (the word is the file's name) or
+    /// diffusers (the word is the tensor's) write them; for SDXL with clip_l and clip_g.
     #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub embedding: Vec<PathBuf>,
 
-    /// Weights of another VAE, of the same shapes, in a safetensors file
+    /// Weights of another VAE, of the same shapes, in a file of safetensors or .pt
     #[arg(long, value_name = "FILE", value_parser = values::path())]
     pub vae: Option<PathBuf>,
 }

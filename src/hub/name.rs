@@ -4,7 +4,7 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 
 /// A model on the hub: `ORG/NAME`, where wanted with a revision, `ORG/NAME@REVISION`, and with the one file of a repository
-/// of single files, `ORG/NAME/FILE.safetensors[@REVISION]`.
+/// of single files, `ORG/NAME/FILE.safetensors[@REVISION]`, or `FILE.ckpt`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HubName {
     /// `ORG/NAME`
@@ -16,6 +16,8 @@ pub struct HubName {
 
 /// What a name looks like, for messages.
 const FORM: &str = "ORG/NAME, ORG/NAME@REVISION or ORG/NAME/FILE.safetensors";
+/// How a file of weights ends: safetensors, and what `torch.save` writes.
+const FILES: [&str; 5] = [".safetensors", ".ckpt", ".pt", ".pth", ".bin"];
 /// The hub's limit for ORG/NAME.
 const LONGEST: usize = 96;
 
@@ -63,8 +65,9 @@ impl FromStr for HubName {
             segments if segments.iter().all(|segment| is_segment(segment)) => Some(segments.join("/")),
             _ => return refuse(format!("is no name of a file on the hub; expected {FORM}")),
         };
-        if let Some(file) = file.as_ref().filter(|file| !file.to_ascii_lowercase().ends_with(".safetensors")) {
-            return refuse(format!("{file} is no safetensors file; expected {FORM}"));
+        let is_weights = |file: &&String| FILES.iter().any(|end| file.to_ascii_lowercase().ends_with(end));
+        if let Some(file) = file.as_ref().filter(|file| !is_weights(file)) {
+            return refuse(format!("{file} is no file of weights ({}); expected {FORM}", FILES.join(", ")));
         }
         Ok(HubName { repository, revision: revision.map(String::from), file })
     }
@@ -135,7 +138,7 @@ mod tests {
             ("acme/tiny@../../x", "is no revision"),
             ("acme/tiny@a:b", "is no revision"),
             ("acme/tiny@refs//1", "is no revision"),
-            ("acme/tiny/model.ckpt", "model.ckpt is no safetensors file"),
+            ("acme/tiny/model.gguf", "model.gguf is no file of weights"),
             ("acme/tiny/../x.safetensors", "no name of a file"),
             ("acme/tiny/", "no name of a file"),
         ] {
@@ -147,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_name_is_written_as_it_was_read() {
-        for text in ["acme/tiny", "acme/tiny@main", "acme/tiny/a/b.safetensors@refs/pr/1"] {
+        for text in ["acme/tiny", "acme/tiny@main", "acme/tiny/a/b.safetensors@refs/pr/1", "acme/tiny/a.ckpt"] {
             assert_eq!(text.parse::<HubName>().unwrap().to_string(), text);
         }
     }

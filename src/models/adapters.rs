@@ -52,7 +52,7 @@ enum Factor {
     Product {
         a: Entry,
         b: Entry,
-        core: Option<Entry>,
+        core: Option<Box<Entry>>,
     },
 }
 
@@ -144,7 +144,7 @@ impl Adapters {
     /// Opens the files and sorts their keys; a weight of 1 is full strength.
     ///
     /// # Errors
-    /// [`Error::File`]: not safetensors, or without one key of an adapter.
+    /// [`Error::File`]: not safetensors nor PyTorch's, or without one key of an adapter.
     pub fn open(files: &[(PathBuf, f32)]) -> Result<Adapters> {
         Ok(Adapters {
             files: files.iter().map(|(path, weight)| AdapterFile::open(path, *weight)).collect::<Result<_>>()?,
@@ -292,7 +292,7 @@ impl Module {
         let need = |name: &'static str| slot(name).ok_or_else(|| format!("its {name} is missing"));
         let factor = |whole: &'static str, a: &'static str, b: &'static str, core: &'static str| match slot(whole) {
             Some(entry) => Ok(Factor::Whole(entry)),
-            None => Ok::<_, String>(Factor::Product { a: need(a)?, b: need(b)?, core: slot(core) }),
+            None => Ok::<_, String>(Factor::Product { a: need(a)?, b: need(b)?, core: slot(core).map(Box::new) }),
         };
         let has = |name: &str| self.slots.contains_key(name);
         let (kind, rank) = if has("down") || has("up") {
@@ -362,7 +362,7 @@ impl Factor {
                 if core.shape.len() > 2 && core.shape[..2] == [ra, rb] {
                     Ok([rows, columns, kernel])
                 } else {
-                    Err(mismatch(&[core, a, b]))
+                    Err(mismatch(&[&**core, a, b]))
                 }
             }
         }

@@ -23,4 +23,4 @@ pub use unet::{
     TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
 };
 pub use vae::{Partition, Vae, VaeConfig};
-pub use weights::{Part, Rewritten, Unused, WeightFormat, WeightStore, Weights, rewrite};
+pub use weights::{Part, Rewritten, Unused, WeightFile, WeightFormat, WeightStore, Weights, rewrite};

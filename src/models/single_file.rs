@@ -1,4 +1,4 @@
-//! A whole model in one safetensors file, as the first Stable Diffusion code and the programs after it write it: Stable
+//! A whole model in one file, safetensors or PyTorch's `.ckpt`, as the first Stable Diffusion code and the programs after it write it: Stable
 //! Diffusion 1.x, 2.x and XL, and models distilled from these for latent consistency (LCM). The family is read off the keys;
 //! configurations are the published ones.
 
@@ -62,7 +62,7 @@ impl SingleFile {
     ///
     /// Keys do not tell whether a Stable Diffusion 2.x predicts v at 768 pixels or noise at 512 (base). In this order:
     /// `modelspec.prediction_type` of the file's metadata (`v`, `epsilon`), the marker tensor `v_pred` (`ztsnr`: zero
-    /// terminal SNR), for 2.x a `global_step` of 875000, which is that of base, and else v for 2.x and noise for the others,
+    /// terminal SNR), for 2.x a `global_step` of 875000, a tensor or a number of a `.ckpt`, which is that of base, and else v for 2.x and noise for the others,
     /// all as diffusers assumes. The web UI runs the UNet once to find out; a caller who knows better overrides the
     /// scheduler's `prediction_type`.
     ///
@@ -70,7 +70,7 @@ impl SingleFile {
     /// gets `time_cond_proj_dim`, and the model an `LCMScheduler`.
     ///
     /// # Errors
-    /// [`Error::File`]: not safetensors (and what to do), not a checkpoint of these families (and what it seems to be), a
+    /// [`Error::File`]: not safetensors nor PyTorch's (and what to do), not a checkpoint of these families (and what it seems to be), a
     /// part missing.
     pub fn open(path: &Path) -> Result<SingleFile> {
         let file = Arc::new(MappedFile::open(path.to_path_buf())?);
@@ -114,7 +114,7 @@ impl SingleFile {
         let v_prediction = match metadata.get("modelspec.prediction_type").map(String::as_str) {
             Some("v") => true,
             Some("epsilon") => false,
-            _ => v_marker || (family == Family::Sd2 && global_step(&entries) != Some(875_000)),
+            _ => v_marker || (family == Family::Sd2 && global_step(&entries, &metadata) != Some(875_000)),
         };
         let cond_proj = entries.get("model.diffusion_model.time_embed.cond_proj.weight");
         let guidance_embedding = cond_proj.and_then(|weight| weight.shape.get(1).copied());
@@ -182,7 +182,7 @@ impl SingleFile {
 /// A VAE from a file of its own: keys of diffusers, or those of LDM with or without `first_stage_model.`.
 ///
 /// # Errors
-/// [`Error::File`]: not safetensors, or no tensor of a VAE in it.
+/// [`Error::File`]: not safetensors nor PyTorch's, or no tensor of a VAE in it.
 pub fn open_vae(path: &Path, device: &Device, dtype: DType) -> Result<WeightStore> {
     let file = Arc::new(MappedFile::open(path.to_path_buf())?);
     let mut entries = unwrapped_names(attach_scales(file.entries()?));
@@ -200,10 +200,11 @@ pub fn open_vae(path: &Path, device: &Device, dtype: DType) -> Result<WeightStor
 type Entries = BTreeMap<String, Entry>;
 
 /// How long the model was trained, if the file says so.
-fn global_step(entries: &Entries) -> Option<i64> {
-    let entry = entries.get("global_step").filter(|entry| entry.dtype == FileDtype::I64)?;
-    let bytes = entry.file.as_bytes().get(entry.start..)?.first_chunk()?;
-    Some(i64::from_le_bytes(*bytes))
+fn global_step(entries: &Entries, metadata: &HashMap<String, String>) -> Option<i64> {
+    match entries.get("global_step").filter(|entry| entry.dtype == FileDtype::I64) {
+        Some(entry) => Some(i64::from_le_bytes(*entry.bytes().first_chunk()?)),
+        None => metadata.get("global_step")?.parse().ok(),
+    }
 }
 
 /// The parts' tensors under the keys of diffusers, and the keys that belong to none.
@@ -424,16 +425,10 @@ pub fn published_config(family: Family, name: &str) -> Option<String> {
 /// Is this a file that could be a model (rather than a directory), and if it is of a kind that cannot be read, why?
 ///
 /// # Errors
-/// [`Error::File`]: `.ckpt`, `.pt`, `.bin` (pickles can run code) and `.gguf`, with the way out.
+/// [`Error::File`]: `.gguf`, with the way out.
 pub fn check_extension(path: &Path) -> Result<PathBuf> {
-    let extension = path.extension().map(|end| end.to_string_lossy().to_lowercase()).unwrap_or_default();
-    match extension.as_str() {
-        "ckpt" | "pt" | "pth" | "bin" | "pkl" => Err(Error::file(
-            path,
-            "is a PyTorch pickle, which can run code and is not read: download the safetensors version, or convert it \
-             (load it in diffusers with from_single_file, then save_pretrained)",
-        )),
-        "gguf" => Err(Error::file(path, "is a GGUF file, not supported: download the safetensors version")),
-        _ => Ok(path.to_path_buf()),
+    match path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
+        true => Err(Error::file(path, "is a GGUF file, not supported: download the safetensors version")),
+        false => Ok(path.to_path_buf()),
     }
 }

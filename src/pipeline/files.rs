@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::models::single_file::{check_extension, open_vae, published_config};
 use crate::models::{
     self, Adapters, ClipTextConfig, ClipTextModel, Foreign, SingleFile, Unet, UnetConfig, Unused, Vae, VaeConfig,
-    WeightStore,
+    WeightFile, WeightStore,
 };
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
@@ -18,7 +18,7 @@ use crate::text::{ClipTokenizer, ClipVocabulary, TextualInversion, TokenizerFile
 pub enum ModelSource {
     /// A directory in the layout of diffusers: tokenizer/, text_encoder/, unet/, vae/, scheduler/.
     Directory(PathBuf),
-    /// A whole checkpoint in one safetensors file.
+    /// A whole checkpoint in one file, safetensors or PyTorch's `.ckpt`.
     File(PathBuf),
     /// The small model that ships inside the program.
     Embedded,
@@ -255,11 +255,11 @@ fn refuse_foreign(path: &Path) -> Result<()> {
             by_class(&format!("{part}/config.json"))?;
         }
         by_class("config.json")?;
-        if let Some(lora) = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"]
+        let loras = ["pytorch_lora_weights", "adapter_model"]
             .into_iter()
-            .find(|name| path.join(name).is_file())
-        {
-            return refuse(lora, Foreign::Beside("a LoRA"), String::new());
+            .flat_map(|stem| WeightFile::ALL.map(|file| format!("{stem}.{}", file.ending())));
+        if let Some(lora) = loras.into_iter().find(|name| path.join(name).is_file()) {
+            return refuse(&lora, Foreign::Beside("a LoRA"), String::new());
         }
         return Ok(());
     }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::hub::{
     Client, Download, Failure, HubName, HubObserver, HubSettings, Listing, Presence, RemoteFile, Repository,
 };
+use crate::models::WeightFile;
 use crate::runtime::DType;
 
 /// What a run reads of a model.
@@ -23,12 +24,13 @@ pub enum HubNeed {
 }
 
 /// The place of a model of the Hugging Face hub in its local cache, a directory or a single file for [`ModelSource::at`].
-/// What `need` asks for and the cache does not have is fetched: of each part one form of its weights, safetensors alone.
+/// What `need` asks for and the cache does not have is fetched: of each part one form of its weights, safetensors where there
+/// is one, else what `torch.save` wrote.
 /// Downloads that were cut off go on where they ended; sizes, and the SHA-256 of large files, are checked before a file is
 /// taken for whole. Without a network a model that is whole in the cache is used, with a warning.
 ///
 /// # Errors
-/// [`Error::Hub`], naming the model: not found, gated, not reachable and not whole in the cache, without safetensors, bytes
+/// [`Error::Hub`], naming the model: not found, gated, not reachable and not whole in the cache, without weights, bytes
 /// that are not those listed, several single files and none named; [`Error::File`]: a full or read-only disk, a lock that
 /// another process keeps; as [`ModelFiles::open`] for a model of another kind, before its weights are fetched.
 pub fn fetch_model(
@@ -194,20 +196,22 @@ impl Form {
     /// The forms of a part, the one to be fetched first before the others.
     fn of(folder: &str, stem: &str, dtype: DType) -> Vec<Form> {
         let form = |name: String, is_index, is_half| Form { path: format!("{folder}/{name}"), is_index, is_half };
-        let plain = [
-            form(format!("{stem}.safetensors"), false, false),
-            form(format!("{stem}.safetensors.index.json"), true, false),
-        ];
-        // The other order of the index's name is in use too.
-        let half = [
-            form(format!("{stem}.fp16.safetensors"), false, true),
-            form(format!("{stem}.fp16.safetensors.index.json"), true, true),
-            form(format!("{stem}.safetensors.index.fp16.json"), true, true),
-        ];
-        match dtype {
-            DType::F32 => plain.into_iter().chain(half).collect(),
-            _ => half.into_iter().chain(plain).collect(),
-        }
+        let of_ending = |file: WeightFile| {
+            let (stem, end) = (file.stem(stem), file.ending());
+            let plain =
+                [form(format!("{stem}.{end}"), false, false), form(format!("{stem}.{end}.index.json"), true, false)];
+            // The other order of the index's name is in use too.
+            let half = [
+                form(format!("{stem}.fp16.{end}"), false, true),
+                form(format!("{stem}.fp16.{end}.index.json"), true, true),
+                form(format!("{stem}.{end}.index.fp16.json"), true, true),
+            ];
+            match dtype {
+                DType::F32 => plain.into_iter().chain(half).collect::<Vec<Form>>(),
+                _ => half.into_iter().chain(plain).collect(),
+            }
+        };
+        WeightFile::ALL.into_iter().flat_map(of_ending).collect()
     }
 
     /// Is it in the snapshot with all of its shards?
@@ -269,24 +273,22 @@ fn single_file<'a>(name: &HubName, files: &'a [String]) -> Result<&'a String> {
         files.iter().filter(is_one).collect()
     };
     let refuse = |reason: String| Err(Error::Hub { name: name.to_string(), reason });
-    match at_root(&[".safetensors"])[..] {
-        [only] => Ok(only),
-        [] => match at_root(&PICKLES)[..] {
-            [] => refuse(format!("holds neither {INDEX} nor a safetensors file: it is no model that is read here")),
-            [first, ..] => refuse(format!("holds no safetensors file, only {first}, {PICKLE}")),
-        },
-        ref several => {
-            let HubName { repository, .. } = name;
-            let names: Vec<String> = several.iter().map(|file| format!("{repository}/{file}")).collect();
-            refuse(format!("holds {} checkpoints; name one of them: {}", several.len(), names.join(", ")))
+    let several = |files: &[&String]| {
+        let HubName { repository, .. } = name;
+        let names: Vec<String> = files.iter().map(|file| format!("{repository}/{file}")).collect();
+        refuse(format!("holds {} checkpoints; name one of them: {}", files.len(), names.join(", ")))
+    };
+    match (&at_root(&[".safetensors"])[..], &at_root(&PICKLES)[..]) {
+        ([only], _) | ([], [only]) => Ok(only),
+        ([], []) => {
+            refuse(format!("holds neither {INDEX} nor a safetensors or .ckpt file: it is no model that is read here"))
         }
+        ([], files) | (files, _) => several(files),
     }
 }
 
-const PICKLES: [&str; 5] = [".ckpt", ".bin", ".pt", ".pth", ".pkl"];
-const PICKLE: &str = "a PyTorch pickle, which can run code and is not read: load the model in diffusers, save it \
-                      (save_pretrained(DIR)) and give --model DIR; or see on the model's page whether another revision has \
-                      safetensors (ORG/NAME@REVISION)";
+/// What `torch.save` wrote.
+const PICKLES: [&str; 4] = [".ckpt", ".bin", ".pt", ".pth"];
 
 /// Fetches from a listing.
 struct Fetch<'a> {
@@ -371,12 +373,9 @@ impl<'a> Fetch<'a> {
             let paths = self.listing.files.iter().filter_map(|file| file.path.strip_prefix(folder)?.strip_prefix('/'));
             paths.into_iter().find(|path| ends.iter().any(|end| path.ends_with(end))).map(String::from)
         };
-        Err(self.refused(match (inside(&PICKLES), inside(&[".safetensors"])) {
-            (Some(pickle), None) => format!("{folder} has no safetensors weights, only {pickle}, {PICKLE}"),
-            (_, Some(other)) => {
-                format!("{folder} has no {stem}.safetensors; it holds {other}, which is not known here")
-            }
-            (None, None) => format!("{folder} has no safetensors weights"),
+        Err(self.refused(match inside(&[".safetensors"]).or_else(|| inside(&PICKLES)) {
+            Some(other) => format!("{folder} has no {stem}.safetensors; it holds {other}, which is not known here"),
+            None => format!("{folder} has no weights that are read here"),
         }))
     }
 
@@ -465,6 +464,8 @@ mod tests {
         assert_eq!(first(DType::F32), "unet/m.safetensors");
         assert_eq!(first(DType::F16), "unet/m.fp16.safetensors");
         assert_eq!(first(DType::BF16), "unet/m.fp16.safetensors");
+        let of_text = Form::of("text_encoder", "model", DType::F16).split_off(5);
+        assert_eq!(of_text[0].path, "text_encoder/pytorch_model.fp16.bin");
     }
 
     #[test]
@@ -477,7 +478,9 @@ mod tests {
         assert_eq!(of(&["README.md", "a.safetensors", "sub/b.safetensors"]).unwrap(), "a.safetensors");
         let several = of(&["a.safetensors", "b.safetensors"]).unwrap_err();
         assert!(several.contains("acme/tiny/a.safetensors, acme/tiny/b.safetensors"), "{several}");
-        assert!(of(&["a.ckpt"]).unwrap_err().contains("only a.ckpt, a PyTorch pickle"));
+        assert_eq!(of(&["a.safetensors", "a.ckpt", "b.ckpt"]).unwrap(), "a.safetensors");
+        assert_eq!(of(&["README.md", "a.ckpt"]).unwrap(), "a.ckpt");
+        assert!(of(&["a.ckpt", "b.pt"]).unwrap_err().contains("acme/tiny/a.ckpt, acme/tiny/b.pt"));
         assert!(of(&["README.md"]).unwrap_err().contains("no model that is read here"));
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::files::{ModelFiles, ModelSource, Place};
 use crate::error::{Error, Result};
-use crate::models::{self, Rewritten, Unet, WeightFormat, WeightStore};
+use crate::models::{self, Rewritten, Unet, WeightFile, WeightFormat, WeightStore};
 use crate::runtime::{DType, Device};
 
 /// What was written.
@@ -47,7 +47,7 @@ impl Drop for Unfinished {
     }
 }
 
-/// Writes the model of `source` to `output`: a single file for a single file, a directory for a directory. The linear
+/// Writes the model of `source` to `output`, in safetensors: a single file for a single file, a directory for a directory. The linear
 /// layers of the UNet's transformers become 8-bit floats (F8_E4M3) with a scale per row, those that
 /// [`WeightFormat::Fp8`] holds so; LoRAs are merged into all parts first; every other tensor stays as it is, and so do the other files of a
 /// directory, but for weights in further formats. `output` is complete or not there; `progress` gets the name of each file
@@ -143,17 +143,36 @@ fn directory(
         let mut shards: Vec<(String, Rewritten)> = Vec::new();
         for path in store.paths() {
             progress(path);
-            let name = path.file_name().unwrap_or_default();
-            let file = models::rewrite(&[store], path, &to.join(name))?;
+            let name = as_safetensors(path);
+            let file = models::rewrite(&[store], path, &to.join(&name))?;
             done.add(&file);
-            shards.push((name.to_string_lossy().into_owned(), file));
+            shards.push((name, file));
         }
         if let Some(index) = store.shard_index() {
             let name = index.file_name().unwrap_or_default();
-            write_index(&from.join(name), &to.join(name), &shards)?;
+            write_index(&from.join(name), &to.join(as_safetensors(index)), &shards)?;
         }
     }
     Ok(done)
+}
+
+/// The name that a file of weights, or an index of shards, has in safetensors.
+fn as_safetensors(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let [torch, ours] = [WeightFile::Pickle, WeightFile::Safetensors];
+    let ending = |file: WeightFile, after: &str| format!(".{}{after}", file.ending());
+    let is_torch = name.ends_with(&ending(torch, "")) || name.contains(&ending(torch, ".index"));
+    if !is_torch {
+        return name;
+    }
+    let name = match name.rsplit_once(&ending(torch, "")) {
+        Some((before, after)) => format!("{before}{}", ending(ours, after)),
+        None => name,
+    };
+    match name.strip_prefix(torch.stem("model")) {
+        Some(rest) => format!("model{rest}"),
+        None => name,
+    }
 }
 
 /// Everything but weights and hidden files; links as what they lead to, as the hub's cache has them.
@@ -165,7 +184,9 @@ fn copy_tree(from: &Path, to: &Path, without: &[&Path], root: bool) -> Result<()
         let hidden = name.to_string_lossy().starts_with('.');
         let weights =
             path.extension().is_some_and(|end| OTHER_WEIGHTS.iter().any(|other| end.eq_ignore_ascii_case(other)));
-        let index = name.to_string_lossy().contains(".safetensors.index") || without.contains(&path.as_path());
+        let index =
+            WeightFile::ALL.iter().any(|file| name.to_string_lossy().contains(&format!(".{}.index", file.ending())))
+                || without.contains(&path.as_path());
         if hidden || weights || index {
             continue;
         }
@@ -188,6 +209,9 @@ fn write_index(from: &PathBuf, to: &Path, shards: &[(String, Rewritten)]) -> Res
         serde_json::from_str(&text).map_err(|error| Error::file(from, format!("not JSON: {error}")))?;
     let total: u64 = shards.iter().map(|(_, file)| file.bytes[1]).sum();
     if let Some(map) = index.get_mut("weight_map").and_then(serde_json::Value::as_object_mut) {
+        for name in map.values_mut() {
+            *name = name.as_str().map_or(name.clone(), |file| as_safetensors(Path::new(file)).into());
+        }
         for (name, file) in shards {
             file.removed.iter().for_each(|key| drop(map.remove(key)));
             map.extend(file.added.iter().map(|key| (key.clone(), name.clone().into())));

@@ -1,13 +1,15 @@
 //! Learned words: Gal et al. 2022, arXiv:2208.01618. A file holds the vectors that stand in the text encoder's embedding
 //! table for a new word.
 
-use std::ffi::OsStr;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result};
+use crate::pickle;
 
 /// Which text encoder of a model the vectors are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,32 +45,23 @@ const SDXL_KEYS: [&str; 2] = ["clip_l", "clip_g"];
 const MOST_VECTORS: usize = 75;
 
 impl TextualInversion {
-    /// Reads a `.safetensors` file in one of three forms: webui's, a tensor `emb_params` `[n, C]`; SDXL's, `clip_l` and
-    /// `clip_g`; both take their word from the file's name without its ending. Or that of diffusers, one tensor `[C]` or
-    /// `[n, C]` whose key is the word. f32, f16 or bf16.
+    /// Reads a file in one of three forms: webui's, a tensor `emb_params` `[n, C]`, or `string_to_param` in a `.pt`; SDXL's,
+    /// `clip_l` and `clip_g`; both take their word from the file's name without its ending. Or that of diffusers, one tensor
+    /// `[C]` or `[n, C]` whose key is the word. safetensors, or PyTorch's own `.pt` and `.bin`, of which nothing is run; f32,
+    /// f16 or bf16.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::File`]: another kind of file (`.pt`, `.bin`: with the way to convert it), no tensor or
-    /// several, a name that is no word; [`Error::Weight`]: shape, dtype, values that are not finite.
+    /// [`Error::Io`]; [`Error::File`]: another kind of file, damaged, a pickle that would run commands, no tensor or several,
+    /// a name that is no word; [`Error::Weight`]: shape, dtype, values that are not finite.
     pub fn read(path: &Path) -> Result<TextualInversion> {
-        let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default().to_ascii_lowercase();
-        if ["pt", "bin", "pth", "ckpt"].contains(&extension.as_str()) {
-            let reason = "a pickle file can run code when it is read, so it is not supported; convert it once in Python: \
-                          load it with torch.load(FILE, weights_only=True) and write the tensor with \
-                          safetensors.torch.save_file({\"emb_params\": tensor}, \"WORD.safetensors\")";
-            return Err(Error::file(path, reason));
-        }
         let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
         TextualInversion::from_bytes(path, &bytes)
     }
 
     /// From the bytes of a file; `path` gives the word and stands in errors. Errors as [`read`](TextualInversion::read).
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<TextualInversion> {
-        let file = SafeTensors::deserialize(bytes)
-            .map_err(|error| Error::file(path, format!("not a complete .safetensors file: {error}")))?;
-        let mut tensors = file.tensors();
-        tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let keys: Vec<&str> = tensors.iter().map(|(key, _)| key.as_str()).collect();
+        let tensors = stored(bytes).map_err(|reason| Error::file(path, reason))?;
+        let keys: Vec<&str> = tensors.keys().map(String::as_str).collect();
         let stem = || path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let word = match keys.as_slice() {
             [] => return Err(Error::file(path, "the file holds no tensor; expected a learned word's vectors")),
@@ -88,7 +81,7 @@ impl TextualInversion {
         if word.is_empty() {
             return Err(Error::file(path, "the learned word is empty; it is the tensor's key or the file's name"));
         }
-        let tensors = tensors.iter().map(|(key, view)| vectors(path, key, view)).collect::<Result<_>>()?;
+        let tensors = tensors.iter().map(|(key, tensor)| vectors(path, key, tensor)).collect::<Result<_>>()?;
         Ok(TextualInversion { word, path: path.to_path_buf(), tensors })
     }
 
@@ -137,19 +130,58 @@ impl TextualInversion {
     }
 }
 
-fn vectors(path: &Path, key: &str, view: &TensorView) -> Result<Vectors> {
+/// A tensor of a file.
+struct Stored<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Cow<'a, [u8]>,
+}
+
+/// The tensors of a file by their keys; what webui calls `string_to_param` in a `.pt` under the key that it has in safetensors.
+fn stored(bytes: &[u8]) -> std::result::Result<BTreeMap<String, Stored<'_>>, String> {
+    if !pickle::is_pickle(bytes) {
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|error| format!("not a complete .safetensors file nor one that torch.save wrote: {error}"))?;
+        let names: Vec<String> = file.names().into_iter().map(String::from).collect();
+        let mut tensors = BTreeMap::new();
+        for key in names {
+            let view = file.tensor(&key).map_err(|error| error.to_string())?;
+            let (dtype, shape, data) = (view.dtype(), view.shape().to_vec(), Cow::Owned(view.data().to_vec()));
+            tensors.insert(key, Stored { dtype, shape, data });
+        }
+        return Ok(tensors);
+    }
+    let mut read = pickle::read(bytes)?;
+    let of_webui = |key: &String| key.starts_with("string_to_param.");
+    if read.tensors.keys().any(of_webui) {
+        let (vectors, others): (Vec<_>, Vec<_>) = read.tensors.into_iter().partition(|(key, _)| of_webui(key));
+        // The token that a training gave its word.
+        let mut left: BTreeMap<_, _> =
+            others.into_iter().filter(|(key, _)| !key.starts_with("string_to_token.")).collect();
+        match <[_; 1]>::try_from(vectors) {
+            Ok([(_, vectors)]) => drop(left.insert(SINGLE_KEY.to_string(), vectors)),
+            Err(several) => left.extend(several),
+        }
+        read.tensors = left;
+    }
+    let stored =
+        |tensor: pickle::PickledTensor| Stored { data: tensor.data(bytes), dtype: tensor.dtype, shape: tensor.shape };
+    Ok(read.tensors.into_iter().map(|(key, tensor)| (key, stored(tensor))).collect())
+}
+
+fn vectors(path: &Path, key: &str, tensor: &Stored) -> Result<Vectors> {
     let broken = |reason: String| Error::Weight { file: path.to_path_buf(), key: key.to_string(), reason };
-    let (rows, width) = match *view.shape() {
+    let (rows, width) = match tensor.shape[..] {
         [width] if width > 0 => (1, width),
         [rows, width] if (1..=MOST_VECTORS).contains(&rows) && width > 0 => (rows, width),
         _ => {
             let want = format!("expected [C] or [n, C] with n of 1 to {MOST_VECTORS}");
-            return Err(broken(format!("shape {:?}; {want}", view.shape())));
+            return Err(broken(format!("shape {:?}; {want}", tensor.shape)));
         }
     };
-    let data = view.data();
+    let data = &*tensor.data;
     let pairs = || data.as_chunks::<2>().0.iter();
-    let values: Vec<f32> = match view.dtype() {
+    let values: Vec<f32> = match tensor.dtype {
         Dtype::F32 => data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         Dtype::F16 => pairs().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
         Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),

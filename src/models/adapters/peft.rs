@@ -26,7 +26,8 @@ impl Scaling {
 /// Where diffusers writes the configurations into the metadata of a safetensors file.
 const METADATA: &str = "lora_adapter_metadata";
 /// What PEFT writes, and its configuration beside it.
-const FILE: (&str, &str) = ("adapter_model.safetensors", "adapter_config.json");
+const FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
+const CONFIG: &str = "adapter_config.json";
 
 /// Gives every module the scaling that the file's configuration has for it, if there is one: of the file's metadata, with
 /// the part's name before each key or, where only one network was saved, without; else the adapter_config.json beside it.
@@ -48,8 +49,8 @@ pub(super) fn configure(file: &mut AdapterFile) -> Result<()> {
                     .map_err(|reason| Error::file(&path, format!("its metadata {METADATA}: {reason}")))?;
             }
         }
-    } else if path.file_name().is_some_and(|name| name == FILE.0) {
-        let beside = path.with_file_name(FILE.1);
+    } else if path.file_name().is_some_and(|name| FILES.iter().any(|file| name == *file)) {
+        let beside = path.with_file_name(CONFIG);
         let text = match std::fs::read_to_string(&beside) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             text => text.map_err(|source| Error::io(&beside, source))?,

@@ -1,4 +1,4 @@
-//! A mapped safetensors file and its entries; indices of shards; what is wrong with a file, and what to do about it.
+//! A mapped file of weights, safetensors or PyTorch's own, and its entries; indices of shards; what is wrong with a file, and what to do about it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -12,6 +12,7 @@ use safetensors::{Dtype as FileDtype, SafeTensors};
 
 use crate::error::{Error, Result};
 use crate::models::adapters::Delta;
+use crate::pickle;
 
 #[derive(Debug)]
 pub(in crate::models) struct MappedFile {
@@ -29,13 +30,15 @@ pub(in crate::models) enum Bytes {
 #[derive(Clone, Debug)]
 pub(in crate::models) struct Entry {
     pub file: Arc<MappedFile>,
+    /// The key in the file.
+    pub name: Arc<str>,
     pub dtype: FileDtype,
     /// What a layer sees: of the slice, and after transposing.
     pub shape: Vec<usize>,
     pub start: usize,
     pub len: usize,
-    /// The file holds the matrix `[shape[1], shape[0]]`.
-    pub transposed: bool,
+    /// Elements of the file from one index of a dimension to the next, where they do not follow each other as `shape` says.
+    pub strides: Option<Vec<usize>>,
     /// What the values are multiplied by: one f32 tensor of one element, or of one per row.
     pub scale: Option<Box<Entry>>,
     /// Adapters that change the values, in the order in which they are applied.
@@ -46,14 +49,19 @@ pub(in crate::models) struct Entry {
 
 impl Entry {
     /// The values as they are in these bytes of the file.
-    pub fn new(file: Arc<MappedFile>, dtype: FileDtype, shape: Vec<usize>, bytes: Range<usize>) -> Entry {
-        let (start, len) = (bytes.start, bytes.len());
-        Entry { file, dtype, shape, start, len, transposed: false, scale: None, adapters: Vec::new(), factor: 1.0 }
+    fn new(file: &Arc<MappedFile>, name: &str, dtype: FileDtype, shape: Vec<usize>, bytes: Range<usize>) -> Entry {
+        let (file, name, start, len) = (file.clone(), name.into(), bytes.start, bytes.len());
+        Entry { file, name, dtype, shape, start, len, strides: None, scale: None, adapters: Vec::new(), factor: 1.0 }
+    }
+
+    /// Its elements in the file, from the first to the last.
+    pub fn bytes(&self) -> &[u8] {
+        &self.file.as_bytes()[self.start..self.start + self.len]
     }
 
     /// Can the file's bytes be converted one by one?
     pub fn is_plain(&self) -> bool {
-        !self.transposed && self.scale.is_none() && self.adapters.is_empty() && self.factor == 1.0
+        self.strides.is_none() && self.scale.is_none() && self.adapters.is_empty() && self.factor == 1.0
     }
 
     pub fn is_float(&self) -> bool {
@@ -70,11 +78,20 @@ impl Entry {
     /// A third of the rows: `index` 0, 1, 2 of a matrix or vector that stacks three. `None`: the rows do not divide.
     pub fn third(&self, index: usize) -> Option<Entry> {
         let rows = self.shape.first()?;
-        if !rows.is_multiple_of(3) || self.transposed {
+        if !rows.is_multiple_of(3) {
             return None;
         }
         let mut third = self.clone();
-        (third.shape[0], third.len) = (rows / 3, self.len / 3);
+        third.shape[0] = rows / 3;
+        match &self.strides {
+            None => third.len /= 3,
+            Some(strides) => {
+                let last = third.shape.iter().zip(strides).map(|(size, stride)| size.saturating_sub(1) * stride);
+                third.len = (1 + last.sum::<usize>()) * self.dtype.bitsize() / 8;
+                third.start += index * third.shape[0] * strides[0] * self.dtype.bitsize() / 8;
+                return Some(third);
+            }
+        }
         third.start += index * third.len;
         if let Some(scale) = self.scale.as_ref().filter(|scale| scale.shape.first() == Some(rows)) {
             third.scale = Some(Box::new(scale.third(index)?));
@@ -85,8 +102,9 @@ impl Entry {
     /// The matrix with rows and columns exchanged; other tensors as they are.
     pub fn transpose(mut self) -> Entry {
         if let &[rows, columns] = &self.shape[..] {
+            let strides = self.strides.unwrap_or_else(|| vec![columns, 1]);
             self.shape = vec![columns, rows];
-            self.transposed = !self.transposed;
+            self.strides = Some(vec![strides[1], strides[0]]).filter(|strides| *strides != [rows, 1]);
         }
         self
     }
@@ -111,9 +129,21 @@ impl MappedFile {
         }
     }
 
-    /// Every key of the header, checked: offsets within the file, without holes or overlaps, as long as dtype and shape say.
+    /// Every tensor by its key, checked. Of safetensors: offsets within the file, without holes or overlaps, as long as dtype
+    /// and shape say; of PyTorch's own files, which are read without running what they say: each within its storage.
+    ///
+    /// # Errors
+    /// [`Error::File`]: neither of the two, truncated, damaged, or a pickle that would run commands.
     pub fn entries(self: &Arc<Self>) -> Result<BTreeMap<String, Entry>> {
         let bytes = self.as_bytes();
+        if pickle::is_pickle(bytes) {
+            let read = pickle::read(bytes).map_err(|reason| Error::file(&self.path, reason))?;
+            let entry = |key: String, tensor: pickle::PickledTensor| {
+                let entry = Entry::new(self, &key, tensor.dtype, tensor.shape, tensor.bytes);
+                (key, Entry { strides: tensor.strides, ..entry })
+            };
+            return Ok(read.tensors.into_iter().map(|(key, tensor)| entry(key, tensor)).collect());
+        }
         let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
             let reason = match sniff(bytes) {
                 Some(what) => what.to_string(),
@@ -122,15 +152,18 @@ impl MappedFile {
             Error::file(&self.path, reason)
         })?;
         let data_start = 8 + header;
-        let entry = |info: &safetensors::tensor::TensorInfo| {
+        let entry = |key: &str, info: &safetensors::tensor::TensorInfo| {
             let (start, end) = info.data_offsets;
-            Entry::new(self.clone(), info.dtype, info.shape.clone(), data_start + start..data_start + end)
+            Entry::new(self, key, info.dtype, info.shape.clone(), data_start + start..data_start + end)
         };
-        Ok(metadata.tensors().into_iter().map(|(key, info)| (key, entry(info))).collect())
+        Ok(metadata.tensors().into_iter().map(|(key, info)| (key.clone(), entry(&key, info))).collect())
     }
 
-    /// `__metadata__` of the header: names and texts.
+    /// `__metadata__` of the header, names and texts; of PyTorch's own files the texts and whole numbers beside the tensors.
     pub fn metadata(&self) -> HashMap<String, String> {
+        if pickle::is_pickle(self.as_bytes()) {
+            return pickle::read(self.as_bytes()).map(|read| read.values.into_iter().collect()).unwrap_or_default();
+        }
         let read = SafeTensors::read_metadata(self.as_bytes()).ok();
         read.and_then(|(_, metadata)| metadata.metadata().clone()).unwrap_or_default()
     }
@@ -154,8 +187,8 @@ fn sniff(bytes: &[u8]) -> Option<&'static str> {
     let begins = |magic: &[u8]| bytes.starts_with(magic);
     if begins(b"version https://git-lfs") {
         Some("a Git LFS pointer, not the weights: run `git lfs pull` in the model's directory")
-    } else if begins(b"PK\x03\x04") || begins(b"\x80\x02") || begins(b"\x80\x04") {
-        Some("a PyTorch pickle, not safetensors: convert it (load it in diffusers, then save_pretrained)")
+    } else if begins(b"\x80\x02") || begins(b"\x80\x04") {
+        Some("a pickle, but none that torch.save wrote: load it in Python and save its tensors as safetensors")
     } else if begins(b"GGUF") {
         Some("a GGUF file: safetensors in f32, f16 or bf16 are wanted")
     } else if begins(b"<") {
@@ -197,17 +230,46 @@ fn is_shard(name: &str) -> bool {
     before.rsplit_once('-').is_some_and(|(_, number)| digits(number)) && behind.split('.').next().is_some_and(digits)
 }
 
+/// A way in which a network's weights are saved: the ending of its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightFile {
+    Safetensors,
+    /// `torch.save`'s.
+    Pickle,
+}
+
+impl WeightFile {
+    /// The one that is preferred first.
+    pub const ALL: [WeightFile; 2] = [WeightFile::Safetensors, WeightFile::Pickle];
+
+    /// `safetensors`, `bin`.
+    pub fn ending(self) -> &'static str {
+        match self {
+            WeightFile::Safetensors => "safetensors",
+            WeightFile::Pickle => "bin",
+        }
+    }
+
+    /// `model` and, of text encoders saved by torch, `pytorch_model`.
+    pub fn stem(self, stem: &str) -> &str {
+        match (self, stem) {
+            (WeightFile::Pickle, "model") => "pytorch_model",
+            _ => stem,
+        }
+    }
+}
+
 /// The variants of `stem` in `dir` beside the plain one, in the order of the alphabet: `bf16` where
 /// `stem.bf16.safetensors` or an index of its shards is there.
-pub(super) fn variants(dir: &Path, stem: &str) -> Vec<String> {
+pub(super) fn variants(dir: &Path, stem: &str, ending: &str) -> Vec<String> {
     let of = |name: &str| -> Option<String> {
         let rest = name.strip_prefix(stem)?;
-        let variant = if let Some(rest) = rest.strip_suffix(".safetensors.index.json") {
+        let variant = if let Some(rest) = rest.strip_suffix(&format!(".{ending}.index.json")) {
             rest.strip_prefix('.')?
         } else if let Some(rest) = rest.strip_suffix(".json") {
-            rest.strip_prefix(".safetensors.index.")?
+            rest.strip_prefix(&format!(".{ending}.index."))?
         } else {
-            rest.strip_suffix(".safetensors")?.strip_prefix('.')?
+            rest.strip_suffix(&format!(".{ending}"))?.strip_prefix('.')?
         };
         (!variant.is_empty() && !is_shard(name)).then(|| variant.to_string())
     };
@@ -224,12 +286,10 @@ pub(super) fn not_found(dir: &Path, stem: &str) -> Error {
         return Error::file(dir, "no such directory: a model directory in the diffusers layout has it");
     }
     let names = names_in(dir);
-    let pickle = |name: &&String| [".bin", ".ckpt", ".pt", ".pth", ".pkl"].iter().any(|end| name.ends_with(end));
-    let reason = if let Some(name) = names.iter().find(pickle) {
-        format!(
-            "not found; {name} is a PyTorch pickle, which can run code and is not read: download the safetensors version, \
-             or convert it (load the model in diffusers or transformers, then save_pretrained(dir))"
-        )
+    let torch = |name: &&String| [".bin", ".ckpt", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
+    let reason = if let Some(name) = names.iter().find(torch) {
+        let bin = WeightFile::Pickle.stem(stem);
+        format!("not found, nor {bin}.bin; the directory holds {name}: rename it if these are the weights")
     } else if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors") && is_shard(name)) {
         format!("not found, nor an index of shards, though there is {name}: download {stem}.safetensors.index.json")
     } else if let Some(name) = names.iter().find(|name| name.ends_with(".safetensors")) {

@@ -1,12 +1,11 @@
-//! Weights by key: safetensors files (one, or shards with an index) checked, converted, repacked and brought to a device;
-//! or, for the meta device, a manifest of what a model asks for.
+//! Weights by key: safetensors files, or those that `torch.save` wrote (one, or shards with an index), checked, converted,
+//! repacked and brought to a device; or, for the meta device, a manifest of what a model asks for.
 //!
 //! A file is mapped, not read: a tensor goes from the mapping straight into its final layout and dtype, row by row, and
 //! its pages are given back, so loading holds the loaded tensors and little else.
 
 mod file;
 mod names;
-mod pickle;
 mod repack;
 mod rewrite;
 
@@ -19,6 +18,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 
+pub use self::file::WeightFile;
 use self::file::{Bytes, not_found, read_index, variants};
 pub(super) use self::file::{Entry, MappedFile, file_name};
 use self::names::alike;
@@ -119,34 +119,17 @@ impl std::fmt::Display for Unused {
 
 impl WeightStore {
     /// Opens `dir/stem.safetensors`, or the shards named by `dir/stem.safetensors.index.json`; where neither exists, their
-    /// `.fp16.` variants, and else those of any other variant (`.bf16.`, `.non_ema.`, ...) if it is the only one. A prefix
-    /// that a wrapper put before every key (`_orig_mod.`, `module.`, `model.`) is taken away. Tensors will be `dtype` on
-    /// `device`.
+    /// `.fp16.` variants, and else those of any other variant (`.bf16.`, `.non_ema.`, ...) if it is the only one; where there
+    /// is no safetensors file, in the same order the `.bin` files of `torch.save` (of text encoders `pytorch_model.bin`). A
+    /// prefix that a wrapper put before every key (`_orig_mod.`, `module.`, `model.`) is taken away. Tensors will be `dtype`
+    /// on `device`.
     ///
     /// # Errors
-    /// [`Error::File`]: missing, truncated, not safetensors, two shards with one key, an index that names a file or key
-    /// that is not there, several variants. Always with what to do.
+    /// [`Error::File`]: missing, truncated, neither safetensors nor PyTorch's, two shards with one key, an index that names a
+    /// file or key that is not there, several variants. Always with what to do.
     pub fn open(dir: &Path, stem: &str, device: &Device, dtype: DType) -> Result<WeightStore> {
-        let plain_and_fp16 = [String::new(), ".fp16".into()];
-        let found = plain_and_fp16.into_iter().find_map(|variant| Some((files_of(dir, stem, &variant)?, variant)));
-        let (path, variant) = match found {
-            Some(found) => found,
-            None => match &variants(dir, stem)[..] {
-                [] => return Err(not_found(dir, stem)),
-                [only] => {
-                    let variant = format!(".{only}");
-                    (files_of(dir, stem, &variant).ok_or_else(|| not_found(dir, stem))?, variant)
-                }
-                several => {
-                    let reason = format!(
-                        "not found; there are the variants {}: keep one of them, or rename the files of the wanted one to \
-                         {stem}.safetensors",
-                        several.join(", ")
-                    );
-                    return Err(Error::file(&dir.join(format!("{stem}.safetensors")), reason));
-                }
-            },
-        };
+        let found = WeightFile::ALL.into_iter().find_map(|form| find(dir, form.stem(stem), form.ending()).transpose());
+        let (path, variant) = found.transpose()?.ok_or_else(|| not_found(dir, stem))?;
         let mut store = match path.extension().is_some_and(|end| end == "json") {
             true => WeightStore::open_sharded(path, device, dtype)?,
             false => WeightStore::of_one_file(Arc::new(MappedFile::open(path)?), device, dtype)?,
@@ -155,18 +138,14 @@ impl WeightStore {
         Ok(store)
     }
 
-    /// Opens one file with a network's state dict: safetensors, or PyTorch's own form (`.pth`), which is read as data, without
-    /// running what it says. Of several dicts in a file the first of `wrappers` (`params_ema`) that is there is taken, else all;
+    /// Opens one file with a network's state dict: safetensors, or PyTorch's own form (`.pth`). Of several dicts in a file the first of `wrappers` (`params_ema`) that is there is taken, else all;
     /// then prefixes go as in [`open`](WeightStore::open).
     ///
     /// # Errors
     /// [`Error::File`]: missing, truncated, neither of the two.
     pub fn open_state_dict(path: &Path, wrappers: &[&str], device: &Device, dtype: DType) -> Result<WeightStore> {
         let file = Arc::new(MappedFile::open(path.to_path_buf())?);
-        let mut entries = match pickle::is_pickle(file.as_bytes()) {
-            true => pickle::entries(&file)?,
-            false => file.entries()?,
-        };
+        let mut entries = file.entries()?;
         for wrapper in wrappers {
             let prefix = format!("{wrapper}.");
             if entries.keys().any(|key| key.starts_with(&prefix)) {
@@ -486,9 +465,8 @@ impl WeightStore {
     /// Writes a tensor of the file into `to` (elements of the store's dtype, on the cpu) in the layout asked for.
     fn fill(&self, key: &str, entry: &Entry, to: &mut [impl Element], layout: Layout) -> Result<()> {
         let file = &entry.file;
-        let bytes = &file.as_bytes()[entry.start..entry.start + entry.len];
         let bad = if entry.is_plain() {
-            repack(bytes, entry.dtype, to, layout)
+            repack(entry.bytes(), entry.dtype, to, layout)
         } else {
             let mut values = read_f32(entry);
             entry.adapters.iter().for_each(|delta| delta.apply(&mut values, &entry.shape));
@@ -715,15 +693,36 @@ impl<'a> Weights<'a> {
 /// Small enough that activations stay finite in f16 through a deep network.
 const RANDOM_SIZE: f32 = 0.03;
 
-/// The file of this variant (`""`, `.fp16`), or the index of its shards.
-fn files_of(dir: &Path, stem: &str, variant: &str) -> Option<PathBuf> {
-    // The variant stands before or behind `.safetensors.index`: both orders are in use.
-    let names = [
-        format!("{stem}{variant}.safetensors"),
-        format!("{stem}{variant}.safetensors.index.json"),
-        format!("{stem}.safetensors.index{variant}.json"),
-    ];
-    names.into_iter().map(|name| dir.join(name)).find(|path| path.is_file())
+/// The weights of `dir` in files of this ending and their variant (`""`, `.fp16`): the file, or the index of its shards.
+///
+/// # Errors
+/// [`Error::File`]: several variants to choose from.
+fn find(dir: &Path, stem: &str, ending: &str) -> Result<Option<(PathBuf, String)>> {
+    let of = |variant: String| {
+        // The variant stands before or behind `.safetensors.index`: both orders are in use.
+        let names = [
+            format!("{stem}{variant}.{ending}"),
+            format!("{stem}{variant}.{ending}.index.json"),
+            format!("{stem}.{ending}.index{variant}.json"),
+        ];
+        let path = names.into_iter().map(|name| dir.join(name)).find(|path| path.is_file())?;
+        Some((path, variant))
+    };
+    if let Some(found) = of(String::new()).or_else(|| of(".fp16".into())) {
+        return Ok(Some(found));
+    }
+    match &variants(dir, stem, ending)[..] {
+        [] => Ok(None),
+        [only] => Ok(of(format!(".{only}"))),
+        several => {
+            let reason = format!(
+                "not found; there are the variants {}: keep one of them, or rename the files of the wanted one to \
+                 {stem}.{ending}",
+                several.join(", ")
+            );
+            Err(Error::file(&dir.join(format!("{stem}.{ending}")), reason))
+        }
+    }
 }
 
 /// Puts the scales of 8-bit floats to their tensors: `X.scale_weight` or `X.weight_scale` beside `X.weight`, in f32, one

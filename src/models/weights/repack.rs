@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 
 use super::Entry;
+use crate::pickle::places;
 use crate::runtime::{DType, Element};
 
 /// How a checkpoint's tensor becomes ours.
@@ -131,11 +132,20 @@ fn out_of_range(bytes: &[u8], file_dtype: FileDtype, values: &[f32], dtype: DTyp
     Some(BadValues { count, value })
 }
 
-/// The whole tensor in f32, as a layer's checkpoint shape has it: its scale and its transposition are applied.
+/// The whole tensor in f32, as a layer's checkpoint shape has it: its scale and its strides are applied.
 pub(in crate::models) fn read_f32(entry: &Entry) -> Vec<f32> {
-    let mut values = vec![0.0; entry.shape.iter().product()];
-    let bytes = &entry.file.as_bytes()[entry.start..entry.start + entry.len];
+    let values = stored_f32(entry);
+    match &entry.strides {
+        None => values,
+        Some(strides) => places(&entry.shape, strides).map(|place| values[place]).collect(),
+    }
+}
+
+/// What is between a tensor's first and last element, in f32 and the order of the file: its scale is applied.
+pub(super) fn stored_f32(entry: &Entry) -> Vec<f32> {
+    let bytes = entry.bytes();
     let size = entry.dtype.bitsize() / 8;
+    let mut values = vec![0.0; bytes.len() / size];
     values
         .par_chunks_mut(CHUNK)
         .zip(bytes.par_chunks(CHUNK * size))
@@ -144,13 +154,6 @@ pub(in crate::models) fn read_f32(entry: &Entry) -> Vec<f32> {
         let scale = read_f32(scale);
         let row = values.len().div_ceil(scale.len()).max(1);
         values.par_chunks_mut(row).zip(&scale).for_each(|(row, scale)| row.iter_mut().for_each(|v| *v *= scale));
-    }
-    if let (true, &[rows, columns]) = (entry.transposed, &entry.shape[..]) {
-        let mut turned = vec![0.0; values.len()];
-        turned.par_chunks_mut(columns.max(1)).enumerate().for_each(|(r, row)| {
-            row.iter_mut().enumerate().for_each(|(c, to)| *to = values[c * rows + r]);
-        });
-        values = turned;
     }
     values
 }

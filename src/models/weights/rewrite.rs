@@ -10,9 +10,11 @@ use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 use safetensors::tensor::View;
 
+use super::repack::stored_f32;
 use super::{Entry, WeightStore, read_f32};
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::pickle::places;
 use crate::runtime::{DType, Device, Element, Tensor};
 
 /// What a rewritten file holds.
@@ -52,7 +54,7 @@ impl View for Written<'_> {
     }
 }
 
-/// Writes the file `path` of these stores to `to`: weights that a layer takes in the store's format
+/// Writes the file `path` of these stores to `to`, in safetensors: weights that a layer takes in the store's format
 /// ([`WeightFormat::Fp8`](super::WeightFormat::Fp8), and the model has been loaded from it) as codes `X.weight` of F8_E4M3
 /// and one f32 scale per row, `X.weight_scale` of shape `[rows, 1]`; what adapters change in the file's own dtype, 8-bit
 /// floats that are no such weights as F16; all else as it is.
@@ -75,13 +77,11 @@ pub fn rewrite(stores: &[&WeightStore], path: &Path, to: &Path) -> Result<Rewrit
     let mut old_scales = HashSet::new();
     let raw = file.entries()?;
     for (key, tensor) in &raw {
-        let within = |entry: &Entry| (tensor.start..tensor.start + tensor.len).contains(&entry.start);
-        let parts: Vec<&(&Entry, bool)> = known.iter().filter(|(entry, _)| within(entry)).collect();
+        let parts: Vec<&(&Entry, bool)> = known.iter().filter(|(entry, _)| *entry.name == **key).collect();
         let merged = parts.iter().any(|(entry, _)| !entry.adapters.is_empty());
-        let bytes = &file.as_bytes()[tensor.start..tensor.start + tensor.len];
         done.merged += usize::from(merged);
         match (&parts[..], key.strip_suffix(".weight")) {
-            ([(entry, true)], Some(module)) if entry.len == tensor.len && !entry.transposed => {
+            ([(entry, true)], Some(module)) if entry.shape == tensor.shape && entry.strides == tensor.strides => {
                 let [codes, scales] = quantized(key, entry)?;
                 old_scales.extend(entry.scale.iter().map(|scale| scale.start));
                 let scale_key = format!("{module}.weight_scale");
@@ -98,7 +98,7 @@ pub fn rewrite(stores: &[&WeightStore], path: &Path, to: &Path) -> Result<Rewrit
             }
             _ => {
                 let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
-                written.entry(key.clone()).or_insert(Written { dtype, shape, bytes: Cow::Borrowed(bytes) });
+                written.entry(key.clone()).or_insert_with(|| Written { dtype, shape, bytes: as_stored(tensor) });
             }
         }
     }
@@ -144,23 +144,34 @@ fn quantized(key: &str, entry: &Entry) -> Result<[Written<'static>; 2]> {
     ])
 }
 
+/// A tensor's elements in the order of its shape.
+fn as_stored(tensor: &Entry) -> Cow<'_, [u8]> {
+    let (bytes, size) = (tensor.bytes(), tensor.dtype.bitsize() / 8);
+    match &tensor.strides {
+        None => Cow::Borrowed(bytes),
+        Some(strides) => {
+            let elements = places(&tensor.shape, strides).flat_map(|place| &bytes[place * size..(place + 1) * size]);
+            Cow::Owned(elements.copied().collect())
+        }
+    }
+}
+
 /// A tensor with the parts that layers see of it changed by adapters.
 fn with_adapters<'a>(key: &str, tensor: &Entry, parts: impl Iterator<Item = &'a Entry>) -> Result<Written<'static>> {
     let size = tensor.dtype.bitsize() / 8;
-    let mut all = read_f32(tensor);
+    let mut stored = stored_f32(tensor);
     for part in parts {
         let values = values_of(key, part)?;
-        let first = (part.start - tensor.start) / size;
-        let to = &mut all[first..first + values.len()];
-        match (part.transposed, &part.shape[..]) {
-            (true, &[rows, columns]) => {
-                for (i, value) in to.iter_mut().enumerate() {
-                    *value = values[i % rows * columns + i / rows];
-                }
-            }
-            _ => to.copy_from_slice(&values),
+        let to = &mut stored[(part.start - tensor.start) / size..];
+        match &part.strides {
+            None => to[..values.len()].copy_from_slice(&values),
+            Some(strides) => places(&part.shape, strides).zip(&values).for_each(|(place, value)| to[place] = *value),
         }
     }
+    let all: Vec<f32> = match &tensor.strides {
+        None => stored,
+        Some(strides) => places(&tensor.shape, strides).map(|place| stored[place]).collect(),
+    };
     fn bytes<T: Element>(values: &[f32]) -> Vec<u8> {
         let rounded: Vec<T> = values.par_iter().map(|&value| T::from_f32(value)).collect();
         bytemuck::cast_slice(&rounded).to_vec()

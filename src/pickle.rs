@@ -1,52 +1,116 @@
-//! State dicts in PyTorch's own files (`.pth`), read without running anything: a pickle is a program for a small stack
-//! machine, and this one knows data only. What it would call is compared with the handful of names that stand for tensors;
-//! anything else becomes a value that is not looked at.
+//! Files that `torch.save` wrote (`.ckpt`, `.pt`, `.pth`, `.bin`), read without running anything: a pickle is a program for a
+//! small stack machine, and this one knows data only. What it would call is compared with the handful of names that stand for
+//! tensors; what would run commands is an error, anything else becomes a value that is not looked at.
 //!
-//! Two forms, both of `torch.save`: an archive (zip, since PyTorch 1.6) with `data.pkl` and a file per storage, and the older
-//! one of several pickles, with the storages behind them.
+//! Two forms: an archive (zip, since PyTorch 1.6) with `data.pkl` and a file per storage, and the older one of several pickles,
+//! with the storages behind them.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use safetensors::Dtype as FileDtype;
+use safetensors::Dtype;
 
-use super::file::{Entry, MappedFile};
-use crate::error::{Error, Result};
-
-/// The most tensors of a file, and dicts inside each other: far more than any network has.
+/// The most tensors of a file, items of dicts that are looked at, and dicts inside each other: far more than any network has.
 const MOST_TENSORS: usize = 1 << 16;
+const MOST_ITEMS: usize = 1 << 20;
 const MOST_LEVELS: usize = 8;
 
 /// Does the file begin as one of PyTorch's does?
-pub(super) fn is_pickle(bytes: &[u8]) -> bool {
+pub fn is_pickle(bytes: &[u8]) -> bool {
     bytes.starts_with(b"PK\x03\x04") || bytes.starts_with(LEGACY_MAGIC)
 }
 
-/// The tensors of a file by their keys; of dicts in dicts the keys are joined by dots (`params_ema.conv_first.weight`).
-///
-/// # Errors
-/// [`Error::File`]: truncated or damaged, no dict of tensors, a tensor whose elements do not lie one after the other.
-pub(super) fn entries(file: &Arc<MappedFile>) -> Result<BTreeMap<String, Entry>> {
-    read(file).map_err(|reason| Error::file(&file.path, reason))
+/// What a file holds.
+#[derive(Debug, Default)]
+pub struct Pickled {
+    /// By their keys; of dicts in dicts the keys are joined by dots (`params_ema.conv_first.weight`). Of a training's
+    /// checkpoint those of its `state_dict` alone.
+    pub tensors: BTreeMap<String, PickledTensor>,
+    /// The texts and whole numbers of the outermost dict (`global_step`).
+    pub values: BTreeMap<String, String>,
 }
 
-type Read<T> = std::result::Result<T, String>;
+/// A tensor and where its elements are in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PickledTensor {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Elements from one index of a dimension to the next; `None`: the last dimension is dense, and each other one follows it.
+    pub strides: Option<Vec<usize>>,
+    /// From the first element to the last.
+    pub bytes: Range<usize>,
+}
 
-fn read(file: &Arc<MappedFile>) -> Read<BTreeMap<String, Entry>> {
-    let bytes = file.as_bytes();
+impl PickledTensor {
+    /// The elements in the order of the shape, from the bytes of the file that this tensor was read from.
+    pub fn data<'a>(&self, file: &'a [u8]) -> Cow<'a, [u8]> {
+        let bytes = &file[self.bytes.clone()];
+        match &self.strides {
+            None => Cow::Borrowed(bytes),
+            Some(strides) => {
+                let size = self.dtype.bitsize() / 8;
+                let places = places(&self.shape, strides);
+                Cow::Owned(places.flat_map(|place| &bytes[place * size..(place + 1) * size]).copied().collect())
+            }
+        }
+    }
+}
+
+/// Where the elements of a strided tensor are, in the order of its shape.
+pub fn places<'a>(shape: &'a [usize], strides: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
+    let count = shape.iter().product::<usize>();
+    let mut index = vec![0; shape.len()];
+    let mut next = 0;
+    (0..count).map(move |_| {
+        let place = next;
+        for dimension in (0..shape.len()).rev() {
+            index[dimension] += 1;
+            next += strides[dimension];
+            if index[dimension] < shape[dimension] {
+                break;
+            }
+            next -= shape[dimension] * strides[dimension];
+            index[dimension] = 0;
+        }
+        place
+    })
+}
+
+/// Reads a file.
+///
+/// # Errors
+/// What is wrong, and what to do: truncated or damaged, an archive whose files are compressed, a program that would run
+/// commands, no dict of tensors, a tensor that is not within its storage.
+pub fn read(bytes: &[u8]) -> Read<Pickled> {
     let (machine, root, storages) = match bytes.starts_with(b"PK\x03\x04") {
         true => archive(bytes)?,
         false => legacy(bytes)?,
     };
-    let mut found = Found { machine: &machine, storages, file, entries: BTreeMap::new() };
-    found.collect("", root, 0)?;
-    match found.entries.is_empty() {
-        true => Err("holds no dict of tensors; a file with a network's weights (a state dict) is wanted".into()),
-        false => Ok(found.entries),
+    let mut found = Found { machine: &machine, storages, tensors: BTreeMap::new(), items: 0 };
+    let inner = machine.item(&root, "state_dict").filter(|inner| machine.holds_tensors(inner));
+    found.collect("", inner.unwrap_or(root.clone()), 0)?;
+    if found.tensors.is_empty() {
+        return Err("holds no dict of tensors; a file with a network's weights (a state dict) is wanted".into());
     }
+    let mut values = BTreeMap::new();
+    if let Value::Dict(dict) = root {
+        for (key, value) in &machine.dicts[dict] {
+            let text = match value {
+                Value::Int(number) => number.to_string(),
+                Value::Text(text) => text.to_string(),
+                _ => continue,
+            };
+            if let Value::Text(key) = key {
+                values.insert(key.to_string(), text);
+            }
+        }
+    }
+    Ok(Pickled { tensors: found.tensors, values })
 }
+
+type Read<T> = std::result::Result<T, String>;
 
 /// Where in the file the bytes of each storage are.
 type Storages = HashMap<String, Range<usize>>;
@@ -58,6 +122,10 @@ fn archive(bytes: &[u8]) -> Read<(Machine, Value, Storages)> {
         .find(|(name, _)| name.ends_with("/data.pkl") || *name == "data.pkl")
         .ok_or("is a zip archive without data.pkl: not a file that torch.save wrote")?;
     let folder = name.strip_suffix("data.pkl").unwrap_or_default();
+    let order = files.iter().find(|(name, _)| name.strip_prefix(folder) == Some("byteorder"));
+    if order.is_some_and(|(_, order)| &bytes[order.clone()] == b"big") {
+        return Err("was written on a big-endian system: load it with PyTorch and save it as safetensors".into());
+    }
     let mut machine = Machine::default();
     let (root, _) = machine.run(&bytes[data.clone()])?;
     let prefix = format!("{folder}data/");
@@ -151,7 +219,10 @@ fn archived_files(bytes: &[u8]) -> Read<Vec<(String, Range<usize>)>> {
         };
         let (name, method, stored, size, header, next) = file().ok_or_else(|| truncated(at))?;
         if method != 0 || stored != size {
-            return Err(format!("is an archive whose {name} is compressed: not a file that torch.save wrote"));
+            return Err(format!(
+                "is an archive whose {name} is compressed, which torch.save does not do: load it with PyTorch and save it as \
+                 safetensors"
+            ));
         }
         let place = || -> Option<Range<usize>> {
             let header = usize::try_from(header).ok()?;
@@ -186,11 +257,11 @@ enum Value {
 #[derive(Debug)]
 struct Storage {
     key: String,
-    dtype: FileDtype,
+    dtype: Dtype,
 }
 
 #[derive(Debug)]
-struct PickledTensor {
+struct View {
     storage: usize,
     /// In elements.
     offset: usize,
@@ -209,7 +280,7 @@ struct Machine {
     storages: Vec<Storage>,
     /// Of each storage by its key, in bytes.
     element_sizes: HashMap<String, usize>,
-    tensors: Vec<PickledTensor>,
+    tensors: Vec<View>,
 }
 
 struct Reader<'a> {
@@ -234,6 +305,15 @@ impl<'a> Reader<'a> {
     fn text(&mut self, count: u64) -> Read<String> {
         let bytes = self.take(usize::try_from(count).unwrap_or(usize::MAX))?;
         Ok(String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    /// Of a value that is kept: a byte, four, or a line of digits.
+    fn key(&mut self, code: u8, short: u8, long: u8) -> Read<u64> {
+        match code {
+            _ if code == short => self.number(1),
+            _ if code == long => self.number(4),
+            _ => self.line()?.trim().parse().map_err(|_| damaged("a value kept under no number")),
+        }
     }
 
     fn line(&mut self) -> Read<String> {
@@ -283,20 +363,42 @@ impl Machine {
                     from.line()?;
                     self.stack.push(Value::Other);
                 }
-                b'X' | b'T' => {
-                    // BINUNICODE, BINSTRING
-                    let count = from.number(4)?;
+                b'X' | b'T' | 0x8d => {
+                    // BINUNICODE, BINSTRING, BINUNICODE8
+                    let count = from.number(if code == 0x8d { 8 } else { 4 })?;
                     self.stack.push(Value::Text(from.text(count)?.into()));
+                }
+                b'V' | b'S' => {
+                    // UNICODE, STRING
+                    let line = from.line()?;
+                    self.stack.push(Value::Text(line.trim_matches(['\'', '"']).into()));
                 }
                 0x8c | b'U' => {
                     // SHORT_BINUNICODE, SHORT_BINSTRING
                     let count = from.number(1)?;
                     self.stack.push(Value::Text(from.text(count)?.into()));
                 }
-                b'C' | b'B' => {
-                    // SHORT_BINBYTES, BINBYTES
-                    let count = from.number(if code == b'C' { 1 } else { 4 })?;
-                    self.other(&mut from, count as usize)?;
+                b'C' | b'B' | 0x8e | 0x96 => {
+                    // SHORT_BINBYTES, BINBYTES, BINBYTES8, BYTEARRAY8
+                    let size = match code {
+                        b'C' => 1,
+                        b'B' => 4,
+                        _ => 8,
+                    };
+                    let count = usize::try_from(from.number(size)?).unwrap_or(usize::MAX);
+                    self.other(&mut from, count)?;
+                }
+                0x8b => {
+                    // LONG4
+                    let count = from.number(4)? as usize;
+                    self.other(&mut from, count)?;
+                }
+                0x8f => self.stack.push(Value::Other), // EMPTY_SET
+                0x90 => drop(self.marked()?),          // ADDITEMS
+                0x91 => {
+                    // FROZENSET
+                    self.marked()?;
+                    self.stack.push(Value::Other);
                 }
                 b')' => self.list(Vec::new()), // EMPTY_TUPLE
                 b']' => self.list(Vec::new()), // EMPTY_LIST
@@ -344,9 +446,9 @@ impl Machine {
                     let top = self.top()?.clone();
                     self.stack.push(top);
                 }
-                b'q' | b'r' => {
-                    // BINPUT, LONG_BINPUT
-                    let key = from.number(if code == b'q' { 1 } else { 4 })?;
+                b'q' | b'r' | b'p' => {
+                    // BINPUT, LONG_BINPUT, PUT
+                    let key = from.key(code, b'q', b'r')?;
                     let top = self.top()?.clone();
                     self.memo.insert(key, top);
                 }
@@ -355,9 +457,9 @@ impl Machine {
                     let top = self.top()?.clone();
                     self.memo.insert(self.memo.len() as u64, top);
                 }
-                b'h' | b'j' => {
-                    // BINGET, LONG_BINGET
-                    let key = from.number(if code == b'h' { 1 } else { 4 })?;
+                b'h' | b'j' | b'g' => {
+                    // BINGET, LONG_BINGET, GET
+                    let key = from.key(code, b'h', b'j')?;
                     let value = self.memo.get(&key).ok_or_else(|| damaged("a value that was not kept"))?;
                     self.stack.push(value.clone());
                 }
@@ -379,7 +481,46 @@ impl Machine {
                     let made = self.made_by(&callable, &arguments)?;
                     self.stack.push(made);
                 }
-                b'b' => drop(self.pop()?), // BUILD: attributes of an object, of which none matters here
+                0x92 => {
+                    // NEWOBJ_EX: arguments by position and by name
+                    self.pop()?;
+                    let (arguments, callable) = (self.pop()?, self.pop()?);
+                    let made = self.made_by(&callable, &arguments)?;
+                    self.stack.push(made);
+                }
+                b'i' => {
+                    // INST
+                    let callable = Value::Global(format!("{}.{}", from.line()?, from.line()?).into());
+                    let arguments = self.marked()?;
+                    self.list(arguments);
+                    let arguments = self.pop()?;
+                    let made = self.made_by(&callable, &arguments)?;
+                    self.stack.push(made);
+                }
+                b'o' => {
+                    // OBJ
+                    let mut arguments = self.marked()?;
+                    if arguments.is_empty() {
+                        return Err(damaged("an object of no class"));
+                    }
+                    let callable = arguments.remove(0);
+                    self.list(arguments);
+                    let arguments = self.pop()?;
+                    let made = self.made_by(&callable, &arguments)?;
+                    self.stack.push(made);
+                }
+                b'b' => {
+                    // BUILD: attributes of an object, of which those matter that a dict of parameters is made of
+                    let attributes = self.pop()?;
+                    let parameters = self.item(&attributes, "_parameters");
+                    if let (&Value::Dict(object), Some(Value::Dict(parameters))) = (self.top()?, parameters) {
+                        let items = self.dicts[parameters].clone();
+                        if self.dicts[object].len() + items.len() > MOST_ITEMS {
+                            return Err(damaged("a dict that grows without end"));
+                        }
+                        self.dicts[object].extend(items);
+                    }
+                }
                 b'Q' => {
                     // BINPERSID
                     let id = self.pop()?;
@@ -441,10 +582,17 @@ impl Machine {
 
     /// What a call would have made: nothing is called.
     fn made_by(&mut self, callable: &Value, arguments: &Value) -> Read<Value> {
-        let (Value::Global(name), &Value::List(arguments)) = (callable, arguments) else { return Ok(Value::Other) };
+        let Value::Global(name) = callable else { return Ok(Value::Other) };
+        if runs_code(name) {
+            return Err(format!(
+                "is a program that would call {name} where PyTorch loads it without weights_only: it was not run; do not use \
+                 this file"
+            ));
+        }
+        let &Value::List(arguments) = arguments else { return Ok(Value::Other) };
         let arguments = &self.lists[arguments];
         match &**name {
-            "collections.OrderedDict" => {
+            "collections.OrderedDict" | "torch.nn.modules.container.ParameterDict" => {
                 self.dicts.push(Vec::new());
                 Ok(Value::Dict(self.dicts.len() - 1))
             }
@@ -466,11 +614,23 @@ impl Machine {
                 else {
                     return Err(damaged("a tensor of another form"));
                 };
-                self.tensors.push(PickledTensor { storage, offset, shape, strides });
+                self.tensors.push(View { storage, offset, shape, strides });
                 Ok(Value::Tensor(self.tensors.len() - 1))
             }
             _ => Ok(Value::Other),
         }
+    }
+
+    /// What a dict has under a text.
+    fn item(&self, dict: &Value, key: &str) -> Option<Value> {
+        let &Value::Dict(dict) = dict else { return None };
+        let is_it = |name: &Value| matches!(name, Value::Text(name) if &**name == key);
+        self.dicts[dict].iter().rev().find_map(|(name, value)| is_it(name).then(|| value.clone()))
+    }
+
+    fn holds_tensors(&self, dict: &Value) -> bool {
+        let &Value::Dict(dict) = dict else { return false };
+        self.dicts[dict].iter().any(|(_, value)| matches!(value, Value::Tensor(_)))
     }
 
     /// `("storage", torch.FloatStorage, key, location, elements, ...)`
@@ -480,16 +640,16 @@ impl Machine {
             return Err(damaged("a storage of another form"));
         };
         let dtype = match &**class {
-            "torch.DoubleStorage" => FileDtype::F64,
-            "torch.FloatStorage" => FileDtype::F32,
-            "torch.HalfStorage" => FileDtype::F16,
-            "torch.BFloat16Storage" => FileDtype::BF16,
-            "torch.LongStorage" => FileDtype::I64,
-            "torch.IntStorage" => FileDtype::I32,
-            "torch.ShortStorage" => FileDtype::I16,
-            "torch.CharStorage" => FileDtype::I8,
-            "torch.ByteStorage" => FileDtype::U8,
-            "torch.BoolStorage" => FileDtype::BOOL,
+            "torch.DoubleStorage" => Dtype::F64,
+            "torch.FloatStorage" => Dtype::F32,
+            "torch.HalfStorage" => Dtype::F16,
+            "torch.BFloat16Storage" => Dtype::BF16,
+            "torch.LongStorage" => Dtype::I64,
+            "torch.IntStorage" => Dtype::I32,
+            "torch.ShortStorage" => Dtype::I16,
+            "torch.CharStorage" => Dtype::I8,
+            "torch.ByteStorage" => Dtype::U8,
+            "torch.BoolStorage" => Dtype::BOOL,
             other => return Err(format!("holds a tensor in {other}; f32, f16, bf16 or f64 are wanted")),
         };
         if &**kind != "storage" {
@@ -502,6 +662,48 @@ impl Machine {
     }
 }
 
+/// Does a call of this run what its arguments say? Nothing is called in any case: the file is one to warn of.
+fn runs_code(name: &str) -> bool {
+    const MODULES: [&str; 17] = [
+        "asyncio",
+        "code",
+        "ctypes",
+        "importlib",
+        "nt",
+        "os",
+        "pdb",
+        "posix",
+        "pty",
+        "requests",
+        "runpy",
+        "shutil",
+        "socket",
+        "subprocess",
+        "sys",
+        "urllib",
+        "webbrowser",
+    ];
+    const BUILT_IN: [&str; 12] = [
+        "__import__",
+        "apply",
+        "breakpoint",
+        "compile",
+        "delattr",
+        "eval",
+        "exec",
+        "execfile",
+        "getattr",
+        "input",
+        "open",
+        "setattr",
+    ];
+    let (module, function) = name.split_once('.').unwrap_or((name, ""));
+    match module {
+        "builtins" | "__builtin__" => BUILT_IN.contains(&function),
+        _ => MODULES.contains(&module),
+    }
+}
+
 fn pairs(items: Vec<Value>) -> Vec<(Value, Value)> {
     let mut items = items.into_iter();
     std::iter::from_fn(|| Some((items.next()?, items.next()?))).collect()
@@ -510,23 +712,28 @@ fn pairs(items: Vec<Value>) -> Vec<(Value, Value)> {
 struct Found<'a> {
     machine: &'a Machine,
     storages: Storages,
-    file: &'a Arc<MappedFile>,
-    entries: BTreeMap<String, Entry>,
+    tensors: BTreeMap<String, PickledTensor>,
+    /// Looked at so far: dicts may be in each other in many places.
+    items: usize,
 }
 
 impl Found<'_> {
     fn collect(&mut self, key: &str, value: Value, level: usize) -> Read<()> {
         match value {
             Value::Tensor(tensor) => {
-                let entry = self.entry(key, &self.machine.tensors[tensor])?;
-                self.entries.insert(key.to_string(), entry);
-                if self.entries.len() > MOST_TENSORS {
+                let tensor = self.tensor(key, &self.machine.tensors[tensor])?;
+                self.tensors.insert(key.to_string(), tensor);
+                if self.tensors.len() > MOST_TENSORS {
                     return Err(format!("holds more than {MOST_TENSORS} tensors: no network of these"));
                 }
                 Ok(())
             }
             Value::Dict(dict) if level < MOST_LEVELS => {
                 let machine = self.machine;
+                self.items += machine.dicts[dict].len();
+                if self.items > MOST_ITEMS {
+                    return Err(damaged("dicts in dicts without end"));
+                }
                 for (name, value) in &machine.dicts[dict] {
                     let name = match name {
                         Value::Text(name) => name.to_string(),
@@ -542,26 +749,35 @@ impl Found<'_> {
         }
     }
 
-    fn entry(&self, key: &str, tensor: &PickledTensor) -> Read<Entry> {
-        let PickledTensor { storage, offset, shape, strides } = tensor;
+    fn tensor(&self, key: &str, view: &View) -> Read<PickledTensor> {
+        let View { storage, offset, shape, strides } = view;
         let Storage { key: storage, dtype } = &self.machine.storages[*storage];
         let place = self.storages.get(storage).ok_or_else(|| damaged(&format!("{key} is in no storage")))?;
-        let mut step = 1usize;
-        for (&size, &stride) in shape.iter().zip(strides).rev() {
-            if size > 1 && stride != step {
-                return Err(format!(
-                    "{key} does not lie in the file in order (strides {strides:?}): save it contiguous"
-                ));
-            }
-            step = step.checked_mul(size).ok_or_else(|| damaged(&format!("{key} has shape {shape:?}")))?;
+        let odd = || damaged(&format!("{key} has shape {shape:?} and strides {strides:?}"));
+        if shape.len() != strides.len() {
+            return Err(odd());
+        }
+        let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size)).ok_or_else(odd)?;
+        let mut step = 1;
+        let mut is_dense = true;
+        // Elements from the first to the last.
+        let mut span = usize::from(count > 0);
+        for (&size, &stride) in shape.iter().zip(strides).rev().filter(|(size, _)| **size > 1 && count > 0) {
+            is_dense &= stride == step;
+            step *= size;
+            span = (size - 1).checked_mul(stride).and_then(|more| span.checked_add(more)).ok_or_else(odd)?;
+        }
+        if count > span {
+            return Err(damaged(&format!("{key} of shape {shape:?} repeats its elements, strides {strides:?}")));
         }
         let size = dtype.bitsize() / 8;
-        let within = || -> Option<(usize, usize)> {
-            let (start, len) = (offset.checked_mul(size)?, step.checked_mul(size)?);
-            let start = place.start.checked_add(start)?;
-            (start.checked_add(len)? <= place.end && shape.len() == strides.len()).then_some((start, len))
+        let within = || -> Option<Range<usize>> {
+            let start = place.start.checked_add(offset.checked_mul(size)?)?;
+            let end = start.checked_add(span.checked_mul(size)?)?;
+            (end <= place.end).then_some(start..end)
         };
-        let (start, len) = within().ok_or_else(|| damaged(&format!("{key} is longer than its storage")))?;
-        Ok(Entry::new(self.file.clone(), *dtype, shape.clone(), start..start + len))
+        let bytes = within().ok_or_else(|| damaged(&format!("{key} is longer than its storage")))?;
+        let strides = (!is_dense).then(|| strides.clone());
+        Ok(PickledTensor { dtype: *dtype, shape: shape.clone(), strides, bytes })
     }
 }
