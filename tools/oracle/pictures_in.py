@@ -132,7 +132,8 @@ def runs():
         "cascade-hires": ("sd15", None, again),
         "cascade-hires-latents": ("sdxl-odd", None, again | {"enlarge": "latents", "scheduler": "euler"}),
         "cascade-diffusehigh": ("sdxl", None, high | {"stages": two, "wavelet_steps": 1}),
-        "cascade-diffusehigh-three": ("sd15", None, high | {"stages": three, "sharpen": False, "scheduler": "ddim"}),
+        "cascade-diffusehigh-three": ("sd15", None, high | {"stages": three, "sharpen": False,
+                                                           "scheduler": "ddim", "seed": 79}),
         # Of a smaller picture than the trained size, and of a larger one.
         "cascade-scalediff": ("sdxl-turbo", None, scale | {"stages": (((12, 10), 4), ((24, 20), 2))}),
         "cascade-scalediff-larger": ("sdxl-turbo", None, scale | {"scheduler": "euler",
