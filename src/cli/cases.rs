@@ -4,8 +4,8 @@
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
     self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, FreeU, GroupNorm, Guidance, LayerNorm, Linear,
-    PatchLayout, Patches, RelayNoise, Repaint, RmsNorm, SampleState, Source, StepIndex, StepRows, Upsampler, Variant,
-    WindowShift, Windows,
+    LowPass, PatchLayout, Patches, RelayNoise, Repaint, RmsNorm, SampleState, Source, SpectralFilter, StepIndex,
+    StepRows, Upsampler, Variant, WindowShift, Windows,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -445,6 +445,12 @@ fn resizes(cases: &mut Vec<Case>) {
     cases.push(case("freeu", "[2,13,17,16] and [2,13,17,24]", 48.0, |inputs| {
         let [backbone, skip] = [16, 24].map(|c| inputs.uniform(&[2, 13, 17, c], 1.0));
         Ok(vec![ops::freeu(&backbone?, &skip?, FreeU { backbone: 1.1, skip: 0.6 })?])
+    }));
+    // Two products per axis, of sums of up to 18 products of a value up to 1 and a weight; their intermediate is f32.
+    cases.push(case("spectral_filter", "[2,13,17,16] in [16,18]", 64.0, |inputs| {
+        let x = inputs.uniform(&[2, 13, 17, 16], 1.0)?;
+        let pass = LowPass { scale: 2.0, floor: 0.6 };
+        Ok(vec![ops::spectral_filter(SpectralFilter { x: &x, padded: [16, 18], pass, weak: 1 })?])
     }));
     // Sums of four values up to 1, in one order, and a quotient.
     cases.push(case("avg_pool", "[2,13,17,3]", 4.0, |inputs| Ok(vec![ops::avg_pool(&inputs.uniform(&SHAPE, 1.0)?)?])));
