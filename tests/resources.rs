@@ -41,6 +41,8 @@ const LOCAL: [&str; 2] = ["STL", "LDL"];
 /// Kernels on the tensor cores, by name and dtype; but not those that only add up what others computed.
 const TENSOR_CORES: [&str; 3] = ["linear", "conv2d", "attention"];
 const SUMS: &str = "_join_";
+/// Nor what is launched once per relay and bound by its exponentials.
+const MAPS: &str = "attention_map_";
 /// Files for Hopper: there the tensor cores read shared memory, and TMA fills it.
 const HOPPER: &str = "sm90/";
 /// Tensor-core kernels for rows that do not begin at 16 bytes, which cp.async cannot copy.
@@ -191,7 +193,11 @@ fn broken_rules(kernels: &Kernels) -> Vec<String> {
         let (by_warp, by_warpgroup) = (count("HMMA"), count("HGMMA") + count("QGMMA"));
         if name.ends_with("_f32") && !name.starts_with(OF_8_BITS) {
             require(by_warp + by_warpgroup == 0, "uses the tensor cores, whose f32 has 10 bits");
-        } else if half && !name.contains(SUMS) && TENSOR_CORES.iter().any(|family| name.starts_with(family)) {
+        } else if half
+            && !name.contains(SUMS)
+            && !name.starts_with(MAPS)
+            && TENSOR_CORES.iter().any(|family| name.starts_with(family))
+        {
             if kernel.file.starts_with(HOPPER) {
                 require(by_warpgroup > 0 && by_warp == 0, "does not use the tensor cores by wgmma alone");
                 require(count("UTMALDG") > 0, "does not load with TMA");
@@ -289,6 +295,7 @@ fn rules_are_enforced() {
         kernel("linear_64x64_f32", &all[2..]),
         kernel("group_norm_bf16", &[]),
         kernel("conv2d_join_bf16", &[]),
+        kernel("attention_map_bf16", &[]),
     ]);
     assert_eq!(broken_rules(&good), Vec::<String>::new());
     let mut hopper = Kernels::from([
