@@ -8,8 +8,8 @@ use crate::common::devices;
 use megafuse::Result;
 use megafuse::ops::{
     self, Activation, Attention, Conv2d, ConvNorm, GroupMoments, GroupNorm, Guidance, GuidanceScale, LayerNorm, Linear,
-    PatchLayout, Patches, Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows,
-    StepTable, Thresholding, TimestepEmbedding, Upsampler, cases, profile,
+    LowPass, PatchLayout, Patches, Repaint, RmsNorm, SampleState, Source, SpectralFilter, StepCoefficients, StepIndex,
+    StepRow, StepRows, StepTable, Thresholding, TimestepEmbedding, Upsampler, cases, profile,
 };
 use megafuse::runtime::{DType, Device, Tensor};
 
@@ -62,6 +62,8 @@ fn every_op(device: &Device) -> Result<()> {
     ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-5 })?;
     ops::scale_cast(&x, 2.0, 1.0, DType::F16, 2)?;
     ops::sharpen(&x, 0.7)?;
+    let pass = LowPass { scale: 2.0, floor: 0.0 };
+    ops::spectral_filter(SpectralFilter { x: &x, padded: [2 * ROWS, 4], pass, weak: 0 })?;
     let e = TimestepEmbedding { dim: 8, flip_sin_to_cos: true, freq_shift: 0.0 };
     ops::timestep_embedding(&[7.0; ROWS], e, device, DType::F32)?;
 
@@ -98,7 +100,7 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let recorded: BTreeSet<_> =
         recorder.take_report().ops.into_iter().map(|record| (record.op, record.output)).collect();
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
-    assert_eq!(names.len(), 37, "{names:?}");
+    assert_eq!(names.len(), 40, "{names:?}");
     for device in devices() {
         profile::start_on(&device).unwrap();
         every_op(&device).unwrap();

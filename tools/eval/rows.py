@@ -102,6 +102,8 @@ OTHERS = (
     ("ScaleDiff", ("--method", "scalediff")),
     ("Upsample Guidance", ("--method", "upsample-guidance")),
     ("PixelRush", ("--method", "pixelrush")),
+    ("FreCaS", ("--method", "frecas")),
+    ("FouriScale", ("--method", "fouriscale")),
 )
 CACHES = ("ucache", "easycache", "spectrum")
 
