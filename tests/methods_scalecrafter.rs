@@ -1,113 +1,21 @@
 //! ScaleCrafter's schedule: which convolutions are re-dilated in which step, by model, size and options; what is refused.
 
+#[path = "common/asked.rs"]
+mod asked;
+
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 
-use megafuse::methods::{
-    self, Denoiser, DiffusionModel, GenerationMethod, METHODS, Method, ModelFacts, NoiseSource, RecordedSteps, Run,
-    SCALECRAFTER, ScaleCrafter, Silent, Size, Stage, Start, Watch,
-};
-use megafuse::models::{Redilation, Redilations, Unet, UnetConfig, UnetOptions, WeightStore};
-use megafuse::ops::{FreeU, StepIndex, StepTable};
-use megafuse::schedulers::{Sampler, Scheduler, SchedulerConfig};
-use megafuse::{DType, Device, Result, Tensor};
+use megafuse::methods::{GenerationMethod, METHODS, Method, Run, SCALECRAFTER, ScaleCrafter, Start};
+use megafuse::models::{Redilation, Redilations, Unet, UnetOptions, WeightStore};
+use megafuse::ops::{FreeU, StepIndex};
+use megafuse::schedulers::{Sampler, SchedulerConfig};
+use megafuse::{DType, Device, Tensor};
 
-type Calls = Arc<Mutex<Vec<UnetOptions>>>;
+use asked::{config, run_of};
 
-/// A model of one channel and one picture whose output is 0; under guidance it has two rows.
-struct Nothing {
-    device: Device,
-    rows: usize,
-    calls: Calls,
-    recorded: RecordedSteps,
-}
-
-struct Network(usize, Calls);
-
-impl Denoiser for Network {
-    fn denoise(&self, x: &Tensor, _: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        self.1.lock().unwrap().push(options.clone());
-        Tensor::zeros(x.device(), &[&[self.0], &x.shape()[1..]].concat(), DType::F32)
-    }
-}
-
-impl DiffusionModel for Nothing {
-    fn device(&self) -> &Device {
-        &self.device
-    }
-    fn sample_shape(&self, size: Size) -> [usize; 4] {
-        [1, size.height / 8, size.width / 8, 1]
-    }
-    fn begin_stage(&self, _: Size, _: &[f32], _: Option<Box<dyn Denoiser>>) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(Network(self.rows, self.calls.clone())))
-    }
-    fn conditioning_key(&self) -> Vec<usize> {
-        Vec::new()
-    }
-    fn recorded_steps(&self) -> &RecordedSteps {
-        &self.recorded
-    }
-    fn decode(&self, x0: &Tensor, _: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        Ok(x0.clone())
-    }
-    fn encode(&self, picture: &Tensor, _: Option<&Tensor>, _: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        Ok(picture.clone())
-    }
-}
-
-struct Zeros(Device);
-
-impl NoiseSource for Zeros {
-    fn seeds(&self) -> Vec<u64> {
-        vec![0]
-    }
-    fn normal(&mut self, shape: [usize; 4]) -> Result<Tensor> {
-        Tensor::zeros(&self.0, &shape, DType::F32)
-    }
-    fn normal_into(&mut self, _: &mut Tensor) -> Result<()> {
-        unreachable!("an eta of 0 draws nothing")
-    }
-}
-
-/// SD 1.x's, 2.x's and SDXL's UNets as they are published, and one of two levels.
-fn config(name: &str) -> UnetConfig {
-    let xl = r#""down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": true,
-        "block_out_channels": [320, 640, 1280], "sample_size": 128, "transformer_layers_per_block": [1, 2, 10]"#;
-    let text = match name {
-        "sdxl" => xl,
-        "sd1" => r#""sample_size": 64"#,
-        "sd2" => r#""sample_size": 64, "use_linear_projection": true"#,
-        _ => {
-            r#""down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "block_out_channels": [32, 64],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]"#
-        }
-    };
-    UnetConfig::from_json("unet/config.json", &format!("{{{text}}}")).unwrap()
-}
-
-fn run_of(unet: &str, size: &str, steps: usize, options: ScaleCrafter, guidance: Option<f32>) -> Result<Run> {
-    let schedule = r#"{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}"#;
-    let schedule = SchedulerConfig::from_json("scheduler_config.json", schedule).unwrap();
-    let stages: Vec<Stage> = vec![format!("{size}:{steps}").parse().unwrap()];
-    let scheduler = Scheduler::new(&schedule, Sampler::Ddim, steps, 0.0).unwrap();
-    let facts = ModelFacts { name: unet.into(), distilled: false, unet: Some(config(unet)) };
-    let native = match unet {
-        "sdxl" => Some(Size::new(1024, 1024)),
-        "other" => None,
-        _ => Some(Size::new(512, 512)),
-    };
-    Run::for_native(options.into(), stages, scheduler, guidance, 8, native)?.of_model(facts)
-}
-
+/// What was asked of the network, call by call.
 fn calls(run: &Run) -> Vec<UnetOptions> {
-    let device = Device::cpu();
-    let rows = if run.guidance().is_some() { 2 } else { 1 };
-    let model = Nothing { device: device.clone(), rows, calls: Calls::default(), recorded: RecordedSteps::default() };
-    let mut observer = Silent;
-    let watch = Watch { observer: &mut observer, first: 0 };
-    methods::generate(&model, run, &mut Zeros(device), watch).unwrap();
-    model.calls.lock().unwrap().clone()
+    asked::calls(run).0.into_iter().map(|(_, options)| options).collect()
 }
 
 /// Factors by place; those of whole groups in short, `U0` for all seven convolutions of an up block with its sampler.

@@ -198,9 +198,8 @@ impl FreCaS {
             ends = match timesteps(text) {
                 Ok(given) if given.len() + 1 == stages.len() => given,
                 Ok(_) => {
-                    let relays = stages.len() - 1;
-                    let reason =
-                        format!("expected {relays} timesteps, one per stage but the last of {}", run.stages_text());
+                    let (relays, stages) = (stages.len() - 1, run.stages_text());
+                    let reason = format!("expected one timestep per stage but the last, so {relays} for {stages}");
                     return refuse("frecas_ends", text.clone(), reason);
                 }
                 Err(reason) => return refuse("frecas_ends", text.clone(), reason),
