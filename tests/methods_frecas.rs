@@ -140,7 +140,7 @@ fn given_timesteps_are_checked() {
 fn malformed_runs_are_refused() {
     let ends = |text: &str| FreCaS { frecas_ends: Some(text.into()), ..FreCaS::default() };
     for (options, stages, sampler, field, says) in [
-        (ends("200,100"), SD, Sampler::Ddim, "frecas_ends", "expected 1 timesteps"),
+        (ends("200,100"), SD, Sampler::Ddim, "frecas_ends", "expected one timestep per stage but the last, so 1"),
         (ends("999"), SD, Sampler::Ddim, "frecas_ends", "begins at timestep 999; expected an end below it"),
         (ends("x"), SD, Sampler::Ddim, "frecas_ends", "commas between them"),
         (ends("200,800"), SD_TWO, Sampler::Ddim, "frecas_ends", "stage 2 begins at timestep 500"),
