@@ -1,3 +1,4 @@
+use super::prediction::in_f32;
 use crate::error::Result;
 use crate::ops::{self, StepIndex, StepRows};
 use crate::runtime::{DType, Device, Tensor};
@@ -56,7 +57,7 @@ impl SplitGuidance {
     /// Those of the ops.
     pub fn rows(&self, output: &Tensor) -> Result<Tensor> {
         let [rows, h, w, _] = output.dims("frequency split", "output")?;
-        let half = |from: usize| ops::scale_cast(&output.rows(from..from + rows / 2)?, 1.0, 0.0, DType::F32, 1);
+        let half = |from: usize| in_f32(output.rows(from..from + rows / 2)?);
         let (unconditional, conditional) = (half(0)?, half(rows / 2)?);
         let difference = ops::add_scaled(&conditional, &unconditional, -1.0)?;
         let low = ops::resize_bilinear(&ops::resize_bilinear(&difference, self.grid)?, [h, w])?;

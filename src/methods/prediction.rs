@@ -61,7 +61,7 @@ impl Prediction {
                 if output.shape()[0] == 2 * images {
                     return output.rows(images..2 * images); // there is no guidance
                 }
-                let rows = |from: usize| ops::scale_cast(&output.rows(from..from + images)?, 1.0, 0.0, DType::F32, 1);
+                let rows = |from: usize| in_f32(output.rows(from..from + images)?);
                 let (unconditional, twins) = (rows(0)?, rows(2 * images)?);
                 let conditional = match *amplified {
                     1.0 => twins,
@@ -74,9 +74,7 @@ impl Prediction {
             }
         }
     }
-}
 
-impl Prediction {
     /// What its calls do with maps of cross-attention.
     pub(super) fn attention_maps(&self) -> AttentionMaps {
         match self {
@@ -99,7 +97,8 @@ impl From<UnetOptions> for Prediction {
     }
 }
 
-fn in_f32(x: Tensor) -> Result<Tensor> {
+/// The same in f32; what is f32 already is not copied.
+pub(super) fn in_f32(x: Tensor) -> Result<Tensor> {
     match x.dtype() {
         DType::F32 => Ok(x),
         _ => ops::scale_cast(&x, 1.0, 0.0, DType::F32, 1),
