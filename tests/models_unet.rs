@@ -1,6 +1,9 @@
 //! UNet and VAE as a library: option groups that no small published-style model sets, low precision, batches, wrong
 //! arguments, and what a step costs. (`tests/oracle` checks the modules of whole models through the command line.)
 
+#[path = "common/drawn.rs"]
+mod drawn;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -106,7 +109,7 @@ impl OptionCase {
 
     fn load_as(name: &str, dtype: DType, format: WeightFormat) -> OptionCase {
         let device = Device::cpu();
-        let folder = data("unet-options").join(name);
+        let folder = drawn::folder(&format!("unet-options/{name}"));
         let expected = arrays(&folder.join("expected.safetensors"));
         let tensor = |(shape, values): &(Vec<usize>, Vec<f32>)| {
             Tensor::from_f32(&device, shape, dtype, values).expect("a tensor")

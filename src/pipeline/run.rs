@@ -1,7 +1,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
-use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions};
+use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
 use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
@@ -434,7 +434,8 @@ impl Pipeline {
         let rows = prompts.embeds.shape().to_vec();
         let embedded = self.defaults.embeds_guidance.then_some(first.guidance - 1.0);
         let repeats = if guided { 2 } else { 1 };
-        let mut conditions = self.family.conditions(prompts, repeats, &first.size_ids, embedded);
+        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded };
+        let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
         let start = first.init_image.as_ref().map(|init| OnDevice { init, device: self.device() });

@@ -1,6 +1,7 @@
 //! Shared by the ops' tests: seeded inputs, textbook loops in f64, and a comparison of every element.
 #![allow(dead_code)] // each test binary uses a part
 
+pub mod drawn;
 pub mod skip;
 
 use std::fmt::Display;

@@ -3,7 +3,7 @@ of SDXL and of LCM among them.
 
     tools/oracle/venv tools/oracle/unet_options.py
 
-NAME/config.json and weights as diffusers writes them (f16, every one drawn), and expected.safetensors with input and
+NAME/config.json, the weights (f16, every one drawn; most are described: drawn.py), and expected.safetensors with input and
 output: sample [N, C, H, W], timestep [], prompt_embeds [N, L, 16], out, computed in f64; with added conditioning
 pooled_prompt_embeds [N, P] and time_ids [N, 6], with a guidance embedding guidance [1]. Of some models out_fp8: the same with the linear layers
 of the transformers in 8-bit floats, weights and inputs, a scale per row; but for the keys and values of the text.
@@ -16,6 +16,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
+import drawn
 import small_models
 
 ROOT = pathlib.Path(__file__).resolve().parents[2] / "tests/data/unet-options"
@@ -61,6 +62,8 @@ OPTIONS = {
 }
 
 
+# Whose weights are stored: it stands in for the UNet of a whole model, which is read as a directory.
+STORED = ["guidance-embedding"]
 # These with out_fp8.
 IN_8_BITS = ["only-cross-attention", "text-time", "guidance-embedding"]
 
@@ -109,8 +112,11 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"_class_name": "UNet2DConditionModel"} | config, indent=2)
         (folder / "config.json").write_text(text + "\n")
-        state = {key: tensor.half() for key, tensor in unet.state_dict().items()}
-        save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        if name in STORED:
+            state = {key: tensor.half() for key, tensor in unet.state_dict().items()}
+            save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        else:
+            drawn.write(folder, "diffusion_pytorch_model", unet, 100 + seed, "unet", torch.float16)
 
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randn(n, unet.config.in_channels, h, w, generator=generator)

@@ -184,16 +184,8 @@ pub(super) trait Family: Send + Sync {
         warn: &mut dyn FnMut(&str),
     ) -> Result<PromptEmbeds>;
 
-    /// What the network is told in a run. `prompts`: rows in the order of the network's batch, unconditional ones first;
-    /// each row serves as many consecutive images. `repeats`: how often every sample stands in the network's batch, twice
-    /// under guidance. `guidance`: what a network is told that reads its guidance scale, less 1.
-    fn conditions(
-        &self,
-        prompts: PromptEmbeds,
-        repeats: usize,
-        sizes: &SizeIds,
-        guidance: Option<f32>,
-    ) -> Box<dyn RunConditions>;
+    /// What the network is told in a run.
+    fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions>;
 
     /// What has weights, in the order of a run.
     fn modules(&self) -> Vec<&dyn Module>;
@@ -228,6 +220,17 @@ pub(super) trait SampleSpace: Send + Sync {
         partition: Partition,
         warn: &mut dyn FnMut(&str),
     ) -> Result<Tensor>;
+}
+
+/// What a run tells the network beside the samples and the timesteps.
+pub(super) struct RunInputs {
+    /// Rows in the order of the network's batch, unconditional ones first; each row serves as many consecutive images.
+    pub prompts: PromptEmbeds,
+    /// How often every sample stands in the network's batch: twice under guidance.
+    pub repeats: usize,
+    pub sizes: SizeIds,
+    /// What a network is told that reads its guidance scale, less 1.
+    pub guidance: Option<f32>,
 }
 
 /// A prompt to encode.

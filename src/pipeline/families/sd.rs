@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
-use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace};
+use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace};
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
 use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
-use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
+use crate::pipeline::{ModelFiles, TextOptions, WeightReport};
 use crate::runtime::Tensor;
 use crate::text::Encoder;
 
@@ -122,13 +122,8 @@ impl Family for StableDiffusion {
         Ok(PromptEmbeds { embeds: encoded.hidden, pooled: None })
     }
 
-    fn conditions(
-        &self,
-        prompts: PromptEmbeds,
-        repeats: usize,
-        _sizes: &SizeIds,
-        guidance: Option<f32>,
-    ) -> Box<dyn RunConditions> {
+    fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
+        let RunInputs { prompts, repeats, guidance, sizes: _ } = inputs;
         Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, guidance, made: None })
     }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::latent::{Crops, LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
-use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, SampleSpace, misfit};
+use super::{
+    Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace, misfit,
+};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
 use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet};
@@ -170,14 +172,9 @@ impl Family for StableDiffusionXl {
         PromptEmbeds::concat(&parts)
     }
 
-    fn conditions(
-        &self,
-        prompts: PromptEmbeds,
-        repeats: usize,
-        sizes: &SizeIds,
-        guidance: Option<f32>,
-    ) -> Box<dyn RunConditions> {
-        Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes: *sizes, guidance, made: None })
+    fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
+        let RunInputs { prompts, repeats, sizes, guidance } = inputs;
+        Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
