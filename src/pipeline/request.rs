@@ -93,7 +93,15 @@ pub struct TextOptions {
     /// As webui counts: 1 is the last layer's output, n the n-th layer's from the end; then the final layer norm, which SDXL
     /// does without. `None`: the family's own, the last for SD and the last but one for SDXL.
     pub clip_skip: Option<usize>,
+    /// Tokens of T5, the end token and padding included. `None`: [`T5_LENGTH`], or what `reference_compat` asks for.
+    pub t5_length: Option<usize>,
 }
+
+/// Tokens that T5 reads of a prompt, as published pipelines have it; a prompt is cut off there, or padded to it.
+pub const T5_LENGTH: usize = 256;
+
+/// The same of MegaFusion's published code.
+const REFERENCE_T5_LENGTH: usize = 77;
 
 /// What SDXL is told of sizes, in pixels. `None`: the stage's own size, and no crop; a value holds for every stage. Podell
 /// et al. 2023, arXiv:2307.01952, sec. 2.2.
@@ -107,6 +115,13 @@ pub struct SizeIds {
 }
 
 impl Request {
+    /// [`Request::text`], with what the method's options ask for where it says nothing.
+    pub(super) fn text_options(&self) -> TextOptions {
+        let compat = self.method.option("reference_compat").and_then(serde_json::Value::as_bool) == Some(true);
+        let t5_length = self.text.t5_length.or(compat.then_some(REFERENCE_T5_LENGTH));
+        TextOptions { t5_length, ..self.text }
+    }
+
     /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
     /// program (docs/ablations.md, models/pocket/README.md); `plain` without guidance for a model distilled to a few steps,
     /// or with what it was told, 8.5, where it reads the scale (LCM); `megafusion++` and 7 for any other.
@@ -296,4 +311,20 @@ fn start_of(init: &InitImage, method: &Method, steps: usize) -> Result<Start> {
 
 fn refused(field: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {
     Error::Request { field, value: value.to_string(), reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_code_reads_77_tokens_of_t5() {
+        let length = |reference_compat, t5_length| {
+            let method = MegaFusion { reference_compat, ..MegaFusion::plus() }.into();
+            let text = TextOptions { t5_length, ..TextOptions::default() };
+            Request { method, text, ..Request::default() }.text_options().t5_length
+        };
+        assert_eq!([length(false, None), length(true, None)], [None, Some(77)]);
+        assert_eq!([length(false, Some(128)), length(true, Some(128))], [Some(128); 2]);
+    }
 }

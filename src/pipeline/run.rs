@@ -6,6 +6,7 @@ use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
+use super::resident::Module;
 use super::start::OnDevice;
 use super::upscale::Upscaler;
 use super::{Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
@@ -279,6 +280,10 @@ impl Pipeline {
                 return Err(Error::Request { field, value, reason });
             }
         }
+        if let Some(length) = request.text.t5_length.filter(|_| !self.family.reads_t5()) {
+            let reason = format!("has no effect with {}, which has no T5 text encoder; SD 3 has", self.name);
+            return Err(Error::Request { field: "text.t5_length", value: length.to_string(), reason });
+        }
         let masked = request.init_image.as_ref().is_some_and(|init| init.mask.is_some());
         if self.family.reads_mask() && !masked {
             let (field, value) = ("mask", "(none)".into());
@@ -487,9 +492,12 @@ impl Pipeline {
         &self.ladder
     }
 
-    /// Bytes of the modules that are in memory.
+    /// Bytes of the modules that are in memory, of the device's own.
     pub(super) fn resident_bytes(&self) -> u64 {
-        let loaded = self.family.modules().into_iter().zip(self.weights()).filter(|(module, _)| module.is_loaded());
+        let of_device =
+            |module: &dyn Module| module.role() != Role::Text || self.options.text_device().same(&self.options.device);
+        let modules = self.family.modules().into_iter().zip(self.weights());
+        let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
         let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
         loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler
     }
@@ -589,7 +597,7 @@ impl Pipeline {
             .chain(requests.iter().map(|request| (false, Some(request.prompt.clone()))))
             .map(|(negative, text)| PromptText { text, negative })
             .collect();
-        let options = requests[0].text;
+        let options = requests[0].text_options();
         let mut distinct: Vec<PromptText> = Vec::new();
         for row in &rows {
             if !distinct.contains(row) {
@@ -604,7 +612,8 @@ impl Pipeline {
             _ => {
                 *encoded = None;
                 self.bring(Role::Text, &mut |message| observer.warning(message))?;
-                self.family.encode_prompts(&distinct, &options, &mut |message| observer.warning(message))?
+                let warn = &mut |message: &str| observer.warning(message);
+                self.family.encode_prompts(&distinct, &options, warn)?.to_device(self.device())?
             }
         };
         if kept {

@@ -14,7 +14,7 @@ use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{Partition, UnetConfig, WeightStore, Weights};
-use crate::runtime::Tensor;
+use crate::runtime::{Device, Tensor};
 use crate::schedulers::{Sampler, SchedulerConfig};
 
 /// Every family. A model is of the last one whose parts it has.
@@ -158,6 +158,11 @@ pub(super) trait Family: Send + Sync {
         false
     }
 
+    /// Is T5 among its text encoders, so that a prompt has a number of its tokens ([`TextOptions::t5_length`])?
+    fn reads_t5(&self) -> bool {
+        false
+    }
+
     /// Is the network an inpainting one, which reads a mask and the masked picture's latents beside the latents?
     fn reads_mask(&self) -> bool;
 
@@ -268,6 +273,15 @@ impl PromptEmbeds {
         let pooled: Vec<Tensor> = parts.iter().filter_map(|part| part.pooled.clone()).collect();
         let pooled = if pooled.is_empty() { None } else { Some(Tensor::concat(&pooled)?) };
         Ok(PromptEmbeds { embeds: Tensor::concat(&embeds)?, pooled })
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_device`].
+    pub fn to_device(&self, device: &Device) -> Result<PromptEmbeds> {
+        let pooled = self.pooled.as_ref().map(|pooled| pooled.to_device(device)).transpose()?;
+        Ok(PromptEmbeds { embeds: self.embeds.to_device(device)?, pooled })
     }
 
     /// Rows of these, in this order.
