@@ -6,6 +6,7 @@ mod config;
 mod foreign;
 pub mod layers;
 mod ldm;
+mod ldm_mmdit;
 mod rrdbnet;
 pub mod single_file;
 pub mod unet;

@@ -1,7 +1,7 @@
 use super::families::Defaults;
 use super::{InitImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache};
+use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache, check_size};
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
@@ -124,14 +124,19 @@ impl Request {
 
     /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
     /// program (docs/ablations.md, models/pocket/README.md); `plain` without guidance for a model distilled to a few steps,
-    /// or with what it was told, 8.5, where it reads the scale (LCM); `megafusion++` and 7 for any other.
+    /// or with what it was told, 8.5, where it reads the scale (LCM); 7 for any other, and `megafusion++`, or for a transformer,
+    /// which has no convolutions to dilate, `megafusion`.
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
             ModelSource::Modified { model, .. } | ModelSource::Resized { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
-                let method = if defaults.is_distilled() { Plain {}.into() } else { MegaFusion::plus().into() };
+                let method = match defaults.is_distilled() {
+                    true => Plain {}.into(),
+                    false if defaults.dilates => MegaFusion::plus().into(),
+                    false => MegaFusion::default().into(),
+                };
                 Request { method, guidance: defaults.guidance, ..Request::default() }
             }
         }
@@ -144,7 +149,8 @@ impl Request {
         format!("Default: {}; {} for the model inside the program.", others.method, inside.method)
     }
 
-    /// The run for a model with this scheduler configuration, native size and pixels per latent cell.
+    /// The run for a model with this scheduler configuration, native size, and pixels per latent cell; sides of its pictures are
+    /// multiples of `multiple`.
     ///
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Config`] for the scheduler's configuration.
@@ -152,7 +158,7 @@ impl Request {
         &self,
         config: &SchedulerConfig,
         native: Option<Size>,
-        factor: usize,
+        (factor, multiple): (usize, usize),
         defaults: Defaults,
     ) -> Result<Run> {
         if self.count == 0 {
@@ -175,7 +181,8 @@ impl Request {
         {
             return Err(refused("negative_prompt", format!("{negative:?}"), unguided));
         }
-        let stages = self.resolve_stages(native, factor, defaults)?;
+        let stages = self.resolve_stages(native, multiple, defaults)?;
+        stages.iter().try_for_each(|stage| check_size("stages", stage.size, multiple))?;
         let steps = self.method.scheduled_steps(&stages);
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
             return Err(refused(
@@ -279,7 +286,8 @@ impl Request {
                 return Err(refused("size", "(none)", reason));
             }
         };
-        let geometry = Geometry { size, native, factor, steps, relay_growth: defaults.relay_growth };
+        let Defaults { relay_growth, relayed_share, .. } = defaults;
+        let geometry = Geometry { size, native, factor, steps, relay_growth, relayed_share };
         match replaced {
             Some(picture) => self.method.implementation().stages_from_picture(&geometry, picture),
             None => self.method.implementation().stages(&geometry),

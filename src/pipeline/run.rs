@@ -226,6 +226,11 @@ impl Pipeline {
         self.family.space().factor()
     }
 
+    /// Sides of pictures are multiples of so many pixels: those of a latent cell, or of a patch of cells.
+    pub fn side_multiple(&self) -> usize {
+        self.family.side_multiple()
+    }
+
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
         self.family.weights()
@@ -244,13 +249,14 @@ impl Pipeline {
         if !request.stages.is_empty() {
             return Ok(request);
         }
-        let factor = self.factor();
+        let factor = self.side_multiple();
         let whole = |side: usize| ((side + factor / 2) / factor).max(1) * factor;
         let from = init.picture.size();
         let picture = Size::new(whole(from.width), whole(from.height));
         let native = self.native_size().unwrap_or(picture);
         let steps = request.steps.unwrap_or(self.defaults.steps);
-        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0 };
+        let relayed_share = self.defaults.relayed_share;
+        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0, relayed_share };
         for (name, value) in request.method.implementation().enlarging_options(&geometry) {
             if request.method.option(name).is_none() {
                 request.method = request.method.with(name, value)?;
@@ -292,8 +298,8 @@ impl Pipeline {
         }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
-        let factor = self.family.space().factor();
-        request.resolve(&self.scheduler, self.native_size(), factor, self.defaults)?.of_model(model)
+        let cells = (self.family.space().factor(), self.family.side_multiple());
+        request.resolve(&self.scheduler, self.native_size(), cells, self.defaults)?.of_model(model)
     }
 
     /// What of a request may surprise, a sentence each: a picture that is stretched, a mask that repaints nothing.

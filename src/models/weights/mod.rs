@@ -37,21 +37,28 @@ use crate::runtime::{DType, Device, Element, Tensor};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     TextEncoder,
-    /// OpenCLIP bigG of SDXL.
+    /// OpenCLIP bigG of SDXL and SD3.
     TextEncoder2,
+    /// T5 of SD3.
+    TextEncoder3,
     Unet,
+    /// SD3's denoiser.
+    Transformer,
     Vae,
 }
 
 impl Part {
-    pub const ALL: [Part; 4] = [Part::TextEncoder, Part::TextEncoder2, Part::Unet, Part::Vae];
+    pub const ALL: [Part; 6] =
+        [Part::TextEncoder, Part::TextEncoder2, Part::TextEncoder3, Part::Unet, Part::Transformer, Part::Vae];
 
-    /// `text_encoder`, `text_encoder_2`, `unet`, `vae`.
+    /// `text_encoder`, `text_encoder_2`, `text_encoder_3`, `unet`, `transformer`, `vae`.
     pub fn folder(self) -> &'static str {
         match self {
             Part::TextEncoder => "text_encoder",
             Part::TextEncoder2 => "text_encoder_2",
+            Part::TextEncoder3 => "text_encoder_3",
             Part::Unet => "unet",
+            Part::Transformer => "transformer",
             Part::Vae => "vae",
         }
     }

@@ -25,7 +25,7 @@ pub struct TextEncoder {
 pub struct EncodedText {
     /// `[R, c L, C]`
     pub hidden: Tensor,
-    /// The projection of each prompt's first chunk, `[R, P]`, if asked for and the encoder has one.
+    /// The projection of each prompt's first chunk, `[R, P]`, if asked for; of an encoder that has none the pooled output itself.
     pub projected: Option<Tensor>,
 }
 
@@ -127,7 +127,7 @@ impl TextEncoder {
             let rows = (0..rows / count).map(|row| projected.rows(row * count..row * count + 1));
             Tensor::concat(&rows.collect::<Result<Vec<_>>>()?)
         };
-        let projected = match encoded.projected {
+        let projected = match encoded.projected.or(encoded.pooled) {
             Some(projected) if count > 1 => Some(first(projected)?),
             projected => projected,
         };

@@ -20,6 +20,7 @@ use crate::text::Encoder;
 
 pub static SDXL: FamilySpec = FamilySpec {
     name: "Stable Diffusion XL",
+    pipeline: None,
     parts: &[
         Part::tokenizer("tokenizer"),
         Part::tokenizer("tokenizer_2"),
