@@ -9,6 +9,7 @@ mod ldm;
 mod ldm_mmdit;
 mod rrdbnet;
 pub mod single_file;
+mod t5;
 pub mod unet;
 pub mod vae;
 pub mod weights;
@@ -19,6 +20,7 @@ pub use foreign::Foreign;
 pub use layers::Redilation;
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
+pub use t5::{T5Config, T5Encoder};
 pub use unet::{
     AddedConditioning, AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, Redilations, TIME_IDS,
     TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,

@@ -1,3 +1,5 @@
+mod t5;
+
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 

@@ -5,6 +5,8 @@ mod latent;
 mod prompts;
 mod sd;
 mod sdxl;
+#[allow(dead_code)] // SD 3 and DeepFloyd IF read it
+mod t5_prompts;
 
 use std::sync::Arc;
 
