@@ -13,6 +13,7 @@ use megafuse::pipeline::{
 use megafuse::{DType, Device, Error, Result};
 
 use super::args::named;
+use super::control_args::ControlArgs;
 use super::grid::{Axis, MethodAt};
 use super::hub::HubArgs;
 use super::manifest::Shard;
@@ -299,6 +300,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub start: StartArgs,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
 
     /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
@@ -649,8 +653,8 @@ impl RunArgs {
     pub fn load_options(&self, device: &Device) -> LoadOptions {
         let memory = MemoryOptions { residency: self.memory, vae: self.vae_partition };
         let (dtype, weights) = (self.dtype_on(device), self.weights);
-        let upscale = self.upscale.options(device);
-        LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
+        let (upscale, controls) = (self.upscale.options(device), self.control.control.clone());
+        LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory, upscale, controls }
     }
 
     /// Those of `--stages`; none: they are planned.
@@ -682,6 +686,7 @@ impl RunArgs {
             guidance_rescale: self.guidance_rescale,
             guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
+            controls: self.control.inputs()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,

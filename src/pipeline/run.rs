@@ -1,14 +1,14 @@
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
-use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
+use super::families::{ControlStrength, Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
 use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
 use super::start::OnDevice;
 use super::upscale::Upscaler;
-use super::{Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
+use super::{ControlInput, Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
@@ -285,6 +285,12 @@ impl Pipeline {
             let reason = format!("{} is an inpainting model; give it request.init_image and request.mask", self.name);
             return Err(Error::Request { field, value, reason });
         }
+        let (given, nets) = (request.controls.len(), self.options.controls.len());
+        if given != nets {
+            let (field, value) = ("control_image", format!("{given} pictures"));
+            let reason = format!("expected {nets}, one for each ControlNet that the model was loaded with");
+            return Err(Error::Request { field, value, reason });
+        }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
         let factor = self.family.space().factor();
@@ -434,12 +440,17 @@ impl Pipeline {
         let rows = prompts.embeds.shape().to_vec();
         let embedded = self.defaults.embeds_guidance.then_some(first.guidance - 1.0);
         let repeats = if guided { 2 } else { 1 };
-        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded };
+        let strength = |input: &ControlInput| ControlStrength { scale: input.scale, guess: input.guess };
+        let controls: Vec<ControlStrength> = first.controls.iter().map(strength).collect();
+        let guesses = controls.iter().map(|control| usize::from(control.guess));
+        let conditioning_key = rows.iter().copied().chain(guesses).collect();
+        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded, controls };
         let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
         let start = first.init_image.as_ref().map(|init| OnDevice { init, device: self.device() });
-        let model = Conditioned { pipeline: self, images, rows, conditions, rung, start };
+        let controls = &first.controls;
+        let model = Conditioned { pipeline: self, images, conditioning_key, conditions, rung, start, controls };
 
         for (index, request) in requests.iter().enumerate() {
             tell(observer, &Event::PictureBegins { index: first_index + index, count, seed: request.seed });
@@ -660,12 +671,13 @@ impl Observer for Group<'_> {
 struct Conditioned<'a> {
     pipeline: &'a Pipeline,
     images: usize,
-    /// Shape of the prompts' embeddings.
-    rows: Vec<usize>,
+    /// Shape of the prompts' embeddings, and of each ControlNet whether it sees all rows.
+    conditioning_key: Vec<usize>,
     conditions: RefCell<Box<dyn RunConditions>>,
     /// Where on the pipeline's ladder the run is.
     rung: Cell<usize>,
     start: Option<OnDevice<'a>>,
+    controls: &'a [ControlInput],
 }
 
 type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
@@ -706,7 +718,7 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn conditioning_key(&self) -> Vec<usize> {
-        self.rows.clone()
+        self.conditioning_key.clone()
     }
 
     fn begin_stage(
@@ -734,6 +746,10 @@ impl DiffusionModel for Conditioned<'_> {
 
     fn start(&self) -> Option<&dyn StartPicture> {
         self.start.as_ref().map(|start| start as &dyn StartPicture)
+    }
+
+    fn control_pictures(&self, stage: usize, size: Size) -> Result<Vec<Tensor>> {
+        self.controls.iter().map(|control| control.image.on(self.device(), stage, size)).collect()
     }
 
     fn reads_mask(&self) -> bool {
