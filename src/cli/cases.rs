@@ -368,6 +368,10 @@ fn pointwise(cases: &mut Vec<Case>) {
     cases.push(case("add", "[3,2731]", 4.0, |inputs| {
         Ok(vec![ops::add(&inputs.uniform(&[3, 2731], 2.0)?, &inputs.uniform(&[3, 2731], 2.0)?)?])
     }));
+    cases.push(case("add_masked", "[3,67,2,24]", 4.0, |inputs| {
+        let [a, b] = [inputs.uniform(&[3, 67, 2, 24], 2.0)?, inputs.uniform(&[3, 67, 2, 24], 2.0)?];
+        Ok(vec![ops::add_masked(&a, &b, &inputs.f32(&[67])?, 0.5)?])
+    }));
     cases.push(case("clamp", "[3,2731]", 0.0, |inputs| {
         Ok(vec![ops::clamp(&inputs.uniform(&[3, 2731], 2.0)?, -0.5, 1.25)?])
     }));
