@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 26] = [
+const FLAGS: [(&str, &str); 29] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -15,6 +15,9 @@ const FLAGS: [(&str, &str); 26] = [
     ("guidance_high", "--guidance-high"),
     ("guidance_rescale", "--guidance-rescale"),
     ("init_image", "--init-image"),
+    ("ip_adapters", "--ip-adapter"),
+    ("ip_images", "--ip-image"),
+    ("ip_masks", "--ip-mask"),
     ("lora", "--lora"),
     ("mask", "--mask"),
     ("method", "--method"),

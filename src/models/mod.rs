@@ -2,8 +2,10 @@
 
 pub mod adapters;
 pub mod clip;
+pub mod clip_vision;
 mod config;
 mod foreign;
+pub mod ip_adapter;
 pub mod layers;
 mod ldm;
 mod rrdbnet;
@@ -14,13 +16,15 @@ pub mod weights;
 
 pub use adapters::Adapters;
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
+pub use clip_vision::{ClipVisionConfig, ClipVisionModel, ClipVisionOutput};
 pub use foreign::Foreign;
+pub use ip_adapter::{IpAdapter, IpAdapterConfig, IpAdapterKind};
 pub use layers::Redilation;
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
 pub use unet::{
-    AddedConditioning, AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, Redilations, TIME_IDS,
-    TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
+    AddedConditioning, AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, ImageMasks, ImagePrompt,
+    Redilations, TIME_IDS, TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,
 };
 pub use vae::{Partition, Vae, VaeConfig};
 pub use weights::{Part, Rewritten, Unused, WeightFile, WeightFormat, WeightStore, Weights, rewrite};

@@ -1,5 +1,5 @@
 use super::families::Defaults;
-use super::{InitImage, ModelFiles, ModelSource};
+use super::{InitImage, IpImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
 use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache};
 use crate::ops::GuidanceScale;
@@ -42,6 +42,8 @@ pub struct Request {
     /// A picture to begin from. Without `size` and `stages` its own size, rounded down to whole cells,
     /// is the final one.
     pub init_image: Option<InitImage>,
+    /// Pictures that the model's IP-Adapters show the network beside the prompt, those of one adapter in this order.
+    pub ip_images: Vec<IpImage>,
     /// What SDXL is told of sizes.
     pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
@@ -73,6 +75,7 @@ impl Default for Request {
             guidance_rescale: 0.0,
             guidance_high: None,
             init_image: None,
+            ip_images: Vec::new(),
             size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
@@ -113,7 +116,9 @@ impl Request {
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
-            ModelSource::Modified { model, .. } | ModelSource::Resized { model, .. } => Request::suited_to(model),
+            ModelSource::Modified { model, .. }
+            | ModelSource::Resized { model, .. }
+            | ModelSource::Prompted { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
                 let method = if defaults.is_distilled() { Plain {}.into() } else { MegaFusion::plus().into() };

@@ -7,12 +7,14 @@ mod conditioning;
 mod config;
 mod convolutions;
 mod fourier;
+mod image_prompt;
 
 pub use attention_maps::{AttentionMapMemory, AttentionMaps};
 pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
 pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
 pub use fourier::FourierConvs;
+pub use image_prompt::{CrossAttentionShape, CrossAttentions, ImageMasks, ImagePrompt};
 
 use super::layers::{Conv2d, GroupNorm, Redilation};
 use super::weights::{WeightStore, Weights};
@@ -69,11 +71,13 @@ pub struct UnetCall<'a> {
     /// ([`UnetConditioning::with_twins`]): their self-attention has the queries and keys of these, and their own values, as
     /// FouriScale has it (sec. 3.4). Not beside windows and neighbourhoods.
     pub twins: usize,
+    /// Where the conditioning's image prompts count; `None`: everywhere.
+    pub image_masks: Option<&'a ImageMasks>,
 }
 
 impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
     fn from(options: &'a UnetOptions) -> UnetCall<'a> {
-        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0 }
+        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0, image_masks: None }
     }
 }
 
@@ -252,7 +256,7 @@ impl Unet {
         conditioning: &UnetConditioning,
         call: impl Into<UnetCall<'a>>,
     ) -> Result<Tensor> {
-        let UnetCall { options, window_shifts, attention_maps, twins } = call.into();
+        let UnetCall { options, window_shifts, attention_maps, twins, image_masks } = call.into();
         let source: Source = x.into();
         let (x, second) = (source.first(), source.second());
         let [n, h, w, c] = x.dims("unet", "x")?;
@@ -278,7 +282,7 @@ impl Unet {
             }
         }
         let levels = self.down_blocks.len();
-        let call = Call { conditioning, step, options, window_shifts, attention_maps, twins, levels };
+        let call = Call { conditioning, step, options, window_shifts, attention_maps, image_masks, twins, levels };
 
         let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, self.dtype, 1);
         let mut x = match (self.config.center_input_sample, second) {

@@ -10,8 +10,8 @@ use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PatchInput};
 use crate::models::{
-    AddedConditioning, AttentionMapMemory, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning, UnetConfig,
-    UnetOptions, Vae, VaeConfig,
+    AddedConditioning, AttentionMapMemory, ImageMasks, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning,
+    UnetConfig, UnetOptions, Vae, VaeConfig,
 };
 use crate::ops::{self, Source, StepIndex, StepTable};
 use crate::runtime::{DType, Device, Tensor};
@@ -200,6 +200,8 @@ pub struct UnetDenoiser {
     /// `[repeats N, h, w, C]`: what an inpainting UNet reads beside the latents.
     channels: Option<Tensor>,
     attention_maps: AttentionMapMemory,
+    /// Where on the stage's map image prompts count.
+    image_masks: ImageMasks,
     /// What it is told of crops, where it reads them.
     crops: Option<Crops>,
     /// By the samples of a batch: what it was told of each one's crop.
@@ -239,6 +241,7 @@ impl UnetDenoiser {
         conditioning: UnetConditioning,
         repeats: usize,
         crops: Option<Crops>,
+        image_masks: Vec<Option<Tensor>>,
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         let Some(reuse) = reuse else {
@@ -249,12 +252,14 @@ impl UnetDenoiser {
             let only = StepIndex::one(unet.device(), 0)?;
             let (channels, cropped, twins) = (None, Vec::new(), OnceLock::new());
             let attention_maps = AttentionMapMemory::default();
+            let image_masks = ImageMasks::new(image_masks);
             return Ok(Box::new(UnetDenoiser {
                 unet,
                 conditioning,
                 repeats,
                 channels,
                 attention_maps,
+                image_masks,
                 crops,
                 cropped,
                 only,
@@ -266,6 +271,7 @@ impl UnetDenoiser {
             .downcast::<UnetDenoiser>()
             .map_err(|_| Error::config("recorded steps", "the denoiser to use again is of another family"))?;
         reuse.conditioning.copy_from(&conditioning)?;
+        reuse.image_masks.replace(image_masks)?;
         let first = reuse.first_conditional();
         if let Some(twins) = reuse.twins.get_mut() {
             twins.copy_from(&conditioning.with_twins(first)?)?;
@@ -299,7 +305,8 @@ impl Denoiser for UnetDenoiser {
             Some(channels) => Source::Two(&input, channels),
         };
         let maps = Some(&self.attention_maps);
-        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps, twins: 0 };
+        let (window_shifts, image_masks) = (steps.window_shifts(), Some(&self.image_masks));
+        let call = UnetCall { options, window_shifts, attention_maps: maps, twins: 0, image_masks };
         self.unet.forward(input, steps.index(), &self.conditioning, call)
     }
 
@@ -311,7 +318,8 @@ impl Denoiser for UnetDenoiser {
             None => None,
         };
         let input = channels.as_ref().map_or(Source::One(&input), |channels| Source::Two(&input, channels));
-        let call = UnetCall { options, window_shifts: None, attention_maps: None, twins: images };
+        let image_masks = Some(&self.image_masks);
+        let call = UnetCall { options, window_shifts: None, attention_maps: None, twins: images, image_masks };
         self.unet.forward(input, steps.index(), twins, call)
     }
 

@@ -8,6 +8,7 @@ use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunCon
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
 use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning, UnetConfig};
+use crate::pipeline::ip_adapter::ImagePrompts;
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, TextOptions, WeightReport};
@@ -39,6 +40,7 @@ struct StableDiffusion {
 struct Conditions {
     unet: Arc<Resident<Unet>>,
     embeds: Tensor,
+    images: ImagePrompts,
     repeats: usize,
     /// What a UNet that reads its guidance scale is told.
     guidance: Option<f32>,
@@ -51,21 +53,25 @@ impl RunConditions for Conditions {
         if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
             self.made = None;
             let text = TextConditioning { text: &self.embeds, added: None, guidance: self.guidance };
-            self.made = Some((timesteps.to_vec(), self.unet.get()?.condition(text, timesteps)?));
+            let unet = self.unet.get()?;
+            let made = unet.condition(text, timesteps)?.with_images(&unet, self.images.prompts.clone())?;
+            self.made = Some((timesteps.to_vec(), made));
         }
         Ok(())
     }
 
     fn begin_stage(
         &mut self,
-        _size: Size,
+        size: Size,
         timesteps: &[f32],
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         self.prepare(timesteps)?;
         match &self.made {
             Some((_, conditioning)) => {
-                UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, None, reuse)
+                let unet = self.unet.get()?;
+                let masks = self.images.masks(size, unet.device())?;
+                UnetDenoiser::begin(unet, conditioning.clone(), self.repeats, None, masks, reuse)
             }
             None => unreachable!("just prepared"),
         }
@@ -123,8 +129,8 @@ impl Family for StableDiffusion {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, repeats, guidance, sizes: _ } = inputs;
-        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, guidance, made: None })
+        let RunInputs { prompts, images, repeats, guidance, sizes: _ } = inputs;
+        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, images, repeats, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
 use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet};
 use crate::models::{UnetConditioning, UnetConfig};
+use crate::pipeline::ip_adapter::ImagePrompts;
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
@@ -173,8 +174,8 @@ impl Family for StableDiffusionXl {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, repeats, sizes, guidance } = inputs;
-        Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes, guidance, made: None })
+        let RunInputs { prompts, images, repeats, sizes, guidance } = inputs;
+        Box::new(Conditions { unet: self.unet.clone(), prompts, images, repeats, sizes, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
@@ -190,6 +191,7 @@ impl Family for StableDiffusionXl {
 struct Conditions {
     unet: Arc<Resident<Unet>>,
     prompts: PromptEmbeds,
+    images: ImagePrompts,
     repeats: usize,
     sizes: SizeIds,
     /// What a UNet that reads its guidance scale is told.
@@ -218,12 +220,13 @@ impl RunConditions for Conditions {
             Some(made) => unet.recondition(made, added, timesteps)?,
             None => {
                 let text = TextConditioning { text: &self.prompts.embeds, added, guidance: self.guidance };
-                unet.condition(text, timesteps)?
+                unet.condition(text, timesteps)?.with_images(&unet, self.images.prompts.clone())?
             }
         };
         self.made = Some(conditioning.clone());
         let crops = Crops { pooled: pooled.clone(), time_ids: time_ids[0], timesteps: timesteps.to_vec() };
-        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), reuse)
+        let masks = self.images.masks(size, unet.device())?;
+        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), masks, reuse)
     }
 }
 
