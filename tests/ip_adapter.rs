@@ -10,9 +10,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use megafuse::models::unet::CrossAttentionShape;
 use megafuse::models::{
-    ClipVisionConfig, ClipVisionModel, ClipVisionOutput, IpAdapter, IpAdapterConfig, UnetConfig, WeightStore,
+    ClipVisionConfig, ClipVisionModel, ClipVisionOutput, ImageMasks, ImagePrompt, IpAdapter, IpAdapterConfig, Unet,
+    UnetCall, UnetConfig, UnetOptions, WeightStore,
 };
+use megafuse::ops::StepIndex;
 use megafuse::pipeline::{InputPicture, encoder_pixels};
 use megafuse::runtime::CudaOptions;
 use megafuse::{DType, Device, Tensor};
@@ -412,4 +415,45 @@ fn what_does_not_go_together_is_named() {
         assert_eq!(output.status.success(), wanted.is_empty(), "{more:?}: {said}");
         assert!(wanted.iter().all(|part| said.contains(part)) && !said.contains("panicked"), "{more:?}: {said}");
     }
+}
+
+/// One kernel a cross-attention with one picture as without, in a step of SD 1.5; a second adapter costs two launches in each, and so
+/// does a mask.
+#[test]
+fn a_step_with_a_picture_has_no_further_launch() {
+    let device = Device::meta();
+    let Device::Meta(meta) = &device else { unreachable!() };
+    let json = fs::read_to_string(data("manifest/sd15-unet.json")).unwrap();
+    let config = UnetConfig::from_json("config.json", &json).unwrap();
+    let unet = Unet::load(WeightStore::meta(&device, DType::BF16), &config).unwrap();
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(&device, shape, dtype).unwrap();
+    let prompt = || {
+        let shapes = config.cross_attentions().numbered_as_run();
+        let kv = |(_, shape): &(usize, CrossAttentionShape)| {
+            zeros(&[2, 4, 2, shape.heads, shape.channels / shape.heads], DType::BF16)
+        };
+        ImagePrompt { kv: shapes.iter().map(kv).collect(), scale: 1.0 }
+    };
+    let launches = |prompts: usize, masks: Vec<Option<Tensor>>| {
+        let text = zeros(&[2, 77, 768], DType::BF16);
+        let images = (0..prompts).map(|_| prompt()).collect();
+        let conditioning = unet.condition(&text, &[0.0]).unwrap().with_images(&unet, images).unwrap();
+        let (options, masks) = (UnetOptions::default(), ImageMasks::new(masks));
+        let call = UnetCall { image_masks: Some(&masks), ..UnetCall::from(&options) };
+        let (x, step) = (zeros(&[2, 64, 64, 4], DType::BF16), StepIndex::one(&device, 0).unwrap());
+        // The masks of the maps are made by the first call.
+        unet.forward(&x, &step, &conditioning, call).unwrap();
+        meta.take_report();
+        unet.forward(&x, &step, &conditioning, call).unwrap();
+        meta.take_report().total().launches
+    };
+    let alone = launches(0, Vec::new());
+    assert_eq!(launches(1, Vec::new()), alone);
+    assert_eq!(launches(2, Vec::new()), alone + 2 * 16);
+    assert_eq!(launches(1, vec![Some(zeros(&[1, 512, 512, 1], DType::F32))]), alone + 2 * 16);
+
+    let few = vec![ImagePrompt { kv: prompt().kv[..15].to_vec(), scale: 1.0 }];
+    let conditioning = unet.condition(&zeros(&[2, 77, 768], DType::BF16), &[0.0]).unwrap();
+    let error = conditioning.with_images(&unet, few).map(drop).unwrap_err().to_string();
+    assert!(error.contains("is 15, expected 16, the cross-attentions of the network"), "{error}");
 }

@@ -193,10 +193,13 @@ fn description(session: &Session, Flags { request: flags, options }: &Flags) -> 
     for (name, value) in session.planner.pipeline().options().named() {
         description[name] = value.into();
     }
-    let TextOptions { syntax, long_prompt, clip_skip } = flags.text;
+    let TextOptions { syntax, long_prompt, clip_skip, t5_length } = flags.text;
     description["prompt_syntax"] = syntax.name().into();
     description["long_prompt"] = long_prompt.name().into();
     description["clip_skip"] = clip_skip.into();
+    if let Some(length) = t5_length {
+        description["t5_length"] = length.into();
+    }
     let SizeIds { original, crop, target } = flags.size_ids;
     for (name, value) in [
         ("original_size", original.map(|size| size.to_string())),

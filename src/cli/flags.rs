@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 29] = [
+const FLAGS: [(&str, &str); 30] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -34,6 +34,7 @@ const FLAGS: [(&str, &str); 29] = [
     ("strength", "--strength"),
     ("text.clip_skip", "--clip-skip"),
     ("text.syntax", "--prompt-syntax"),
+    ("text.t5_length", "--t5-length"),
 ];
 
 /// `relay-clamp` of a method's option `relay_clamp`.

@@ -200,7 +200,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 23] = [
+const SAME: [(&str, &str); 25] = [
     ("cache", "cache"),
     ("cache_options", "cache_options"),
     ("size", "size"),
@@ -217,9 +217,11 @@ const SAME: [(&str, &str); 23] = [
     ("dtype", "dtype"),
     ("weights", "weights"),
     ("vae_dtype", "vae_dtype"),
+    ("text_encoder_device", "text_encoder_device"),
     ("upscale_dtype", "upscale_dtype"),
     ("vae_partition", "vae_partition"),
     ("clip_skip", "clip_skip"),
+    ("t5_length", "t5_length"),
     ("prompt_syntax", "prompt_syntax"),
     ("long_prompt", "long_prompt"),
     ("original_size", "original_size"),
@@ -392,6 +394,7 @@ fn of_infotext(text: &Infotext) -> Recipe {
             "Model hash" | "Version" => {}
             "Dtype" if ours => recipe.flag("dtype", value),
             "Prompt syntax" if ours => recipe.flag("prompt_syntax", value),
+            "T5 length" if ours => recipe.flag("t5_length", value),
             "Long prompt" if ours => recipe.flag("long_prompt", value),
             "Stages" if ours => recipe.flag("stages", value.replace(' ', ",")),
             "Method" if ours => match MethodSpec::find(value) {

@@ -325,6 +325,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = values::clip_skip, help_heading = "Prompt")]
     pub clip_skip: Option<usize>,
 
+    /// Tokens of a prompt that a T5 text encoder (SD 3) reads (default: 256; 77 with --reference-compat)
+    #[arg(long, value_name = "N", value_parser = values::t5_length, help_heading = "Prompt")]
+    pub t5_length: Option<usize>,
+
     /// Size of the final picture, width x height in pixels
     #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
     pub size: Option<Size>,
@@ -424,6 +428,12 @@ pub struct RunArgs {
     /// Element type of the VAE (default: as --dtype; bf16 for f16 where the model's VAE leaves the range of f16)
     #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
     pub vae_dtype: Option<DType>,
+
+    /// Where text encoders run (default: where everything does)
+    ///
+    /// cpu: on the host, so that they need no memory of a card; their T5 is the largest part of SD 3.
+    #[arg(long, value_name = "D", value_parser = ["cpu"], help_heading = "Machine")]
+    pub text_encoder_device: Option<String>,
 
     /// Which parts of the model stay in memory
     ///
@@ -657,7 +667,9 @@ impl RunArgs {
         let memory = MemoryOptions { residency: self.memory, vae: self.vae_partition };
         let (dtype, weights) = (self.dtype_on(device), self.weights);
         let upscale = self.upscale.options(device);
-        LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
+        let host = self.text_encoder_device.is_some() && !matches!(device, Device::Cpu(_));
+        let text_device = host.then(Device::cpu);
+        LoadOptions { device: device.clone(), text_device, dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
     }
 
     /// Those of `--stages`; none: they are planned.
@@ -677,6 +689,7 @@ impl RunArgs {
                 syntax: self.prompt_syntax.unwrap_or_default(),
                 long_prompt: self.long_prompt.unwrap_or_default(),
                 clip_skip: self.clip_skip,
+                t5_length: self.t5_length,
             },
             method: self.options.of(spec, self.stages())?,
             size: self.size,

@@ -6,7 +6,7 @@ use megafuse::models::{
     AddedConditioning, ClipOutput, ClipTextModel, TIME_IDS, TextConditioning, TextEmbeddings, Unet, UnetOptions, Vae,
 };
 use megafuse::ops::StepIndex;
-use megafuse::pipeline::{ModelFiles, WeightReport};
+use megafuse::pipeline::{ModelFiles, T5_LENGTH, WeightReport};
 use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
@@ -75,9 +75,35 @@ fn missing(flag: &'static str, reason: String) -> Error {
     Error::Request { field: flag, value: "is missing".into(), reason }
 }
 
+/// T5, of a model that has one: `t5.input_ids`, `t5.attention_mask`, `t5.last_hidden_state`, of [`T5_LENGTH`] tokens.
+fn t5(
+    files: &ModelFiles,
+    [tokenizer, encoder]: [&'static str; 2],
+    prompt: &str,
+    device: &Device,
+    dtype: DType,
+    loaded: &mut dyn FnMut(WeightReport),
+) -> Result<Arrays> {
+    let (model, report) = files.t5(encoder, device, dtype)?;
+    loaded(report);
+    let tokenizer = files.t5_tokenizer(tokenizer)?.fitted(model.config().vocab_size)?;
+    let tokens = tokenizer.encode(prompt, T5_LENGTH)?;
+    if let Some(rest) = &tokens.truncated {
+        say!("warning: the prompt is longer than T5's {T5_LENGTH} tokens; cut off: {rest:?}");
+    }
+    let hidden = model.forward(std::slice::from_ref(&tokens.ids), None)?;
+    let ids = tokens.ids.iter().map(|&id| i64::from(id)).collect();
+    let mask = (0..T5_LENGTH).map(|token| i64::from(token < tokens.length)).collect();
+    Ok(Arrays::from([
+        ("t5.input_ids".into(), Array::i64(&[1, T5_LENGTH], ids)),
+        ("t5.attention_mask".into(), Array::i64(&[1, T5_LENGTH], mask)),
+        ("t5.last_hidden_state".into(), Array::f32(hidden.shape(), hidden.to_f32_vec()?)),
+    ]))
+}
+
 /// One encoder: `input_ids`, `last_hidden_state`, `penultimate`, `pooled`, and `prompt_embeds`, which is what the UNet of the
 /// SD 1.x/2.x family reads, the last hidden state. Two (SDXL): the same of each as `clip1.*` and `clip2.*`, `prompt_embeds`, both
-/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection.
+/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection. With T5 beside them [`t5`] too.
 fn text(
     files: &ModelFiles,
     prompt: &str,
@@ -102,6 +128,9 @@ fn text(
     arrays.insert("prompt_embeds".into(), Array::f32(embeds.shape(), embeds.to_f32_vec()?));
     if let Some(projected) = &last.projected {
         arrays.insert("pooled_prompt_embeds".into(), Array::f32(projected.shape(), projected.to_f32_vec()?));
+    }
+    if files.has_part("text_encoder_3") && files.has("text_encoder_3") {
+        arrays.extend(t5(files, ["tokenizer_3", "text_encoder_3"], prompt, device, dtype, loaded)?);
     }
     Ok(arrays)
 }

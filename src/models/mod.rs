@@ -8,8 +8,10 @@ mod foreign;
 pub mod ip_adapter;
 pub mod layers;
 mod ldm;
+mod ldm_mmdit;
 mod rrdbnet;
 pub mod single_file;
+mod t5;
 pub mod unet;
 pub mod vae;
 pub mod weights;
@@ -22,6 +24,7 @@ pub use ip_adapter::{IpAdapter, IpAdapterConfig, IpAdapterKind};
 pub use layers::Redilation;
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
+pub use t5::{T5Config, T5Encoder};
 pub use unet::{
     AddedConditioning, AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, FourierConvs, ImageMasks, ImagePrompt,
     Redilations, TIME_IDS, TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions,

@@ -190,7 +190,10 @@ pub(super) struct IpAdapters {
     encoder: Resident<ClipVisionModel>,
     adapters: Vec<Resident<IpAdapter>>,
     pixels: Preprocessor,
+    /// Where encoder and adapters are, as text encoders.
     device: Device,
+    /// Where the network is.
+    network_device: Device,
     dtype: DType,
     /// In the order of [`modules`](IpAdapters::modules).
     pub weights: Vec<WeightReport>,
@@ -209,7 +212,8 @@ impl IpAdapters {
         let (what, config) = of.config()?;
         of.adapters.iter().try_for_each(|(_, adapter)| adapter.check(unet, &what, &config))?;
         let pixels = Preprocessor::read(&of.encoder, config.image_size)?;
-        let (device, dtype) = (options.device.clone(), options.dtype);
+        let (device, network_device) = (options.text_device().clone(), options.device.clone());
+        let dtype = options.dtype;
         let outline = of.encoder_weights(&Device::meta(), dtype)?;
         let mut weights =
             vec![load_part("image_encoder", outline, |w| ClipVisionModel::from_weights(w, &config).map(drop))?.1];
@@ -233,7 +237,7 @@ impl IpAdapters {
         };
         let encoder = Resident::new(Role::Text, load);
         let files = of.adapters.iter().map(|(file, _)| file.clone()).collect();
-        Ok(Some(IpAdapters { files, encoder, adapters, pixels, device, dtype, weights }))
+        Ok(Some(IpAdapters { files, encoder, adapters, pixels, device, network_device, dtype, weights }))
     }
 
     pub fn files(&self) -> &[IpAdapterFile] {
@@ -272,7 +276,9 @@ impl IpAdapters {
                         Tensor::concat(&[none, shown])?
                     }
                 };
-                all.prompts.push(ImagePrompt { kv: adapter.keys_and_values(&rows)?, scale: file.scale });
+                let kv = adapter.keys_and_values(&rows)?;
+                let kv = kv.iter().map(|kv| kv.to_device(&self.network_device)).collect::<Result<_>>()?;
+                all.prompts.push(ImagePrompt { kv, scale: file.scale });
                 all.masks.push(mask);
                 Ok(())
             };

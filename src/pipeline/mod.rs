@@ -35,7 +35,7 @@ pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};
 pub use parameters::Parameters;
 pub use plan::{OpCost, PhaseReport, PlanReport, Planner, WeightReport, plan};
 pub use quantize::{QuantizeReport, quantize, unfinished_output};
-pub use request::{Request, SizeIds, TextOptions};
+pub use request::{Request, SizeIds, T5_LENGTH, TextOptions};
 pub use run::{Picture, Pipeline};
 pub use start::{InitImage, InputPicture};
 pub use upscale::{UpscaleOptions, Upscaler};

@@ -122,10 +122,14 @@ impl Parameters {
             fields.push((title(name), value.to_string()));
             json[name] = value.into();
         }
-        let TextOptions { syntax, long_prompt, clip_skip } = request.text;
+        let TextOptions { syntax, long_prompt, clip_skip, t5_length } = request.text;
         if let Some(clip_skip) = clip_skip {
             fields.push(("Clip skip".into(), clip_skip.to_string()));
             json["clip_skip"] = clip_skip.into();
+        }
+        if let Some(length) = t5_length {
+            fields.push(("T5 length".into(), length.to_string()));
+            json["t5_length"] = length.into();
         }
         // Without these the JSON is that of a prompt read as words.
         if syntax != Syntax::default() {

@@ -238,6 +238,11 @@ impl Pipeline {
         self.family.space().factor()
     }
 
+    /// Sides of pictures are multiples of so many pixels: those of a latent cell, or of a patch of cells.
+    pub fn side_multiple(&self) -> usize {
+        self.family.side_multiple()
+    }
+
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
         &self.weights
@@ -267,13 +272,14 @@ impl Pipeline {
         if !request.stages.is_empty() {
             return Ok(request);
         }
-        let factor = self.factor();
+        let factor = self.side_multiple();
         let whole = |side: usize| ((side + factor / 2) / factor).max(1) * factor;
         let from = init.picture.size();
         let picture = Size::new(whole(from.width), whole(from.height));
         let native = self.native_size().unwrap_or(picture);
         let steps = request.steps.unwrap_or(self.defaults.steps);
-        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0 };
+        let relayed_share = self.defaults.relayed_share;
+        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0, relayed_share };
         for (name, value) in request.method.implementation().enlarging_options(&geometry) {
             if request.method.option(name).is_none() {
                 request.method = request.method.with(name, value)?;
@@ -303,6 +309,10 @@ impl Pipeline {
                 return Err(Error::Request { field, value, reason });
             }
         }
+        if let Some(length) = request.text.t5_length.filter(|_| !self.family.reads_t5()) {
+            let reason = format!("has no effect with {}, which has no T5 text encoder; SD 3 has", self.name);
+            return Err(Error::Request { field: "text.t5_length", value: length.to_string(), reason });
+        }
         let masked = request.init_image.as_ref().is_some_and(|init| init.mask.is_some());
         if self.family.reads_mask() && !masked {
             let (field, value) = ("mask", "(none)".into());
@@ -311,8 +321,8 @@ impl Pipeline {
         }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
-        let factor = self.family.space().factor();
-        let run = request.resolve(&self.scheduler, self.native_size(), factor, self.defaults)?.of_model(model)?;
+        let cells = (self.family.space().factor(), self.family.side_multiple());
+        let run = request.resolve(&self.scheduler, self.native_size(), cells, self.defaults)?.of_model(model)?;
         ip_adapter::check(self.ip_adapters.as_ref(), &request.ip_images, &run)?;
         Ok(run)
     }
@@ -514,9 +524,12 @@ impl Pipeline {
         &self.ladder
     }
 
-    /// Bytes of the modules that are in memory.
+    /// Bytes of the modules that are in memory, of the device's own.
     pub(super) fn resident_bytes(&self) -> u64 {
-        let loaded = self.modules().into_iter().zip(self.weights()).filter(|(module, _)| module.is_loaded());
+        let of_device =
+            |module: &dyn Module| module.role() != Role::Text || self.options.text_device().same(&self.options.device);
+        let modules = self.modules().into_iter().zip(self.weights());
+        let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
         let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
         loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler
     }
@@ -616,7 +629,7 @@ impl Pipeline {
             .chain(requests.iter().map(|request| (false, Some(request.prompt.clone()))))
             .map(|(negative, text)| PromptText { text, negative })
             .collect();
-        let options = requests[0].text;
+        let options = requests[0].text_options();
         let mut distinct: Vec<PromptText> = Vec::new();
         for row in &rows {
             if !distinct.contains(row) {
@@ -631,7 +644,8 @@ impl Pipeline {
             _ => {
                 *encoded = None;
                 self.bring(Role::Text, &mut |message| observer.warning(message))?;
-                self.family.encode_prompts(&distinct, &options, &mut |message| observer.warning(message))?
+                let warn = &mut |message: &str| observer.warning(message);
+                self.family.encode_prompts(&distinct, &options, warn)?.to_device(self.device())?
             }
         };
         if kept {

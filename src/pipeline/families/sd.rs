@@ -17,6 +17,7 @@ use crate::text::Encoder;
 
 pub static SD: FamilySpec = FamilySpec {
     name: "Stable Diffusion 1.x or 2.x",
+    pipeline: None,
     parts: &[
         Part::tokenizer("tokenizer"),
         Part::text_encoder("text_encoder", "CLIPTextModel"),

@@ -21,6 +21,7 @@ use crate::text::Encoder;
 
 pub static SDXL: FamilySpec = FamilySpec {
     name: "Stable Diffusion XL",
+    pipeline: None,
     parts: &[
         Part::tokenizer("tokenizer"),
         Part::tokenizer("tokenizer_2"),
@@ -43,7 +44,7 @@ struct StableDiffusionXl {
     unet_config: UnetConfig,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
-    device: Device,
+    text_device: Device,
     dtype: DType,
 }
 
@@ -87,7 +88,7 @@ impl StableDiffusionXl {
             unet_config,
             latents,
             weights: vec![first_report, second_report, unet_report, vae_report],
-            device: options.device.clone(),
+            text_device: options.text_device().clone(),
             dtype: options.dtype,
         })
     }
@@ -156,8 +157,8 @@ impl Family for StableDiffusionXl {
         let pooled_dim = self.unet_config.added.map_or(0, |added| added.pooled_dim);
         let width = self.unet_config.cross_attention_dim;
         let zero = PromptEmbeds {
-            embeds: Tensor::zeros(&self.device, &[1, rows.embeds.shape()[1], width], self.dtype)?,
-            pooled: Some(Tensor::zeros(&self.device, &[1, pooled_dim], self.dtype)?),
+            embeds: Tensor::zeros(&self.text_device, &[1, rows.embeds.shape()[1], width], self.dtype)?,
+            pooled: Some(Tensor::zeros(&self.text_device, &[1, pooled_dim], self.dtype)?),
         };
         let mut next = 0;
         let parts: Vec<PromptEmbeds> = prompts
