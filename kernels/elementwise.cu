@@ -57,6 +57,31 @@ DEVICE void add(T* y, const T* a, const T* b, float scale, int64_t count) {
     }
 }
 
+// add_masked: y = a + scale mask b in f32, rounded once; the mask has one for each token.
+//   y, a, b [count / (tokens channels), tokens, channels], mask [tokens] f32
+template <class T>
+DEVICE void add_masked(T* y, const T* a, const T* b, const float* mask, float scale, int tokens, int channels,
+                       int64_t count) {
+    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+    // Whole vectors lie within a token.
+    const bool vectors = aligned16(a) && aligned16(b) && aligned16(y) && channels % kVector == 0;
+    if (vectors && first + kVector <= count) {
+        const float factor = scale * mask[first / channels % tokens];
+        float sums[kVector], values[kVector];
+        load<kVector>(sums, a + first);
+        load<kVector>(values, b + first);
+        UNROLL
+        for (int j = 0; j < kVector; j++) sums[j] = fmaf(factor, values[j], sums[j]);
+        store<kVector>(y + first, sums);
+        return;
+    }
+    for (int64_t i = first; i < first + kVector; i++) {
+        if (!GUARD(i < count)) continue;
+        const float factor = scale * mask[i / channels % tokens];
+        y[i] = from_f32<T>(fmaf(factor, to_f32(b[i]), to_f32(a[i])));
+    }
+}
+
 // scale_cast: y[r] = scale x + shift in U, r < repeats.   y [repeats, count], x [count]
 template <class U, class T>
 DEVICE void scale_cast(U* y, const T* x, float scale, float shift, int64_t count, int repeats) {
@@ -124,6 +149,12 @@ DEVICE void count_non_finite(int* counter, const T* x, int64_t count) {
         add(y, a, b, scale, count);                                                                                   \
     }                                                                                                                 \
     REGISTER_KERNEL(add_##suffix)                                                                                     \
+    KERNEL(add_masked_##suffix, kThreads, 1)(T* y, const T* a, const T* b, const float* mask, float scale,            \
+                                             int tokens, int channels, int64_t count) {                               \
+        follow_previous();                                                                                            \
+        add_masked(y, a, b, mask, scale, tokens, channels, count);                                                    \
+    }                                                                                                                 \
+    REGISTER_KERNEL(add_masked_##suffix)                                                                              \
     KERNEL(clamp_##suffix, kThreads, 1)(T* y, const T* x, float low, float high, int64_t count) {                     \
         follow_previous();                                                                                            \
         map(y, x, count, [=](float v) { return clamp(v, low, high); });                                               \

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
 use megafuse::pipeline::{
-    ControlFiles, Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions, TextualInversion,
+    ControlFiles, IpAdapterFile, IpImage, Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions,
+    TextualInversion,
 };
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
@@ -173,6 +174,12 @@ fn description(session: &Session, Flags { request: flags, options }: &Flags) -> 
     if let (Some(resadapter), Some(digest)) = (files.resadapter(), files.resadapter_digest()) {
         let weight = resadapter.weight.to_string();
         description["resadapter"] = json!({"name": resadapter.name(), "weight": weight, "digest": digest});
+    }
+    if let Some((digests, encoder)) = files.ip_digests()? {
+        let of = |(file, digest): (&IpAdapterFile, String)| json!({"name": file.name(), "scale": file.scale.to_string(), "digest": digest});
+        description["ip_adapters"] = session.planner.pipeline().ip_adapters().iter().zip(digests).map(of).collect();
+        description["ip_encoder"] = encoder.into();
+        description["ip_images"] = flags.ip_images.iter().map(IpImage::to_json).collect();
     }
     if !files.embeddings().is_empty() {
         let of = |file: &TextualInversion| json!({"word": file.word(), "digest": file.digest()});

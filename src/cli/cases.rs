@@ -401,6 +401,10 @@ fn pointwise(cases: &mut Vec<Case>) {
             Ok(vec![ops::unpatchify(&inputs.uniform(&[2, 5 * 7, patch * patch * c], 2.0)?, [5, 7], patch)?])
         }));
     }
+    cases.push(case("add_masked", "[3,67,2,24]", 4.0, |inputs| {
+        let [a, b] = [inputs.uniform(&[3, 67, 2, 24], 2.0)?, inputs.uniform(&[3, 67, 2, 24], 2.0)?];
+        Ok(vec![ops::add_masked(&a, &b, &inputs.f32(&[67])?, 0.5)?])
+    }));
     cases.push(case("clamp", "[3,2731]", 0.0, |inputs| {
         Ok(vec![ops::clamp(&inputs.uniform(&[3, 2731], 2.0)?, -0.5, 1.25)?])
     }));

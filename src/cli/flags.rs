@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 31] = [
+const FLAGS: [(&str, &str); 34] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -19,6 +19,9 @@ const FLAGS: [(&str, &str); 31] = [
     ("guidance_high", "--guidance-high"),
     ("guidance_rescale", "--guidance-rescale"),
     ("init_image", "--init-image"),
+    ("ip_adapters", "--ip-adapter"),
+    ("ip_images", "--ip-image"),
+    ("ip_masks", "--ip-mask"),
     ("lora", "--lora"),
     ("mask", "--mask"),
     ("method", "--method"),

@@ -295,6 +295,19 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         };
         recipe.files.push(("resadapter", format!("--resadapter {name}:{weight}")));
     }
+    for adapter in list("ip_adapters")? {
+        let (Some(name), Some(scale)) = (adapter["name"].as_str(), adapter["scale"].as_f64()) else {
+            return Err(wrong("ip_adapters", "names and scales"));
+        };
+        recipe.files.push(("ip_adapter", format!("--ip-adapter {name}.safetensors:{scale}")));
+    }
+    for image in list("ip_images")? {
+        let name = image["name"].as_str().ok_or_else(|| wrong("ip_images", "names of files"))?;
+        recipe.files.push(("ip_image", format!("--ip-image {name}")));
+        if let Some(mask) = image["mask"].as_str() {
+            recipe.files.push(("ip_mask", format!("--ip-mask {mask}")));
+        }
+    }
     for word in list("embeddings")? {
         let word = word.as_str().ok_or_else(|| wrong("embeddings", "words"))?;
         recipe.files.push(("embedding", format!("--embedding FILE (of the word {word:?})")));
@@ -577,10 +590,12 @@ fn without_networks(prompt: &str) -> (String, Vec<String>) {
 }
 
 /// Keys that say what a run was made of: another value makes another picture.
-const COMPARED: [&str; 9] = [
+const COMPARED: [&str; 11] = [
     "model",
     "loras",
     "resadapter",
+    "ip_adapters",
+    "ip_images",
     "embeddings",
     "vae",
     "version",

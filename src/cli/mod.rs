@@ -15,6 +15,7 @@ mod from;
 mod generate;
 mod grid;
 mod hub;
+mod ip_args;
 mod manifest;
 mod memory;
 mod method_options;

@@ -16,6 +16,7 @@ use super::args::named;
 use super::control_args::ControlArgs;
 use super::grid::{Axis, MethodAt};
 use super::hub::HubArgs;
+use super::ip_args::{self, IpArgs};
 use super::manifest::Shard;
 use super::method_options::{MethodChoice, MethodOptions};
 use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
@@ -24,7 +25,7 @@ use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
 #[command(after_long_help = GENERATE_EXAMPLES)]
 pub struct GenerateArgs {
     /// What the picture shows
-    #[arg(required_unless_present_any = ["manifest", "from"], conflicts_with = "manifest")]
+    #[arg(required_unless_present_any = ["manifest", "from", "ip_image"], conflicts_with = "manifest")]
     pub prompt: Option<String>,
 
     /// Repeat a picture as its own text says; a prompt and flags beside it stand in place of what it says
@@ -154,7 +155,7 @@ The names of the files written go to standard output, everything else to standar
 #[command(after_long_help = PLAN_EXAMPLES)]
 pub struct PlanArgs {
     /// What the picture shows
-    #[arg(required_unless_present = "from")]
+    #[arg(required_unless_present_any = ["from", "ip_image"])]
     pub prompt: Option<String>,
 
     /// As generate --from: what the picture says of itself is planned
@@ -303,6 +304,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub control: ControlArgs,
+
+    #[command(flatten)]
+    pub ip: IpArgs,
 
     /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
@@ -645,7 +649,9 @@ impl PictureArgs {
             Batch::Of(batch) => batch.min(self.count),
             Batch::Auto => 1,
         };
-        Ok(Request { prompt: prompt.into(), seed: self.seed, count: self.count, batch, ..run.request(self.spec(run))? })
+        let request = run.request(self.spec(run))?;
+        let prompt = prompt.into();
+        Ok(ip_args::worded(Request { prompt, seed: self.seed, count: self.count, batch, ..request }))
     }
 }
 
@@ -656,7 +662,8 @@ impl RunArgs {
     }
 
     pub fn source(&self) -> ModelSource {
-        self.added.source(self.model.as_deref())
+        let source = self.added.source(self.model.as_deref());
+        source.with_ip_adapters(self.ip.ip_adapter.clone(), self.ip.ip_encoder.clone())
     }
 
     /// How the model is loaded on the device.
@@ -677,7 +684,7 @@ impl RunArgs {
     /// These flags as a request without a prompt, for seed 0. Options that `spec` does not have are left out.
     ///
     /// # Errors
-    /// [`Error::Request`]: an option's value does not fit; those of the files of `--init-image` and `--mask`.
+    /// [`Error::Request`]: an option's value does not fit; those of the files of `--init-image`, `--mask` and `--ip-image`.
     pub fn request(&self, spec: &'static MethodSpec) -> Result<Request> {
         Ok(Request {
             prompt: String::new(),
@@ -700,6 +707,7 @@ impl RunArgs {
             guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
             controls: self.control.inputs()?,
+            ip_images: self.ip.images()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,

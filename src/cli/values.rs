@@ -83,6 +83,10 @@ pub fn source_name(source: &ModelSource) -> String {
         ModelSource::Embedded => "pocket (the model inside the program)".into(),
         ModelSource::Random(shapes) => format!("{}, random weights", random_name(shapes)),
         ModelSource::Resized { model, resadapter } => format!("{} with ResAdapter {resadapter}", source_name(model)),
+        ModelSource::Prompted { model, adapters, .. } => {
+            let adapters: Vec<String> = adapters.iter().map(|adapter| format!("IP-Adapter {adapter}")).collect();
+            format!("{} with {}", source_name(model), adapters.join(", "))
+        }
         ModelSource::Modified { model, loras, embeddings, vae } => {
             let loras = loras.iter().map(|lora| format!("LoRA {lora}"));
             let vae = vae.iter().map(|vae| format!("VAE {}", vae.display()));

@@ -12,4 +12,4 @@ pub use infotext::{Infotext, infotext};
 pub use pixels::{from_bytes, to_bytes};
 pub use png::{PngText, encode_png, read_png_text, read_png_texts, write_png};
 pub use read::read_image;
-pub use scale::{luma, resize_levels};
+pub use scale::{LevelFilter, luma, resize_levels};

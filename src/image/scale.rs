@@ -2,7 +2,36 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// 8-bit levels to another size as PIL's `resize(..., LANCZOS)` does it, level for level: a windowed sinc of three lobes,
+/// A filter of PIL's `resize`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LevelFilter {
+    /// A windowed sinc of three lobes.
+    Lanczos,
+    /// The cubic of Keys with a = -0.5.
+    Bicubic,
+}
+
+impl LevelFilter {
+    /// How far it reaches to either side.
+    fn reach(self) -> f64 {
+        match self {
+            LevelFilter::Lanczos => 3.0,
+            LevelFilter::Bicubic => 2.0,
+        }
+    }
+
+    fn weight(self, x: f64) -> f64 {
+        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (x * std::f64::consts::PI).sin() / (x * std::f64::consts::PI) };
+        match self {
+            LevelFilter::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+            LevelFilter::Bicubic if x.abs() < 1.0 => (1.5 * x.abs() - 2.5) * x * x + 1.0,
+            LevelFilter::Bicubic if x.abs() < 2.0 => ((-0.5 * x.abs() + 2.5) * x.abs() - 4.0) * x.abs() + 2.0,
+            _ => 0.0,
+        }
+    }
+}
+
+/// 8-bit levels to another size as PIL's `resize(..., LANCZOS)` or `BICUBIC` does it, level for level: the filter is
 /// widened when downscaling, taps outside the picture left out; one pass for each side, each rounded to 8 bits, with
 /// weights in units of 2^-22. Proportions follow the sizes: the picture is stretched.
 ///
@@ -10,14 +39,20 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Argument`]: `levels` has another length than `from` says, or a side is 0.
-pub fn resize_levels(levels: &[u8], channels: usize, from: (usize, usize), to: (usize, usize)) -> Result<Vec<u8>> {
+pub fn resize_levels(
+    levels: &[u8],
+    channels: usize,
+    from: (usize, usize),
+    to: (usize, usize),
+    filter: LevelFilter,
+) -> Result<Vec<u8>> {
     const OP: &str = "resize_levels";
     let count = from.0.checked_mul(from.1).and_then(|pixels| pixels.checked_mul(channels));
     if [from.0, from.1, to.0, to.1, channels].contains(&0) || count != Some(levels.len()) {
         let want = format!("{} x {} pixels of {channels} channels, and sides of at least 1", from.0, from.1);
         return Err(Error::argument(OP, "levels", levels.len(), want));
     }
-    let (columns, rows) = (Taps::new(from.0, to.0), Taps::new(from.1, to.1));
+    let (columns, rows) = (Taps::new(from.0, to.0, filter), Taps::new(from.1, to.1, filter));
     if heights_first(from, to) {
         let low = resize_columns(levels, from.0 * channels, &rows);
         return Ok(resize_rows(&low, channels, from.0, &columns));
@@ -81,18 +116,16 @@ fn rounded(sum: i64) -> u8 {
 struct Taps(Vec<(usize, Vec<i64>)>);
 
 impl Taps {
-    fn new(from: usize, to: usize) -> Taps {
-        const LOBES: f64 = 3.0;
+    fn new(from: usize, to: usize, filter: LevelFilter) -> Taps {
         let scale = from as f64 / to as f64;
         let width = scale.max(1.0);
-        let support = LOBES * width;
-        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (x * std::f64::consts::PI).sin() / (x * std::f64::consts::PI) };
-        let lanczos = |x: f64| if (-LOBES..LOBES).contains(&x) { sinc(x) * sinc(x / LOBES) } else { 0.0 };
+        let support = filter.reach() * width;
         let of = |i: usize| {
             let center = (i as f64 + 0.5) * scale;
             // Casts to an integer truncate, those to usize also stop at 0.
             let (first, end) = ((center - support + 0.5) as usize, ((center + support + 0.5) as usize).min(from));
-            let weights: Vec<f64> = (first..end).map(|j| lanczos((j as f64 - center + 0.5) * (1.0 / width))).collect();
+            let weights: Vec<f64> =
+                (first..end).map(|j| filter.weight((j as f64 - center + 0.5) * (1.0 / width))).collect();
             let sum: f64 = weights.iter().sum();
             let fixed = |weight: f64| (weight / sum * f64::from(1u32 << FIXED_POINT_BITS)).round() as i64;
             (first, weights.into_iter().map(fixed).collect())

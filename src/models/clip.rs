@@ -131,20 +131,32 @@ pub struct TextEmbeddings {
     pub projected: Option<Tensor>,
 }
 
-struct EncoderLayer {
+/// What an [`EncoderLayer`] is made of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EncoderShape {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub heads: usize,
+    pub activation: Activation,
+    pub eps: f32,
+    /// Do tokens see those before them alone?
+    pub causal: bool,
+}
+
+/// A layer of the text encoder, and of the image encoder.
+pub(super) struct EncoderLayer {
     layer_norm1: LayerNorm, // [C]
     qkv: Linear,            // [3 C, C]: q_proj, k_proj, v_proj
     out_proj: Linear,       // [C, C]
     layer_norm2: LayerNorm, // [C]
     fc1: Linear,            // [M, C]
     fc2: Linear,            // [C, M]
-    heads: usize,
-    activation: Activation,
+    shape: EncoderShape,
 }
 
 impl EncoderLayer {
-    fn load(w: &Weights, config: &ClipTextConfig) -> Result<EncoderLayer> {
-        let (c, m, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+    pub(super) fn load(w: &Weights, shape: EncoderShape) -> Result<EncoderLayer> {
+        let EncoderShape { hidden_size: c, intermediate_size: m, eps, .. } = shape;
         let (attention, mlp) = (w.at("self_attn"), w.at("mlp"));
         Ok(EncoderLayer {
             layer_norm1: LayerNorm::load(&w.at("layer_norm1"), c, eps)?,
@@ -156,19 +168,19 @@ impl EncoderLayer {
             layer_norm2: LayerNorm::load(&w.at("layer_norm2"), c, eps)?,
             fc1: Linear::load(&mlp.at("fc1"), m, c)?,
             fc2: Linear::load(&mlp.at("fc2"), c, m)?,
-            heads: config.num_attention_heads,
-            activation: config.hidden_act,
+            shape,
         })
     }
 
     /// `x: [N, L, C]` to the same.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let [n, l, c] = x.dims("ClipTextModel", "x")?;
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let EncoderShape { heads, activation, causal, .. } = self.shape;
+        let [n, l, c] = x.dims("EncoderLayer", "x")?;
         let qkv = self.qkv.forward(&self.layer_norm1.forward(x)?)?; // [N, L, 3 C]
-        let qkv = qkv.reshape(&[n, l, 3, self.heads, c / self.heads])?;
-        let h = ops::attention(Attention::Packed { qkv: &qkv, causal: true })?.reshape(&[n, l, c])?;
+        let qkv = qkv.reshape(&[n, l, 3, heads, c / heads])?;
+        let h = ops::attention(Attention::Packed { qkv: &qkv, causal })?.reshape(&[n, l, c])?;
         let x = self.out_proj.forward_residual(&h, x)?;
-        let h = self.fc1.fused(&self.layer_norm2.forward(&x)?, self.activation, None)?; // [N, L, M]
+        let h = self.fc1.fused(&self.layer_norm2.forward(&x)?, activation, None)?; // [N, L, M]
         self.fc2.forward_residual(&h, &x)
     }
 }
@@ -215,7 +227,15 @@ impl ClipTextModel {
         let w = if prefixed.contains("final_layer_norm.weight") { &prefixed } else { w };
         let (c, eps) = (config.hidden_size, config.layer_norm_eps);
         let embeddings = w.at("embeddings");
-        let layer = |i| EncoderLayer::load(&w.at(format!("encoder.layers.{i}")), config);
+        let shape = EncoderShape {
+            hidden_size: c,
+            intermediate_size: config.intermediate_size,
+            heads: config.num_attention_heads,
+            activation: config.hidden_act,
+            eps,
+            causal: true,
+        };
+        let layer = |i| EncoderLayer::load(&w.at(format!("encoder.layers.{i}")), shape);
         Ok(ClipTextModel {
             device: w.device().clone(),
             dtype: w.dtype(),

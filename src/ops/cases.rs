@@ -298,6 +298,7 @@ pub fn methods(l: usize) -> Vec<Case> {
         upsample_guidance(latents, 2),
         latent_moments(latents),
         standardise_latents(latents),
+        add_masked(2, l * l, 320),
     ]
 }
 
@@ -879,6 +880,15 @@ fn add(shape: [usize; 4]) -> Case {
     case("add", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
         let (a, b) = (inputs.tensor(&shape)?, inputs.tensor(&shape)?);
         Ok(Box::new(move || super::add(&a, &b)))
+    })
+}
+
+/// An image prompt under a mask.
+fn add_masked(n: usize, l: usize, c: usize) -> Case {
+    case("add_masked", format!("[{n},{l},{c}]"), json!({ "n": n, "l": l, "c": c }), move |inputs| {
+        let (a, b) = (inputs.tensor(&[n, l, c])?, inputs.tensor(&[n, l, c])?);
+        let mask = inputs.f32(&[l])?;
+        Ok(Box::new(move || super::add_masked(&a, &b, &mask, 0.6)))
     })
 }
 

@@ -108,6 +108,45 @@ fn add_cpu<T: Element>(a: &Tensor, b: &Tensor, scale: f32, y: &mut Tensor) {
     });
 }
 
+/// `a + scale * mask * b` in f32: `a`, `b` `[N, L, ...]`, and for each of the L tokens one of `mask` `[L]`, f32. An image prompt that
+/// counts on a part of the picture (IP-Adapter, Ye et al. 2023, arXiv:2308.06721).
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device).
+pub fn add_masked(a: &Tensor, b: &Tensor, mask: &Tensor, scale: f32) -> Result<Tensor> {
+    const OP: &str = "add_masked";
+    float(OP, "a", a)?;
+    b.expect(OP, "b", a.shape(), a.dtype(), a.device())?;
+    let &[_, tokens, ..] = a.shape() else {
+        return Err(Error::shape(OP, "a", a, "[N, L, ...]"));
+    };
+    mask.expect(OP, "mask", &[tokens], DType::F32, a.device())?;
+
+    let mut y = Tensor::uninit(a.device(), a.shape(), a.dtype())?;
+    let _timed = profile::scope(OP, y.shape());
+    match a.device() {
+        Device::Meta(meta) => {
+            meta.record(OP, OpKind::Elementwise, y.shape(), pointwise(&y, &[Some(a), Some(b), Some(mask)], 3));
+        }
+        Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(a.dtype(), T => add_masked_cpu::<T>(a, b, mask.cpu(), scale, &mut y)),
+        Device::Cuda(card) => cuda::elementwise::add_masked(card, a, b, mask, scale, &mut y)?,
+    }
+    Ok(y)
+}
+
+fn add_masked_cpu<T: Element>(a: &Tensor, b: &Tensor, mask: &[f32], scale: f32, y: &mut Tensor) {
+    let row = a.shape()[2..].iter().product();
+    let (a, b) = (a.cpu::<T>().par_chunks(row), b.cpu::<T>().par_chunks(row));
+    let rows = y.cpu_mut::<T>().par_chunks_mut(row).with_min_len(CHUNK.div_ceil(row)).enumerate();
+    rows.zip(a.zip(b)).for_each(|((i, y), (a, b))| {
+        let factor = scale * mask[i % mask.len()];
+        for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+            *y = T::from_f32(a.to_f32() + factor * b.to_f32());
+        }
+    });
+}
+
 /// `a` and `b` side by side on the last dimension: `[..., C_a]` and `[..., C_b]` to `[..., C_a + C_b]`. For what reads more
 /// parts than the two of a [`Source`](super::Source).
 ///

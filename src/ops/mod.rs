@@ -47,7 +47,9 @@ pub use attention_map::{attention_map, blend_attention_map};
 pub use conv::{Conv2d, ConvNorm, Stripe, conv2d};
 pub use cuda::variants::{Variant, all as variants, on_device as variants_on, with_variants};
 pub use disperse::{disperse, dispersion};
-pub use elementwise::{Activation, activation, add, add_scaled, clamp, concat, count_non_finite, scale_cast, stack};
+pub use elementwise::{
+    Activation, activation, add, add_masked, add_scaled, clamp, concat, count_non_finite, scale_cast, stack,
+};
 pub use embedding::{TimestepEmbedding, embedding, timestep_embedding};
 pub use freeu::{FreeU, freeu};
 pub use latents::{blur_latents, latent_moments, mix_latents, standardise_latents};

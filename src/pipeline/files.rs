@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use super::families::{Defaults, FamilySpec, Part, load_part};
+use super::ip_adapter::{IpAdapterFile, IpFiles};
 use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
 use crate::models::single_file::{check_extension, open_vae, published_config};
@@ -32,6 +33,9 @@ pub enum ModelSource {
     Modified { model: Box<ModelSource>, loras: Vec<Lora>, embeddings: Vec<PathBuf>, vae: Option<PathBuf> },
     /// Another one, `Modified` or not, with a ResAdapter.
     Resized { model: Box<ModelSource>, resadapter: ResAdapter },
+    /// Another one, of any of these, with IP-Adapters and the folder of their image encoder; `None`: `image_encoder` beside the
+    /// first of them.
+    Prompted { model: Box<ModelSource>, adapters: Vec<IpAdapterFile>, encoder: Option<PathBuf> },
 }
 
 /// Whose shapes random weights have.
@@ -72,6 +76,16 @@ impl ModelSource {
     }
 }
 
+impl ModelSource {
+    /// This model with IP-Adapters; itself without any.
+    pub fn with_ip_adapters(self, adapters: Vec<IpAdapterFile>, encoder: Option<PathBuf>) -> ModelSource {
+        match adapters.is_empty() {
+            true => self,
+            false => ModelSource::Prompted { model: Box::new(self), adapters, encoder },
+        }
+    }
+}
+
 /// A ResAdapter's folder ([`Adapters::with_resadapter`]) and how strongly its LoRA is applied; its norms stand in place of the
 /// model's whatever the weight.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,26 +112,28 @@ impl std::str::FromStr for ResAdapter {
 
     /// `DIR` or `DIR:WEIGHT`.
     fn from_str(text: &str) -> Result<ResAdapter> {
-        weighted(text, "DIR").map(|(path, weight)| ResAdapter { path, weight }).map_err(|reason| Error::Request {
-            field: "resadapter",
-            value: text.into(),
-            reason,
-        })
+        weighted(text, ["DIR", "WEIGHT"])
+            .map(|(path, weight)| ResAdapter { path, weight })
+            .map_err(|reason| Error::Request { field: "resadapter", value: text.into(), reason })
     }
 }
 
-/// `PATH` or `PATH:WEIGHT`; `what` names the path in errors.
-fn weighted(text: &str, what: &str) -> std::result::Result<(PathBuf, f32), String> {
+/// `PATH` or `PATH:WEIGHT`, which errors call by these names.
+pub(super) fn weighted(text: &str, [what, number]: [&str; 2]) -> std::result::Result<(PathBuf, f32), String> {
     let (path, weight) = match text.rsplit_once(':') {
         None => (text, 1.0),
         Some((path, weight)) => match weight.parse::<f32>() {
             Ok(number) if number.is_finite() => (path, number),
-            _ => return Err(format!("the weight {weight:?} is no number; expected {what} or {what}:WEIGHT (0.8)")),
+            _ => {
+                let of = number.to_lowercase();
+                return Err(format!("the {of} {weight:?} is no number; expected {what} or {what}:{number} (0.8)"));
+            }
         },
     };
     match path.is_empty() {
         true => {
-            Err(format!("names no {}; expected {what} or {what}:WEIGHT", if what == "DIR" { "folder" } else { "file" }))
+            let kind = if what == "DIR" { "folder" } else { "file" };
+            Err(format!("names no {kind}; expected {what} or {what}:{number}"))
         }
         false => Ok((path.into(), weight)),
     }
@@ -154,11 +170,9 @@ impl std::str::FromStr for Lora {
 
     /// `FILE` or `FILE:WEIGHT`.
     fn from_str(text: &str) -> Result<Lora> {
-        weighted(text, "FILE").map(|(path, weight)| Lora { path, weight }).map_err(|reason| Error::Request {
-            field: "lora",
-            value: text.into(),
-            reason,
-        })
+        weighted(text, ["FILE", "WEIGHT"])
+            .map(|(path, weight)| Lora { path, weight })
+            .map_err(|reason| Error::Request { field: "lora", value: text.into(), reason })
     }
 }
 
@@ -168,6 +182,7 @@ pub struct ModelFiles {
     pub(super) family: &'static FamilySpec,
     loras: Vec<Lora>,
     resadapter: Option<ResAdapter>,
+    ip_files: Option<IpFiles>,
     pub(super) adapters: Adapters,
     embeddings: Vec<TextualInversion>,
     /// Whose weights stand for those of the model's own VAE.
@@ -349,6 +364,11 @@ impl ModelFiles {
                 files.resadapter = Some(resadapter.clone());
                 return Ok(files);
             }
+            ModelSource::Prompted { model, adapters, encoder } => {
+                let mut files = ModelFiles::open(model)?;
+                files.ip_files = Some(IpFiles::open(adapters, encoder.as_deref())?);
+                return Ok(files);
+            }
             ModelSource::Embedded => Place::Embedded(embedded::files()?),
             ModelSource::File(path) => Place::File(SingleFile::open(&check_extension(path)?)?),
             ModelSource::Random(RandomShapes::Published(family)) => Place::Published(*family),
@@ -368,7 +388,8 @@ impl ModelFiles {
         let adapters = Adapters::open(&[])?;
         let random = matches!(source, ModelSource::Random(_));
         let (loras, embeddings) = (Vec::new(), Vec::new());
-        let files = ModelFiles { place, family, loras, resadapter: None, adapters, embeddings, vae: None, random };
+        let (resadapter, ip_files, vae) = (None, None, None);
+        let files = ModelFiles { place, family, loras, resadapter, ip_files, adapters, embeddings, vae, random };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
             let needed = files.family.parts.iter().filter(|part| part.weights.is_some() && !part.is_optional);
@@ -430,6 +451,19 @@ impl ModelFiles {
     /// The adapters, in the order in which they are applied.
     pub fn loras(&self) -> &[Lora] {
         &self.loras
+    }
+
+    /// IP-Adapters and their encoder.
+    pub(super) fn ip_files(&self) -> Option<&IpFiles> {
+        self.ip_files.as_ref()
+    }
+
+    /// A digest of each IP-Adapter's file, and one of their image encoder; `None`: there are no adapters.
+    ///
+    /// # Errors
+    /// Those of the files.
+    pub fn ip_digests(&self) -> Result<Option<(Vec<String>, String)>> {
+        self.ip_files.as_ref().map(IpFiles::digests).transpose()
     }
 
     pub fn resadapter(&self) -> Option<&ResAdapter> {

@@ -5,6 +5,7 @@ mod embedded;
 mod families;
 mod files;
 mod hub;
+mod ip_adapter;
 mod memory;
 mod parameters;
 mod plan;
@@ -29,6 +30,9 @@ pub use crate::text::{LongPrompt, Syntax, TextualInversion};
 pub use control::{ControlFiles, ControlImage, ControlInput, StagePictures};
 pub use files::{Lora, ModelFiles, ModelSource, RandomShapes, ResAdapter, hub_name};
 pub use hub::{HubNeed, fetch_model};
+#[doc(hidden)]
+pub use ip_adapter::encoder_pixels;
+pub use ip_adapter::{IpAdapterFile, IpImage};
 pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};
 pub use parameters::Parameters;
 pub use plan::{OpCost, PhaseReport, PlanReport, Planner, WeightReport, plan};

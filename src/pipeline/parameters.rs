@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::files::stem;
-use super::{ControlInput, Lora, Pipeline, Request, SizeIds, TextOptions};
+use super::{ControlInput, IpAdapterFile, IpImage, Lora, Pipeline, Request, SizeIds, TextOptions};
 use crate::image::infotext;
 use crate::methods::{Computed, Run, Stage, text_of};
 use crate::rng::RngKind;
@@ -89,6 +89,16 @@ impl Parameters {
             let (name, weight) = (resadapter.name(), resadapter.weight);
             fields.push(("ResAdapter".into(), format!("{name}:{weight}")));
             json["resadapter"] = json!({"name": name, "weight": decimal(weight)});
+        }
+        if !request.ip_images.is_empty() {
+            let files = pipeline.ip_adapters();
+            let adapter = |file: &IpAdapterFile| format!("{}:{}", file.name(), file.scale);
+            fields.push(("IP-Adapter".into(), files.iter().map(adapter).collect::<Vec<_>>().join(", ")));
+            let picture = |image: &IpImage| image.picture.name().to_string();
+            fields.push(("IP images".into(), request.ip_images.iter().map(picture).collect::<Vec<_>>().join(", ")));
+            let adapter = |file: &IpAdapterFile| json!({"name": file.name(), "scale": decimal(file.scale)});
+            json["ip_adapters"] = files.iter().map(adapter).collect();
+            json["ip_images"] = request.ip_images.iter().map(IpImage::to_json).collect();
         }
         if !pipeline.embeddings().is_empty() {
             fields.push(("Embeddings".into(), pipeline.embeddings().join(", ")));

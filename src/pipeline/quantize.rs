@@ -66,6 +66,9 @@ pub fn quantize(source: &ModelSource, output: &Path, progress: &mut dyn FnMut(&P
             "writes the model's own parts: leave the other VAE and the embeddings out",
         ));
     }
+    if matches!(source, ModelSource::Prompted { .. }) {
+        return Err(Error::config("quantize", "writes the model's own parts: leave the IP-Adapters out"));
+    }
     if matches!(source, ModelSource::Resized { .. }) {
         return Err(Error::config("quantize", "writes the model's own parts: leave the ResAdapter out"));
     }

@@ -1,5 +1,5 @@
 use super::families::Defaults;
-use super::{ControlInput, InitImage, ModelFiles, ModelSource};
+use super::{ControlInput, InitImage, IpImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
 use crate::methods::{
     Choices, ControlShares, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache, check_size,
@@ -46,6 +46,8 @@ pub struct Request {
     pub init_image: Option<InitImage>,
     /// Of each ControlNet that the model was loaded with, in their order: what it reads, and how it counts.
     pub controls: Vec<ControlInput>,
+    /// Pictures that the model's IP-Adapters show the network beside the prompt, those of one adapter in this order.
+    pub ip_images: Vec<IpImage>,
     /// What SDXL is told of sizes.
     pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
@@ -78,6 +80,7 @@ impl Default for Request {
             guidance_high: None,
             init_image: None,
             controls: Vec::new(),
+            ip_images: Vec::new(),
             size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
@@ -134,7 +137,9 @@ impl Request {
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
-            ModelSource::Modified { model, .. } | ModelSource::Resized { model, .. } => Request::suited_to(model),
+            ModelSource::Modified { model, .. }
+            | ModelSource::Resized { model, .. }
+            | ModelSource::Prompted { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
                 let method = match defaults.is_distilled() {

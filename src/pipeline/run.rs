@@ -3,6 +3,7 @@ use std::sync::{Arc, Mutex};
 
 use super::families::{ControlStrength, Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
 use super::files::stem;
+use super::ip_adapter::{self, ImagePrompts, IpAdapterFile, IpAdapters, IpImage};
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
@@ -41,6 +42,9 @@ pub struct Pipeline {
     scheduler: SchedulerConfig,
     loras: Vec<Lora>,
     resadapter: Option<ResAdapter>,
+    ip_adapters: Option<IpAdapters>,
+    /// Of every part.
+    weights: Vec<WeightReport>,
     /// The words of textual inversion that prompts may hold.
     embeddings: Vec<String>,
     /// The name of the file whose weights stand for those of the model's own VAE.
@@ -52,6 +56,8 @@ pub struct Pipeline {
     recorded: RecordedSteps,
     /// The prompts that were encoded last: pictures of one prompt encode it once.
     encoded: Mutex<Option<(Vec<PromptText>, TextOptions, PromptEmbeds)>>,
+    /// The pictures that were encoded last, with unconditional rows or without.
+    encoded_images: Mutex<Option<(Vec<IpImage>, bool, ImagePrompts)>>,
     /// How the model may be held in memory, the fastest way first.
     ladder: Vec<Rung>,
     /// Says how much memory a request wants. `None` on the meta device.
@@ -97,6 +103,9 @@ impl Pipeline {
         let is_meta = matches!(options.device, Device::Meta(_));
         let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };
         let upscaler = options.upscale.as_ref().map(|upscale| Upscaler::open(upscale, &options.device)).transpose()?;
+        let ip_adapters = IpAdapters::open(&files, family.unet(), &options)?;
+        let of_adapters = ip_adapters.iter().flat_map(|adapters| adapters.weights.iter().cloned());
+        let weights = family.weights().iter().cloned().chain(of_adapters).collect();
         let mut pipeline = Pipeline {
             name: files.name(),
             ladder: options.memory.ladder(),
@@ -105,6 +114,8 @@ impl Pipeline {
             scheduler,
             loras: files.loras().to_vec(),
             resadapter: files.resadapter().cloned(),
+            ip_adapters,
+            weights,
             embeddings: files.embeddings().iter().map(|file| file.word().to_string()).collect(),
             vae: files.vae_file().map(stem),
             upscaler,
@@ -112,6 +123,7 @@ impl Pipeline {
             defaults: files.defaults(),
             recorded: RecordedSteps::default(),
             encoded: Mutex::new(None),
+            encoded_images: Mutex::new(None),
             planner,
             planned: Mutex::new(None),
             told: Mutex::new(0),
@@ -128,7 +140,7 @@ impl Pipeline {
     /// Brings the parts into memory as far as they shall be there before a run; what was odd, a sentence each.
     fn load_parts(&self, files: &ModelFiles) -> Result<Vec<String>> {
         let mut warnings = Vec::new();
-        let modules = self.family.modules();
+        let modules = self.modules();
         let load = || modules.iter().try_for_each(|module| module.load());
         match self.options.memory.residency {
             Residency::Low => {}
@@ -233,7 +245,18 @@ impl Pipeline {
 
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
-        self.family.weights()
+        &self.weights
+    }
+
+    /// What has weights, in the order of a run but for the IP-Adapters' at the end: in that of [`weights`](Pipeline::weights).
+    fn modules(&self) -> Vec<&dyn Module> {
+        let of_adapters = self.ip_adapters.iter().flat_map(IpAdapters::modules);
+        self.family.modules().into_iter().chain(of_adapters).collect()
+    }
+
+    /// The model's IP-Adapters.
+    pub fn ip_adapters(&self) -> &[IpAdapterFile] {
+        self.ip_adapters.as_ref().map_or(&[], IpAdapters::files)
     }
 
     /// The request for its `init_image` at a larger `size`, by its method: with the stages, where it names none, that this method
@@ -305,7 +328,9 @@ impl Pipeline {
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
         let cells = (self.family.space().factor(), self.family.side_multiple());
-        request.resolve(&self.scheduler, self.native_size(), cells, self.defaults)?.of_model(model)
+        let run = request.resolve(&self.scheduler, self.native_size(), cells, self.defaults)?.of_model(model)?;
+        ip_adapter::check(self.ip_adapters.as_ref(), &request.ip_images, &run)?;
+        Ok(run)
     }
 
     /// What of a request may surprise, a sentence each: a picture that is stretched, a mask that repaints nothing.
@@ -443,19 +468,20 @@ impl Pipeline {
         }
         let guided = run.guidance().is_some();
         let prompts = self.encode_prompts(requests, guided, observer)?;
+        let images = self.encode_images(&first.ip_images, guided, observer)?;
         if !keeps_text {
             self.release(Role::Text);
             self.bring(Role::Network, &mut |message| observer.warning(message))?;
             reserve()?;
         }
-        let rows = prompts.embeds.shape().to_vec();
+        let rows = [prompts.embeds.shape(), &images.key()].concat();
         let embedded = self.defaults.embeds_guidance.then_some(first.guidance - 1.0);
         let repeats = if guided { 2 } else { 1 };
         let strength = |input: &ControlInput| ControlStrength { scale: input.scale, guess: input.guess };
         let controls: Vec<ControlStrength> = first.controls.iter().map(strength).collect();
         let guesses = controls.iter().map(|control| usize::from(control.guess));
         let conditioning_key = rows.iter().copied().chain(guesses).collect();
-        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded, controls };
+        let inputs = RunInputs { prompts, images, repeats, sizes: first.size_ids, guidance: embedded, controls };
         let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
@@ -513,7 +539,7 @@ impl Pipeline {
     pub(super) fn resident_bytes(&self) -> u64 {
         let of_device =
             |module: &dyn Module| module.role() != Role::Text || self.options.text_device().same(&self.options.device);
-        let modules = self.family.modules().into_iter().zip(self.weights());
+        let modules = self.modules().into_iter().zip(self.weights());
         let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
         let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
         loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler
@@ -525,7 +551,7 @@ impl Pipeline {
             self.recorded.clear(); // graphs hold the weights
         }
         *self.reserved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
-        let of_role = self.family.modules().into_iter().filter(|module| module.role() == role);
+        let of_role = self.modules().into_iter().filter(|module| module.role() == role);
         of_role.filter(|module| module.release()).count() > 0
     }
 
@@ -538,7 +564,7 @@ impl Pipeline {
 
     /// Loads the modules of a role; where there is no memory for them, those of the others leave it first.
     fn bring(&self, role: Role, warn: &mut dyn FnMut(&str)) -> Result<()> {
-        let load = || self.family.modules().iter().filter(|module| module.role() == role).try_for_each(|m| m.load());
+        let load = || self.modules().iter().filter(|module| module.role() == role).try_for_each(|m| m.load());
         match load() {
             Err(error @ Error::OutOfMemory { .. }) => {
                 let others = Role::ALL.into_iter().filter(|&other| other != role);
@@ -641,6 +667,28 @@ impl Pipeline {
     }
 }
 
+impl Pipeline {
+    /// What the network is told of pictures beside the prompts: the same for every picture of a batch.
+    fn encode_images(&self, images: &[IpImage], guided: bool, observer: &mut dyn Observer) -> Result<ImagePrompts> {
+        let Some(adapters) = &self.ip_adapters else { return Ok(ImagePrompts::default()) };
+        let mut encoded = self.encoded_images.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // The planner counts the work of every run.
+        let kept = !matches!(self.options.device, Device::Meta(_));
+        if let Some((of, with, prompts)) = &*encoded
+            && (kept && *of == images && *with == guided)
+        {
+            return Ok(prompts.clone());
+        }
+        *encoded = None;
+        self.bring(Role::Text, &mut |message| observer.warning(message))?;
+        let prompts = adapters.encode(images, guided)?;
+        if kept {
+            *encoded = Some((images.to_vec(), guided, prompts.clone()));
+        }
+        Ok(prompts)
+    }
+}
+
 /// Tells the observer of a whole batch about a part of it.
 struct Group<'a> {
     observer: &'a mut dyn Observer,
@@ -686,7 +734,7 @@ impl Observer for Group<'_> {
 struct Conditioned<'a> {
     pipeline: &'a Pipeline,
     images: usize,
-    /// Shape of the prompts' embeddings, and of each ControlNet whether it sees all rows.
+    /// Shape of the prompts' embeddings, what tells image prompts apart, and of each ControlNet whether it sees all rows.
     conditioning_key: Vec<usize>,
     conditions: RefCell<Box<dyn RunConditions>>,
     /// Where on the pipeline's ladder the run is.

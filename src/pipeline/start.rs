@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::image::{from_bytes, luma, read_image, resize_levels};
+use crate::image::{LevelFilter, from_bytes, luma, read_image, resize_levels};
 use crate::methods::{Method, Size, StartPicture};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -58,12 +58,17 @@ impl InputPicture {
         &self.digest
     }
 
+    /// Its levels stretched to another size, as PIL does with this filter.
+    pub(super) fn resized(&self, size: Size, filter: LevelFilter) -> Result<Vec<u8>> {
+        resize_levels(&self.rgb, 3, (self.size.width, self.size.height), (size.width, size.height), filter)
+    }
+
     /// Its levels at another size, stretched to it: as PIL's Lanczos, which diffusers' image processor takes.
     pub(super) fn levels(&self, size: Size) -> Result<Vec<u8>> {
         if size == self.size {
             return Ok(self.rgb.to_vec());
         }
-        resize_levels(&self.rgb, 3, (self.size.width, self.size.height), (size.width, size.height))
+        self.resized(size, LevelFilter::Lanczos)
     }
 }
 

@@ -72,6 +72,33 @@ fn scaled_sums_match_f64() {
     }
 }
 
+/// Tokens of whole vectors and others; a mask begins again with each sample.
+#[test]
+fn masked_sums_match_f64() {
+    let shapes =
+        [[1, 1, 1, 1], [2, 3, 5, 4], [2, 37, 2, 16], [3, 257, 1, 8], [0, 4, 2, 8], [2, 0, 2, 8], [2, 31, 3, 11]];
+    for (device, dtype, shape) in cases(&shapes) {
+        let mut random = Random::new(12);
+        let [a, b] = [0, 1].map(|_| random.randn(&device, &shape, dtype));
+        let mask = random.randn(&device, &[shape[1]], DType::F32);
+        let ([x, y, m], scale) = ([f64s(&a), f64s(&b), f64s(&mask)], f64::from(0.7f32));
+        let row = shape[2] * shape[3];
+        let factor = |i: usize| scale * m[i / row % shape[1]];
+        let want = expected(&a, |i| x[i] + factor(i) * y[i], |i| x[i].abs() + 2.0 * (factor(i) * y[i]).abs());
+        for (a, b) in [(&a, &b), (&unaligned(&a), &b), (&a, &unaligned(&b))] {
+            assert_close(&ops::add_masked(a, b, &mask, 0.7).unwrap(), &want, 1.0, format!("{device} {shape:?}"));
+        }
+    }
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(&Device::cpu(), shape, dtype).unwrap();
+    let (a, mask) = (zeros(&[2, 3, 4], DType::F16), zeros(&[3], DType::F32));
+    let fails = |b: &Tensor, mask: &Tensor| ops::add_masked(&a, b, mask, 1.0).unwrap_err();
+    assert!(matches!(fails(&zeros(&[2, 3, 5], DType::F16), &mask), Error::Shape { arg: "b", .. }));
+    assert!(matches!(fails(&a, &zeros(&[4], DType::F32)), Error::Shape { arg: "mask", .. }));
+    assert!(matches!(fails(&a, &zeros(&[3], DType::F16)), Error::Dtype { arg: "mask", .. }));
+    let line = zeros(&[3], DType::F32);
+    assert!(matches!(ops::add_masked(&line, &line, &mask, 1.0).unwrap_err(), Error::Shape { arg: "a", .. }));
+}
+
 /// Rows of whole 16 bytes and others, and addresses that are not.
 #[test]
 fn concat_puts_rows_side_by_side() {
@@ -260,10 +287,12 @@ fn meta_records_what_cpu_would_do() {
     let x = Tensor::uninit(&device, &[2, 3, 5, 4], DType::F16).unwrap();
     let ids = Tensor::uninit(&device, &[2, 7], DType::U32).unwrap();
     let table = Tensor::uninit(&device, &[11, 6], DType::F32).unwrap();
+    let mask = Tensor::uninit(&device, &[3], DType::F32).unwrap();
     let e = TimestepEmbedding { dim: 8, flip_sin_to_cos: true, freq_shift: 0.0 };
     let calls = [
         ("activation", ops::activation(&x, Activation::Gelu), vec![2, 3, 5, 4], 2 * 240, 1),
         ("add", ops::add(&x, &x), vec![2, 3, 5, 4], 3 * 240, 1),
+        ("add_masked", ops::add_masked(&x, &x, &mask, 0.5), vec![2, 3, 5, 4], 3 * 240 + 12, 1),
         ("clamp", ops::clamp(&x, 0.0, 1.0), vec![2, 3, 5, 4], 2 * 240, 1),
         ("scale_cast", ops::scale_cast(&x, 2.0, 0.0, DType::F32, 3), vec![6, 3, 5, 4], 240 + 3 * 480, 1),
         ("embedding", ops::embedding(&ids, &table, &table), vec![2, 7, 6], 56 + 2 * 336 + 168, 1),

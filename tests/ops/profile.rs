@@ -24,6 +24,7 @@ fn every_op(device: &Device) -> Result<()> {
 
     ops::activation(&x, Activation::Silu)?;
     ops::add(&x, &x)?;
+    ops::add_masked(&x, &x, &zeros(&[ROWS])?, 0.5)?;
     ops::add_noise(&x, &x, 0.6, 0.8)?;
     ops::attention(Attention::Packed { qkv: &zeros(&[1, ROWS, 3, 2, 8])?, causal: false })?;
     let (q, kv) = (zeros(&[1, ROWS, 2, 8])?, zeros(&[1, 3, 2, 2, 8])?);
@@ -102,7 +103,7 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let recorded: BTreeSet<_> =
         recorder.take_report().ops.into_iter().map(|record| (record.op, record.output)).collect();
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
-    assert_eq!(names.len(), 42, "{names:?}");
+    assert_eq!(names.len(), 43, "{names:?}");
     for device in devices() {
         profile::start_on(&device).unwrap();
         every_op(&device).unwrap();

@@ -1,6 +1,7 @@
 use super::config::{AttentionConfig, BlockConfig, MidBlockConfig};
 use super::{
-    AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, UnetBlock, UnetConditioning, UnetConfig, UnetOptions,
+    AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, ImageMasks, UnetBlock, UnetConditioning, UnetConfig,
+    UnetOptions,
 };
 use crate::error::{Error, Result};
 use crate::models::layers::{
@@ -8,7 +9,8 @@ use crate::models::layers::{
 };
 use crate::models::weights::Weights;
 use crate::ops::{
-    self, Activation, Attention, AttentionOptions, FreeU, Source, StepIndex, Upsampler, WindowShift, Windows,
+    self, Activation, Attention, AttentionOptions, FreeU, SecondSource, Source, StepIndex, Upsampler, WindowShift,
+    Windows,
 };
 use crate::runtime::Tensor;
 
@@ -43,6 +45,7 @@ pub(super) struct Call<'a> {
     pub(super) options: &'a UnetOptions,
     pub(super) window_shifts: Option<&'a Tensor>,
     pub(super) attention_maps: Option<&'a AttentionMapMemory>,
+    pub(super) image_masks: Option<&'a ImageMasks>,
     pub(super) twins: usize,
     /// Of the network.
     pub(super) levels: usize,
@@ -68,6 +71,35 @@ impl<'a> Call<'a> {
             0.0 => Ok(y),
             reuse => ops::blend_attention_map(&y, memory.shares(map)?, kv, reuse),
         }
+    }
+
+    /// Cross-attention to the text, and to the image prompts: the first without a mask in the same call. Maps are of the text alone.
+    fn with_images(&self, attention: usize, map: [usize; 2], q: &Tensor, kv: &Tensor) -> Result<Tensor> {
+        let prompts = self.conditioning.images();
+        let mut masks = Vec::new();
+        for index in 0..prompts.len() {
+            masks.push(self.image_masks.map(|masks| masks.of(index, map)).transpose()?.flatten());
+        }
+        let by_maps = self.options.attention_maps.reuse > 0.0;
+        let joined = masks.iter().position(Option::is_none).filter(|_| !by_maps);
+        let second = joined.map(|index| {
+            let prompt = &prompts[index];
+            SecondSource { kv: &prompt.kv[attention], weight: Some(prompt.scale) }
+        });
+        let options = AttentionOptions { second, ..AttentionOptions::default() };
+        let y = ops::attention_with(Attention::Cross { q, kv }, options)?;
+        let mut y = self.by_maps(map, q, kv, y)?;
+        for (index, (prompt, mask)) in prompts.iter().zip(&masks).enumerate() {
+            if Some(index) == joined {
+                continue;
+            }
+            let own = ops::attention(Attention::Cross { q, kv: &prompt.kv[attention] })?;
+            y = match mask {
+                None => ops::add_scaled(&y, &own, prompt.scale)?,
+                Some(mask) => ops::add_masked(&y, &own, mask, prompt.scale)?,
+            };
+        }
+        Ok(y)
     }
 
     /// How this convolution is applied; `resnet`: the number of its ResNet's rows.
@@ -99,6 +131,8 @@ pub(super) struct Loader<'a> {
     pub(super) block: UnetBlock,
     /// Self-attentions of each level so far, in the order of execution.
     self_attentions: Vec<usize>,
+    /// Second attentions so far, those that read image prompts.
+    second_attentions: usize,
 }
 
 /// Which of a level's self-attentions, in the order of execution.
@@ -111,7 +145,7 @@ struct Place {
 impl<'a> Loader<'a> {
     pub(super) fn new(config: &'a UnetConfig) -> Loader<'a> {
         let (projections, self_attentions) = (Projections::default(), vec![0; config.down_blocks.len()]);
-        Loader { config, projections, level: None, block: UnetBlock::Mid, self_attentions }
+        Loader { config, projections, level: None, block: UnetBlock::Mid, self_attentions, second_attentions: 0 }
     }
 }
 
@@ -162,16 +196,18 @@ impl Loader<'_> {
 
     fn transformer_block(&mut self, w: &Weights, channels: usize, c: &AttentionConfig) -> Result<TransformerBlock> {
         let net = w.at("ff.net.0.proj");
+        let second = Some(self.second_attentions);
+        self.second_attentions += 1;
         Ok(TransformerBlock {
             norm1: LayerNorm::load(&w.at("norm1"), channels, 1e-5)?,
             attn1: match c.only_cross_attention {
-                true => Attn::Cross(self.cross_attention(&w.at("attn1"), channels, c.heads)?),
+                true => Attn::Cross(self.cross_attention(&w.at("attn1"), channels, c.heads, None)?),
                 false => {
                     Attn::Packed(SelfAttention::load(&w.at("attn1"), channels, c.heads, self.depth(), self.place())?)
                 }
             },
             norm2: LayerNorm::load(&w.at("norm2"), channels, 1e-5)?,
-            attn2: self.cross_attention(&w.at("attn2"), channels, c.heads)?,
+            attn2: self.cross_attention(&w.at("attn2"), channels, c.heads, second)?,
             norm3: LayerNorm::load(&w.at("norm3"), channels, 1e-5)?,
             ff_in: Linear {
                 weight: net.geglu_product("weight", 4 * channels, channels)?,
@@ -193,13 +229,20 @@ impl Loader<'_> {
         Some(Place { level, number: self.self_attentions[level] - 1 })
     }
 
-    fn cross_attention(&mut self, w: &Weights, channels: usize, heads: usize) -> Result<CrossAttention> {
+    fn cross_attention(
+        &mut self,
+        w: &Weights,
+        channels: usize,
+        heads: usize,
+        second: Option<usize>,
+    ) -> Result<CrossAttention> {
         let weight = w.stacked(&["to_k.weight", "to_v.weight"], channels, Some(self.config.cross_attention_dim))?;
         self.projections.to_kv.push(ToKv { weight, heads });
         Ok(CrossAttention {
             to_q: Linear { weight: w.at("to_q").product("weight", channels, channels)?, bias: None },
             to_out: Linear::load_product(&w.at("to_out.0"), channels, channels)?,
             kv: self.projections.to_kv.len() - 1,
+            second,
             heads,
         })
     }
@@ -440,9 +483,9 @@ impl TransformerBlock {
         let y = self.norm1.forward(&x)?;
         let x = match &self.attn1 {
             Attn::Packed(attn) => attn.forward(&y, &x, map, call)?,
-            Attn::Cross(attn) => attn.forward(&y, &x, call, None)?,
+            Attn::Cross(attn) => attn.forward(&y, &x, map, call)?,
         };
-        let x = self.attn2.forward(&self.norm2.forward(&x)?, &x, call, Some(map))?;
+        let x = self.attn2.forward(&self.norm2.forward(&x)?, &x, map, call)?;
         let y = self.ff_in.fused(&self.norm3.forward(&x)?, Activation::Geglu, None)?; // [N, L, 4 C]
         self.ff_out.forward_residual(&y, &x)
     }
@@ -522,19 +565,21 @@ struct CrossAttention {
     to_out: Linear, // [C, C]
     /// Index of the text's K and V.
     kv: usize,
+    /// Index of an image prompt's, of the second attention of a block: it is also the one whose maps a call may collect or reuse.
+    second: Option<usize>,
     heads: usize,
 }
 
 impl CrossAttention {
-    /// `x`, `residual: [N, L, C]` to the same; L are the pixels of `map`, for an attention whose maps a call may collect or reuse.
-    fn forward(&self, x: &Tensor, residual: &Tensor, call: Call, map: Option<[usize; 2]>) -> Result<Tensor> {
+    /// `x`, `residual: [N, L, C]` to the same; L are the pixels of `map`.
+    fn forward(&self, x: &Tensor, residual: &Tensor, map: [usize; 2], call: Call) -> Result<Tensor> {
         let [n, l, c] = x.dims("unet", "x")?;
         let q = self.to_q.forward(x)?.reshape(&[n, l, self.heads, c / self.heads])?;
         let kv = call.conditioning.kv(self.kv);
-        let mut y = ops::attention(Attention::Cross { q: &q, kv })?;
-        if let Some(map) = map {
-            y = call.by_maps(map, &q, kv, y)?;
-        }
+        let y = match self.second {
+            None => ops::attention(Attention::Cross { q: &q, kv })?,
+            Some(second) => call.with_images(second, map, &q, kv)?,
+        };
         self.to_out.forward_residual(&y.reshape(&[n, l, c])?, residual)
     }
 }

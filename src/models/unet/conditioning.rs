@@ -1,7 +1,7 @@
 //! What the UNet is told beside its sample: the text, the timestep, and for SDXL the pooled text and the picture's sizes.
 
 use super::blocks::Projections;
-use super::{TIME_IDS, Unet, UnetConfig};
+use super::{ImagePrompt, TIME_IDS, Unet, UnetConfig};
 use crate::error::{Error, Result};
 use crate::models::layers::{Conv2d, Linear};
 use crate::models::weights::Weights;
@@ -49,6 +49,8 @@ pub struct UnetConditioning {
     guidance: Option<f32>,
     /// With twins whose rows are not the others': the same tables of the others and of the twins.
     twins: Option<[PartRows; 2]>,
+    /// What pictures add to every cross-attention.
+    images: Vec<ImagePrompt>,
 }
 
 /// The rows of one part of a batch.
@@ -69,6 +71,31 @@ impl UnetConditioning {
         self.steps
     }
 
+    /// With pictures as prompts beside the text, in place of those that it has.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: rows of a prompt that do not divide the text's, or K and V of another number of cross-attentions than
+    /// the UNet has.
+    pub fn with_images(self, unet: &Unet, images: Vec<ImagePrompt>) -> Result<UnetConditioning> {
+        let attentions = unet.config().cross_attentions().in_files().len();
+        for ImagePrompt { kv, .. } in &images {
+            if kv.len() != attentions {
+                let want = format!("{attentions}, the cross-attentions of the network");
+                return Err(Error::argument("unet", "keys and values of an image prompt", kv.len(), want));
+            }
+            let rows = kv.first().and_then(|kv| kv.shape().first()).copied().unwrap_or(1);
+            if rows == 0 || !self.text_rows.is_multiple_of(rows) {
+                let want = format!("a number that divides the text's {}", self.text_rows);
+                return Err(Error::argument("unet", "rows of an image prompt", rows, want));
+            }
+        }
+        Ok(UnetConditioning { images, ..self })
+    }
+
+    pub(super) fn images(&self) -> &[ImagePrompt] {
+        &self.images
+    }
+
     /// For a batch that ends with twins ([`UnetCall::twins`](super::UnetCall::twins)), as many as the samples of the text's rows
     /// from `first` on, whose text and sizes they have.
     ///
@@ -84,9 +111,10 @@ impl UnetConditioning {
         }
         let kv = |kv: &Tensor| Tensor::concat(&[kv.clone(), kv.rows(first..all)?]);
         let kv = self.kv.iter().map(kv).collect::<Result<_>>()?;
+        let images = self.images.iter().map(|prompt| prompt.with_twins(first, all)).collect::<Result<_>>()?;
         if per_step == 1 || self.steps == 0 {
             // The rows are the same for all samples.
-            return Ok(UnetConditioning { kv, text_rows: all + again, ..self.clone() });
+            return Ok(UnetConditioning { kv, images, text_rows: all + again, ..self.clone() });
         }
         let of_step = |step: usize, first: usize| step * per_step + first..(step + 1) * per_step;
         let twins = |table: &Tensor| {
@@ -102,6 +130,7 @@ impl UnetConditioning {
             rows: self.rows.iter().map(both).collect::<Result<_>>()?,
             rows_per_step: per_step + again,
             kv,
+            images,
             text_rows: all + again,
             twins: Some([others, twins]),
             ..self.clone()
@@ -119,7 +148,9 @@ impl UnetConditioning {
             Some([others, twins]) => Some([part(others)?, part(twins)?]),
             None => None,
         };
-        Ok(UnetConditioning { rows: all(&self.rows)?, kv: all(&self.kv)?, twins, ..self.clone() })
+        let image = |prompt: &ImagePrompt| Ok(ImagePrompt { kv: all(&prompt.kv)?, scale: prompt.scale });
+        let images = self.images.iter().map(image).collect::<Result<_>>()?;
+        Ok(UnetConditioning { rows: all(&self.rows)?, kv: all(&self.kv)?, twins, images, ..self.clone() })
     }
 
     /// Another conditioning of the same shapes, in the memory of this one: a recorded step then reads it.
@@ -129,8 +160,11 @@ impl UnetConditioning {
     pub fn copy_from(&mut self, from: &UnetConditioning) -> Result<()> {
         let of_twins = self.twins.iter_mut().flatten().flat_map(|part| &mut part.tables);
         let from_twins = from.twins.iter().flatten().flat_map(|part| &part.tables);
-        let to = self.rows.iter_mut().chain(&mut self.kv).chain(of_twins);
-        to.zip(from.rows.iter().chain(&from.kv).chain(from_twins)).try_for_each(|(to, from)| to.copy_from(from))
+        let of_images = self.images.iter_mut().flat_map(|prompt| &mut prompt.kv);
+        let from_images = from.images.iter().flat_map(|prompt| &prompt.kv);
+        let to = self.rows.iter_mut().chain(&mut self.kv).chain(of_twins).chain(of_images);
+        to.zip(from.rows.iter().chain(&from.kv).chain(from_twins).chain(from_images))
+            .try_for_each(|(to, from)| to.copy_from(from))
     }
 
     /// The same with the projections alone, where both have K and V of one memory.
@@ -305,8 +339,9 @@ impl Conditioner {
         added: Option<AddedConditioning>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
-        let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
-        self.with_rows(kv.clone(), text_rows, text_rows, added, guidance, timesteps)
+        let &UnetConditioning { ref kv, ref images, text_rows, guidance, .. } = conditioning;
+        let made = self.with_rows(kv.clone(), text_rows, text_rows, added, guidance, timesteps)?;
+        Ok(UnetConditioning { images: images.clone(), ..made })
     }
 
     /// [`Unet::condition_samples`]
@@ -316,9 +351,10 @@ impl Conditioner {
         added: AddedConditioning,
         timestep: f32,
     ) -> Result<UnetConditioning> {
-        let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
+        let &UnetConditioning { ref kv, ref images, text_rows, guidance, .. } = conditioning;
         let [samples, _] = added.pooled.dims("unet", "pooled")?;
-        self.with_rows(kv.clone(), text_rows, samples, Some(added), guidance, &[timestep])
+        let made = self.with_rows(kv.clone(), text_rows, samples, Some(added), guidance, &[timestep])?;
+        Ok(UnetConditioning { images: images.clone(), ..made })
     }
 
     fn with_rows(
@@ -350,7 +386,7 @@ impl Conditioner {
             _ => time.linear_2.fused(&emb, Activation::Silu, None)?,
         };
         let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
-        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance, twins: None })
+        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance, twins: None, images: Vec::new() })
     }
 
     /// The embedding of the added conditioning of `rows` rows, `[rows, T]`.

@@ -450,7 +450,16 @@ impl ControlNet {
         conditioning.check(x, n, step)?;
         let options = UnetOptions::default();
         let (window_shifts, attention_maps, levels) = (None, None, self.down_blocks.len());
-        let call = Call { conditioning, step, options: &options, window_shifts, attention_maps, twins: 0, levels };
+        let call = Call {
+            conditioning,
+            step,
+            options: &options,
+            window_shifts,
+            attention_maps,
+            image_masks: None,
+            twins: 0,
+            levels,
+        };
         let mut x = ops::conv2d(ops::Conv2d { residual: Some(hint), ..self.conv_in.args(x) })?;
         each(0, &x)?;
         let mut index = 1;

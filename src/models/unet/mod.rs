@@ -8,6 +8,7 @@ mod config;
 mod controlnet;
 mod convolutions;
 mod fourier;
+mod image_prompt;
 
 pub use attention_maps::{AttentionMapMemory, AttentionMaps};
 pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
@@ -15,6 +16,7 @@ pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME
 pub use controlnet::{Control, ControlNet, ControlNetConfig, ControlOptions, ZeroConvs};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
 pub use fourier::FourierConvs;
+pub use image_prompt::{CrossAttentionShape, CrossAttentions, ImageMasks, ImagePrompt};
 
 use super::layers::{Conv2d, GroupNorm, Redilation};
 use super::weights::{WeightStore, Weights};
@@ -75,11 +77,13 @@ pub struct UnetCall<'a> {
     pub twins: usize,
     /// The ControlNets that the options name. Each adds to the skip connections and to the middle block's output.
     pub controls: &'a [Control<'a>],
+    /// Where the conditioning's image prompts count; `None`: everywhere.
+    pub image_masks: Option<&'a ImageMasks>,
 }
 
 impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
     fn from(options: &'a UnetOptions) -> UnetCall<'a> {
-        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0, controls: &[] }
+        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0, controls: &[], image_masks: None }
     }
 }
 
@@ -245,7 +249,7 @@ impl Unet {
         conditioning: &UnetConditioning,
         call: impl Into<UnetCall<'a>>,
     ) -> Result<Tensor> {
-        let UnetCall { options, window_shifts, attention_maps, twins, controls } = call.into();
+        let UnetCall { options, window_shifts, attention_maps, twins, controls, image_masks } = call.into();
         let Conditioner { config, device, dtype, .. } = &self.conditioner;
         let source: Source = x.into();
         let (x, second) = (source.first(), source.second());
@@ -272,7 +276,7 @@ impl Unet {
             }
         }
         let levels = self.down_blocks.len();
-        let call = Call { conditioning, step, options, window_shifts, attention_maps, twins, levels };
+        let call = Call { conditioning, step, options, window_shifts, attention_maps, image_masks, twins, levels };
 
         let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, *dtype, 1);
         let mut x = match (config.center_input_sample, second) {

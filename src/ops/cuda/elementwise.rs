@@ -36,6 +36,29 @@ pub fn add(device: &CudaDevice, a: &Tensor, b: &Tensor, scale: f32, y: &mut Tens
     }
 }
 
+pub fn add_masked(
+    device: &CudaDevice,
+    a: &Tensor,
+    b: &Tensor,
+    mask: &Tensor,
+    scale: f32,
+    y: &mut Tensor,
+) -> Result<()> {
+    let (entry, count) = (entry("add_masked", y.dtype()), y.numel());
+    let tokens = int("add_masked", "tokens", mask.numel())?;
+    let channels = int("add_masked", "channels", y.shape()[2..].iter().product())?;
+    // SAFETY: arguments as the entry has them; y, a and b have `count` elements in rows of `channels`, and mask one for each of
+    // the `tokens` rows after which it begins again.
+    unsafe {
+        device.launch(
+            "elementwise",
+            &entry,
+            over(count),
+            args![y.cuda(), a.cuda(), b.cuda(), mask.cuda(), scale, tokens, channels, count as i64],
+        )
+    }
+}
+
 pub fn concat(device: &CudaDevice, a: &Tensor, b: &Tensor, y: &mut Tensor) -> Result<()> {
     let &[.., channels] = y.shape() else { unreachable!("checked: there are channels") };
     let rows = y.numel() / channels;

@@ -11,8 +11,8 @@ use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PatchInput, ViewPlaces};
 use crate::models::{
-    AddedConditioning, AttentionMapMemory, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning, UnetConfig,
-    UnetOptions, Vae, VaeConfig,
+    AddedConditioning, AttentionMapMemory, ImageMasks, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning,
+    UnetConfig, UnetOptions, Vae, VaeConfig,
 };
 use crate::ops::{self, Source, StepIndex, StepTable};
 use crate::runtime::{DType, Device, Tensor};
@@ -201,6 +201,8 @@ pub struct UnetDenoiser {
     /// `[repeats N, h, w, C]`: what an inpainting UNet reads beside the latents.
     channels: Option<Tensor>,
     attention_maps: AttentionMapMemory,
+    /// Where on the stage's map image prompts count.
+    image_masks: ImageMasks,
     /// What it is told of crops, where it reads them.
     crops: Option<Crops>,
     /// By the samples of a batch: what it was told of each one's crop.
@@ -242,6 +244,7 @@ impl UnetDenoiser {
         repeats: usize,
         crops: Option<Crops>,
         controls: Controls,
+        image_masks: Vec<Option<Tensor>>,
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         let Some(reuse) = reuse else {
@@ -252,12 +255,14 @@ impl UnetDenoiser {
             let only = StepIndex::one(unet.device(), 0)?;
             let (channels, cropped, twins) = (None, Vec::new(), OnceLock::new());
             let attention_maps = AttentionMapMemory::default();
+            let image_masks = ImageMasks::new(image_masks);
             return Ok(Box::new(UnetDenoiser {
                 unet,
                 conditioning,
                 repeats,
                 channels,
                 attention_maps,
+                image_masks,
                 crops,
                 cropped,
                 only,
@@ -270,6 +275,7 @@ impl UnetDenoiser {
             .downcast::<UnetDenoiser>()
             .map_err(|_| Error::config("recorded steps", "the denoiser to use again is of another family"))?;
         reuse.conditioning.copy_from(&conditioning)?;
+        reuse.image_masks.replace(image_masks)?;
         let first = reuse.first_conditional();
         if let Some(twins) = reuse.twins.get_mut() {
             twins.copy_from(&conditioning.with_twins(first)?)?;
@@ -307,7 +313,8 @@ impl Denoiser for UnetDenoiser {
         let hints = self.controls.hints(options.control, [h, w], images, 0)?;
         let controls = &*self.controls.calls(options.control, &hints, images, Told::Whole)?;
         let maps = Some(&self.attention_maps);
-        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps, twins: 0, controls };
+        let (window_shifts, image_masks) = (steps.window_shifts(), Some(&self.image_masks));
+        let call = UnetCall { options, window_shifts, attention_maps: maps, twins: 0, controls, image_masks };
         self.unet.forward(input, steps.index(), &self.conditioning, call)
     }
 
@@ -321,7 +328,9 @@ impl Denoiser for UnetDenoiser {
         let input = channels.as_ref().map_or(Source::One(&input), |channels| Source::Two(&input, channels));
         let hints = self.controls.hints(options.control, [h, w], images, images)?;
         let controls = &*self.controls.calls(options.control, &hints, images, Told::Twins)?;
-        let call = UnetCall { options, window_shifts: None, attention_maps: None, twins: images, controls };
+        let image_masks = Some(&self.image_masks);
+        let call =
+            UnetCall { options, window_shifts: None, attention_maps: None, twins: images, controls, image_masks };
         self.unet.forward(input, steps.index(), twins, call)
     }
 

@@ -11,6 +11,7 @@ mod t5_prompts;
 
 use std::sync::Arc;
 
+use super::ip_adapter::ImagePrompts;
 use super::memory::LoadOptions;
 use super::resident::Module;
 use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
@@ -262,6 +263,8 @@ pub(super) trait SampleSpace: Send + Sync {
 pub(super) struct RunInputs {
     /// Rows in the order of the network's batch, unconditional ones first; each row serves as many consecutive images.
     pub prompts: PromptEmbeds,
+    /// Pictures beside them; none for a network that is no UNet.
+    pub images: ImagePrompts,
     /// How often every sample stands in the network's batch: twice under guidance.
     pub repeats: usize,
     pub sizes: SizeIds,

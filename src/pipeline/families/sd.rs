@@ -9,6 +9,7 @@ use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunCon
 use crate::error::Result;
 use crate::methods::{Denoiser, Size};
 use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning, UnetConfig};
+use crate::pipeline::ip_adapter::ImagePrompts;
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, TextOptions, WeightReport};
@@ -42,6 +43,7 @@ struct Conditions {
     unet: Arc<Resident<Unet>>,
     controls: ControlConditions,
     prompts: PromptEmbeds,
+    images: ImagePrompts,
     repeats: usize,
     /// What a UNet that reads its guidance scale is told.
     guidance: Option<f32>,
@@ -54,14 +56,16 @@ impl RunConditions for Conditions {
         if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
             self.made = None;
             let text = TextConditioning { text: &self.prompts.embeds, added: None, guidance: self.guidance };
-            self.made = Some((timesteps.to_vec(), self.unet.get()?.condition(text, timesteps)?));
+            let unet = self.unet.get()?;
+            let made = unet.condition(text, timesteps)?.with_images(&unet, self.images.prompts.clone())?;
+            self.made = Some((timesteps.to_vec(), made));
         }
         Ok(())
     }
 
     fn begin_stage(
         &mut self,
-        _size: Size,
+        size: Size,
         timesteps: &[f32],
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
@@ -69,7 +73,9 @@ impl RunConditions for Conditions {
         let controls = self.controls.begin_stage(&self.prompts, None, timesteps)?;
         match &self.made {
             Some((_, conditioning)) => {
-                UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, None, controls, reuse)
+                let unet = self.unet.get()?;
+                let masks = self.images.masks(size, unet.device())?;
+                UnetDenoiser::begin(unet, conditioning.clone(), self.repeats, None, controls, masks, reuse)
             }
             None => unreachable!("just prepared"),
         }
@@ -128,9 +134,9 @@ impl Family for StableDiffusion {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, repeats, guidance, controls, sizes: _ } = inputs;
+        let RunInputs { prompts, images, repeats, guidance, controls, sizes: _ } = inputs;
         let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
-        Box::new(Conditions { unet, controls, prompts, repeats, guidance, made: None })
+        Box::new(Conditions { unet, controls, prompts, images, repeats, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {

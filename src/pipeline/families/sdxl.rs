@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule, Size};
 use crate::models::{AddedConditioning, ClipOutput, TIME_IDS, TextConditioning, Unet};
 use crate::models::{UnetConditioning, UnetConfig};
+use crate::pipeline::ip_adapter::ImagePrompts;
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
@@ -179,9 +180,9 @@ impl Family for StableDiffusionXl {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, repeats, sizes, guidance, controls } = inputs;
+        let RunInputs { prompts, images, repeats, sizes, guidance, controls } = inputs;
         let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
-        Box::new(Conditions { unet, controls, prompts, repeats, sizes, guidance, made: None })
+        Box::new(Conditions { unet, controls, prompts, images, repeats, sizes, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
@@ -199,6 +200,7 @@ struct Conditions {
     unet: Arc<Resident<Unet>>,
     controls: ControlConditions,
     prompts: PromptEmbeds,
+    images: ImagePrompts,
     repeats: usize,
     sizes: SizeIds,
     /// What a UNet that reads its guidance scale is told.
@@ -227,13 +229,14 @@ impl RunConditions for Conditions {
             Some(made) => unet.recondition(made, added, timesteps)?,
             None => {
                 let text = TextConditioning { text: &self.prompts.embeds, added, guidance: self.guidance };
-                unet.condition(text, timesteps)?
+                unet.condition(text, timesteps)?.with_images(&unet, self.images.prompts.clone())?
             }
         };
         self.made = Some(conditioning.clone());
         let controls = self.controls.begin_stage(&self.prompts, Some(time_ids[0]), timesteps)?;
         let crops = Crops { pooled: pooled.clone(), time_ids: time_ids[0], timesteps: timesteps.to_vec() };
-        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), controls, reuse)
+        let masks = self.images.masks(size, unet.device())?;
+        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), controls, masks, reuse)
     }
 }
 
