@@ -6,6 +6,7 @@ mod config;
 mod foreign;
 pub mod layers;
 mod ldm;
+mod mmdit;
 mod rrdbnet;
 pub mod single_file;
 pub mod unet;
@@ -16,6 +17,7 @@ pub use adapters::Adapters;
 pub use clip::{ClipOutput, ClipTextConfig, ClipTextModel, TextEmbeddings};
 pub use foreign::Foreign;
 pub use layers::Redilation;
+pub use mmdit::{Mmdit, MmditConditioning, MmditConfig};
 pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
 pub use unet::{

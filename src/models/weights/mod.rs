@@ -531,6 +531,26 @@ impl<'a> Weights<'a> {
         self.build(shape, &[source], Layout::Same)
     }
 
+    /// As [`tensor`](Weights::tensor), but in host memory, whatever the store's device. `None` on the meta device: there is no data.
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn host_tensor(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        let source = self.take(name, shape, None)?;
+        match &self.store.device {
+            Device::Meta(_) => Ok(None),
+            _ => self.build_on_host(shape, &[source], Layout::Same).map(Some),
+        }
+    }
+
+    /// Consumes the tensor `name`, which files have and the model's result does not depend on.
+    ///
+    /// # Errors
+    /// [`Error::Weight`]: missing, taken twice, another shape.
+    pub fn unread(&self, name: &str, shape: &[usize]) -> Result<()> {
+        self.take(name, shape, None).map(drop)
+    }
+
     /// A conv weight, `[O, I, kh, kw]` in the file, as `[O, kh, kw, I]`. A file may hold a 1x1 conv as `[O, I]`.
     ///
     /// # Errors
@@ -654,6 +674,10 @@ impl<'a> Weights<'a> {
             return Tensor::uninit(&self.store.device, shape, self.store.dtype);
         }
         // A card gets each tensor as soon as it is repacked: the host holds one at a time.
+        self.build_on_host(shape, sources, layout)?.to_device(&self.store.device)
+    }
+
+    fn build_on_host(&self, shape: &[usize], sources: &[(String, Option<&Entry>)], layout: Layout) -> Result<Tensor> {
         let host = if let Device::Cpu(_) = self.store.device { self.store.device.clone() } else { Device::cpu() };
         let mut tensor = Tensor::uninit(&host, shape, self.store.dtype)?;
         match self.store.dtype {
@@ -665,7 +689,7 @@ impl<'a> Weights<'a> {
                 return Err(Error::Dtype { op, arg, got, want });
             }
         }
-        tensor.to_device(&self.store.device)
+        Ok(tensor)
     }
 
     fn fill_all<T: Element>(&self, to: &mut [T], sources: &[(String, Option<&Entry>)], layout: Layout) -> Result<()> {
