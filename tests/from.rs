@@ -1,5 +1,7 @@
 //! `--from PICTURE.png`: a picture from its own text, and what stands beside it on the command line.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/place.rs"]
 mod place;
 
@@ -35,7 +37,7 @@ fn told(place: &Place, args: &[&str]) -> String {
 
 #[test]
 fn a_picture_makes_itself_again() {
-    let sdxl = data("sdxl-encoded-negative");
+    let sdxl = drawn::folder("sdxl-encoded-negative");
     let (lora, word) = (data("single-file/lora-kohya.safetensors"), data("prompts/sd15/toy.safetensors"));
     let [sdxl, lora, word] = [sdxl.to_str().unwrap(), lora.to_str().unwrap(), word.to_str().unwrap()];
     let weighed = format!("{lora}:0.7");

@@ -102,7 +102,14 @@ fn the_published_numbers_are_the_defaults() {
     assert_eq!(high("512x512:40", 512), None);
     let planned = |size: &str, native: usize, steps: usize| {
         let (size, native) = (size.parse().unwrap(), Size::new(native, native));
-        let stages = FreCaS::default().stages(&Geometry { size, native, factor: 8, steps, relay_growth: 1.0 });
+        let stages = FreCaS::default().stages(&Geometry {
+            size,
+            native,
+            factor: 8,
+            steps,
+            relay_growth: 1.0,
+            relayed_share: 0.2,
+        });
         stages.map(|stages| stages.iter().map(Stage::to_string).collect::<Vec<_>>().join(","))
     };
     for (size, native, want) in [

@@ -152,6 +152,7 @@ fn phases_are_multiples_of_the_first() {
         factor: 8,
         steps: 50,
         relay_growth: 1.0,
+        relayed_share: 0.2,
     };
     use megafuse::methods::GenerationMethod;
     let stages = |size: &str| DemoFusion::default().stages(&geometry(size));

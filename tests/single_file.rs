@@ -61,7 +61,7 @@ fn a_single_file_holds_what_the_directory_holds() {
     for (model, family) in [("sd15", Family::Sd1), ("sd21", Family::Sd2), ("sdxl", Family::Sdxl)] {
         let file = SingleFile::open(&data(&format!("single-file/{model}.safetensors"))).expect("opens");
         assert_eq!((file.family(), file.unused()), (family, &[][..]));
-        for &part in file.part_list() {
+        for part in file.part_list() {
             let store = file.store(part, &Device::cpu(), DType::F32).expect("has the part");
             assert_same(&store, &directory(model, part), &format!("{model} {}", part.folder()));
         }
@@ -83,7 +83,7 @@ fn a_checkpoint_of_torch_holds_what_the_directory_holds() {
         let file = SingleFile::open(&path).expect("opens");
         assert_eq!(file.unused(), &[] as &[String]);
         assert!(file.config("scheduler/scheduler_config.json").expect("published").contains(prediction), "{model}");
-        for &part in file.part_list() {
+        for part in file.part_list() {
             let store = file.store(part, &Device::cpu(), DType::F32).expect("has the part");
             assert_same(&store, &directory(model, part), &format!("{model} {}", part.folder()));
         }
@@ -130,8 +130,11 @@ fn what_is_no_stable_diffusion_is_named() {
         ),
         (&[unet], "is a UNet alone, or with a VAE; it has no text encoder"),
         (&[("model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias", one)], "Stable Diffusion 3"),
-        (&[("joint_blocks.37.x_block.mlp.fc1.weight", one)], "is Stable Diffusion 3"),
-        (&[("transformer_blocks.0.norm1_context.linear.bias", one)], "is Stable Diffusion 3"),
+        (&[("joint_blocks.37.x_block.mlp.fc1.weight", one)], "is the transformer of a Stable Diffusion 3 alone"),
+        (
+            &[("transformer_blocks.0.norm1_context.linear.bias", one)],
+            "is the transformer of a Stable Diffusion 3 alone",
+        ),
         (&[("double_blocks.0.img_attn.norm.key_norm.scale", one)], "is FLUX"),
         (&[("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", one)], "is FLUX"),
         (&[("single_transformer_blocks.0.norm.linear.bias", one)], "is FLUX"),
@@ -595,7 +598,7 @@ fn scaled_8_bit_weights_are_torchs_values() {
         assert_eq!(file.unused(), &[] as &[String], "{model}");
         let plain = SingleFile::open(&data(&format!("single-file/{model}.safetensors"))).expect("opens");
         let mut changed = 0;
-        for &part in file.part_list() {
+        for part in file.part_list() {
             let [got, plain] =
                 [&file, &plain].map(|file| file.store(part, &Device::cpu(), DType::F32).expect("a part"));
             for (name, key, shape) in shapes(&plain) {
@@ -761,6 +764,7 @@ fn published_single_files_have_every_tensor_of_their_configurations() {
                     Unet::from_weights(&store.root(), &config).expect(&what);
                     store
                 }
+                Part::TextEncoder3 | Part::Transformer => unreachable!("of Stable Diffusion 3"),
                 Part::Vae => {
                     let config = VaeConfig::from_json(&what, &config).expect("a good configuration");
                     Vae::from_weights(&store.root(), &config).expect(&what);
@@ -924,7 +928,7 @@ fn every_module_of_the_published_models_takes_a_lora() {
         let adapter = place.path().join(format!("{name}-lora.safetensors"));
         sparse(&adapter, &lora, serde_json::Value::Null);
         let adapters = Adapters::open(&[(adapter, 1.0)]).expect("opens");
-        for &part in file.part_list() {
+        for part in file.part_list() {
             let store = file.store(part, &Device::meta(), DType::BF16).expect("a part");
             store.with_adapters(part, &adapters).expect("shapes agree");
         }
@@ -938,7 +942,7 @@ fn a_lora_of_sdxl_gives_the_merged_weights() {
     let adapters = Adapters::open(&[(data("single-file/lora-sdxl.safetensors"), 1.0)]).expect("opens");
     let want = WeightStore::open(&data("single-file"), "lora-sdxl-merged", &Device::cpu(), DType::F32).expect("sums");
     let mut compared = 0;
-    for part in Part::ALL {
+    for part in [Part::TextEncoder, Part::TextEncoder2, Part::Unet, Part::Vae] {
         let (plain, merged) = (directory("sdxl", part), directory("sdxl", part));
         let merged = merged.with_adapters(part, &adapters).expect("fits");
         for (name, key, shape) in shapes(&plain) {

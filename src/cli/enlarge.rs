@@ -191,9 +191,9 @@ fn request(
     let size = match (args.run.stages.as_ref().and_then(|stages| stages.0.last()), args.run.size) {
         (Some(last), _) => last.size,
         (None, Some(size)) => size,
-        (None, None) => scaled(from, args.scale.unwrap_or(SCALE), pipeline.factor()),
+        (None, None) => scaled(from, args.scale.unwrap_or(SCALE), pipeline.side_multiple()),
     };
-    check_size(size, from, pipeline.factor(), &request)?;
+    check_size(size, from, pipeline.side_multiple(), &request)?;
     let mut request = pipeline.enlarging(&request, size)?;
     let run = pipeline.resolve(&request)?;
     // Without words both rows of guidance are the same.

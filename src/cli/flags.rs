@@ -4,11 +4,15 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 26] = [
+const FLAGS: [(&str, &str); 31] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
     ("choices", "--choices"),
+    ("control_end", "--control-end"),
+    ("control_image", "--control-image"),
+    ("control_scale", "--control-scale"),
+    ("control_start", "--control-start"),
     ("count", "--count"),
     ("eta", "--eta"),
     ("guidance", "--guidance"),
@@ -31,6 +35,7 @@ const FLAGS: [(&str, &str); 26] = [
     ("strength", "--strength"),
     ("text.clip_skip", "--clip-skip"),
     ("text.syntax", "--prompt-syntax"),
+    ("text.t5_length", "--t5-length"),
 ];
 
 /// `relay-clamp` of a method's option `relay_clamp`.

@@ -200,7 +200,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 23] = [
+const SAME: [(&str, &str); 25] = [
     ("cache", "cache"),
     ("cache_options", "cache_options"),
     ("size", "size"),
@@ -217,9 +217,11 @@ const SAME: [(&str, &str); 23] = [
     ("dtype", "dtype"),
     ("weights", "weights"),
     ("vae_dtype", "vae_dtype"),
+    ("text_encoder_device", "text_encoder_device"),
     ("upscale_dtype", "upscale_dtype"),
     ("vae_partition", "vae_partition"),
     ("clip_skip", "clip_skip"),
+    ("t5_length", "t5_length"),
     ("prompt_syntax", "prompt_syntax"),
     ("long_prompt", "long_prompt"),
     ("original_size", "original_size"),
@@ -309,6 +311,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         let choices = choices.as_str().ok_or_else(|| wrong("choices", "a name"))?;
         recipe.files.push(("choices", format!("--choices {choices}")));
     }
+    controls(list("controls")?, &mut recipe).ok_or_else(|| wrong("controls", "names, pictures and scales"))?;
     for (key, flag) in [("init_image", "--init-image"), ("mask", "--mask")] {
         if let Some(name) = json.get(key) {
             let name = name.as_str().ok_or_else(|| wrong(key, "the name of a file"))?;
@@ -328,6 +331,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
             "upscale_model",
             "init_image",
             "mask",
+            "controls",
         ];
         SAME.iter().any(|(same, _)| *same == key)
             || others.contains(&key)
@@ -337,6 +341,23 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
     };
     recipe.unread.extend(json.iter().filter(|(key, _)| !known(key)).map(|(key, value)| format!("{key}: {value}")));
     Ok(recipe)
+}
+
+/// The ControlNets that are to be named, with their pictures, and what else is said of them. `None`: not what is written.
+fn controls(list: &[Value], recipe: &mut Recipe) -> Option<()> {
+    let guesses = list.iter().any(|control| control["guess"] == Value::Bool(true));
+    if guesses {
+        recipe.flags.push(Flag { id: "control_guess", value: None });
+    }
+    for control in list {
+        let (name, image) = (control["name"].as_str()?, control["image"].as_str()?);
+        recipe.files.push(("control", format!("--control {name}")));
+        recipe.files.push(("control_image", format!("--control-image {image}")));
+        for (key, id) in [("scale", "control_scale"), ("start", "control_start"), ("end", "control_end")] {
+            recipe.flag(id, control[key].as_f64()?);
+        }
+    }
+    Some(())
 }
 
 /// How the model inside the program is called.
@@ -379,6 +400,7 @@ fn of_infotext(text: &Infotext) -> Recipe {
             "Model hash" | "Version" => {}
             "Dtype" if ours => recipe.flag("dtype", value),
             "Prompt syntax" if ours => recipe.flag("prompt_syntax", value),
+            "T5 length" if ours => recipe.flag("t5_length", value),
             "Long prompt" if ours => recipe.flag("long_prompt", value),
             "Stages" if ours => recipe.flag("stages", value.replace(' ', ",")),
             "Method" if ours => match MethodSpec::find(value) {
@@ -555,8 +577,17 @@ fn without_networks(prompt: &str) -> (String, Vec<String>) {
 }
 
 /// Keys that say what a run was made of: another value makes another picture.
-const COMPARED: [&str; 8] =
-    ["model", "loras", "resadapter", "embeddings", "vae", "version", "init_image_digest", "mask_digest"];
+const COMPARED: [&str; 9] = [
+    "model",
+    "loras",
+    "resadapter",
+    "embeddings",
+    "vae",
+    "version",
+    "init_image_digest",
+    "mask_digest",
+    "control_files",
+];
 
 /// One warning where the run that `parameters` describe is of other things than the picture's.
 ///

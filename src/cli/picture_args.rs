@@ -13,6 +13,7 @@ use megafuse::pipeline::{
 use megafuse::{DType, Device, Error, Result};
 
 use super::args::named;
+use super::control_args::ControlArgs;
 use super::grid::{Axis, MethodAt};
 use super::hub::HubArgs;
 use super::manifest::Shard;
@@ -300,6 +301,9 @@ pub struct RunArgs {
     #[command(flatten)]
     pub start: StartArgs,
 
+    #[command(flatten)]
+    pub control: ControlArgs,
+
     /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
@@ -320,6 +324,10 @@ pub struct RunArgs {
     /// Which layer of the text encoder is read, counted from the last, which is 1 (default: the model's own)
     #[arg(long, value_name = "N", value_parser = values::clip_skip, help_heading = "Prompt")]
     pub clip_skip: Option<usize>,
+
+    /// Tokens of a prompt that a T5 text encoder (SD 3) reads (default: 256; 77 with --reference-compat)
+    #[arg(long, value_name = "N", value_parser = values::t5_length, help_heading = "Prompt")]
+    pub t5_length: Option<usize>,
 
     /// Size of the final picture, width x height in pixels
     #[arg(long, value_name = "WxH", value_parser = values::library::<Size>)]
@@ -420,6 +428,12 @@ pub struct RunArgs {
     /// Element type of the VAE (default: as --dtype; bf16 for f16 where the model's VAE leaves the range of f16)
     #[arg(long, value_parser = named::<DType>(["f32", "f16", "bf16"]), value_name = "T", help_heading = "Machine")]
     pub vae_dtype: Option<DType>,
+
+    /// Where text encoders run (default: where everything does)
+    ///
+    /// cpu: on the host, so that they need no memory of a card; their T5 is the largest part of SD 3.
+    #[arg(long, value_name = "D", value_parser = ["cpu"], help_heading = "Machine")]
+    pub text_encoder_device: Option<String>,
 
     /// Which parts of the model stay in memory
     ///
@@ -649,8 +663,10 @@ impl RunArgs {
     pub fn load_options(&self, device: &Device) -> LoadOptions {
         let memory = MemoryOptions { residency: self.memory, vae: self.vae_partition };
         let (dtype, weights) = (self.dtype_on(device), self.weights);
-        let upscale = self.upscale.options(device);
-        LoadOptions { device: device.clone(), dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
+        let (upscale, controls) = (self.upscale.options(device), self.control.control.clone());
+        let host = self.text_encoder_device.is_some() && !matches!(device, Device::Cpu(_));
+        let (text_device, vae_dtype) = (host.then(Device::cpu), self.vae_dtype);
+        LoadOptions { device: device.clone(), text_device, dtype, weights, vae_dtype, memory, upscale, controls }
     }
 
     /// Those of `--stages`; none: they are planned.
@@ -670,6 +686,7 @@ impl RunArgs {
                 syntax: self.prompt_syntax.unwrap_or_default(),
                 long_prompt: self.long_prompt.unwrap_or_default(),
                 clip_skip: self.clip_skip,
+                t5_length: self.t5_length,
             },
             method: self.options.of(spec, self.stages())?,
             size: self.size,
@@ -682,6 +699,7 @@ impl RunArgs {
             guidance_rescale: self.guidance_rescale,
             guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
+            controls: self.control.inputs()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,

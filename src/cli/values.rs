@@ -218,6 +218,22 @@ pub fn clip_skip(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Tokens of T5, the end token among them.
+pub fn t5_length(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(n) if (2..=512).contains(&n) => Ok(n),
+        _ => Err("expected a number of tokens from 2 to 512, like 77, 128 or 256".into()),
+    }
+}
+
+/// What a ControlNet adds is multiplied by it.
+pub fn control_scale(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(scale) if scale.is_finite() => Ok(scale),
+        _ => Err("expected a number; 1 is usual".into()),
+    }
+}
+
 /// A share of the schedule.
 pub fn strength(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

@@ -259,6 +259,11 @@ impl GenerationMethod for MegaFusion {
         if self.dilation == 0 {
             return refuse("dilation", "0".into(), "expected 1 (none) or more");
         }
+        if self.dilation > 1 && run.model().is_some_and(|model| model.unet.is_none()) {
+            let reason = "the model's network is a transformer, which has no convolutions to dilate; expected 1, or \
+                          request.method megafusion (request.reschedule true has the rest of megafusion++)";
+            return refuse("dilation", self.dilation.to_string(), reason);
+        }
         if let [first, .., last] = run.stages() {
             let (low, high) = (-(first.steps as i64), last.steps as i64 - 1);
             if !(low..=high).contains(&i64::from(self.relay_noise_offset)) {

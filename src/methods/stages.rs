@@ -8,10 +8,8 @@ use crate::error::{Error, Result};
 /// Up to this ratio of sides to the native ones, one stage at the final size makes the picture.
 const LARGEST_DIRECT_SCALE: f64 = 1.1;
 
-/// Relays a run has at most, and the share of its steps that all stages after the first have together: 10 of 50 in the
-/// paper.
+/// Relays a run has at most.
 const MOST_RELAYS: usize = 3;
-const RELAYED_SHARE: f64 = 0.2;
 
 /// What a request and a model say of sizes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,27 +24,29 @@ pub struct Geometry {
     pub steps: usize,
     /// By how much of the native sides a relay enlarges a picture, at most.
     pub relay_growth: f64,
+    /// The share of the steps that all stages after the first have together.
+    pub relayed_share: f64,
 }
 
 /// The stages of a relay to a size.
 ///
 /// Sizes up to 1.1 times the native sides (by area): one stage. Else the first stage has the native area and the final
 /// aspect ratio; the sides then grow linearly, by about `relay_growth` of the native ones per relay, in at most three
-/// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later share a fifth of the steps.
-/// So in 50 steps, as in the paper (arXiv:2408.11001, sec. 4.1), SD 1.5 goes to 1024x1024 by 512x512:40, 768x768:5,
-/// 1024x1024:5 (growth 0.5) and SDXL to 2048x2048 by 1024x1024:40, 2048x2048:10 (growth 1).
+/// relays; all but the final size are rounded to multiples of `factor`. Stages 2 and later have `relayed_share` of the steps.
+/// So, as in the paper (arXiv:2408.11001, sec. 4.1), SD 1.5 goes to 1024x1024 by 512x512:40, 768x768:5, 1024x1024:5 (growth
+/// 0.5), SDXL to 2048x2048 by 1024x1024:40, 2048x2048:10 (growth 1), and SD3 by 1024x1024:20, 2048x2048:8 (share 2/7).
 ///
 /// # Errors
 /// [`Error::Request`]: `size` is not made of multiples of `factor`.
 pub fn relay_stages(geometry: &Geometry) -> Result<Vec<Stage>> {
-    let &Geometry { size, native, factor, steps, relay_growth } = geometry;
+    let &Geometry { size, native, factor, steps, relay_growth, relayed_share } = geometry;
     check_size("size", size, factor)?;
     let scale = (size.area() as f64 / native.area() as f64).sqrt();
     if scale <= LARGEST_DIRECT_SCALE || steps < 2 {
         return Ok(vec![Stage::new(size, steps)]);
     }
     let relays = relays_to(scale, relay_growth).min(MOST_RELAYS).min(steps - 1);
-    let relayed_steps = ((steps as f64 * RELAYED_SHARE).round() as usize).max(relays);
+    let relayed_steps = ((steps as f64 * relayed_share).round() as usize).max(relays);
     let sizes = sizes_between(base_size(size, native, factor), size, relays, factor);
     let stage = |(relay, size)| {
         // The earlier of them take what does not divide.

@@ -129,12 +129,16 @@ const ENDS: [(&str, &str); 31] = [
 const CORE_END: (&str, &str) = (".lokr_t2", "lokr_t2");
 
 /// How a key begins, and the part it is for.
-const BEGINNINGS: [(&str, Part); 8] = [
+const BEGINNINGS: [(&str, Part); 12] = [
     ("lora_unet_", Part::Unet),
     ("lora_te1_", Part::TextEncoder),
     ("lora_te2_", Part::TextEncoder2),
     ("lora_te_", Part::TextEncoder),
+    ("lora_te3_", Part::TextEncoder3),
+    ("lora_transformer_", Part::Transformer),
     ("unet.", Part::Unet),
+    ("transformer.", Part::Transformer),
+    ("text_encoder_3.", Part::TextEncoder3),
     ("text_encoder_2.", Part::TextEncoder2),
     ("text_encoder.", Part::TextEncoder),
     ("", Part::Unet),
@@ -241,7 +245,7 @@ fn flat(part: Part, module: &str) -> String {
     let name = module.replace('.', "_");
     match part {
         Part::TextEncoder | Part::TextEncoder2 => name.strip_prefix("text_model_").map_or(name.clone(), String::from),
-        Part::Unet | Part::Vae => name,
+        Part::TextEncoder3 | Part::Unet | Part::Transformer | Part::Vae => name,
     }
 }
 

@@ -5,13 +5,11 @@
 const KEYS: &[(&[&str], Foreign)] = &[
     (&["individual_token_refiner."], Foreign::Family("HunyuanVideo")),
     (&["distilled_guidance_layer."], Foreign::Family("Chroma")),
-    (&["joint_blocks."], Foreign::Family("Stable Diffusion 3")),
     (&["double_blocks."], Foreign::Family("FLUX")),
     (&["single_transformer_blocks."], Foreign::Family("FLUX")),
     (&["double_layers."], Foreign::Family("AuraFlow")),
     (&["double_stream_blocks."], Foreign::Family("HiDream")),
     (&["patchify_proj."], Foreign::Family("LTX-Video")),
-    (&["transformer_blocks.0.norm1_context."], Foreign::Family("Stable Diffusion 3")),
     (&["adaln_single.", "transformer_blocks."], Foreign::Family("PixArt")),
     (&["y_embedder.y_proj.", "t_block.1."], Foreign::Family("PixArt")),
     (&["clip_txt_mapper."], Foreign::Family("Stable Cascade")),
@@ -39,6 +37,8 @@ const KEYS: &[(&[&str], Foreign)] = &[
 
 /// As [`KEYS`], for files that hold no UNet.
 const KEYS_WITHOUT_UNET: &[(&[&str], Foreign)] = &[
+    (&["joint_blocks."], Foreign::Part("the transformer of a Stable Diffusion 3")),
+    (&["transformer_blocks.0.norm1_context."], Foreign::Part("the transformer of a Stable Diffusion 3")),
     (&["motion_modules."], Foreign::Family("a motion module of AnimateDiff")),
     (&["control_model."], Foreign::Part("a ControlNet")),
     (&["controlnet_cond_embedding."], Foreign::Part("a ControlNet")),
@@ -60,8 +60,7 @@ const KEYS_WITHOUT_UNET: &[(&[&str], Foreign)] = &[
 
 /// What classes of diffusers and transformers begin with, longer ones first where one begins another.
 const CLASSES: &[(&str, Foreign)] = &[
-    ("StableDiffusion3", Foreign::Family("Stable Diffusion 3")),
-    ("SD3", Foreign::Family("Stable Diffusion 3")),
+    ("SD3Transformer2DModel", Foreign::Part("the transformer of a Stable Diffusion 3")),
     ("Flux", Foreign::Family("FLUX")),
     ("PixArt", Foreign::Family("PixArt")),
     ("StableCascade", Foreign::Family("Stable Cascade")),
@@ -130,7 +129,7 @@ impl std::fmt::Display for Foreign {
         match self {
             Foreign::Family(what) => {
                 let comma = if what.ends_with(',') || what.ends_with(" and") { "" } else { "," };
-                write!(f, "is {what}{comma} which is not supported; Stable Diffusion 1.x, 2.x and XL are")
+                write!(f, "is {what}{comma} which is not supported; Stable Diffusion 1.x, 2.x, XL and 3 are")
             }
             Foreign::Part(what) => write!(f, "is {what} alone, not a whole model"),
             Foreign::Beside(what) => write!(f, "is {what}, not a model: give it beside a model"),

@@ -1,5 +1,5 @@
 //! A whole model in one file, safetensors or PyTorch's `.ckpt`, as the first Stable Diffusion code and the programs after it write it: Stable
-//! Diffusion 1.x, 2.x and XL, and models distilled from these for latent consistency (LCM). The family is read off the keys;
+//! Diffusion 1.x, 2.x, XL and 3, and models distilled from these for latent consistency (LCM). The family is read off the keys;
 //! configurations are the published ones.
 
 use std::collections::{BTreeMap, HashMap};
@@ -10,8 +10,8 @@ use safetensors::Dtype as FileDtype;
 use serde_json::{Value, json};
 
 use super::foreign::Foreign;
-use super::ldm;
 use super::weights::{Entry, MappedFile, Part, WeightStore, attach_scales, unwrapped_names};
+use super::{ldm, ldm_mmdit};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device};
 
@@ -21,6 +21,12 @@ const CLIP: &str = "cond_stage_model.transformer.";
 const OPENCLIP: &str = "cond_stage_model.model.";
 const SDXL_CLIP: &str = "conditioner.embedders.0.transformer.";
 const SDXL_OPENCLIP: &str = "conditioner.embedders.1.model.";
+/// SD3's text encoders, under the keys of transformers.
+const SD3_ENCODERS: [(&str, Part); 3] = [
+    ("text_encoders.clip_l.transformer.", Part::TextEncoder),
+    ("text_encoders.clip_g.transformer.", Part::TextEncoder2),
+    ("text_encoders.t5xxl.transformer.", Part::TextEncoder3),
+];
 
 /// What a single file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +37,17 @@ pub enum Family {
     Sd2,
     /// Stable Diffusion XL: CLIP-L and OpenCLIP bigG.
     Sdxl,
+    /// Stable Diffusion 3: CLIP-L, OpenCLIP bigG and perhaps T5 XXL; a transformer.
+    Sd3,
+    /// Stable Diffusion 3.5.
+    Sd35,
+}
+
+impl Family {
+    /// Is the denoiser a transformer, over latents of 16 channels?
+    fn is_sd3(self) -> bool {
+        matches!(self, Family::Sd3 | Family::Sd35)
+    }
 }
 
 /// What models of one family differ in, as far as their configurations go.
@@ -44,6 +61,8 @@ struct Traits {
     guidance_embedding: Option<usize>,
     /// The UNet reads a mask and the masked picture's latents beside the latents.
     inpainting: bool,
+    /// SD3's CLIP-L has no projection in the file: the identity stands for it.
+    clip_is_plain: bool,
 }
 
 /// A mapped single file and where each part's tensors are in it.
@@ -54,6 +73,8 @@ pub struct SingleFile {
     parts: BTreeMap<Part, BTreeMap<String, Entry>>,
     metadata: HashMap<String, String>,
     traits: Traits,
+    /// `transformer/config.json`, as the tensors' shapes say it.
+    transformer: Option<Value>,
     unused: Vec<String>,
 }
 
@@ -79,6 +100,9 @@ impl SingleFile {
         let has = |prefix: &str| entries.keys().any(|key| key.starts_with(prefix));
         let conv_in = entries.get("model.diffusion_model.input_blocks.0.0.weight");
         let keys = entries.keys().map(String::as_str);
+        if has("model.diffusion_model.joint_blocks.") {
+            return SingleFile::open_sd3(path, file.clone(), entries);
+        }
         if let Some(foreign) = Foreign::of_keys(keys, conv_in.is_some()) {
             return refuse(&foreign.to_string());
         }
@@ -119,16 +143,43 @@ impl SingleFile {
         let cond_proj = entries.get("model.diffusion_model.time_embed.cond_proj.weight");
         let guidance_embedding = cond_proj.and_then(|weight| weight.shape.get(1).copied());
         let inpainting = conv_in.shape.get(1) == Some(&INPAINTING_CHANNELS);
-        let traits = Traits { v_prediction, zero_snr, guidance_embedding, inpainting };
+        let traits = Traits { v_prediction, zero_snr, guidance_embedding, inpainting, clip_is_plain: false };
         let (parts, unused) = split(family, entries);
-        let file_of_parts = SingleFile { file, family, parts, metadata, traits, unused };
-        for &part in file_of_parts.part_list() {
-            if !file_of_parts.parts.contains_key(&part) {
+        SingleFile { file, family, parts, metadata, traits, transformer: None, unused }.complete()
+    }
+
+    fn open_sd3(path: &Path, file: Arc<MappedFile>, entries: Entries) -> Result<SingleFile> {
+        if !entries.keys().any(|key| key.starts_with(SD3_ENCODERS[0].0)) {
+            let reason = "is the transformer and the VAE of a Stable Diffusion 3, without text encoders: download the file whose name \
+                          has incl_clips";
+            return Err(Error::file(path, reason));
+        }
+        let of_transformer = |key: &String| key.starts_with(UNET);
+        let own = entries.iter().filter(|(key, _)| of_transformer(key));
+        let own: Entries = own.map(|(key, entry)| (key[UNET.len()..].to_string(), entry.clone())).collect();
+        let transformer = ldm_mmdit::config(&own);
+        let family = if transformer["qk_norm"].is_null() { Family::Sd3 } else { Family::Sd35 };
+        let others = entries.into_iter().filter(|(key, _)| !of_transformer(key));
+        let (mut parts, mut unused) = split(family, others.collect());
+        let has_projection =
+            parts.get(&Part::TextEncoder).is_some_and(|clip| clip.contains_key("text_projection.weight"));
+        let (metadata, traits) = (file.metadata(), Traits { clip_is_plain: !has_projection, ..Traits::default() });
+        let (named, left) = ldm_mmdit::entries(own);
+        parts.insert(Part::Transformer, named);
+        unused.extend(left.into_iter().map(|key| format!("{UNET}{key}")));
+        SingleFile { file, family, parts, metadata, traits, transformer: Some(transformer), unused }.complete()
+    }
+
+    /// # Errors
+    /// [`Error::File`]: a part is missing.
+    fn complete(self) -> Result<SingleFile> {
+        match self.part_list().into_iter().find(|part| !self.parts.contains_key(part)) {
+            None => Ok(self),
+            Some(part) => {
                 let reason = format!("holds no {}: download the full checkpoint", part.folder());
-                return Err(Error::file(path, reason));
+                Err(Error::file(&self.file.path, reason))
             }
         }
-        Ok(file_of_parts)
     }
 
     pub fn family(&self) -> Family {
@@ -139,12 +190,15 @@ impl SingleFile {
         &self.file.path
     }
 
-    /// The parts that this family has.
-    pub fn part_list(&self) -> &'static [Part] {
-        match self.family {
-            Family::Sdxl => &Part::ALL,
-            Family::Sd1 | Family::Sd2 => &[Part::TextEncoder, Part::Unet, Part::Vae],
-        }
+    /// The parts that this family has; T5 of SD3 where the file holds it.
+    pub fn part_list(&self) -> Vec<Part> {
+        let t5 = self.parts.contains_key(&Part::TextEncoder3).then_some(Part::TextEncoder3);
+        let (text, network): (&[Part], _) = match self.family {
+            Family::Sd1 | Family::Sd2 => (&[Part::TextEncoder], Part::Unet),
+            Family::Sdxl => (&[Part::TextEncoder, Part::TextEncoder2], Part::Unet),
+            Family::Sd3 | Family::Sd35 => (&[Part::TextEncoder, Part::TextEncoder2], Part::Transformer),
+        };
+        text.iter().copied().chain(t5).chain([network, Part::Vae]).collect()
     }
 
     /// Tensors that belong to no part (optimiser states, EMA copies), for one warning.
@@ -174,6 +228,12 @@ impl SingleFile {
     pub fn config(&self, name: &str) -> Option<String> {
         if let Some(text) = self.metadata.get(name) {
             return Some(text.clone());
+        }
+        if let Some(config) = self.transformer.as_ref().filter(|_| name == "transformer/config.json") {
+            return Some(config.to_string());
+        }
+        if name.starts_with("text_encoder_3/") && !self.parts.contains_key(&Part::TextEncoder3) {
+            return None;
         }
         published(self.family, name, self.traits).map(|config| config.to_string())
     }
@@ -214,6 +274,7 @@ fn split(family: Family, entries: Entries) -> (BTreeMap<Part, Entries>, Vec<Stri
         Family::Sd1 => (&[(CLIP, Part::TextEncoder)], None),
         Family::Sd2 => (&[], Some((OPENCLIP, Part::TextEncoder))),
         Family::Sdxl => (&[(SDXL_CLIP, Part::TextEncoder)], Some((SDXL_OPENCLIP, Part::TextEncoder2))),
+        Family::Sd3 | Family::Sd35 => (&SD3_ENCODERS, None),
     };
     let mut parts: BTreeMap<Part, Entries> = BTreeMap::new();
     let (mut vae, mut openclip, mut unused) = (Entries::new(), Entries::new(), Vec::new());
@@ -229,7 +290,7 @@ fn split(family: Family, entries: Entries) -> (BTreeMap<Part, Entries>, Vec<Stri
             parts.entry(part).or_default().insert(rest.to_string(), entry);
         } else if let Some(rest) = others.and_then(|(at, _)| key.strip_prefix(at)) {
             openclip.insert(rest.to_string(), entry);
-        } else if !matches!(key.as_str(), "v_pred" | "ztsnr") && !is_schedule(&key) {
+        } else if !matches!(key.as_str(), "v_pred" | "ztsnr") && !is_schedule(&key) && !key.ends_with(".logit_scale") {
             unused.push(key);
         }
     }
@@ -291,7 +352,7 @@ fn openclip_entries(entries: Entries, without_last_layer: bool, unused: &mut Vec
         match ldm::thirds(&name) {
             Some(names) => {
                 for (i, name) in names.into_iter().enumerate() {
-                    match entry.third(i) {
+                    match entry.part(i, 3) {
                         Some(third) => drop(named.insert(name, third)),
                         None => unused.push(key.clone()), // the layers will miss it
                     }
@@ -310,12 +371,14 @@ const INPAINTING_CHANNELS: usize = 9;
 /// The published configurations: runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and -2-1-base,
 /// stabilityai/stable-diffusion-xl-base-1.0.
 fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
-    let Traits { v_prediction, zero_snr, guidance_embedding, inpainting } = traits;
+    let Traits { v_prediction, zero_snr, guidance_embedding, inpainting, clip_is_plain } = traits;
     let blocks = |attention: &[bool], cross: &str, plain: &str| -> Vec<String> {
         attention.iter().map(|&has| if has { cross } else { plain }.to_string()).collect()
     };
     let value = match (name, family) {
-        ("unet/config.json", _) => {
+        ("transformer/config.json", Family::Sd3) => ldm_mmdit::Shape::medium().config(),
+        ("transformer/config.json", Family::Sd35) => ldm_mmdit::Shape::medium_3_5().config(),
+        ("unet/config.json", Family::Sd1 | Family::Sd2 | Family::Sdxl) => {
             let (channels, down, up): (&[usize], &[bool], &[bool]) = match family {
                 Family::Sdxl => (&[320, 640, 1280], &[false, true, true], &[true, true, false]),
                 _ => (&[320, 640, 1280, 1280], &[true, true, true, false], &[false, true, true, true]),
@@ -340,6 +403,7 @@ fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
                     "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time",
                     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816, "sample_size": 128,
                 }),
+                Family::Sd3 | Family::Sd35 => return None,
             };
             if let (Value::Object(config), Value::Object(special)) = (&mut config, special) {
                 config.extend(special);
@@ -352,26 +416,41 @@ fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
                 Family::Sd1 => (512, 0.18215),
                 Family::Sd2 => (if v_prediction { 768 } else { 512 }, 0.18215),
                 Family::Sdxl => (1024, 0.13025),
+                Family::Sd3 | Family::Sd35 => (1024, 1.5305),
             };
             json!({
                 "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-                "latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+                "latent_channels": if family.is_sd3() { 16 } else { 4 }, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
                 "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
                 "norm_num_groups": 32, "sample_size": size, "scaling_factor": scaling,
                 "force_upcast": family == Family::Sdxl,
+                "shift_factor": if family.is_sd3() { 0.0609 } else { 0.0 },
+                "use_quant_conv": !family.is_sd3(), "use_post_quant_conv": !family.is_sd3(),
             })
         }
         ("text_encoder/config.json", Family::Sd2) => text_config("CLIPTextModel", [1024, 4096, 23, 16], "gelu", 512),
+        ("text_encoder/config.json", Family::Sd3 | Family::Sd35) if !clip_is_plain => {
+            text_config("CLIPTextModelWithProjection", [768, 3072, 12, 12], "quick_gelu", 768)
+        }
         ("text_encoder/config.json", _) => text_config("CLIPTextModel", [768, 3072, 12, 12], "quick_gelu", 768),
-        ("text_encoder_2/config.json", Family::Sdxl) => {
+        ("text_encoder_2/config.json", Family::Sdxl | Family::Sd3 | Family::Sd35) => {
             text_config("CLIPTextModelWithProjection", [1280, 5120, 32, 20], "gelu", 1280)
+        }
+        ("text_encoder_3/config.json", Family::Sd3 | Family::Sd35) => json!({
+            "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4096, "d_kv": 64, "d_ff": 10240,
+            "num_layers": 24, "num_heads": 64, "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-06, "feed_forward_proj": "gated-gelu",
+            "vocab_size": 32128, "eos_token_id": 1, "pad_token_id": 0,
+        }),
+        ("scheduler/scheduler_config.json", Family::Sd3 | Family::Sd35) => {
+            json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
         }
         ("scheduler/scheduler_config.json", _) => {
             let class = match family {
                 _ if guidance_embedding.is_some() => "LCMScheduler",
                 Family::Sd1 => "PNDMScheduler",
                 Family::Sd2 => "DDIMScheduler",
-                Family::Sdxl => "EulerDiscreteScheduler",
+                Family::Sdxl | Family::Sd3 | Family::Sd35 => "EulerDiscreteScheduler",
             };
             let mut config = json!({
                 "_class_name": class, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -394,7 +473,7 @@ fn published(family: Family, name: &str, traits: Traits) -> Option<Value> {
         }
         ("tokenizer/tokenizer_config.json", Family::Sd2) => tokenizer_config("!"),
         ("tokenizer/tokenizer_config.json", _) => tokenizer_config("<|endoftext|>"),
-        ("tokenizer_2/tokenizer_config.json", Family::Sdxl) => tokenizer_config("!"),
+        ("tokenizer_2/tokenizer_config.json", Family::Sdxl | Family::Sd3 | Family::Sd35) => tokenizer_config("!"),
         _ => return None,
     };
     Some(value)

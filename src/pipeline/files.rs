@@ -1,3 +1,5 @@
+mod t5;
+
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
@@ -183,6 +185,20 @@ pub(super) enum Place {
     Embedded(embedded::Files),
 }
 
+impl Place {
+    /// Is there a part in this folder (`text_encoder_2`)? Where there are no files of tokenizers, they are those of their text
+    /// encoders.
+    fn has(&self, folder: &str) -> bool {
+        let holder = folder.replace("tokenizer", "text_encoder");
+        match self {
+            Place::Directory(path) => path.join(folder).is_dir(),
+            Place::File(file) => file.part_list().iter().any(|part| part.folder() == holder),
+            Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
+            Place::Published(family) => published_config(*family, &format!("{holder}/config.json")).is_some(),
+        }
+    }
+}
+
 /// Where the model is in a folder `models--ORG--NAME` of the Hugging Face hub's cache, which keeps every version in
 /// `snapshots/REVISION` and the revision of each branch in `refs/BRANCH`: that of `main`, or the only one. Any other
 /// directory as it is.
@@ -252,7 +268,12 @@ fn refuse_foreign(path: &Path) -> Result<()> {
     by_class(INDEX)?;
     if !path.join("unet").is_dir() {
         for part in ["transformer", "prior", "decoder"] {
-            by_class(&format!("{part}/config.json"))?;
+            let name = format!("{part}/config.json");
+            match Foreign::of_class(&class(&json(&name))) {
+                // A part of a whole model has its place here.
+                Some(Foreign::Part(_)) => {}
+                _ => by_class(&name)?,
+            }
         }
         by_class("config.json")?;
         let loras = ["pytorch_lora_weights", "adapter_model"]
@@ -281,17 +302,17 @@ fn refuse_foreign(path: &Path) -> Result<()> {
 /// What a saved pipeline is made of.
 pub(super) const INDEX: &str = "model_index.json";
 /// What a directory must have, for messages.
-const LAYOUT: &str =
-    "a model is a directory with tokenizer/, text_encoder/, unet/, vae/ and scheduler/, as diffusers saves it";
+const LAYOUT: &str = "a model is a directory with tokenizer/, text_encoder/, unet/ (or transformer/), vae/ and scheduler/, as diffusers saves it";
 /// For messages about a path that is not there.
 const NO_NAME: &str = "and no name of a model on the Hugging Face hub (ORG/NAME)";
 /// What decides a picture beside the weights, in each part's folder; not every model has all of them.
-pub(super) const CONFIGURATIONS: [&str; 8] = [
+pub(super) const CONFIGURATIONS: [&str; 9] = [
     "added_tokens.json",
     "config.json",
     "merges.txt",
     "scheduler_config.json",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -343,29 +364,15 @@ impl ModelFiles {
                 Place::Directory(path)
             }
         };
-        let family = FamilySpec::of(|folder| match &place {
-            Place::Directory(path) => path.join(folder).is_dir(),
-            Place::File(file) => match folder {
-                "tokenizer_2" => file.part_list().contains(&models::Part::TextEncoder2),
-                "tokenizer" => true,
-                _ => file.part_list().iter().any(|part| part.folder() == folder),
-            },
-            Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
-            Place::Published(family) => match folder {
-                "tokenizer" => true,
-                // A family with a second text encoder has a second tokenizer.
-                "tokenizer_2" => published_config(*family, "text_encoder_2/config.json").is_some(),
-                _ => published_config(*family, &format!("{folder}/config.json")).is_some(),
-            },
-        });
+        let family = FamilySpec::of(|folder| place.has(folder));
         let adapters = Adapters::open(&[])?;
         let random = matches!(source, ModelSource::Random(_));
         let (loras, embeddings) = (Vec::new(), Vec::new());
         let files = ModelFiles { place, family, loras, resadapter: None, adapters, embeddings, vae: None, random };
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
-            let parts = files.family.parts.iter().filter(|part| part.weights.is_some()).map(|part| part.folder);
-            for part in parts.chain(["scheduler"]) {
+            let needed = files.family.parts.iter().filter(|part| part.weights.is_some() && !part.is_optional);
+            for part in needed.map(|part| part.folder).chain(["scheduler"]) {
                 let folder = path.join(part);
                 if !folder.is_dir() {
                     return Err(Error::file(&folder, format!("no such directory; {LAYOUT}")));
@@ -413,7 +420,8 @@ impl ModelFiles {
             file.file_bytes().for_each(&mut add);
         }
         let in_file = |folder: &str| matches!(self.place, Place::File(_)) && !(folder == "vae" && self.vae.is_some());
-        for part in self.family.parts.iter().filter(|part| part.weights.is_some() && !in_file(part.folder)) {
+        let here = |part: &&Part| part.weights.is_some() && (!part.is_optional || self.has(part.folder));
+        for part in self.family.parts.iter().filter(here).filter(|part| !in_file(part.folder)) {
             self.weights(part.folder, &Device::cpu(), DType::F32)?.file_bytes().for_each(&mut add);
         }
         Ok(hasher.finalize().to_hex()[..16].to_string())
@@ -669,6 +677,11 @@ impl ModelFiles {
         }
     }
 
+    /// Has the model itself a part in this folder, which is one that models of its family may lack?
+    pub fn has(&self, folder: &str) -> bool {
+        self.place.has(folder)
+    }
+
     /// Has the model's family a part in this folder (`text_encoder_2`)?
     pub fn has_part(&self, folder: &str) -> bool {
         self.family.part(folder).is_some()
@@ -686,6 +699,13 @@ impl ModelFiles {
             serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
         let class = index["_class_name"].as_str().unwrap_or("unknown");
         let has = |part: &str| index.get(part).is_some_and(|entry| !entry[1].is_null());
+        if let Some(named) = FamilySpec::of_class(class).filter(|named| !std::ptr::eq(*named, self.family)) {
+            let network = named.parts.iter().find(|part| !part.is_optional && self.family.part(part.folder).is_none());
+            let missing = network.map_or("a part", |part| part.folder);
+            let reason =
+                format!("is of a {class}, and the model has no {missing}: download it, or another copy of the model");
+            return Err(Error::config(path.display().to_string(), reason));
+        }
         let refuse = |why: String| {
             let what = path.display().to_string();
             Err(Error::config(what, format!("a {class} {why}; expected a {} pipeline", FamilySpec::names())))

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::families::FamilySpec;
+use super::families::{FamilySpec, Part};
 use super::files::{CONFIGURATIONS, INDEX};
 use super::{ModelFiles, ModelSource};
 use crate::error::{Error, Result};
@@ -111,7 +111,7 @@ impl Cached<'_> {
         if let Some(file) = &self.name.file {
             return if there(file) { Ok(snapshot.join(file)) } else { Err(missing(file)) };
         }
-        if !files.iter().any(|file| file == INDEX || file.starts_with("unet/")) {
+        if !files.iter().any(|file| file == INDEX || file.starts_with("unet/") || file.starts_with("transformer/")) {
             let file = single_file(self.name, &files)?;
             return if there(file) { Ok(snapshot.join(file)) } else { Err(missing(file)) };
         }
@@ -119,14 +119,15 @@ impl Cached<'_> {
             return Err(missing(INDEX));
         }
         let family = family(&snapshot, &files)?;
-        for part in family.parts {
+        for part in parts_of(family, &files) {
+            let there = |file: &str| there(&format!("{}/{file}", part.folder));
             let wanted: &[&str] = match part.weights {
                 Some(_) => &["config.json"],
-                None if there(&format!("{}/tokenizer.json", part.folder)) => &[],
+                None if there("tokenizer.json") || there("spiece.model") => &[],
                 None => &["vocab.json", "merges.txt"],
             };
-            if let Some(file) = wanted.iter().map(|file| format!("{}/{file}", part.folder)).find(|file| !there(file)) {
-                return Err(missing(&file));
+            if let Some(file) = wanted.iter().find(|file| !there(file)) {
+                return Err(missing(&format!("{}/{file}", part.folder)));
             }
         }
         let scheduler = "scheduler/scheduler_config.json";
@@ -138,7 +139,7 @@ impl Cached<'_> {
             return Err(missing(file));
         }
         let HubNeed::Weights(dtype) = self.need else { return Ok(snapshot) };
-        for part in family.parts {
+        for part in parts_of(family, &files) {
             let Some(stem) = part.weights else { continue };
             let forms = Form::of(part.folder, stem, dtype);
             let Some(form) = forms.iter().find(|form| form.is_whole(&snapshot, &there)) else {
@@ -253,6 +254,12 @@ fn family(snapshot: &Path, files: &[String]) -> Result<&'static FamilySpec> {
     }))
 }
 
+/// The family's parts that a model with these files has.
+fn parts_of<'a>(family: &'static FamilySpec, files: &'a [String]) -> impl Iterator<Item = &'static Part> + 'a {
+    let has = |part: &&Part| files.iter().any(|file| file.starts_with(&format!("{}/", part.folder)));
+    family.parts.iter().filter(move |part| !part.is_optional || has(part))
+}
+
 /// Is this one of the small files that a model of the family is read from?
 fn is_configuration(family: &FamilySpec, path: &str) -> bool {
     let folders = family.parts.iter().map(|part| part.folder).chain(["scheduler"]);
@@ -305,7 +312,9 @@ impl<'a> Fetch<'a> {
         let listing = self.listing;
         let snapshot = self.repository.snapshot(&listing.commit);
         let paths: Vec<String> = listing.files.iter().map(|file| file.path.clone()).collect();
-        if self.name.file.is_some() || !(listing.has(INDEX) || listing.has("unet/config.json")) {
+        if self.name.file.is_some()
+            || ![INDEX, "unet/config.json", "transformer/config.json"].into_iter().any(|file| listing.has(file))
+        {
             let path = match &self.name.file {
                 None => single_file(self.name, &paths)?.clone(),
                 Some(file) if listing.has(file) => file.clone(),
@@ -340,7 +349,7 @@ impl<'a> Fetch<'a> {
         ModelFiles::open(&ModelSource::Directory(snapshot.clone()))?;
         if let HubNeed::Weights(dtype) = self.need {
             let (mut files, mut indices) = (Vec::new(), Vec::new());
-            for part in family.parts {
+            for part in parts_of(family, &paths) {
                 let Some(stem) = part.weights else { continue };
                 let form = self.form(&snapshot, part.folder, stem, dtype)?;
                 match form.is_index {

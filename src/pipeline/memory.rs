@@ -1,16 +1,20 @@
 //! What of a model is in memory when: the ladder from the fastest way to the one that needs least.
 
+use std::path::PathBuf;
+
 use serde_json::{Value, json};
 
 use super::upscale::UpscaleOptions;
 use crate::models::{Partition, WeightFormat};
 use crate::names::named;
-use crate::runtime::{DType, Device};
+use crate::runtime::{DType, Device, MetaDevice};
 
 /// How a model is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
     pub device: Device,
+    /// Where text encoders are: what they say of the prompts is copied to `device`. `None`: there as well.
+    pub text_device: Option<Device>,
     /// Of weights and activations.
     pub dtype: DType,
     /// How the denoiser's large linear layers hold their weights.
@@ -21,13 +25,28 @@ pub struct LoadOptions {
     pub memory: MemoryOptions,
     /// A network that enlarges every finished picture. It stays in memory.
     pub upscale: Option<UpscaleOptions>,
+    /// ControlNets beside the denoiser: directories in the layout of diffusers, or single files. Each run has a picture for each.
+    pub controls: Vec<PathBuf>,
 }
 
 impl LoadOptions {
     /// Everything else is decided by what there is.
     pub fn new(device: Device, dtype: DType) -> LoadOptions {
         let (weights, memory) = (WeightFormat::Plain, MemoryOptions::default());
-        LoadOptions { device, dtype, weights, vae_dtype: None, memory, upscale: None }
+        let controls = Vec::new();
+        LoadOptions { device, text_device: None, dtype, weights, vae_dtype: None, memory, upscale: None, controls }
+    }
+
+    /// Where text encoders are.
+    pub fn text_device(&self) -> &Device {
+        self.text_device.as_ref().unwrap_or(&self.device)
+    }
+
+    /// The same with everything on a meta device; text encoders that are elsewhere are on another one, whose memory nobody counts.
+    pub(super) fn on_meta(&self, meta: &MetaDevice) -> LoadOptions {
+        let elsewhere = self.text_device.as_ref().filter(|device| !device.same(&self.device));
+        let text_device = elsewhere.map(|_| Device::meta());
+        LoadOptions { device: Device::Meta(meta.clone()), text_device, ..self.clone() }
     }
 }
 
@@ -38,7 +57,13 @@ impl LoadOptions {
         let dtype = self.vae_dtype.map(|dtype| ("vae_dtype", dtype.name()));
         let tiles = (self.memory.vae == VaePartition::Tiles).then_some(("vae_partition", VaePartition::Tiles.name()));
         let weights = (self.weights != WeightFormat::Plain).then_some(("weights", self.weights.name()));
-        weights.into_iter().chain(dtype).chain(tiles).collect()
+        let elsewhere = self.text_device.as_ref().filter(|device| !device.same(&self.device));
+        let text = elsewhere.map(|device| match device {
+            Device::Cpu(_) => ("text_encoder_device", "cpu"),
+            Device::Cuda(_) => ("text_encoder_device", "cuda"),
+            Device::Meta(_) => ("text_encoder_device", "meta"),
+        });
+        weights.into_iter().chain(dtype).chain(tiles).chain(text).collect()
     }
 }
 

@@ -142,7 +142,7 @@ impl Planner {
     /// As [`new`](Planner::new).
     pub fn with(source: &ModelSource, options: &LoadOptions) -> Result<Planner> {
         let meta = MetaDevice::default();
-        let options = LoadOptions { device: Device::Meta(meta.clone()), ..options.clone() };
+        let options = options.on_meta(&meta);
         Ok(Planner { meta, pipeline: Pipeline::load_with(source.clone(), options)? })
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::families::Part;
 use super::files::{ModelFiles, ModelSource, Place};
 use crate::error::{Error, Result};
 use crate::models::{self, Rewritten, Unet, WeightFile, WeightFormat, WeightStore};
@@ -110,10 +111,11 @@ fn part_of(folder: &str) -> Option<models::Part> {
     models::Part::ALL.into_iter().find(|part| part.folder() == folder)
 }
 
-/// The weights of each part by its folder; of the UNet it is known which are of large linear layers.
+/// The weights of each part by its folder; of the denoiser it is known which are of large linear layers.
 fn parts(files: &ModelFiles) -> Result<BTreeMap<&'static str, WeightStore>> {
     let mut parts = BTreeMap::new();
-    for part in files.family.parts.iter().filter(|part| part.weights.is_some()) {
+    let here = |part: &&Part| part.weights.is_some() && (!part.is_optional || files.has(part.folder));
+    for part in files.family.parts.iter().filter(here) {
         let store = files.outline(part.folder, &Device::cpu(), DType::F32)?.with_format(WeightFormat::Fp8);
         if part.folder == models::Part::Unet.folder() {
             // On the meta device: which weights are asked for, and whether they fit the configuration.

@@ -1,7 +1,9 @@
 use super::families::Defaults;
-use super::{InitImage, ModelFiles, ModelSource};
+use super::{ControlInput, InitImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache};
+use crate::methods::{
+    Choices, ControlShares, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache, check_size,
+};
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
@@ -42,6 +44,8 @@ pub struct Request {
     /// A picture to begin from. Without `size` and `stages` its own size, rounded down to whole cells,
     /// is the final one.
     pub init_image: Option<InitImage>,
+    /// Of each ControlNet that the model was loaded with, in their order: what it reads, and how it counts.
+    pub controls: Vec<ControlInput>,
     /// What SDXL is told of sizes.
     pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
@@ -73,6 +77,7 @@ impl Default for Request {
             guidance_rescale: 0.0,
             guidance_high: None,
             init_image: None,
+            controls: Vec::new(),
             size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
@@ -93,7 +98,15 @@ pub struct TextOptions {
     /// As webui counts: 1 is the last layer's output, n the n-th layer's from the end; then the final layer norm, which SDXL
     /// does without. `None`: the family's own, the last for SD and the last but one for SDXL.
     pub clip_skip: Option<usize>,
+    /// Tokens of T5, the end token and padding included. `None`: [`T5_LENGTH`], or what `reference_compat` asks for.
+    pub t5_length: Option<usize>,
 }
+
+/// Tokens that T5 reads of a prompt, as published pipelines have it; a prompt is cut off there, or padded to it.
+pub const T5_LENGTH: usize = 256;
+
+/// The same of MegaFusion's published code.
+const REFERENCE_T5_LENGTH: usize = 77;
 
 /// What SDXL is told of sizes, in pixels. `None`: the stage's own size, and no crop; a value holds for every stage. Podell
 /// et al. 2023, arXiv:2307.01952, sec. 2.2.
@@ -107,16 +120,28 @@ pub struct SizeIds {
 }
 
 impl Request {
+    /// [`Request::text`], with what the method's options ask for where it says nothing.
+    pub(super) fn text_options(&self) -> TextOptions {
+        let compat = self.method.option("reference_compat").and_then(serde_json::Value::as_bool) == Some(true);
+        let t5_length = self.text.t5_length.or(compat.then_some(REFERENCE_T5_LENGTH));
+        TextOptions { t5_length, ..self.text }
+    }
+
     /// The defaults with the method and the guidance that suit a model: plain `megafusion` and 2 for the one inside the
     /// program (docs/ablations.md, models/pocket/README.md); `plain` without guidance for a model distilled to a few steps,
-    /// or with what it was told, 8.5, where it reads the scale (LCM); `megafusion++` and 7 for any other.
+    /// or with what it was told, 8.5, where it reads the scale (LCM); 7 for any other, and `megafusion++`, or for a transformer,
+    /// which has no convolutions to dilate, `megafusion`.
     pub fn suited_to(source: &ModelSource) -> Request {
         match source {
             ModelSource::Embedded => Request { guidance: 2.0, ..Request::default() },
             ModelSource::Modified { model, .. } | ModelSource::Resized { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
                 let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
-                let method = if defaults.is_distilled() { Plain {}.into() } else { MegaFusion::plus().into() };
+                let method = match defaults.is_distilled() {
+                    true => Plain {}.into(),
+                    false if defaults.dilates => MegaFusion::plus().into(),
+                    false => MegaFusion::default().into(),
+                };
                 Request { method, guidance: defaults.guidance, ..Request::default() }
             }
         }
@@ -129,7 +154,8 @@ impl Request {
         format!("Default: {}; {} for the model inside the program.", others.method, inside.method)
     }
 
-    /// The run for a model with this scheduler configuration, native size and pixels per latent cell.
+    /// The run for a model with this scheduler configuration, native size, and pixels per latent cell; sides of its pictures are
+    /// multiples of `multiple`.
     ///
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Config`] for the scheduler's configuration.
@@ -137,7 +163,7 @@ impl Request {
         &self,
         config: &SchedulerConfig,
         native: Option<Size>,
-        factor: usize,
+        (factor, multiple): (usize, usize),
         defaults: Defaults,
     ) -> Result<Run> {
         if self.count == 0 {
@@ -160,7 +186,8 @@ impl Request {
         {
             return Err(refused("negative_prompt", format!("{negative:?}"), unguided));
         }
-        let stages = self.resolve_stages(native, factor, defaults)?;
+        let stages = self.resolve_stages(native, multiple, defaults)?;
+        stages.iter().try_for_each(|stage| check_size("stages", stage.size, multiple))?;
         let steps = self.method.scheduled_steps(&stages);
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
             return Err(refused(
@@ -180,7 +207,14 @@ impl Request {
             None => run,
             Some(init) => run.starting(start_of(init, &self.method, steps)?)?,
         };
+        self.controls.iter().try_for_each(ControlInput::check)?;
+        for control in &self.controls {
+            let made = run.stages().iter().zip(run.ranges()).enumerate().filter(|(_, (_, range))| !range.is_empty());
+            control.image.check(made.map(|(index, (stage, _))| (index, stage.size)))?;
+        }
+        let shares = |control: &ControlInput| ControlShares { start: control.start, end: control.end };
         run.with_guidance(vec![self.guidance_scale()])
+            .with_controls(self.controls.iter().map(shares).collect())
             .published_as(defaults.published)
             .with_guidance_high(self.guidance_high)?
             .with_choices(self.choices.clone())?
@@ -264,7 +298,8 @@ impl Request {
                 return Err(refused("size", "(none)", reason));
             }
         };
-        let geometry = Geometry { size, native, factor, steps, relay_growth: defaults.relay_growth };
+        let Defaults { relay_growth, relayed_share, .. } = defaults;
+        let geometry = Geometry { size, native, factor, steps, relay_growth, relayed_share };
         match replaced {
             Some(picture) => self.method.implementation().stages_from_picture(&geometry, picture),
             None => self.method.implementation().stages(&geometry),
@@ -296,4 +331,20 @@ fn start_of(init: &InitImage, method: &Method, steps: usize) -> Result<Start> {
 
 fn refused(field: &'static str, value: impl ToString, reason: impl Into<String>) -> Error {
     Error::Request { field, value: value.to_string(), reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_code_reads_77_tokens_of_t5() {
+        let length = |reference_compat, t5_length| {
+            let method = MegaFusion { reference_compat, ..MegaFusion::plus() }.into();
+            let text = TextOptions { t5_length, ..TextOptions::default() };
+            Request { method, text, ..Request::default() }.text_options().t5_length
+        };
+        assert_eq!([length(false, None), length(true, None)], [None, Some(77)]);
+        assert_eq!([length(false, Some(128)), length(true, Some(128))], [Some(128); 2]);
+    }
 }

@@ -1,14 +1,15 @@
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
-use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
+use super::families::{ControlStrength, Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
 use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
+use super::resident::Module;
 use super::start::OnDevice;
 use super::upscale::Upscaler;
-use super::{Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
+use super::{ControlInput, Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
@@ -225,6 +226,11 @@ impl Pipeline {
         self.family.space().factor()
     }
 
+    /// Sides of pictures are multiples of so many pixels: those of a latent cell, or of a patch of cells.
+    pub fn side_multiple(&self) -> usize {
+        self.family.side_multiple()
+    }
+
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
         self.family.weights()
@@ -243,13 +249,14 @@ impl Pipeline {
         if !request.stages.is_empty() {
             return Ok(request);
         }
-        let factor = self.factor();
+        let factor = self.side_multiple();
         let whole = |side: usize| ((side + factor / 2) / factor).max(1) * factor;
         let from = init.picture.size();
         let picture = Size::new(whole(from.width), whole(from.height));
         let native = self.native_size().unwrap_or(picture);
         let steps = request.steps.unwrap_or(self.defaults.steps);
-        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0 };
+        let relayed_share = self.defaults.relayed_share;
+        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0, relayed_share };
         for (name, value) in request.method.implementation().enlarging_options(&geometry) {
             if request.method.option(name).is_none() {
                 request.method = request.method.with(name, value)?;
@@ -279,16 +286,26 @@ impl Pipeline {
                 return Err(Error::Request { field, value, reason });
             }
         }
+        if let Some(length) = request.text.t5_length.filter(|_| !self.family.reads_t5()) {
+            let reason = format!("has no effect with {}, which has no T5 text encoder; SD 3 has", self.name);
+            return Err(Error::Request { field: "text.t5_length", value: length.to_string(), reason });
+        }
         let masked = request.init_image.as_ref().is_some_and(|init| init.mask.is_some());
         if self.family.reads_mask() && !masked {
             let (field, value) = ("mask", "(none)".into());
             let reason = format!("{} is an inpainting model; give it request.init_image and request.mask", self.name);
             return Err(Error::Request { field, value, reason });
         }
+        let (given, nets) = (request.controls.len(), self.options.controls.len());
+        if given != nets {
+            let (field, value) = ("control_image", format!("{given} pictures"));
+            let reason = format!("expected {nets}, one for each ControlNet that the model was loaded with");
+            return Err(Error::Request { field, value, reason });
+        }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
-        let factor = self.family.space().factor();
-        request.resolve(&self.scheduler, self.native_size(), factor, self.defaults)?.of_model(model)
+        let cells = (self.family.space().factor(), self.family.side_multiple());
+        request.resolve(&self.scheduler, self.native_size(), cells, self.defaults)?.of_model(model)
     }
 
     /// What of a request may surprise, a sentence each: a picture that is stretched, a mask that repaints nothing.
@@ -434,12 +451,17 @@ impl Pipeline {
         let rows = prompts.embeds.shape().to_vec();
         let embedded = self.defaults.embeds_guidance.then_some(first.guidance - 1.0);
         let repeats = if guided { 2 } else { 1 };
-        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded };
+        let strength = |input: &ControlInput| ControlStrength { scale: input.scale, guess: input.guess };
+        let controls: Vec<ControlStrength> = first.controls.iter().map(strength).collect();
+        let guesses = controls.iter().map(|control| usize::from(control.guess));
+        let conditioning_key = rows.iter().copied().chain(guesses).collect();
+        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded, controls };
         let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
         let start = first.init_image.as_ref().map(|init| OnDevice { init, device: self.device() });
-        let model = Conditioned { pipeline: self, images, rows, conditions, rung, start };
+        let controls = &first.controls;
+        let model = Conditioned { pipeline: self, images, conditioning_key, conditions, rung, start, controls };
 
         for (index, request) in requests.iter().enumerate() {
             tell(observer, &Event::PictureBegins { index: first_index + index, count, seed: request.seed });
@@ -487,9 +509,12 @@ impl Pipeline {
         &self.ladder
     }
 
-    /// Bytes of the modules that are in memory.
+    /// Bytes of the modules that are in memory, of the device's own.
     pub(super) fn resident_bytes(&self) -> u64 {
-        let loaded = self.family.modules().into_iter().zip(self.weights()).filter(|(module, _)| module.is_loaded());
+        let of_device =
+            |module: &dyn Module| module.role() != Role::Text || self.options.text_device().same(&self.options.device);
+        let modules = self.family.modules().into_iter().zip(self.weights());
+        let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
         let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
         loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler
     }
@@ -589,7 +614,7 @@ impl Pipeline {
             .chain(requests.iter().map(|request| (false, Some(request.prompt.clone()))))
             .map(|(negative, text)| PromptText { text, negative })
             .collect();
-        let options = requests[0].text;
+        let options = requests[0].text_options();
         let mut distinct: Vec<PromptText> = Vec::new();
         for row in &rows {
             if !distinct.contains(row) {
@@ -604,7 +629,8 @@ impl Pipeline {
             _ => {
                 *encoded = None;
                 self.bring(Role::Text, &mut |message| observer.warning(message))?;
-                self.family.encode_prompts(&distinct, &options, &mut |message| observer.warning(message))?
+                let warn = &mut |message: &str| observer.warning(message);
+                self.family.encode_prompts(&distinct, &options, warn)?.to_device(self.device())?
             }
         };
         if kept {
@@ -660,12 +686,13 @@ impl Observer for Group<'_> {
 struct Conditioned<'a> {
     pipeline: &'a Pipeline,
     images: usize,
-    /// Shape of the prompts' embeddings.
-    rows: Vec<usize>,
+    /// Shape of the prompts' embeddings, and of each ControlNet whether it sees all rows.
+    conditioning_key: Vec<usize>,
     conditions: RefCell<Box<dyn RunConditions>>,
     /// Where on the pipeline's ladder the run is.
     rung: Cell<usize>,
     start: Option<OnDevice<'a>>,
+    controls: &'a [ControlInput],
 }
 
 type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
@@ -706,7 +733,7 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn conditioning_key(&self) -> Vec<usize> {
-        self.rows.clone()
+        self.conditioning_key.clone()
     }
 
     fn begin_stage(
@@ -734,6 +761,10 @@ impl DiffusionModel for Conditioned<'_> {
 
     fn start(&self) -> Option<&dyn StartPicture> {
         self.start.as_ref().map(|start| start as &dyn StartPicture)
+    }
+
+    fn control_pictures(&self, stage: usize, size: Size) -> Result<Vec<Tensor>> {
+        self.controls.iter().map(|control| control.image.on(self.device(), stage, size)).collect()
     }
 
     fn reads_mask(&self) -> bool {

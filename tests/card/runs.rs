@@ -21,7 +21,7 @@ use megafuse::schedulers::Sampler;
 use megafuse::{DType, Device, Result, Tensor};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::common::cards;
+use crate::common::{cards, drawn};
 
 fn data(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
@@ -42,7 +42,7 @@ impl Observer for Dump {
 }
 
 fn run(model: &str, device: &Device, dtype: DType, request: &Request) -> Dump {
-    let source = ModelSource::Directory(data(model));
+    let source = ModelSource::Directory(drawn::folder(model));
     let pipeline = Pipeline::load(source, device.clone(), dtype).unwrap();
     let mut dump = Dump::default();
     pipeline.generate(request, &mut dump).unwrap();
@@ -471,7 +471,7 @@ fn replayed_views_are_launched_views_bit_for_bit() {
     let request = Request { size: Some("32x16".parse().unwrap()), steps: Some(2), ..request };
     let pictures = [true, false].map(|eager| {
         let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
-        let source = ModelSource::Directory(data(model));
+        let source = ModelSource::Directory(drawn::folder(model));
         let pipeline = Pipeline::load(source, Device::Cuda(device), DType::BF16).unwrap();
         let of = |prompt: &str| Request { prompt: prompt.into(), ..request.clone() };
         ["a cat", "two dogs"].map(|prompt| pipeline.generate(&of(prompt), &mut Silent).unwrap())

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::drawn;
 use crate::files::{self, Array, Arrays, MODELS, SDXL_MODELS, all_passed, compare, data, megafuse};
 
 /// The expected values are f64's; f32 on torch is within 1e-5 of them.
@@ -126,7 +127,7 @@ fn row(array: &Array, n: usize) -> Array {
 fn probe(model: &str, module: &str, dtype: &str, more: &[&str]) -> Result<Arrays, String> {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out.safetensors");
-    let (model, out_text) = (data(model).display().to_string(), out.display().to_string());
+    let (model, out_text) = (drawn::folder(model).display().to_string(), out.display().to_string());
     let mut args = vec!["probe", "--model", &model, "--module", module, "--dtype", dtype];
     args.extend(["--device", "cpu", "--out", &out_text]);
     args.extend(more);

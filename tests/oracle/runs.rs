@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::drawn;
 use crate::files::{self, Arrays, compare, data, megafuse};
 
 /// f32 and f64 differ by up to 4e-5 in these runs (`f32_error` in runs.json): torch's f32, and ours, against f64.
@@ -48,7 +49,7 @@ pub fn listed(file: &str, lists: &[&str], wanted: impl Fn(&str) -> bool) -> Vec<
 
 /// The run's model: the stored directory, or a copy of it in `folder` with the parts that are replaced.
 pub fn model(folder: &Path, run: &Run) -> PathBuf {
-    let stored = data(&run.model);
+    let stored = drawn::folder(&run.model);
     if run.scheduler.is_none() && run.unet.is_none() {
         return stored;
     }
@@ -104,7 +105,7 @@ pub fn check_in(stored: &str, run: &Run, more: &[&str]) -> Result<(), String> {
     // Most runs are stored without what decides the tensors after it (run_values.py).
     let implied = |name: &str| {
         let ends = [".decoded", ".upsampled"].iter().any(|end| name.ends_with(end));
-        ["alpha_bar", "latent"].contains(&name) || name.starts_with("noise") || ends
+        ["alpha_bar", "latent", "image"].contains(&name) || name.starts_with("noise") || ends
     };
     got.0.retain(|name, _| !implied(name) || want.0.contains_key(name));
     let names = |arrays: &Arrays| arrays.0.keys().cloned().collect::<Vec<_>>();

@@ -7,7 +7,7 @@ A small model takes a few kilobytes of names then, whatever its size. NAME.drawn
     dtype        f32, f16 or bf16, to which the values are rounded
     scaled       tensors whose first rows are multiplied: [name, rows, factor]
     crc32        of all values as little-endian f32, in this order
-    tensors      [name, shape], in the order of the module
+    tensors      [key, shape], in the order of the module; [key, shape, name] where the file has it under another name
 """
 
 import json
@@ -18,15 +18,18 @@ import torch
 import small_models
 
 
-def write(folder, stem, module, seed, part, dtype=torch.float32):
-    """Describes the weights of `module`, which `small_models.fill` has drawn from `seed` and `part`, as `folder/stem.drawn.json`."""
+def write(folder, stem, module, seed, part, dtype=torch.float32, factors={}, key=str):
+    """Describes the weights of `module`, which `small_models.fill` has drawn from `seed` and `part`, as `folder/stem.drawn.json`.
+
+    factors: tensor's name to (rows, factor), where the first rows were multiplied; key(name): what the file calls a tensor.
+    """
     state = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     scaled = []
     for name, tensor in state.items():
         drawn = small_models.draw(seed, f"{part}.{name}", tensor)
         if not torch.equal(drawn.to(dtype).float(), tensor):
-            rows = module.config.latent_channels  # small_models.fill does so with a VAE's latents alone
-            factor = 2 / module.config.scaling_factor
+            # small_models.fill does so with a VAE's latents.
+            rows, factor = factors.get(name) or (module.config.latent_channels, 2 / module.config.scaling_factor)
             drawn[:rows] *= factor
             scaled.append([name, rows, factor])
         assert torch.equal(drawn.to(dtype).float(), tensor), name
@@ -35,6 +38,7 @@ def write(folder, stem, module, seed, part, dtype=torch.float32):
         crc32 = zlib.crc32(tensor.contiguous().numpy().astype("<f4").tobytes(), crc32)
     head = {"seed": seed, "part": part, "dtype": {v: k for k, v in small_models.DTYPES.items()}[dtype],
             "scaled": scaled, "crc32": crc32}
-    lines = [f"  {json.dumps([name, list(tensor.shape)])}" for name, tensor in state.items()]
+    named = lambda name: [] if key(name) == name else [name]
+    lines = [f"  {json.dumps([key(name), list(tensor.shape), *named(name)])}" for name, tensor in state.items()]
     text = json.dumps(head)[:-1] + ', "tensors": [\n' + ",\n".join(lines) + "\n]}\n"
     (folder / f"{stem}.drawn.json").write_text(text)

@@ -22,7 +22,7 @@ SD_SCHEDULE = small_sdxl.SD_SCHEDULE
 
 # A model: seed; tokenizer settings; overrides of each config.json; how the files are written.
 #   dtype: of the stored weights;  shard: bytes a file (with an index), none: one file
-#   prefix: text encoder keys begin with "text_model.";  position_ids: the int64 buffer of older files is present
+#   described: the weights are not written (drawn.py);  prefix: text encoder keys begin with "text_model.";  position_ids: the int64 buffer of older files is present
 #   old_vae_names: attention keys query/key/value/proj_attn;  variant: file names carry ".fp16"
 MODELS = {
     # SD 1.5 in small: heads as one number, 1x1-conv projections, quick_gelu, PNDM, the oldest file conventions.
@@ -281,6 +281,13 @@ def write_text_encoder(folder: pathlib.Path, config: dict, seed: int, files: dic
     folder.mkdir()
     write_json(folder / "config.json", {"architectures": [cls.__name__], "model_type": "clip_text_model", **config})
     state = {k: v for k, v in text.state_dict().items() if v.is_floating_point()}
+    if files.get("described"):
+        import drawn
+
+        inner = lambda name: "text_model." * files["prefix"] + name.removeprefix("text_model.")
+        key = lambda name: name if name == "text_projection.weight" else inner(name)
+        drawn.write(folder, "model", text, seed, folder.name, dtype, key=key)
+        return text
     outer = {k: v.to(dtype) for k, v in state.items() if k == "text_projection.weight"}
     state = {k.removeprefix("text_model."): v.to(dtype) for k, v in state.items() if k not in outer}
     if files.get("position_ids"):
@@ -289,6 +296,20 @@ def write_text_encoder(folder: pathlib.Path, config: dict, seed: int, files: dic
         state = {f"text_model.{k}": v for k, v in state.items()}
     write_weights(folder, "model", state | outer, files.get("shard"), files.get("variant"))
     return text
+
+
+def write_network(folder: pathlib.Path, module, seed: int, dtype, files: dict):
+    """Writes the weights of a UNet or a VAE, or describes them."""
+    if files.get("described"):
+        import drawn
+
+        drawn.write(folder, "diffusion_pytorch_model", module, seed, folder.name, dtype)
+        return
+    state = {k: v.to(dtype) for k, v in module.state_dict().items()}
+    if folder.name == "vae" and files.get("old_vae_names"):
+        state = {old_vae_name(k): v for k, v in state.items()}
+        assert any("proj_attn" in k for k in state)
+    write_weights(folder, "diffusion_pytorch_model", state, files.get("shard"), files.get("variant"))
 
 
 def text_config(overrides: dict, vocab_size: int, eos: int) -> dict:
@@ -305,7 +326,7 @@ def build(name: str, root: pathlib.Path) -> Model:
 
     spec = MODELS[name]
     files = spec["files"]
-    dtype, shard, variant = DTYPES[files["dtype"]], files.get("shard"), files.get("variant")
+    dtype = DTYPES[files["dtype"]]
     folder = root / name
     folder.mkdir(parents=True)
     model = Model()
@@ -340,16 +361,11 @@ def build(name: str, root: pathlib.Path) -> Model:
     (folder / "unet").mkdir()
     write_json(folder / "unet/config.json",
                {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", **spec["unet"]})
-    write_weights(folder / "unet", "diffusion_pytorch_model",
-                  {k: v.to(dtype) for k, v in unet.state_dict().items()}, shard, variant)
+    write_network(folder / "unet", unet, spec["seed"], dtype, files)
 
     (folder / "vae").mkdir()
     write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", **spec["vae"]})
-    state = {k: v.to(dtype) for k, v in vae.state_dict().items()}
-    if files.get("old_vae_names"):
-        state = {old_vae_name(k): v for k, v in state.items()}
-        assert any("proj_attn" in k for k in state)
-    write_weights(folder / "vae", "diffusion_pytorch_model", state, shard, variant)
+    write_network(folder / "vae", vae, spec["seed"], dtype, files)
 
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler/scheduler_config.json", {"_diffusers_version": "0.6.0", **spec["scheduler"]})

@@ -105,7 +105,7 @@ MODELS = {
         "vae": vae([4, 8, 8], force_upcast=False),
         "scheduler": EULER,
         "index": {"force_zeros_for_empty_prompt": False},
-        "files": {"dtype": "f16", "prefix": False},
+        "files": {"dtype": "f16", "prefix": False, "described": True},
     },
     # SDXL-Turbo in small.
     "sdxl-turbo": {
@@ -135,7 +135,7 @@ MODELS = {
         "scheduler": {**EULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
                       "timestep_spacing": "trailing"},
         "index": {"force_zeros_for_empty_prompt": True},
-        "files": {"dtype": "bf16", "prefix": True},
+        "files": {"dtype": "bf16", "prefix": True, "described": True},
     },
     # Everything in shards of f32.
     "sdxl-shards": {

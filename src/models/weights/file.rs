@@ -75,28 +75,28 @@ impl Entry {
         count == 1 || (self.shape.first() == weight.shape.first() && self.shape.first() == Some(&count))
     }
 
-    /// A third of the rows: `index` 0, 1, 2 of a matrix or vector that stacks three. `None`: the rows do not divide.
-    pub fn third(&self, index: usize) -> Option<Entry> {
+    /// The rows of one, `index`, of the `count` matrices or vectors that this one stacks. `None`: the rows do not divide.
+    pub fn part(&self, index: usize, count: usize) -> Option<Entry> {
         let rows = self.shape.first()?;
-        if !rows.is_multiple_of(3) {
+        if !rows.is_multiple_of(count) {
             return None;
         }
-        let mut third = self.clone();
-        third.shape[0] = rows / 3;
+        let mut part = self.clone();
+        part.shape[0] = rows / count;
         match &self.strides {
-            None => third.len /= 3,
+            None => part.len /= count,
             Some(strides) => {
-                let last = third.shape.iter().zip(strides).map(|(size, stride)| size.saturating_sub(1) * stride);
-                third.len = (1 + last.sum::<usize>()) * self.dtype.bitsize() / 8;
-                third.start += index * third.shape[0] * strides[0] * self.dtype.bitsize() / 8;
-                return Some(third);
+                let last = part.shape.iter().zip(strides).map(|(size, stride)| size.saturating_sub(1) * stride);
+                part.len = (1 + last.sum::<usize>()) * self.dtype.bitsize() / 8;
+                part.start += index * part.shape[0] * strides[0] * self.dtype.bitsize() / 8;
+                return Some(part);
             }
         }
-        third.start += index * third.len;
+        part.start += index * part.len;
         if let Some(scale) = self.scale.as_ref().filter(|scale| scale.shape.first() == Some(rows)) {
-            third.scale = Some(Box::new(scale.third(index)?));
+            part.scale = Some(Box::new(scale.part(index, count)?));
         }
-        Some(third)
+        Some(part)
     }
 
     /// The matrix with rows and columns exchanged; other tensors as they are.

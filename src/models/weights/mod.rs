@@ -5,6 +5,7 @@
 //! its pages are given back, so loading holds the loaded tensors and little else.
 
 mod file;
+mod gated;
 mod names;
 mod repack;
 mod rewrite;
@@ -37,21 +38,28 @@ use crate::runtime::{DType, Device, Element, Tensor};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     TextEncoder,
-    /// OpenCLIP bigG of SDXL.
+    /// OpenCLIP bigG of SDXL and SD3.
     TextEncoder2,
+    /// T5 of SD3.
+    TextEncoder3,
     Unet,
+    /// SD3's denoiser.
+    Transformer,
     Vae,
 }
 
 impl Part {
-    pub const ALL: [Part; 4] = [Part::TextEncoder, Part::TextEncoder2, Part::Unet, Part::Vae];
+    pub const ALL: [Part; 6] =
+        [Part::TextEncoder, Part::TextEncoder2, Part::TextEncoder3, Part::Unet, Part::Transformer, Part::Vae];
 
-    /// `text_encoder`, `text_encoder_2`, `unet`, `vae`.
+    /// `text_encoder`, `text_encoder_2`, `text_encoder_3`, `unet`, `transformer`, `vae`.
     pub fn folder(self) -> &'static str {
         match self {
             Part::TextEncoder => "text_encoder",
             Part::TextEncoder2 => "text_encoder_2",
+            Part::TextEncoder3 => "text_encoder_3",
             Part::Unet => "unet",
+            Part::Transformer => "transformer",
             Part::Vae => "vae",
         }
     }
@@ -673,10 +681,10 @@ impl<'a> Weights<'a> {
         if let Device::Meta(_) = self.store.device {
             return Tensor::uninit(&self.store.device, shape, self.store.dtype);
         }
-        // A card gets each tensor as soon as it is repacked: the host holds one at a time.
         self.build_on_host(shape, sources, layout)?.to_device(&self.store.device)
     }
 
+    /// The same before it is on the device: a card gets each tensor as soon as it is repacked, and the host holds one at a time.
     fn build_on_host(&self, shape: &[usize], sources: &[(String, Option<&Entry>)], layout: Layout) -> Result<Tensor> {
         let host = if let Device::Cpu(_) = self.store.device { self.store.device.clone() } else { Device::cpu() };
         let mut tensor = Tensor::uninit(&host, shape, self.store.dtype)?;

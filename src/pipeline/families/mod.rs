@@ -1,10 +1,13 @@
 //! What a model family is to the pipeline: its parts and files, how prompts are encoded, what its network is told in a
 //! stage, and how samples become pictures. A family is one file, listed in [`FAMILIES`].
 
+mod control;
 mod latent;
 mod prompts;
 mod sd;
 mod sdxl;
+#[allow(dead_code)] // SD 3 and DeepFloyd IF read it
+mod t5_prompts;
 
 use std::sync::Arc;
 
@@ -14,8 +17,10 @@ use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{Partition, UnetConfig, WeightStore, Weights};
-use crate::runtime::Tensor;
+use crate::runtime::{Device, Tensor};
 use crate::schedulers::{Sampler, SchedulerConfig};
+
+pub(super) use control::ControlStrength;
 
 /// Every family. A model is of the last one whose parts it has.
 static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
@@ -24,6 +29,8 @@ static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
 pub(super) struct FamilySpec {
     /// `Stable Diffusion 1.x or 2.x`, for messages.
     pub name: &'static str,
+    /// The class of its model_index.json, where no other family has that.
+    pub pipeline: Option<&'static str>,
     /// Beside the scheduler, which every family has.
     pub parts: &'static [Part],
     pub defaults: Defaults,
@@ -48,6 +55,10 @@ pub(super) struct Defaults {
     pub sampler: Option<Sampler>,
     /// By how much of the native sides a relay enlarges a picture, at most.
     pub relay_growth: f64,
+    /// The share of a relay's steps that all stages after the first have together.
+    pub relayed_share: f64,
+    /// Has the network convolutions that MegaFusion++ dilates? Else plain MegaFusion is the method.
+    pub dilates: bool,
     /// Of MegaFusion's published code, for `reference_compat`.
     pub published: PublishedSchedule,
 }
@@ -60,6 +71,8 @@ impl Defaults {
         embeds_guidance: false,
         sampler: None,
         relay_growth: 0.5,
+        relayed_share: 0.2,
+        dilates: true,
         published: PublishedSchedule::SD,
     };
 
@@ -92,26 +105,34 @@ pub(super) struct Part {
     pub class: &'static str,
     /// How the names of its weight files begin; `None`: it has no weights (a tokenizer).
     pub weights: Option<&'static str>,
+    /// Models of the family may lack it.
+    pub is_optional: bool,
 }
 
 impl Part {
     const fn tokenizer(folder: &'static str) -> Part {
-        Part { folder, class: "", weights: None }
+        Part { folder, class: "", weights: None, is_optional: false }
     }
 
     const fn text_encoder(folder: &'static str, class: &'static str) -> Part {
-        Part { folder, class, weights: Some("model") }
+        Part { folder, class, weights: Some("model"), is_optional: false }
     }
 
     const fn network(folder: &'static str, class: &'static str) -> Part {
-        Part { folder, class, weights: Some("diffusion_pytorch_model") }
+        Part { folder, class, weights: Some("diffusion_pytorch_model"), is_optional: false }
+    }
+
+    /// The same of a part that not every model of the family has.
+    #[allow(dead_code)] // until a family has such a part
+    const fn optional(self) -> Part {
+        Part { is_optional: true, ..self }
     }
 }
 
 impl FamilySpec {
     /// The family of a model, by the parts that `has` says it has.
     pub fn of(has: impl Fn(&str) -> bool) -> &'static FamilySpec {
-        let fits = |family: &&&FamilySpec| family.parts.iter().all(|part| has(part.folder));
+        let fits = |family: &&&FamilySpec| family.parts.iter().all(|part| part.is_optional || has(part.folder));
         FAMILIES.iter().rev().find(fits).copied().unwrap_or(FAMILIES[0])
     }
 
@@ -127,6 +148,11 @@ impl FamilySpec {
             false => ("is for models trained by flow matching (SD3, Flux)", "on a table of betas"),
         };
         Err(scheduler.error(format!("{class} {is}, and {} is trained {trained}", self.name)))
+    }
+
+    /// The family that model_index.json says a model is of, where its class says it.
+    pub fn of_class(class: &str) -> Option<&'static FamilySpec> {
+        FAMILIES.iter().copied().find(|family| family.pipeline == Some(class))
     }
 
     pub fn part(&self, folder: &str) -> Option<&'static Part> {
@@ -153,8 +179,18 @@ pub(super) trait Family: Send + Sync {
     /// Where its samples are.
     fn space(&self) -> &dyn SampleSpace;
 
+    /// Sides of pictures are multiples of so many pixels.
+    fn side_multiple(&self) -> usize {
+        self.space().factor()
+    }
+
     /// Is the network told sizes of the original picture, the crop and the target ([`SizeIds`])?
     fn reads_size_ids(&self) -> bool {
+        false
+    }
+
+    /// Is T5 among its text encoders, so that a prompt has a number of its tokens ([`TextOptions::t5_length`])?
+    fn reads_t5(&self) -> bool {
         false
     }
 
@@ -231,6 +267,8 @@ pub(super) struct RunInputs {
     pub sizes: SizeIds,
     /// What a network is told that reads its guidance scale, less 1.
     pub guidance: Option<f32>,
+    /// Of each ControlNet beside the network.
+    pub controls: Vec<ControlStrength>,
 }
 
 /// A prompt to encode.
@@ -268,6 +306,15 @@ impl PromptEmbeds {
         let pooled: Vec<Tensor> = parts.iter().filter_map(|part| part.pooled.clone()).collect();
         let pooled = if pooled.is_empty() { None } else { Some(Tensor::concat(&pooled)?) };
         Ok(PromptEmbeds { embeds: Tensor::concat(&embeds)?, pooled })
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_device`].
+    pub fn to_device(&self, device: &Device) -> Result<PromptEmbeds> {
+        let pooled = self.pooled.as_ref().map(|pooled| pooled.to_device(device)).transpose()?;
+        Ok(PromptEmbeds { embeds: self.embeds.to_device(device)?, pooled })
     }
 
     /// Rows of these, in this order.

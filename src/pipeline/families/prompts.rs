@@ -25,7 +25,7 @@ pub struct TextEncoder {
 pub struct EncodedText {
     /// `[R, c L, C]`
     pub hidden: Tensor,
-    /// The projection of each prompt's first chunk, `[R, P]`, if asked for and the encoder has one.
+    /// The projection of each prompt's first chunk, `[R, P]`, if asked for; of an encoder that has none the pooled output itself.
     pub projected: Option<Tensor>,
 }
 
@@ -51,9 +51,9 @@ impl TextEncoder {
                 (Some(tokenizer), tokens)
             }
         };
-        let (_, report) = files.clip_of(folder, files.outline(folder, &options.device, options.dtype)?)?;
+        let (_, report) = files.clip_of(folder, files.outline(folder, options.text_device(), options.dtype)?)?;
         let layers = config.num_hidden_layers;
-        let (files, device, dtype) = (files.clone(), options.device.clone(), options.dtype);
+        let (files, device, dtype) = (files.clone(), options.text_device().clone(), options.dtype);
         let load = move || {
             let (model, _) = files.clip(folder, &device, dtype)?;
             let (rows, [count, _]) = words.table();
@@ -121,12 +121,13 @@ impl TextEncoder {
         let ids: Vec<Vec<u32>> = all.iter().flat_map(|chunks| chunks.ids.iter().cloned()).collect();
         let encoded = self.model.get()?.forward(&ids, ClipOutput { hidden, ..output })?;
         let [rows, length, width] = encoded.hidden.dims("text", "hidden")?;
-        let hidden = emphasized(encoded.hidden, &all)?.reshape(&[rows / count, count * length, width])?;
+        let weights: Vec<&Vec<f32>> = all.iter().flat_map(|chunks| &chunks.weights).collect();
+        let hidden = emphasized(encoded.hidden, &weights)?.reshape(&[rows / count, count * length, width])?;
         let first = |projected: Tensor| -> Result<Tensor> {
             let rows = (0..rows / count).map(|row| projected.rows(row * count..row * count + 1));
             Tensor::concat(&rows.collect::<Result<Vec<_>>>()?)
         };
-        let projected = match encoded.projected {
+        let projected = match encoded.projected.or(encoded.pooled) {
             Some(projected) if count > 1 => Some(first(projected)?),
             projected => projected,
         };
@@ -158,9 +159,8 @@ impl TextEncoder {
 }
 
 /// `hidden: [chunks of all prompts, L, C]` with each token times its weight, the mean of each chunk kept; the same tensor
-/// where every weight is 1.
-fn emphasized(hidden: Tensor, all: &[Chunks]) -> Result<Tensor> {
-    let weights: Vec<&Vec<f32>> = all.iter().flat_map(|chunks| &chunks.weights).collect();
+/// where every weight is 1. `weights`: L for each chunk.
+pub fn emphasized(hidden: Tensor, weights: &[&Vec<f32>]) -> Result<Tensor> {
     if weights.iter().all(|weights| weights.iter().all(|&weight| weight == 1.0)) {
         return Ok(hidden);
     }

@@ -1,0 +1,143 @@
+//! T5's tokenizer with its text encoder: prompts to hidden states of one length.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::super::memory::{LoadOptions, Role};
+use super::super::resident::{Module, Resident};
+use super::super::{ModelFiles, T5_LENGTH, TextOptions, WeightReport};
+use super::PromptText;
+use super::prompts::emphasized;
+use crate::error::Result;
+use crate::models::T5Encoder;
+use crate::ops;
+use crate::runtime::{DType, Device, Tensor};
+use crate::text::{Part, Prompt, T5Encoding, T5Tokenizer};
+
+/// T5 beside other text encoders, or on its own.
+pub struct T5TextEncoder {
+    /// `None` on the meta device, where nobody reads the ids, and where there is no model.
+    tokenizer: Option<T5Tokenizer>,
+    /// `None`: the model has none, and its rows are zeros.
+    model: Option<Resident<T5Encoder>>,
+    padding: T5Padding,
+    /// C
+    width: usize,
+    /// Where the results are, and in which dtype.
+    device: Device,
+    dtype: DType,
+    /// Was said what is odd about the model?
+    told: AtomicBool,
+}
+
+/// What becomes of the padding behind a prompt's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum T5Padding {
+    /// It is text like other text (SD 3).
+    Read,
+    /// No token attends to it within the encoder (DeepFloyd IF).
+    Masked,
+}
+
+impl T5TextEncoder {
+    /// The tokenizer and the model in these folders.
+    ///
+    /// # Errors
+    /// Those of the files.
+    pub fn open(
+        files: &Arc<ModelFiles>,
+        [tokenizer, folder]: [&'static str; 2],
+        padding: T5Padding,
+        options: &LoadOptions,
+    ) -> Result<(T5TextEncoder, WeightReport)> {
+        let config = files.t5_config(folder)?;
+        let tokenizer = match options.device {
+            Device::Meta(_) => None,
+            _ => Some(files.t5_tokenizer(tokenizer)?.fitted(config.vocab_size)?),
+        };
+        let (device, dtype) = (options.text_device().clone(), options.dtype);
+        let outline = files.outline(folder, &device, T5Encoder::dtype_for(dtype))?;
+        let (_, report) = files.t5_of(folder, outline)?;
+        let (files, on) = (files.clone(), device.clone());
+        let load = move || files.t5(folder, &on, dtype).map(|(model, _)| model);
+        let model = Some(Resident::new(Role::Text, load));
+        let told = AtomicBool::new(false);
+        let encoder = T5TextEncoder { tokenizer, model, padding, width: config.d_model, device, dtype, told };
+        Ok((encoder, report))
+    }
+
+    /// In place of a model that was left out to save memory: rows of `width` zeros, as SD 3's pipelines have it.
+    pub fn missing(width: usize, options: &LoadOptions) -> T5TextEncoder {
+        let (device, dtype) = (options.text_device().clone(), options.dtype);
+        let (padding, told) = (T5Padding::Read, AtomicBool::new(false));
+        T5TextEncoder { tokenizer: None, model: None, padding, width, device, dtype, told }
+    }
+
+    /// What has weights.
+    pub fn module(&self) -> Option<&dyn Module> {
+        self.model.as_ref().map(|model| model as &dyn Module)
+    }
+
+    /// C
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// `[R, L, C]` with L = [`TextOptions::t5_length`], in the dtype of the run; a prompt's weights (syntax a1111) multiply its tokens' rows.
+    /// `warn` is told what of a prompt is not read, and once what is odd about the model.
+    ///
+    /// # Errors
+    /// Those of the tokenizer and the model.
+    pub fn encode(&self, prompts: &[&PromptText], options: &TextOptions, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
+        let length = options.t5_length.unwrap_or(T5_LENGTH);
+        self.tell(warn);
+        let Some(model) = &self.model else {
+            return Tensor::zeros(&self.device, &[prompts.len(), length, self.width], self.dtype);
+        };
+        let (mut ids, mut lengths, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        for prompt in prompts {
+            let (encoding, of_prompt) = self.read(prompt, options, length)?;
+            if let Some(rest) = &encoding.truncated {
+                let what = prompt.kind();
+                warn(&format!("the {what} is longer than T5's {length} tokens, and it does not read: {rest:?}"));
+            }
+            ids.push(encoding.ids);
+            lengths.push(encoding.length);
+            weights.push(of_prompt);
+        }
+        let lengths = (self.padding == T5Padding::Masked).then_some(&lengths[..]);
+        let hidden = model.get()?.forward(&ids, lengths)?;
+        let hidden = emphasized(hidden, &weights.iter().collect::<Vec<_>>())?;
+        match hidden.dtype() == self.dtype {
+            true => Ok(hidden),
+            false => ops::scale_cast(&hidden, 1.0, 0.0, self.dtype, 1),
+        }
+    }
+
+    /// The ids of a prompt and their weights.
+    fn read(&self, prompt: &PromptText, options: &TextOptions, length: usize) -> Result<(T5Encoding, Vec<f32>)> {
+        let Some(tokenizer) = &self.tokenizer else {
+            return Ok((T5Encoding { ids: vec![0; length], length, truncated: None }, vec![1.0; length]));
+        };
+        let parsed = Prompt::parse(prompt.text.as_deref().unwrap_or_default(), options.syntax);
+        let part = |part: &'_ Part| match part {
+            Part::Text { text, weight } => Some((text.clone(), *weight)),
+            // T5 has no chunks that it could end.
+            Part::Break => None,
+        };
+        let parts: Vec<(String, f32)> = parsed.parts.iter().filter_map(part).collect();
+        let parts: Vec<(&str, f32)> = parts.iter().map(|(text, weight)| (text.as_str(), *weight)).collect();
+        tokenizer.encode_parts(&parts, length)
+    }
+
+    fn tell(&self, warn: &mut dyn FnMut(&str)) {
+        let is_odd = self.model.is_none() || T5Encoder::dtype_for(self.dtype) != self.dtype;
+        if !is_odd || self.told.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        match self.model {
+            None => warn("the model has no T5 text encoder: what it would say of the prompt is zeros"),
+            Some(_) => warn("the T5 text encoder runs in bf16, as it leaves the range of f16"),
+        }
+    }
+}
