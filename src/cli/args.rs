@@ -144,6 +144,8 @@ pub enum Module {
     /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6])
     /// -> out [N,C,H,W]; with --control also control [N,3,H,W] in [0,1] -> control.down<i>, control.mid, which out has in it
     Unet,
+    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D], pooled_prompt_embeds [N,P] (SD3) -> out [N,C,H,W]
+    Transformer,
     /// image [N,3,H,W] in [-1,1] -> mean, logvar [N,c,h,w] (not scaled; logvar clamped to [-30,20])
     VaeEncode,
     /// latent [N,c,h,w] (not scaled) -> decoded [N,3,H,W]

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use megafuse::models::{
-    AddedConditioning, ClipOutput, ClipTextModel, Control, ControlNet, TIME_IDS, TextConditioning, TextEmbeddings,
-    Unet, UnetCall, UnetOptions, Vae,
+    AddedConditioning, ClipOutput, ClipTextModel, Control, ControlNet, Mmdit, TIME_IDS, TextConditioning,
+    TextEmbeddings, Unet, UnetCall, UnetOptions, Vae,
 };
 use megafuse::ops::StepIndex;
 use megafuse::pipeline::{ControlFiles, ModelFiles, T5_LENGTH, WeightReport};
@@ -47,6 +47,12 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
             };
             unet(&model, control, &input, &options, &device, args.dtype)?
         }
+        Module::Transformer => {
+            let input = input("transformer")?;
+            let (model, report) = files.transformer(&device, args.dtype)?;
+            loaded(report);
+            transformer(&model, &input)?
+        }
         Module::VaeEncode | Module::VaeDecode => {
             let encodes = matches!(args.module, Module::VaeEncode);
             let input = input(if encodes { "vae-encode" } else { "vae-decode" })?;
@@ -87,12 +93,12 @@ fn check_flags(args: &ProbeArgs) -> Result<()> {
     match (args.module, &args.prompt, &args.input, args.dilation) {
         (Module::Text, None, _, _) => Err(missing("--prompt", "--module text needs a prompt; it may be empty".into())),
         (Module::Text, _, Some(input), _) => {
-            unused("--in", input.display().to_string(), "unet, vae-encode or vae-decode")
+            unused("--in", input.display().to_string(), "unet, transformer, vae-encode or vae-decode")
         }
-        (Module::Unet | Module::VaeEncode | Module::VaeDecode, Some(prompt), _, _) => {
+        (Module::Unet | Module::Transformer | Module::VaeEncode | Module::VaeDecode, Some(prompt), _, _) => {
             unused("--prompt", format!("{prompt:?}"), "text")
         }
-        (Module::Text | Module::VaeEncode | Module::VaeDecode, _, _, Some(dilation)) => {
+        (Module::Text | Module::Transformer | Module::VaeEncode | Module::VaeDecode, _, _, Some(dilation)) => {
             unused("--dilation", dilation.to_string(), "unet")
         }
         _ => Ok(()),
@@ -196,6 +202,58 @@ fn encode(
 }
 
 /// `control`: a ControlNet and its scale.
+/// `sample`, with its shape as the file has it.
+fn sample(input: &Inputs, channels: usize, device: &Device, dtype: DType) -> Result<(Tensor, [usize; 4])> {
+    let wanted = format!("[N, {channels}, H, W]");
+    let (shape, values) = input.get_shaped::<4>("sample", &wanted)?;
+    if shape[1] != channels {
+        return Err(input.mismatch("sample", &shape, &wanted));
+    }
+    Ok((from_nchw(device, dtype, shape, &values)?, shape))
+}
+
+/// `prompt_embeds` of `n` samples.
+fn prompt_embeds(input: &Inputs, [n, width]: [usize; 2], device: &Device, dtype: DType) -> Result<Tensor> {
+    let wanted = format!("[{n}, L, {width}] (or [1, L, {width}], used for every sample)");
+    let (shape, text) = input.get_shaped::<3>("prompt_embeds", &wanted)?;
+    let [rows, length, of_file] = shape;
+    if of_file != width || (rows != n && rows != 1) {
+        return Err(input.mismatch("prompt_embeds", &shape, &wanted));
+    }
+    let text = if rows == n { text } else { text.repeat(n) };
+    Tensor::from_f32(device, &[n, length, width], dtype, &text)
+}
+
+/// `pooled_prompt_embeds` of `n` samples.
+fn pooled_prompt_embeds(input: &Inputs, [n, width]: [usize; 2], device: &Device, dtype: DType) -> Result<Tensor> {
+    let wanted = format!("[{n}, {width}] (or [1, {width}], used for every sample)");
+    let (shape, pooled) = input.get_shaped::<2>("pooled_prompt_embeds", &wanted)?;
+    if shape[1] != width || ![1, n].contains(&shape[0]) {
+        return Err(input.mismatch("pooled_prompt_embeds", &shape, &wanted));
+    }
+    let pooled = if shape[0] == n { pooled } else { pooled.repeat(n) };
+    Tensor::from_f32(device, &[n, width], dtype, &pooled)
+}
+
+/// `timestep`, the same of all `n` samples.
+fn timestep(input: &Inputs, n: usize) -> Result<f32> {
+    let (shape, timesteps) = input.get("timestep")?;
+    match timesteps.first() {
+        Some(&first) if timesteps.iter().all(|&t| t == first) && [1, n].contains(&timesteps.len()) => Ok(first),
+        _ => Err(input.mismatch("timestep", &shape, &format!("one value (or {n} equal ones)"))),
+    }
+}
+
+fn transformer(model: &Mmdit, input: &Inputs) -> Result<Arrays> {
+    let (config, device, dtype) = (model.config(), model.device(), model.dtype());
+    let (x, [n, ..]) = sample(input, config.in_channels, device, dtype)?;
+    let text = prompt_embeds(input, [n, config.joint_attention_dim], device, dtype)?;
+    let pooled = pooled_prompt_embeds(input, [n, config.pooled_projection_dim], device, dtype)?;
+    let conditioning = model.condition(&text, &pooled, &[timestep(input, n)?])?;
+    let out = model.forward(&x, &StepIndex::one(device, 0)?, &conditioning)?;
+    Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
+}
+
 fn unet(
     unet: &Unet,
     control: Option<(ControlNet, f32)>,
@@ -205,46 +263,25 @@ fn unet(
     dtype: DType,
 ) -> Result<Arrays> {
     let (in_channels, width) = (unet.config().in_channels, unet.config().cross_attention_dim);
-    let (sample_shape, sample) = input.get_shaped::<4>("sample", &format!("[N, {in_channels}, H, W]"))?;
-    let [n, c, _, _] = sample_shape;
-    if c != in_channels {
-        return Err(input.mismatch("sample", &sample_shape, &format!("[N, {in_channels}, H, W]")));
-    }
-    let wanted = format!("[{n}, L, {width}] (or [1, L, {width}], used for every sample)");
-    let (text_shape, text) = input.get_shaped::<3>("prompt_embeds", &wanted)?;
-    let [rows, length, text_width] = text_shape;
-    if text_width != width || (rows != n && rows != 1) {
-        return Err(input.mismatch("prompt_embeds", &text_shape, &wanted));
-    }
-    let text = if rows == n { text } else { text.repeat(n) };
-    let (timestep_shape, timesteps) = input.get("timestep")?;
-    if timesteps.is_empty() || timesteps.iter().any(|&t| t != timesteps[0]) || ![1, n].contains(&timesteps.len()) {
-        return Err(input.mismatch("timestep", &timestep_shape, &format!("one value (or {n} equal ones)")));
-    }
-
-    let x = from_nchw(device, dtype, sample_shape, &sample)?;
-    let text = Tensor::from_f32(device, &[n, length, width], dtype, &text)?;
+    let (x, sample_shape) = sample(input, in_channels, device, dtype)?;
+    let n = sample_shape[0];
+    let (text, timestep) = (prompt_embeds(input, [n, width], device, dtype)?, timestep(input, n)?);
     let added = match unet.config().added {
         None => None,
         Some(config) => {
-            let wanted = format!("[{n}, {}] (or [1, {0}], used for every sample)", config.pooled_dim);
-            let (pooled_shape, pooled) = input.get_shaped::<2>("pooled_prompt_embeds", &wanted)?;
-            if pooled_shape[1] != config.pooled_dim || ![1, n].contains(&pooled_shape[0]) {
-                return Err(input.mismatch("pooled_prompt_embeds", &pooled_shape, &wanted));
-            }
-            let pooled = if pooled_shape[0] == n { pooled } else { pooled.repeat(n) };
+            let pooled = pooled_prompt_embeds(input, [n, config.pooled_dim], device, dtype)?;
             let wanted = format!("[{n}, {TIME_IDS}] (or [1, {TIME_IDS}], used for every sample)");
             let (ids_shape, ids) = input.get_shaped::<2>("time_ids", &wanted)?;
             if ids_shape[1] != TIME_IDS || ![1, n].contains(&ids_shape[0]) {
                 return Err(input.mismatch("time_ids", &ids_shape, &wanted));
             }
             let ids: Vec<[f32; TIME_IDS]> = ids.as_chunks().0.to_vec();
-            Some((Tensor::from_f32(device, &[n, config.pooled_dim], dtype, &pooled)?, ids))
+            Some((pooled, ids))
         }
     };
     let added = added.as_ref().map(|(pooled, time_ids)| AddedConditioning { pooled, time_ids });
     let told = TextConditioning { text: &text, added, guidance: None };
-    let (conditioning, step) = (unet.condition(told, &timesteps[..1])?, StepIndex::one(device, 0)?);
+    let (conditioning, step) = (unet.condition(told, &[timestep])?, StepIndex::one(device, 0)?);
     let Some((net, scale)) = control else {
         let out = unet.forward(&x, &step, &conditioning, options)?;
         return Ok(Arrays::from([("out".into(), to_nchw(&out)?)]));
@@ -260,7 +297,7 @@ fn unet(
         return Err(input.mismatch("control", &shape, &format!("values from 0 to 1, not {value}")));
     }
     let hint = net.hint(&from_nchw(device, dtype, shape, &picture)?)?;
-    let (told, zero_convs) = (net.condition(told, &timesteps[..1])?, net.zero_convs(scale, false)?);
+    let (told, zero_convs) = (net.condition(told, &[timestep])?, net.zero_convs(scale, false)?);
     let added = net.forward(&x, &hint, &step, &told, &zero_convs)?;
     let control = [Control { net: &net, zero_convs: &zero_convs, conditioning: &told, hint: &hint, first: 0 }];
     let out = unet.forward(&x, &step, &conditioning, UnetCall { controls: &control, ..options.into() })?;

@@ -9,8 +9,8 @@ use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
 use crate::models::single_file::{check_extension, open_vae, published_config};
 use crate::models::{
-    self, Adapters, ClipTextConfig, ClipTextModel, Foreign, SingleFile, Unet, UnetConfig, Unused, Vae, VaeConfig,
-    WeightFile, WeightStore,
+    self, Adapters, ClipTextConfig, ClipTextModel, Foreign, Mmdit, MmditConfig, SingleFile, Unet, UnetConfig, Unused,
+    Vae, VaeConfig, WeightFile, WeightStore,
 };
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
@@ -614,6 +614,25 @@ impl ModelFiles {
     pub(super) fn unet_of(&self, store: WeightStore) -> Result<(Unet, WeightReport)> {
         let config = self.unet_config()?;
         load_part("unet", store, |w| Unet::from_weights(w, &config))
+    }
+
+    pub fn transformer_config(&self) -> Result<MmditConfig> {
+        let (what, json) = self.json("transformer/config.json")?;
+        MmditConfig::from_json(&what, &json)
+    }
+
+    /// The transformer, and its weights' report; on the meta device from its configuration alone.
+    ///
+    /// # Errors
+    /// Those of the files; as [`Mmdit::from_weights`].
+    pub fn transformer(&self, device: &Device, dtype: DType) -> Result<(Mmdit, WeightReport)> {
+        self.transformer_of(self.weights("transformer", device, dtype)?)
+    }
+
+    /// The same of these weights.
+    pub(super) fn transformer_of(&self, store: WeightStore) -> Result<(Mmdit, WeightReport)> {
+        let config = self.transformer_config()?;
+        load_part("transformer", store, |w| Mmdit::from_weights(w, &config))
     }
 
     /// The VAE, and its weights' report; on the meta device from its configuration alone.

@@ -539,6 +539,26 @@ impl<'a> Weights<'a> {
         self.build(shape, &[source], Layout::Same)
     }
 
+    /// As [`tensor`](Weights::tensor), but in host memory, whatever the store's device. `None` on the meta device: there is no data.
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn host_tensor(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        let source = self.take(name, shape, None)?;
+        match &self.store.device {
+            Device::Meta(_) => Ok(None),
+            _ => self.build_on_host(shape, &[source], Layout::Same).map(Some),
+        }
+    }
+
+    /// Consumes the tensor `name`, which files have and the model's result does not depend on.
+    ///
+    /// # Errors
+    /// [`Error::Weight`]: missing, taken twice, another shape.
+    pub fn unread(&self, name: &str, shape: &[usize]) -> Result<()> {
+        self.take(name, shape, None).map(drop)
+    }
+
     /// A conv weight, `[O, I, kh, kw]` in the file, as `[O, kh, kw, I]`. A file may hold a 1x1 conv as `[O, I]`.
     ///
     /// # Errors

@@ -195,7 +195,7 @@ pub fn gelu<const FMA: bool>(x: f32) -> f32 {
 /// `x/2 (1 + tanh u)`, u = sqrt(2 / pi) (x + 0.044715 x^3), as `x / (1 + e^(-2 u))`.
 #[inline(always)]
 pub fn gelu_tanh<const FMA: bool>(x: f32) -> f32 {
-    const SQRT_2_PI: f32 = 0.797_884_56;
+    const SQRT_2_PI: f32 = 0.797_884_6;
     let u = SQRT_2_PI * fma::<FMA>(0.044_715 * x * x, x, x);
     x / (1.0 + exp::<FMA>(-2.0 * u))
 }
