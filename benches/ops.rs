@@ -80,7 +80,7 @@ fn run(args: &Args) -> Result<()> {
 
 fn cases() -> Vec<Case> {
     let large_vae = cases::vae_decode(128).into_iter().filter(|case| case.op == "attention");
-    [cases::sd15(64), cases::vae_decode(64), cases::relay(64), cases::rms_norms()]
+    [cases::sd15(64), cases::vae_decode(64), cases::relay(64), cases::rms_norms(), cases::sd3(128)]
         .into_iter()
         .flatten()
         .chain(large_vae)

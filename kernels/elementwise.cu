@@ -25,7 +25,7 @@ DEVICE void map(T* y, const T* x, int64_t count, F f) {
     }
 }
 
-// activation: y = f(x), kind 0: x, 1: SiLU, 2: GELU (by erf), 3: quick GELU.   y, x [count]
+// activation: y = f(x), kind 0: x, 1: SiLU, 2: GELU (by erf), 3: quick GELU, 5: GELU by tanh.   y, x [count]
 template <class T>
 DEVICE void activation(T* y, const T* x, int kind, int64_t count) {
     map(y, x, count, [kind](float v) {
@@ -33,6 +33,7 @@ DEVICE void activation(T* y, const T* x, int kind, int64_t count) {
             case 1: return silu(v);
             case 2: return gelu(v);
             case 3: return quick_gelu(v);
+            case 5: return gelu_tanh(v);
             default: return v;
         }
     });

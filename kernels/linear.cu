@@ -1,4 +1,4 @@
-// linear.cu, linear: y[M, N] = activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N], for every card;
+// linear.cu, linear: y[M, N] = gate[r(m), N] activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N], for every card;
 //   what the names are, and what is done to a sum, is in common/linear.cuh.
 // Compute bound from M ~ 300 on (bf16, H100-class): 2 M columns K flops; below, the weight's columns K sizeof(T) bytes.
 // Launch: linear_<tile>_<dtype>, grid ceil(M / kM) * ceil(columns / kN), block Tile::kThreads, dynamic shared memory

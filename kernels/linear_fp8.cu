@@ -134,12 +134,7 @@ DEVICE void fill(E4m3Rows& from, Chunk<f16>* slice) {
 
 template <class Tile, class T>
 DEVICE void store(const LinearFp8Args<T>& o, const float (&rows)[16][Tile::kPitch], int m, int n) {
-    const RowScales scales = {o.x_scales, o.weight_scales};
-    if (o.linear.activation == kGeglu) {
-        store_linear<Tile, 2>(o.linear, scales, rows, m, n);
-    } else {
-        store_linear<Tile, 1>(o.linear, scales, rows, m, n);
-    }
+    store_scaled<Tile>(o.linear, RowScales{o.x_scales, o.weight_scales}, rows, m, n);
 }
 
 template <class T>

@@ -18,6 +18,7 @@
 #include "common/math.cuh"
 #include "common/norm.cuh"
 #include "common/reduce.cuh"
+#include "common/step_rows.cuh"
 #include "common/vector.cuh"
 
 constexpr int kThreads = 256;
@@ -254,8 +255,10 @@ DEVICE void group_norm_small(T* y, float2* statistics, const Sources<T>& x, cons
     }
 }
 
-// layer_norm: y = (x - mean) / sqrt(var + eps) * gamma + beta over the last dimension; Ba et al. 2016, arXiv:1607.06450.
-//   y, x [rows, C]   gamma, beta [C]
+// layer_norm: z = (x - mean) / sqrt(var + eps) * gamma + beta over the last dimension; Ba et al. 2016, arXiv:1607.06450.
+//   y = z, or modulated: y = (1 + scale[r]) z + shift[r], r the row of an image's step (Peebles & Xie 2023, arXiv:2212.09748)
+//   y, x [rows, C]   gamma, beta [C], null: 1 and 0   scale, shift: columns of one table (common/step_rows.cuh), of which a row
+//   is for `image_rows` rows of x
 // A warp a row, of which a lane has every 32nd vector. Memory bound: x and y once. Rows of up to kLongest vectors a lane stay
 // in registers, all on their way at once; longer ones, and those without vectors, are read three times (mean, variance,
 // result), from DRAM once: 8 rows of a block fit into L1.
@@ -272,19 +275,39 @@ DEVICE float2 row_statistics(Each each, float shift, int channels, float eps) {
     return finished(mean, warp_sum(squares), channels, eps);
 }
 
+// What a row is multiplied by and moved by, all [C]; null: there is none. `scale` and `shift` are there together.
+template <class T>
+struct RowAffine {
+    const T* gamma;
+    const T* beta;
+    const T* scale;
+    const T* shift;
+};
+
 template <int V, class T>
-DEVICE void normalise_vector(T* y, const float (&x)[V], float2 statistics, const T* gamma, const T* beta, int channel) {
+DEVICE void normalise_vector(T* y, const float (&x)[V], float2 statistics, const RowAffine<T>& affine, int channel) {
     float scale[V], shift[V], values[V];
-    load<V>(scale, gamma + channel);
-    load<V>(shift, beta + channel);
+    UNROLL
+    for (int j = 0; j < V; j++) {
+        scale[j] = 1.f;
+        shift[j] = 0.f;
+    }
+    if (affine.gamma != nullptr) load<V>(scale, affine.gamma + channel);
+    if (affine.beta != nullptr) load<V>(shift, affine.beta + channel);
     UNROLL
     for (int j = 0; j < V; j++) values[j] = normalise(x[j], statistics, scale[j], shift[j]);
+    if (affine.scale != nullptr) {
+        load<V>(scale, affine.scale + channel);
+        load<V>(shift, affine.shift + channel);
+        UNROLL
+        for (int j = 0; j < V; j++) values[j] = fmaf(values[j], 1.f + scale[j], shift[j]);
+    }
     store<V>(y + channel, values);
 }
 
 // kHeld: vectors a lane; 32 kHeld kVector >= channels.
 template <int kHeld, class T>
-DEVICE void layer_norm_held(T* y, const T* x, const T* gamma, const T* beta, int channels, float eps) {
+DEVICE void layer_norm_held(T* y, const T* x, const RowAffine<T>& affine, int channels, float eps) {
     const int first = threadIdx.x % 32 * kVector;
     Raw<kVector, T> held[kHeld];
     UNROLL
@@ -309,12 +332,12 @@ DEVICE void layer_norm_held(T* y, const T* x, const T* gamma, const T* beta, int
         const int c = first + i * 32 * kVector;
         float values[kVector];
         widen(values, held[i]);
-        if (GUARD(c < channels)) normalise_vector<kVector>(y, values, statistics, gamma, beta, c);
+        if (GUARD(c < channels)) normalise_vector<kVector>(y, values, statistics, affine, c);
     }
 }
 
 template <int V, class T>
-DEVICE void layer_norm_long(T* y, const T* x, const T* gamma, const T* beta, int channels, float eps) {
+DEVICE void layer_norm_long(T* y, const T* x, const RowAffine<T>& affine, int channels, float eps) {
     const int first = threadIdx.x % 32 * V, step = 32 * V;
     const auto each = [&](auto f) {
         for (int c = first; c < channels; c += step) {
@@ -328,27 +351,49 @@ DEVICE void layer_norm_long(T* y, const T* x, const T* gamma, const T* beta, int
     for (int c = first; c < channels; c += step) {
         float values[V];
         load<V>(values, x + c);
-        normalise_vector<V>(y, values, statistics, gamma, beta, c);
+        normalise_vector<V>(y, values, statistics, affine, c);
     }
 }
 
+// The kernel's parameter, as src/ops/cuda/norm.rs has it.
 template <class T>
-DEVICE void layer_norm(T* y, const T* x, const T* gamma, const T* beta, int64_t rows, int channels, float eps, int vector) {
+struct LayerNormArgs {
+    T* y;
+    const T* x;
+    const T* gamma;
+    const T* beta;
+    StepRowsArgs<T> modulation;
+    int scale, shift;  // columns of the table with which they begin
+    int rows, image_rows;
+    int channels;
+    float eps;
+    int vector;
+};
+
+template <class T>
+DEVICE void layer_norm(const LayerNormArgs<T>& args) {
     const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    if (!GUARD(row < rows)) return;
-    x += row * channels;
-    y += row * channels;
+    if (!GUARD(row < args.rows)) return;
+    const int channels = args.channels;
+    const T* x = args.x + row * channels;
+    T* y = args.y + row * channels;
+    RowAffine<T> affine = {args.gamma, args.beta, nullptr, nullptr};
+    if (args.modulation.table != nullptr) {
+        const T* of_image = row_of(args.modulation, int(row) / args.image_rows);
+        affine.scale = of_image + args.scale;
+        affine.shift = of_image + args.shift;
+    }
     constexpr int kStep = 32 * kVector;
-    if (!vector) {
-        layer_norm_long<1>(y, x, gamma, beta, channels, eps);
+    if (!args.vector) {
+        layer_norm_long<1>(y, x, affine, channels, args.eps);
     } else if (channels <= 3 * kStep) {
-        layer_norm_held<3>(y, x, gamma, beta, channels, eps);
+        layer_norm_held<3>(y, x, affine, channels, args.eps);
     } else if (channels <= 5 * kStep) {
-        layer_norm_held<5>(y, x, gamma, beta, channels, eps);
+        layer_norm_held<5>(y, x, affine, channels, args.eps);
     } else if (channels <= kLongest * kStep) {
-        layer_norm_held<kLongest>(y, x, gamma, beta, channels, eps);
+        layer_norm_held<kLongest>(y, x, affine, channels, args.eps);
     } else {
-        layer_norm_long<kVector>(y, x, gamma, beta, channels, eps);
+        layer_norm_long<kVector>(y, x, affine, channels, args.eps);
     }
 }
 
@@ -396,10 +441,9 @@ REGISTER_KERNEL(group_norm_merge_f32)
         }                                                                                                            \
     }                                                                                                                \
     REGISTER_KERNEL(group_norm_small_##suffix)                                                                       \
-    KERNEL(layer_norm_##suffix, kThreads, 1)(T* y, const T* x, const T* gamma, const T* beta, int64_t rows,          \
-                                             int channels, float eps, int vector) {                                  \
+    KERNEL(layer_norm_##suffix, kThreads, 1)(const LayerNormArgs<T> args) {                                          \
         follow_previous();                                                                                           \
-        layer_norm(y, x, gamma, beta, rows, channels, eps, vector);                                                  \
+        layer_norm(args);                                                                                            \
     }                                                                                                                \
     REGISTER_KERNEL(layer_norm_##suffix)
 

@@ -14,9 +14,10 @@ DEVICE float scaled(RowScales scales, int m, int64_t column, float sum) {
     return sum * scales.x[m] * scales.weight[column];
 }
 
-// kSpan: columns of C per output, 2 for GEGLU.
-template <class Tile, int kSpan, class T, class In, class Scales>
+// kActivation: kGeglu or kGegluTanh; kNone: the arguments'.
+template <class Tile, int kActivation, class T, class In, class Scales>
 DEVICE void store_linear(const LinearArgs<T, In>& o, Scales scales, const float (&rows)[16][Tile::kPitch], int m0, int n0) {
+    constexpr int kSpan = kActivation == kNone ? 1 : 2;  // columns of C per output
     constexpr int kCount = Chunk<T>::kCount, kAcross = Tile::kWarpN / (kCount * kSpan);
     const int outputs = o.columns / kSpan;
     for (int item = lane_index(); item < 16 * kAcross; item += 32) {
@@ -40,10 +41,15 @@ DEVICE void store_linear(const LinearArgs<T, In>& o, Scales scales, const float 
                 }
                 if constexpr (kSpan == 2) {
                     UNROLL
-                    for (int e = 0; e < kCount; e++) v[e] = v[2 * e] * gelu_for<T>(v[2 * e + 1]);
+                    for (int e = 0; e < kCount; e++) v[e] = v[2 * e] * gate_for<kActivation, T>(v[2 * e + 1]);
                 } else {
                     UNROLL
                     for (int e = 0; e < kCount; e++) v[e] = activate<T>(o.activation, v[e]);
+                    if (o.gate.table != nullptr) {
+                        const auto gate = *reinterpret_cast<const Chunk<T>*>(row_of(o.gate, m / o.image_rows) + n);
+                        UNROLL
+                        for (int e = 0; e < kCount; e++) v[e] *= to_f32(gate.v[e]);
+                    }
                 }
                 if (o.residual != nullptr) {
                     const auto residual = *reinterpret_cast<const Chunk<T>*>(o.residual + at);
@@ -63,9 +69,10 @@ DEVICE void store_linear(const LinearArgs<T, In>& o, Scales scales, const float 
                     float v = sum + (o.bias != nullptr ? to_f32(o.bias[c]) : 0.0f);
                     if constexpr (kSpan == 2) {
                         const float gate = scaled(scales, m, c + 1, sums[e * kSpan + 1]);
-                        v *= gelu_for<T>(gate + (o.bias != nullptr ? to_f32(o.bias[c + 1]) : 0.0f));
+                        v *= gate_for<kActivation, T>(gate + (o.bias != nullptr ? to_f32(o.bias[c + 1]) : 0.0f));
                     } else {
                         v = activate<T>(o.activation, v);
+                        if (o.gate.table != nullptr) v *= to_f32(row_of(o.gate, m / o.image_rows)[n + e]);
                     }
                     if (o.residual != nullptr) v += to_f32(o.residual[at + e]);
                     o.y[at + e] = from_f32<T>(v);
@@ -75,11 +82,16 @@ DEVICE void store_linear(const LinearArgs<T, In>& o, Scales scales, const float 
     }
 }
 
+template <class Tile, class T, class In, class Scales>
+DEVICE void store_scaled(const LinearArgs<T, In>& o, Scales scales, const float (&rows)[16][Tile::kPitch], int m, int n) {
+    switch (o.activation) {
+        case kGeglu: return store_linear<Tile, kGeglu>(o, scales, rows, m, n);
+        case kGegluTanh: return store_linear<Tile, kGegluTanh>(o, scales, rows, m, n);
+        default: return store_linear<Tile, kNone>(o, scales, rows, m, n);
+    }
+}
+
 template <class Tile>
 DEVICE void store(const LinearArgs<typename Tile::T>& o, const float (&rows)[16][Tile::kPitch], int m, int n) {
-    if (o.activation == kGeglu) {
-        store_linear<Tile, 2>(o, NoScales{}, rows, m, n);
-    } else {
-        store_linear<Tile, 1>(o, NoScales{}, rows, m, n);
-    }
+    store_scaled<Tile>(o, NoScales{}, rows, m, n);
 }

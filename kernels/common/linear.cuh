@@ -1,13 +1,16 @@
 // linear.cuh: what a linear is, whichever instructions make its sums.
-//   y[M, N] = activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N]
-//   activation: none, SiLU, GELU (exact), quick GELU: columns = N; GEGLU: columns = 2 N, weight rows interleaved, row 2j
-//   is value j and row 2j + 1 its gate: y_j = value_j gelu(gate_j)
-//   y, x, weight, bias, residual: T = f32 | f16 | bf16, contiguous; bias and residual may be null. y overlaps nothing.
-// Bias, activation and residual in f32, one rounding at the store.
+//   y[M, N] = gate[r(m), N] * activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N]
+//   activation: none, SiLU, GELU (exact), quick GELU, GELU by tanh: columns = N; GEGLU (exact, by tanh): columns = 2 N, weight
+//   rows interleaved, row 2j is value j and row 2j + 1 its gate: y_j = value_j gelu(gate_j)
+//   gate: rows of a table by each image's step (step_rows.cuh), of which one is for `image_rows` rows of x; beside no activation
+//   y, x, weight, bias, residual: T = f32 | f16 | bf16, contiguous; bias, residual and the table may be null. y overlaps
+//   nothing.
+// Bias, activation, gate and residual in f32, one rounding at the store.
 #pragma once
 #include "math.cuh"
+#include "step_rows.cuh"
 
-enum LinearActivation { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
+enum LinearActivation { kNone, kSilu, kGelu, kQuickGelu, kGeglu, kGeluTanh, kGegluTanh };
 
 // Bits of `wide`: these rows are whole aligned chunks.
 enum LinearWide { kWideX = 1, kWideWeight = 2, kWideOutput = 4 };
@@ -21,11 +24,13 @@ struct LinearArgs {
     const In* weight;
     const T* bias;
     const T* residual;
-    int m;        // rows of x and y
-    int columns;  // rows of weight
+    StepRowsArgs<T> gate;
+    int m;           // rows of x and y
+    int columns;     // rows of weight
     int k;
     int activation;
     int wide;
+    int image_rows;  // that a row of the gate is for
 };
 
 // GELU as precise as a result of T can show.
@@ -38,6 +43,13 @@ DEVICE float gelu_for(float z) {
     }
 }
 
+// What GEGLU multiplies a value by.
+template <int kActivation, class T>
+DEVICE float gate_for(float z) {
+    static_assert(kActivation == kGeglu || kActivation == kGegluTanh);
+    return kActivation == kGeglu ? gelu_for<T>(z) : gelu_tanh(z);
+}
+
 // All activations but GEGLU, which takes two sums.
 template <class T>
 DEVICE float activate(int activation, float z) {
@@ -45,6 +57,7 @@ DEVICE float activate(int activation, float z) {
         case kSilu: return silu(z);
         case kGelu: return gelu_for<T>(z);
         case kQuickGelu: return quick_gelu(z);
+        case kGeluTanh: return gelu_tanh(z);
         default: return z;
     }
 }

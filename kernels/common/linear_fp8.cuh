@@ -1,5 +1,5 @@
 // linear_fp8.cuh: linear (common/linear.cuh) of operands in 8-bit floats, whichever instructions make its sums:
-//   y[M, N] = activation((x[M, K] weight[columns, K]^T) x_scales[M] weight_scales[columns] + bias) + residual
+//   y[M, N] = gate * activation((x[M, K] weight[columns, K]^T) x_scales[M] weight_scales[columns] + bias) + residual
 //   x, weight: e4m3   x_scales, weight_scales: f32   y, bias, residual: T = f32 | f16 | bf16
 #pragma once
 #include "e4m3.cuh"

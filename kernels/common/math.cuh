@@ -28,6 +28,12 @@ DEVICE float gelu_16_bit(float z) {
     return z * (z < 0.f ? tail : 1.f - tail);
 }
 
+// z/2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))): (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), which cancels nowhere.
+DEVICE float gelu_tanh(float z) {
+    const float u = 0.79788456080286535588f * fmaf(0.044715f * z * z, z, z);
+    return z * rcp_approx(1.f + exp2_approx(-2.f * kLog2E * u));
+}
+
 // min(max(x, low), high), but NaN stays NaN.
 DEVICE float clamp(float x, float low, float high) {
     x = x < low ? low : x;

@@ -8,9 +8,9 @@
 #include "sm90/main_loop.cuh"
 #include "sm90/strip.cuh"
 
-// What an entry can do: no activation; SiLU, GELU and quick GELU, by `args.activation`; GEGLU. Apart, because the
-// temporaries of the activations would spill beside the sums of the larger tiles.
-enum LinearKind { kPlain, kActivated, kGated };
+// What an entry can do: no activation; SiLU and the GELUs, by `args.activation`; GEGLU, exact or by tanh; no activation and the
+// gate of `args.gate`. Apart, because the temporaries of the activations would spill beside the sums of the larger tiles.
+enum LinearKind { kPlain, kActivated, kGated, kRowGated };
 
 // kPasses: the columns of a tile go through the strip in so many steps.
 template <class Tile_, int kPasses_, LinearKind kKind_>
@@ -84,7 +84,7 @@ DEVICE void begin(LinearEpilogue<Strip>& e, Place place, int row) {
 
 // Results of 8 columns of y from 16 of C, values and gates in turns: of rows lane / 4 and 8 further down, columns
 // 2 (lane % 4) and the next, as of any 8 columns of C.
-template <class Strip>
+template <int kActivation, class Strip>
 DEVICE void geglu(float (&y)[4], const float* sums, const Pair<typename Strip::T>* bias, int lane) {
     using T = typename Strip::T;
     UNROLL
@@ -93,7 +93,7 @@ DEVICE void geglu(float (&y)[4], const float* sums, const Pair<typename Strip::T
         UNROLL
         for (int e = 0; e < 2; e++) {
             const float value = sums[4 * e + 2 * down] + to_f32(bias[e].low);
-            own[e] = value * gelu_for<T>(sums[4 * e + 2 * down + 1] + to_f32(bias[e].high));
+            own[e] = value * gate_for<kActivation, T>(sums[4 * e + 2 * down + 1] + to_f32(bias[e].high));
         }
         UNROLL
         for (int e = 0; e < 2; e++) {
@@ -105,11 +105,49 @@ DEVICE void geglu(float (&y)[4], const float* sums, const Pair<typename Strip::T
     }
 }
 
+// Where the gates of the rows that a lane has begin, lane / 4 and 8 further down of each part of 64 rows: their column 0. Null
+// for a row beyond the last, which is not stored.
+template <class Strip>
+struct GateRows {
+    const typename Strip::T* of[Strip::Tile::kParts][2];
+};
+
+template <class Strip>
+DEVICE GateRows<Strip> gate_rows(const LinearEpilogue<Strip>& e, int row) {
+    GateRows<Strip> rows;
+    UNROLL
+    for (int i = 0; i < Strip::Tile::kParts; i++) {
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            const int m = row + 64 * i + 8 * half + e.lane / 4;
+            rows.of[i][half] = GUARD(m < e.args.m) ? row_of(e.args.gate, m / e.args.image_rows) : nullptr;
+        }
+    }
+    return rows;
+}
+
+// Multiplies a lane's four of 8 columns from `column` on by their gates.
+template <class Strip>
+DEVICE void gated(float (&v)[4], const GateRows<Strip>& rows, int part, int column, const LinearEpilogue<Strip>& e) {
+    using T = typename Strip::T;
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        const T* row = rows.of[part][half];
+        if (row != nullptr && GUARD(column < e.args.columns)) {
+            const Pair<T> gate = *reinterpret_cast<const Pair<T>*>(row + column + 2 * (e.lane % 4));
+            v[2 * half] *= to_f32(gate.low);
+            v[2 * half + 1] *= to_f32(gate.high);
+        }
+    }
+}
+
 template <int kActivation, class Strip>
 DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>& sums, Place place, int row) {
     using T = typename Strip::T;
     constexpr int kSpan = Strip::kSpan;
     const int first_column = place.n / kSpan;
+    GateRows<Strip> gates;
+    if constexpr (Strip::kKind == kRowGated) gates = gate_rows(e, row);
     UNROLL
     for (int pass = 0; pass < Strip::kPasses; pass++) {
         const int column = first_column + pass * Strip::kColumns;
@@ -131,14 +169,15 @@ DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>
                 UNROLL
                 for (int half = 0; half < 2; half++) {
                     const int at = (pass * (Strip::kColumns / 8) + j + half) * kSpan;
-                    if constexpr (kActivation == kGeglu) {
-                        geglu<Strip>(v[half], &sums[i][4 * at], &e.bias[at], e.lane);
+                    if constexpr (kSpan == 2) {
+                        geglu<kActivation, Strip>(v[half], &sums[i][4 * at], &e.bias[at], e.lane);
                     } else {
                         UNROLL
                         for (int k = 0; k < 4; k++) {
                             const float bias = to_f32(k % 2 ? e.bias[at].high : e.bias[at].low);
                             v[half][k] = activate<T>(kActivation, sums[i][4 * at + k] + bias);
                         }
+                        if constexpr (Strip::kKind == kRowGated) gated(v[half], gates, i, place.n + 8 * at, e);
                     }
                 }
                 if (e.args.residual != nullptr) add_from<T>(v, to);
@@ -164,13 +203,15 @@ DEVICE void write_out(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>
 template <class Strip>
 DEVICE void finish(LinearEpilogue<Strip>& e, const Sums<typename Strip::Tile>& sums, Place place, int row) {
     if constexpr (Strip::kKind == kGated) {
-        write_out<kGeglu>(e, sums, place, row);
-    } else if constexpr (Strip::kKind == kPlain) {
+        if (e.args.activation == kGeglu) return write_out<kGeglu>(e, sums, place, row);
+        write_out<kGegluTanh>(e, sums, place, row);
+    } else if constexpr (Strip::kKind == kPlain || Strip::kKind == kRowGated) {
         write_out<kNone>(e, sums, place, row);
     } else {
         switch (e.args.activation) {
             case kSilu: return write_out<kSilu>(e, sums, place, row);
             case kGelu: return write_out<kGelu>(e, sums, place, row);
+            case kGeluTanh: return write_out<kGeluTanh>(e, sums, place, row);
             default: return write_out<kQuickGelu>(e, sums, place, row);
         }
     }

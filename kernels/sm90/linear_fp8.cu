@@ -1,7 +1,7 @@
 // sm90/linear_fp8.cu: linear_fp8 (common/linear_fp8.cuh) by wgmma and TMA, for Hopper (sm_90a): y in f16 and bf16; K a
 //   multiple of 16 and the outputs of 8, K > 0, all operands aligned to 16 bytes. Any M. What does not fit is for
 //   linear_fp8.cu.
-// Maps and launch as of sm90/linear.cu, slices of 128 of k: linear_fp8_sm90_<tile>[_activated|_geglu]_<dtype of y>; dynamic
+// Maps and launch as of sm90/linear.cu, slices of 128 of k: linear_fp8_sm90_<tile>[_activated|_geglu|_gate]_<dtype of y>; dynamic
 //   shared memory sizeof(LinearFp8Shared). src/ops/cuda/linear_sm90.rs has the table and who picks from it.
 #include "common/linear_fp8.cuh"
 #include "sm90/linear_block.cuh"
@@ -88,6 +88,7 @@ DEVICE void linear_fp8_sm90(const LinearMaps& maps, const LinearFp8Args<typename
 #define PLAIN(tile, suffix, T, ...) ENTRY(linear_fp8_sm90_##tile##_##suffix, T, kPlain, __VA_ARGS__)
 #define ACTIVATED(tile, suffix, T, ...) ENTRY(linear_fp8_sm90_##tile##_activated_##suffix, T, kActivated, __VA_ARGS__)
 #define GEGLU(tile, suffix, T, ...) ENTRY(linear_fp8_sm90_##tile##_geglu_##suffix, T, kGated, __VA_ARGS__)
+#define GATE(tile, suffix, T, ...) ENTRY(linear_fp8_sm90_##tile##_gate_##suffix, T, kRowGated, __VA_ARGS__)
 
 // As in sm90/linear.cu. Twice the sums in registers: no tile of 256 rows or columns.
 #define LINEARS(suffix, T)                                            \
@@ -95,10 +96,12 @@ DEVICE void linear_fp8_sm90(const LinearMaps& maps, const LinearFp8Args<typename
     PLAIN(128x128, suffix, T, 1, 128, 128, 5, kCooperative, 2, 1)     \
     ACTIVATED(128x128, suffix, T, 1, 128, 128, 5, kCooperative, 2, 1) \
     GEGLU(128x128, suffix, T, 1, 128, 128, 5, kCooperative, 2, 1)     \
+    GATE(128x128, suffix, T, 1, 128, 128, 5, kCooperative, 2, 1)      \
     PLAIN(64x80, suffix, T, 1, 64, 80, 5, kCooperative, 1, 2)         \
     ACTIVATED(64x80, suffix, T, 1, 64, 80, 5, kCooperative, 1, 2)     \
     PLAIN(64x64, suffix, T, 1, 64, 64, 4, kCooperative, 1, 2)         \
-    GEGLU(64x64, suffix, T, 1, 64, 64, 4, kCooperative, 1, 2)
+    GEGLU(64x64, suffix, T, 1, 64, 64, 4, kCooperative, 1, 2)         \
+    GATE(64x64, suffix, T, 1, 64, 64, 4, kCooperative, 1, 2)
 
 LINEARS(f16, f16)
 LINEARS(bf16, bf16)

@@ -107,6 +107,14 @@ pub struct ProbeArgs {
     #[arg(long, value_name = "N", value_parser = values::dilation)]
     pub dilation: Option<usize>,
 
+    /// A ControlNet beside the UNet, as generate --control (module unet)
+    #[arg(long, value_name = "CONTROLNET", value_parser = values::path())]
+    pub control: Option<PathBuf>,
+
+    /// What the ControlNet adds is multiplied by this (default: 1)
+    #[arg(long, value_name = "X", value_parser = values::control_scale, requires = "control", allow_negative_numbers = true)]
+    pub control_scale: Option<f32>,
+
     /// The prompt (module text)
     #[arg(long, value_name = "S")]
     pub prompt: Option<String>,
@@ -134,7 +142,7 @@ pub enum Module {
     /// prompt_embeds, pooled_prompt_embeds
     Text,
     /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6])
-    /// -> out [N,C,H,W]
+    /// -> out [N,C,H,W]; with --control also control [N,3,H,W] in [0,1] -> control.down<i>, control.mid, which out has in it
     Unet,
     /// image [N,3,H,W] in [-1,1] -> mean, logvar [N,c,h,w] (not scaled; logvar clamped to [-30,20])
     VaeEncode,

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use megafuse::image::{PngText, encode_png};
-use megafuse::pipeline::{Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions, TextualInversion};
+use megafuse::pipeline::{
+    ControlFiles, Lora, ModelFiles, Picture, Pipeline, Request, SizeIds, Stage, TextOptions, TextualInversion,
+};
 use megafuse::runtime::cuda;
 use megafuse::{Device, Error, Result};
 use serde_json::{Value, json};
@@ -207,6 +209,15 @@ fn description(session: &Session, Flags { request: flags, options }: &Flags) -> 
         description["mask"] =
             init.mask.as_ref().map(|mask| json!({"name": mask.name(), "digest": mask.digest()})).into();
         description["strength"] = init.strength_with(&flags.method).into();
+    }
+    if !flags.controls.is_empty() {
+        let mut controls = Vec::new();
+        for (input, path) in flags.controls.iter().zip(&session.planner.pipeline().options().controls) {
+            let mut json = input.described(path).1;
+            json["digest"] = ControlFiles::open(path)?.digest()?.into();
+            controls.push(json);
+        }
+        description["controls"] = controls.into();
     }
     // Those given are some line's, if not of the method that the flags name.
     for (name, value) in flags.method.options().iter().chain(&options.given) {

@@ -4,8 +4,8 @@
 use megafuse::ops::cases::{random, step_table};
 use megafuse::ops::{
     self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, FreeU, GroupNorm, Guidance, LayerNorm, Linear,
-    LowPass, PatchLayout, Patches, RelayNoise, Repaint, RmsNorm, SampleState, Source, SpectralFilter, StepIndex,
-    StepRows, Upsampler, Variant, WindowShift, Windows,
+    LowPass, Modulation, PatchLayout, Patches, RelayNoise, Repaint, RmsNorm, SampleState, Source, SpectralFilter,
+    StepColumns, StepIndex, StepRows, Upsampler, Variant, WindowShift, Windows,
 };
 use megafuse::{DType, Device, Result, Tensor};
 
@@ -131,16 +131,19 @@ pub fn all() -> Vec<Case> {
 fn linears(cases: &mut Vec<Case>) {
     // Widths of whole 16-byte chunks and others; inputs up to 2, weights up to 1: a term is 1/2 on average.
     for (m, k, n) in [(97, 320, 136), (3, 67, 5)] {
-        for activation in
-            [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu]
-        {
+        for activation in Activation::ALL {
             let name = format!("[{m},{k}] -> {n} {activation:?}").to_lowercase();
             // GEGLU: each factor's error times the other factor, which is within a few deviations of 0.67 sqrt(k).
-            let factor = if activation == Activation::Geglu { 4.0 * (k as f64).sqrt() } else { 1.0 };
+            let factor = if activation.is_gated() { 4.0 * (k as f64).sqrt() } else { 1.0 };
             cases.push(case("linear", name, factor * k as f64 / 2.0, move |inputs| {
                 linear(inputs, [m, k, n], activation)
             }));
         }
+    }
+    for (m, k, n) in [(67, 320, 136), (3, 67, 5)] {
+        cases.push(case("linear", format!("[3,{m},{k}] -> {n} gate"), k as f64 / 2.0, move |inputs| {
+            gated_linear(inputs, [m, k, n])
+        }));
     }
     for Variant { name, .. } in ops::variants("linear") {
         cases.push(case("linear", format!("[150,192] -> 280 kernel {name}"), 96.0, move |inputs| {
@@ -151,12 +154,23 @@ fn linears(cases: &mut Vec<Case>) {
 }
 
 fn linear(inputs: &mut Inputs, [m, k, n]: [usize; 3], activation: Activation) -> Result<Vec<Tensor>> {
-    let rows = if activation == Activation::Geglu { 2 * n } else { n };
+    let rows = if activation.is_gated() { 2 * n } else { n };
     let (x, weight, bias) =
         (inputs.uniform(&[m, k], 2.0)?, inputs.uniform(&[rows, k], 1.0)?, inputs.uniform(&[rows], 2.0)?);
     let residual = inputs.uniform(&[m, n], 4.0)?;
     let args = Linear { bias: Some(&bias), activation, ..Linear::new(&x, &weight) };
     Ok(vec![ops::linear(args)?, ops::linear(Linear { residual: Some(&residual), ..args })?])
+}
+
+/// Of three images, the rows of a table's second step.
+fn gated_linear(inputs: &mut Inputs, [m, k, n]: [usize; 3]) -> Result<Vec<Tensor>> {
+    let (x, weight, bias) =
+        (inputs.uniform(&[3, m, k], 2.0)?, inputs.uniform(&[n, k], 1.0)?, inputs.uniform(&[n], 2.0)?);
+    let (residual, table) = (inputs.uniform(&[3, m, n], 4.0)?, inputs.uniform(&[6, n + 8], 1.0)?);
+    let step = StepIndex::one(x.device(), 1)?;
+    let gate = Some(StepColumns { rows: StepRows { table: &table, step: &step, rows: 3 }, first: 8 });
+    let args = Linear { bias: Some(&bias), gate, residual: Some(&residual), ..Linear::new(&x, &weight) };
+    Ok(vec![ops::linear(args)?])
 }
 
 /// A convolution of one image or two of 9x11 pixels, with a bias.
@@ -283,7 +297,13 @@ fn norms(cases: &mut Vec<Case>) {
         cases.push(case("layer_norm", format!("[{rows},{c}]"), TERMS, move |inputs| {
             let x = inputs.shifted(&[rows, c], 0.5, 1.0)?;
             let (gamma, beta) = (inputs.shifted(&[c], 1.0, 0.5)?, inputs.uniform(&[c], 1.0)?);
-            Ok(vec![ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 })?])
+            let affine = LayerNorm { gamma: Some(&gamma), beta: Some(&beta), ..LayerNorm::new(&x, 1e-5) };
+            let table = inputs.uniform(&[2, 2 * c], 1.0)?;
+            let step = StepIndex::one(x.device(), 1)?;
+            let rows = StepRows { table: &table, step: &step, rows: 1 };
+            let modulation = Some(Modulation { rows, scale: 0, shift: c });
+            let modulated = LayerNorm { modulation, ..LayerNorm::new(&x, 1e-6) };
+            Ok(vec![ops::layer_norm(affine)?, ops::layer_norm(modulated)?])
         }));
     }
     // A warp a row, a block a row; by vectors and by elements.
@@ -291,6 +311,14 @@ fn norms(cases: &mut Vec<Case>) {
         cases.push(case("rms_norm", format!("[{rows},{c}]"), TERMS, move |inputs| {
             let (x, gamma) = (inputs.shifted(&[rows, c], 0.5, 1.0)?, inputs.shifted(&[c], 1.0, 0.5)?);
             Ok(vec![ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-6 })?])
+        }));
+    }
+    for (parts, head_dim) in [(3, 64), (2, 160), (3, 13)] {
+        cases.push(case("rms_norm_heads", format!("[2,19,{parts},3,{head_dim}]"), TERMS, move |inputs| {
+            let x = inputs.shifted(&[2, 19, parts, 3, head_dim], 0.5, 1.0)?;
+            let gammas = [inputs.shifted(&[head_dim], 1.0, 0.5)?, inputs.shifted(&[head_dim], 1.0, 0.5)?];
+            let gammas: Vec<&Tensor> = gammas.iter().take(parts - 1).collect();
+            Ok(vec![ops::rms_norm_heads(x, &gammas, 1e-6)?])
         }));
     }
 }
@@ -360,7 +388,7 @@ fn attentions(cases: &mut Vec<Case>) {
 }
 
 fn pointwise(cases: &mut Vec<Case>) {
-    for activation in [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+    for activation in Activation::ALL.into_iter().filter(|activation| !activation.is_gated()) {
         cases.push(case("activation", format!("{activation:?} [3,2731]").to_lowercase(), 4.0, move |inputs| {
             Ok(vec![ops::activation(&inputs.uniform(&[3, 2731], 6.0)?, activation)?])
         }));
@@ -368,6 +396,11 @@ fn pointwise(cases: &mut Vec<Case>) {
     cases.push(case("add", "[3,2731]", 4.0, |inputs| {
         Ok(vec![ops::add(&inputs.uniform(&[3, 2731], 2.0)?, &inputs.uniform(&[3, 2731], 2.0)?)?])
     }));
+    for (patch, c) in [(2, 16), (3, 5)] {
+        cases.push(case("unpatchify", format!("[2,5*7,{patch}*{patch}*{c}]"), 0.0, move |inputs| {
+            Ok(vec![ops::unpatchify(&inputs.uniform(&[2, 5 * 7, patch * patch * c], 2.0)?, [5, 7], patch)?])
+        }));
+    }
     cases.push(case("clamp", "[3,2731]", 0.0, |inputs| {
         Ok(vec![ops::clamp(&inputs.uniform(&[3, 2731], 2.0)?, -0.5, 1.25)?])
     }));

@@ -4,11 +4,15 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 27] = [
+const FLAGS: [(&str, &str); 31] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
     ("choices", "--choices"),
+    ("control_end", "--control-end"),
+    ("control_image", "--control-image"),
+    ("control_scale", "--control-scale"),
+    ("control_start", "--control-start"),
     ("count", "--count"),
     ("eta", "--eta"),
     ("guidance", "--guidance"),

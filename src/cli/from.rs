@@ -311,6 +311,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         let choices = choices.as_str().ok_or_else(|| wrong("choices", "a name"))?;
         recipe.files.push(("choices", format!("--choices {choices}")));
     }
+    controls(list("controls")?, &mut recipe).ok_or_else(|| wrong("controls", "names, pictures and scales"))?;
     for (key, flag) in [("init_image", "--init-image"), ("mask", "--mask")] {
         if let Some(name) = json.get(key) {
             let name = name.as_str().ok_or_else(|| wrong(key, "the name of a file"))?;
@@ -330,6 +331,7 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
             "upscale_model",
             "init_image",
             "mask",
+            "controls",
         ];
         SAME.iter().any(|(same, _)| *same == key)
             || others.contains(&key)
@@ -339,6 +341,23 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
     };
     recipe.unread.extend(json.iter().filter(|(key, _)| !known(key)).map(|(key, value)| format!("{key}: {value}")));
     Ok(recipe)
+}
+
+/// The ControlNets that are to be named, with their pictures, and what else is said of them. `None`: not what is written.
+fn controls(list: &[Value], recipe: &mut Recipe) -> Option<()> {
+    let guesses = list.iter().any(|control| control["guess"] == Value::Bool(true));
+    if guesses {
+        recipe.flags.push(Flag { id: "control_guess", value: None });
+    }
+    for control in list {
+        let (name, image) = (control["name"].as_str()?, control["image"].as_str()?);
+        recipe.files.push(("control", format!("--control {name}")));
+        recipe.files.push(("control_image", format!("--control-image {image}")));
+        for (key, id) in [("scale", "control_scale"), ("start", "control_start"), ("end", "control_end")] {
+            recipe.flag(id, control[key].as_f64()?);
+        }
+    }
+    Some(())
 }
 
 /// How the model inside the program is called.
@@ -558,8 +577,17 @@ fn without_networks(prompt: &str) -> (String, Vec<String>) {
 }
 
 /// Keys that say what a run was made of: another value makes another picture.
-const COMPARED: [&str; 8] =
-    ["model", "loras", "resadapter", "embeddings", "vae", "version", "init_image_digest", "mask_digest"];
+const COMPARED: [&str; 9] = [
+    "model",
+    "loras",
+    "resadapter",
+    "embeddings",
+    "vae",
+    "version",
+    "init_image_digest",
+    "mask_digest",
+    "control_files",
+];
 
 /// One warning where the run that `parameters` describe is of other things than the picture's.
 ///

@@ -7,6 +7,7 @@ mod canvas;
 mod cases;
 mod check;
 mod console;
+mod control_args;
 mod doctor;
 mod enlarge;
 mod flags;

@@ -13,6 +13,7 @@ use megafuse::pipeline::{
 use megafuse::{DType, Device, Error, Result};
 
 use super::args::named;
+use super::control_args::ControlArgs;
 use super::grid::{Axis, MethodAt};
 use super::hub::HubArgs;
 use super::manifest::Shard;
@@ -299,6 +300,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub start: StartArgs,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
 
     /// What guidance steers away from (default: the empty prompt; on SDXL zeros, where the model says so)
     #[arg(long, value_name = "PROMPT")]
@@ -659,10 +663,10 @@ impl RunArgs {
     pub fn load_options(&self, device: &Device) -> LoadOptions {
         let memory = MemoryOptions { residency: self.memory, vae: self.vae_partition };
         let (dtype, weights) = (self.dtype_on(device), self.weights);
-        let upscale = self.upscale.options(device);
+        let (upscale, controls) = (self.upscale.options(device), self.control.control.clone());
         let host = self.text_encoder_device.is_some() && !matches!(device, Device::Cpu(_));
-        let text_device = host.then(Device::cpu);
-        LoadOptions { device: device.clone(), text_device, dtype, weights, vae_dtype: self.vae_dtype, memory, upscale }
+        let (text_device, vae_dtype) = (host.then(Device::cpu), self.vae_dtype);
+        LoadOptions { device: device.clone(), text_device, dtype, weights, vae_dtype, memory, upscale, controls }
     }
 
     /// Those of `--stages`; none: they are planned.
@@ -695,6 +699,7 @@ impl RunArgs {
             guidance_rescale: self.guidance_rescale,
             guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
+            controls: self.control.inputs()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },
             seed: 0,
             count: 1,

@@ -1,12 +1,14 @@
 //! `megafuse probe`: one module of a model on tensors of a file, NCHW in and out, to compare with other programs.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use megafuse::models::{
-    AddedConditioning, ClipOutput, ClipTextModel, TIME_IDS, TextConditioning, TextEmbeddings, Unet, UnetOptions, Vae,
+    AddedConditioning, ClipOutput, ClipTextModel, Control, ControlNet, TIME_IDS, TextConditioning, TextEmbeddings,
+    Unet, UnetCall, UnetOptions, Vae,
 };
 use megafuse::ops::StepIndex;
-use megafuse::pipeline::{ModelFiles, T5_LENGTH, WeightReport};
+use megafuse::pipeline::{ControlFiles, ModelFiles, T5_LENGTH, WeightReport};
 use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
@@ -35,7 +37,15 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
             let options = UnetOptions { mid_dilation: args.dilation.unwrap_or(1), ..UnetOptions::default() };
             let (model, report) = files.unet(&device, args.dtype)?;
             loaded(report);
-            unet(&model, &input, &options, &device, args.dtype)?
+            let control = args.control.as_deref().map(|path| control(path, &files, &model, &device, args.dtype));
+            let control = match control.transpose()? {
+                None => None,
+                Some((net, report)) => {
+                    loaded(report);
+                    Some((net, args.control_scale.unwrap_or(1.0)))
+                }
+            };
+            unet(&model, control, &input, &options, &device, args.dtype)?
         }
         Module::VaeEncode | Module::VaeDecode => {
             let encodes = matches!(args.module, Module::VaeEncode);
@@ -52,7 +62,25 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
     Ok(())
 }
 
+/// The ControlNet at `path`, which must fit the model.
+fn control(
+    path: &Path,
+    files: &ModelFiles,
+    unet: &Unet,
+    device: &Device,
+    dtype: DType,
+) -> Result<(ControlNet, WeightReport)> {
+    let control = ControlFiles::open(path)?;
+    let fits = control.config().check_fit(unet.config(), files.vae_config()?.factor());
+    fits.map_err(|reason| Error::config(path.display().to_string(), reason))?;
+    control.net_of(control.store(device, dtype)?)
+}
+
 fn check_flags(args: &ProbeArgs) -> Result<()> {
+    if let (Some(control), false) = (&args.control, matches!(args.module, Module::Unet)) {
+        let reason = "belongs to --module unet".into();
+        return Err(Error::Request { field: "--control", value: control.display().to_string(), reason });
+    }
     let unused = |flag, value: String, module: &str| {
         Err(Error::Request { field: flag, value, reason: format!("belongs to --module {module}") })
     };
@@ -167,7 +195,15 @@ fn encode(
     Ok((last, penultimate))
 }
 
-fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dtype: DType) -> Result<Arrays> {
+/// `control`: a ControlNet and its scale.
+fn unet(
+    unet: &Unet,
+    control: Option<(ControlNet, f32)>,
+    input: &Inputs,
+    options: &UnetOptions,
+    device: &Device,
+    dtype: DType,
+) -> Result<Arrays> {
     let (in_channels, width) = (unet.config().in_channels, unet.config().cross_attention_dim);
     let (sample_shape, sample) = input.get_shaped::<4>("sample", &format!("[N, {in_channels}, H, W]"))?;
     let [n, c, _, _] = sample_shape;
@@ -207,9 +243,34 @@ fn unet(unet: &Unet, input: &Inputs, options: &UnetOptions, device: &Device, dty
         }
     };
     let added = added.as_ref().map(|(pooled, time_ids)| AddedConditioning { pooled, time_ids });
-    let conditioning = unet.condition(TextConditioning { text: &text, added, guidance: None }, &timesteps[..1])?;
-    let out = unet.forward(&x, &StepIndex::one(device, 0)?, &conditioning, options)?;
-    Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
+    let told = TextConditioning { text: &text, added, guidance: None };
+    let (conditioning, step) = (unet.condition(told, &timesteps[..1])?, StepIndex::one(device, 0)?);
+    let Some((net, scale)) = control else {
+        let out = unet.forward(&x, &step, &conditioning, options)?;
+        return Ok(Arrays::from([("out".into(), to_nchw(&out)?)]));
+    };
+    let factor = net.config().factor();
+    let [_, _, h, w] = sample_shape;
+    let wanted = format!("[{n}, 3, {}, {}], {factor} times the sample's sides", factor * h, factor * w);
+    let (shape, picture) = input.get_shaped::<4>("control", &wanted)?;
+    if shape != [n, 3, factor * h, factor * w] {
+        return Err(input.mismatch("control", &shape, &wanted));
+    }
+    if let Some(value) = picture.iter().find(|value| !(0.0..=1.0).contains(*value)) {
+        return Err(input.mismatch("control", &shape, &format!("values from 0 to 1, not {value}")));
+    }
+    let hint = net.hint(&from_nchw(device, dtype, shape, &picture)?)?;
+    let (told, zero_convs) = (net.condition(told, &timesteps[..1])?, net.zero_convs(scale, false)?);
+    let added = net.forward(&x, &hint, &step, &told, &zero_convs)?;
+    let control = [Control { net: &net, zero_convs: &zero_convs, conditioning: &told, hint: &hint, first: 0 }];
+    let out = unet.forward(&x, &step, &conditioning, UnetCall { controls: &control, ..options.into() })?;
+    let mut arrays = Arrays::from([("out".into(), to_nchw(&out)?)]);
+    let last = added.len() - 1;
+    for (index, added) in added.iter().enumerate() {
+        let name = if index == last { "control.mid".into() } else { format!("control.down{index}") };
+        arrays.insert(name, to_nchw(added)?);
+    }
+    Ok(arrays)
 }
 
 /// In the VAE's own dtype, which is f32 where the configuration says that f16 overflows.

@@ -226,6 +226,14 @@ pub fn t5_length(text: &str) -> Result<usize, String> {
     }
 }
 
+/// What a ControlNet adds is multiplied by it.
+pub fn control_scale(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(scale) if scale.is_finite() => Ok(scale),
+        _ => Err("expected a number; 1 is usual".into()),
+    }
+}
+
 /// A share of the schedule.
 pub fn strength(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

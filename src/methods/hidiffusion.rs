@@ -28,7 +28,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
-use super::{MegaFusion, Method, ModelFacts, Run, Sampling, Size};
+use super::{ControlUse, MegaFusion, Method, ModelFacts, Run, Sampling, Size};
 use crate::error::{Error, Result};
 use crate::models::{UnetConfig, UnetOptions};
 use crate::rng::TorchUniform;
@@ -245,8 +245,11 @@ impl HiDiffusion {
         let (h, w) = (size.height / run.factor(), size.width / run.factor());
         let extreme = h >= 4 * native_h && w >= 4 * native_w;
         let turbo = map == BlockMap::Sdxl && model.distilled;
+        // Beside a ControlNet the published code has the first part of SDXL's longer, unless the run begins from a picture.
+        let controlled = map == BlockMap::Sdxl && run.has_controls() && run.start().is_none();
         let (t1, t2) = match (turbo, extreme) {
             (true, _) => (0.5, 0.0),
+            (false, false) if controlled => (0.5, 0.0),
             (false, true) => (0.7, 0.3),
             (false, false) => (0.4, 0.0),
         };
@@ -288,6 +291,26 @@ impl GenerationMethod for HiDiffusion {
     fn check(&self, run: &Run) -> Result<()> {
         self.check_options()?;
         run.model().map_or(Ok(()), |model| self.schedule(model, run, 0).map(drop))
+    }
+
+    /// In the first 0.6 of the steps at about the trained size, in eighths of cells, after them not at all: as published for SDXL,
+    /// and the same for SD, for which the published code has nothing.
+    fn control_use(&self, run: &Run, stage: usize, share: f64) -> ControlUse {
+        const SHARE: f64 = 0.6;
+        const MULTIPLE: usize = 8;
+        if share >= SHARE {
+            return ControlUse::Off;
+        }
+        let unet = run.model().and_then(|model| model.unet.as_ref());
+        let usual = unet.and_then(|unet| BlockMap::of(unet).ok()).map_or(BlockMap::Sd, |map| map).sample_size();
+        let native = unet.and_then(|unet| unet.sample_size).unwrap_or([usual; 2]);
+        let cells = run.cells(run.stages()[stage].size);
+        let over = [0, 1].map(|axis| cells[axis] as f64 / native[axis] as f64);
+        let over = over[0].max(over[1]);
+        match over > 1.0 {
+            true => ControlUse::Resized(cells.map(|n| ((n as f64 / over) as usize / MULTIPLE).max(1) * MULTIPLE)),
+            false => ControlUse::Whole,
+        }
     }
 
     /// The last latents.

@@ -10,7 +10,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::parts::{part_of, readers};
-use super::{Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, base_size, check_size, consecutive};
+use super::{
+    ControlUse, Geometry, METHODS, Run, Sampling, Size, Stage, StageParts, base_size, check_size, consecutive,
+};
 use crate::error::{Error, Result};
 use crate::names::one_of;
 use crate::runtime::Tensor;
@@ -136,6 +138,11 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// The size that the network is told of, where it reads sizes: the stage's own.
     fn told_size(&self, run: &Run, stage: usize) -> Size {
         run.stages()[stage].size
+    }
+
+    /// How ControlNets are asked in a step of a stage, at this share of the steps, 0 to 1.
+    fn control_use(&self, _run: &Run, _stage: usize, _share: f64) -> ControlUse {
+        ControlUse::Whole
     }
 
     /// What the samples after a step are called in a dump: `stage` from 0, `step` in it from 1, `run_step` over all stages.

@@ -3,7 +3,7 @@ use std::any::Any;
 use super::{RecordedSteps, Size, StartPicture};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
-use crate::ops::{Patches, Restandardised, StepTable};
+use crate::ops::{PatchLayout, Patches, Restandardised, StepTable};
 use crate::runtime::{Device, Tensor};
 
 /// What a method needs of a model, conditioned on the prompts of a batch. A latent model decodes to and encodes from
@@ -45,6 +45,14 @@ pub trait DiffusionModel {
         None
     }
 
+    /// The pictures that ControlNets read in a stage of this size, one for each: f32, `[1, H, W, 3]`, from 0 to 1.
+    ///
+    /// # Errors
+    /// Those of the pictures and the device.
+    fn control_pictures(&self, _stage: usize, _size: Size) -> Result<Vec<Tensor>> {
+        Ok(Vec::new())
+    }
+
     /// Does the network read a mask and the masked picture beside the samples?
     fn reads_mask(&self) -> bool {
         false
@@ -79,6 +87,24 @@ pub trait Denoiser: Any + Send {
         Err(Error::config("denoiser", "reads nothing beside the samples"))
     }
 
+    /// The pictures of a stage that ControlNets read ([`DiffusionModel::control_pictures`]). Before the first step of a stage; where
+    /// the denoiser had some, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: there are no ControlNets; those of the device.
+    fn set_control_pictures(&mut self, _pictures: &[Tensor]) -> Result<()> {
+        Err(Error::config("denoiser", "has no ControlNets that read pictures"))
+    }
+
+    /// Where the views lie that are denoised next. Done before a step, no part of what a card records. Default: nothing depends on
+    /// it.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn place_views(&mut self, _places: &ViewPlaces) -> Result<()> {
+        Ok(())
+    }
+
     /// What the last call that collects found of cross-attention ([`UnetOptions::attention_maps`]): `[R, h, w, text tokens]`, f32,
     /// one row per row of the output, in memory that the next such call writes. `None`: there was none.
     fn attention_maps(&self) -> Option<Tensor> {
@@ -111,6 +137,15 @@ pub trait Denoiser: Any + Send {
     fn tell_crops(&mut self, _evaluation: usize, _crops: &[[f32; 2]]) -> Result<()> {
         Ok(())
     }
+}
+
+/// Where the views of a group lie on their maps.
+#[derive(Clone, Copy, Debug)]
+pub struct ViewPlaces<'a> {
+    /// `map`: the cells of the stage.
+    pub layout: PatchLayout,
+    /// First row and column of each view, the first picture's before the second's; outside of the map there are zeros.
+    pub origins: &'a [[i32; 2]],
 }
 
 /// Patches as a network reads them: see [`gather_patches`](crate::ops::gather_patches).

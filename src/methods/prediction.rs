@@ -1,6 +1,6 @@
 use super::{Denoiser, LowSteps};
 use crate::error::{Error, Result};
-use crate::models::{AttentionMaps, UnetOptions};
+use crate::models::{AttentionMaps, ControlOptions, UnetOptions};
 use crate::ops::{self, StepTable};
 use crate::runtime::{DType, Tensor};
 
@@ -73,6 +73,17 @@ impl Prediction {
                 ops::stack(&unconditional, &conditional)
             }
         }
+    }
+
+    /// The same with these ControlNets in each of its calls.
+    pub(super) fn with_control(mut self, control: ControlOptions) -> Prediction {
+        match &mut self {
+            Prediction::Network(options) | Prediction::Upsampled(options) | Prediction::Twins { options, .. } => {
+                options.control = control;
+            }
+            Prediction::Damped { strong, weak } => (strong.control, weak.control) = (control, control),
+        }
+        self
     }
 
     /// What its calls do with maps of cross-attention.

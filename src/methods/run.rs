@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use super::{Choices, Method, MethodSpec, Size, Stage, StageParts, Start, StepCache, base_size, check_size};
 use crate::error::{Error, Result};
-use crate::models::UnetConfig;
+use crate::models::{ControlOptions, UnetConfig};
 use crate::names::one_of;
 use crate::ops::GuidanceScale;
 use crate::schedulers::{Evaluation, Scheduler};
@@ -22,9 +22,29 @@ pub struct Run {
     choices: Choices,
     start: Option<Start>,
     cache: Option<StepCache>,
+    controls: Vec<ControlShares>,
     factor: usize,
     native: Option<Size>,
     model: Option<ModelFacts>,
+}
+
+/// The steps in which a ControlNet is on, as shares of all steps that the run makes of its schedule: those that begin at `start` or later
+/// and end at `end` or earlier.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ControlShares {
+    pub start: f64,
+    pub end: f64,
+}
+
+/// How a step sees ControlNets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ControlUse {
+    /// As the UNet sees the samples.
+    Whole,
+    /// With samples resized to this height and width, in cells ([`ControlOptions::map`]).
+    Resized([usize; 2]),
+    /// Not at all.
+    Off,
 }
 
 /// What a method may know of the model beforehand, to choose its defaults and to refuse what the network has no place for.
@@ -94,7 +114,7 @@ impl Run {
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
         let (published, choices) = (PublishedSchedule::SD, Choices::default());
-        let (start, cache, model) = (None, None, None);
+        let (start, cache, model, controls) = (None, None, None, Vec::new());
         let mut run = Run {
             method,
             stages,
@@ -106,6 +126,7 @@ impl Run {
             choices,
             start,
             cache,
+            controls,
             factor,
             native,
             model,
@@ -167,6 +188,34 @@ impl Run {
     pub fn with_cache(self, cache: Option<StepCache>) -> Result<Run> {
         cache.as_ref().map_or(Ok(()), |cache| cache.check(&self))?;
         Ok(Run { cache, ..self })
+    }
+
+    /// With ControlNets.
+    pub fn with_controls(self, controls: Vec<ControlShares>) -> Run {
+        Run { controls, ..self }
+    }
+
+    pub fn has_controls(&self) -> bool {
+        !self.controls.is_empty()
+    }
+
+    /// The ControlNets of step `step` (from 0) of a stage. A relay's stages share one schedule, and a phase of DemoFusion runs a whole
+    /// one: what counts is the step's place in the schedule.
+    pub fn controls_at(&self, stage: usize, step: usize) -> ControlOptions {
+        let made = || self.ranges.iter().filter(|range| !range.is_empty());
+        let (Some(first), Some(end)) = (made().map(|r| r.start).min(), made().map(|r| r.end).max()) else {
+            return ControlOptions::default();
+        };
+        let (i, steps) = ((self.ranges[stage].start + step - first) as f64, (end - first) as f64);
+        let is_on = |shares: &ControlShares| i / steps >= shares.start && (i + 1.0) / steps <= shares.end;
+        let bits = self.controls.iter().enumerate().filter(|(_, shares)| is_on(shares)).map(|(index, _)| 1 << index);
+        let on = bits.fold(0, |on, bit: u32| on | bit);
+        match self.method.implementation().control_use(self, stage, i / steps) {
+            _ if on == 0 => ControlOptions::default(),
+            ControlUse::Off => ControlOptions::default(),
+            ControlUse::Whole => ControlOptions { on, map: None },
+            ControlUse::Resized(map) => ControlOptions { on, map: Some(map) },
+        }
     }
 
     pub fn cache(&self) -> Option<&StepCache> {

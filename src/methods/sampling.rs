@@ -241,8 +241,14 @@ impl<'a> Sampling<'a> {
         let told = self.run.method().implementation().told_size(self.run, index);
         let second = self.low.as_ref().map(|low| low.all_timesteps(&self.timesteps));
         let timesteps = second.as_ref().unwrap_or(&self.timesteps);
+        let run = self.run;
+        let prediction_at = &|step: usize| prediction_at(step).with_control(run.controls_at(index, step));
+        let pictures = model.control_pictures(index, size)?;
         let begin = |reuse| {
             let mut denoiser = model.begin_stage(told, timesteps, reuse)?;
+            if !pictures.is_empty() {
+                denoiser.set_control_pictures(&pictures)?;
+            }
             match &channels {
                 None => {}
                 Some(channels) => denoiser.set_channels(channels)?,
@@ -361,7 +367,14 @@ impl<'a> Sampling<'a> {
         let range = self.evaluated..self.evaluated + steps;
         let begin = ViewBegin { x, rows: &self.rows, range, guidance: self.guidance(key.step.sample[0]) };
         let told = self.run.method().implementation().told_size(self.run, index);
-        let denoiser = |reuse| model.begin_stage(told, &self.timesteps, reuse);
+        let pictures = model.control_pictures(index, size)?;
+        let denoiser = |reuse| {
+            let mut denoiser = model.begin_stage(told, &self.timesteps, reuse)?;
+            if !pictures.is_empty() {
+                denoiser.set_control_pictures(&pictures)?;
+            }
+            Ok(denoiser)
+        };
         let mut on_device = model.recorded_steps().begin_views(&key, &begin, views, &denoiser)?;
         drop(begin);
         let mut before = None;
@@ -371,7 +384,8 @@ impl<'a> Sampling<'a> {
             if clean && step == steps {
                 before = Some(on_device.x().duplicate()?);
             }
-            on_device.step(step - 1, views, &options_at(step - 1), model.recorded_steps(), &check)?;
+            let options = UnetOptions { control: self.run.controls_at(index, step - 1), ..options_at(step - 1) };
+            on_device.step(step - 1, views, &options, model.recorded_steps(), &check)?;
             self.evaluated += 1;
             self.step_done(index, step, on_device.x())?;
         }

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::method::{OptionKind, OptionSpec};
-use super::{Denoiser, PatchInput, RecordedSteps, Run, StepKey};
+use super::{Denoiser, PatchInput, RecordedSteps, Run, StepKey, ViewPlaces};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{
@@ -151,6 +151,8 @@ struct Path {
 struct Dilated {
     /// Lie on the map itself, beginning in its padding.
     path: Path,
+    /// Of these, in the order of [`Patches::place`].
+    origins: Vec<[i32; 2]>,
     /// The same of the padded map.
     padded: Patches,
     /// Rows and columns of zeros before the map.
@@ -228,6 +230,7 @@ impl ViewSteps {
                 };
                 let mut dilated = Dilated {
                     path,
+                    origins: Vec::new(),
                     padded: Patches::new(&device, images, total, layout)?,
                     padding,
                     skip: match skip {
@@ -244,7 +247,8 @@ impl ViewSteps {
                     (0..images).flat_map(|_| (0..total).map(of)).collect()
                 };
                 dilated.padded.place(&origins([0, 0]))?;
-                dilated.path.patches.place(&origins(padding))?;
+                dilated.origins = origins(padding);
+                dilated.path.patches.place(&dilated.origins)?;
                 Some(dilated)
             }
         };
@@ -358,11 +362,12 @@ impl ViewSteps {
         self.windows.patches.place(&origins)?;
         for group in groups(stage.count, self.view_batch) {
             check()?;
+            let of_group = of_group(&origins, stage.count, &group);
+            self.denoiser.place_views(&ViewPlaces { layout: stage.windows, origins: &of_group })?;
             if let Some(added) = stage.crops {
                 let pixels = |cells: i32| (cells + added) as f32 * stage.factor as f32;
-                let images = origins.chunks_exact(stage.count);
-                let of_group = images.flat_map(|origins| &origins[group.clone()]);
-                let crops: Vec<[f32; 2]> = of_group.map(|&[row, column]| [pixels(row), pixels(column)]).collect();
+                let crops: Vec<[f32; 2]> =
+                    of_group.iter().map(|&[row, column]| [pixels(row), pixels(column)]).collect();
                 self.denoiser.tell_crops(self.table.index().get(0), &crops)?;
             }
             self.windows.patches.begin_group(group.clone())?;
@@ -373,6 +378,9 @@ impl ViewSteps {
             for group in groups(path.patches.total(), self.view_batch) {
                 check()?;
                 if let Some(dilated) = &mut self.dilated {
+                    let (layout, total) = (dilated.path.patches.layout(), dilated.path.patches.total());
+                    let origins = of_group(&dilated.origins, total, &group);
+                    self.denoiser.place_views(&ViewPlaces { layout, origins: &origins })?;
                     dilated.path.patches.begin_group(group.clone())?;
                     dilated.padded.begin_group(group.clone())?;
                 }
@@ -432,6 +440,11 @@ impl ViewSteps {
         // A group that found no memory has not added anything yet.
         kept.retrying(|| recorded[at].work.run(&mut work)).map(drop)
     }
+}
+
+/// Of the `total` views of each picture those of a group.
+fn of_group(origins: &[[i32; 2]], total: usize, group: &Range<usize>) -> Vec<[i32; 2]> {
+    origins.chunks_exact(total).flat_map(|origins| origins[group.clone()].iter().copied()).collect()
 }
 
 /// The groups of at most `most` of `total` views.

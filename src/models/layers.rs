@@ -5,7 +5,9 @@ use std::sync::OnceLock;
 
 use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, ConvNorm, LinearFp8, LowPass, Quantized, Source, SpectralFilter, StepRows, Stripe};
+use crate::ops::{
+    self, Activation, ConvNorm, LinearFp8, LowPass, Quantized, Source, SpectralFilter, StepColumns, StepRows, Stripe,
+};
 use crate::runtime::Tensor;
 
 /// A linear layer's weight `[N, K]`, in the dtype of the activations or in 8 bits.
@@ -60,12 +62,27 @@ impl Linear {
     }
 
     pub fn fused(&self, x: &Tensor, activation: Activation, residual: Option<&Tensor>) -> Result<Tensor> {
+        self.run(x, activation, None, residual)
+    }
+
+    /// `gate * (x W^T + bias) + residual`, `x: [images, ..., K]`; of the gate N columns.
+    pub fn forward_gated(&self, x: &Tensor, gate: StepColumns, residual: &Tensor) -> Result<Tensor> {
+        self.run(x, Activation::None, Some(gate), Some(residual))
+    }
+
+    fn run(
+        &self,
+        x: &Tensor,
+        activation: Activation,
+        gate: Option<StepColumns>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let bias = self.bias.as_ref();
         match &self.weight {
-            Matrix::Plain(weight) => ops::linear(ops::Linear { x, weight, bias, activation, residual }),
+            Matrix::Plain(weight) => ops::linear(ops::Linear { x, weight, bias, activation, gate, residual }),
             Matrix::Fp8(weight) => {
                 let dtype = x.dtype();
-                ops::linear_fp8(LinearFp8 { x: &ops::quantize(x)?, weight, bias, activation, residual, dtype })
+                ops::linear_fp8(LinearFp8 { x: &ops::quantize(x)?, weight, bias, activation, gate, residual, dtype })
             }
         }
     }
@@ -337,7 +354,8 @@ impl LayerNorm {
 
     /// `[..., C]` to the same.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(ops::LayerNorm { x, gamma: &self.weight, beta: &self.bias, eps: self.eps })
+        let (gamma, beta) = (Some(&self.weight), Some(&self.bias));
+        ops::layer_norm(ops::LayerNorm { gamma, beta, ..ops::LayerNorm::new(x, self.eps) })
     }
 }
 

@@ -94,6 +94,33 @@ pub(super) fn unet_key(key: &str, level: usize) -> Option<String> {
     }
 }
 
+/// Layers of an LDM ControlNet's network from pictures to latents, activations counted as well. `keys` without their prefix.
+pub(super) fn hint_layers<'a>(keys: impl Iterator<Item = &'a str>) -> usize {
+    count(keys, "input_hint_block.")
+}
+
+/// The key in diffusers of a ControlNet's tensor; `level` as [`unet_level`] gives it, `hints` as [`hint_layers`]. `None`: not a key
+/// of such a ControlNet.
+pub(super) fn control_key(key: &str, level: usize, hints: usize) -> Option<String> {
+    const EMBEDDING: &str = "controlnet_cond_embedding";
+    if let Some(rest) = key.strip_prefix("input_hint_block.") {
+        let (layer, rest) = number(rest)?;
+        return Some(match layer / 2 {
+            0 => format!("{EMBEDDING}.conv_in.{rest}"),
+            _ if layer + 1 == hints => format!("{EMBEDDING}.conv_out.{rest}"),
+            conv => format!("{EMBEDDING}.blocks.{}.{rest}", conv - 1),
+        });
+    }
+    if let Some(rest) = key.strip_prefix("zero_convs.") {
+        let (index, rest) = number(rest)?;
+        return Some(format!("controlnet_down_blocks.{index}.{}", rest.strip_prefix("0.")?));
+    }
+    match key.strip_prefix("middle_block_out.0.") {
+        Some(rest) => Some(format!("controlnet_mid_block.{rest}")),
+        None => unet_key(key, level),
+    }
+}
+
 /// The name that an LDM UNet has for a module of diffusers' UNet: the reverse of [`unet_key`]. `attention(b)`: has the
 /// up block `b` attentions?
 pub(super) fn unet_module(module: &str, level: usize, attention: impl Fn(usize) -> bool) -> Option<String> {

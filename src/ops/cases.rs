@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::conv::Geometry;
 use super::{
-    Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, PatchLayout,
-    Patches, Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepIndex, StepRow, StepRows, StepTable,
-    TimestepEmbedding, Upsampler, WindowShift, Windows,
+    Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Guidance, LayerNorm, Linear, Modulation,
+    PatchLayout, Patches, Repaint, RmsNorm, SampleState, Source, StepCoefficients, StepColumns, StepIndex, StepRow,
+    StepRows, StepTable, TimestepEmbedding, Upsampler, WindowShift, Windows,
 };
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Tensor};
@@ -301,9 +301,27 @@ pub fn methods(l: usize) -> Vec<Case> {
     ]
 }
 
-/// T5-XXL at 256 tokens, and the queries of SD3 at 1024x1024 (24 heads, picture and text), in a guided step.
+/// T5-XXL at 256 tokens: its norm.
 pub fn rms_norms() -> Vec<Case> {
-    vec![rms_norm(512, 4096), rms_norm(2 * (4096 + 154) * 24, 64)]
+    vec![rms_norm(512, 4096)]
+}
+
+/// SD 3's transformer (24 heads of 64) at latents of `l` x `l`, guided, with 333 tokens of text: a block's calls for the picture,
+/// and the map at the end. The attention is that of [`self_attention`] with the text's keys beside its own.
+pub fn sd3(l: usize) -> Vec<Case> {
+    let (side, c) = (l / 2, 1536);
+    let (picture, text) = (2 * side * side, 2 * 333);
+    vec![
+        modulated_layer_norm(picture, c, 2),
+        linear(picture, c, 3 * c, Activation::None),
+        rms_norm_heads(2, side * side, 24, 64),
+        gated_linear(picture, c, c, 2),
+        linear(picture, c, 4 * c, Activation::GeluTanh),
+        gated_linear(picture, 4 * c, c, 2),
+        linear(text, c, 3 * c, Activation::None),
+        gated_linear(text, 4 * c, c, 2),
+        unpatchify([2, side, side], 2, 16),
+    ]
 }
 
 /// Every op once, so small that an emulated card does them all in seconds.
@@ -314,9 +332,13 @@ pub fn small() -> Vec<Case> {
         up(1, 4, 32),
         linear(64, 64, 64, Activation::None),
         linear(64, 64, 128, Activation::Geglu),
+        gated_linear(64, 64, 64, 2),
         group_norm([1, 8, 8, 64], 0),
         layer_norm(16, 64),
+        modulated_layer_norm(16, 64, 2),
         rms_norm(16, 64),
+        rms_norm_heads(1, 9, 2, 64),
+        unpatchify([1, 3, 5], 2, 16),
         self_attention(1, 64, 2, 40, false),
         self_attention(1, 77, 1, 64, true),
         cross_attention(1, 64, 77, 2, 40),
@@ -463,33 +485,61 @@ fn conv(c: Conv) -> Case {
     })
 }
 
-/// What [`Case::shape`] says of a linear layer; `[m, n, k]`: rows of x, rows of the weight, terms of a sum.
-pub(super) fn linear_shape([m, n, k]: [usize; 3], bias: bool, activation: Activation, residual: bool) -> Value {
+/// What [`Case::shape`] says of a linear layer; `[m, n, k]`: rows of x, rows of the weight, terms of a sum. `gate`: images, and
+/// conditioning rows of a step.
+pub(super) fn linear_shape(
+    [m, n, k]: [usize; 3],
+    bias: bool,
+    activation: Activation,
+    gate: Option<[usize; 2]>,
+    residual: bool,
+) -> Value {
     let activation = format!("{activation:?}").to_lowercase();
-    json!({ "m": m, "n": n, "k": k, "bias": bias, "activation": activation, "residual": residual })
+    let mut fields = json!({ "m": m, "n": n, "k": k, "bias": bias, "activation": activation, "residual": residual });
+    if let Some(gate) = gate {
+        fields["gate"] = json!(gate);
+    }
+    fields
 }
 
 fn linear(m: usize, k: usize, rows: usize, activation: Activation) -> Case {
-    linear_with([m, rows, k], true, activation, false)
+    linear_with([m, rows, k], true, activation, None, false)
 }
 
-fn linear_with([m, rows, k]: [usize; 3], bias: bool, activation: Activation, residual: bool) -> Case {
+/// With a gate and a residual, as a diffusion transformer ends a branch.
+fn gated_linear(m: usize, k: usize, rows: usize, images: usize) -> Case {
+    linear_with([m, rows, k], true, Activation::None, Some([images, images]), true)
+}
+
+fn linear_with(
+    [m, rows, k]: [usize; 3],
+    bias: bool,
+    activation: Activation,
+    gate: Option<[usize; 2]>,
+    residual: bool,
+) -> Case {
     let mut name = format!("[{m},{k}] -> {rows}");
     if activation != Activation::None {
         name += &format!(" {activation:?}").to_lowercase();
     }
-    [(residual, " residual"), (!bias, " without bias")]
+    [(gate.is_some(), " gate"), (residual, " residual"), (!bias, " without bias")]
         .iter()
         .filter(|(is, _)| *is)
         .for_each(|(_, words)| name += words);
-    case("linear", name, linear_shape([m, rows, k], bias, activation, residual), move |inputs| {
+    case("linear", name, linear_shape([m, rows, k], bias, activation, gate, residual), move |inputs| {
         let some = |is: bool, shape: &[usize]| is.then(|| inputs.tensor(shape)).transpose();
-        let (x, weight, bias) = (inputs.tensor(&[m, k])?, inputs.tensor(&[rows, k])?, some(bias, &[rows])?);
-        let n = if activation == Activation::Geglu { rows / 2 } else { rows };
-        let residual = some(residual, &[m, n])?;
+        let images = gate.map_or(1, |[images, _]| images);
+        let x = inputs.tensor(&[images, m / images.max(1), k])?;
+        let (weight, bias) = (inputs.tensor(&[rows, k])?, some(bias, &[rows])?);
+        let n = if activation.is_gated() { rows / 2 } else { rows };
+        let residual = some(residual, &[images, m / images.max(1), n])?;
+        let table = gate.map(|[_, per_step]| inputs.tensor(&[per_step, n])).transpose()?;
+        let step = StepIndex::one(inputs.device, 0)?;
         Ok(Box::new(move || {
             let (bias, residual) = (bias.as_ref(), residual.as_ref());
-            super::linear(Linear { bias, activation, residual, ..Linear::new(&x, &weight) })
+            let of = |(table, [_, rows]): (_, [usize; 2])| StepRows { table, step: &step, rows };
+            let gate = table.as_ref().zip(gate).map(|gate| StepColumns { rows: of(gate), first: 0 });
+            super::linear(Linear { bias, activation, gate, residual, ..Linear::new(&x, &weight) })
         }))
     })
 }
@@ -524,10 +574,73 @@ fn group_norm_with(shape: [usize; 4], skip: usize, groups: usize, silu: bool) ->
     })
 }
 
+/// What [`Case::shape`] says of a layer norm.
+pub(super) fn layer_norm_shape(args: &LayerNorm, c: usize) -> Value {
+    let mut fields = rows_shape(args.x, c);
+    if args.gamma.is_none() {
+        fields["affine"] = json!(false);
+    }
+    if let Some(modulation) = args.modulation {
+        fields["modulation"] = json!([args.x.shape()[0], modulation.rows.rows]);
+    }
+    fields
+}
+
 fn layer_norm(rows: usize, c: usize) -> Case {
-    case("layer_norm", format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }), move |inputs| {
-        let (x, gamma) = (inputs.tensor(&[rows, c])?, inputs.tensor(&[c])?);
-        Ok(Box::new(move || super::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })))
+    layer_norm_with(rows, c, true, None)
+}
+
+/// Without gamma and beta, but modulated, each image by a row of its own.
+fn modulated_layer_norm(rows: usize, c: usize, images: usize) -> Case {
+    layer_norm_with(rows, c, false, Some([images, images]))
+}
+
+/// `modulation`: images, and conditioning rows of a step.
+fn layer_norm_with(rows: usize, c: usize, affine: bool, modulation: Option<[usize; 2]>) -> Case {
+    let (mut name, mut fields) = (format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }));
+    if !affine {
+        fields["affine"] = json!(false);
+    }
+    if let Some(modulation) = modulation {
+        name += " modulated";
+        fields["modulation"] = json!(modulation);
+    }
+    case("layer_norm", name, fields, move |inputs| {
+        let images = modulation.map_or(1, |[images, _]| images);
+        let x = inputs.tensor(&[images, rows / images.max(1), c])?;
+        let gamma = affine.then(|| inputs.tensor(&[c])).transpose()?;
+        let table = modulation.map(|[_, per_step]| inputs.tensor(&[per_step, 2 * c])).transpose()?;
+        let step = StepIndex::one(inputs.device, 0)?;
+        Ok(Box::new(move || {
+            let gamma = gamma.as_ref();
+            let of = |(table, [_, rows]): (_, [usize; 2])| StepRows { table, step: &step, rows };
+            let modulation = table.as_ref().zip(modulation).map(|m| Modulation { rows: of(m), scale: 0, shift: c });
+            super::layer_norm(LayerNorm { gamma, beta: gamma, modulation, ..LayerNorm::new(&x, 1e-5) })
+        }))
+    })
+}
+
+fn rms_norm_heads(n: usize, l: usize, heads: usize, head_dim: usize) -> Case {
+    let shape = [n, l, 3, heads, head_dim];
+    case("rms_norm_heads", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
+        let (x, gamma) = (inputs.tensor(&shape)?, inputs.tensor(&[head_dim])?);
+        // In place: nobody else holds what a call takes, and gives back.
+        let held = RefCell::new(Some(x));
+        Ok(Box::new(move || {
+            let x = held.take().ok_or_else(|| Error::config("rms_norm_heads", "an earlier call failed"))?;
+            let y = super::rms_norm_heads(x, &[&gamma, &gamma], 1e-6)?;
+            let first = y.reshape(&[n * l, 3 * heads, head_dim])?.rows(0..1)?.duplicate();
+            held.replace(Some(y));
+            first
+        }))
+    })
+}
+
+fn unpatchify([n, h, w]: [usize; 3], patch: usize, c: usize) -> Case {
+    let fields = json!({ "dims": [n, h, w, c], "patch": patch });
+    case("unpatchify", format!("[{n},{h}*{w},{patch}*{patch}*{c}]"), fields, move |inputs| {
+        let x = inputs.tensor(&[n, h * w, patch * patch * c])?;
+        Ok(Box::new(move || super::unpatchify(&x, [h, w], patch)))
     })
 }
 
@@ -683,16 +796,20 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
         let values: Option<Vec<u64>> = serde_json::from_value(shape[field].clone()).ok();
         Ok(Some(values.ok_or_else(|| wrong(field))?.into_iter().map(|value| value as usize).collect()))
     };
+    let pair = |field: &str| -> Result<Option<[usize; 2]>> {
+        let values = numbers(field)?;
+        values.map(|values| values.try_into().map_err(|_| wrong(field))).transpose()
+    };
     if !shape["part"].is_null() {
         return Ok(None);
     }
     Ok(Some(match op {
         "linear" => {
-            let all = [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
             let named =
                 |activation: &&Activation| shape["activation"] == format!("{activation:?}").to_lowercase().as_str();
-            let activation = *all.iter().find(named).ok_or_else(|| wrong("activation"))?;
-            linear_with([number("m")?, number("n")?, number("k")?], flag("bias")?, activation, flag("residual")?)
+            let activation = *Activation::ALL.iter().find(named).ok_or_else(|| wrong("activation"))?;
+            let size = [number("m")?, number("n")?, number("k")?];
+            linear_with(size, flag("bias")?, activation, pair("gate")?, flag("residual")?)
         }
         "conv2d" => {
             let (skip, seen) = (number("second_source")?, [number("h")?, number("w")?]);
@@ -742,7 +859,10 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
                 flag("silu")?,
             )
         }
-        "layer_norm" => layer_norm(number("rows")?, number("c")?),
+        "layer_norm" => {
+            let affine = shape["affine"].is_null() || flag("affine")?;
+            layer_norm_with(number("rows")?, number("c")?, affine, pair("modulation")?)
+        }
         "rms_norm" => rms_norm(number("rows")?, number("c")?),
         _ => return Ok(None),
     }))

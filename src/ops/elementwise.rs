@@ -20,22 +20,39 @@ pub enum Activation {
     QuickGelu,
     /// `value * gelu(gate)` on interleaved pairs: halves the columns. Only in [`linear`](super::linear).
     Geglu,
+    /// `x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`: GELU's approximation of Hendrycks & Gimpel 2016, arXiv:1606.08415
+    GeluTanh,
+    /// `value * gelu_tanh(gate)` on interleaved pairs, as GEGLU.
+    GegluTanh,
+}
+
+impl Activation {
+    pub const ALL: [Activation; 7] = [
+        Activation::None,
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::QuickGelu,
+        Activation::Geglu,
+        Activation::GeluTanh,
+        Activation::GegluTanh,
+    ];
+
+    /// Does it multiply values by gates, so that it halves the columns?
+    pub fn is_gated(self) -> bool {
+        matches!(self, Activation::Geglu | Activation::GegluTanh)
+    }
 }
 
 /// `activation(x)`, same shape and dtype.
 ///
 /// # Errors
-/// [`Error::Dtype`](crate::Error::Dtype); [`Error::Argument`](crate::Error::Argument) for GEGLU.
+/// [`Error::Dtype`](crate::Error::Dtype); [`Error::Argument`](crate::Error::Argument) for those that are gated.
 pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
     const OP: &str = "activation";
     float(OP, "x", x)?;
-    if activation == Activation::Geglu {
-        return Err(Error::argument(
-            OP,
-            "activation",
-            "Geglu",
-            "None, Silu, Gelu or QuickGelu; GEGLU is part of linear",
-        ));
+    if activation.is_gated() {
+        let want = "None, Silu, Gelu, QuickGelu or GeluTanh; GEGLU is part of linear";
+        return Err(Error::argument(OP, "activation", format!("{activation:?}"), want));
     }
 
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;

@@ -2,8 +2,8 @@ use rayon::prelude::*;
 
 use super::cpu::gemm::{self, Dense};
 use super::cpu::math;
-use super::linear::{Epilogue, check, flops, output_shape};
-use super::{Activation, Linear, Tensor, by_dtype, bytes_of, cuda, float, profile};
+use super::linear::{Epilogue, check, flops, gate_bytes, output_shape};
+use super::{Activation, Linear, StepColumns, Tensor, by_dtype, bytes_of, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, Element, F8E4M3, OpKind, Work};
 
@@ -125,13 +125,15 @@ pub struct LinearFp8<'a> {
     /// `[rows of weight]`, of dtype `dtype`
     pub bias: Option<&'a Tensor>,
     pub activation: Activation,
+    /// As in [`Linear`], a table of dtype `dtype`.
+    pub gate: Option<StepColumns<'a>>,
     /// `[..., N]`, of dtype `dtype`, added last.
     pub residual: Option<&'a Tensor>,
     /// Of the result: a float dtype.
     pub dtype: DType,
 }
 
-/// [`linear`](super::linear()) of operands in 8-bit floats: `activation(x W^T + bias) + residual`, `[..., K]` to `[..., N]`.
+/// [`linear`](super::linear()) of operands in 8-bit floats: `gate * activation(x W^T + bias) + residual`, `[..., K]` to `[..., N]`.
 ///
 /// The codes' products are exact; their sums are f32, and get the scales of both rows at the end. On Hopper, whose tensor
 /// cores keep some 14 bits of such sums, those of 128 terms are added up in f32: without that, sums of 5120 positive terms
@@ -141,11 +143,11 @@ pub struct LinearFp8<'a> {
 /// As [`linear`](super::linear()); [`Error::Dtype`]: `dtype` is no float type.
 pub fn linear_fp8(args: LinearFp8) -> Result<Tensor> {
     const OP: &str = "linear_fp8";
-    let LinearFp8 { x, weight, bias, activation, residual, dtype } = args;
+    let LinearFp8 { x, weight, bias, activation, gate, residual, dtype } = args;
     if !dtype.is_float() {
         return Err(Error::Dtype { op: OP, arg: "dtype", got: dtype, want: "f32, f16 or bf16".into() });
     }
-    let codes = Linear { x: &x.codes, weight: &weight.codes, bias, activation, residual };
+    let codes = Linear { x: &x.codes, weight: &weight.codes, bias, activation, gate, residual };
     let [m, n, k] = check(OP, &codes, DType::F8E4M3, dtype)?;
 
     let mut y = Tensor::uninit(x.codes.device(), &output_shape(&x.codes, n), dtype)?;
@@ -156,7 +158,7 @@ pub fn linear_fp8(args: LinearFp8) -> Result<Tensor> {
             let (macs, launches) = ((m * rows * k) as u64, u64::from(y.numel() > 0));
             let flops = flops(&codes, [m, n, k]) + 2 * (m * rows) as u64;
             let operands = [&x.codes, &x.scales, &weight.codes, &weight.scales];
-            let bytes = bytes_of(&operands.map(Some)) + bytes_of(&[bias, residual, Some(&y)]);
+            let bytes = bytes_of(&operands.map(Some)) + bytes_of(&[bias, residual, Some(&y)]) + gate_bytes(&codes, n);
             meta.record(OP, OpKind::Linear, y.shape(), Work { macs, flops, bytes, launches });
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}

@@ -39,6 +39,7 @@ mod sampler;
 mod spectral_filter;
 mod statistics;
 mod step;
+mod unpatchify;
 mod upsample_guidance;
 
 pub use attention::{Attention, AttentionOptions, SecondSource, WindowShift, Windows, attention, attention_with};
@@ -53,17 +54,18 @@ pub use latents::{blur_latents, latent_moments, mix_latents, standardise_latents
 pub use linear::{Linear, linear};
 pub use linear_fp8::{LinearFp8, Quantized, linear_fp8, quantize};
 pub use low_band::{exchange_low_band, sharpen};
-pub use norm::{GroupNorm, LayerNorm, group_norm, layer_norm};
+pub use norm::{GroupNorm, LayerNorm, Modulation, group_norm, layer_norm};
 pub use patches::{PatchLayout, Patches, Restandardised, gather_patches, merge_patches, step_patches};
 pub use resize::{RelayNoise, Upsampler, avg_pool, resize, resize_bilinear, resize_nearest, resize_u8};
-pub use rms_norm::{RmsNorm, rms_norm};
+pub use rms_norm::{RmsNorm, rms_norm, rms_norm_heads};
 pub use sampler::{add_noise, diagonal_gaussian};
 pub use spectral_filter::{LowPass, SpectralFilter, Strength, spectral_filter};
 pub use statistics::{GroupMoments, GroupStatistics};
 pub use step::{
-    Guidance, GuidanceScale, HISTORY, Kept, Repaint, SampleState, StepCoefficients, StepIndex, StepRow, StepRows,
-    StepTable, Thresholding, history, repaint, sampler_step, scale_input,
+    Guidance, GuidanceScale, HISTORY, Kept, Repaint, SampleState, StepCoefficients, StepColumns, StepIndex, StepRow,
+    StepRows, StepTable, Thresholding, history, repaint, sampler_step, scale_input,
 };
+pub use unpatchify::unpatchify;
 pub use upsample_guidance::{pool_latents, upsample_guidance};
 
 use crate::error::{Error, Result};

@@ -2,7 +2,7 @@ use rayon::prelude::*;
 
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, math};
-use super::{Source, Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
+use super::{Source, StepColumns, StepRows, Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -111,37 +111,78 @@ fn group_norm_cpu<T: Element>(args: &GroupNorm, dims: [usize; 4], y: &mut Tensor
 pub struct LayerNorm<'a> {
     /// `[..., C]`
     pub x: &'a Tensor,
-    /// `[C]`
-    pub gamma: &'a Tensor,
-    /// `[C]`
-    pub beta: &'a Tensor,
+    /// `[C]`; `None`: ones.
+    pub gamma: Option<&'a Tensor>,
+    /// `[C]`; `None`: zeros.
+    pub beta: Option<&'a Tensor>,
     /// Added to the variance, units of x squared.
     pub eps: f32,
+    /// `x` is `[images, ..., C]` then.
+    pub modulation: Option<Modulation<'a>>,
 }
 
-/// Layer norm over the last dimension, shape and dtype of `x`. Ba et al. 2016, arXiv:1607.06450.
+impl<'a> LayerNorm<'a> {
+    /// Without gamma, beta and modulation.
+    pub fn new(x: &'a Tensor, eps: f32) -> LayerNorm<'a> {
+        LayerNorm { x, gamma: None, beta: None, eps, modulation: None }
+    }
+}
+
+/// What a diffusion transformer does to a normalised row: `(1 + scale) * normed + shift`, by each image's step. Peebles & Xie 2023,
+/// arXiv:2212.09748, sec. 3.2.
+#[derive(Clone, Copy, Debug)]
+pub struct Modulation<'a> {
+    /// Of a table that has both: `[steps * R, more than C]`.
+    pub rows: StepRows<'a>,
+    /// Columns of the table with which the C values of each begin.
+    pub scale: usize,
+    pub shift: usize,
+}
+
+impl<'a> Modulation<'a> {
+    /// Scale and shift.
+    pub(super) fn columns(&self) -> [StepColumns<'a>; 2] {
+        [self.scale, self.shift].map(|first| StepColumns { rows: self.rows, first })
+    }
+}
+
+/// Layer norm over the last dimension, shape and dtype of `x`, and what a diffusion transformer does then, in f32 and rounded
+/// once. Ba et al. 2016, arXiv:1607.06450.
+///
+/// A row's result depends on that row only, bit for bit.
 ///
 /// # Errors
-/// As [`group_norm`].
+/// As [`group_norm`]; also [`Error::Argument`](crate::Error::Argument): rows of the modulation that do not divide the images, a
+/// step beyond its table.
 pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
     const OP: &str = "layer_norm";
-    let LayerNorm { x, gamma, beta, eps } = args;
+    let LayerNorm { x, gamma, beta, eps, modulation } = args;
     float(OP, "x", x)?;
     let Some(&c) = x.shape().last() else {
         return Err(Error::shape(OP, "x", x, "[..., C]"));
     };
-    gamma.expect(OP, "gamma", &[c], x.dtype(), x.device())?;
-    beta.expect(OP, "beta", &[c], x.dtype(), x.device())?;
+    for (arg, affine) in [("gamma", gamma), ("beta", beta)] {
+        affine.map_or(Ok(()), |affine| affine.expect(OP, arg, &[c], x.dtype(), x.device()))?;
+    }
     check_eps(OP, eps)?;
+    let columns = modulation.map(|modulation| modulation.columns());
+    for columns in columns.iter().flatten() {
+        let [images, _, ..] = *x.shape() else {
+            return Err(Error::shape(OP, "x", x, "[images, ..., C] beside a modulation"));
+        };
+        columns.check(OP, images, c, x.dtype(), x.device())?;
+    }
 
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
-    profile::call(OP, || cases::rows_shape(x, c));
+    profile::call(OP, || cases::layer_norm_shape(&args, c));
     match x.device() {
         Device::Meta(meta) => {
-            // As group norm without SiLU.
-            let flops = 8 * y.numel() as u64;
-            let bytes = bytes_of(&[Some(x), Some(gamma), Some(beta), Some(&y)]);
+            // As group norm without SiLU; one for each of gamma and beta, two for scale and shift.
+            let affine = [gamma.is_some(), beta.is_some(), modulation.is_some(), modulation.is_some()];
+            let flops = (6 + affine.iter().filter(|&&used| used).count() as u64) * y.numel() as u64;
+            let rows = columns.iter().flatten().map(|columns| columns.bytes(x.shape()[0], c)).sum::<u64>();
+            let bytes = bytes_of(&[Some(x), gamma, beta, Some(&y)]) + rows;
             meta.record(OP, OpKind::Norm, y.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
         Device::Cpu(_) | Device::Cuda(_) if y.numel() == 0 => {}
@@ -152,14 +193,22 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
 }
 
 fn layer_norm_cpu<T: Element>(args: &LayerNorm, c: usize, y: &mut Tensor) {
-    let (gamma, beta) = (cpu::to_f32::<T>(args.gamma), cpu::to_f32::<T>(args.beta));
-    let rows = cpu::norm::rows_per_task(c) * c;
+    let gamma = args.gamma.map_or_else(|| vec![1.0; c], cpu::to_f32::<T>);
+    let beta = args.beta.map_or_else(|| vec![0.0; c], cpu::to_f32::<T>);
+    let images = args.x.shape()[0];
+    let image_rows = y.numel() / c / images.max(1);
+    let modulation = args.modulation.map(|modulation| modulation.columns().map(|part| part.cpu::<T>(images, c)));
+    let rows = cpu::norm::rows_per_task(c);
     let x = args.x.cpu::<T>();
-    y.cpu_mut::<T>().par_chunks_mut(rows).zip(x.par_chunks(rows)).for_each(|(y, x)| {
+    y.cpu_mut::<T>().par_chunks_mut(rows * c).zip(x.par_chunks(rows * c)).enumerate().for_each(|(task, (y, x))| {
         let mut values = vec![0.0; c];
-        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+        for (i, (y, x)) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
             math::load(&mut values, x);
             cpu::norm::layer_norm_row(&mut values, &gamma, &beta, args.eps);
+            if let Some([scale, shift]) = &modulation {
+                let image = (task * rows + i) / image_rows;
+                cpu::norm::modulate(&mut values, &scale[image], &shift[image]);
+            }
             math::store(y, &values);
         }
     });

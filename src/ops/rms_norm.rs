@@ -51,6 +51,62 @@ pub fn rms_norm(args: RmsNorm) -> Result<Tensor> {
     Ok(y)
 }
 
+/// The same of queries and keys where a fused projection has left them: `x: [N, L, P, heads, head_dim]` of P = 3 parts (q, k, v) or
+/// 2 (k, v), whose last is as it was. In place where `x` is the only one that has its memory, otherwise of a copy. The norms of
+/// SD3.5's attention: Esser et al. 2024, arXiv:2403.03206, sec. 5.3.2.
+///
+/// * `gammas`: `[head_dim]` each, of the first P - 1 parts
+///
+/// # Errors
+/// As [`rms_norm`]; [`Error::Argument`](crate::Error::Argument): other than P - 1 gammas.
+pub fn rms_norm_heads(x: Tensor, gammas: &[&Tensor], eps: f32) -> Result<Tensor> {
+    const OP: &str = "rms_norm_heads";
+    let [_, _, parts, _, c] = x.dims(OP, "x")?;
+    float(OP, "x", &x)?;
+    if !(2..=3).contains(&parts) {
+        return Err(Error::shape(OP, "x", &x, "[N, L, 2 or 3, heads, head_dim]"));
+    }
+    if gammas.len() + 1 != parts {
+        let want = format!("{}: one for each of {parts} parts but the last", parts - 1);
+        return Err(Error::argument(OP, "number of gammas", gammas.len(), want));
+    }
+    gammas.iter().try_for_each(|gamma| gamma.expect(OP, "gamma", &[c], x.dtype(), x.device()))?;
+    check_eps(OP, eps)?;
+
+    let mut x = if x.is_unshared() { x } else { x.duplicate()? };
+    let shape = x.shape().to_vec();
+    let _timed = profile::scope(OP, &shape);
+    let normalised = x.numel() / parts * (parts - 1);
+    match x.device().clone() {
+        Device::Meta(meta) => {
+            let bytes =
+                2 * (normalised * x.dtype().size_bytes()) as u64 + gammas.iter().map(|g| g.bytes()).sum::<u64>();
+            let work = Work { macs: 0, flops: 4 * normalised as u64, bytes, launches: 1 };
+            meta.record(OP, OpKind::Norm, &shape, work);
+        }
+        Device::Cpu(_) | Device::Cuda(_) if x.numel() == 0 => {}
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => rms_norm_heads_cpu::<T>(&mut x, gammas, eps)),
+        Device::Cuda(card) => cuda::rms_norm::rms_norm_heads(&card, &mut x, gammas, eps)?,
+    }
+    Ok(x)
+}
+
+/// A token at a time.
+fn rms_norm_heads_cpu<T: Element>(x: &mut Tensor, gammas: &[&Tensor], eps: f32) {
+    let &[_, _, parts, heads, c] = x.shape() else { unreachable!("checked: five dimensions") };
+    let gammas: Vec<Vec<f32>> = gammas.iter().map(|gamma| cpu::to_f32::<T>(gamma)).collect();
+    x.cpu_mut::<T>().par_chunks_mut(parts * heads * c).for_each(|token| {
+        let mut values = vec![0.0; c];
+        for (part, gamma) in token.chunks_exact_mut(heads * c).zip(&gammas) {
+            for row in part.chunks_exact_mut(c) {
+                math::load(&mut values, row);
+                cpu::norm::rms_norm_row(&mut values, gamma, eps);
+                math::store(row, &values);
+            }
+        }
+    });
+}
+
 fn rms_norm_cpu<T: Element>(args: &RmsNorm, c: usize, y: &mut Tensor) {
     let gamma = cpu::to_f32::<T>(args.gamma);
     let rows = cpu::norm::rows_per_task(c) * c;

@@ -1,5 +1,7 @@
 //! What of a model is in memory when: the ladder from the fastest way to the one that needs least.
 
+use std::path::PathBuf;
+
 use serde_json::{Value, json};
 
 use super::upscale::UpscaleOptions;
@@ -23,13 +25,16 @@ pub struct LoadOptions {
     pub memory: MemoryOptions,
     /// A network that enlarges every finished picture. It stays in memory.
     pub upscale: Option<UpscaleOptions>,
+    /// ControlNets beside the denoiser: directories in the layout of diffusers, or single files. Each run has a picture for each.
+    pub controls: Vec<PathBuf>,
 }
 
 impl LoadOptions {
     /// Everything else is decided by what there is.
     pub fn new(device: Device, dtype: DType) -> LoadOptions {
         let (weights, memory) = (WeightFormat::Plain, MemoryOptions::default());
-        LoadOptions { device, text_device: None, dtype, weights, vae_dtype: None, memory, upscale: None }
+        let controls = Vec::new();
+        LoadOptions { device, text_device: None, dtype, weights, vae_dtype: None, memory, upscale: None, controls }
     }
 
     /// Where text encoders are.

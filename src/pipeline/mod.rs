@@ -1,5 +1,6 @@
 //! Prompt to picture: tokenize, encode, denoise with a method, decode.
 
+mod control;
 mod embedded;
 mod families;
 mod files;
@@ -25,6 +26,7 @@ pub use crate::ops::Upsampler;
 pub use crate::rng::RngKind;
 pub use crate::schedulers::{Sampler, SigmaSpacing};
 pub use crate::text::{LongPrompt, Syntax, TextualInversion};
+pub use control::{ControlFiles, ControlImage, ControlInput, StagePictures};
 pub use files::{Lora, ModelFiles, ModelSource, RandomShapes, ResAdapter, hub_name};
 pub use hub::{HubNeed, fetch_model};
 pub use memory::{LoadOptions, MemoryOptions, Residency, Rung, VaePartition};

@@ -1,6 +1,9 @@
+use std::path::PathBuf;
+
 use serde_json::json;
 
-use super::{Lora, Pipeline, Request, SizeIds, TextOptions};
+use super::files::stem;
+use super::{ControlInput, Lora, Pipeline, Request, SizeIds, TextOptions};
 use crate::image::infotext;
 use crate::methods::{Computed, Run, Stage, text_of};
 use crate::rng::RngKind;
@@ -141,6 +144,15 @@ impl Parameters {
                 json[key] = picture.name().into();
                 json[format!("{key}_digest")] = picture.digest().into();
             }
+        }
+        if !request.controls.is_empty() {
+            let paths = &pipeline.options().controls;
+            let controls = || request.controls.iter().zip(paths).map(|(input, path)| input.described(path));
+            fields.push(("ControlNet".into(), controls().map(|(text, _)| text).collect::<Vec<_>>().join("; ")));
+            json["controls"] = controls().map(|(_, json)| json).collect();
+            // Of a run that is made again with another scale these are the same.
+            let file = |(input, path): (&ControlInput, &PathBuf)| format!("{}: {}", stem(path), input.image.digest());
+            json["control_files"] = request.controls.iter().zip(paths).map(file).collect();
         }
         let SizeIds { original, crop, target } = request.size_ids;
         for (name, value) in [

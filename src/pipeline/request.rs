@@ -1,7 +1,9 @@
 use super::families::Defaults;
-use super::{InitImage, ModelFiles, ModelSource};
+use super::{ControlInput, InitImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
-use crate::methods::{Choices, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache, check_size};
+use crate::methods::{
+    Choices, ControlShares, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache, check_size,
+};
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
 use crate::schedulers::{Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
@@ -42,6 +44,8 @@ pub struct Request {
     /// A picture to begin from. Without `size` and `stages` its own size, rounded down to whole cells,
     /// is the final one.
     pub init_image: Option<InitImage>,
+    /// Of each ControlNet that the model was loaded with, in their order: what it reads, and how it counts.
+    pub controls: Vec<ControlInput>,
     /// What SDXL is told of sizes.
     pub size_ids: SizeIds,
     /// Picture i of `count` uses seed + i.
@@ -73,6 +77,7 @@ impl Default for Request {
             guidance_rescale: 0.0,
             guidance_high: None,
             init_image: None,
+            controls: Vec::new(),
             size_ids: SizeIds::default(),
             seed: 0,
             count: 1,
@@ -202,7 +207,14 @@ impl Request {
             None => run,
             Some(init) => run.starting(start_of(init, &self.method, steps)?)?,
         };
+        self.controls.iter().try_for_each(ControlInput::check)?;
+        for control in &self.controls {
+            let made = run.stages().iter().zip(run.ranges()).enumerate().filter(|(_, (_, range))| !range.is_empty());
+            control.image.check(made.map(|(index, (stage, _))| (index, stage.size)))?;
+        }
+        let shares = |control: &ControlInput| ControlShares { start: control.start, end: control.end };
         run.with_guidance(vec![self.guidance_scale()])
+            .with_controls(self.controls.iter().map(shares).collect())
             .published_as(defaults.published)
             .with_guidance_high(self.guidance_high)?
             .with_choices(self.choices.clone())?

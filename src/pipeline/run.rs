@@ -1,7 +1,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
-use super::families::{Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
+use super::families::{ControlStrength, Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
 use super::files::stem;
 use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
@@ -9,7 +9,7 @@ use super::plan::Planner;
 use super::resident::Module;
 use super::start::OnDevice;
 use super::upscale::Upscaler;
-use super::{Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
+use super::{ControlInput, Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
@@ -296,6 +296,12 @@ impl Pipeline {
             let reason = format!("{} is an inpainting model; give it request.init_image and request.mask", self.name);
             return Err(Error::Request { field, value, reason });
         }
+        let (given, nets) = (request.controls.len(), self.options.controls.len());
+        if given != nets {
+            let (field, value) = ("control_image", format!("{given} pictures"));
+            let reason = format!("expected {nets}, one for each ControlNet that the model was loaded with");
+            return Err(Error::Request { field, value, reason });
+        }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
         let cells = (self.family.space().factor(), self.family.side_multiple());
@@ -445,12 +451,17 @@ impl Pipeline {
         let rows = prompts.embeds.shape().to_vec();
         let embedded = self.defaults.embeds_guidance.then_some(first.guidance - 1.0);
         let repeats = if guided { 2 } else { 1 };
-        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded };
+        let strength = |input: &ControlInput| ControlStrength { scale: input.scale, guess: input.guess };
+        let controls: Vec<ControlStrength> = first.controls.iter().map(strength).collect();
+        let guesses = controls.iter().map(|control| usize::from(control.guess));
+        let conditioning_key = rows.iter().copied().chain(guesses).collect();
+        let inputs = RunInputs { prompts, repeats, sizes: first.size_ids, guidance: embedded, controls };
         let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
         let start = first.init_image.as_ref().map(|init| OnDevice { init, device: self.device() });
-        let model = Conditioned { pipeline: self, images, rows, conditions, rung, start };
+        let controls = &first.controls;
+        let model = Conditioned { pipeline: self, images, conditioning_key, conditions, rung, start, controls };
 
         for (index, request) in requests.iter().enumerate() {
             tell(observer, &Event::PictureBegins { index: first_index + index, count, seed: request.seed });
@@ -675,12 +686,13 @@ impl Observer for Group<'_> {
 struct Conditioned<'a> {
     pipeline: &'a Pipeline,
     images: usize,
-    /// Shape of the prompts' embeddings.
-    rows: Vec<usize>,
+    /// Shape of the prompts' embeddings, and of each ControlNet whether it sees all rows.
+    conditioning_key: Vec<usize>,
     conditions: RefCell<Box<dyn RunConditions>>,
     /// Where on the pipeline's ladder the run is.
     rung: Cell<usize>,
     start: Option<OnDevice<'a>>,
+    controls: &'a [ControlInput],
 }
 
 type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
@@ -721,7 +733,7 @@ impl DiffusionModel for Conditioned<'_> {
     }
 
     fn conditioning_key(&self) -> Vec<usize> {
-        self.rows.clone()
+        self.conditioning_key.clone()
     }
 
     fn begin_stage(
@@ -749,6 +761,10 @@ impl DiffusionModel for Conditioned<'_> {
 
     fn start(&self) -> Option<&dyn StartPicture> {
         self.start.as_ref().map(|start| start as &dyn StartPicture)
+    }
+
+    fn control_pictures(&self, stage: usize, size: Size) -> Result<Vec<Tensor>> {
+        self.controls.iter().map(|control| control.image.on(self.device(), stage, size)).collect()
     }
 
     fn reads_mask(&self) -> bool {

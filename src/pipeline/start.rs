@@ -59,7 +59,7 @@ impl InputPicture {
     }
 
     /// Its levels at another size, stretched to it: as PIL's Lanczos, which diffusers' image processor takes.
-    fn levels(&self, size: Size) -> Result<Vec<u8>> {
+    pub(super) fn levels(&self, size: Size) -> Result<Vec<u8>> {
         if size == self.size {
             return Ok(self.rgb.to_vec());
         }

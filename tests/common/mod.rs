@@ -7,7 +7,7 @@ pub mod skip;
 use std::fmt::Display;
 
 use megafuse::Error;
-use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Source, StepRows};
+use megafuse::ops::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, Modulation, Source, StepColumns, StepRows};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{CudaDevice, CudaOptions, DType, Device, Tensor};
 
@@ -159,6 +159,10 @@ pub fn gelu(x: f64) -> f64 {
     0.5 * x * (1.0 + erf(x / 2f64.sqrt()))
 }
 
+pub fn gelu_tanh(x: f64) -> f64 {
+    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+}
+
 pub fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
@@ -189,7 +193,8 @@ pub fn linear_of(args: &Linear, x: &[f64], weight: &[f64]) -> Expected {
     let (bias, residual) = (args.bias.map(f64s), args.residual.map(f64s));
     let (k, rows) = (args.weight.shape()[1], args.weight.shape()[0]);
     let m: usize = args.x.shape().split_last().unwrap().1.iter().product();
-    let n = if args.activation == Activation::Geglu { rows / 2 } else { rows };
+    let n = if args.activation.is_gated() { rows / 2 } else { rows };
+    let gates = args.gate.map(|gate| columns_of(&gate, args.x.shape()[0], n));
     let mut shape = args.x.shape().to_vec();
     *shape.last_mut().unwrap() = n;
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
@@ -205,18 +210,30 @@ pub fn linear_of(args: &Linear, x: &[f64], weight: &[f64]) -> Expected {
                 Activation::Silu => (silu(product(j).0), 1.2 * product(j).1),
                 Activation::Gelu => (gelu(product(j).0), 1.2 * product(j).1),
                 Activation::QuickGelu => (product(j).0 / (1.0 + (-1.702 * product(j).0).exp()), 1.2 * product(j).1),
-                Activation::Geglu => {
+                Activation::GeluTanh => (gelu_tanh(product(j).0), 1.2 * product(j).1),
+                Activation::Geglu | Activation::GegluTanh => {
                     let ((value, value_magnitude), (gate, gate_magnitude)) = (product(2 * j), product(2 * j + 1));
+                    let factor = if args.activation == Activation::Geglu { gelu(gate) } else { gelu_tanh(gate) };
                     // The factors' errors, each times the other factor.
-                    (value * gelu(gate), value_magnitude * gelu(gate).abs() + 1.2 * gate_magnitude * value.abs())
+                    (value * factor, value_magnitude * factor.abs() + 1.2 * gate_magnitude * value.abs())
                 }
             };
+            let gate = gates.as_ref().map_or(1.0, |gates| gates[i / (m / gates.len())][j]);
+            let (value, magnitude) = (value * gate, magnitude * gate.abs());
             let residual = residual.as_ref().map_or(0.0, |r| r[i * n + j]);
             values.push(value + residual);
             magnitudes.push(magnitude + value.abs() + residual.abs());
         }
     }
     Expected { shape, values, magnitudes }
+}
+
+/// The `width` columns of each image's row, by the table's definition.
+pub fn columns_of(columns: &StepColumns, images: usize, width: usize) -> Vec<Vec<f64>> {
+    let StepRows { table, step, rows } = columns.rows;
+    let (values, all) = (f64s(table), table.shape()[1]);
+    let row = |image: usize| step.get(image % step.images()) * rows + image / (images / rows);
+    (0..images).map(|image| values[row(image) * all + columns.first..][..width].to_vec()).collect()
 }
 
 /// The sources side by side, `[N, H, W, C]`.
@@ -259,17 +276,27 @@ pub fn group_norm(args: &GroupNorm) -> Expected {
 }
 
 pub fn layer_norm(args: &LayerNorm) -> Expected {
-    let (x, gamma, beta) = (f64s(args.x), f64s(args.gamma), f64s(args.beta));
-    let c = gamma.len();
+    let x = f64s(args.x);
+    let c = *args.x.shape().last().unwrap();
+    let of = |affine: Option<&Tensor>, otherwise: f64| affine.map_or_else(|| vec![otherwise; c], f64s);
+    let (gamma, beta) = (of(args.gamma, 1.0), of(args.beta, 0.0));
+    let images = args.x.shape()[0];
+    let modulation = args.modulation.map(|Modulation { rows, scale, shift }| {
+        [scale, shift].map(|first| columns_of(&StepColumns { rows, first }, images, c))
+    });
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
-    for row in x.chunks_exact(c.max(1)) {
+    let image_rows = (x.len() / c.max(1) / images.max(1)).max(1);
+    for (number, row) in x.chunks_exact(c.max(1)).enumerate() {
         let mean = row.iter().sum::<f64>() / c as f64;
         let var = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64;
         let rstd = 1.0 / (var + f64::from(args.eps)).sqrt();
         let size = row.iter().map(|x| x.abs()).sum::<f64>() / c as f64;
         for (i, x) in row.iter().enumerate() {
-            values.push((x - mean) * rstd * gamma[i] + beta[i]);
-            magnitudes.push((x.abs() + size) * rstd * gamma[i].abs() + beta[i].abs());
+            let of_image = |part: &[Vec<Vec<f64>>; 2], number_of: usize| part[number_of][number / image_rows][i];
+            let [scale, shift] = modulation.as_ref().map_or([0.0, 0.0], |m| [of_image(m, 0), of_image(m, 1)]);
+            values.push(((x - mean) * rstd * gamma[i] + beta[i]) * (1.0 + scale) + shift);
+            let affine = (x.abs() + size) * rstd * gamma[i].abs() + beta[i].abs();
+            magnitudes.push(affine * (1.0 + scale).abs() + shift.abs());
         }
     }
     Expected { shape: args.x.shape().to_vec(), values, magnitudes }

@@ -1,8 +1,8 @@
 //! linear against plain f64 loops.
 
-use crate::common::{F32_EPS, Random, assert_close, cards, devices, kernels};
+use crate::common::{F32_EPS, Random, assert_close, cards, cases, devices, kernels};
 use megafuse::Error;
-use megafuse::ops::{self, Activation, Linear};
+use megafuse::ops::{self, Activation, Linear, StepColumns, StepIndex, StepRows};
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
 /// Leading dimensions, K, rows of the weight: one element; primes; one off a tile (cpu: 14 rows, 32 columns, 256 k; card:
@@ -25,9 +25,6 @@ const SHAPES: [(&[usize], usize, usize); 16] = [
     (&[2], 320, 1280),
     (&[5, 3], 600, 322),
 ];
-
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
 
 struct Inputs {
     x: Tensor,
@@ -70,8 +67,8 @@ fn f32_eps_allowed(activation: Activation, dtype: DType) -> f64 {
 fn linear_matches_f64() {
     for device in devices() {
         for (dtype, &(leading, k, rows)) in DType::FLOATS.into_iter().flat_map(|d| SHAPES.iter().map(move |s| (d, s))) {
-            for activation in ACTIVATIONS {
-                let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+            for activation in Activation::ALL {
+                let n = if activation.is_gated() { rows / 2 } else { rows };
                 let inputs = Inputs::new(&device, dtype, leading, k, rows, n);
                 let allowed = f32_eps_allowed(activation, dtype);
                 let alone = [(false, false), (true, true), (true, false), (false, true)];
@@ -99,7 +96,11 @@ fn hopper_kernels(device: &Device, dtype: DType) -> Vec<String> {
 /// `None`: the kernel lacks the activation, and says so.
 fn linear_by(kernel: &str, args: Linear) -> Option<Tensor> {
     match ops::with_variants(kernel, || ops::linear(args)) {
-        Err(Error::Argument { want, .. }) if want.contains("activation") || want.contains("GEGLU") => None,
+        Err(Error::Argument { want, .. })
+            if ["activation", "GEGLU", "gate"].iter().any(|lacks| want.contains(lacks)) =>
+        {
+            None
+        }
         result => Some(result.unwrap()),
     }
 }
@@ -110,8 +111,8 @@ fn every_tile_matches_f64_and_the_others_bit_for_bit() {
     for (device, dtype) in cards().into_iter().flat_map(|card| DType::FLOATS.map(|dtype| (card.clone(), dtype))) {
         // M, K, rows of the weight. Wide and odd rows; one slice, fewer than the ring has slots, and many.
         for (m, k, rows) in [(1, 8, 2), (129, 40, 264), (64, 256, 128), (130, 104, 66), (70, 168, 34)] {
-            for activation in [Activation::Gelu, Activation::Geglu] {
-                let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+            for activation in [Activation::Gelu, Activation::Geglu, Activation::GegluTanh] {
+                let n = if activation.is_gated() { rows / 2 } else { rows };
                 let inputs = Inputs::new(&device, dtype, &[m], k, rows, n);
                 let args = inputs.args(activation, true, true);
                 let want = crate::common::linear(&args);
@@ -142,8 +143,8 @@ fn every_hopper_tile_matches_f64_and_the_others_bit_for_bit() {
         for (i, (m, k, rows)) in
             [(1, 8, 16), (200, 136, 336), (77, 704, 176), (257, 64, 256), (300, 72, 528)].into_iter().enumerate()
         {
-            for activation in ACTIVATIONS {
-                let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+            for activation in Activation::ALL {
+                let n = if activation.is_gated() { rows / 2 } else { rows };
                 let inputs = Inputs::new(&device, dtype, &[m], k, rows, n);
                 let (bias, residual) = ENDS[i % 4];
                 let ends = if i == 1 { &ENDS[..] } else { &[(true, true), (bias, residual)] };
@@ -216,7 +217,7 @@ fn tensors_may_begin_at_any_element() {
     for (device, dtype) in devices().into_iter().flat_map(|d| [DType::BF16, DType::F16].map(|dtype| (d.clone(), dtype)))
     {
         for activation in [Activation::Silu, Activation::Geglu] {
-            let n = if activation == Activation::Geglu { 16 } else { 32 };
+            let n = if activation.is_gated() { 16 } else { 32 };
             let aligned = Inputs::new(&device, dtype, &[20], 40, 32, n);
             let args = aligned.args(activation, true, true);
             // Hopper's kernels, which want aligned operands, add in another order.
@@ -229,7 +230,7 @@ fn tensors_may_begin_at_any_element() {
                 ("weight", Linear { weight, ..args }),
                 ("bias", Linear { bias: Some(bias), ..args }),
                 ("residual", Linear { residual: Some(residual), ..args }),
-                ("all", Linear { x, weight, bias: Some(bias), residual: Some(residual), activation }),
+                ("all", Linear { x, weight, bias: Some(bias), residual: Some(residual), ..args }),
             ] {
                 let got = ops::linear(args).unwrap().to_f32_vec().unwrap();
                 assert!(got == want, "{device} {dtype} {activation:?}: {what} unaligned");
@@ -269,7 +270,7 @@ fn nan_and_infinity_reach_the_result() {
             (values[0], values[size]) = (f32::NAN, f32::INFINITY);
             let x = Tensor::from_f32(&device, &[2, size], dtype, &values).unwrap();
             let weight = Tensor::from_f32(&device, &[size, size], dtype, &vec![1.0; size * size]).unwrap();
-            for activation in ACTIVATIONS.into_iter().filter(|&a| a != Activation::Geglu) {
+            for activation in Activation::ALL.into_iter().filter(|activation| !activation.is_gated()) {
                 let y = ops::linear(Linear { activation, ..Linear::new(&x, &weight) }).unwrap().to_f32_vec().unwrap();
                 let ok = y[..size].iter().all(|y| y.is_nan()) && y[size..].iter().all(|&y| y == f32::INFINITY);
                 assert!(ok, "{device} {dtype} {activation:?} {size}: {y:?}");
@@ -304,6 +305,130 @@ fn nan_does_not_spread() {
             }
         }
     }
+}
+
+/// A table of gates for `images` images, `rows` a step, of three steps, with 8 columns before those of the gates.
+struct Gates {
+    table: Tensor,
+    step: StepIndex,
+    rows: usize,
+}
+
+const BEFORE: usize = 8;
+
+impl Gates {
+    fn new(device: &Device, dtype: DType, images: usize, rows: usize, n: usize) -> Gates {
+        let table = Random::new(8).randn(device, &[3 * rows, BEFORE + n], dtype);
+        // Every image at a step of its own, but the first.
+        let steps: Vec<usize> = (0..images.max(1)).map(|image| (2 + image) % 3).collect();
+        Gates { table, step: StepIndex::new(device, &steps).unwrap(), rows }
+    }
+
+    fn columns(&self) -> StepColumns<'_> {
+        StepColumns { rows: StepRows { table: &self.table, step: &self.step, rows: self.rows }, first: BEFORE }
+    }
+}
+
+/// Images, rows of each, K, N, conditioning rows: images that end inside a tile of rows and at its edge; N of whole chunks and not;
+/// a row for all, one for every two, one each; no image.
+const GATED: [[usize; 5]; 8] = [
+    [1, 1, 1, 1, 1],
+    [2, 3, 7, 5, 2],
+    [4, 33, 40, 66, 2],
+    [2, 64, 72, 136, 1],
+    [3, 77, 64, 264, 3],
+    [6, 1, 16, 8, 3],
+    [2, 150, 136, 160, 2],
+    [0, 4, 8, 8, 1],
+];
+
+#[test]
+fn a_gate_multiplies_each_images_rows() {
+    for (device, dtype, [images, l, k, n, rows]) in cases(&GATED) {
+        let (inputs, gates) =
+            (Inputs::new(&device, dtype, &[images, l], k, n, n), Gates::new(&device, dtype, images, rows, n));
+        for (bias, residual) in [(true, true), (false, false), (true, false)] {
+            let args = Linear { gate: Some(gates.columns()), ..inputs.args(Activation::None, bias, residual) };
+            let want = crate::common::linear(&args);
+            // Portable ones make the same bits, and Hopper's.
+            let mut some = false;
+            for kernels in [portable_kernels(&device, dtype), hopper_kernels(&device, dtype)] {
+                let mut first: Option<Vec<f32>> = None;
+                for kernel in &kernels {
+                    let got = match ops::with_variants(kernel, || ops::linear(args)) {
+                        Err(Error::Argument { arg: "MEGAFUSE_KERNEL", .. }) => continue,
+                        got => got.unwrap(),
+                    };
+                    some = true;
+                    let what = format!("{device} {kernel} {images} {l} {k} {n} {rows} bias {bias} residual {residual}");
+                    assert_close(&got, &want, 9.0, &what);
+                    let got = got.to_f32_vec().unwrap();
+                    assert!(*first.get_or_insert_with(|| got.clone()) == got, "{what} {dtype}: other bits");
+                }
+            }
+            assert!(some, "{device} {dtype} {images} {l} {k} {n}: no kernel takes a gate");
+        }
+    }
+}
+
+/// The gates' columns begin at any element of the table, or their rows do.
+#[test]
+fn gates_may_begin_at_any_element() {
+    for (device, dtype, wide) in cases(&[0, 3]) {
+        let (inputs, gates) =
+            (Inputs::new(&device, dtype, &[2, 9], 40, 32, 32), Gates::new(&device, dtype, 2, 2, 32 + wide));
+        for first in [0, 5, 8] {
+            let gate = Some(StepColumns { first, ..gates.columns() });
+            let args = Linear { gate, ..inputs.args(Activation::None, true, true) };
+            assert_close(&ops::linear(args).unwrap(), &crate::common::linear(&args), 9.0, format!("{device} {first}"));
+        }
+    }
+}
+
+#[test]
+fn meta_records_gates_that_are_read_once() {
+    let device = Device::meta();
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, shape, DType::BF16).unwrap();
+    let (x, weight) = (zeros(&[4, 10, 16]), zeros(&[24, 16]));
+    let (table, step) = (zeros(&[6, 100]), StepIndex::one(&device, 1).unwrap());
+    let Device::Meta(meta) = &device else { unreachable!() };
+    meta.take_report();
+    let gate = Some(StepColumns { rows: StepRows { table: &table, step: &step, rows: 2 }, first: 76 });
+    ops::linear(Linear { gate, ..Linear::new(&x, &weight) }).unwrap();
+    let work = meta.take_report().of(OpKind::Linear);
+    assert_eq!(work.flops, 2 * work.macs + 40 * 24);
+    assert_eq!(work.bytes, 2 * (40 * 16 + 24 * 16 + 2 * 24 + 40 * 24));
+}
+
+#[test]
+fn arguments_of_a_gate_that_do_not_fit_are_named() {
+    let device = Device::cpu();
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(&device, shape, dtype).unwrap();
+    let f = DType::F32;
+    let (x, weight, table) = (zeros(&[4, 2, 3], f), zeros(&[5, 3], f), zeros(&[6, 12], f));
+    let step = |step| StepIndex::one(&device, step).unwrap();
+    let (first, third) = (step(0), step(3));
+    let gate = StepColumns { rows: StepRows { table: &table, step: &first, rows: 2 }, first: 7 };
+    let ok = Linear { gate: Some(gate), ..Linear::new(&x, &weight) };
+    assert!(ops::linear(ok).is_ok());
+    let fails = |args: Linear, expected: &str| {
+        let error = ops::linear(args).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error} does not contain {expected}");
+    };
+    fails(
+        Linear { gate: Some(StepColumns { first: 8, ..gate }), ..ok },
+        "row has shape [6, 12], expected columns 8 to 13",
+    );
+    let half = zeros(&[6, 12], DType::F16);
+    for (rows, expected) in [
+        (StepRows { rows: 3, ..gate.rows }, "conditioning rows is 3"),
+        (StepRows { step: &third, ..gate.rows }, "step is 3, expected below 3"),
+        (StepRows { table: &half, ..gate.rows }, "row is f16, expected f32"),
+    ] {
+        fails(Linear { gate: Some(StepColumns { rows, ..gate }), ..ok }, expected);
+    }
+    fails(Linear { activation: Activation::Silu, ..ok }, "activation is Silu, expected None beside a gate");
+    fails(Linear { x: &zeros(&[3], f), ..ok }, "x has shape [3], expected [images, ..., K] beside a gate");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::common::{Random, assert_close, cards, cases, devices, f64s, kernels, linear_of, unaligned};
 use megafuse::Error;
-use megafuse::ops::{self, Activation, Linear, LinearFp8, Quantized};
+use megafuse::ops::{self, Activation, Linear, LinearFp8, Quantized, StepColumns, StepIndex, StepRows};
 use megafuse::runtime::cuda::is_emulated;
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
@@ -88,7 +88,7 @@ fn a_value_that_is_not_finite_is_seen_in_its_row() {
 }
 
 fn plain<'a>(x: &'a Quantized, weight: &'a Quantized, dtype: DType) -> LinearFp8<'a> {
-    LinearFp8 { x, weight, bias: None, activation: Activation::None, residual: None, dtype }
+    LinearFp8 { x, weight, bias: None, activation: Activation::None, gate: None, residual: None, dtype }
 }
 
 /// Leading dimensions, K, rows of the weight: those of linear's tests and of whole chunks for Hopper's kernels; with one
@@ -107,9 +107,6 @@ const SHAPES: [(&[usize], usize, usize); 12] = [
     (&[130], 1424, 176),
     (&[257], 128, 256),
 ];
-
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
 
 struct Inputs {
     x: Quantized,
@@ -156,8 +153,8 @@ fn values(x: &Quantized) -> Vec<f64> {
 }
 
 fn expected(args: &LinearFp8) -> crate::common::Expected {
-    let LinearFp8 { x, weight, bias, activation, residual, .. } = *args;
-    let linear = Linear { x: x.codes(), weight: weight.codes(), bias, activation, residual };
+    let LinearFp8 { x, weight, bias, activation, gate, residual, .. } = *args;
+    let linear = Linear { x: x.codes(), weight: weight.codes(), bias, activation, gate, residual };
     linear_of(&linear, &values(x), &values(weight))
 }
 
@@ -178,8 +175,8 @@ fn hopper_allowed(kernel: &str) -> f64 {
 #[test]
 fn linear_fp8_matches_f64() {
     for (device, dtype, (leading, k, rows)) in cases(&SHAPES) {
-        for (i, activation) in ACTIVATIONS.into_iter().enumerate() {
-            let n = if activation == Activation::Geglu { rows / 2 } else { rows };
+        for (i, activation) in Activation::ALL.into_iter().enumerate() {
+            let n = if activation.is_gated() { rows / 2 } else { rows };
             let inputs = Inputs::new(&device, dtype, leading, k, rows, n, 0.0);
             let args = inputs.args(activation, i % 2 == 0, i % 3 == 0, dtype);
             let want = expected(&args);
@@ -197,6 +194,28 @@ fn linear_by(kernel: &str, args: LinearFp8) -> Option<Tensor> {
     match ops::with_variants(kernel, || ops::linear_fp8(args)) {
         Err(Error::Argument { arg: "MEGAFUSE_KERNEL", .. }) => None,
         result => Some(result.unwrap()),
+    }
+}
+
+/// Images that end inside a tile of rows; N of whole chunks and not.
+#[test]
+fn a_gate_multiplies_each_images_rows() {
+    for (device, dtype, [images, l, k, n]) in cases(&[[2, 3, 7, 10], [2, 75, 144, 176], [3, 40, 128, 136]]) {
+        let inputs = Inputs::new(&device, dtype, &[images, l], k, n, n, 0.0);
+        let table = Random::new(63).randn(&device, &[2 * images, n + 8], dtype);
+        let step = StepIndex::one(&device, 1).unwrap();
+        let rows = StepRows { table: &table, step: &step, rows: images };
+        let gate = Some(StepColumns { rows, first: 8 });
+        let args = LinearFp8 { gate, ..inputs.args(Activation::None, true, true, dtype) };
+        let want = expected(&args);
+        let mut count = 0;
+        for kernel in kernels("linear_fp8", &device, dtype) {
+            let Some(got) = linear_by(&kernel, args) else { continue };
+            count += 1;
+            let what = format!("{device} {images} {l} {k} {n} {kernel}");
+            assert_close(&got, &want, f32_eps_allowed(Activation::None, dtype) + 1.0 + hopper_allowed(&kernel), what);
+        }
+        assert!(count > 0, "{device} {dtype}: no kernel takes a gate");
     }
 }
 

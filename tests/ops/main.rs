@@ -28,4 +28,5 @@ mod sampler;
 mod spectral_filter;
 mod step;
 mod stripes;
+mod unpatchify;
 mod upsample_guidance;

@@ -2,7 +2,7 @@
 
 use crate::common::{Random, assert_close, cards, cases, devices, unaligned};
 use megafuse::Error;
-use megafuse::ops::{self, GroupNorm, LayerNorm, Source};
+use megafuse::ops::{self, GroupNorm, LayerNorm, Modulation, Source, StepIndex, StepRows};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
@@ -103,7 +103,7 @@ fn tensors_need_no_alignment() {
         let args = GroupNorm { x: Source::Two(&a, &b), gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: true };
         assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, &device);
         let tokens = a.reshape(&[n * h * w / 2, 2 * c]).unwrap();
-        let args = LayerNorm { x: &tokens, gamma: &gamma, beta: &beta, eps: 1e-5 };
+        let args = LayerNorm { gamma: Some(&gamma), beta: Some(&beta), ..LayerNorm::new(&tokens, 1e-5) };
         assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 4.0, &device);
     }
 }
@@ -204,7 +204,7 @@ fn layer_norm_matches_f64() {
             let x = random.tensor(&device, shape, dtype, mean, 2.0);
             let c = shape[shape.len() - 1];
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
-            let args = LayerNorm { x: &x, gamma: &gamma, beta: &beta, eps: 1e-5 };
+            let args = LayerNorm { gamma: Some(&gamma), beta: Some(&beta), ..LayerNorm::new(&x, 1e-5) };
             let what = format!("{device} {shape:?} mean {mean}");
             assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 4.0, what);
         }
@@ -212,9 +212,82 @@ fn layer_norm_matches_f64() {
     for device in devices() {
         let empty = Tensor::zeros(&device, &[3, 0], DType::F32).unwrap();
         let none = Tensor::zeros(&device, &[0], DType::F32).unwrap();
-        let y = ops::layer_norm(LayerNorm { x: &empty, gamma: &none, beta: &none, eps: 1e-5 }).unwrap();
+        let y = ops::layer_norm(LayerNorm { gamma: Some(&none), beta: Some(&none), ..LayerNorm::new(&empty, 1e-5) })
+            .unwrap();
         assert_eq!(y.shape(), [3, 0]);
     }
+}
+
+/// Images, rows of each, C, conditioning rows; the ways of [`layer_norm_matches_f64`].
+const MODULATED: [[usize; 4]; 8] = [
+    [1, 1, 1, 1],
+    [2, 3, 7, 2],
+    [4, 9, 264, 2],
+    [2, 5, 1536, 1],
+    [3, 1, 2048, 3],
+    [2, 2, 2056, 2],
+    [2, 3, 33, 1],
+    [0, 2, 8, 1],
+];
+
+/// With gamma and beta and without, at steps of the images' own; scale and shift anywhere in the table, also where vectors do not
+/// begin.
+#[test]
+fn modulated_layer_norm_matches_f64() {
+    for (device, dtype, [images, l, c, rows]) in cases(&MODULATED) {
+        for (affine, scale, shift) in [(false, 0, c), (true, 8 + c, 8), (false, 3, c + 3)] {
+            let mut random = Random::new(15);
+            let x = random.tensor(&device, &[images, l, c], dtype, 1.0, 2.0);
+            let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
+            let table = random.randn(&device, &[3 * rows, 2 * c + 8], dtype);
+            let steps: Vec<usize> = (0..images.max(1)).map(|image| (1 + image) % 3).collect();
+            let step = StepIndex::new(&device, &steps).unwrap();
+            let modulation = Some(Modulation { rows: StepRows { table: &table, step: &step, rows }, scale, shift });
+            let (gamma, beta) = (affine.then_some(&gamma), affine.then_some(&beta));
+            let args = LayerNorm { gamma, beta, modulation, ..LayerNorm::new(&x, 1e-6) };
+            let what = format!("{device} {images} {l} {c} {rows} affine {affine} from {scale} and {shift}");
+            // 2 more: 1 + scale, and its product.
+            assert_close(&ops::layer_norm(args).unwrap(), &crate::common::layer_norm(&args), 6.0, what);
+            let plain = LayerNorm { modulation: None, ..args };
+            assert_close(&ops::layer_norm(plain).unwrap(), &crate::common::layer_norm(&plain), 4.0, &device);
+        }
+    }
+}
+
+#[test]
+fn meta_records_modulation_that_is_read_once() {
+    let device = Device::meta();
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, shape, DType::F16).unwrap();
+    let (x, table, step) = (zeros(&[4, 10, 64]), zeros(&[6, 200]), StepIndex::one(&device, 2).unwrap());
+    let Device::Meta(meta) = &device else { unreachable!() };
+    meta.take_report();
+    let modulation = Some(Modulation { rows: StepRows { table: &table, step: &step, rows: 2 }, scale: 0, shift: 64 });
+    ops::layer_norm(LayerNorm { modulation, ..LayerNorm::new(&x, 1e-6) }).unwrap();
+    let work = meta.take_report().of(OpKind::Norm);
+    let values = 4 * 10 * 64;
+    assert_eq!((work.flops, work.bytes, work.launches), (8 * values, 2 * (2 * values + 2 * 2 * 64), 1));
+}
+
+#[test]
+fn arguments_of_a_modulation_that_do_not_fit_are_named() {
+    let device = Device::cpu();
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, shape, DType::F32).unwrap();
+    let (x, table, step) = (zeros(&[4, 2, 6]), zeros(&[6, 20]), StepIndex::one(&device, 0).unwrap());
+    let ok = Modulation { rows: StepRows { table: &table, step: &step, rows: 2 }, scale: 14, shift: 0 };
+    let norm = |modulation| ops::layer_norm(LayerNorm { modulation: Some(modulation), ..LayerNorm::new(&x, 1e-6) });
+    assert!(norm(ok).is_ok());
+    for (modulation, expected) in [
+        (Modulation { scale: 15, ..ok }, "row has shape [6, 20], expected columns 15 to 21"),
+        (Modulation { shift: usize::MAX, ..ok }, "row has shape [6, 20]"),
+        (Modulation { rows: StepRows { rows: 3, ..ok.rows }, ..ok }, "conditioning rows is 3"),
+    ] {
+        let error = norm(modulation).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error} does not contain {expected}");
+    }
+    let flat = LayerNorm { modulation: Some(ok), ..LayerNorm::new(&table, 1e-6) };
+    let flat = LayerNorm { x: &zeros(&[6]), ..flat };
+    let error = ops::layer_norm(flat).unwrap_err().to_string();
+    assert!(error.contains("expected [images, ..., C] beside a modulation"), "{error}");
 }
 
 #[test]
@@ -228,7 +301,7 @@ fn meta_records_one_pass_over_the_operands() {
     let y = ops::group_norm(args).unwrap();
     assert_eq!(y.shape(), [2, 8, 8, 960]);
     let tokens = y.reshape(&[2, 64, 960]).unwrap();
-    ops::layer_norm(LayerNorm { x: &tokens, gamma: &gamma, beta: &gamma, eps: 1e-5 }).unwrap();
+    ops::layer_norm(LayerNorm { gamma: Some(&gamma), beta: Some(&gamma), ..LayerNorm::new(&tokens, 1e-5) }).unwrap();
     let report = meta.take_report();
     let values = 2 * 64 * 960;
     assert_eq!(report.ops.iter().map(|op| op.op).collect::<Vec<_>>(), ["group_norm", "layer_norm"]);
@@ -267,15 +340,15 @@ fn arguments_that_do_not_fit_are_named() {
     assert!(matches!(fails(GroupNorm { gamma: &elsewhere, ..ok }, "gamma"), Error::Device { .. }));
     fails(GroupNorm { x: (&zeros(&[1, 2, 2, 6], DType::U32)).into(), ..ok }, "x is u32");
 
-    let ok = LayerNorm { x: &tokens, gamma: &gamma, beta: &gamma, eps: 1e-5 };
+    let ok = LayerNorm { gamma: Some(&gamma), beta: Some(&gamma), ..LayerNorm::new(&tokens, 1e-5) };
     assert!(ops::layer_norm(ok).is_ok());
     let fails = |args: LayerNorm, expected: &str| {
         let error = ops::layer_norm(args).unwrap_err();
         assert!(error.to_string().contains(expected), "{error} does not contain {expected}");
     };
     fails(LayerNorm { x: &zeros(&[], f), ..ok }, "layer_norm: x has shape []");
-    fails(LayerNorm { gamma: &zeros(&[4], f), ..ok }, "gamma has shape [4], expected [6]");
-    fails(LayerNorm { beta: &zeros(&[6], DType::F16), ..ok }, "beta is f16, expected f32");
+    fails(LayerNorm { gamma: Some(&zeros(&[4], f)), ..ok }, "gamma has shape [4], expected [6]");
+    fails(LayerNorm { beta: Some(&zeros(&[6], DType::F16)), ..ok }, "beta is f16, expected f32");
     fails(LayerNorm { x: &zeros(&[4, 6], DType::U32), ..ok }, "x is u32");
     fails(LayerNorm { eps: f32::INFINITY, ..ok }, "eps is inf");
 }

@@ -8,8 +8,8 @@ use crate::common::devices;
 use megafuse::Result;
 use megafuse::ops::{
     self, Activation, Attention, Conv2d, ConvNorm, GroupMoments, GroupNorm, Guidance, GuidanceScale, LayerNorm, Linear,
-    LowPass, PatchLayout, Patches, Repaint, RmsNorm, SampleState, Source, SpectralFilter, StepCoefficients, StepIndex,
-    StepRow, StepRows, StepTable, Thresholding, TimestepEmbedding, Upsampler, cases, profile,
+    LowPass, Modulation, PatchLayout, Patches, Repaint, RmsNorm, SampleState, Source, SpectralFilter, StepCoefficients,
+    StepColumns, StepIndex, StepRow, StepRows, StepTable, Thresholding, TimestepEmbedding, Upsampler, cases, profile,
 };
 use megafuse::runtime::{DType, Device, Tensor};
 
@@ -43,7 +43,7 @@ fn every_op(device: &Device) -> Result<()> {
     let mut moments = GroupMoments::new(norm, [1, ROWS, 29, 4])?;
     moments.add(&image)?;
     moments.finish()?;
-    ops::layer_norm(LayerNorm { x: &x, gamma: &gamma, beta: &gamma, eps: 1e-5 })?;
+    ops::layer_norm(LayerNorm { gamma: Some(&gamma), beta: Some(&gamma), ..LayerNorm::new(&x, 1e-5) })?;
     ops::linear(Linear::new(&x, &zeros(&[6, 4])?))?;
     let step = StepIndex::one(device, 0)?;
     let (factors, taps) = (zeros(&[1, 3])?, zeros(&[1, 3])?);
@@ -60,8 +60,10 @@ fn every_op(device: &Device) -> Result<()> {
     ops::resize_nearest(&x, [2 * ROWS, 5])?;
     ops::resize_u8(&x, [2 * ROWS, 5], Upsampler::Bilinear)?;
     ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-5 })?;
+    ops::rms_norm_heads(zeros(&[1, ROWS, 2, 2, 4])?, &[&gamma], 1e-5)?;
     ops::scale_cast(&x, 2.0, 1.0, DType::F16, 2)?;
     ops::sharpen(&x, 0.7)?;
+    ops::unpatchify(&zeros(&[ROWS, 2, 12])?, [1, 2], 2)?;
     let pass = LowPass { scale: 2.0, floor: 0.0 };
     ops::spectral_filter(SpectralFilter { x: &x, padded: [2 * ROWS, 4], pass, weak: 0 })?;
     let e = TimestepEmbedding { dim: 8, flip_sin_to_cos: true, freq_shift: 0.0 };
@@ -100,7 +102,7 @@ fn every_op_is_timed_by_the_name_and_shape_that_meta_records() {
     let recorded: BTreeSet<_> =
         recorder.take_report().ops.into_iter().map(|record| (record.op, record.output)).collect();
     let names: BTreeSet<_> = recorded.iter().map(|(op, _)| *op).collect();
-    assert_eq!(names.len(), 40, "{names:?}");
+    assert_eq!(names.len(), 42, "{names:?}");
     for device in devices() {
         profile::start_on(&device).unwrap();
         every_op(&device).unwrap();
@@ -143,13 +145,23 @@ fn a_recorded_call_is_made_again_from_its_shape() {
         ops::conv2d(Conv2d { dilation: 2, padding: [2; 4], ..Conv2d::new(&x, &down) })?;
         ops::conv2d(Conv2d { resize_to: Some([12, 16]), ..Conv2d::new(&x, &down) })?;
         ops::group_norm(GroupNorm { silu: false, ..norm.of(source) })?;
-        ops::layer_norm(LayerNorm { x: &x, gamma: &zeros(&[64]), beta: &zeros(&[64]), eps: 1e-5 })?;
+        ops::layer_norm(LayerNorm {
+            gamma: Some(&zeros(&[64])),
+            beta: Some(&zeros(&[64])),
+            ..LayerNorm::new(&x, 1e-5)
+        })?;
         ops::rms_norm(RmsNorm { x: &x, gamma: &zeros(&[64]), eps: 1e-5 })?;
         let wide = zeros(&[32, 64]);
         let geglu = Linear { activation: Activation::Geglu, bias: Some(&zeros(&[32])), ..Linear::new(&x, &wide) };
         ops::linear(Linear { residual: Some(&zeros(&[2, 6, 8, 16])), ..geglu })?;
         ops::linear(Linear::new(&x, &wide))?;
         ops::linear(Linear::new(&x, &wide))?;
+        let rows = StepRows { table: &zeros(&[2, 64]), step: &step, rows: 2 };
+        let gate = Some(StepColumns { rows, first: 32 });
+        ops::linear(Linear { gate, ..Linear::new(&x, &wide) })?;
+        let rows = StepRows { table: &zeros(&[1, 192]), ..rows };
+        let modulation = Some(Modulation { rows: StepRows { rows: 1, ..rows }, scale: 64, shift: 0 });
+        ops::layer_norm(LayerNorm { modulation, ..LayerNorm::new(&x, 1e-6) })?;
         ops::attention(Attention::Packed { qkv: &zeros(&[2, 48, 3, 2, 32]), causal: true })?;
         ops::attention(Attention::Cross { q: &zeros(&[4, 48, 2, 32]), kv: &zeros(&[2, 7, 2, 2, 32]) })?;
         Ok(())

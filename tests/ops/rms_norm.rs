@@ -166,6 +166,112 @@ fn arguments_that_do_not_fit_are_named() {
     assert!(matches!(fails(RmsNorm { gamma: &elsewhere, ..ok }, "gamma"), Error::Device { .. }));
 }
 
+/// N, L, parts, heads, head_dim: one element; primes; a quarter of a warp a row, one off it and a warp; rows that end inside a block
+/// and at its edge, of 32 rows and of 8; empty; SD3.5's heads.
+const HEADS: [[usize; 5]; 10] = [
+    [1, 1, 2, 1, 1],
+    [2, 3, 3, 5, 7],
+    [1, 16, 3, 1, 64],
+    [1, 11, 3, 3, 64],
+    [2, 3, 2, 3, 65],
+    [1, 4, 3, 1, 72],
+    [2, 9, 2, 5, 40],
+    [2, 0, 3, 2, 8],
+    [1, 5, 3, 24, 64],
+    [1, 2, 3, 2, 300],
+];
+
+#[test]
+fn queries_and_keys_of_a_fused_projection_match_f64() {
+    for (device, dtype, shape) in cases(&HEADS) {
+        let [n, l, parts, heads, c] = shape;
+        for shift in [false, true] {
+            let mut random = Random::new(24);
+            let x = random.tensor(&device, &shape, dtype, 0.5, 2.0);
+            let gammas = [0, 1].map(|_| random.tensor(&device, &[c], dtype, 1.0, 0.5));
+            let (x, gammas) = if shift { (unaligned(&x), gammas.each_ref().map(unaligned)) } else { (x, gammas) };
+            let gammas: Vec<&Tensor> = gammas.iter().take(parts - 1).collect();
+            let all = x.reshape(&[n * l * parts, heads, c]).unwrap();
+            let mut want = Expected { shape: shape.to_vec(), values: Vec::new(), magnitudes: Vec::new() };
+            for row in 0..n * l * parts {
+                let part = all.rows(row..row + 1).unwrap();
+                let of_part = match gammas.get(row % parts) {
+                    Some(gamma) => expected(&RmsNorm { x: &part, gamma, eps: 1e-6 }),
+                    None => {
+                        let values = f64s(&part);
+                        let magnitudes = vec![0.0; values.len()];
+                        Expected { shape: Vec::new(), values, magnitudes }
+                    }
+                };
+                want.values.extend(of_part.values);
+                want.magnitudes.extend(of_part.magnitudes);
+            }
+            drop(all);
+            let got = ops::rms_norm_heads(x, &gammas, 1e-6).unwrap();
+            assert_close(&got, &want, f32_eps(c), format!("{device} {shape:?} shifted {shift}"));
+        }
+    }
+}
+
+/// In place where nobody else would see it.
+#[test]
+fn heads_that_others_hold_stay_as_they_are() {
+    for (device, dtype, shape) in cases(&[[2usize, 3, 3, 2, 16]]) {
+        let x = Random::new(25).randn(&device, &shape, dtype);
+        let gamma = Random::new(26).randn(&device, &[16], dtype);
+        let before = x.to_f32_vec().unwrap();
+        let y = ops::rms_norm_heads(x.clone(), &[&gamma, &gamma], 1e-6).unwrap();
+        assert!(!y.is_same(&x) && x.to_f32_vec().unwrap() == before, "{device}");
+        let expected = y.to_f32_vec().unwrap();
+        let (view, all) = (x.clone(), x);
+        drop(view);
+        let y = ops::rms_norm_heads(all, &[&gamma, &gamma], 1e-6).unwrap();
+        assert!(y.to_f32_vec().unwrap() == expected, "{device}");
+    }
+    // The same memory, and no more of it.
+    let device = Device::meta();
+    let (x, gamma) = (zeros(&device, &[1, 5, 3, 2, 8], DType::F16), zeros(&device, &[8], DType::F16));
+    let Device::Meta(meta) = &device else { unreachable!() };
+    meta.take_report();
+    let y = ops::rms_norm_heads(x, &[&gamma, &gamma], 1e-6).unwrap();
+    let report = meta.take_report();
+    assert_eq!(report.peak_bytes, y.bytes() + gamma.bytes());
+    let work = report.of(OpKind::Norm);
+    assert_eq!((work.flops, work.bytes, work.launches), (4 * 160, 2 * 2 * 160 + 2 * 16, 1));
+}
+
+#[test]
+fn a_heads_value_that_is_not_finite_stays_in_its_row() {
+    for (device, dtype, c) in cases(&[16, 72]) {
+        for at in [0, 3 * 2 * c, 2 * 2 * c] {
+            let mut values = vec![1.0; 2 * 3 * 2 * c];
+            values[at] = f32::NAN;
+            let x = Tensor::from_f32(&device, &[1, 2, 3, 2, c], dtype, &values).unwrap();
+            let gamma = Tensor::from_f32(&device, &[c], dtype, &vec![1.0; c]).unwrap();
+            let y = ops::rms_norm_heads(x, &[&gamma, &gamma], 0.0).unwrap().to_f32_vec().unwrap();
+            for (i, y) in y.into_iter().enumerate() {
+                let spoiled = i == at || i / c == at / c && at % (3 * 2 * c) < 2 * 2 * c;
+                assert_eq!(y.is_nan(), spoiled, "{device} {dtype} {c} at {at}: element {i} is {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn arguments_of_heads_that_do_not_fit_are_named() {
+    let device = Device::cpu();
+    let zeros = |shape: &[usize]| zeros(&device, shape, DType::F32);
+    let (three, gamma) = (zeros(&[1, 2, 3, 2, 8]), zeros(&[8]));
+    let fails = |x: &Tensor, gammas: &[&Tensor], expected: &str| {
+        let error = ops::rms_norm_heads(x.clone(), gammas, 1e-6).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error} does not contain {expected}");
+    };
+    fails(&three, &[&gamma], "number of gammas is 1, expected 2: one for each of 3 parts but the last");
+    fails(&zeros(&[1, 2, 4, 2, 8]), &[&gamma], "x has shape [1, 2, 4, 2, 8], expected [N, L, 2 or 3, heads, head_dim]");
+    fails(&three, &[&gamma, &zeros(&[7])], "gamma has shape [7], expected [8]");
+    assert!(ops::rms_norm_heads(three, &[&gamma, &gamma], f32::NAN).unwrap_err().to_string().contains("eps is NaN"));
+}
+
 fn zeros(device: &Device, shape: &[usize], dtype: DType) -> Tensor {
     Tensor::zeros(device, shape, dtype).unwrap()
 }

@@ -2,6 +2,7 @@
 //! writes from fourteen small random Stable Diffusion models, six of them SDXL. Modules and whole runs go through the command line, as a
 //! user's do; randn, tokenizers and resizing through the library.
 
+mod control;
 #[path = "../common/drawn.rs"]
 mod drawn;
 mod files;

@@ -105,7 +105,7 @@ pub fn check_in(stored: &str, run: &Run, more: &[&str]) -> Result<(), String> {
     // Most runs are stored without what decides the tensors after it (run_values.py).
     let implied = |name: &str| {
         let ends = [".decoded", ".upsampled"].iter().any(|end| name.ends_with(end));
-        ["alpha_bar", "latent"].contains(&name) || name.starts_with("noise") || ends
+        ["alpha_bar", "latent", "image"].contains(&name) || name.starts_with("noise") || ends
     };
     got.0.retain(|name, _| !implied(name) || want.0.contains_key(name));
     let names = |arrays: &Arrays| arrays.0.keys().cloned().collect::<Vec<_>>();

@@ -131,6 +131,7 @@ def run(model, settings, tensors, begin=None):
                     predict.time_ids = whole.clone()
                     predict.time_ids[:, 2], predict.time_ids[:, 3] = top * factor, left * factor
                 level = first if v < settings.view_batch else later
+                predict.view = (top - reach, left - reach, 1, (height, width))
                 output = predict(scaled(crop, i, level), t)
                 total[:, :, top : top + size[0], left : left + size[1]] += stepped(output, i, crop)
                 count[:, :, top : top + size[0], left : left + size[1]] += 1
@@ -145,6 +146,7 @@ def run(model, settings, tensors, begin=None):
             dilated = torch.zeros_like(padded)
             for a in range(apart):
                 for b in range(apart):
+                    predict.view = (a - pad[0], b - pad[1], apart, (height, width))
                     output = predict(scaled(blurred[:, :, a::apart, b::apart], i, later), t)
                     dilated[:, :, a::apart, b::apart] = stepped(output, i, padded[:, :, a::apart, b::apart])
             x = (1 - c2) * local + c2 * dilated[:, :, pad[0] :, pad[1] :]
@@ -152,6 +154,7 @@ def run(model, settings, tensors, begin=None):
         return x
 
     shape = lambda s: (1, 4, *sizes[s - 1])
+    predict.view = None
     if begin is None:
         x = draws.normal(shape(1)) * scheduler.init_noise_sigma
         for i, t in enumerate(timesteps):

@@ -58,6 +58,7 @@ def run(model, settings, tensors, begin=None):
         for rows, columns in places:
             crop = x[:, :, rows][:, :, :, columns]
             at(scheduler, i)
+            predict.view = (int(rows[0]), int(columns[0]), 1, (height, width))
             output = predict(scheduler.scale_model_input(crop, t), t)
             at(scheduler, i)
             stepped = scheduler.step(output, t, crop).prev_sample

@@ -211,6 +211,7 @@ class Guided:
     """
 
     cache = None
+    view = None  # of a map: (first row, first column, cells from one to the next, (height, width) of the map)
     split = None  # (height and width of the low band's map, the high band's scale)
     before = None
 

@@ -67,6 +67,7 @@ impl Shapes {
             Shapes::Vae => cases::vae_decode(64),
             Shapes::VaeAt1024 => cases::vae_decode(128),
             Shapes::Sdxl => cases::sdxl(128),
+            Shapes::Sd3 => cases::sd3(128),
             Shapes::Relay => cases::relay(64),
             Shapes::Methods => cases::methods(128),
         }

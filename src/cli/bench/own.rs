@@ -138,7 +138,9 @@ impl Contract {
     fn ours(self, tensors: &[Tensor]) -> Result<Tensor> {
         match (self, tensors) {
             (Contract::RmsNorm, [x, gamma]) => ops::rms_norm(RmsNorm { x, gamma, eps: EPS }),
-            (Contract::LayerNorm, [x, gamma, beta]) => ops::layer_norm(LayerNorm { x, gamma, beta, eps: EPS }),
+            (Contract::LayerNorm, [x, gamma, beta]) => {
+                ops::layer_norm(LayerNorm { gamma: Some(gamma), beta: Some(beta), ..LayerNorm::new(x, EPS) })
+            }
             (Contract::Add, [a, b]) => ops::add(a, b),
             (Contract::Silu, [x]) => ops::activation(x, Activation::Silu),
             (Contract::Linear, [x, weight, bias]) => ops::linear(Linear { bias: Some(bias), ..Linear::new(x, weight) }),

@@ -221,7 +221,26 @@ impl Loader<'_> {
         Ok((resnets, attentions))
     }
 
-    pub(super) fn down_block(&mut self, w: &Weights, input: usize, c: &BlockConfig, last: bool) -> Result<DownBlock> {
+    /// The down blocks and the middle block, which a ControlNet copies.
+    pub(super) fn encoder(&mut self, w: &Weights) -> Result<(Vec<DownBlock>, Option<MidBlock>)> {
+        let config = self.config;
+        let mut input = self.width();
+        let mut down_blocks = Vec::new();
+        for (i, block) in config.down_blocks.iter().enumerate() {
+            let last = i + 1 == config.down_blocks.len();
+            (self.level, self.block) = (Some(i), UnetBlock::Down(i));
+            down_blocks.push(self.down_block(&w.at(format!("down_blocks.{i}")), input, block, last)?);
+            input = block.channels;
+        }
+        (self.level, self.block) = (None, UnetBlock::Mid);
+        let mid_block = match &config.mid_block {
+            None => None,
+            Some(mid) => Some(self.mid_block(&w.at("mid_block"), input, mid)?),
+        };
+        Ok((down_blocks, mid_block))
+    }
+
+    fn down_block(&mut self, w: &Weights, input: usize, c: &BlockConfig, last: bool) -> Result<DownBlock> {
         let in_channels: Vec<usize> = (0..c.resnets).map(|i| if i == 0 { input } else { c.channels }).collect();
         let (resnets, attentions) = self.layers(w, c, &in_channels)?;
         let downsample = match last {
@@ -256,7 +275,7 @@ impl Loader<'_> {
         self.config.block_out_channels[0]
     }
 
-    pub(super) fn mid_block(&mut self, w: &Weights, channels: usize, c: &MidBlockConfig) -> Result<MidBlock> {
+    fn mid_block(&mut self, w: &Weights, channels: usize, c: &MidBlockConfig) -> Result<MidBlock> {
         let scale = c.scale();
         let first = self.resnet(w, 0, [channels, channels], scale)?;
         let rest = match &c.attention {

@@ -1,11 +1,12 @@
 //! What the UNet is told beside its sample: the text, the timestep, and for SDXL the pooled text and the picture's sizes.
 
+use super::blocks::Projections;
 use super::{TIME_IDS, Unet, UnetConfig};
 use crate::error::{Error, Result};
 use crate::models::layers::{Conv2d, Linear};
 use crate::models::weights::Weights;
 use crate::ops::{self, Activation, Source, StepIndex, StepRows, TimestepEmbedding};
-use crate::runtime::Tensor;
+use crate::runtime::{DType, Device, Tensor};
 
 /// The conditioning of R prompts. A batch of N samples is R equal parts in this order, so with classifier-free guidance the
 /// unconditional row or rows come first.
@@ -242,11 +243,7 @@ impl Unet {
         conditioning: impl Into<TextConditioning<'a>>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
-        let TextConditioning { text, added, guidance } = conditioning.into();
-        let [text_rows, length, _] = text.dims("unet", "text")?;
-        text.expect("unet", "text", &[text_rows, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
-        let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
-        self.with_rows(kv, text_rows, text_rows, added, guidance, timesteps)
+        self.conditioner.condition(conditioning, timesteps)
     }
 
     /// As [`condition`](Unet::condition) with the text and the guidance of `conditioning`, whose K and V stay: for a stage
@@ -260,8 +257,7 @@ impl Unet {
         added: Option<AddedConditioning>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
-        let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
-        self.with_rows(kv.clone(), text_rows, text_rows, added, guidance, timesteps)
+        self.conditioner.recondition(conditioning, added, timesteps)
     }
 
     /// One timestep for a batch whose samples have sizes of their own, with the text and the guidance of `conditioning`, whose
@@ -270,6 +266,51 @@ impl Unet {
     /// # Errors
     /// As [`condition`](Unet::condition).
     pub fn condition_samples(
+        &self,
+        conditioning: &UnetConditioning,
+        added: AddedConditioning,
+        timestep: f32,
+    ) -> Result<UnetConditioning> {
+        self.conditioner.condition_samples(conditioning, added, timestep)
+    }
+}
+
+/// The layers whose input is the same in every step of a run: of the UNet, and of a ControlNet, which reads what the UNet is told.
+pub(super) struct Conditioner {
+    pub(super) config: UnetConfig,
+    pub(super) device: Device,
+    pub(super) dtype: DType,
+    pub(super) time_embedding: TimeEmbedding,
+    pub(super) projections: Projections,
+}
+
+impl Conditioner {
+    /// [`Unet::condition`]
+    pub(super) fn condition<'a>(
+        &self,
+        conditioning: impl Into<TextConditioning<'a>>,
+        timesteps: &[f32],
+    ) -> Result<UnetConditioning> {
+        let TextConditioning { text, added, guidance } = conditioning.into();
+        let [text_rows, length, _] = text.dims("unet", "text")?;
+        text.expect("unet", "text", &[text_rows, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
+        let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
+        self.with_rows(kv, text_rows, text_rows, added, guidance, timesteps)
+    }
+
+    /// [`Unet::recondition`]
+    pub(super) fn recondition(
+        &self,
+        conditioning: &UnetConditioning,
+        added: Option<AddedConditioning>,
+        timesteps: &[f32],
+    ) -> Result<UnetConditioning> {
+        let &UnetConditioning { ref kv, text_rows, guidance, .. } = conditioning;
+        self.with_rows(kv.clone(), text_rows, text_rows, added, guidance, timesteps)
+    }
+
+    /// [`Unet::condition_samples`]
+    pub(super) fn condition_samples(
         &self,
         conditioning: &UnetConditioning,
         added: AddedConditioning,

@@ -192,6 +192,16 @@ impl UnetConfig {
         blocks.into_iter().flatten().map(of).sum()
     }
 
+    /// Channels of the skip connections, in the order in which they are written.
+    pub fn skip_channels(&self) -> Vec<usize> {
+        let mut skips = vec![self.block_out_channels[0]];
+        for (i, block) in self.down_blocks.iter().enumerate() {
+            let downsampler = usize::from(i + 1 < self.down_blocks.len());
+            skips.extend(vec![block.channels; block.resnets + downsampler]);
+        }
+        skips
+    }
+
     /// Height and width of the latents shrink by this on the way to the mid block; other sizes work too.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)

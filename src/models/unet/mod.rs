@@ -5,12 +5,14 @@ mod attention_maps;
 mod blocks;
 mod conditioning;
 mod config;
+mod controlnet;
 mod convolutions;
 mod fourier;
 
 pub use attention_maps::{AttentionMapMemory, AttentionMaps};
 pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
 pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
+pub use controlnet::{Control, ControlNet, ControlNetConfig, ControlOptions, ZeroConvs};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
 pub use fourier::FourierConvs;
 
@@ -19,8 +21,8 @@ use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
 use crate::ops::{self, FreeU, Source, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
-use blocks::{Call, DownBlock, Loader, MidBlock, Projections, UpBlock};
-use conditioning::TimeEmbedding;
+use blocks::{Call, DownBlock, Loader, MidBlock, UpBlock};
+use conditioning::{Conditioner, TimeEmbedding};
 
 /// What a method may ask of a call. Data alone: calls with equal options do the same work, so a recorded step is found by them.
 /// A level is that of a down block, counted from 0, the finest; the up block of level i of n is number n - 1 - i.
@@ -54,6 +56,8 @@ pub struct UnetOptions {
     /// Convolutions with a low-pass filter before them: FouriScale (Huang et al. 2024, arXiv:2403.12963). They go before
     /// `redilations` and `mid_dilation`.
     pub fourier: Option<FourierConvs>,
+    /// Which ControlNets are asked with it: those of [`UnetCall::controls`].
+    pub control: ControlOptions,
 }
 
 /// What a call is given beside its sample and its conditioning; `&UnetOptions` is enough where that is all.
@@ -69,11 +73,13 @@ pub struct UnetCall<'a> {
     /// ([`UnetConditioning::with_twins`]): their self-attention has the queries and keys of these, and their own values, as
     /// FouriScale has it (sec. 3.4). Not beside windows and neighbourhoods.
     pub twins: usize,
+    /// The ControlNets that the options name. Each adds to the skip connections and to the middle block's output.
+    pub controls: &'a [Control<'a>],
 }
 
 impl<'a> From<&'a UnetOptions> for UnetCall<'a> {
     fn from(options: &'a UnetOptions) -> UnetCall<'a> {
-        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0 }
+        UnetCall { options, window_shifts: None, attention_maps: None, twins: 0, controls: &[] }
     }
 }
 
@@ -89,6 +95,7 @@ impl Default for UnetOptions {
             freeu: None,
             attention_maps: AttentionMaps::default(),
             fourier: None,
+            control: ControlOptions::default(),
         }
     }
 }
@@ -109,6 +116,7 @@ impl UnetOptions {
             freeu: _,
             attention_maps,
             fourier,
+            control: _,
         } = self;
         if *mid_dilation == 0 {
             return Err(Error::argument("unet", "mid_dilation", 0, "1 or more"));
@@ -153,12 +161,8 @@ impl UnetOptions {
 
 /// The denoiser.
 pub struct Unet {
-    config: UnetConfig,
-    device: Device,
-    dtype: DType,
+    conditioner: Conditioner,
     conv_in: Conv2d, // [C_0, k, k, in_channels]
-    time_embedding: TimeEmbedding,
-    projections: Projections,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
     up_blocks: Vec<UpBlock>,
@@ -187,21 +191,8 @@ impl Unet {
         let (first, deepest) = (channels[0], channels[channels.len() - 1]);
         let mut loader = Loader::new(config);
 
-        let mut skips = vec![first]; // channels of the skip connections, in the order they are written
-        let mut down_blocks = Vec::new();
-        let mut input = first;
-        for (i, block) in config.down_blocks.iter().enumerate() {
-            let last = i + 1 == config.down_blocks.len();
-            (loader.level, loader.block) = (Some(i), UnetBlock::Down(i));
-            down_blocks.push(loader.down_block(&w.at(format!("down_blocks.{i}")), input, block, last)?);
-            skips.extend(vec![block.channels; block.resnets + usize::from(!last)]);
-            input = block.channels;
-        }
-        (loader.level, loader.block) = (None, UnetBlock::Mid);
-        let mid_block = match &config.mid_block {
-            None => None,
-            Some(mid) => Some(loader.mid_block(&w.at("mid_block"), deepest, mid)?),
-        };
+        let (down_blocks, mid_block) = loader.encoder(w)?;
+        let (mut skips, mut input) = (config.skip_channels(), deepest);
         let mut up_blocks = Vec::new();
         for (i, block) in config.up_blocks.iter().enumerate() {
             let last = i + 1 == config.up_blocks.len();
@@ -212,30 +203,32 @@ impl Unet {
             input = block.channels;
         }
         Ok(Unet {
-            device: w.device().clone(),
-            dtype: w.dtype(),
             conv_in: Conv2d::load(&w.at("conv_in"), first, config.in_channels, config.conv_in_kernel)?,
-            time_embedding: TimeEmbedding::load(w, config)?,
-            projections: loader.projections,
+            conditioner: Conditioner {
+                config: config.clone(),
+                device: w.device().clone(),
+                dtype: w.dtype(),
+                time_embedding: TimeEmbedding::load(w, config)?,
+                projections: loader.projections,
+            },
             down_blocks,
             mid_block,
             up_blocks,
             conv_norm_out: GroupNorm::load(&w.at("conv_norm_out"), first, config.norm_num_groups, config.norm_eps)?,
             conv_out: Conv2d::load(&w.at("conv_out"), config.out_channels, first, config.conv_out_kernel)?,
-            config: config.clone(),
         })
     }
 
     pub fn config(&self) -> &UnetConfig {
-        &self.config
+        &self.conditioner.config
     }
 
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.conditioner.device
     }
 
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.conditioner.dtype
     }
 
     /// `x: [N, H, W, in_channels]`, one source or two, to `[N, H, W, out_channels]`: the predicted noise, or whatever the checkpoint was trained
@@ -252,20 +245,21 @@ impl Unet {
         conditioning: &UnetConditioning,
         call: impl Into<UnetCall<'a>>,
     ) -> Result<Tensor> {
-        let UnetCall { options, window_shifts, attention_maps, twins } = call.into();
+        let UnetCall { options, window_shifts, attention_maps, twins, controls } = call.into();
+        let Conditioner { config, device, dtype, .. } = &self.conditioner;
         let source: Source = x.into();
         let (x, second) = (source.first(), source.second());
         let [n, h, w, c] = x.dims("unet", "x")?;
         let beside = second.map_or(0, |second| second.shape().last().copied().unwrap_or(0));
-        x.expect("unet", "x", &[n, h, w, self.config.in_channels.saturating_sub(beside)], self.dtype, &self.device)?;
+        x.expect("unet", "x", &[n, h, w, config.in_channels.saturating_sub(beside)], *dtype, device)?;
         if let Some(second) = second {
-            second.expect("unet", "x2", &[n, h, w, self.config.in_channels - c], self.dtype, &self.device)?;
+            second.expect("unet", "x2", &[n, h, w, config.in_channels - c], *dtype, device)?;
         }
         if h == 0 || w == 0 {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
         conditioning.check(x, n, step)?;
-        options.check(&self.config)?;
+        options.check(config)?;
         if let Some(maps) = attention_maps {
             maps.begin();
         }
@@ -280,8 +274,8 @@ impl Unet {
         let levels = self.down_blocks.len();
         let call = Call { conditioning, step, options, window_shifts, attention_maps, twins, levels };
 
-        let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, self.dtype, 1);
-        let mut x = match (self.config.center_input_sample, second) {
+        let centered = |x: &Tensor| ops::scale_cast(x, 2.0, -1.0, *dtype, 1);
+        let mut x = match (config.center_input_sample, second) {
             (true, None) => self.conv_in.forward(&centered(x)?)?,
             (true, Some(second)) => self.conv_in.forward(Source::Two(&centered(x)?, &centered(second)?))?,
             (false, _) => self.conv_in.forward(source)?,
@@ -292,6 +286,9 @@ impl Unet {
         }
         if let Some(mid) = &self.mid_block {
             x = mid.forward(x, call)?;
+        }
+        for control in controls {
+            x = control.add(source.first(), step, options.control.map, &mut skips, &x)?;
         }
         for block in &self.up_blocks {
             x = block.forward(x, call, &mut skips)?;

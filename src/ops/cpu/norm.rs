@@ -219,6 +219,15 @@ simd! {
 }
 
 simd! {
+    /// `values = (1 + scale) * values + shift`
+    pub fn modulate(values: &mut [f32], scale: &[f32], shift: &[f32]) {
+        for ((value, scale), shift) in values.iter_mut().zip(scale).zip(shift) {
+            *value = math::fma::<FMA>(*value, 1.0 + scale, *shift);
+        }
+    }
+}
+
+simd! {
     /// Normalises one row in place: `x / sqrt(mean(x^2) + eps) * gamma`.
     pub fn rms_norm_row(values: &mut [f32], gamma: &[f32], eps: f32) {
         let squares = lane_sum(values.iter().map(|value| value * value));

@@ -20,7 +20,8 @@ pub fn activation(device: &CudaDevice, x: &Tensor, activation: Activation, y: &m
         Activation::Silu => 1,
         Activation::Gelu => 2,
         Activation::QuickGelu => 3,
-        Activation::Geglu => unreachable!("the op refuses it"),
+        Activation::GeluTanh => 5,
+        Activation::Geglu | Activation::GegluTanh => unreachable!("the op refuses it"),
     };
     let (entry, count) = (entry("activation", x.dtype()), x.numel());
     // SAFETY: arguments as the entry has them; both tensors have `count` elements.

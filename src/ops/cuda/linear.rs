@@ -1,3 +1,4 @@
+use super::step_rows::{StepRowsArgs, aligned_rows};
 use super::tiles::{self, Card, Product, Wide};
 use super::{aligned, entry, linear_sm90, variants};
 use crate::error::Result;
@@ -16,13 +17,13 @@ pub(super) struct LinearArgs {
     weight: DevicePtr,
     bias: DevicePtr,
     residual: DevicePtr,
+    gate: StepRowsArgs,
     m: i32,
     columns: i32,
     k: i32,
     activation: i32,
     wide: i32,
-    /// In place of padding.
-    _end: u32,
+    image_rows: i32,
 }
 
 impl LinearArgs {
@@ -34,12 +35,16 @@ impl LinearArgs {
             weight: args.weight.cuda(),
             bias: DevicePtr::or_null(args.bias),
             residual: DevicePtr::or_null(args.residual),
+            gate: match &args.gate {
+                None => StepRowsArgs::NONE,
+                Some(gate) => StepRowsArgs::columns(op, gate, args.x.shape()[0])?,
+            },
             m: tiles::count(op, "rows of x", m)?,
             columns: tiles::count(op, "rows of weight", args.weight.shape()[0])?,
             k: tiles::count(op, "K", k)?,
             activation: activation_number(args.activation),
             wide: wide.bits(),
-            _end: 0,
+            image_rows: tiles::count(op, "rows of an image", args.image_rows(m))?,
         })
     }
 }
@@ -52,6 +57,8 @@ fn activation_number(activation: Activation) -> i32 {
         Activation::Gelu => 2,
         Activation::QuickGelu => 3,
         Activation::Geglu => 4,
+        Activation::GeluTanh => 5,
+        Activation::GegluTanh => 6,
     }
 }
 
@@ -66,7 +73,9 @@ pub fn linear(device: &CudaDevice, args: &Linear, [m, n, k]: [usize; 3], y: &mut
     let wide = Wide {
         x: k % chunk == 0 && aligned(x),
         weight: k % chunk == 0 && aligned(weight),
-        output: n % chunk == 0 && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned),
+        output: n % chunk == 0
+            && [Some(&*y), args.bias, args.residual].into_iter().flatten().all(aligned)
+            && args.gate.as_ref().is_none_or(aligned_rows),
     };
     let chunks = wide.x && wide.weight;
     let arguments = LinearArgs::new(OP, args, [m, n, k], &wide, y)?;

@@ -1,6 +1,7 @@
 //! Launches of kernels/linear_fp8.cu: quantize, and linear_fp8 on every card.
 
 use super::linear::LinearArgs;
+use super::step_rows::aligned_rows;
 use super::tiles::{self, Wide};
 use super::variants::{self, Variant};
 use super::{aligned, entry, int, linear_sm90};
@@ -48,15 +49,17 @@ pub const GENERAL: Variant =
 
 /// `[m, n, k]`: rows and columns of y, terms of a sum.
 pub fn linear_fp8(device: &CudaDevice, args: &LinearFp8, [m, n, k]: [usize; 3], y: &mut Tensor) -> Result<()> {
-    let LinearFp8 { x, weight, bias, activation, residual, dtype } = *args;
-    let codes = Linear { x: x.codes(), weight: weight.codes(), bias, activation, residual };
+    let LinearFp8 { x, weight, bias, activation, gate, residual, dtype } = *args;
+    let codes = Linear { x: x.codes(), weight: weight.codes(), bias, activation, gate, residual };
     let chunk = tiles::chunk(dtype);
     // A chunk of codes is 8 bytes.
     let wide_codes = |codes: &Tensor| k.is_multiple_of(8) && codes.cuda().0.is_multiple_of(8);
     let wide = Wide {
         x: wide_codes(codes.x),
         weight: wide_codes(codes.weight),
-        output: n.is_multiple_of(chunk) && [Some(&*y), bias, residual].into_iter().flatten().all(aligned),
+        output: n.is_multiple_of(chunk)
+            && [Some(&*y), bias, residual].into_iter().flatten().all(aligned)
+            && gate.as_ref().is_none_or(aligned_rows),
     };
     let arguments = LinearFp8Args {
         linear: LinearArgs::new(OP, &codes, [m, n, k], &wide, y)?,

@@ -4,6 +4,7 @@
 //! the two add in other orders, and a row's bits must not depend on the other rows. All tiles here give the same bits, so
 //! which tile may depend on the rows too.
 
+use super::step_rows::aligned_rows;
 use super::variants::{self, Variant};
 use super::{aligned, entry};
 use crate::error::Result;
@@ -20,14 +21,16 @@ enum Kind {
     Plain,
     Activated,
     Gated,
+    RowGated,
 }
 
 impl Kind {
-    fn of(activation: Activation) -> Kind {
-        match activation {
+    fn of(args: &Linear) -> Kind {
+        match args.activation {
+            _ if args.gate.is_some() => Kind::RowGated,
             Activation::None => Kind::Plain,
-            Activation::Silu | Activation::Gelu | Activation::QuickGelu => Kind::Activated,
-            Activation::Geglu => Kind::Gated,
+            Activation::Silu | Activation::Gelu | Activation::QuickGelu | Activation::GeluTanh => Kind::Activated,
+            Activation::Geglu | Activation::GegluTanh => Kind::Gated,
         }
     }
 
@@ -37,6 +40,7 @@ impl Kind {
             Kind::Plain => "",
             Kind::Activated => "_activated",
             Kind::Gated => "_geglu",
+            Kind::RowGated => "_gate",
         }
     }
 }
@@ -69,6 +73,7 @@ struct Tile {
 }
 
 const ALL: &[Kind] = &[Kind::Plain, Kind::Activated, Kind::Gated];
+const NOT_ACTIVATED: &[Kind] = &[Kind::Plain, Kind::Gated, Kind::RowGated];
 
 /// The kernels of one op.
 #[derive(Debug)]
@@ -110,7 +115,7 @@ static TILES: [Tile; 7] = [
         consumers: 2,
         ping_pong: false,
         blocks: 1,
-        kinds: &[Kind::Plain, Kind::Gated],
+        kinds: NOT_ACTIVATED,
         start_ns: 2800,
         slice_ns: 650,
         tile_ns: [2500, 3800],
@@ -140,7 +145,7 @@ static TILES: [Tile; 7] = [
         consumers: 2,
         ping_pong: true,
         blocks: 1,
-        kinds: &[Kind::Plain, Kind::Gated],
+        kinds: NOT_ACTIVATED,
         start_ns: 3300,
         slice_ns: 358,
         tile_ns: [530, 800],
@@ -185,7 +190,7 @@ static TILES: [Tile; 7] = [
         consumers: 1,
         ping_pong: false,
         blocks: 3,
-        kinds: &[Kind::Plain, Kind::Gated],
+        kinds: NOT_ACTIVATED,
         start_ns: 2300,
         slice_ns: 200,
         tile_ns: [800, 1000],
@@ -220,7 +225,7 @@ static TILES_FP8: [Tile; 4] = [
         consumers: 2,
         ping_pong: false,
         blocks: 1,
-        kinds: ALL,
+        kinds: &[Kind::Plain, Kind::Activated, Kind::Gated, Kind::RowGated],
         start_ns: 2600,
         slice_ns: 350,
         tile_ns: [1600, 2400],
@@ -250,7 +255,7 @@ static TILES_FP8: [Tile; 4] = [
         consumers: 1,
         ping_pong: false,
         blocks: 2,
-        kinds: &[Kind::Plain, Kind::Gated],
+        kinds: NOT_ACTIVATED,
         start_ns: 2300,
         slice_ns: 220,
         tile_ns: [800, 1000],
@@ -322,6 +327,7 @@ impl Family {
                 Kind::Plain => "no activation",
                 Kind::Activated => "an activation",
                 Kind::Gated => "GEGLU",
+                Kind::RowGated => "a gate",
             };
             what.into()
         };
@@ -338,6 +344,7 @@ impl Family {
             && (k * args.x.dtype().size_bytes()).is_multiple_of(16)
             && n.is_multiple_of(8)
             && [Some(args.x), Some(args.weight), Some(y), args.bias, args.residual].into_iter().flatten().all(aligned)
+            && args.gate.as_ref().is_none_or(aligned_rows)
     }
 
     /// `[m, n, k]`: rows and columns of y, terms of a sum; `arguments`: as the portable kernel gets them. `asked`: a tile by
@@ -358,7 +365,7 @@ impl Family {
         y: &Tensor,
     ) -> Result<()> {
         let columns = args.weight.shape()[0];
-        let kind = Kind::of(args.activation);
+        let kind = Kind::of(args);
         let multiprocessors = device.multiprocessors();
         let slices = (k * args.x.dtype().size_bytes()).div_ceil(SLICE_BYTES);
         let tile = self.pick(kind, [m, columns, slices], multiprocessors, asked)?;
@@ -451,7 +458,9 @@ mod tests {
 
     fn the_kernels_have_the_tiles_of(family: &Family, text: &str) {
         let mut theirs = Vec::new();
-        for (macro_name, kind) in [("PLAIN", Kind::Plain), ("ACTIVATED", Kind::Activated), ("GEGLU", Kind::Gated)] {
+        for (macro_name, kind) in
+            [("PLAIN", Kind::Plain), ("ACTIVATED", Kind::Activated), ("GEGLU", Kind::Gated), ("GATE", Kind::RowGated)]
+        {
             for line in text.lines().filter_map(|line| line.trim().strip_prefix(&format!("{macro_name}("))) {
                 let fields: Vec<&str> = line.split_once(')').unwrap().0.split(", ").collect();
                 let [tile, "suffix", "T", rest @ ..] = &fields[..] else { panic!("{line}") };

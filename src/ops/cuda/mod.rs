@@ -22,7 +22,9 @@ pub mod rms_norm;
 pub mod sampler;
 pub mod spectral_filter;
 pub mod step;
+mod step_rows;
 pub mod tiles;
+pub mod unpatchify;
 pub mod upsample_guidance;
 pub mod variants;
 

@@ -1,6 +1,7 @@
 //! Launches of kernels/norm.cu and kernels/sm90/norm.cu. How many there are follows from shape, dtype and card; the meta
 //! device counts as a card of sm_90 launches.
 
+use super::step_rows::{StepRowsArgs, aligned_rows};
 use super::{aligned, entry, int};
 use crate::error::Result;
 use crate::ops::{GroupNorm, LayerNorm};
@@ -422,30 +423,56 @@ fn group_norm_small(
     }
 }
 
+/// `LayerNormArgs` of norm.cu.
+#[derive(Clone, Copy, bytemuck::NoUninit)]
+#[repr(C)]
+struct LayerNormArgs {
+    y: DevicePtr,
+    x: DevicePtr,
+    gamma: DevicePtr,
+    beta: DevicePtr,
+    modulation: StepRowsArgs,
+    scale: i32,
+    shift: i32,
+    rows: i32,
+    image_rows: i32,
+    channels: i32,
+    eps: f32,
+    vector: i32,
+    /// In place of padding.
+    _end: u32,
+}
+
 pub fn layer_norm(device: &CudaDevice, args: &LayerNorm, c: usize, y: &mut Tensor) -> Result<()> {
-    let LayerNorm { x, gamma, beta, eps } = *args;
-    let vector = c.is_multiple_of(VECTOR) && [x, gamma, beta, y].iter().all(|tensor| aligned(tensor));
-    let rows = y.numel() / c;
+    const OP: &str = "layer_norm";
+    let LayerNorm { x, gamma, beta, eps, modulation } = *args;
+    let columns = modulation.map(|modulation| modulation.columns());
+    let vector = c.is_multiple_of(VECTOR)
+        && [Some(x), gamma, beta, Some(&*y)].into_iter().flatten().all(aligned)
+        && columns.iter().flatten().all(aligned_rows);
+    let (rows, images) = (y.numel() / c, x.shape()[0]);
+    let [scale, shift] = modulation.map_or([0, 0], |modulation| [modulation.scale, modulation.shift]);
+    let arguments = LayerNormArgs {
+        y: y.cuda(),
+        x: x.cuda(),
+        gamma: DevicePtr::or_null(gamma),
+        beta: DevicePtr::or_null(beta),
+        modulation: match &modulation {
+            None => StepRowsArgs::NONE,
+            Some(modulation) => StepRowsArgs::new(OP, &modulation.rows, images)?,
+        },
+        scale: int(OP, "scale", scale)?,
+        shift: int(OP, "shift", shift)?,
+        rows: int(OP, "rows", rows)?,
+        image_rows: int(OP, "rows of an image", if modulation.is_some() { rows / images } else { rows })?,
+        channels: int(OP, "C", c)?,
+        eps,
+        vector: i32::from(vector),
+        _end: 0,
+    };
     let launch = Launch::grid([rows.div_ceil(THREADS / 32), 1, 1]).block(THREADS);
-    let entry = entry("layer_norm", y.dtype());
-    // SAFETY: arguments as the entry has them; x and y have `rows` rows of C elements, gamma and beta have C.
-    unsafe {
-        device.launch(
-            "norm",
-            &entry,
-            launch,
-            args![
-                y.cuda(),
-                x.cuda(),
-                gamma.cuda(),
-                beta.cuda(),
-                rows as i64,
-                int("layer_norm", "C", c)?,
-                eps,
-                i32::from(vector)
-            ],
-        )
-    }
+    // SAFETY: the argument as the entry has it; x and y have `rows` rows of C elements, gamma, beta and the columns have C.
+    unsafe { device.launch("norm", &entry(OP, y.dtype()), launch, args![arguments]) }
 }
 
 /// Of both sources; the sum fits too.

@@ -2,7 +2,7 @@ use super::{aligned, entry, int};
 use crate::error::Result;
 use crate::ops::RmsNorm;
 use crate::runtime::Tensor;
-use crate::runtime::cuda::{CudaDevice, Launch, args};
+use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
 /// Threads a block and elements a thread moves at once: `kThreads` of rms_norm.cu, `kVector` of common/vector.cuh.
 const THREADS: usize = 256;
@@ -24,6 +24,31 @@ pub fn rms_norm(device: &CudaDevice, args: &RmsNorm, c: usize, y: &mut Tensor) -
             &entry,
             Launch::grid([blocks, 1, 1]).block(THREADS),
             args![y.cuda(), x.cuda(), gamma.cuda(), rows as i64, channels, eps, i32::from(vector)],
+        )
+    }
+}
+
+/// Longer heads get a warp each, others a quarter of one.
+const QUARTER: usize = 64;
+
+/// `x: [N, L, P, heads, head_dim]`, not empty; P - 1 `gammas`.
+pub fn rms_norm_heads(device: &CudaDevice, x: &mut Tensor, gammas: &[&Tensor], eps: f32) -> Result<()> {
+    const OP: &str = "rms_norm_heads";
+    let &[n, l, parts, heads, c] = x.shape() else { unreachable!("checked: five dimensions") };
+    let vector = c.is_multiple_of(VECTOR) && aligned(x) && gammas.iter().all(|gamma| aligned(gamma));
+    let rows = n * l * (parts - 1) * heads;
+    let (name, lanes) = if c > QUARTER { ("rms_norm_heads_wide", 32) } else { (OP, 8) };
+    let launch = Launch::grid([rows.div_ceil(THREADS / lanes), 1, 1]).block(THREADS);
+    let [heads, parts, channels] = [int(OP, "heads", heads)?, int(OP, "parts", parts)?, int(OP, "head_dim", c)?];
+    let second = DevicePtr::or_null(gammas.get(1).copied());
+    // SAFETY: arguments as the entry has them; x has `rows` rows of head_dim elements in all parts but the last, each gamma has
+    // head_dim, and there is a second one where there are three parts.
+    unsafe {
+        device.launch(
+            "rms_norm",
+            &entry(name, x.dtype()),
+            launch,
+            args![x.cuda(), gammas[0].cuda(), second, rows as i64, parts, heads, channels, eps, i32::from(vector)],
         )
     }
 }

@@ -15,7 +15,7 @@ pub(super) use guidance::rescale_factors;
 pub use guidance::{Guidance, GuidanceScale};
 pub use index::StepIndex;
 pub use repaint::{Repaint, repaint};
-pub use rows::StepRows;
+pub use rows::{StepColumns, StepRows};
 pub use sampler_step::sampler_step;
 pub(super) use sampler_step::{CpuOutput, Output};
 pub use scale_input::scale_input;

@@ -1,6 +1,8 @@
+use std::collections::BTreeSet;
+
 use super::StepIndex;
 use crate::error::{Error, Result};
-use crate::runtime::{DType, Device, Tensor};
+use crate::runtime::{DType, Device, Element, Tensor};
 
 /// Rows of a table for the images of a batch, chosen by each image's step. Of every step the table has R conditioning rows
 /// (1: the same for all; 2: of one negative prompt and one prompt; N: of every image's own). Of a batch of N images, image
@@ -12,6 +14,49 @@ pub struct StepRows<'a> {
     pub step: &'a StepIndex,
     /// R, the conditioning rows of a step.
     pub rows: usize,
+}
+
+/// Columns of such rows: `width` from `first` on, where the op that takes them says what `width` is.
+#[derive(Clone, Copy, Debug)]
+pub struct StepColumns<'a> {
+    pub rows: StepRows<'a>,
+    pub first: usize,
+}
+
+impl StepColumns<'_> {
+    /// As [`StepRows::check`], of a table that has at least the columns `first..first + width`.
+    ///
+    /// # Errors
+    /// As there; [`Error::Shape`]: the table is narrower.
+    pub(in crate::ops) fn check(
+        &self,
+        op: &'static str,
+        images: usize,
+        width: usize,
+        dtype: DType,
+        with: &Device,
+    ) -> Result<()> {
+        let table = self.rows.table;
+        let [_, columns] = table.dims(op, "row")?;
+        if width > columns || self.first > columns - width {
+            let want = format!("columns {} to {} and more", self.first, self.first.saturating_add(width));
+            return Err(Error::shape(op, "row", table, want));
+        }
+        self.rows.check(op, images, columns, dtype, with)
+    }
+
+    /// The values of each of `images` images, in f32 on the cpu.
+    pub(in crate::ops) fn cpu<T: Element>(&self, images: usize, width: usize) -> Vec<Vec<f32>> {
+        let (table, columns) = (self.rows.table.cpu::<T>(), self.rows.table.shape()[1]);
+        let of = |row: usize| table[row * columns + self.first..][..width].iter().map(|x| x.to_f32()).collect();
+        self.rows.indices(images).map(of).collect()
+    }
+
+    /// Bytes of the rows that `images` images read, each row once.
+    pub(in crate::ops) fn bytes(&self, images: usize, width: usize) -> u64 {
+        let rows: BTreeSet<usize> = self.rows.indices(images).collect();
+        (rows.len() * width * self.rows.table.dtype().size_bytes()) as u64
+    }
 }
 
 impl StepRows<'_> {

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, Size, WeightReport};
+use super::control::{Controls, Told};
 use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
-use crate::methods::{Denoiser, PatchInput};
+use crate::methods::{Denoiser, PatchInput, ViewPlaces};
 use crate::models::{
     AddedConditioning, AttentionMapMemory, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning, UnetConfig,
     UnetOptions, Vae, VaeConfig,
@@ -208,6 +209,7 @@ pub struct UnetDenoiser {
     only: StepIndex,
     /// The conditioning of a batch that ends with the conditional samples once more, from the first such call on.
     twins: OnceLock<UnetConditioning>,
+    controls: Controls,
 }
 
 /// What a network that was trained on crops is told beside where they lie.
@@ -239,6 +241,7 @@ impl UnetDenoiser {
         conditioning: UnetConditioning,
         repeats: usize,
         crops: Option<Crops>,
+        controls: Controls,
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         let Some(reuse) = reuse else {
@@ -259,6 +262,7 @@ impl UnetDenoiser {
                 cropped,
                 only,
                 twins,
+                controls,
             }));
         };
         let reuse: Box<dyn Any> = reuse;
@@ -270,6 +274,7 @@ impl UnetDenoiser {
         if let Some(twins) = reuse.twins.get_mut() {
             twins.copy_from(&conditioning.with_twins(first)?)?;
         }
+        reuse.controls.reuse(controls)?;
         reuse.crops = crops;
         reuse.cropped.iter_mut().for_each(|cropped| cropped.current = false);
         Ok(reuse)
@@ -298,20 +303,25 @@ impl Denoiser for UnetDenoiser {
             None => Source::One(&input),
             Some(channels) => Source::Two(&input, channels),
         };
+        let [images, h, w, _] = x.dims("denoise", "x")?;
+        let hints = self.controls.hints(options.control, [h, w], images, 0)?;
+        let controls = &*self.controls.calls(options.control, &hints, images, Told::Whole)?;
         let maps = Some(&self.attention_maps);
-        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps, twins: 0 };
+        let call = UnetCall { options, window_shifts: steps.window_shifts(), attention_maps: maps, twins: 0, controls };
         self.unet.forward(input, steps.index(), &self.conditioning, call)
     }
 
     fn denoise_twins(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let (twins, images) = (self.twins()?, x.shape().first().copied().unwrap_or(0));
+        let (twins, [images, h, w, _]) = (self.twins()?, x.dims("denoise_twins", "x")?);
         let input = ops::scale_input(x, steps, self.unet.dtype(), self.repeats + 1)?;
         let channels = match &self.channels {
             Some(channels) => Some(ops::stack(channels, &channels.rows(0..images)?)?),
             None => None,
         };
         let input = channels.as_ref().map_or(Source::One(&input), |channels| Source::Two(&input, channels));
-        let call = UnetCall { options, window_shifts: None, attention_maps: None, twins: images };
+        let hints = self.controls.hints(options.control, [h, w], images, images)?;
+        let controls = &*self.controls.calls(options.control, &hints, images, Told::Twins)?;
+        let call = UnetCall { options, window_shifts: None, attention_maps: None, twins: images, controls };
         self.unet.forward(input, steps.index(), twins, call)
     }
 
@@ -338,13 +348,28 @@ impl Denoiser for UnetDenoiser {
         let &PatchInput { x, patches, restandardised, scales, crops } = patches;
         let input = ops::gather_patches(x, patches, restandardised, scales, self.unet.dtype(), self.repeats)?;
         let samples = input.shape()[0];
-        match self.cropped.iter().find(|cropped| crops && cropped.samples == samples) {
-            Some(cropped) => self.unet.forward(&input, &self.only, &cropped.conditioning, options),
-            None => self.unet.forward(&input, steps.index(), &self.conditioning, options),
+        let views = samples / self.repeats;
+        let hints = self.controls.view_hints(options.control, patches.layout(), views)?;
+        let cropped = self.cropped.iter().find(|cropped| crops && cropped.samples == samples);
+        let told = if cropped.is_some() { Told::Crops } else { Told::Whole };
+        let controls = &*self.controls.calls(options.control, &hints, views, told)?;
+        let call = UnetCall { controls, ..options.into() };
+        match cropped {
+            Some(cropped) => self.unet.forward(&input, &self.only, &cropped.conditioning, call),
+            None => self.unet.forward(&input, steps.index(), &self.conditioning, call),
         }
     }
 
+    fn set_control_pictures(&mut self, pictures: &[Tensor]) -> Result<()> {
+        self.controls.set_pictures(pictures)
+    }
+
+    fn place_views(&mut self, places: &ViewPlaces) -> Result<()> {
+        self.controls.place_views(places)
+    }
+
     fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()> {
+        self.controls.tell_crops(evaluation, crops)?;
         let Some(Crops { pooled, time_ids, timesteps }) = &self.crops else { return Ok(()) };
         let samples = self.repeats * crops.len();
         let at = self.cropped.iter().position(|cropped| cropped.samples == samples);

@@ -1,6 +1,7 @@
 //! What a model family is to the pipeline: its parts and files, how prompts are encoded, what its network is told in a
 //! stage, and how samples become pictures. A family is one file, listed in [`FAMILIES`].
 
+mod control;
 mod latent;
 mod prompts;
 mod sd;
@@ -18,6 +19,8 @@ use crate::methods::{Denoiser, PublishedSchedule};
 use crate::models::{Partition, UnetConfig, WeightStore, Weights};
 use crate::runtime::{Device, Tensor};
 use crate::schedulers::{Sampler, SchedulerConfig};
+
+pub(super) use control::ControlStrength;
 
 /// Every family. A model is of the last one whose parts it has.
 static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
@@ -264,6 +267,8 @@ pub(super) struct RunInputs {
     pub sizes: SizeIds,
     /// What a network is told that reads its guidance scale, less 1.
     pub guidance: Option<f32>,
+    /// Of each ControlNet beside the network.
+    pub controls: Vec<ControlStrength>,
 }
 
 /// A prompt to encode.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::control::{ControlConditions, ControlNets};
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace};
@@ -11,7 +12,6 @@ use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning, UnetCo
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, TextOptions, WeightReport};
-use crate::runtime::Tensor;
 use crate::text::Encoder;
 
 pub static SD: FamilySpec = FamilySpec {
@@ -32,6 +32,7 @@ struct StableDiffusion {
     text_encoder: TextEncoder,
     unet: Arc<Resident<Unet>>,
     unet_config: UnetConfig,
+    controls: ControlNets,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
 }
@@ -39,7 +40,8 @@ struct StableDiffusion {
 /// A run's prompts. What the UNet is told is the same in every stage.
 struct Conditions {
     unet: Arc<Resident<Unet>>,
-    embeds: Tensor,
+    controls: ControlConditions,
+    prompts: PromptEmbeds,
     repeats: usize,
     /// What a UNet that reads its guidance scale is told.
     guidance: Option<f32>,
@@ -51,7 +53,7 @@ impl RunConditions for Conditions {
     fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
         if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
             self.made = None;
-            let text = TextConditioning { text: &self.embeds, added: None, guidance: self.guidance };
+            let text = TextConditioning { text: &self.prompts.embeds, added: None, guidance: self.guidance };
             self.made = Some((timesteps.to_vec(), self.unet.get()?.condition(text, timesteps)?));
         }
         Ok(())
@@ -64,9 +66,10 @@ impl RunConditions for Conditions {
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         self.prepare(timesteps)?;
+        let controls = self.controls.begin_stage(&self.prompts, None, timesteps)?;
         match &self.made {
             Some((_, conditioning)) => {
-                UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, None, reuse)
+                UnetDenoiser::begin(self.unet.get()?, conditioning.clone(), self.repeats, None, controls, reuse)
             }
             None => unreachable!("just prepared"),
         }
@@ -82,8 +85,9 @@ impl StableDiffusion {
         let (text_encoder, text_report) = TextEncoder::open(files, folders, Encoder::Single, options)?;
         let (unet, unet_report) = unet(files, options)?;
         let (latents, vae_report) = LatentSpace::new(files, options, false)?;
-        let weights = vec![text_report, unet_report, vae_report];
-        Ok(StableDiffusion { text_encoder, unet, unet_config, latents, weights })
+        let controls = ControlNets::open(files, options, &unet_config, latents.factor())?;
+        let weights = [&[text_report, unet_report][..], controls.weights(), &[vae_report]].concat();
+        Ok(StableDiffusion { text_encoder, unet, unet_config, controls, latents, weights })
     }
 }
 
@@ -124,12 +128,14 @@ impl Family for StableDiffusion {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, repeats, guidance, sizes: _ } = inputs;
-        Box::new(Conditions { unet: self.unet.clone(), embeds: prompts.embeds, repeats, guidance, made: None })
+        let RunInputs { prompts, repeats, guidance, controls, sizes: _ } = inputs;
+        let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
+        Box::new(Conditions { unet, controls, prompts, repeats, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
-        vec![&self.text_encoder.model, &*self.unet, self.latents.module()]
+        let before: [&dyn Module; 2] = [&self.text_encoder.model, &*self.unet];
+        before.into_iter().chain(self.controls.modules()).chain([self.latents.module()]).collect()
     }
 
     fn weights(&self) -> &[WeightReport] {

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::control::{ControlConditions, ControlNets};
 use super::latent::{Crops, LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
 use super::{
@@ -41,6 +42,7 @@ struct StableDiffusionXl {
     zeros_for_no_prompt: bool,
     unet: Arc<Resident<Unet>>,
     unet_config: UnetConfig,
+    controls: ControlNets,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
     text_device: Device,
@@ -80,13 +82,16 @@ impl StableDiffusionXl {
         }
         let (unet, unet_report) = unet(files, options)?;
         let (latents, vae_report) = LatentSpace::new(files, options, true)?;
+        let controls = ControlNets::open(files, options, &unet_config, latents.factor())?;
+        let weights = [&[first_report, second_report, unet_report][..], controls.weights(), &[vae_report]].concat();
         Ok(StableDiffusionXl {
             encoders: [first, second],
             zeros_for_no_prompt: files.index_flag("force_zeros_for_empty_prompt", true)?,
             unet,
             unet_config,
+            controls,
             latents,
-            weights: vec![first_report, second_report, unet_report, vae_report],
+            weights,
             text_device: options.text_device().clone(),
             dtype: options.dtype,
         })
@@ -174,12 +179,14 @@ impl Family for StableDiffusionXl {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, repeats, sizes, guidance } = inputs;
-        Box::new(Conditions { unet: self.unet.clone(), prompts, repeats, sizes, guidance, made: None })
+        let RunInputs { prompts, repeats, sizes, guidance, controls } = inputs;
+        let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
+        Box::new(Conditions { unet, controls, prompts, repeats, sizes, guidance, made: None })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
-        vec![&self.encoders[0].model, &self.encoders[1].model, &*self.unet, self.latents.module()]
+        let before: [&dyn Module; 3] = [&self.encoders[0].model, &self.encoders[1].model, &*self.unet];
+        before.into_iter().chain(self.controls.modules()).chain([self.latents.module()]).collect()
     }
 
     fn weights(&self) -> &[WeightReport] {
@@ -190,6 +197,7 @@ impl Family for StableDiffusionXl {
 /// A run's prompts and sizes. K and V of the text are the same in every stage, the size ids follow it.
 struct Conditions {
     unet: Arc<Resident<Unet>>,
+    controls: ControlConditions,
     prompts: PromptEmbeds,
     repeats: usize,
     sizes: SizeIds,
@@ -223,8 +231,9 @@ impl RunConditions for Conditions {
             }
         };
         self.made = Some(conditioning.clone());
+        let controls = self.controls.begin_stage(&self.prompts, Some(time_ids[0]), timesteps)?;
         let crops = Crops { pooled: pooled.clone(), time_ids: time_ids[0], timesteps: timesteps.to_vec() };
-        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), reuse)
+        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), controls, reuse)
     }
 }
 
