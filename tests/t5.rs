@@ -14,8 +14,8 @@ use megafuse::{DType, Device};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
-/// Values up to 4; the exact GELU stands for the one by tanh until linear layers have it, which alone is 2e-3.
-const ALLOWED: f64 = 4e-3;
+/// Values up to 4, of models in which no token is ill-conditioned.
+const ALLOWED: f64 = 2e-5;
 
 const CASES: [&str; 4] = ["plain", "masked", "long", "wide-head"];
 
@@ -36,7 +36,8 @@ struct Expected {
     ids: Vec<Vec<u32>>,
     lengths: Option<Vec<usize>>,
     hidden: BTreeMap<String, Vec<f32>>,
-    /// Largest error of transformers' own run in bf16.
+    /// Largest error of transformers' own run in f32 and in bf16.
+    f32: f64,
     bf16: f64,
 }
 
@@ -59,6 +60,7 @@ fn expected(case: &str) -> Expected {
             .filter(|name| name.starts_with("hidden"))
             .map(|name| (name.clone(), words(&name).into_iter().map(f32::from_le_bytes).collect()))
             .collect(),
+        f32: errors.get("f32").copied().unwrap_or_default(),
         bf16: errors.get("bf16").copied().unwrap_or_default(),
     }
 }
@@ -80,7 +82,9 @@ fn hidden_states_equal_transformers() {
             let got = model.forward(&want.ids, want.lengths.as_deref()).unwrap();
             assert_eq!(got.shape(), [want.ids.len(), want.ids[0].len(), model.config().d_model], "{case}");
             let off = distance(&got, &want.hidden["hidden"]);
-            assert!(off < ALLOWED, "{case} on {device}: off by {off:.1e}");
+            println!("{case} on {device}: off by {off:.1e}");
+            // Scores of many units lie before each softmax: the worst token of `masked` is off by 2e-5 in transformers too.
+            assert!(off < 4.0 * want.f32, "{case} on {device}: off by {off:.1e}");
         }
     }
 }

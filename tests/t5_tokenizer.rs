@@ -176,6 +176,13 @@ fn folders_without_a_tokenizer_are_named() {
     fs::write(folder.path().join("tokenizer.json"), json("plain", &texts().tokenizers["plain"])).unwrap();
     fs::remove_file(folder.path().join("spiece.model")).unwrap();
     assert_eq!(T5Tokenizer::load(folder.path()).unwrap().encode("a photo", 8).unwrap(), ids);
+
+    let file = folder.path().join("sd3.safetensors");
+    let error = T5Tokenizer::beside(&file, "tokenizer_3").map(drop).unwrap_err().to_string();
+    assert!(error.contains("sd3.safetensors: a single file") && error.contains("folder tokenizer_3"), "{error}");
+    fs::create_dir(folder.path().join("tokenizer_3")).unwrap();
+    fs::rename(folder.path().join("tokenizer.json"), folder.path().join("tokenizer_3/tokenizer.json")).unwrap();
+    assert_eq!(T5Tokenizer::beside(&file, "tokenizer_3").unwrap().encode("a photo", 8).unwrap(), ids);
 }
 
 /// Protobuf messages that stand one after the other are one: what is appended overwrites.

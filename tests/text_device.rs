@@ -1,6 +1,8 @@
 //! Text encoders elsewhere than the network, and a number of T5's tokens where there is no T5.
 
 mod common;
+#[path = "common/place.rs"]
+mod place;
 
 use std::path::{Path, PathBuf};
 
@@ -8,6 +10,7 @@ use common::cards;
 use megafuse::methods::MegaFusion;
 use megafuse::pipeline::{LoadOptions, ModelSource, Pipeline, Planner, Request, Silent, TextOptions};
 use megafuse::{DType, Device};
+use place::{MODEL, Place};
 
 fn data(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
@@ -61,4 +64,20 @@ fn a_number_of_t5_tokens_without_t5_is_refused() {
     let text = TextOptions { t5_length: Some(77), ..TextOptions::default() };
     let error = pipeline.resolve(&Request { text, ..request() }).map(drop).unwrap_err().to_string();
     assert!(error.starts_with("text.t5_length 77: ") && error.contains("no T5 text encoder"), "{error}");
+}
+
+#[test]
+fn both_are_flags() {
+    let place = Place::new();
+    let run = ["generate", "a cat", "--model", MODEL, "--stages", "16x16:1", "--method", "plain"];
+    let with = |further: &[&'static str]| [&run[..], further].concat();
+    let refused = place.fails(2, &with(&["--t5-length", "77"]));
+    assert!(refused.contains("--t5-length 77: has no effect with sd15"), "{refused}");
+    let refused = place.fails(2, &with(&["--t5-length", "1"]));
+    assert!(refused.contains("from 2 to 512"), "{refused}");
+    place.ok(&with(&["--device", "emu", "--text-encoder-device", "cpu", "--out", "a.png"]));
+    let again = place.run(&["generate", "--from", "a.png", "--device", "emu", "--model", MODEL, "--out", "b.png"]);
+    assert!(again.status.success() && !place::text(&again.stderr).contains("text_encoder_device"), "{again:?}");
+    let [a, b] = ["a.png", "b.png"].map(|name| std::fs::read(place.path(name)).unwrap());
+    assert!(a == b, "--from takes the flag over");
 }

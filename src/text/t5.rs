@@ -102,6 +102,22 @@ impl T5Tokenizer {
         T5Tokenizer::from_bytes(dir, &files)
     }
 
+    /// As [`load`](T5Tokenizer::load) from the folder `name` beside a single file, which holds none itself.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming `file` where there is no such folder; as [`load`](T5Tokenizer::load).
+    pub fn beside(file: &Path, name: &str) -> Result<T5Tokenizer> {
+        let folder = file.parent().unwrap_or(Path::new("")).join(name);
+        if folder.is_dir() {
+            return T5Tokenizer::load(&folder);
+        }
+        let reason = format!(
+            "a single file holds no tokenizer of its T5 text encoder: put the folder {name} of the model's repository (tokenizer.json \
+             or spiece.model) beside it"
+        );
+        Err(Error::file(file, reason))
+    }
+
     /// From files that are in memory; `place` is the folder that errors name. Errors as [`load`](T5Tokenizer::load).
     pub fn from_bytes(place: &Path, files: &T5TokenizerFiles) -> Result<T5Tokenizer> {
         let config_file = place.join("tokenizer_config.json");

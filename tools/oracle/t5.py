@@ -6,7 +6,7 @@ outputs, sentencepiece tokenizers with transformers' ids, and the tensors of the
 
 A model's weights are described (drawn.py), but for `fp8`, which is a file of ComfyUI's kind. expected.safetensors of a model: ids
 [N, L], lengths [N] (tokens before the padding, of models that are told so), hidden [N, L, C], computed in f64; its metadata has
-the largest error of transformers' own run in bf16.
+the largest error of transformers' own run in f32 and in bf16.
 
 tokenizer/: nfkc.model.gz has the published normaliser (nmt_nfkc, which alone is 240 KB), plain.model none. expected.json: texts; for
 each tokenizer the ids of transformers' T5Tokenizer, which are the same from spiece.model and from tokenizer.json, the ids of the
@@ -117,12 +117,13 @@ def write_case(name, seed, config, shape, lengths, dtype):
     drawn.write(folder, "model", Described(model), seed, "text_encoder", dtype)
     ids = torch.randint(0, config["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
     lengths = None if lengths is None else torch.tensor(lengths)
+    single = encode(model, ids, lengths)
     low = encode(model.bfloat16(), ids, lengths)
     hidden = encode(model_of(config, seed, dtype).double(), ids, lengths)
     tensors = {"ids": ids.int(), "hidden": hidden}
     if lengths is not None:
         tensors["lengths"] = lengths.int()
-    worst = {"bf16": float((low - hidden).abs().max())}
+    worst = {label: float((got - hidden).abs().max()) for label, got in (("f32", single), ("bf16", low))}
     save_file(tensors, folder / "expected.safetensors", metadata={"errors": json.dumps(worst)})
     print(name, list(hidden.shape), float(hidden.abs().max()), worst)
 

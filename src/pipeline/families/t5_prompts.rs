@@ -141,3 +141,100 @@ impl T5TextEncoder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::models::{T5Config, WeightStore};
+    use crate::text::{Syntax, T5TokenizerFiles, emphasize};
+
+    /// A small T5 with 20 tokens, and a tokenizer whose first pieces they are.
+    fn encoder(padding: T5Padding, dtype: DType) -> (T5TextEncoder, T5Tokenizer, T5Encoder) {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/t5");
+        let pieces = std::fs::read(data.join("tokenizer/plain.model")).unwrap();
+        let files = T5TokenizerFiles { pieces: Some(&pieces), ..T5TokenizerFiles::default() };
+        let tokenizer = T5Tokenizer::from_bytes(Path::new("tokenizer_3"), &files).unwrap().fitted(20).unwrap();
+        let load = move || {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/t5/fp8");
+            let config =
+                T5Config::from_json("config.json", &std::fs::read_to_string(folder.join("config.json")).unwrap())?;
+            let store = WeightStore::open(&folder, "model", &Device::cpu(), T5Encoder::dtype_for(dtype))?;
+            T5Encoder::load(store, &config)
+        };
+        let model = load().unwrap();
+        let encoder = T5TextEncoder {
+            tokenizer: Some(tokenizer.clone()),
+            model: Some(Resident::new(Role::Text, load)),
+            padding,
+            width: model.config().d_model,
+            device: Device::cpu(),
+            dtype,
+            told: AtomicBool::new(false),
+        };
+        (encoder, tokenizer, model)
+    }
+
+    fn prompt(text: &str) -> PromptText {
+        PromptText { text: Some(text.into()), negative: false }
+    }
+
+    fn encode(
+        encoder: &T5TextEncoder,
+        texts: &[&str],
+        length: usize,
+        syntax: Syntax,
+    ) -> (Vec<f32>, Vec<usize>, Vec<String>) {
+        let prompts: Vec<PromptText> = texts.iter().map(|text| prompt(text)).collect();
+        let options = TextOptions { t5_length: Some(length), syntax, ..TextOptions::default() };
+        let mut heard = Vec::new();
+        let all: Vec<&PromptText> = prompts.iter().collect();
+        let hidden = encoder.encode(&all, &options, &mut |message| heard.push(message.to_string())).unwrap();
+        assert_eq!(hidden.dtype(), encoder.dtype);
+        (hidden.to_f32_vec().unwrap(), hidden.shape().to_vec(), heard)
+    }
+
+    #[test]
+    fn prompts_are_padded_to_the_length_and_encoded() {
+        for padding in [T5Padding::Read, T5Padding::Masked] {
+            let (encoder, tokenizer, model) = encoder(padding, DType::F32);
+            let texts = ["a ground", "on a ground, on a ground"];
+            let (got, shape, heard) = encode(&encoder, &texts, 7, Syntax::Plain);
+            let read = texts.map(|text| tokenizer.encode(text, 7).unwrap());
+            let (ids, lengths) = (read.clone().map(|read| read.ids), read.clone().map(|read| read.length));
+            let lengths = (padding == T5Padding::Masked).then_some(&lengths[..]);
+            assert_eq!(got, model.forward(&ids, lengths).unwrap().to_f32_vec().unwrap());
+            assert_eq!(shape, [2, 7, encoder.width()]);
+            let [told] = &heard[..] else { panic!("{heard:?}") };
+            assert_eq!(read[1].truncated.as_deref(), Some("ground"));
+            assert_eq!(told, "the prompt is longer than T5's 7 tokens, and it does not read: \"ground\"");
+        }
+    }
+
+    #[test]
+    fn weights_of_words_multiply_their_rows() {
+        let (encoder, tokenizer, model) = encoder(T5Padding::Read, DType::F32);
+        let (got, ..) = encode(&encoder, &["a (ground:1.5) BREAK on"], 6, Syntax::A1111);
+        let (read, weights) = tokenizer.encode_parts(&[("a ", 1.0), ("ground", 1.5), ("on", 1.0)], 6).unwrap();
+        assert_eq!(weights, [1.0, 1.5, 1.0, 1.0, 1.0, 1.0]);
+        let mut want = model.forward(&[read.ids], None).unwrap().to_f32_vec().unwrap();
+        emphasize(&mut want, [6, encoder.width()], &weights).unwrap();
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn what_is_odd_about_the_model_is_said_once() {
+        let (narrow, _, model) = encoder(T5Padding::Read, DType::F16);
+        assert_eq!(model.dtype(), DType::BF16);
+        let missing = T5TextEncoder::missing(16, &LoadOptions::new(Device::cpu(), DType::F16));
+        assert!(missing.module().is_none() && narrow.module().is_some());
+        for (encoder, word) in [(&narrow, "bf16"), (&missing, "zeros")] {
+            let (values, shape, heard) = encode(encoder, &["a", "on a ground"], 5, Syntax::Plain);
+            assert_eq!(shape, [2, 5, 16]);
+            assert_eq!(values.iter().all(|&value| value == 0.0), word == "zeros");
+            assert!(heard.len() == 1 && heard[0].contains(word), "{heard:?}");
+            assert!(encode(encoder, &["a"], 5, Syntax::Plain).2.is_empty());
+        }
+    }
+}

@@ -4,18 +4,21 @@ use std::borrow::Cow;
 
 use super::super::WeightReport;
 use super::super::families::load_part;
-use super::ModelFiles;
+use super::{ModelFiles, Place};
 use crate::error::Result;
 use crate::models::{T5Config, T5Encoder, WeightStore};
 use crate::runtime::{DType, Device};
 use crate::text::{T5Tokenizer, T5TokenizerFiles};
 
 impl ModelFiles {
-    /// The tokenizer in `folder` (`tokenizer_3`).
+    /// The tokenizer in `folder` (`tokenizer_3`), of a single file beside it.
     ///
     /// # Errors
-    /// As [`T5Tokenizer::load`].
+    /// As [`T5Tokenizer::load`] and [`T5Tokenizer::beside`].
     pub fn t5_tokenizer(&self, folder: &str) -> Result<T5Tokenizer> {
+        if let Place::File(file) = &self.place {
+            return T5Tokenizer::beside(file.path(), folder);
+        }
         let file = |name: &str| Ok(self.read(&format!("{folder}/{name}"))?.map(Cow::into_owned));
         let tokenizer: Option<Vec<u8>> = file("tokenizer.json")?;
         let (pieces, config) = (file("spiece.model")?, file("tokenizer_config.json")?);
