@@ -32,8 +32,8 @@ pub struct ControlArgs {
     ///
     /// One for all, or one for each --control. An edge is as strong as the first threshold and joined to one as strong as the second:
     /// lengths of Sobel gradients, 0 to 1140, of the grey picture blurred by 1.4 pixels. (OpenCV's does not blur, and finds more.)
-    #[arg(long, value_name = "LOW,HIGH", value_parser = values::canny, requires = "control")]
-    pub control_canny: Vec<values::Canny>,
+    #[arg(long, value_name = "LOW,HIGH", value_parser = canny, requires = "control")]
+    pub control_canny: Vec<Canny>,
 
     /// What a ControlNet adds is multiplied by this (default: 1); one for all, or one for each --control
     #[arg(long, value_name = "X", value_parser = values::control_scale, requires = "control", allow_negative_numbers = true)]
@@ -71,7 +71,7 @@ impl ControlArgs {
             let reason = format!("is one more than the {count} given with --control; give one for each");
             return Err(conflict("--control-image", self.control_image[count].display(), reason));
         }
-        let edges = each("--control-canny", &self.control_canny, values::Canny(None), count)?;
+        let edges = each("--control-canny", &self.control_canny, Canny(None), count)?;
         let scales = each("--control-scale", &self.control_scale, 1.0, count)?;
         let starts = each("--control-start", &self.control_start, 0.0, count)?;
         let ends = each("--control-end", &self.control_end, 1.0, count)?;
@@ -98,5 +98,30 @@ fn each<T: Copy + ToString>(flag: &'static str, values: &[T], usual: T, count: u
             let given = values.iter().map(T::to_string).collect::<Vec<_>>().join(", ");
             Err(conflict(flag, given, format!("expected one for all ControlNets, or {count}, one for each --control")))
         }
+    }
+}
+
+/// Thresholds of an edge, or none.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Canny(pub Option<[f32; 2]>);
+
+impl std::fmt::Display for Canny {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self.0 {
+            Some([low, high]) => write!(f, "{low},{high}"),
+            None => f.write_str("none"),
+        }
+    }
+}
+
+fn canny(text: &str) -> std::result::Result<Canny, String> {
+    if text == "none" {
+        return Ok(Canny(None));
+    }
+    let numbers =
+        text.split_once(',').and_then(|(low, high)| Some([low.trim().parse().ok()?, high.trim().parse().ok()?]));
+    match numbers {
+        Some([low, high]) if low >= 0.0 && low <= high && high <= 1140.0 => Ok(Canny(Some([low, high]))),
+        _ => Err("expected LOW,HIGH with 0 <= LOW <= HIGH <= 1140, like 100,200, or none".into()),
     }
 }

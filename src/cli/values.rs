@@ -218,32 +218,6 @@ pub fn clip_skip(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Thresholds of an edge, or none.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Canny(pub Option<[f32; 2]>);
-
-impl std::fmt::Display for Canny {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        match self.0 {
-            Some([low, high]) => write!(f, "{low},{high}"),
-            None => f.write_str("none"),
-        }
-    }
-}
-
-/// `LOW,HIGH`, or `none`.
-pub fn canny(text: &str) -> Result<Canny, String> {
-    if text == "none" {
-        return Ok(Canny(None));
-    }
-    let numbers =
-        text.split_once(',').and_then(|(low, high)| Some([low.trim().parse().ok()?, high.trim().parse().ok()?]));
-    match numbers {
-        Some([low, high]) if low >= 0.0 && low <= high && high <= 1140.0 => Ok(Canny(Some([low, high]))),
-        _ => Err("expected LOW,HIGH with 0 <= LOW <= HIGH <= 1140, like 100,200, or none".into()),
-    }
-}
-
 /// What a ControlNet adds is multiplied by it.
 pub fn control_scale(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {

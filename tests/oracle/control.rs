@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use megafuse::image::read_image;
 use megafuse::models::{ControlNet, ControlNetConfig, WeightStore};
 use megafuse::pipeline::{ControlImage, ControlInput, LoadOptions, ModelSource, Plain, Planner, Request};
 use megafuse::{DType, Device};
@@ -355,4 +356,72 @@ fn a_plan_counts_it() {
     let module = with.weights.iter().find(|weights| weights.module == "controlnet").expect("the ControlNet");
     assert!(module.parameters > 10_000, "{}", module.parameters);
     assert!(with.total.macs > without.total.macs * 5 / 4 && with.peak_bytes > without.peak_bytes);
+}
+
+/// A scale of 0 leaves every method's bytes as they are, and a scale of 1 does not: no step of any goes without ControlNets.
+#[test]
+fn every_method_has_it() {
+    let (xl, turbo, sd) = (("sdxl", "sdxl"), ("sdxl-turbo", "sdxl-turbo"), ("sd15-edges", "sd15"));
+    let cases = [
+        (xl, "fouriscale --size 64x64 --steps 2"),
+        (xl, "scalecrafter --size 64x64 --steps 2 --redilate M=2 --damped M=2 --damped-steps 2"),
+        (xl, "upsample-guidance --size 64x64 --steps 2"),
+        // Beside a ControlNet t1 is another one by default.
+        (xl, "megafusion --stages 32x32:1,48x40:2+hidiffusion --t1 0.5"),
+        (sd, "frecas --size 64x64 --steps 3"),
+        (sd, "diffusehigh --size 48x48 --steps 4"),
+        (sd, "scalediff --size 64x64 --steps 3"),
+        (sd, "hires-fix --stages 16x16:2,24x22:2"),
+        (sd, "megafusion++ --stages 16x16:2,26x22:2+crops"),
+        (sd, "multidiffusion --size 48x20 --circular --window 8 --stride 4 --steps 2"),
+        (turbo, "pixelrush --size 32x32"),
+        (turbo, "megafusion --stages 16x16:1,32x30:1+demofusion"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let picture = data("control/picture.png").display().to_string();
+    for ((control, model), method) in cases {
+        let (net, model) = (net(control).display().to_string(), data(model).display().to_string());
+        let made = |more: &[&str]| {
+            let out = folder.path().join("out.png");
+            let always = ["generate", "a cat", "--guidance", "2", "--device", "cpu", "--model", &model, "--method"];
+            let own: Vec<&str> = method.split(' ').chain(["--out", out.to_str().unwrap()]).collect();
+            megafuse(&[&always[..], &own, more].concat()).unwrap_or_else(|error| panic!("{method}: {error}"));
+            read_image(&out).expect("a picture").2
+        };
+        let with = |scale| made(&["--control", &net, "--control-image", &picture, "--control-scale", scale]);
+        let without = made(&[]);
+        assert!(without == with("0"), "{method}");
+        assert!(without != with("1"), "{method}");
+    }
+}
+
+/// A line of a manifest may have pictures of its own, beside the file.
+#[test]
+fn lines_have_their_own_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let white = Array { shape: vec![1, 3, 16, 16], values: vec![1.0; 768] };
+    files::write(&folder.path().join("white.safetensors"), &[("control0", white)]);
+    std::fs::copy(data("control/picture.png"), folder.path().join("picture.png")).unwrap();
+    let lines = [
+        r#"{"prompt": "a cat", "seed": 1, "id": "white", "control_image": "white.safetensors"}"#,
+        r#"{"prompt": "a cat", "seed": 1, "id": "flags"}"#,
+    ];
+    std::fs::write(path("lines.jsonl"), lines.join("\n")).unwrap();
+    let (edges, model) = (net("sd15-edges").display().to_string(), data("sd15").display().to_string());
+    let always = ["--method", "plain", "--size", "16x16", "--steps", "1", "--device", "cpu", "--model", &model];
+    let controlled = |image: &str| ["--control", &edges, "--control-image", image].map(String::from);
+    let run = |head: &[&str], image: &str| {
+        let args: Vec<String> = head.iter().chain(&always).map(ToString::to_string).chain(controlled(image)).collect();
+        megafuse(&args)
+    };
+    run(&["generate", "--manifest", &path("lines.jsonl"), "--out", &path("made")], &path("picture.png")).unwrap();
+    for (id, image) in [("white", "white.safetensors"), ("flags", "picture.png")] {
+        run(&["generate", "a cat", "--seed", "1", "--out", &path("alone.png")], &path(image)).unwrap();
+        let read = |name: String| std::fs::read(name).unwrap();
+        assert!(read(path("alone.png")) == read(path(&format!("made/{id}.png"))), "{id}");
+    }
+    std::fs::write(path("lines.jsonl"), r#"{"prompt": "a", "control_image": ["a.png", "b.png"]}"#).unwrap();
+    let error = run(&["generate", "--manifest", &path("lines.jsonl"), "--out", &path("more")], &path("picture.png"));
+    assert!(error.as_ref().is_err_and(|error| error.contains("expected 1, one for each --control")), "{error:?}");
 }
