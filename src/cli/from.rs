@@ -369,6 +369,9 @@ fn controls(list: &[Value], recipe: &mut Recipe) -> Option<()> {
         for (key, id) in [("scale", "control_scale"), ("start", "control_start"), ("end", "control_end")] {
             recipe.flag(id, control[key].as_f64()?);
         }
+        if list.iter().any(|control| control.get("canny").is_some()) {
+            recipe.flag("control_canny", control.get("canny").map_or(Some("none"), Value::as_str)?);
+        }
     }
     Some(())
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use megafuse::pipeline::{MethodSpec, Request, Size, Stage};
+use megafuse::pipeline::{ControlImage, ControlInput, MethodSpec, Request, Size, Stage};
 use megafuse::{Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
@@ -33,6 +33,8 @@ pub struct Line {
     pub steps: Option<usize>,
     pub guidance: Option<f32>,
     pub guidance_rescale: Option<f32>,
+    /// What the ControlNets read; none: the flags' pictures.
+    pub control_images: Vec<PathBuf>,
 }
 
 /// A line as it is written.
@@ -49,6 +51,15 @@ struct Written {
     steps: Option<usize>,
     guidance: Option<f32>,
     guidance_rescale: Option<f32>,
+    control_image: Option<OneOrMore>,
+}
+
+/// A file, or a list of them.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(PathBuf),
+    More(Vec<PathBuf>),
 }
 
 /// The longest line that is read: prompts are a few hundred bytes, and a file without line breaks is no manifest.
@@ -85,7 +96,10 @@ pub fn read(path: &Path) -> Result<Vec<Line>> {
         if text.trim().is_empty() {
             continue;
         }
-        let line = parse(number, text.trim()).map_err(wrong)?;
+        let mut line = parse(number, text.trim()).map_err(wrong)?;
+        for image in &mut line.control_images {
+            *image = path.parent().unwrap_or(Path::new("")).join(&image);
+        }
         // Many file systems make no difference between a.png and A.png.
         if let Some(other) = lines_of_ids.insert(line.id.to_ascii_lowercase(), number) {
             return Err(wrong(format!("id {:?} is that of line {other}; every picture needs its own", line.id)));
@@ -127,6 +141,11 @@ fn parse(number: usize, text: &str) -> std::result::Result<Line, String> {
     let rescale = written
         .guidance_rescale
         .map(|x| values::guidance_rescale(&x.to_string()).map_err(|reason| key("guidance_rescale", &x, reason)));
+    let control_images = match written.control_image {
+        None => Vec::new(),
+        Some(OneOrMore::One(path)) => vec![path],
+        Some(OneOrMore::More(paths)) => paths,
+    };
     let (id, named) = match &written.id {
         None => (format!("{number:06}"), false),
         Some(id) => (file_stem(id).map_err(|reason| format!("id {id}: {reason}"))?, true),
@@ -144,6 +163,7 @@ fn parse(number: usize, text: &str) -> std::result::Result<Line, String> {
         steps: steps.transpose()?,
         guidance: guidance.transpose()?,
         guidance_rescale: rescale.transpose()?,
+        control_images,
     })
 }
 
@@ -213,6 +233,7 @@ impl Line {
             steps: self.steps.or(flags.steps),
             guidance: self.guidance.unwrap_or(flags.guidance),
             guidance_rescale: self.guidance_rescale.unwrap_or(flags.guidance_rescale),
+            controls: self.controls(&flags.controls)?,
             count: 1,
             ..flags.clone()
         };
@@ -222,6 +243,28 @@ impl Line {
         };
         let method = options.of(request.method.spec(), &request.stages)?;
         Ok(Request { method, ..request })
+    }
+
+    /// The flags' ControlNets, each with the line's picture where the line has pictures; edges are those of that.
+    fn controls(&self, flags: &[ControlInput]) -> Result<Vec<ControlInput>> {
+        if self.control_images.is_empty() {
+            return Ok(flags.to_vec());
+        }
+        if self.control_images.len() != flags.len() {
+            let value =
+                self.control_images.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+            let reason = format!("of line {}: expected {}, one for each --control", self.number, flags.len());
+            return Err(Error::Request { field: "control_image", value, reason });
+        }
+        let own = |(control, path): (&ControlInput, &PathBuf)| {
+            let image = ControlImage::read(path)?;
+            let image = match control.image {
+                ControlImage::Edges(_, thresholds) => image.edges(thresholds)?,
+                ControlImage::Picture(_) | ControlImage::Stages(_) => image,
+            };
+            Ok(ControlInput { image, ..control.clone() })
+        };
+        flags.iter().zip(&self.control_images).map(own).collect()
     }
 
     /// Does the line say how the picture gets its size?

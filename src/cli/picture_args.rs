@@ -89,7 +89,7 @@ pub struct GenerateArgs {
     ///
     /// JSON lines: {"prompt": "..."}, and where wanted "id" (a string or number: the picture becomes ID.png; default: the
     /// line's number in six digits, 000001), "seed", "negative_prompt", "method", "size" ("WxH"), "stages"
-    /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", "guidance_rescale", each in place of
+    /// ("WxH:STEPS,...", also in place of --size and --steps), "steps", "guidance", "guidance_rescale", "control_image" (one file, or a list; beside the manifest), each in place of
     /// the flag. A line without a seed gets --seed plus the line's number less 1, or with an id --seed plus the id's FNV-1a
     /// hash of 32 bits; so its picture depends on the line and the flags alone. A picture that comes out not finite is noted in failed.jsonl and the others go on.
     #[arg(long, value_name = "FILE", value_parser = values::path(), requires = "out", help_heading = "Many pictures")]

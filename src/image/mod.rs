@@ -1,6 +1,7 @@
 //! Pictures in and out: PNG with the parameters of the run, PNG, JPEG and WebP as input, f32 pixels to bytes and back.
 
 mod atomic;
+mod edges;
 mod infotext;
 mod pixels;
 mod png;
@@ -8,6 +9,7 @@ mod read;
 mod scale;
 
 pub use atomic::{is_part, write_atomically};
+pub use edges::canny_edges;
 pub use infotext::{Infotext, infotext};
 pub use pixels::{from_bytes, to_bytes};
 pub use png::{PngText, encode_png, read_png_text, read_png_texts, write_png};

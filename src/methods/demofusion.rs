@@ -539,6 +539,11 @@ impl GenerationMethod for DemoFusion {
         run.last_stage().size
     }
 
+    /// That of phase 1, as the published code has it.
+    fn original_beside_controls(&self, run: &Run) -> Option<Size> {
+        Some(run.stages()[0].size)
+    }
+
     fn step_name(&self, stage: usize, step: usize, _run_step: usize) -> String {
         format!("phase{}.step{step}", stage + 1)
     }

@@ -140,6 +140,12 @@ pub trait GenerationMethod: Debug + Send + Sync {
         run.stages()[stage].size
     }
 
+    /// What SDXL is told of the original picture's size where ControlNets take part and the request does not say it. `None`: what it is
+    /// told without them.
+    fn original_beside_controls(&self, _run: &Run) -> Option<Size> {
+        None
+    }
+
     /// How ControlNets are asked in a step of a stage, at this share of the steps, 0 to 1.
     fn control_use(&self, _run: &Run, _stage: usize, _share: f64) -> ControlUse {
         ControlUse::Whole

@@ -141,10 +141,14 @@ impl ControlInput {
             text += " guess mode";
         }
         let scale: f64 = scale.to_string().parse().unwrap_or_else(|_| f64::from(*scale));
-        let json = json!({
+        let mut json = json!({
             "name": name, "scale": scale, "guess": guess, "start": start, "end": end, "image": image.name(),
             "image_digest": image.digest(),
         });
+        if let ControlImage::Edges(_, [low, high]) = image {
+            text += &format!(" edges {low} {high}");
+            json["canny"] = format!("{low},{high}").into();
+        }
         (text, json)
     }
 
@@ -173,6 +177,8 @@ impl ControlInput {
 pub enum ControlImage {
     /// Stretched to the size of each stage by Lanczos.
     Picture(InputPicture),
+    /// The same of a picture's edges, which were found in its own size by these thresholds.
+    Edges(InputPicture, [f32; 2]),
     /// One for each stage, of its size.
     Stages(StagePictures),
 }
@@ -268,10 +274,27 @@ impl ControlImage {
         }
     }
 
+    /// A picture's edges by these thresholds, in its place.
+    ///
+    /// # Errors
+    /// As [`InputPicture::edges`]; [`Error::Request`]: pictures of stages have none.
+    pub fn edges(&self, thresholds: [f32; 2]) -> Result<ControlImage> {
+        match self {
+            ControlImage::Picture(picture) | ControlImage::Edges(picture, _) => {
+                Ok(ControlImage::Edges(picture.edges(thresholds)?, thresholds))
+            }
+            ControlImage::Stages(stages) => {
+                let reason =
+                    "edges are found in a picture file, and this one has the stages' pictures as they are read";
+                Err(Error::Request { field: "control_image", value: stages.name.clone(), reason: reason.into() })
+            }
+        }
+    }
+
     /// Of the file, without its folder.
     pub fn name(&self) -> &str {
         match self {
-            ControlImage::Picture(picture) => picture.name(),
+            ControlImage::Picture(picture) | ControlImage::Edges(picture, _) => picture.name(),
             ControlImage::Stages(stages) => &stages.name,
         }
     }
@@ -279,7 +302,7 @@ impl ControlImage {
     /// Tells apart pictures of other pixels.
     pub fn digest(&self) -> &str {
         match self {
-            ControlImage::Picture(picture) => picture.digest(),
+            ControlImage::Picture(picture) | ControlImage::Edges(picture, _) => picture.digest(),
             ControlImage::Stages(stages) => &stages.digest,
         }
     }
@@ -290,7 +313,7 @@ impl ControlImage {
     /// [`Error::Request`]: which stage has none, or one of another size.
     pub(super) fn check(&self, mut stages: impl Iterator<Item = (usize, Size)>) -> Result<()> {
         match self {
-            ControlImage::Picture(_) => Ok(()),
+            ControlImage::Picture(_) | ControlImage::Edges(..) => Ok(()),
             ControlImage::Stages(pictures) => stages.try_for_each(|(stage, size)| pictures.of(stage, size).map(drop)),
         }
     }
@@ -303,7 +326,7 @@ impl ControlImage {
         let shape = [1, size.height, size.width, 3];
         match (device, self) {
             (Device::Meta(_), _) => Tensor::uninit(device, &shape, DType::F32),
-            (_, ControlImage::Picture(picture)) => {
+            (_, ControlImage::Picture(picture) | ControlImage::Edges(picture, _)) => {
                 let values: Vec<f32> = picture.levels(size)?.iter().map(|&level| f32::from(level) / 255.0).collect();
                 Tensor::from_f32(device, &shape, DType::F32, &values)
             }

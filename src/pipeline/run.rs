@@ -481,7 +481,9 @@ impl Pipeline {
         let controls: Vec<ControlStrength> = first.controls.iter().map(strength).collect();
         let guesses = controls.iter().map(|control| usize::from(control.guess));
         let conditioning_key = rows.iter().copied().chain(guesses).collect();
-        let inputs = RunInputs { prompts, images, repeats, sizes: first.size_ids, guidance: embedded, controls };
+        let original = || run.method().implementation().original_beside_controls(&run).filter(|_| run.has_controls());
+        let sizes = SizeIds { original: first.size_ids.original.or_else(original), ..first.size_ids };
+        let inputs = RunInputs { prompts, images, repeats, sizes, guidance: embedded, controls };
         let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));

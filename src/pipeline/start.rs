@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::image::{LevelFilter, from_bytes, luma, read_image, resize_levels};
+use crate::image::{LevelFilter, canny_edges, from_bytes, luma, read_image, resize_levels};
 use crate::methods::{Method, Size, StartPicture};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -61,6 +61,15 @@ impl InputPicture {
     /// Its levels stretched to another size, as PIL does with this filter.
     pub(super) fn resized(&self, size: Size, filter: LevelFilter) -> Result<Vec<u8>> {
         resize_levels(&self.rgb, 3, (self.size.width, self.size.height), (size.width, size.height), filter)
+    }
+
+    /// Its edges, white on black, by these thresholds ([`canny_edges`]); of the same name.
+    ///
+    /// # Errors
+    /// As [`canny_edges`].
+    pub fn edges(&self, thresholds: [f32; 2]) -> Result<InputPicture> {
+        let Size { width, height } = self.size;
+        InputPicture::new(&self.name, self.size, canny_edges(&self.rgb, width, height, thresholds)?)
     }
 
     /// Its levels at another size, stretched to it: as PIL's Lanczos, which diffusers' image processor takes.
