@@ -110,8 +110,9 @@ impl IpAdapterConfig {
         let own: Vec<usize> = unet.cross_attentions().in_files().iter().map(|shape| shape.channels).collect();
         if (self.cross_attention_dim, &self.channels) != (unet.cross_attention_dim, &own) {
             let of = |width: usize, channels: &[usize]| {
-                let widest = channels.iter().max().copied().unwrap_or(0);
-                format!("{} cross-attentions of up to {widest} channels that read {width}", channels.len())
+                let alike = channels.chunk_by(|a, b| a == b).map(|alike| format!("{} of {}", alike.len(), alike[0]));
+                let alike = alike.collect::<Vec<_>>().join(", ");
+                format!("{} cross-attentions ({alike} channels) that read {width}", channels.len())
             };
             let (it, model) = (of(self.cross_attention_dim, &self.channels), of(unet.cross_attention_dim, &own));
             let reason = format!("is for {it}, and the model's UNet has {model}: is this adapter for another family?");
