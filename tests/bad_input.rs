@@ -504,6 +504,11 @@ fn foreign() -> Vec<Case> {
             },
             &["unet/config.json", "is the SDXL refiner", "use the base model"],
         ),
+        model(
+            "SD 3 by its class",
+            |m| class(m, "StableDiffusion3Pipeline"),
+            &["model_index.json", "is of a StableDiffusion3Pipeline", "the model has no tokenizer_2"],
+        ),
         model("FLUX", |m| class(m, "FluxPipeline"), &["model_index.json", "is FLUX, which is not supported"]),
         model("PixArt", |m| class(m, "PixArtSigmaPipeline"), &["is PixArt, which is not supported"]),
         model("Cascade", |m| class(m, "StableCascadePriorPipeline"), &["is Stable Cascade, which is not supported"]),

@@ -137,7 +137,7 @@ fn t5(
 
 /// One encoder: `input_ids`, `last_hidden_state`, `penultimate`, `pooled`, and `prompt_embeds`, which is what the UNet of the
 /// SD 1.x/2.x family reads, the last hidden state. Two (SDXL): the same of each as `clip1.*` and `clip2.*`, `prompt_embeds`, both
-/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection. With T5 beside them [`t5`] too.
+/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection. Of SD3 [`told_sd3`], and T5's own.
 fn text(
     files: &ModelFiles,
     prompt: &str,
@@ -156,16 +156,49 @@ fn text(
         arrays.insert("prompt_embeds".into(), Array::f32(last.hidden.shape(), last.hidden.to_f32_vec()?));
         return Ok(arrays);
     }
-    let (_, first) = part(["tokenizer", "text_encoder"], "clip1.")?;
-    let (last, second) = part(["tokenizer_2", "text_encoder_2"], "clip2.")?;
-    let embeds = Tensor::concat_channels(&first, &second)?;
+    let (first, first_hidden) = part(["tokenizer", "text_encoder"], "clip1.")?;
+    let (second, second_hidden) = part(["tokenizer_2", "text_encoder_2"], "clip2.")?;
+    let embeds = Tensor::concat_channels(&first_hidden, &second_hidden)?;
+    if files.has_part("transformer") {
+        return told_sd3(files, [first, second], embeds, arrays, prompt, device, dtype, loaded);
+    }
     arrays.insert("prompt_embeds".into(), Array::f32(embeds.shape(), embeds.to_f32_vec()?));
-    if let Some(projected) = &last.projected {
+    if let Some(projected) = &second.projected {
         arrays.insert("pooled_prompt_embeds".into(), Array::f32(projected.shape(), projected.to_f32_vec()?));
     }
-    if files.has_part("text_encoder_3") && files.has("text_encoder_3") {
-        arrays.extend(t5(files, ["tokenizer_3", "text_encoder_3"], prompt, device, dtype, loaded)?);
+    Ok(arrays)
+}
+
+/// What SD3's transformer is told: `prompt_embeds`, `embeds` of both CLIPs padded to the width of T5, then its tokens (zeros without
+/// it); `pooled_prompt_embeds`, both projections.
+#[allow(clippy::too_many_arguments)]
+fn told_sd3(
+    files: &ModelFiles,
+    [first, second]: [TextEmbeddings; 2],
+    embeds: Tensor,
+    mut arrays: Arrays,
+    prompt: &str,
+    device: &Device,
+    dtype: DType,
+    loaded: &mut dyn FnMut(WeightReport),
+) -> Result<Arrays> {
+    let width = files.transformer_config()?.joint_attention_dim;
+    let [_, tokens, own] = embeds.shape()[..] else { unreachable!("a row of tokens") };
+    let mut all = vec![0.0; (tokens + T5_LENGTH) * width];
+    for (to, from) in all.chunks_exact_mut(width).zip(embeds.to_f32_vec()?.chunks_exact(own)) {
+        to[..own].copy_from_slice(from);
     }
+    if files.has("text_encoder_3") {
+        let t5 = t5(files, ["tokenizer_3", "text_encoder_3"], prompt, device, dtype, loaded)?;
+        if let Some(Array { values: Values::F32(values), .. }) = t5.get("t5.last_hidden_state") {
+            all[tokens * width..].copy_from_slice(values);
+        }
+        arrays.extend(t5);
+    }
+    arrays.insert("prompt_embeds".into(), Array::f32(&[1, tokens + T5_LENGTH, width], all));
+    let pooled = |text: TextEmbeddings| text.projected.or(text.pooled).map(|x| x.to_f32_vec()).transpose();
+    let pooled: Vec<f32> = [pooled(first)?, pooled(second)?].into_iter().flatten().flatten().collect();
+    arrays.insert("pooled_prompt_embeds".into(), Array::f32(&[1, pooled.len()], pooled));
     Ok(arrays)
 }
 

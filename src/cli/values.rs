@@ -97,7 +97,13 @@ pub fn source_name(source: &ModelSource) -> String {
 }
 
 /// Published models that `--random` knows: their shapes need no file.
-const PUBLISHED: [(&str, Family); 3] = [("sd15", Family::Sd1), ("sd21", Family::Sd2), ("sdxl", Family::Sdxl)];
+const PUBLISHED: [(&str, Family); 5] = [
+    ("sd15", Family::Sd1),
+    ("sd21", Family::Sd2),
+    ("sdxl", Family::Sdxl),
+    ("sd3", Family::Sd3),
+    ("sd35", Family::Sd35),
+];
 
 /// `--random`: one of [`PUBLISHED`], or a directory with configurations.
 pub fn random(text: &str) -> Result<RandomShapes, String> {

@@ -599,9 +599,13 @@ impl<'a> Sampling<'a> {
         let images = self.model.sample_shape(self.run.stages()[0].size)[0];
         let timesteps = self.schedulers[0].timesteps();
         self.watch.dump_values(images, "timesteps", &[timesteps.len()], timesteps.iter().copied())?;
-        let tables: Vec<&[f64]> = self.schedulers.iter().map(Scheduler::alphas_cumprod).collect();
+        let flows: Option<Vec<&[f64]>> = self.schedulers.iter().map(Scheduler::flow_sigmas).collect();
+        let (name, tables) = match flows {
+            Some(sigmas) => ("sigmas", sigmas),
+            None => ("alpha_bar", self.schedulers.iter().map(Scheduler::alphas_cumprod).collect()),
+        };
         let shape = [tables.len(), tables[0].len()];
-        self.watch.dump_values(images, "alpha_bar", &shape, tables.into_iter().flatten().map(|&abar| abar as f32))
+        self.watch.dump_values(images, name, &shape, tables.into_iter().flatten().map(|&value| value as f32))
     }
 }
 

@@ -753,8 +753,8 @@ impl ModelFiles {
         let class = index["_class_name"].as_str().unwrap_or("unknown");
         let has = |part: &str| index.get(part).is_some_and(|entry| !entry[1].is_null());
         if let Some(named) = FamilySpec::of_class(class).filter(|named| !std::ptr::eq(*named, self.family)) {
-            let network = named.parts.iter().find(|part| !part.is_optional && self.family.part(part.folder).is_none());
-            let missing = network.map_or("a part", |part| part.folder);
+            let missing = named.parts.iter().find(|part| !part.is_optional && !self.place.has(part.folder));
+            let missing = missing.map_or("part", |part| part.folder);
             let reason =
                 format!("is of a {class}, and the model has no {missing}: download it, or another copy of the model");
             return Err(Error::config(path.display().to_string(), reason));

@@ -309,6 +309,11 @@ impl Scheduler {
         &self.schedule.abar
     }
 
+    /// The noise levels of a flow, of every step's beginning and of the end; `None` for other samplers.
+    pub fn flow_sigmas(&self) -> Option<&[f64]> {
+        (self.noising() == Noising::Flow).then_some(&self.levels.sigmas)
+    }
+
     /// abar after the last step.
     pub fn final_alpha_cumprod(&self) -> f64 {
         self.schedule.final_abar

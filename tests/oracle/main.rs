@@ -12,4 +12,5 @@ mod random;
 mod resadapter;
 mod resizing;
 mod runs;
+mod sd3;
 mod tokens;

@@ -119,7 +119,7 @@ pub fn check_in(stored: &str, run: &Run, more: &[&str]) -> Result<(), String> {
             let tolerance = match name.as_str() {
                 "timesteps" | "shifts" => 0.0,
                 "alpha_bar" if run.name.contains("zero-snr") => ZERO_SNR_TABLE_TOLERANCE,
-                "alpha_bar" => TABLE_TOLERANCE,
+                "alpha_bar" | "sigmas" => TABLE_TOLERANCE,
                 name if name.starts_with("noise") => 0.0,
                 _ => TOLERANCE.max(TIMES_TORCH * run.f32_error),
             };

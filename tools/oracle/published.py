@@ -28,6 +28,15 @@ TEXT_G = manifest.TEXT | {
     "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
 }
 
+# stabilityai/stable-diffusion-3-medium and -3.5-medium, and their T5.
+SD3 = {
+    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
+    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "patch_size": 2,
+    "sample_size": 128, "pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None,
+}
+SD35 = SD3 | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
+T5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
 
 def meta(config):
     if config.get("architectures") == ["CLIPTextModelWithProjection"]:
@@ -76,6 +85,58 @@ def ldm(name, unet, vae, text, text_2=None):
         file |= held
     if text_2:
         file |= of_openclip(meta(text_2), "conditioner.embedders.1.model.", 0)
+    return "".join(f"{k} {'x'.join(map(str, v.shape))}\n" for k, v in sorted(file.items()))
+
+
+def sd3(name, config, t5):
+    """The same of a Stable Diffusion 3: its transformer under the first names, text encoders under those of transformers."""
+    from diffusers import SD3Transformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**config)
+        encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **t5))
+    width, heads, text = config["caption_projection_dim"], config["attention_head_dim"], config["joint_attention_dim"]
+    empty = lambda *shape: torch.empty(shape, device="meta")
+    file = {}
+
+    def linear(at, out, into):
+        file[f"{at}.weight"], file[f"{at}.bias"] = empty(out, into), empty(out)
+
+    file["pos_embed"] = empty(1, config["pos_embed_max_size"] ** 2, width)
+    file["x_embedder.proj.weight"], file["x_embedder.proj.bias"] = empty(width, config["in_channels"], 2, 2), empty(width)
+    linear("context_embedder", width, text)
+    for embedder, into in ("t_embedder", 256), ("y_embedder", config["pooled_projection_dim"]):
+        linear(f"{embedder}.mlp.0", width, into)
+        linear(f"{embedder}.mlp.2", width, width)
+    last = config["num_layers"] - 1
+    for i in range(config["num_layers"]):
+        for stream in "x_block", "context_block":
+            at, ends = f"joint_blocks.{i}.{stream}", stream == "context_block" and i == last
+            dual = stream == "x_block" and i in config["dual_attention_layers"]
+            linear(f"{at}.adaLN_modulation.1", (9 if dual else 2 if ends else 6) * width, width)
+            for attention in ("attn", "attn2") if dual else ("attn",):
+                linear(f"{at}.{attention}.qkv", 3 * width, width)
+                if config["qk_norm"]:
+                    file |= {f"{at}.{attention}.ln_{x}.weight": empty(heads) for x in "qk"}
+                if not ends:
+                    linear(f"{at}.{attention}.proj", width, width)
+            if not ends:
+                linear(f"{at}.mlp.fc1", 4 * width, width)
+                linear(f"{at}.mlp.fc2", width, 4 * width)
+    linear("final_layer.linear", 4 * config["out_channels"], width)
+    linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    same(published.convert_sd3_transformer_checkpoint_to_diffusers(dict(file)), transformer.state_dict(), name)
+
+    file = {f"model.diffusion_model.{k}": v for k, v in file.items()}
+    vae = meta(manifest.VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False})
+    of_vae = {"first_stage_model." + vae_name(k, 4): v for k, v in vae.items()}
+    file |= {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in of_vae.items()}
+    clip = {k: v for k, v in meta(manifest.TEXT).items()}
+    file |= {f"text_encoders.clip_l.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in clip.items()}
+    file |= {f"text_encoders.clip_g.transformer.{k}": v for k, v in meta(TEXT_G).items()}
+    state = {k: v for k, v in encoder.state_dict().items() if k != "encoder.embed_tokens.weight"}
+    file |= {f"text_encoders.t5xxl.transformer.{k}": v for k, v in state.items()}
     return "".join(f"{k} {'x'.join(map(str, v.shape))}\n" for k, v in sorted(file.items()))
 
 
@@ -190,9 +251,12 @@ def main():
                 changed.append(path.name)
             elif not check:
                 target.write_bytes(path.read_bytes())
-    config = {name: config for name, (config, _) in manifest.MODELS.items()}
+    config, lists = {name: config for name, (config, _) in manifest.MODELS.items()}, {}
     for name, text, second in [("sd15", "sd15-text", None), ("sd21", "sd21-text", None), ("sdxl", "sd15-text", TEXT_G)]:
-        text = ldm(name, config[f"{name}-unet"], config["sd15-vae"], config[text], second)
+        lists[name] = ldm(name, config[f"{name}-unet"], config["sd15-vae"], config[text], second)
+    for name, medium in [("sd3", SD3), ("sd35", SD35)]:
+        lists[name] = sd3(name, medium, T5)
+    for name, text in lists.items():
         target = manifest.ROOT / f"ldm-{name}.txt.gz"
         if check and (not target.exists() or gzip.decompress(target.read_bytes()).decode() != text):
             changed.append(target.name)

@@ -5,8 +5,8 @@ mod control;
 mod latent;
 mod prompts;
 mod sd;
+mod sd3;
 mod sdxl;
-#[allow(dead_code)] // SD 3 and DeepFloyd IF read it
 mod t5_prompts;
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::schedulers::{Sampler, SchedulerConfig};
 pub(super) use control::ControlStrength;
 
 /// Every family. A model is of the last one whose parts it has.
-static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL];
+static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL, &sd3::SD3];
 
 /// A family as it is listed.
 pub(super) struct FamilySpec {
@@ -124,7 +124,6 @@ impl Part {
     }
 
     /// The same of a part that not every model of the family has.
-    #[allow(dead_code)] // until a family has such a part
     const fn optional(self) -> Part {
         Part { is_optional: true, ..self }
     }
