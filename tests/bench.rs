@@ -400,8 +400,8 @@ fn whole_pictures_are_made_of_random_weights() {
             assert!(line["model"].as_str().is_some_and(|model| model.ends_with("random weights")), "{line}");
         }
     }
-    let error = place.fails(2, &["bench", "generate", "--random", "sd3"]);
-    assert!(error.contains("expected sd15, sd21, sdxl, or a directory with the configurations"), "{error}");
+    let error = place.fails(2, &["bench", "generate", "--random", "sd4"]);
+    assert!(error.contains("expected sd15, sd21, sdxl, sd3, sd35, or a directory with the configurations"), "{error}");
     assert!(place.fails(2, &["bench", "generate", "--model", MODEL, "--random", "sd15"]).contains("--random"));
 }
 

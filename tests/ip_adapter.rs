@@ -380,7 +380,7 @@ fn what_does_not_go_together_is_named() {
         (with_encoder(&face, &quick).to_vec(), vec!["face.safetensors", "FaceID"]),
         (with_encoder(&full, &quick).to_vec(), vec!["full.safetensors", "the full kind"]),
         (with_encoder(&half, &quick).to_vec(), vec!["half.safetensors", "has no ip_adapter.1.to_k_ip.weight"]),
-        (with_encoder(&lora, &quick).to_vec(), vec!["is a LoRA; name it by --lora"]),
+        (with_encoder(&lora, &quick).to_vec(), vec!["is a LoRA, not an IP-Adapter: give it as a LoRA"]),
         (with_encoder(&base, &odd).to_vec(), vec!["sd15-base.bin", "reads 20 channels", "projection_dim 12"]),
         (with_encoder(&base, &text).to_vec(), vec!["text_encoder/config.json", "clip_text_model"]),
         (with_encoder(&sdxl, &odd).to_vec(), vec!["sdxl-base", "read 40", "6 cross-attentions", "another family"]),

@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 34] = [
+const FLAGS: [(&str, &str); 35] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -20,6 +20,7 @@ const FLAGS: [(&str, &str); 34] = [
     ("guidance_rescale", "--guidance-rescale"),
     ("init_image", "--init-image"),
     ("ip_adapters", "--ip-adapter"),
+    ("ip_encoder", "--ip-encoder"),
     ("ip_images", "--ip-image"),
     ("ip_masks", "--ip-mask"),
     ("lora", "--lora"),

@@ -161,7 +161,7 @@ fn foreign(store: &WeightStore) -> Option<&'static str> {
         return Some("is a ControlNet");
     }
     if any("lora_") {
-        return Some("is a LoRA; name it by --lora");
+        return Some("is a LoRA, not an IP-Adapter: give it as a LoRA");
     }
     Some("is something else")
 }

@@ -730,6 +730,11 @@ impl ModelFiles {
         }
     }
 
+    /// Is it a published model's configurations alone, without a file?
+    pub(super) fn is_published(&self) -> bool {
+        matches!(self.place, Place::Published(_))
+    }
+
     /// Has the model itself a part in this folder, which is one that models of its family may lack?
     pub fn has(&self, folder: &str) -> bool {
         self.place.has(folder)

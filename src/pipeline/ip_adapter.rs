@@ -101,7 +101,7 @@ impl IpFiles {
         let encoder = encoder.map_or_else(beside, PathBuf::from);
         if !encoder.join("config.json").is_file() {
             let reason = "no such file; an IP-Adapter needs the image encoder that it was trained with: name its folder \
-                          (config.json and model.safetensors) with --ip-encoder";
+                          (config.json and model.safetensors) by request.ip_encoder";
             return Err(Error::file(&encoder.join("config.json"), reason));
         }
         Ok(IpFiles { adapters, encoder })

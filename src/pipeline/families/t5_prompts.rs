@@ -16,7 +16,7 @@ use crate::text::{Part, Prompt, T5Encoding, T5Tokenizer};
 
 /// T5 beside other text encoders, or on its own.
 pub struct T5TextEncoder {
-    /// `None` on the meta device, where nobody reads the ids, and where there is no model.
+    /// `None` on the meta device and with random weights of a published model, where nobody reads the ids, and where there is no model.
     tokenizer: Option<T5Tokenizer>,
     /// `None`: the model has none, and its rows are zeros.
     model: Option<Resident<T5Encoder>>,
@@ -53,6 +53,8 @@ impl T5TextEncoder {
         let config = files.t5_config(folder)?;
         let tokenizer = match options.device {
             Device::Meta(_) => None,
+            // Random weights make noise of whatever they read.
+            _ if files.is_published() => None,
             _ => Some(files.t5_tokenizer(tokenizer)?.fitted(config.vocab_size)?),
         };
         let (device, dtype) = (options.text_device().clone(), options.dtype);
