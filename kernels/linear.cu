@@ -1,5 +1,5 @@
-// linear.cu, linear: y[M, N] = gate[r(m), N] activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N], for every card;
-//   what the names are, and what is done to a sum, is in common/linear.cuh.
+// linear.cu, linear: y[M, N] = gate[r(m), N] activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N],
+//   for every card; what the names are, and what is done to a sum, is in common/linear.cuh.
 // Compute bound from M ~ 300 on (bf16, H100-class): 2 M columns K flops; below, the weight's columns K sizeof(T) bytes.
 // Launch: linear_<tile>_<dtype>, grid ceil(M / kM) * ceil(columns / kN), block Tile::kThreads, dynamic shared memory
 // sizeof(Tile::Shared); src/ops/cuda/tiles.rs has the table. `general` takes any K and alignment; the others ask that

@@ -10,7 +10,8 @@
 //   rms_norm_wide  a block a row: long rows and few (T5, C = 4096)
 // rms_norm_heads: the same in place, of queries and keys where a fused projection has left them, x [tokens, P, heads, C]: the
 //   first P - 1 parts by a gamma each, the last, the values, stays. A quarter of a warp a row up to C = 64, else a warp.
-// Launch: grid ceil(rows / 8) or rows, rms_norm_heads ceil(rows / 32) or ceil(rows / 8), block kThreads. `vector`: C is a multiple of kVector, all pointers aligned to 16.
+// Launch: grid ceil(rows / 8) or rows, rms_norm_heads ceil(rows / 32) or ceil(rows / 8), block kThreads. `vector`: C is a
+// multiple of kVector, all pointers aligned to 16.
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 

@@ -1,15 +1,17 @@
 //! IP-Adapters against transformers and diffusers (tools/oracle/ip_adapter.py): the image encoder, the adapters' tokens, whole runs,
 //! and files that are none.
 
+#[path = "common/arrays.rs"]
+mod arrays;
 #[path = "common/drawn.rs"]
 mod drawn;
 #[path = "common/place.rs"]
 mod place;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use arrays::{Arrays, arrays};
 use megafuse::models::unet::CrossAttentionShape;
 use megafuse::models::{
     ClipVisionConfig, ClipVisionModel, ClipVisionOutput, ImageMasks, ImagePrompt, IpAdapter, IpAdapterConfig, Unet,
@@ -20,7 +22,6 @@ use megafuse::pipeline::{InputPicture, encoder_pixels};
 use megafuse::runtime::CudaOptions;
 use megafuse::{DType, Device, Tensor};
 use place::Place;
-use safetensors::SafeTensors;
 use serde_json::Value;
 
 fn data(path: &str) -> PathBuf {
@@ -40,19 +41,6 @@ fn device(name: &str) -> Device {
         "cuda" => Device::cuda(0).expect("the card"),
         other => panic!("MEGAFUSE_TEST_DEVICES has {other:?}, expected cpu, emu and cuda, separated by commas"),
     }
-}
-
-type Arrays = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
-
-fn arrays(path: &Path) -> Arrays {
-    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let f32s = |data: &[u8]| bytemuck::pod_collect_to_vec::<u8, f32>(data);
-    let float = |(_, view): &(&str, safetensors::tensor::TensorView)| view.dtype() == safetensors::Dtype::F32;
-    let array = |(name, view): (&str, safetensors::tensor::TensorView)| {
-        (name.to_string(), (view.shape().to_vec(), f32s(view.data())))
-    };
-    file.iter().filter(float).map(array).collect()
 }
 
 /// The largest error of an element, relative to the larger of its size and the root mean square of all.

@@ -1,52 +1,23 @@
 //! The transformer of Stable Diffusion 3 as a library, against the published class: tests/data/mmdit, tools/oracle/mmdit.py.
 
+#[path = "common/arrays.rs"]
+mod arrays;
 #[path = "common/mod.rs"]
 mod common;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use arrays::{Arrays, arrays, channels_last, errors};
 use megafuse::models::{Mmdit, MmditConditioning, MmditConfig, WeightFormat, WeightStore};
 use megafuse::ops::StepIndex;
 use megafuse::runtime::{OpKind, Repeated};
 use megafuse::{DType, Device, Tensor};
-use safetensors::SafeTensors;
 
 const MODELS: [&str; 4] = ["plain", "dual", "odd", "single"];
 /// Sums of at most a few hundred products in each of some twenty layers: torch's own f32 errs by 1.2e-6. At t = 981 the frequencies
 /// of the timestep's sinusoid, which torch's exp rounds otherwise (tools/oracle/mmdit.py), are most of what is left.
 const F32_TOLERANCE: f64 = 1e-5;
-
-type Arrays = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
-
-fn arrays(path: &Path) -> Arrays {
-    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let f32s = |data: &[u8]| bytemuck::pod_collect_to_vec::<u8, f32>(data);
-    file.iter().map(|(name, view)| (name.to_string(), (view.shape().to_vec(), f32s(view.data())))).collect()
-}
-
-/// `[N, C, H, W]` to `[N, H, W, C]`.
-fn channels_last(device: &Device, dtype: DType, (shape, values): &(Vec<usize>, Vec<f32>)) -> Tensor {
-    let [n, c, h, w] = shape[..] else { panic!("4 dimensions, not {shape:?}") };
-    let at = |i: usize| ((i / c / w / h * c + i % c) * h + i / c / w % h) * w + i / c % w;
-    let values: Vec<f32> = (0..n * h * w * c).map(|i| values[at(i)]).collect();
-    Tensor::from_f32(device, &[n, h, w, c], dtype, &values).expect("a tensor")
-}
-
-/// The largest error of an element, relative to the larger of its size and the root mean square of all; and that of the root mean
-/// square error.
-fn errors(got: &Tensor, want: &Tensor) -> (f64, f64) {
-    assert_eq!(got.shape(), want.shape());
-    let values = |x: &Tensor| x.to_f32_vec().expect("values").into_iter().map(f64::from).collect::<Vec<_>>();
-    let (got, want) = (values(got), values(want));
-    let rms = |x: &mut dyn Iterator<Item = f64>| (x.map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
-    let size = rms(&mut want.iter().copied());
-    let worst = got.iter().zip(&want).map(|(got, want)| (got - want).abs() / want.abs().max(size));
-    let worst = worst.fold(0.0, |a: f64, b| if b.is_nan() { f64::INFINITY } else { a.max(b) });
-    (worst, rms(&mut got.iter().zip(&want).map(|(got, want)| got - want)) / size)
-}
 
 struct Case {
     mmdit: Mmdit,

@@ -1,13 +1,15 @@
 //! UNet and VAE as a library: option groups that no small published-style model sets, low precision, batches, wrong
 //! arguments, and what a step costs. (`tests/oracle` checks the modules of whole models through the command line.)
 
+#[path = "common/arrays.rs"]
+mod arrays;
 #[path = "common/drawn.rs"]
 mod drawn;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use arrays::{Arrays, arrays, channels_last, errors};
 use megafuse::models::{
     AddedConditioning, TextConditioning, Unet, UnetConditioning, UnetConfig, UnetOptions, Vae, VaeConfig, WeightFormat,
     WeightStore,
@@ -15,7 +17,6 @@ use megafuse::models::{
 use megafuse::ops::{self, StepIndex};
 use megafuse::runtime::OpKind;
 use megafuse::{DType, Device, Error, Tensor};
-use safetensors::SafeTensors;
 
 fn data(path: impl AsRef<Path>) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
@@ -26,47 +27,6 @@ fn text(path: &Path) -> String {
 }
 
 /// f32 tensors of a file, by name: shape and values.
-fn arrays(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
-    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let f32s = |data: &[u8]| bytemuck::pod_collect_to_vec::<u8, f32>(data);
-    let float = |(_, view): &(&str, safetensors::tensor::TensorView)| view.dtype() == safetensors::Dtype::F32;
-    file.iter()
-        .filter(float)
-        .map(|(name, view)| (name.to_string(), (view.shape().to_vec(), f32s(view.data()))))
-        .collect()
-}
-
-/// `[N, C, H, W]` to `[N, H, W, C]`.
-fn channels_last(device: &Device, dtype: DType, (shape, values): &(Vec<usize>, Vec<f32>)) -> Tensor {
-    let [n, c, h, w] = shape[..] else { panic!("4 dimensions, not {shape:?}") };
-    let at = |i: usize| ((i / c / w / h * c + i % c) * h + i / c / w % h) * w + i / c % w;
-    let values: Vec<f32> = (0..n * h * w * c).map(|i| values[at(i)]).collect();
-    Tensor::from_f32(device, &[n, h, w, c], dtype, &values).expect("a tensor")
-}
-
-/// The largest error of an element, relative to the larger of its size and the root mean square of all; and that of the
-/// root mean square error.
-fn errors(got: &Tensor, want: &Tensor) -> (f64, f64) {
-    assert_eq!(got.shape(), want.shape());
-    let pairs: Vec<(f64, f64)> = got
-        .to_f32_vec()
-        .expect("cpu")
-        .into_iter()
-        .zip(want.to_f32_vec().expect("cpu"))
-        .map(|(got, want)| (f64::from(got), f64::from(want)))
-        .collect();
-    let mean_square = |f: &dyn Fn(f64, f64) -> f64| {
-        (pairs.iter().map(|&(got, want)| f(got, want).powi(2)).sum::<f64>() / pairs.len() as f64).sqrt()
-    };
-    let rms = mean_square(&|_, want| want);
-    let worst = pairs.iter().map(|&(got, want)| (got - want).abs() / want.abs().max(rms));
-    (
-        worst.fold(0.0, |a, b| if b.is_nan() { f64::INFINITY } else { a.max(b) }),
-        mean_square(&|got, want| got - want) / rms,
-    )
-}
-
 fn load_unet(folder: &Path, device: &Device, dtype: DType) -> Unet {
     load_unet_as(folder, device, dtype, WeightFormat::Plain)
 }
@@ -95,7 +55,7 @@ const OPTIONS: [&str; 6] = [
 /// `expected.safetensors` of a small model with options.
 struct OptionCase {
     unet: Unet,
-    expected: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    expected: Arrays,
     text: Tensor,
     pooled: Option<Tensor>,
     time_ids: Vec<[f32; 6]>,

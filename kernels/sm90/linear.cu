@@ -3,8 +3,9 @@
 // Maps, rows of `kSlice` or of the strip's `kBox` columns: x [M, K] in boxes of kM x 64, weight [columns, K] kN x 64, y and
 //   residual [M, N] 16 x kBox; a map of a residual that is not there is not read.
 // Launch: linear_sm90_<tile>_<dtype>, linear_sm90_<tile>_activated_<dtype>, linear_sm90_<tile>_geglu_<dtype>,
-//   linear_sm90_<tile>_gate_<dtype>; grid up to the number of tiles, as many as run at once; block WgmmaTile::kThreads; dynamic shared memory sizeof(LinearShared).
-//   src/ops/cuda/linear_sm90.rs has the table and who picks from it.
+//   linear_sm90_<tile>_gate_<dtype>; grid up to the number of tiles, as many as run at once; block
+//   WgmmaTile::kThreads; dynamic shared memory sizeof(LinearShared). src/ops/cuda/linear_sm90.rs has the table and who
+//   picks from it.
 #include "sm90/linear_block.cuh"
 
 template <class Tile, int kPasses, LinearKind kKind>

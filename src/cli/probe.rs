@@ -330,7 +330,7 @@ fn unet(
         return Err(input.mismatch("control", &shape, &format!("values from 0 to 1, not {value}")));
     }
     let hint = net.hint(&from_nchw(device, dtype, shape, &picture)?)?;
-    let (told, zero_convs) = (net.condition(told, &[timestep])?, net.zero_convs(scale, false)?);
+    let (told, zero_convs) = (net.conditioner().condition(told, &[timestep])?, net.zero_convs(scale, false)?);
     let added = net.forward(&x, &hint, &step, &told, &zero_convs)?;
     let control = [Control { net: &net, zero_convs: &zero_convs, conditioning: &told, hint: &hint, first: 0 }];
     let out = unet.forward(&x, &step, &conditioning, UnetCall { controls: &control, ..options.into() })?;

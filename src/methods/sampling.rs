@@ -6,7 +6,7 @@ use super::cache::{Caching, StepWork};
 use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{
-    DiffusionModel, Event, FrequencySplit, Known, LowResolution, NoiseSource, Prediction, Run, Size, Stage,
+    Denoiser, DiffusionModel, Event, FrequencySplit, Known, LowResolution, NoiseSource, Prediction, Run, Size, Stage,
     StageInputs, StepKey, StepProgress, Watch,
 };
 use crate::error::Result;
@@ -245,10 +245,7 @@ impl<'a> Sampling<'a> {
         let prediction_at = &|step: usize| prediction_at(step).with_control(run.controls_at(index, step));
         let pictures = model.control_pictures(index, size)?;
         let begin = |reuse| {
-            let mut denoiser = model.begin_stage(told, timesteps, reuse)?;
-            if !pictures.is_empty() {
-                denoiser.set_control_pictures(&pictures)?;
-            }
+            let mut denoiser = begin_controlled(model, told, timesteps, &pictures, reuse)?;
             match &channels {
                 None => {}
                 Some(channels) => denoiser.set_channels(channels)?,
@@ -368,13 +365,7 @@ impl<'a> Sampling<'a> {
         let begin = ViewBegin { x, rows: &self.rows, range, guidance: self.guidance(key.step.sample[0]) };
         let told = self.run.method().implementation().told_size(self.run, index);
         let pictures = model.control_pictures(index, size)?;
-        let denoiser = |reuse| {
-            let mut denoiser = model.begin_stage(told, &self.timesteps, reuse)?;
-            if !pictures.is_empty() {
-                denoiser.set_control_pictures(&pictures)?;
-            }
-            Ok(denoiser)
-        };
+        let denoiser = |reuse| begin_controlled(model, told, &self.timesteps, &pictures, reuse);
         let mut on_device = model.recorded_steps().begin_views(&key, &begin, views, &denoiser)?;
         drop(begin);
         let mut before = None;
@@ -607,6 +598,21 @@ impl<'a> Sampling<'a> {
         let shape = [tables.len(), tables[0].len()];
         self.watch.dump_values(images, name, &shape, tables.into_iter().flatten().map(|&value| value as f32))
     }
+}
+
+/// A stage's denoiser, told the pictures that its ControlNets read.
+fn begin_controlled(
+    model: &dyn DiffusionModel,
+    size: Size,
+    timesteps: &[f32],
+    pictures: &[Tensor],
+    reuse: Option<Box<dyn Denoiser>>,
+) -> Result<Box<dyn Denoiser>> {
+    let mut denoiser = model.begin_stage(size, timesteps, reuse)?;
+    if !pictures.is_empty() {
+        denoiser.set_control_pictures(pictures)?;
+    }
+    Ok(denoiser)
 }
 
 /// The weights of the samples before and after a step in its clean samples. Without a bound the step is linear in the

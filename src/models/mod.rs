@@ -30,9 +30,9 @@ pub use rrdbnet::{RrdbNet, RrdbNetConfig, Tiling};
 pub use single_file::{Family, SingleFile};
 pub use t5::{T5Config, T5Encoder};
 pub use unet::{
-    AddedConditioning, AttentionMapMemory, AttentionMaps, Control, ControlNet, ControlNetConfig, ControlOptions,
-    ConvPlace, ConvRole, FourierConvs, ImageMasks, ImagePrompt, Redilations, TIME_IDS, TextConditioning, Unet,
-    UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions, ZeroConvs,
+    AddedConditioning, AttentionMapMemory, AttentionMaps, Conditioner, Control, ControlNet, ControlNetConfig,
+    ControlOptions, ConvPlace, ConvRole, FourierConvs, ImageMasks, ImagePrompt, Redilations, TIME_IDS,
+    TextConditioning, Unet, UnetBlock, UnetCall, UnetConditioning, UnetConfig, UnetOptions, ZeroConvs,
 };
 pub use vae::{Partition, Vae, VaeConfig};
 pub use weights::{Part, Rewritten, Unused, WeightFile, WeightFormat, WeightStore, Weights, rewrite};

@@ -67,10 +67,9 @@ impl ControlFiles {
     /// # Errors
     /// As [`WeightStore::open`].
     pub fn store(&self, device: &Device, dtype: DType) -> Result<WeightStore> {
-        match (device, &self.file) {
-            (Device::Meta(_), _) => Ok(WeightStore::meta(device, dtype)),
-            (_, Some(file)) => Ok(file.store(device, dtype)),
-            (_, None) => WeightStore::open(&self.path, "diffusion_pytorch_model", device, dtype),
+        match device {
+            Device::Meta(_) => Ok(WeightStore::meta(device, dtype)),
+            _ => self.stored(device, dtype),
         }
     }
 
@@ -79,11 +78,16 @@ impl ControlFiles {
     /// # Errors
     /// As [`WeightStore::open`].
     pub(super) fn outline(&self, device: &Device, dtype: DType) -> Result<WeightStore> {
-        let meta = Device::meta();
-        match (device, &self.file) {
-            (Device::Meta(_), _) => Ok(WeightStore::meta(&meta, dtype)),
-            (_, Some(file)) => Ok(file.store(&meta, dtype)),
-            (_, None) => WeightStore::open(&self.path, "diffusion_pytorch_model", &meta, dtype),
+        match device {
+            Device::Meta(_) => Ok(WeightStore::meta(&Device::meta(), dtype)),
+            _ => self.stored(&Device::meta(), dtype),
+        }
+    }
+
+    fn stored(&self, device: &Device, dtype: DType) -> Result<WeightStore> {
+        match &self.file {
+            Some(file) => Ok(file.store(device, dtype)),
+            None => WeightStore::open(&self.path, "diffusion_pytorch_model", device, dtype),
         }
     }
 

@@ -10,7 +10,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
-use super::files::{Description, TokenizerFiles};
+use super::files::{Description, TokenizerFiles, read_optional};
 use super::textual_inversion::LearnedWords;
 use crate::error::{Error, Result};
 
@@ -75,14 +75,7 @@ impl ClipTokenizer {
                           tokenizer.json)";
             return Err(Error::file(dir, reason));
         }
-        let read = |name: &str| -> Result<Option<Vec<u8>>> {
-            let path = dir.join(name);
-            match std::fs::read(&path) {
-                Ok(bytes) => Ok(Some(bytes)),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(error) => Err(Error::io(&path, error)),
-            }
-        };
+        let read = |name: &str| read_optional(&dir.join(name));
         let (vocab, merges, tokenizer) = (read("vocab.json")?, read("merges.txt")?, read("tokenizer.json")?);
         let (config, special_tokens_map) = (read("tokenizer_config.json")?, read("special_tokens_map.json")?);
         let added_tokens = read("added_tokens.json")?;

@@ -30,6 +30,15 @@ pub struct TokenizerFiles<'a> {
     pub added_tokens: Option<&'a [u8]>,
 }
 
+/// The bytes of a file that need not be there.
+pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path, error)),
+    }
+}
+
 /// A special token's role and its value when no file names it. In the order in which transformers adds them.
 const ROLES: [(&str, Option<&str>); 7] = [
     ("bos_token", Some("<|startoftext|>")),

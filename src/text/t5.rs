@@ -13,6 +13,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
 
+use super::files::read_optional;
 use super::t5_pieces::{Pieces, is_whole};
 use crate::error::{Error, Result};
 
@@ -87,14 +88,7 @@ impl T5Tokenizer {
                           spiece.model)";
             return Err(Error::file(dir, reason));
         }
-        let read = |name: &str| -> Result<Option<Vec<u8>>> {
-            let path = dir.join(name);
-            match std::fs::read(&path) {
-                Ok(bytes) => Ok(Some(bytes)),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(error) => Err(Error::io(&path, error)),
-            }
-        };
+        let read = |name: &str| read_optional(&dir.join(name));
         let (tokenizer, pieces) = (read("tokenizer.json")?, read("spiece.model")?);
         let config = read("tokenizer_config.json")?;
         let files =

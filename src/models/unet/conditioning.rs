@@ -293,24 +293,10 @@ impl Unet {
     ) -> Result<UnetConditioning> {
         self.conditioner.recondition(conditioning, added, timesteps)
     }
-
-    /// One timestep for a batch whose samples have sizes of their own, with the text and the guidance of `conditioning`, whose
-    /// K and V stay. `added`: pooled text `[N, pooled_dim]` and N time ids, sample by sample; N is a multiple of R.
-    ///
-    /// # Errors
-    /// As [`condition`](Unet::condition).
-    pub fn condition_samples(
-        &self,
-        conditioning: &UnetConditioning,
-        added: AddedConditioning,
-        timestep: f32,
-    ) -> Result<UnetConditioning> {
-        self.conditioner.condition_samples(conditioning, added, timestep)
-    }
 }
 
 /// The layers whose input is the same in every step of a run: of the UNet, and of a ControlNet, which reads what the UNet is told.
-pub(super) struct Conditioner {
+pub struct Conditioner {
     pub(super) config: UnetConfig,
     pub(super) device: Device,
     pub(super) dtype: DType,
@@ -319,8 +305,11 @@ pub(super) struct Conditioner {
 }
 
 impl Conditioner {
-    /// [`Unet::condition`]
-    pub(super) fn condition<'a>(
+    /// As [`Unet::condition`].
+    ///
+    /// # Errors
+    /// As [`Unet::condition`].
+    pub fn condition<'a>(
         &self,
         conditioning: impl Into<TextConditioning<'a>>,
         timesteps: &[f32],
@@ -332,8 +321,11 @@ impl Conditioner {
         self.with_rows(kv, text_rows, text_rows, added, guidance, timesteps)
     }
 
-    /// [`Unet::recondition`]
-    pub(super) fn recondition(
+    /// As [`Unet::recondition`].
+    ///
+    /// # Errors
+    /// As [`Unet::condition`].
+    pub fn recondition(
         &self,
         conditioning: &UnetConditioning,
         added: Option<AddedConditioning>,
@@ -344,8 +336,12 @@ impl Conditioner {
         Ok(UnetConditioning { images: images.clone(), ..made })
     }
 
-    /// [`Unet::condition_samples`]
-    pub(super) fn condition_samples(
+    /// One timestep for a batch whose samples have sizes of their own, with the text and the guidance of `conditioning`, whose
+    /// K and V stay. `added`: pooled text `[N, pooled_dim]` and N time ids, sample by sample; N is a multiple of R.
+    ///
+    /// # Errors
+    /// As [`Unet::condition`].
+    pub fn condition_samples(
         &self,
         conditioning: &UnetConditioning,
         added: AddedConditioning,

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::blocks::{Call, DownBlock, Loader, MidBlock};
 use super::conditioning::{Conditioner, TimeEmbedding};
-use super::{AddedConditioning, TextConditioning, UnetConditioning, UnetConfig, UnetOptions};
+use super::{UnetConditioning, UnetConfig, UnetOptions};
 use crate::error::{Error, Result};
 use crate::models::config::{JsonConfig, most};
 use crate::models::layers::Conv2d;
@@ -392,42 +392,9 @@ impl ControlNet {
         Ok(ZeroConvs { convs: convs.iter().enumerate().map(scaled).collect::<Result<_>>()? })
     }
 
-    /// As [`Unet::condition`](super::Unet::condition).
-    ///
-    /// # Errors
-    /// As [`Unet::condition`](super::Unet::condition).
-    pub fn condition<'a>(
-        &self,
-        conditioning: impl Into<TextConditioning<'a>>,
-        timesteps: &[f32],
-    ) -> Result<UnetConditioning> {
-        self.conditioner.condition(conditioning, timesteps)
-    }
-
-    /// As [`Unet::recondition`](super::Unet::recondition).
-    ///
-    /// # Errors
-    /// As [`Unet::condition`](super::Unet::condition).
-    pub fn recondition(
-        &self,
-        conditioning: &UnetConditioning,
-        added: Option<AddedConditioning>,
-        timesteps: &[f32],
-    ) -> Result<UnetConditioning> {
-        self.conditioner.recondition(conditioning, added, timesteps)
-    }
-
-    /// As [`Unet::condition_samples`](super::Unet::condition_samples).
-    ///
-    /// # Errors
-    /// As [`Unet::condition`](super::Unet::condition).
-    pub fn condition_samples(
-        &self,
-        conditioning: &UnetConditioning,
-        added: AddedConditioning,
-        timestep: f32,
-    ) -> Result<UnetConditioning> {
-        self.conditioner.condition_samples(conditioning, added, timestep)
+    /// The layers that read what the UNet is told.
+    pub fn conditioner(&self) -> &Conditioner {
+        &self.conditioner
     }
 
     /// Calls `each` with the features of the skips in their order; the middle block's are returned. `x: [N, h, w, in_channels]`,

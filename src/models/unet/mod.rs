@@ -11,7 +11,7 @@ mod fourier;
 mod image_prompt;
 
 pub use attention_maps::{AttentionMapMemory, AttentionMaps};
-pub use conditioning::{AddedConditioning, TextConditioning, UnetConditioning};
+pub use conditioning::{AddedConditioning, Conditioner, TextConditioning, UnetConditioning};
 pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
 pub use controlnet::{Control, ControlNet, ControlNetConfig, ControlOptions, ZeroConvs};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::ops::{self, FreeU, Source, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, UpBlock};
-use conditioning::{Conditioner, TimeEmbedding};
+use conditioning::TimeEmbedding;
 
 /// What a method may ask of a call. Data alone: calls with equal options do the same work, so a recorded step is found by them.
 /// A level is that of a down block, counted from 0, the finest; the up block of level i of n is number n - 1 - i.
@@ -233,6 +233,11 @@ impl Unet {
 
     pub fn dtype(&self) -> DType {
         self.conditioner.dtype
+    }
+
+    /// The layers that read what is the same in every step of a run.
+    pub fn conditioner(&self) -> &Conditioner {
+        &self.conditioner
     }
 
     /// `x: [N, H, W, in_channels]`, one source or two, to `[N, H, W, out_channels]`: the predicted noise, or whatever the checkpoint was trained

@@ -4,11 +4,12 @@
 //! first call, which is launched and not recorded. Views move from step to step, so theirs is made in the step, of the part of the
 //! picture that a view shows (zeros around it), as the published code of DemoFusion does.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::{Module, Resident};
 use super::super::{ControlFiles, ModelFiles, WeightReport};
+use super::conditioning::{Crops, StageConditioning};
 use super::{PromptEmbeds, misfit};
 use crate::error::{Error, Result};
 use crate::methods::ViewPlaces;
@@ -61,7 +62,8 @@ impl ControlNets {
 
     /// What they are told in a run.
     pub fn conditions(&self, strengths: Vec<ControlStrength>, repeats: usize) -> ControlConditions {
-        ControlConditions { nets: self.nets.clone(), strengths, repeats, made: Vec::new() }
+        let control = |(net, strength)| ControlCondition { net, strength, made: None };
+        ControlConditions { controls: self.nets.iter().cloned().zip(strengths).map(control).collect(), repeats }
     }
 }
 
@@ -75,13 +77,16 @@ pub struct ControlStrength {
 
 /// What the ControlNets are told in a run: what the UNet is.
 pub struct ControlConditions {
-    nets: Vec<Arc<Resident<ControlNet>>>,
-    /// One a ControlNet.
-    strengths: Vec<ControlStrength>,
+    controls: Vec<ControlCondition>,
     /// How often a sample stands in the UNet's batch.
     repeats: usize,
+}
+
+struct ControlCondition {
+    net: Arc<Resident<ControlNet>>,
+    strength: ControlStrength,
     /// Of the latest stage, whose K and V the next one has too.
-    made: Vec<(UnetConditioning, ZeroConvs)>,
+    made: Option<(UnetConditioning, ZeroConvs)>,
 }
 
 impl ControlConditions {
@@ -95,51 +100,54 @@ impl ControlConditions {
         time_ids: Option<[f32; TIME_IDS]>,
         timesteps: &[f32],
     ) -> Result<Controls> {
-        let mut controls = Vec::new();
-        for (index, (net, strength)) in self.nets.iter().zip(&self.strengths).enumerate() {
-            let net = net.get()?;
-            let all = prompts.embeds.shape()[0];
-            let first_row = if strength.guess { all / self.repeats * (self.repeats - 1) } else { 0 };
-            let pooled = prompts.pooled.as_ref().map(|pooled| pooled.rows(first_row..all)).transpose()?;
-            let ids = time_ids.map(|ids| [ids]);
-            let added = match (&pooled, &ids) {
-                (Some(pooled), Some(ids)) => Some(AddedConditioning { pooled, time_ids: ids }),
-                _ => None,
-            };
-            let made = match self.made.get(index) {
-                Some((made, zero)) => (net.recondition(made, added, timesteps)?, zero.clone()),
-                None => {
-                    let text = prompts.embeds.rows(first_row..all)?;
-                    let text = TextConditioning { text: &text, added, guidance: None };
-                    (net.condition(text, timesteps)?, net.zero_convs(strength.scale, strength.guess)?)
-                }
-            };
-            match self.made.get_mut(index) {
-                Some(latest) => *latest = made.clone(),
-                None => self.made.push(made.clone()),
+        let repeats = self.repeats;
+        let begin = |control: &mut ControlCondition| control.begin_stage(prompts, time_ids, timesteps, repeats);
+        self.controls.iter_mut().map(begin).collect::<Result<_>>().map(Controls)
+    }
+}
+
+impl ControlCondition {
+    fn begin_stage(
+        &mut self,
+        prompts: &PromptEmbeds,
+        time_ids: Option<[f32; TIME_IDS]>,
+        timesteps: &[f32],
+        repeats: usize,
+    ) -> Result<Controlled> {
+        let ControlStrength { scale, guess } = self.strength;
+        let net = self.net.get()?;
+        // In guess mode it sees the conditional samples alone.
+        let skipped = if guess { repeats - 1 } else { 0 };
+        let all = prompts.embeds.shape()[0];
+        let rows = all / repeats * skipped..all;
+        let pooled = prompts.pooled.as_ref().map(|pooled| pooled.rows(rows.clone())).transpose()?;
+        let ids = time_ids.map(|ids| [ids]);
+        let added = match (&pooled, &ids) {
+            (Some(pooled), Some(ids)) => Some(AddedConditioning { pooled, time_ids: ids }),
+            _ => None,
+        };
+        let (conditioning, zero_convs) = match self.made.take() {
+            Some((made, zero_convs)) => (net.conditioner().recondition(&made, added, timesteps)?, zero_convs),
+            None => {
+                let text = prompts.embeds.rows(rows)?;
+                let text = TextConditioning { text: &text, added, guidance: None };
+                (net.conditioner().condition(text, timesteps)?, net.zero_convs(scale, guess)?)
             }
-            let (conditioning, zero_convs) = match net.device() {
-                Device::Cpu(_) => made,
-                // A recorded step reads them, and the next run writes into them.
-                Device::Cuda(_) | Device::Meta(_) => (made.0.duplicate()?, made.1.duplicate()?),
-            };
-            controls.push(Controlled {
-                repeats: if strength.guess { 1 } else { self.repeats },
-                skipped: if strength.guess { self.repeats - 1 } else { 0 },
-                net,
-                zero_convs,
-                conditioning,
-                pooled,
-                time_ids,
-                timesteps: timesteps.to_vec(),
-                twins: OnceLock::new(),
-                cropped: Vec::new(),
-                picture: None,
-                hints: Mutex::default(),
-                views: Vec::new(),
-            });
-        }
-        Ok(Controls(controls))
+        };
+        self.made = Some((conditioning.clone(), zero_convs.clone()));
+        let crops = match (pooled, time_ids) {
+            (Some(pooled), Some(time_ids)) => Some(Crops { pooled, time_ids, timesteps: timesteps.to_vec() }),
+            _ => None,
+        };
+        Ok(Controlled {
+            conditioning: StageConditioning::new(conditioning, repeats - skipped, crops),
+            skipped,
+            net,
+            zero_convs,
+            picture: None,
+            hints: Mutex::default(),
+            views: Vec::new(),
+        })
     }
 }
 
@@ -150,30 +158,13 @@ struct Controlled {
     net: Arc<ControlNet>,
     zero_convs: ZeroConvs,
     /// Of the rows of the text that it is told: with guess mode the conditional ones.
-    conditioning: UnetConditioning,
-    /// How often it sees a sample.
-    repeats: usize,
+    conditioning: StageConditioning,
     /// How often a sample stands in the batch before those that it sees.
     skipped: usize,
-    pooled: Option<Tensor>,
-    time_ids: Option<[f32; TIME_IDS]>,
-    timesteps: Vec<f32>,
-    /// For a batch that ends with the conditional samples once more.
-    twins: OnceLock<UnetConditioning>,
-    /// By the samples that it sees: what it is told of each one's crop.
-    cropped: Vec<Cropped>,
     /// `[1, H, W, 3]`, f32: of the stage's size.
     picture: Option<Tensor>,
     hints: Mutex<Vec<Hint>>,
     views: Vec<Views>,
-}
-
-/// A batch of crops.
-struct Cropped {
-    samples: usize,
-    /// `[samples, pooled_dim]`; `None`: of another run.
-    pooled: Option<Tensor>,
-    conditioning: UnetConditioning,
 }
 
 /// The picture's embedding for maps of one kind; a recorded step reads it where it lies.
@@ -202,19 +193,31 @@ struct Views {
 }
 
 impl Controls {
-    /// Tells these, of an earlier stage, what those are told, in the memory of these.
+    /// The same, on a card in memory of their own: a recorded step reads it, and the next run writes into it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; those of the device.
+    pub fn in_own_memory(self) -> Result<Controls> {
+        let own = |control: Controlled| {
+            let device = control.net.device();
+            let zero_convs = match device {
+                Device::Cpu(_) => control.zero_convs,
+                Device::Cuda(_) | Device::Meta(_) => control.zero_convs.duplicate()?,
+            };
+            let conditioning = control.conditioning.in_own_memory(device)?;
+            Ok(Controlled { conditioning, zero_convs, ..control })
+        };
+        self.0.into_iter().map(own).collect::<Result<_>>().map(Controls)
+    }
+
+    /// Tells these, of an earlier stage, what `from` is told, in the memory of these.
     ///
     /// # Errors
     /// Those of the device.
-    pub fn reuse(&mut self, from: Controls) -> Result<()> {
+    pub fn replace(&mut self, from: Controls) -> Result<()> {
         for (own, from) in self.0.iter_mut().zip(from.0) {
-            own.conditioning.copy_from(&from.conditioning)?;
+            own.conditioning.replace(from.conditioning)?;
             own.zero_convs.copy_from(&from.zero_convs)?;
-            if let Some(twins) = own.twins.get_mut() {
-                twins.copy_from(&of_twins(&from.conditioning, own.repeats)?)?;
-            }
-            own.cropped.iter_mut().for_each(|cropped| cropped.pooled = None);
-            (own.pooled, own.time_ids, own.timesteps) = (from.pooled, from.time_ids, from.timesteps);
         }
         Ok(())
     }
@@ -251,7 +254,8 @@ impl Controls {
     /// # Errors
     /// Those of the networks.
     pub fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()> {
-        self.0.iter_mut().try_for_each(|own| own.tell_crops(evaluation, crops))
+        let tell = |own: &mut Controlled| own.conditioning.tell_crops(own.net.conditioner(), evaluation, crops);
+        self.0.iter_mut().try_for_each(tell)
     }
 
     fn on(&self, options: ControlOptions) -> impl Iterator<Item = &Controlled> {
@@ -265,7 +269,7 @@ impl Controls {
     pub fn hints(&self, options: ControlOptions, map: [usize; 2], images: usize, more: usize) -> Result<Vec<Tensor>> {
         let of = |own: &Controlled| {
             let kind = HintKind {
-                samples: own.repeats * images + more,
+                samples: own.conditioning.repeats() * images + more,
                 map: options.map.unwrap_or(map),
                 nearest: options.map.is_some(),
             };
@@ -294,10 +298,11 @@ impl Controls {
         told: Told,
     ) -> Result<Vec<Control<'a>>> {
         let call = |(own, hint): (&'a Controlled, &'a Tensor)| {
+            let seen = own.conditioning.repeats() * samples;
             let conditioning = match told {
-                Told::Whole => &own.conditioning,
-                Told::Twins => own.twins()?,
-                Told::Crops => own.cropped(own.repeats * samples),
+                Told::Whole => own.conditioning.whole(),
+                Told::Twins => own.conditioning.twins()?,
+                Told::Crops => own.conditioning.cropped(seen).ok_or_else(|| untold("where the crops lie"))?,
             };
             let (net, zero_convs, first) = (&*own.net, &own.zero_convs, own.skipped * samples);
             Ok(Control { net, zero_convs, conditioning, hint, first })
@@ -312,7 +317,7 @@ pub enum Told {
     Whole,
     /// The batch ends with the conditional samples once more.
     Twins,
-    /// Each sample's crop, where it was told.
+    /// Each sample's crop.
     Crops,
 }
 
@@ -320,25 +325,11 @@ fn locked(hints: &Mutex<Vec<Hint>>) -> MutexGuard<'_, Vec<Hint>> {
     hints.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The conditioning with the conditional rows once more.
-fn of_twins(conditioning: &UnetConditioning, repeats: usize) -> Result<UnetConditioning> {
-    conditioning.with_twins(conditioning.text_rows() / repeats * (repeats - 1))
+fn untold(what: &str) -> Error {
+    Error::config("controlnet", format!("was not told {what}"))
 }
 
 impl Controlled {
-    fn twins(&self) -> Result<&UnetConditioning> {
-        if let Some(twins) = self.twins.get() {
-            return Ok(twins);
-        }
-        let twins = of_twins(&self.conditioning, self.repeats)?;
-        Ok(self.twins.get_or_init(|| twins))
-    }
-
-    fn cropped(&self, samples: usize) -> &UnetConditioning {
-        let told = self.cropped.iter().find(|cropped| cropped.samples == samples);
-        told.map_or(&self.conditioning, |cropped| &cropped.conditioning)
-    }
-
     fn picture(&self) -> Result<&Tensor> {
         self.picture.as_ref().ok_or_else(|| Error::config("controlnet", "has no picture in this stage"))
     }
@@ -409,39 +400,9 @@ impl Controlled {
     fn view_hint(&self, layout: PatchLayout, samples: usize) -> Result<Tensor> {
         let cells = (samples, layout.size, layout.stride);
         let views = self.views.iter().find(|views| views.cells == cells);
-        let views = views.ok_or_else(|| Error::config("controlnet", "was not told where the views lie"))?;
+        let views = views.ok_or_else(|| untold("where the views lie"))?;
         let dtype = self.net.dtype();
         let parts = ops::gather_patches(self.picture()?, &views.patches, None, &views.scale, dtype, 1)?;
-        self.embedding(&parts, self.repeats)
-    }
-
-    fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()> {
-        let (Some(pooled), Some(time_ids)) = (&self.pooled, self.time_ids) else { return Ok(()) };
-        let samples = self.repeats * crops.len();
-        let at = self.cropped.iter().position(|cropped| cropped.samples == samples);
-        let rows = match at.and_then(|at| self.cropped[at].pooled.clone()) {
-            Some(rows) => rows,
-            None => {
-                // Each row of the text serves as many consecutive samples.
-                let text_rows = pooled.shape()[0];
-                let row = |sample: usize| pooled.rows(sample * text_rows / samples..sample * text_rows / samples + 1);
-                Tensor::concat(&(0..samples).map(row).collect::<Result<Vec<_>>>()?)?
-            }
-        };
-        let [height, width, _, _, target_height, target_width] = time_ids;
-        let of = |&[top, left]: &[f32; 2]| [height, width, top, left, target_height, target_width];
-        let ids: Vec<[f32; TIME_IDS]> = crops.iter().map(of).collect::<Vec<_>>().repeat(self.repeats);
-        let added = AddedConditioning { pooled: &rows, time_ids: &ids };
-        let told = self.net.condition_samples(&self.conditioning, added, self.timesteps[evaluation])?;
-        match at {
-            Some(at) => {
-                self.cropped[at].pooled = Some(rows);
-                self.cropped[at].conditioning.copy_rows_from(&told)
-            }
-            None => {
-                self.cropped.push(Cropped { samples, pooled: Some(rows), conditioning: told });
-                Ok(())
-            }
-        }
+        self.embedding(&parts, self.conditioning.repeats())
     }
 }

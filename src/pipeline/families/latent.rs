@@ -1,18 +1,18 @@
 //! What the families with a UNet over the latents of a VAE have in common.
 
 use std::any::Any;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::super::memory::{LoadOptions, Role};
 use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, Size, WeightReport};
+use super::conditioning::StageConditioning;
 use super::control::{Controls, Told};
 use super::{SampleSpace, misfit};
 use crate::error::{Error, Result};
 use crate::methods::{Denoiser, PatchInput, ViewPlaces};
 use crate::models::{
-    AddedConditioning, AttentionMapMemory, ImageMasks, Partition, TIME_IDS, Unet, UnetCall, UnetConditioning,
-    UnetConfig, UnetOptions, Vae, VaeConfig,
+    AttentionMapMemory, ImageMasks, Partition, Unet, UnetCall, UnetConfig, UnetOptions, Vae, VaeConfig,
 };
 use crate::ops::{self, Source, StepIndex, StepTable};
 use crate::runtime::{DType, Device, Tensor};
@@ -196,41 +196,15 @@ pub fn unet(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<(Arc<Resid
 /// A UNet in a stage.
 pub struct UnetDenoiser {
     unet: Arc<Unet>,
-    conditioning: UnetConditioning,
-    repeats: usize,
+    conditioning: StageConditioning,
     /// `[repeats N, h, w, C]`: what an inpainting UNet reads beside the latents.
     channels: Option<Tensor>,
     attention_maps: AttentionMapMemory,
     /// Where on the stage's map image prompts count.
     image_masks: ImageMasks,
-    /// What it is told of crops, where it reads them.
-    crops: Option<Crops>,
-    /// By the samples of a batch: what it was told of each one's crop.
-    cropped: Vec<Cropped>,
     /// Of the conditioning of crops, which has one step: its index.
     only: StepIndex,
-    /// The conditioning of a batch that ends with the conditional samples once more, from the first such call on.
-    twins: OnceLock<UnetConditioning>,
     controls: Controls,
-}
-
-/// What a network that was trained on crops is told beside where they lie.
-pub struct Crops {
-    /// `[R, pooled_dim]`
-    pub pooled: Tensor,
-    /// Of the whole picture; top and left of the crop are places 2 and 3.
-    pub time_ids: [f32; TIME_IDS],
-    pub timesteps: Vec<f32>,
-}
-
-/// A batch of crops.
-struct Cropped {
-    samples: usize,
-    /// `[samples, pooled_dim]`
-    pooled: Tensor,
-    conditioning: UnetConditioning,
-    /// Does `pooled` have this run's text?
-    current: bool,
 }
 
 impl UnetDenoiser {
@@ -240,71 +214,37 @@ impl UnetDenoiser {
     /// Those of the device; [`Error::Config`]: `reuse` is of another kind.
     pub fn begin(
         unet: Arc<Unet>,
-        conditioning: UnetConditioning,
-        repeats: usize,
-        crops: Option<Crops>,
+        conditioning: StageConditioning,
         controls: Controls,
         image_masks: Vec<Option<Tensor>>,
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
         let Some(reuse) = reuse else {
-            let conditioning = match unet.device() {
-                Device::Cpu(_) => conditioning,
-                Device::Cuda(_) | Device::Meta(_) => conditioning.duplicate()?,
-            };
-            let only = StepIndex::one(unet.device(), 0)?;
-            let (channels, cropped, twins) = (None, Vec::new(), OnceLock::new());
-            let attention_maps = AttentionMapMemory::default();
-            let image_masks = ImageMasks::new(image_masks);
+            let device = unet.device();
             return Ok(Box::new(UnetDenoiser {
+                conditioning: conditioning.in_own_memory(device)?,
+                controls: controls.in_own_memory()?,
+                channels: None,
+                attention_maps: AttentionMapMemory::default(),
+                image_masks: ImageMasks::new(image_masks),
+                only: StepIndex::one(device, 0)?,
                 unet,
-                conditioning,
-                repeats,
-                channels,
-                attention_maps,
-                image_masks,
-                crops,
-                cropped,
-                only,
-                twins,
-                controls,
             }));
         };
         let reuse: Box<dyn Any> = reuse;
         let mut reuse = reuse
             .downcast::<UnetDenoiser>()
             .map_err(|_| Error::config("recorded steps", "the denoiser to use again is of another family"))?;
-        reuse.conditioning.copy_from(&conditioning)?;
+        reuse.conditioning.replace(conditioning)?;
         reuse.image_masks.replace(image_masks)?;
-        let first = reuse.first_conditional();
-        if let Some(twins) = reuse.twins.get_mut() {
-            twins.copy_from(&conditioning.with_twins(first)?)?;
-        }
-        reuse.controls.reuse(controls)?;
-        reuse.crops = crops;
-        reuse.cropped.iter_mut().for_each(|cropped| cropped.current = false);
+        reuse.controls.replace(controls)?;
         Ok(reuse)
-    }
-
-    /// The first conditional row of the text: of the unconditional rows there are as many, or none.
-    fn first_conditional(&self) -> usize {
-        self.conditioning.text_rows() / self.repeats * (self.repeats - 1)
-    }
-
-    /// The conditioning for a batch that ends with the conditional samples once more. A card reads it at every step, so it is
-    /// made once and stays where it is.
-    fn twins(&self) -> Result<&UnetConditioning> {
-        if let Some(twins) = self.twins.get() {
-            return Ok(twins);
-        }
-        let twins = self.conditioning.with_twins(self.first_conditional())?;
-        Ok(self.twins.get_or_init(|| twins))
     }
 }
 
 impl Denoiser for UnetDenoiser {
     fn denoise(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let input = ops::scale_input(x, steps, self.unet.dtype(), self.repeats)?;
+        let input = ops::scale_input(x, steps, self.unet.dtype(), self.conditioning.repeats())?;
         let input = match &self.channels {
             None => Source::One(&input),
             Some(channels) => Source::Two(&input, channels),
@@ -315,12 +255,12 @@ impl Denoiser for UnetDenoiser {
         let maps = Some(&self.attention_maps);
         let (window_shifts, image_masks) = (steps.window_shifts(), Some(&self.image_masks));
         let call = UnetCall { options, window_shifts, attention_maps: maps, twins: 0, controls, image_masks };
-        self.unet.forward(input, steps.index(), &self.conditioning, call)
+        self.unet.forward(input, steps.index(), self.conditioning.whole(), call)
     }
 
     fn denoise_twins(&self, x: &Tensor, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
-        let (twins, [images, h, w, _]) = (self.twins()?, x.dims("denoise_twins", "x")?);
-        let input = ops::scale_input(x, steps, self.unet.dtype(), self.repeats + 1)?;
+        let (twins, [images, h, w, _]) = (self.conditioning.twins()?, x.dims("denoise_twins", "x")?);
+        let input = ops::scale_input(x, steps, self.unet.dtype(), self.conditioning.repeats() + 1)?;
         let channels = match &self.channels {
             Some(channels) => Some(ops::stack(channels, &channels.rows(0..images)?)?),
             None => None,
@@ -335,7 +275,7 @@ impl Denoiser for UnetDenoiser {
     }
 
     fn set_channels(&mut self, channels: &Tensor) -> Result<()> {
-        let channels = ops::scale_cast(channels, 1.0, 0.0, self.unet.dtype(), self.repeats)?;
+        let channels = ops::scale_cast(channels, 1.0, 0.0, self.unet.dtype(), self.conditioning.repeats())?;
         match &mut self.channels {
             Some(own) => own.copy_from(&channels),
             None => {
@@ -355,17 +295,18 @@ impl Denoiser for UnetDenoiser {
 
     fn denoise_patches(&self, patches: &PatchInput, steps: &StepTable, options: &UnetOptions) -> Result<Tensor> {
         let &PatchInput { x, patches, restandardised, scales, crops } = patches;
-        let input = ops::gather_patches(x, patches, restandardised, scales, self.unet.dtype(), self.repeats)?;
+        let input =
+            ops::gather_patches(x, patches, restandardised, scales, self.unet.dtype(), self.conditioning.repeats())?;
         let samples = input.shape()[0];
-        let views = samples / self.repeats;
+        let views = samples / self.conditioning.repeats();
         let hints = self.controls.view_hints(options.control, patches.layout(), views)?;
-        let cropped = self.cropped.iter().find(|cropped| crops && cropped.samples == samples);
+        let cropped = if crops { self.conditioning.cropped(samples) } else { None };
         let told = if cropped.is_some() { Told::Crops } else { Told::Whole };
         let controls = &*self.controls.calls(options.control, &hints, views, told)?;
         let call = UnetCall { controls, ..options.into() };
         match cropped {
-            Some(cropped) => self.unet.forward(&input, &self.only, &cropped.conditioning, call),
-            None => self.unet.forward(&input, steps.index(), &self.conditioning, call),
+            Some(cropped) => self.unet.forward(&input, &self.only, cropped, call),
+            None => self.unet.forward(&input, steps.index(), self.conditioning.whole(), call),
         }
     }
 
@@ -379,33 +320,6 @@ impl Denoiser for UnetDenoiser {
 
     fn tell_crops(&mut self, evaluation: usize, crops: &[[f32; 2]]) -> Result<()> {
         self.controls.tell_crops(evaluation, crops)?;
-        let Some(Crops { pooled, time_ids, timesteps }) = &self.crops else { return Ok(()) };
-        let samples = self.repeats * crops.len();
-        let at = self.cropped.iter().position(|cropped| cropped.samples == samples);
-        let rows = match at.map(|at| &self.cropped[at]) {
-            Some(cropped) if cropped.current => cropped.pooled.clone(),
-            _ => {
-                // Each row of the text serves as many consecutive samples.
-                let text_rows = pooled.shape()[0];
-                let row = |sample: usize| pooled.rows(sample * text_rows / samples..sample * text_rows / samples + 1);
-                Tensor::concat(&(0..samples).map(row).collect::<Result<Vec<_>>>()?)?
-            }
-        };
-        let &[height, width, _, _, target_height, target_width] = time_ids;
-        let of = |&[top, left]: &[f32; 2]| [height, width, top, left, target_height, target_width];
-        let ids: Vec<[f32; TIME_IDS]> = crops.iter().map(of).collect::<Vec<_>>().repeat(self.repeats);
-        let added = AddedConditioning { pooled: &rows, time_ids: &ids };
-        let told = self.unet.condition_samples(&self.conditioning, added, timesteps[evaluation])?;
-        match at {
-            Some(at) => {
-                let cropped = &mut self.cropped[at];
-                (cropped.pooled, cropped.current) = (rows, true);
-                cropped.conditioning.copy_rows_from(&told)
-            }
-            None => {
-                self.cropped.push(Cropped { samples, pooled: rows, conditioning: told, current: true });
-                Ok(())
-            }
-        }
+        self.conditioning.tell_crops(self.unet.conditioner(), evaluation, crops)
     }
 }

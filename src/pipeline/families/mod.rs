@@ -1,6 +1,7 @@
 //! What a model family is to the pipeline: its parts and files, how prompts are encoded, what its network is told in a
 //! stage, and how samples become pictures. A family is one file, listed in [`FAMILIES`].
 
+mod conditioning;
 mod control;
 mod latent;
 mod prompts;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::super::memory::{LoadOptions, Role};
-use super::super::resident::Resident;
+use super::super::resident::{Module, Resident};
 use super::super::{ModelFiles, TextOptions, WeightReport};
-use super::PromptText;
+use super::{PromptText, misfit};
 use crate::error::{Error, Result};
 use crate::models::{ClipOutput, ClipTextModel};
 use crate::runtime::{Device, Tensor};
@@ -155,6 +155,75 @@ impl TextEncoder {
                 "the {what} has {piece:?}, which is read as words; request.text.syntax a1111 gives it its meaning"
             ));
         }
+    }
+}
+
+/// Two text encoders that read the same prompts, and whose hidden states lie side by side: CLIP ViT-L and OpenCLIP bigG.
+pub struct ClipPair([TextEncoder; 2]);
+
+/// What a pair says of R prompts of c chunks of L tokens.
+pub struct EncodedPair {
+    /// `[R, c L, C of both]`
+    pub hidden: Tensor,
+    /// As [`EncodedText::projected`], of each.
+    pub projected: [Option<Tensor>; 2],
+}
+
+impl ClipPair {
+    /// Those in `tokenizer` and `text_encoder`, and in `tokenizer_2` and `text_encoder_2`.
+    ///
+    /// # Errors
+    /// As [`TextEncoder::open`]; [`Error::Config`]: they read prompts of other lengths.
+    pub fn open(files: &Arc<ModelFiles>, options: &LoadOptions) -> Result<(ClipPair, [WeightReport; 2])> {
+        let (first, second) = (["tokenizer", "text_encoder"], ["tokenizer_2", "text_encoder_2"]);
+        let (first, first_report) = TextEncoder::open(files, first, Encoder::ClipL, options)?;
+        let (second, second_report) = TextEncoder::open(files, second, Encoder::ClipG, options)?;
+        if first.tokens != second.tokens {
+            let reason =
+                format!("tokenizer gives {} tokens, tokenizer_2 {}; they must be equal", first.tokens, second.tokens);
+            return misfit(files, reason);
+        }
+        Ok((ClipPair([first, second]), [first_report, second_report]))
+    }
+
+    pub fn modules(&self) -> impl Iterator<Item = &dyn Module> {
+        self.0.iter().map(|encoder| &encoder.model as &dyn Module)
+    }
+
+    /// As [`TextEncoder::chunks`]. The tokenizers differ in their padding alone.
+    ///
+    /// # Errors
+    /// Those of the tokenizers.
+    pub fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
+        let [first, second] = &self.0;
+        Ok(first.chunks(prompt, options)?.max(second.chunks(prompt, options)?))
+    }
+
+    /// As [`TextEncoder::learned`]. Both find the same words.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    pub fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>> {
+        self.0[0].learned(prompt, options)
+    }
+
+    /// As [`TextEncoder::encode`]; `outputs`: of each.
+    ///
+    /// # Errors
+    /// As [`TextEncoder::encode`].
+    pub fn encode(
+        &self,
+        prompts: &[&PromptText],
+        options: &TextOptions,
+        outputs: [ClipOutput; 2],
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<EncodedPair> {
+        let [first, second] = &self.0;
+        let first = first.encode(prompts, options, outputs[0], warn)?;
+        // What there is to say was said.
+        let second = second.encode(prompts, options, outputs[1], &mut |_| {})?;
+        let hidden = Tensor::concat_channels(&first.hidden, &second.hidden)?;
+        Ok(EncodedPair { hidden, projected: [first.projected, second.projected] })
     }
 }
 

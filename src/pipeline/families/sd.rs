@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::conditioning::{OfTimesteps, StageConditioning};
 use super::control::{ControlConditions, ControlNets};
 use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
@@ -47,20 +48,23 @@ struct Conditions {
     repeats: usize,
     /// What a UNet that reads its guidance scale is told.
     guidance: Option<f32>,
-    /// Of the timesteps beside it, once they are known.
-    made: Option<(Vec<f32>, UnetConditioning)>,
+    made: OfTimesteps<UnetConditioning>,
+}
+
+impl Conditions {
+    fn conditioning(&mut self, timesteps: &[f32]) -> Result<&UnetConditioning> {
+        let Conditions { unet, prompts, images, guidance, made, .. } = self;
+        made.get(timesteps, || {
+            let text = TextConditioning { text: &prompts.embeds, added: None, guidance: *guidance };
+            let unet = unet.get()?;
+            unet.condition(text, timesteps)?.with_images(&unet, images.prompts.clone())
+        })
+    }
 }
 
 impl RunConditions for Conditions {
     fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
-        if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
-            self.made = None;
-            let text = TextConditioning { text: &self.prompts.embeds, added: None, guidance: self.guidance };
-            let unet = self.unet.get()?;
-            let made = unet.condition(text, timesteps)?.with_images(&unet, self.images.prompts.clone())?;
-            self.made = Some((timesteps.to_vec(), made));
-        }
-        Ok(())
+        self.conditioning(timesteps).map(drop)
     }
 
     fn begin_stage(
@@ -69,16 +73,11 @@ impl RunConditions for Conditions {
         timesteps: &[f32],
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
-        self.prepare(timesteps)?;
+        let conditioning = self.conditioning(timesteps)?.clone();
         let controls = self.controls.begin_stage(&self.prompts, None, timesteps)?;
-        match &self.made {
-            Some((_, conditioning)) => {
-                let unet = self.unet.get()?;
-                let masks = self.images.masks(size, unet.device())?;
-                UnetDenoiser::begin(unet, conditioning.clone(), self.repeats, None, controls, masks, reuse)
-            }
-            None => unreachable!("just prepared"),
-        }
+        let unet = self.unet.get()?;
+        let masks = self.images.masks(size, unet.device())?;
+        UnetDenoiser::begin(unet, StageConditioning::new(conditioning, self.repeats, None), controls, masks, reuse)
     }
 }
 
@@ -136,7 +135,7 @@ impl Family for StableDiffusion {
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
         let RunInputs { prompts, images, repeats, guidance, controls, sizes: _ } = inputs;
         let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
-        Box::new(Conditions { unet, controls, prompts, images, repeats, guidance, made: None })
+        Box::new(Conditions { unet, controls, prompts, images, repeats, guidance, made: OfTimesteps::nothing() })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {

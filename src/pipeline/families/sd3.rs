@@ -4,8 +4,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use super::conditioning::OfTimesteps;
 use super::latent::LatentSpace;
-use super::prompts::TextEncoder;
+use super::prompts::{ClipPair, EncodedPair};
 use super::t5_prompts::{T5Padding, T5TextEncoder};
 use super::{
     Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace, misfit,
@@ -18,7 +19,6 @@ use crate::pipeline::memory::{LoadOptions, Role};
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
-use crate::text::Encoder;
 
 pub static SD3: FamilySpec = FamilySpec {
     name: "Stable Diffusion 3",
@@ -48,7 +48,7 @@ pub static SD3: FamilySpec = FamilySpec {
 
 struct StableDiffusion3 {
     /// In the order of the channels of the prompts' embeddings.
-    clip: [TextEncoder; 2],
+    clip: ClipPair,
     /// Of a model without it, zeros stand for what it would say.
     t5: T5TextEncoder,
     transformer: Arc<Resident<Mmdit>>,
@@ -90,15 +90,8 @@ impl StableDiffusion3 {
             );
             return misfit(files, reason);
         }
-        let (first, second) = (["tokenizer", "text_encoder"], ["tokenizer_2", "text_encoder_2"]);
-        let (first, first_report) = TextEncoder::open(files, first, Encoder::ClipL, options)?;
-        let (second, second_report) = TextEncoder::open(files, second, Encoder::ClipG, options)?;
-        if first.tokens != second.tokens {
-            let reason =
-                format!("tokenizer gives {} tokens, tokenizer_2 {}; they must be equal", first.tokens, second.tokens);
-            return misfit(files, reason);
-        }
-        let mut weights = vec![first_report, second_report];
+        let (clip, text_reports) = ClipPair::open(files, options)?;
+        let mut weights = text_reports.to_vec();
         let t5 = match files.has("text_encoder_3") {
             false => T5TextEncoder::missing(config.joint_attention_dim, options),
             true => {
@@ -121,7 +114,7 @@ impl StableDiffusion3 {
         let (latents, vae_report) = LatentSpace::new(files, options, false)?;
         weights.extend([transformer_report, vae_report]);
         let (text_device, dtype) = (options.text_device().clone(), options.dtype);
-        Ok(StableDiffusion3 { clip: [first, second], t5, transformer, config, latents, weights, text_device, dtype })
+        Ok(StableDiffusion3 { clip, t5, transformer, config, latents, weights, text_device, dtype })
     }
 }
 
@@ -164,15 +157,12 @@ impl Family for StableDiffusion3 {
         false
     }
 
-    /// The CLIP tokenizers differ in their padding alone.
     fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
-        let [first, second] = &self.clip;
-        Ok(first.chunks(prompt, options)?.max(second.chunks(prompt, options)?))
+        self.clip.chunks(prompt, options)
     }
 
-    /// Both CLIP tokenizers find the same words.
     fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>> {
-        self.clip[0].learned(prompt, options)
+        self.clip.learned(prompt, options)
     }
 
     /// Both CLIP encoders' hidden states side by side, padded to the width of T5's, whose tokens follow theirs; and both pooled
@@ -184,12 +174,11 @@ impl Family for StableDiffusion3 {
         warn: &mut dyn FnMut(&str),
     ) -> Result<PromptEmbeds> {
         let prompts: Vec<&PromptText> = prompts.iter().collect();
-        let [first, second] = &self.clip;
-        let output = ClipOutput::PENULTIMATE.with_pooled();
-        let first = first.encode(&prompts, options, output, warn)?;
-        // What there is to say was said.
-        let second = second.encode(&prompts, options, output, &mut |_| {})?;
-        let short = Tensor::concat_channels(&first.hidden, &second.hidden)?;
+        let outputs = [ClipOutput::PENULTIMATE.with_pooled(); 2];
+        let EncodedPair { hidden: short, projected } = self.clip.encode(&prompts, options, outputs, warn)?;
+        let [Some(first), Some(second)] = projected else {
+            return Err(Error::config("text_encoder", "has no pooled output"));
+        };
         let [rows, tokens, own] = short.dims("prompts", "hidden")?;
         let width = self.config.joint_attention_dim;
         let short = match width - own {
@@ -204,24 +193,18 @@ impl Family for StableDiffusion3 {
         // The tokens of a row follow each other in memory.
         let flat = |x: &Tensor, tokens: usize| x.reshape(&[rows, tokens * width]);
         let embeds = Tensor::concat_channels(&flat(&short, tokens)?, &flat(&long, more)?)?;
-        let missing = || Error::config("text_encoder", "has no pooled output");
-        let pooled = [first.projected.ok_or_else(missing)?, second.projected.ok_or_else(missing)?];
-        let pooled = Tensor::concat_channels(&pooled[0], &pooled[1])?;
+        let pooled = Tensor::concat_channels(&first, &second)?;
         Ok(PromptEmbeds { embeds: embeds.reshape(&[rows, tokens + more, width])?, pooled: Some(pooled) })
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
         let RunInputs { prompts, repeats, .. } = inputs;
-        Box::new(Conditions { transformer: self.transformer.clone(), prompts, repeats, made: None })
+        Box::new(Conditions { transformer: self.transformer.clone(), prompts, repeats, made: OfTimesteps::nothing() })
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
-        let [first, second] = &self.clip;
-        let text = [&first.model as &dyn Module, &second.model];
-        text.into_iter()
-            .chain(self.t5.module())
-            .chain([&*self.transformer as &dyn Module, self.latents.module()])
-            .collect()
+        let networks = [&*self.transformer as &dyn Module, self.latents.module()];
+        self.clip.modules().chain(self.t5.module()).chain(networks).collect()
     }
 
     fn weights(&self) -> &[WeightReport] {
@@ -234,20 +217,23 @@ struct Conditions {
     transformer: Arc<Resident<Mmdit>>,
     prompts: PromptEmbeds,
     repeats: usize,
-    /// Of the timesteps beside it, once they are known.
-    made: Option<(Vec<f32>, MmditConditioning)>,
+    made: OfTimesteps<MmditConditioning>,
+}
+
+impl Conditions {
+    fn conditioning(&mut self, timesteps: &[f32]) -> Result<&MmditConditioning> {
+        let Conditions { transformer, prompts: PromptEmbeds { embeds, pooled }, made, .. } = self;
+        made.get(timesteps, || {
+            let pooled = pooled.as_ref();
+            let pooled = pooled.ok_or_else(|| Error::config("prompts", "SD3 reads pooled text, and there is none"))?;
+            transformer.get()?.condition(embeds, pooled, timesteps)
+        })
+    }
 }
 
 impl RunConditions for Conditions {
     fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
-        if self.made.as_ref().is_none_or(|(made, _)| made != timesteps) {
-            self.made = None;
-            let PromptEmbeds { embeds, pooled } = &self.prompts;
-            let pooled = pooled.as_ref();
-            let pooled = pooled.ok_or_else(|| Error::config("prompts", "SD3 reads pooled text, and there is none"))?;
-            self.made = Some((timesteps.to_vec(), self.transformer.get()?.condition(embeds, pooled, timesteps)?));
-        }
-        Ok(())
+        self.conditioning(timesteps).map(drop)
     }
 
     fn begin_stage(
@@ -256,13 +242,8 @@ impl RunConditions for Conditions {
         timesteps: &[f32],
         reuse: Option<Box<dyn Denoiser>>,
     ) -> Result<Box<dyn Denoiser>> {
-        self.prepare(timesteps)?;
-        match &self.made {
-            Some((_, conditioning)) => {
-                MmditDenoiser::begin(self.transformer.get()?, conditioning.clone(), self.repeats, reuse)
-            }
-            None => unreachable!("just prepared"),
-        }
+        let conditioning = self.conditioning(timesteps)?.clone();
+        MmditDenoiser::begin(self.transformer.get()?, conditioning, self.repeats, reuse)
     }
 }
 

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
+use super::conditioning::{Crops, StageConditioning};
 use super::control::{ControlConditions, ControlNets};
-use super::latent::{Crops, LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
-use super::prompts::TextEncoder;
+use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
+use super::prompts::{ClipPair, EncodedPair};
 use super::{
     Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace, misfit,
 };
@@ -18,7 +19,6 @@ use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, SizeIds, TextOptions, WeightReport};
 use crate::runtime::{DType, Device, Tensor};
-use crate::text::Encoder;
 
 pub static SDXL: FamilySpec = FamilySpec {
     name: "Stable Diffusion XL",
@@ -38,7 +38,7 @@ pub static SDXL: FamilySpec = FamilySpec {
 
 struct StableDiffusionXl {
     /// In the order of the channels of the prompts' embeddings.
-    encoders: [TextEncoder; 2],
+    encoders: ClipPair,
     /// Is a negative prompt that was not given all zeros, rather than the encoded empty text?
     zeros_for_no_prompt: bool,
     unet: Arc<Resident<Unet>>,
@@ -73,20 +73,13 @@ impl StableDiffusionXl {
                 return misfit(files, reason);
             }
         }
-        let (first, second) = (["tokenizer", "text_encoder"], ["tokenizer_2", "text_encoder_2"]);
-        let (first, first_report) = TextEncoder::open(files, first, Encoder::ClipL, options)?;
-        let (second, second_report) = TextEncoder::open(files, second, Encoder::ClipG, options)?;
-        if first.tokens != second.tokens {
-            let reason =
-                format!("tokenizer gives {} tokens, tokenizer_2 {}; they must be equal", first.tokens, second.tokens);
-            return misfit(files, reason);
-        }
+        let (encoders, text_reports) = ClipPair::open(files, options)?;
         let (unet, unet_report) = unet(files, options)?;
         let (latents, vae_report) = LatentSpace::new(files, options, true)?;
         let controls = ControlNets::open(files, options, &unet_config, latents.factor())?;
-        let weights = [&[first_report, second_report, unet_report][..], controls.weights(), &[vae_report]].concat();
+        let weights = [&text_reports[..], &[unet_report], controls.weights(), &[vae_report]].concat();
         Ok(StableDiffusionXl {
-            encoders: [first, second],
+            encoders,
             zeros_for_no_prompt: files.index_flag("force_zeros_for_empty_prompt", true)?,
             unet,
             unet_config,
@@ -105,12 +98,10 @@ impl StableDiffusionXl {
         options: &TextOptions,
         warn: &mut dyn FnMut(&str),
     ) -> Result<PromptEmbeds> {
-        let [first, second] = &self.encoders;
-        let first = first.encode(prompts, options, ClipOutput::PENULTIMATE, warn)?;
-        // What there is to say was said.
-        let second = second.encode(prompts, options, ClipOutput::PENULTIMATE.with_pooled(), &mut |_| {})?;
-        let pooled = second.projected.ok_or_else(|| Error::config("text_encoder_2", "has no text_projection"))?;
-        let embeds = Tensor::concat_channels(&first.hidden, &second.hidden)?;
+        let outputs = [ClipOutput::PENULTIMATE, ClipOutput::PENULTIMATE.with_pooled()];
+        let EncodedPair { hidden: embeds, projected: [_, pooled] } =
+            self.encoders.encode(prompts, options, outputs, warn)?;
+        let pooled = pooled.ok_or_else(|| Error::config("text_encoder_2", "has no text_projection"))?;
         Ok(PromptEmbeds { embeds, pooled: Some(pooled) })
     }
 }
@@ -136,15 +127,12 @@ impl Family for StableDiffusionXl {
         reads_mask(&self.unet_config, self.latents.config())
     }
 
-    /// The tokenizers differ in their padding alone.
     fn chunks(&self, prompt: &PromptText, options: &TextOptions) -> Result<usize> {
-        let [first, second] = &self.encoders;
-        Ok(first.chunks(prompt, options)?.max(second.chunks(prompt, options)?))
+        self.encoders.chunks(prompt, options)
     }
 
-    /// Both tokenizers find the same words.
     fn learned(&self, prompt: &PromptText, options: &TextOptions) -> Result<Vec<String>> {
-        self.encoders[0].learned(prompt, options)
+        self.encoders.learned(prompt, options)
     }
 
     fn encode_prompts(
@@ -186,8 +174,8 @@ impl Family for StableDiffusionXl {
     }
 
     fn modules(&self) -> Vec<&dyn Module> {
-        let before: [&dyn Module; 3] = [&self.encoders[0].model, &self.encoders[1].model, &*self.unet];
-        before.into_iter().chain(self.controls.modules()).chain([self.latents.module()]).collect()
+        let unet = [&*self.unet as &dyn Module];
+        self.encoders.modules().chain(unet).chain(self.controls.modules()).chain([self.latents.module()]).collect()
     }
 
     fn weights(&self) -> &[WeightReport] {
@@ -236,7 +224,8 @@ impl RunConditions for Conditions {
         let controls = self.controls.begin_stage(&self.prompts, Some(time_ids[0]), timesteps)?;
         let crops = Crops { pooled: pooled.clone(), time_ids: time_ids[0], timesteps: timesteps.to_vec() };
         let masks = self.images.masks(size, unet.device())?;
-        UnetDenoiser::begin(unet, conditioning, self.repeats, Some(crops), controls, masks, reuse)
+        let conditioning = StageConditioning::new(conditioning, self.repeats, Some(crops));
+        UnetDenoiser::begin(unet, conditioning, controls, masks, reuse)
     }
 }
 
