@@ -39,47 +39,39 @@ DEVICE void activation(T* y, const T* x, int kind, int64_t count) {
     });
 }
 
-// add: y = a + scale b in f32, rounded once.   y, a, b [count]
-template <class T>
-DEVICE void add(T* y, const T* a, const T* b, float scale, int64_t count) {
+// y = a + factor(i) b in f32, rounded once. `whole`: elements of a vector have one factor.
+template <class T, class Factor>
+DEVICE void add_by(T* y, const T* a, const T* b, int64_t count, bool whole, Factor factor) {
     const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
-    if (aligned16(a) && aligned16(b) && aligned16(y) && first + kVector <= count) {
+    if (whole && aligned16(a) && aligned16(b) && aligned16(y) && first + kVector <= count) {
+        const float of_vector = factor(first);
         float sums[kVector], values[kVector];
         load<kVector>(sums, a + first);
         load<kVector>(values, b + first);
         UNROLL
-        for (int j = 0; j < kVector; j++) sums[j] = fmaf(scale, values[j], sums[j]);
+        for (int j = 0; j < kVector; j++) sums[j] = fmaf(of_vector, values[j], sums[j]);
         store<kVector>(y + first, sums);
         return;
     }
     for (int64_t i = first; i < first + kVector; i++) {
-        if (GUARD(i < count)) y[i] = from_f32<T>(fmaf(scale, to_f32(b[i]), to_f32(a[i])));
+        if (GUARD(i < count)) y[i] = from_f32<T>(fmaf(factor(i), to_f32(b[i]), to_f32(a[i])));
     }
 }
 
-// add_masked: y = a + scale mask b in f32, rounded once; the mask has one for each token.
+// add: y = a + scale b.   y, a, b [count]
+template <class T>
+DEVICE void add(T* y, const T* a, const T* b, float scale, int64_t count) {
+    add_by(y, a, b, count, true, [scale](int64_t) { return scale; });
+}
+
+// add_masked: y = a + scale mask b; the mask has one for each token.
 //   y, a, b [count / (tokens channels), tokens, channels], mask [tokens] f32
 template <class T>
 DEVICE void add_masked(T* y, const T* a, const T* b, const float* mask, float scale, int tokens, int channels,
                        int64_t count) {
-    const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
     // Whole vectors lie within a token.
-    const bool vectors = aligned16(a) && aligned16(b) && aligned16(y) && channels % kVector == 0;
-    if (vectors && first + kVector <= count) {
-        const float factor = scale * mask[first / channels % tokens];
-        float sums[kVector], values[kVector];
-        load<kVector>(sums, a + first);
-        load<kVector>(values, b + first);
-        UNROLL
-        for (int j = 0; j < kVector; j++) sums[j] = fmaf(factor, values[j], sums[j]);
-        store<kVector>(y + first, sums);
-        return;
-    }
-    for (int64_t i = first; i < first + kVector; i++) {
-        if (!GUARD(i < count)) continue;
-        const float factor = scale * mask[i / channels % tokens];
-        y[i] = from_f32<T>(fmaf(factor, to_f32(b[i]), to_f32(a[i])));
-    }
+    const bool whole = channels % kVector == 0;
+    add_by(y, a, b, count, whole, [=](int64_t i) { return scale * mask[i / channels % tokens]; });
 }
 
 // scale_cast: y[r] = scale x + shift in U, r < repeats.   y [repeats, count], x [count]

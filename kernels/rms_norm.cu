@@ -6,7 +6,7 @@
 //
 // Memory bound, ideally 2 rows C sizeof(T) bytes: x comes from DRAM once, the second time from L1 (8 KiB a block at the
 // longest row of T5). One entry, two ways, which the host picks by C alone, so that a row's result depends on nothing else:
-//   rms_norm       a warp a row, 8 rows a block, no barrier: short rows and many (SD3's queries and keys, C = 64)
+//   rms_norm       a warp a row, 8 rows a block, no barrier: short rows and many
 //   rms_norm_wide  a block a row: long rows and few (T5, C = 4096)
 // rms_norm_heads: the same in place, of queries and keys where a fused projection has left them, x [tokens, P, heads, C]: the
 //   first P - 1 parts by a gamma each, the last, the values, stays. A quarter of a warp a row up to C = 64, else a warp.

@@ -2,7 +2,8 @@
 //   y[M, N] = gate[r(m), N] * activation(x[M, K] weight[columns, K]^T + bias[columns]) + residual[M, N]
 //   activation: none, SiLU, GELU (exact), quick GELU, GELU by tanh: columns = N; GEGLU (exact, by tanh): columns = 2 N, weight
 //   rows interleaved, row 2j is value j and row 2j + 1 its gate: y_j = value_j gelu(gate_j)
-//   gate: rows of a table by each image's step (step_rows.cuh), of which one is for `image_rows` rows of x; beside no activation
+//   gate: rows of a table by each image's step (step_rows.cuh), of which one is for `image_rows` rows of x; only where
+//   there is no activation
 //   y, x, weight, bias, residual: T = f32 | f16 | bf16, contiguous; bias, residual and the table may be null. y overlaps
 //   nothing.
 // Bias, activation, gate and residual in f32, one rounding at the store.
@@ -30,7 +31,7 @@ struct LinearArgs {
     int k;
     int activation;
     int wide;
-    int image_rows;  // that a row of the gate is for
+    int image_rows;  // rows of x that share one row of the gate
 };
 
 // GELU as precise as a result of T can show.

@@ -315,10 +315,11 @@ fn norms(cases: &mut Vec<Case>) {
     }
     for (parts, head_dim) in [(3, 64), (2, 160), (3, 13)] {
         cases.push(case("rms_norm_heads", format!("[2,19,{parts},3,{head_dim}]"), TERMS, move |inputs| {
-            let x = inputs.shifted(&[2, 19, parts, 3, head_dim], 0.5, 1.0)?;
+            let mut x = inputs.shifted(&[2, 19, parts, 3, head_dim], 0.5, 1.0)?;
             let gammas = [inputs.shifted(&[head_dim], 1.0, 0.5)?, inputs.shifted(&[head_dim], 1.0, 0.5)?];
             let gammas: Vec<&Tensor> = gammas.iter().take(parts - 1).collect();
-            Ok(vec![ops::rms_norm_heads(x, &gammas, 1e-6)?])
+            ops::rms_norm_heads(&mut x, &gammas, 1e-6)?;
+            Ok(vec![x])
         }));
     }
 }

@@ -315,7 +315,7 @@ pub fn sd3(l: usize) -> Vec<Case> {
     vec![
         modulated_layer_norm(picture, c, 2),
         linear(picture, c, 3 * c, Activation::None),
-        rms_norm_heads(2, side * side, 24, 64),
+        rms_norm_heads([2, side * side, 3, 24, 64]),
         gated_linear(picture, c, c, 2),
         linear(picture, c, 4 * c, Activation::GeluTanh),
         gated_linear(picture, 4 * c, c, 2),
@@ -338,7 +338,7 @@ pub fn small() -> Vec<Case> {
         layer_norm(16, 64),
         modulated_layer_norm(16, 64, 2),
         rms_norm(16, 64),
-        rms_norm_heads(1, 9, 2, 64),
+        rms_norm_heads([1, 9, 3, 2, 64]),
         unpatchify([1, 3, 5], 2, 16),
         self_attention(1, 64, 2, 40, false),
         self_attention(1, 77, 1, 64, true),
@@ -577,12 +577,17 @@ fn group_norm_with(shape: [usize; 4], skip: usize, groups: usize, silu: bool) ->
 
 /// What [`Case::shape`] says of a layer norm.
 pub(super) fn layer_norm_shape(args: &LayerNorm, c: usize) -> Value {
-    let mut fields = rows_shape(args.x, c);
-    if args.gamma.is_none() {
+    let modulation = args.modulation.map(|modulation| [args.x.shape()[0], modulation.rows.rows]);
+    layer_norm_fields(args.x.numel() / c.max(1), c, args.gamma.is_some(), modulation)
+}
+
+fn layer_norm_fields(rows: usize, c: usize, affine: bool, modulation: Option<[usize; 2]>) -> Value {
+    let mut fields = json!({ "rows": rows, "c": c });
+    if !affine {
         fields["affine"] = json!(false);
     }
-    if let Some(modulation) = args.modulation {
-        fields["modulation"] = json!([args.x.shape()[0], modulation.rows.rows]);
+    if let Some(modulation) = modulation {
+        fields["modulation"] = json!(modulation);
     }
     fields
 }
@@ -598,15 +603,8 @@ fn modulated_layer_norm(rows: usize, c: usize, images: usize) -> Case {
 
 /// `modulation`: images, and conditioning rows of a step.
 fn layer_norm_with(rows: usize, c: usize, affine: bool, modulation: Option<[usize; 2]>) -> Case {
-    let (mut name, mut fields) = (format!("[{rows},{c}]"), json!({ "rows": rows, "c": c }));
-    if !affine {
-        fields["affine"] = json!(false);
-    }
-    if let Some(modulation) = modulation {
-        name += " modulated";
-        fields["modulation"] = json!(modulation);
-    }
-    case("layer_norm", name, fields, move |inputs| {
+    let name = format!("[{rows},{c}]{}", if modulation.is_some() { " modulated" } else { "" });
+    case("layer_norm", name, layer_norm_fields(rows, c, affine, modulation), move |inputs| {
         let images = modulation.map_or(1, |[images, _]| images);
         let x = inputs.tensor(&[images, rows / images.max(1), c])?;
         let gamma = affine.then(|| inputs.tensor(&[c])).transpose()?;
@@ -621,18 +619,24 @@ fn layer_norm_with(rows: usize, c: usize, affine: bool, modulation: Option<[usiz
     })
 }
 
-fn rms_norm_heads(n: usize, l: usize, heads: usize, head_dim: usize) -> Case {
-    let shape = [n, l, 3, heads, head_dim];
-    case("rms_norm_heads", format!("{shape:?}"), json!({ "dims": shape }), move |inputs| {
-        let (x, gamma) = (inputs.tensor(&shape)?, inputs.tensor(&[head_dim])?);
-        // In place: nobody else holds what a call takes, and gives back.
-        let held = RefCell::new(Some(x));
+/// What [`Case::shape`] says of the norms of heads.
+pub(super) fn heads_shape(shape: &[usize]) -> Value {
+    json!({ "dims": shape })
+}
+
+/// `[N, L, P, heads, head_dim]`
+fn rms_norm_heads(shape: [usize; 5]) -> Case {
+    case("rms_norm_heads", format!("{shape:?}"), heads_shape(&shape), move |inputs| {
+        let [.., parts, _, head_dim] = shape;
+        let gammas = (1..parts).map(|_| inputs.tensor(&[head_dim])).collect::<Result<Vec<_>>>()?;
+        let x = RefCell::new(inputs.tensor(&shape)?);
         Ok(Box::new(move || {
-            let x = held.take().ok_or_else(|| Error::config("rms_norm_heads", "an earlier call failed"))?;
-            let y = super::rms_norm_heads(x, &[&gamma, &gamma], 1e-6)?;
-            let first = y.reshape(&[n * l, 3 * heads, head_dim])?.rows(0..1)?.duplicate();
-            held.replace(Some(y));
-            first
+            let mut x = x.borrow_mut();
+            if !x.is_unshared() {
+                *x = x.duplicate()?; // somebody keeps the result before
+            }
+            super::rms_norm_heads(&mut x, &gammas.iter().collect::<Vec<_>>(), 1e-6)?;
+            Ok(x.clone())
         }))
     })
 }
@@ -865,6 +869,10 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
             layer_norm_with(number("rows")?, number("c")?, affine, pair("modulation")?)
         }
         "rms_norm" => rms_norm(number("rows")?, number("c")?),
+        "rms_norm_heads" => {
+            let dims = numbers("dims")?.and_then(|dims| dims.try_into().ok());
+            rms_norm_heads(dims.ok_or_else(|| wrong("dims"))?)
+        }
         _ => return Ok(None),
     }))
 }

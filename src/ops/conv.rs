@@ -220,7 +220,7 @@ fn check(args: &Conv2d) -> Result<Geometry> {
         norm.of(args.x).check(OP)?;
     }
     if let Some(row) = args.row {
-        row.check(OP, n, outputs, x.dtype(), x.device())?;
+        row.check(OP, "row", n, outputs, x.dtype(), x.device())?;
     }
     let [first_output, end] = args.stripe.map_or([0, output[0]], |stripe| stripe.output);
     if first_output > end || end > output[0] {

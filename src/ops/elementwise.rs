@@ -27,6 +27,7 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// Every one of them.
     pub const ALL: [Activation; 7] = [
         Activation::None,
         Activation::Silu,

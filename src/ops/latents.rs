@@ -203,5 +203,5 @@ fn one_row(op: &'static str, rows: &StepRows, images: usize, columns: usize, dev
     if rows.rows != 1 {
         return Err(Error::argument(op, "rows", rows.rows, "1 for each step"));
     }
-    rows.check(op, images, columns, DType::F32, device)
+    rows.check(op, "row", images, columns, DType::F32, device)
 }

@@ -102,7 +102,7 @@ pub(super) fn check(op: &'static str, args: &Linear, operands: DType, others: DT
         let [images, _, ..] = *x.shape() else {
             return Err(Error::shape(op, "x", x, "[images, ..., K] beside a gate"));
         };
-        gate.check(op, images, n, others, x.device())?;
+        gate.check(op, "gate", images, n, others, x.device())?;
     }
     Ok([leading.iter().product(), n, k])
 }

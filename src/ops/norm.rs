@@ -132,10 +132,11 @@ impl<'a> LayerNorm<'a> {
 /// arXiv:2212.09748, sec. 3.2.
 #[derive(Clone, Copy, Debug)]
 pub struct Modulation<'a> {
-    /// Of a table that has both: `[steps * R, more than C]`.
+    /// Of a table that has both: `[steps * R, C or more]`.
     pub rows: StepRows<'a>,
     /// Columns of the table with which the C values of each begin.
     pub scale: usize,
+    /// As `scale`.
     pub shift: usize,
 }
 
@@ -170,7 +171,7 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
         let [images, _, ..] = *x.shape() else {
             return Err(Error::shape(OP, "x", x, "[images, ..., C] beside a modulation"));
         };
-        columns.check(OP, images, c, x.dtype(), x.device())?;
+        columns.check(OP, "modulation", images, c, x.dtype(), x.device())?;
     }
 
     let mut y = Tensor::uninit(x.device(), x.shape(), x.dtype())?;

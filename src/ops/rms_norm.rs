@@ -52,19 +52,18 @@ pub fn rms_norm(args: RmsNorm) -> Result<Tensor> {
 }
 
 /// The same of queries and keys where a fused projection has left them: `x: [N, L, P, heads, head_dim]` of P = 3 parts (q, k, v) or
-/// 2 (k, v), whose last is as it was. In place where `x` is the only one that has its memory, otherwise of a copy. The norms of
-/// SD3.5's attention: Esser et al. 2024, arXiv:2403.03206, sec. 5.3.2.
+/// 2 (k, v), whose last stays as it is. In place. The norms of SD3.5's attention: Esser et al. 2024, arXiv:2403.03206, sec. 5.3.2.
 ///
 /// * `gammas`: `[head_dim]` each, of the first P - 1 parts
 ///
 /// # Errors
-/// As [`rms_norm`]; [`Error::Argument`](crate::Error::Argument): other than P - 1 gammas.
-pub fn rms_norm_heads(x: Tensor, gammas: &[&Tensor], eps: f32) -> Result<Tensor> {
+/// As [`rms_norm`]; [`Error::Argument`](crate::Error::Argument): other than P - 1 gammas, somebody else holds `x`.
+pub fn rms_norm_heads(x: &mut Tensor, gammas: &[&Tensor], eps: f32) -> Result<()> {
     const OP: &str = "rms_norm_heads";
     let [_, _, parts, _, c] = x.dims(OP, "x")?;
-    float(OP, "x", &x)?;
+    float(OP, "x", x)?;
     if !(2..=3).contains(&parts) {
-        return Err(Error::shape(OP, "x", &x, "[N, L, 2 or 3, heads, head_dim]"));
+        return Err(Error::shape(OP, "x", x, "[N, L, 2 or 3, heads, head_dim]"));
     }
     if gammas.len() + 1 != parts {
         let want = format!("{}: one for each of {parts} parts but the last", parts - 1);
@@ -73,9 +72,13 @@ pub fn rms_norm_heads(x: Tensor, gammas: &[&Tensor], eps: f32) -> Result<Tensor>
     gammas.iter().try_for_each(|gamma| gamma.expect(OP, "gamma", &[c], x.dtype(), x.device()))?;
     check_eps(OP, eps)?;
 
-    let mut x = if x.is_unshared() { x } else { x.duplicate()? };
+    if !x.is_unshared() {
+        return Err(Error::argument(OP, "x", "shared", "a tensor that nobody else holds"));
+    }
+
     let shape = x.shape().to_vec();
     let _timed = profile::scope(OP, &shape);
+    profile::call(OP, || cases::heads_shape(&shape));
     let normalised = x.numel() / parts * (parts - 1);
     match x.device().clone() {
         Device::Meta(meta) => {
@@ -85,10 +88,10 @@ pub fn rms_norm_heads(x: Tensor, gammas: &[&Tensor], eps: f32) -> Result<Tensor>
             meta.record(OP, OpKind::Norm, &shape, work);
         }
         Device::Cpu(_) | Device::Cuda(_) if x.numel() == 0 => {}
-        Device::Cpu(_) => by_dtype!(x.dtype(), T => rms_norm_heads_cpu::<T>(&mut x, gammas, eps)),
-        Device::Cuda(card) => cuda::rms_norm::rms_norm_heads(&card, &mut x, gammas, eps)?,
+        Device::Cpu(_) => by_dtype!(x.dtype(), T => rms_norm_heads_cpu::<T>(x, gammas, eps)),
+        Device::Cuda(card) => cuda::rms_norm::rms_norm_heads(&card, x, gammas, eps)?,
     }
-    Ok(x)
+    Ok(())
 }
 
 /// A token at a time.

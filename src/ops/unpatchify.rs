@@ -20,11 +20,12 @@ pub fn unpatchify(x: &Tensor, grid: [usize; 2], patch: usize) -> Result<Tensor> 
     if patch == 0 {
         return Err(Error::argument(OP, "patch", patch, "1 or more"));
     }
-    if h.checked_mul(w) != Some(tokens) || !width.is_multiple_of(patch * patch) {
+    let cells = patch.checked_mul(patch).filter(|&cells| width.is_multiple_of(cells));
+    let (Some(cells), true) = (cells, h.checked_mul(w) == Some(tokens)) else {
         return Err(Error::shape(OP, "x", x, format!("[N, {h} * {w}, {patch} * {patch} * C]")));
-    }
+    };
 
-    let mut y = Tensor::uninit(x.device(), &[n, h * patch, w * patch, width / (patch * patch)], x.dtype())?;
+    let mut y = Tensor::uninit(x.device(), &[n, h * patch, w * patch, width / cells], x.dtype())?;
     let _timed = profile::scope(OP, y.shape());
     match x.device() {
         Device::Meta(meta) => {

@@ -66,7 +66,7 @@ pub fn upsample_guidance(output: &Tensor, low: &Tensor, pooled: &Tensor, factors
     if factors.rows != 1 {
         return Err(Error::argument(OP, "rows", factors.rows, "1 for each step"));
     }
-    factors.check(OP, images, 3, DType::F32, output.device())?;
+    factors.check(OP, "factors", images, 3, DType::F32, output.device())?;
 
     let mut y = Tensor::uninit(output.device(), output.shape(), output.dtype())?;
     let _timed = profile::scope(OP, y.shape());

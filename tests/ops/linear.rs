@@ -417,7 +417,7 @@ fn arguments_of_a_gate_that_do_not_fit_are_named() {
     };
     fails(
         Linear { gate: Some(StepColumns { first: 8, ..gate }), ..ok },
-        "row has shape [6, 12], expected columns 8 to 13",
+        "gate has shape [6, 12], expected columns 8 to 13",
     );
     let half = zeros(&[6, 12], DType::F16);
     for (rows, expected) in [

@@ -277,8 +277,8 @@ fn arguments_of_a_modulation_that_do_not_fit_are_named() {
     let norm = |modulation| ops::layer_norm(LayerNorm { modulation: Some(modulation), ..LayerNorm::new(&x, 1e-6) });
     assert!(norm(ok).is_ok());
     for (modulation, expected) in [
-        (Modulation { scale: 15, ..ok }, "row has shape [6, 20], expected columns 15 to 21"),
-        (Modulation { shift: usize::MAX, ..ok }, "row has shape [6, 20]"),
+        (Modulation { scale: 15, ..ok }, "modulation has shape [6, 20], expected columns 15 to 21"),
+        (Modulation { shift: usize::MAX, ..ok }, "modulation has shape [6, 20]"),
         (Modulation { rows: StepRows { rows: 3, ..ok.rows }, ..ok }, "conditioning rows is 3"),
     ] {
         let error = norm(modulation).unwrap_err().to_string();

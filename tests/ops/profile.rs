@@ -61,7 +61,7 @@ fn every_op(device: &Device) -> Result<()> {
     ops::resize_nearest(&x, [2 * ROWS, 5])?;
     ops::resize_u8(&x, [2 * ROWS, 5], Upsampler::Bilinear)?;
     ops::rms_norm(RmsNorm { x: &x, gamma: &gamma, eps: 1e-5 })?;
-    ops::rms_norm_heads(zeros(&[1, ROWS, 2, 2, 4])?, &[&gamma], 1e-5)?;
+    ops::rms_norm_heads(&mut zeros(&[1, ROWS, 2, 2, 4])?, &[&gamma], 1e-5)?;
     ops::scale_cast(&x, 2.0, 1.0, DType::F16, 2)?;
     ops::sharpen(&x, 0.7)?;
     ops::unpatchify(&zeros(&[ROWS, 2, 12])?, [1, 2], 2)?;

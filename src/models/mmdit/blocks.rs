@@ -104,12 +104,12 @@ impl Projection {
     /// `[N, L, C]` to `[N, L, 3 or 2, heads, head_dim]`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [n, l, c] = x.dims("mmdit", "x")?;
-        let y = self.linear.forward(x)?;
-        let y = y.reshape(&[n, l, self.linear.weight.rows() / c, self.heads, c / self.heads])?;
-        match self.gammas.is_empty() {
-            true => Ok(y),
-            false => ops::rms_norm_heads(y, &self.gammas.iter().collect::<Vec<_>>(), EPS),
+        let shape = [n, l, self.linear.weight.rows() / c, self.heads, c / self.heads];
+        let mut y = self.linear.forward(x)?.reshape(&shape)?;
+        if !self.gammas.is_empty() {
+            ops::rms_norm_heads(&mut y, &self.gammas.iter().collect::<Vec<_>>(), EPS)?;
         }
+        Ok(y)
     }
 }
 

@@ -461,7 +461,7 @@ mod tests {
         check("silu", Activation::Silu, &|x| x / (1.0 + (-x).exp()), 4.0 * eps);
         // -1.702 x is rounded before the exponential: its absolute error, x eps / 2, is a relative one afterwards.
         check("quick_gelu", Activation::QuickGelu, &|x| x / (1.0 + (-1.702 * x).exp()), (4.0 + 12.0 * 1.702) * eps);
-        // The same for 2 u, at most 153: four roundings of it.
+        // The same for 2 u, at most 143: four roundings of it.
         let tanh = |x: f64| x / (1.0 + (-2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).exp());
         check("gelu_tanh", Activation::GeluTanh, &tanh, (8.0 + 4.0 * 143.0) * eps);
         // The same for z^2 = x^2 / 2: three roundings of 72 at most.

@@ -26,8 +26,10 @@ enum Kind {
 
 impl Kind {
     fn of(args: &Linear) -> Kind {
+        if args.gate.is_some() {
+            return Kind::RowGated; // and there is no activation
+        }
         match args.activation {
-            _ if args.gate.is_some() => Kind::RowGated,
             Activation::None => Kind::Plain,
             Activation::Silu | Activation::Gelu | Activation::QuickGelu | Activation::GeluTanh => Kind::Activated,
             Activation::Geglu | Activation::GegluTanh => Kind::Gated,
@@ -72,7 +74,8 @@ struct Tile {
     tile_ns: [usize; 2],
 }
 
-const ALL: &[Kind] = &[Kind::Plain, Kind::Activated, Kind::Gated];
+const ALL: &[Kind] = &[Kind::Plain, Kind::Activated, Kind::Gated, Kind::RowGated];
+const NOT_ROW_GATED: &[Kind] = &[Kind::Plain, Kind::Activated, Kind::Gated];
 const NOT_ACTIVATED: &[Kind] = &[Kind::Plain, Kind::Gated, Kind::RowGated];
 
 /// The kernels of one op.
@@ -100,7 +103,7 @@ static TILES: [Tile; 7] = [
         consumers: 2,
         ping_pong: false,
         blocks: 1,
-        kinds: ALL,
+        kinds: NOT_ROW_GATED,
         start_ns: 2600,
         slice_ns: 412,
         tile_ns: [1600, 3400],
@@ -225,7 +228,7 @@ static TILES_FP8: [Tile; 4] = [
         consumers: 2,
         ping_pong: false,
         blocks: 1,
-        kinds: &[Kind::Plain, Kind::Activated, Kind::Gated, Kind::RowGated],
+        kinds: ALL,
         start_ns: 2600,
         slice_ns: 350,
         tile_ns: [1600, 2400],

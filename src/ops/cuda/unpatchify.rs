@@ -1,3 +1,4 @@
+use super::tiles::chunk;
 use super::{aligned, entry, int};
 use crate::error::Result;
 use crate::runtime::Tensor;
@@ -5,14 +6,12 @@ use crate::runtime::cuda::{CudaDevice, Launch, args};
 
 /// Threads a block: `kThreads` of unpatchify.cu.
 const THREADS: usize = 256;
-/// Bytes of a wide unit: `uint4`.
-const WIDE_BYTES: usize = 16;
 
 /// `w`: patches side by side.
 pub fn unpatchify(device: &CudaDevice, x: &Tensor, w: usize, patch: usize, y: &mut Tensor) -> Result<()> {
     const OP: &str = "unpatchify";
     let run = x.shape()[2] / patch;
-    let of_wide = WIDE_BYTES / x.dtype().size_bytes();
+    let of_wide = chunk(x.dtype());
     let wide = run.is_multiple_of(of_wide) && aligned(x) && aligned(y);
     let (entry, unit) = if wide { ("unpatchify_wide".into(), of_wide) } else { (entry(OP, x.dtype()), 1) };
     let units = y.numel() / unit;

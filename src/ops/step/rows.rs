@@ -19,7 +19,9 @@ pub struct StepRows<'a> {
 /// Columns of such rows: `width` from `first` on, where the op that takes them says what `width` is.
 #[derive(Clone, Copy, Debug)]
 pub struct StepColumns<'a> {
+    /// The rows that they are of.
     pub rows: StepRows<'a>,
+    /// The first column, in elements.
     pub first: usize,
 }
 
@@ -31,18 +33,19 @@ impl StepColumns<'_> {
     pub(in crate::ops) fn check(
         &self,
         op: &'static str,
+        arg: &'static str,
         images: usize,
         width: usize,
         dtype: DType,
         with: &Device,
     ) -> Result<()> {
         let table = self.rows.table;
-        let [_, columns] = table.dims(op, "row")?;
+        let [_, columns] = table.dims(op, arg)?;
         if width > columns || self.first > columns - width {
             let want = format!("columns {} to {} and more", self.first, self.first.saturating_add(width));
-            return Err(Error::shape(op, "row", table, want));
+            return Err(Error::shape(op, arg, table, want));
         }
-        self.rows.check(op, images, columns, dtype, with)
+        self.rows.check(op, arg, images, columns, dtype, with)
     }
 
     /// The values of each of `images` images, in f32 on the cpu.
@@ -60,7 +63,7 @@ impl StepColumns<'_> {
 }
 
 impl StepRows<'_> {
-    /// Fit for a batch of `images` images and `columns` channels?
+    /// Fit for a batch of `images` images and `columns` channels? `arg`: what the op calls them.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: the table; [`Error::Argument`]: a step beyond it, R or n that
@@ -68,13 +71,14 @@ impl StepRows<'_> {
     pub(in crate::ops) fn check(
         &self,
         op: &'static str,
+        arg: &'static str,
         images: usize,
         columns: usize,
         dtype: DType,
         with: &Device,
     ) -> Result<()> {
-        let [table_rows, _] = self.table.dims(op, "row")?;
-        self.table.expect(op, "row", &[table_rows, columns], dtype, with)?;
+        let [table_rows, _] = self.table.dims(op, arg)?;
+        self.table.expect(op, arg, &[table_rows, columns], dtype, with)?;
         if !self.step.tensor().device().same(with) {
             let got = self.step.tensor().device().to_string();
             return Err(Error::Device { op, arg: "step", got, want: with.to_string() });
@@ -86,7 +90,7 @@ impl StepRows<'_> {
         self.step.check_images(op, images)?;
         if table_rows % self.rows != 0 {
             let want = format!("a multiple of {} rows, those of each step", self.rows);
-            return Err(Error::shape(op, "row", self.table, want));
+            return Err(Error::shape(op, arg, self.table, want));
         }
         if images > 0 && self.step.last() >= table_rows / self.rows {
             let want = format!("below {}, the steps that the table has", table_rows / self.rows);
