@@ -105,7 +105,7 @@ fn the_published_numbers_are_the_defaults() {
         let stages = FreCaS::default().stages(&Geometry {
             size,
             native,
-            factor: 8,
+            sides: 8.into(),
             steps,
             relay_growth: 1.0,
             relayed_share: 0.2,

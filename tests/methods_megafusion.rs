@@ -623,11 +623,9 @@ fn listed(stages: &[Stage]) -> Vec<String> {
 
 #[test]
 fn default_stages_are_the_papers() {
-    let stages = |method: &dyn GenerationMethod, size: &str, native: usize, factor, steps| {
-        let (size, native) = (size.parse().unwrap(), Size::new(native, native));
-        listed(
-            &method.stages(&Geometry { size, native, factor, steps, relay_growth: 0.5, relayed_share: 0.2 }).unwrap(),
-        )
+    let stages = |method: &dyn GenerationMethod, size: &str, native: usize, factor: usize, steps| {
+        let (size, native, sides) = (size.parse().unwrap(), Size::new(native, native), factor.into());
+        listed(&method.stages(&Geometry { size, native, sides, steps, relay_growth: 0.5, relayed_share: 0.2 }).unwrap())
     };
     let mega = &mega();
     assert_eq!(stages(mega, "1024x1024", 512, 8, 50), ["512x512:40", "768x768:5", "1024x1024:5"]);
@@ -657,7 +655,7 @@ fn sdxl_relays_once_to_twice_its_sides() {
 
 /// Of an SD 1.x model with this native side.
 fn sd(size: Size, native: usize, steps: usize) -> Geometry {
-    Geometry { size, native: Size::new(native, native), factor: 8, steps, relay_growth: 0.5, relayed_share: 0.2 }
+    Geometry { size, native: Size::new(native, native), sides: 8.into(), steps, relay_growth: 0.5, relayed_share: 0.2 }
 }
 
 /// The sizes of the paper's appendix on SDXL's and SD 1.5's native areas.

@@ -9,7 +9,7 @@ use megafuse::{DType, Device};
 
 fn stages(size: &str, steps: usize) -> String {
     let (size, native) = (size.parse().unwrap(), Size::new(1024, 1024));
-    let geometry = Geometry { size, native, factor: 8, steps, relay_growth: 1.0, relayed_share: 0.2 };
+    let geometry = Geometry { size, native, sides: 8.into(), steps, relay_growth: 1.0, relayed_share: 0.2 };
     let stages = DiffuseHigh::default().stages(&geometry).unwrap();
     stages.iter().map(Stage::to_string).collect::<Vec<_>>().join(",")
 }

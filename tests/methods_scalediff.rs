@@ -34,7 +34,8 @@ fn structure_guidance_of_sdxl() {
 fn stages_double_until_the_final_size() {
     let planned = |method: ScaleDiff, size: &str, native: usize, steps: usize| {
         let (size, native) = (size.parse().unwrap(), Size::new(native, native));
-        let stages = method.stages(&Geometry { size, native, factor: 8, steps, relay_growth: 1.0, relayed_share: 0.2 });
+        let stages =
+            method.stages(&Geometry { size, native, sides: 8.into(), steps, relay_growth: 1.0, relayed_share: 0.2 });
         stages.map(|stages| stages.iter().map(Stage::to_string).collect::<Vec<_>>().join(","))
     };
     let of = |size, native, steps| planned(ScaleDiff::default(), size, native, steps).unwrap();

@@ -149,7 +149,7 @@ fn phases_are_multiples_of_the_first() {
     let geometry = |size: &str| Geometry {
         size: size.parse().unwrap(),
         native: Size::new(1024, 1024),
-        factor: 8,
+        sides: 8.into(),
         steps: 50,
         relay_growth: 1.0,
         relayed_share: 0.2,

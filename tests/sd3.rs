@@ -7,8 +7,8 @@ mod drawn;
 use std::fs;
 use std::path::Path;
 
-use megafuse::methods::{METHODS, Method};
-use megafuse::pipeline::{ModelSource, Pipeline, Request, Silent, plan};
+use megafuse::methods::{METHODS, Method, Size};
+use megafuse::pipeline::{InitImage, InputPicture, ModelSource, Pipeline, Request, Silent, plan};
 use megafuse::{DType, Device, Error};
 use serde_json::{Value, json};
 
@@ -127,6 +127,32 @@ fn what_is_for_unets_is_refused() {
     let scheduler = Some("ddim".parse().expect("a sampler"));
     let of_betas = Request { scheduler, ..request("plain", "32x32") };
     says(&refused(&pipeline, &of_betas), &["ddim"]);
+}
+
+/// Where the transformer sees patches of 2 x 2 cells of 2 pixels: phases of whole patches, dilated samples padded to whole ones, and
+/// windows that are none are refused.
+#[test]
+fn views_are_whole_patches() {
+    let pipeline = small("medium");
+    let demofusion = request("demofusion", "64x44");
+    let stages: Vec<String> =
+        pipeline.resolve(&demofusion).expect("a run").stages().iter().map(ToString::to_string).collect();
+    assert_eq!(stages, ["32x20:4", "64x44:4"]);
+    let pictures = pipeline.generate(&demofusion, &mut Silent).expect("a picture");
+    assert_eq!((pictures[0].width, pictures[0].height), (64, 44));
+
+    let with = |name: &str, value: usize| {
+        let method = Method::named("multidiffusion").and_then(|method| method.with(name, value)).expect("an option");
+        Request { method, ..request("multidiffusion", "64x32") }
+    };
+    says(&refused(&pipeline, &with("window", 15)), &["window", "15", "patches of 2 x 2 cells", "a multiple of 2"]);
+    assert!(pipeline.generate(&with("window", 14), &mut Silent).is_ok());
+    // Half of the 16 cells that the model was trained at.
+    let picture = InputPicture::new("a", Size::new(32, 32), vec![128; 3 * 32 * 32]).expect("a picture");
+    let init_image = Some(InitImage::new(picture));
+    let request = Request { init_image, ..request("multidiffusion", "64x32") };
+    let enlarged = pipeline.enlarging(&request, Size::new(64, 64)).expect("a request");
+    assert_eq!(enlarged.method.option("stride"), Some(&json!(8)));
 }
 
 #[test]

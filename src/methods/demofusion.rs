@@ -150,12 +150,12 @@ pub fn gaussian_taps(scale: usize, sigma: f64) -> Vec<f64> {
     taps.iter().map(|tap| tap / sum).collect()
 }
 
-/// Sizes of the phases of a picture whose longer side is `phases` times a phase 1's: whole cells of `factor` pixels.
-pub fn phase_sizes(size: Size, phases: usize, factor: usize) -> Vec<Size> {
+/// Sizes of the phases of a picture whose longer side is `phases` times a phase 1's, in multiples of `multiple` pixels.
+pub fn phase_sizes(size: Size, phases: usize, multiple: usize) -> Vec<Size> {
     let (long, short) = (size.width.max(size.height), size.width.min(size.height));
     let of_phase = |phase: usize| {
         let long_side = long / phases * phase;
-        let whole = |side: usize| side / factor * factor;
+        let whole = |side: usize| side / multiple * multiple;
         let (long_side, short_side) = (whole(long_side), whole(long_side * short / long));
         if size.width >= size.height { Size::new(long_side, short_side) } else { Size::new(short_side, long_side) }
     };
@@ -353,7 +353,7 @@ impl DemoFusion {
             origins: &|step| jitter.iter().flat_map(|jitter| windows.origins(of_step(jitter, step, count))).collect(),
             view_batch: self.view_batch,
             crops: Some(windows.reach as i32),
-            factor: run.factor(),
+            sides: run.sides(),
             progressive: Some(Progressive {
                 skip: Some(SkipResidual { base, noise, factors: factors.iter().zip(&levels).map(skip).collect() }),
                 dilated: factors.iter().map(|[_, c2, _]| *c2 as f32).collect(),
@@ -417,7 +417,7 @@ impl DemoFusion {
             origins: &|step| jitter.iter().flat_map(|jitter| windows.origins(of_step(jitter, step, count))).collect(),
             view_batch: self.view_batch,
             crops: Some(windows.reach as i32),
-            factor: run.factor(),
+            sides: run.sides(),
             progressive: Some(Progressive {
                 skip: None,
                 dilated: factors.iter().map(|[_, c2, _]| *c2 as f32).collect(),
@@ -486,8 +486,9 @@ impl GenerationMethod for DemoFusion {
 
     /// A phase for each multiple of the trained side up to the picture's longer side.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, native, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, native, sides, steps, .. } = geometry;
+        let multiple = sides.multiple();
+        check_size("size", size, multiple)?;
         let refuse = |reason: String| Err(Error::Request { field: "size", value: size.to_string(), reason });
         let (long, base) = (size.width.max(size.height), native.width.max(native.height));
         if !long.is_multiple_of(base) {
@@ -499,12 +500,12 @@ impl GenerationMethod for DemoFusion {
             return refuse(reason);
         }
         let (phases, short) = (long / base, size.width.min(size.height));
-        if short < phases * factor {
+        if short < phases * multiple {
             let reason =
-                format!("the shorter side must be at least {}, a cell in each of {phases} phases", phases * factor);
+                format!("the shorter side must be at least {}, a cell in each of {phases} phases", phases * multiple);
             return refuse(reason);
         }
-        Ok(phase_sizes(size, phases, factor).into_iter().map(|size| Stage::new(size, steps)).collect())
+        Ok(phase_sizes(size, phases, multiple).into_iter().map(|size| Stage::new(size, steps)).collect())
     }
 
     /// Every phase runs the whole schedule.
@@ -515,15 +516,16 @@ impl GenerationMethod for DemoFusion {
     /// As many phases as the final side is times the picture's, or the trained one where that is larger; fewer where they
     /// would have no whole cells.
     fn stages_from_picture(&self, geometry: &Geometry, picture: Size) -> Result<Vec<Stage>> {
-        let &Geometry { size, native, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, native, sides, steps, .. } = geometry;
+        let multiple = sides.multiple();
+        check_size("size", size, multiple)?;
         let longer = |size: Size| size.width.max(size.height);
         let fits = |phases: &usize| {
-            longer(size).is_multiple_of(phases * factor) && size.width.min(size.height) >= phases * factor
+            longer(size).is_multiple_of(phases * multiple) && size.width.min(size.height) >= phases * multiple
         };
         let most = longer(size) / longer(picture).max(longer(native));
         let phases = (1..=most).rev().find(fits).unwrap_or(1);
-        Ok(phase_sizes(size, phases, factor).into_iter().map(|size| Stage::new(size, steps)).collect())
+        Ok(phase_sizes(size, phases, multiple).into_iter().map(|size| Stage::new(size, steps)).collect())
     }
 
     /// Every phase runs the whole schedule.
@@ -552,9 +554,10 @@ impl GenerationMethod for DemoFusion {
         let refuse = |field, value: String, reason: String| Err(Error::Request { field, value, reason });
         let (stages, last) = (run.stages(), run.last_stage());
         let phases = stages.len();
-        let planned = phase_sizes(last.size, phases, run.factor());
+        let multiple = run.sides().multiple();
+        let planned = phase_sizes(last.size, phases, multiple);
         let steps = stages.iter().all(|stage| stage.steps == last.steps);
-        let whole = last.size.width.max(last.size.height).is_multiple_of(phases * run.factor());
+        let whole = last.size.width.max(last.size.height).is_multiple_of(phases * multiple);
         if !steps || !whole || stages.iter().map(|stage| stage.size).ne(planned.iter().copied()) {
             let planned: Vec<String> = planned.iter().map(|size| format!("{size}:{}", last.steps)).collect();
             let reason = format!(

@@ -157,8 +157,8 @@ impl GenerationMethod for DiffuseHigh {
     /// All steps at the native area in the final aspect ratio, then 15 of 50 at each further size; from one to the next the
     /// sides grow by at most the native ones. Sizes up to 1.1 times the native sides: one stage.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, steps, factor, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, steps, sides, .. } = geometry;
+        check_size("size", size, sides.multiple())?;
         let [of, repeated, _] = PUBLISHED_STEPS;
         let later = (steps * repeated).div_ceil(of);
         let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { later });

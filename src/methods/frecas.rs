@@ -317,8 +317,8 @@ impl GenerationMethod for FreCaS {
     /// The native area in the final aspect ratio, then twice the sides each time. Of 50 steps one relay has 10; two have 10 each,
     /// or 5 and 15 for models trained at 1024x1024, which more of them share in the same way.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, native, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, native, sides, steps, .. } = geometry;
+        check_size("size", size, sides.multiple())?;
         let sizes = doubled_sizes(geometry);
         let relays = sizes.len() - 1;
         let share = |relay: usize| match (is_large(native), relays) {

@@ -137,15 +137,16 @@ impl GenerationMethod for HiresFix {
 
     /// All steps at the native area in the final aspect ratio, then the last ones at the final size.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, native, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, native, sides, steps, .. } = geometry;
+        let multiple = sides.multiple();
+        check_size("size", size, multiple)?;
         let denoise = self.denoise.unwrap_or(DENOISE);
         let Some(Start { step, .. }) = Start::new(denoise, steps, false) else {
             let reason =
                 format!("leaves none of the {steps} steps for the second pass; expected at least 1 / request.steps");
             return Err(Error::Request { field: "denoise", value: denoise.to_string(), reason });
         };
-        Ok(vec![Stage::new(base_size(size, native, factor), steps), Stage::new(size, steps - step)])
+        Ok(vec![Stage::new(base_size(size, native, multiple), steps), Stage::new(size, steps - step)])
     }
 
     fn parts(&self) -> StageParts {

@@ -41,8 +41,8 @@ pub trait GenerationMethod: Debug + Send + Sync {
     /// # Errors
     /// [`Error::Request`]: the size is not made of whole cells.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, sides, steps, .. } = geometry;
+        check_size("size", size, sides.multiple())?;
         Ok(vec![Stage::new(size, steps)])
     }
 
@@ -101,7 +101,7 @@ pub trait GenerationMethod: Debug + Send + Sync {
         }
         let before = match stage.checked_sub(1) {
             Some(before) => run.stages()[before].size,
-            None => base_size(size, run.native()?, run.factor()),
+            None => base_size(size, run.native()?, run.sides().multiple()),
         };
         (before.area() < size.area()).then(|| run.cells(before))
     }

@@ -63,7 +63,7 @@ pub use sampling::{Computed, Revise, Sampling, generate, generate_counted, image
 pub use scalecrafter::{SCALECRAFTER, ScaleCrafter};
 pub use scalediff::{SCALEDIFF, ScaleDiff, structure_guidance};
 pub use size::{Size, Stage, StageParts};
-pub use stages::{Geometry, base_size, check_size, consecutive, relay_stages};
+pub use stages::{Geometry, Sides, base_size, check_size, consecutive, relay_stages};
 pub use start::{Known, Start, StartPicture};
 pub use upsample_guidance::{UPSAMPLE_GUIDANCE, UpsampleGuidance, matched_timestep, pooled_power};
 

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::views::{DEFAULT_VIEW_BATCH, STRIDE, VIEW_BATCH, ViewStage, check_sampler, part, window_starts};
-use super::{Geometry, Method, Run, Sampling, Size};
+use super::{Geometry, Method, Run, Sampling, Sides, Size};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::PatchLayout;
@@ -141,6 +141,12 @@ impl MultiDiffusion {
             let reason = format!("windows of {least} cells cover the picture with a stride of 1 to {least}");
             return refuse("stride", stride.to_string(), reason);
         }
+        let patch = run.sides().patch;
+        if let Some(side) = window.iter().find(|side| !side.is_multiple_of(patch)) {
+            let reason =
+                format!("the model's network sees patches of {patch} x {patch} cells; expected a multiple of {patch}");
+            return refuse("window", side.to_string(), reason);
+        }
         if self.view_batch == 0 {
             return refuse("view_batch", "0".into(), "expected at least 1".into());
         }
@@ -162,7 +168,7 @@ impl MultiDiffusion {
         &self,
         windows: &Windows,
         images: usize,
-        factor: usize,
+        sides: Sides,
         work: impl FnOnce(&ViewStage) -> Result<T>,
     ) -> Result<T> {
         work(&ViewStage {
@@ -171,7 +177,7 @@ impl MultiDiffusion {
             origins: &|_| windows.origins.repeat(images),
             view_batch: self.view_batch,
             crops: None,
-            factor,
+            sides,
             progressive: None,
         })
     }
@@ -194,7 +200,7 @@ impl GenerationMethod for MultiDiffusion {
 
     /// Half a window in place of an eighth: a sixteenth of the windows.
     fn enlarging_options(&self, geometry: &Geometry) -> Vec<(&'static str, Value)> {
-        let trained = geometry.native.width.min(geometry.native.height) / geometry.factor;
+        let trained = geometry.native.width.min(geometry.native.height) / geometry.sides.factor;
         vec![("stride", (self.window.unwrap_or(trained) / 2).max(1).into())]
     }
 
@@ -210,7 +216,7 @@ impl GenerationMethod for MultiDiffusion {
         sampling.prepare(vec![run.scheduler().clone()], |coefficients| coefficients)?;
         let x = sampling.first_samples()?;
         let images = x.shape()[0];
-        self.with_views(&windows, images, run.factor(), |views| {
+        self.with_views(&windows, images, run.sides(), |views| {
             sampling.view_stage(0, x, views, &|_| UnetOptions::default())
         })
     }

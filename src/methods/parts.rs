@@ -264,7 +264,7 @@ impl Composition<'_> {
             let windows = multidiffusion.windows(run, size)?;
             if !windows.is_whole() {
                 let images = x.shape()[0];
-                return multidiffusion.with_views(&windows, images, run.factor(), |views| {
+                return multidiffusion.with_views(&windows, images, run.sides(), |views| {
                     sampling.clean_view_stage(index, x, views, &|_| options.clone())
                 });
             }

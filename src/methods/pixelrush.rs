@@ -227,8 +227,8 @@ impl GenerationMethod for PixelRush {
 
     /// All steps at the native area, then one per doubling of the sides and one at the final size.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, sides, steps, .. } = geometry;
+        check_size("size", size, sides.multiple())?;
         let stage = |(i, size)| Stage::new(size, if i == 0 { steps } else { 1 });
         Ok(doubled_sizes(geometry).into_iter().enumerate().map(stage).collect())
     }

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::{Choices, Method, MethodSpec, Size, Stage, StageParts, Start, StepCache, base_size, check_size};
+use super::{Choices, Method, MethodSpec, Sides, Size, Stage, StageParts, Start, StepCache, base_size, check_size};
 use crate::error::{Error, Result};
 use crate::models::{ControlOptions, UnetConfig};
 use crate::names::one_of;
@@ -23,7 +23,7 @@ pub struct Run {
     start: Option<Start>,
     cache: Option<StepCache>,
     controls: Vec<ControlShares>,
-    factor: usize,
+    sides: Sides,
     native: Option<Size>,
     model: Option<ModelFacts>,
 }
@@ -84,19 +84,19 @@ impl Run {
     /// * `stages`: at least one
     /// * `scheduler`: the base schedule, with [`Method::scheduled_steps`]
     /// * `guidance`: classifier-free guidance scale of every picture; `None`: the model has no unconditional rows
-    /// * `factor`: pixels per latent cell, which divides every side
+    /// * `sides`: what every side is made of; a number is the pixels per latent cell of a network that sees any number of them
     ///
     /// # Errors
     /// [`Error::Request`], naming the field: no stage, a stage without steps, several stages for a method that has one,
-    /// sides that `factor` does not divide; what the method's own check says of its options.
+    /// sides that are not made of it; what the method's own check says of its options.
     pub fn new(
         method: Method,
         stages: Vec<Stage>,
         scheduler: Scheduler,
         guidance: Option<f32>,
-        factor: usize,
+        sides: impl Into<Sides>,
     ) -> Result<Run> {
-        Run::for_native(method, stages, scheduler, guidance, factor, None)
+        Run::for_native(method, stages, scheduler, guidance, sides, None)
     }
 
     /// The same with the size that the model was trained at, if it is known.
@@ -108,9 +108,10 @@ impl Run {
         stages: Vec<Stage>,
         scheduler: Scheduler,
         guidance: Option<f32>,
-        factor: usize,
+        sides: impl Into<Sides>,
         native: Option<Size>,
     ) -> Result<Run> {
+        let sides = sides.into();
         let guidance = guidance.map(|scale| vec![GuidanceScale { scale, rescale: 0.0 }]);
         let ranges = method.implementation().ranges(&stages);
         let (published, choices) = (PublishedSchedule::SD, Choices::default());
@@ -127,7 +128,7 @@ impl Run {
             start,
             cache,
             controls,
-            factor,
+            sides,
             native,
             model,
         };
@@ -139,7 +140,7 @@ impl Run {
             return refuse(format!("the {} method has one stage; use request.method megafusion", run.method));
         }
         for stage in &run.stages {
-            check_size("stages", stage.size, factor)?;
+            check_size("stages", stage.size, sides.multiple())?;
             let beyond = stage.parts.without(run.method.implementation().parts());
             if !beyond.is_empty() {
                 let names = MethodSpec::names(|method| method.implementation().parts().contains(beyond));
@@ -279,7 +280,7 @@ impl Run {
 
     /// Height and width of a picture's map, in cells.
     pub fn cells(&self, size: Size) -> [usize; 2] {
-        [size.height / self.factor, size.width / self.factor]
+        [size.height, size.width].map(|side| side / self.factor())
     }
 
     /// With guidance of its own for each picture of a batch, where there is guidance.
@@ -356,7 +357,7 @@ impl Run {
     pub(super) fn trained_size(&self) -> Size {
         let first = self.stages[0].size;
         match (self.start, self.native) {
-            (Some(_), Some(native)) => base_size(first, native, self.factor),
+            (Some(_), Some(native)) => base_size(first, native, self.sides.multiple()),
             _ => first,
         }
     }
@@ -367,7 +368,12 @@ impl Run {
 
     /// Pixels per latent cell, along a side.
     pub fn factor(&self) -> usize {
-        self.factor
+        self.sides.factor
+    }
+
+    /// What its sides are made of.
+    pub fn sides(&self) -> Sides {
+        self.sides
     }
 
     /// The size that the model was trained at, if it is known.

@@ -162,8 +162,8 @@ impl GenerationMethod for ScaleDiff {
 
     /// All steps at the native area in the final aspect ratio; then twice the sides until the final size is reached.
     fn stages(&self, geometry: &Geometry) -> Result<Vec<Stage>> {
-        let &Geometry { size, factor, steps, .. } = geometry;
-        check_size("size", size, factor)?;
+        let &Geometry { size, sides, steps, .. } = geometry;
+        check_size("size", size, sides.multiple())?;
         let sizes = doubled_sizes(geometry);
         if sizes.len() == 1 {
             return Ok(vec![Stage::new(size, steps)]);

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::method::{OptionKind, OptionSpec};
-use super::{Denoiser, PatchInput, RecordedSteps, Run, StepKey, ViewPlaces};
+use super::{Denoiser, PatchInput, RecordedSteps, Run, Sides, StepKey, ViewPlaces};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{
@@ -85,8 +85,7 @@ pub struct ViewStage<'a> {
     pub view_batch: usize,
     /// Is the network told where each window lies? So many cells are added to its row and column.
     pub crops: Option<i32>,
-    /// Pixels per cell.
-    pub factor: usize,
+    pub sides: Sides,
     pub progressive: Option<Progressive>,
 }
 
@@ -221,7 +220,8 @@ impl ViewSteps {
             None => None,
             Some(Progressive { scale, skip, .. }) => {
                 let (scale, total) = (*scale, scale * scale);
-                let padding = [height, width].map(|n| n.next_multiple_of(scale) - n);
+                // So that the network sees whole patches of each.
+                let padding = [height, width].map(|n| n.next_multiple_of(scale * stage.sides.patch) - n);
                 let padded = [height + padding[0], width + padding[1]];
                 let layout = PatchLayout { map: padded, size: padded.map(|n| n / scale), stride: scale, wraps: false };
                 let path = Path {
@@ -365,7 +365,7 @@ impl ViewSteps {
             let of_group = of_group(&origins, stage.count, &group);
             self.denoiser.place_views(&ViewPlaces { layout: stage.windows, origins: &of_group })?;
             if let Some(added) = stage.crops {
-                let pixels = |cells: i32| (cells + added) as f32 * stage.factor as f32;
+                let pixels = |cells: i32| (cells + added) as f32 * stage.sides.factor as f32;
                 let crops: Vec<[f32; 2]> =
                     of_group.iter().map(|&[row, column]| [pixels(row), pixels(column)]).collect();
                 self.denoiser.tell_crops(self.table.index().get(0), &crops)?;

@@ -2,7 +2,7 @@ use super::families::Defaults;
 use super::{ControlInput, InitImage, IpImage, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
 use crate::methods::{
-    Choices, ControlShares, Geometry, MegaFusion, Method, Plain, Run, Size, Stage, Start, StepCache, check_size,
+    Choices, ControlShares, Geometry, MegaFusion, Method, Plain, Run, Sides, Size, Stage, Start, StepCache,
 };
 use crate::ops::GuidanceScale;
 use crate::rng::RngKind;
@@ -159,8 +159,7 @@ impl Request {
         format!("Default: {}; {} for the model inside the program.", others.method, inside.method)
     }
 
-    /// The run for a model with this scheduler configuration, native size, and pixels per latent cell; sides of its pictures are
-    /// multiples of `multiple`.
+    /// The run for a model with this scheduler configuration and native size.
     ///
     /// # Errors
     /// [`Error::Request`]: an option and what it would accept; [`Error::Config`] for the scheduler's configuration.
@@ -168,7 +167,7 @@ impl Request {
         &self,
         config: &SchedulerConfig,
         native: Option<Size>,
-        (factor, multiple): (usize, usize),
+        sides: Sides,
         defaults: Defaults,
     ) -> Result<Run> {
         if self.count == 0 {
@@ -191,8 +190,7 @@ impl Request {
         {
             return Err(refused("negative_prompt", format!("{negative:?}"), unguided));
         }
-        let stages = self.resolve_stages(native, multiple, defaults)?;
-        stages.iter().try_for_each(|stage| check_size("stages", stage.size, multiple))?;
+        let stages = self.resolve_stages(native, sides, defaults)?;
         let steps = self.method.scheduled_steps(&stages);
         if let Some(asked) = self.steps.filter(|&asked| asked != steps) {
             return Err(refused(
@@ -207,7 +205,7 @@ impl Request {
         let eta = self.eta.unwrap_or(own_eta);
         let scheduler = Scheduler::new(&config.clone().with_sigmas(self.sigmas), sampler, steps, eta)?;
         let guidance = guided.then_some(self.guidance);
-        let run = Run::for_native(self.method.clone(), stages, scheduler, guidance, factor, native)?;
+        let run = Run::for_native(self.method.clone(), stages, scheduler, guidance, sides, native)?;
         let run = match &self.init_image {
             None => run,
             Some(init) => run.starting(start_of(init, &self.method, steps)?)?,
@@ -266,7 +264,7 @@ impl Request {
         alike(self) == alike(other)
     }
 
-    fn resolve_stages(&self, native: Option<Size>, factor: usize, defaults: Defaults) -> Result<Vec<Stage>> {
+    fn resolve_stages(&self, native: Option<Size>, sides: Sides, defaults: Defaults) -> Result<Vec<Stage>> {
         if let Some(last) = self.stages.last() {
             if let Some(size) = self.size.filter(|&size| size != last.size) {
                 return Err(refused(
@@ -284,7 +282,8 @@ impl Request {
         let own = |init: &InitImage| {
             let Size { width, height } = init.picture.size();
             // Below one cell: the method's check names the size.
-            let whole = |side: usize| if side < factor { side } else { side / factor * factor };
+            let multiple = sides.multiple();
+            let whole = |side: usize| if side < multiple { side } else { side / multiple * multiple };
             Size::new(whole(width), whole(height))
         };
         let own = self.init_image.as_ref().map(own);
@@ -304,7 +303,7 @@ impl Request {
             }
         };
         let Defaults { relay_growth, relayed_share, .. } = defaults;
-        let geometry = Geometry { size, native, factor, steps, relay_growth, relayed_share };
+        let geometry = Geometry { size, native, sides, steps, relay_growth, relayed_share };
         match replaced {
             Some(picture) => self.method.implementation().stages_from_picture(&geometry, picture),
             None => self.method.implementation().stages(&geometry),

@@ -240,7 +240,7 @@ impl Pipeline {
 
     /// Sides of pictures are multiples of so many pixels: those of a latent cell, or of a patch of cells.
     pub fn side_multiple(&self) -> usize {
-        self.family.side_multiple()
+        self.family.sides().multiple()
     }
 
     /// The weights of every part.
@@ -272,14 +272,15 @@ impl Pipeline {
         if !request.stages.is_empty() {
             return Ok(request);
         }
-        let factor = self.side_multiple();
-        let whole = |side: usize| ((side + factor / 2) / factor).max(1) * factor;
+        let sides = self.family.sides();
+        let multiple = sides.multiple();
+        let whole = |side: usize| ((side + multiple / 2) / multiple).max(1) * multiple;
         let from = init.picture.size();
         let picture = Size::new(whole(from.width), whole(from.height));
         let native = self.native_size().unwrap_or(picture);
         let steps = request.steps.unwrap_or(self.defaults.steps);
         let relayed_share = self.defaults.relayed_share;
-        let geometry = Geometry { size, native, factor, steps, relay_growth: 1.0, relayed_share };
+        let geometry = Geometry { size, native, sides, steps, relay_growth: 1.0, relayed_share };
         for (name, value) in request.method.implementation().enlarging_options(&geometry) {
             if request.method.option(name).is_none() {
                 request.method = request.method.with(name, value)?;
@@ -327,8 +328,8 @@ impl Pipeline {
         }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
-        let cells = (self.family.space().factor(), self.family.side_multiple());
-        let run = request.resolve(&self.scheduler, self.native_size(), cells, self.defaults)?.of_model(model)?;
+        let sides = self.family.sides();
+        let run = request.resolve(&self.scheduler, self.native_size(), sides, self.defaults)?.of_model(model)?;
         ip_adapter::check(self.ip_adapters.as_ref(), &request.ip_images, &run)?;
         Ok(run)
     }

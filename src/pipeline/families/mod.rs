@@ -17,7 +17,7 @@ use super::memory::LoadOptions;
 use super::resident::Module;
 use super::{ModelFiles, Size, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
-use crate::methods::{Denoiser, PublishedSchedule};
+use crate::methods::{Denoiser, PublishedSchedule, Sides};
 use crate::models::{Partition, UnetConfig, WeightStore, Weights};
 use crate::runtime::{Device, Tensor};
 use crate::schedulers::{Sampler, SchedulerConfig};
@@ -180,9 +180,9 @@ pub(super) trait Family: Send + Sync {
     /// Where its samples are.
     fn space(&self) -> &dyn SampleSpace;
 
-    /// Sides of pictures are multiples of so many pixels.
-    fn side_multiple(&self) -> usize {
-        self.space().factor()
+    /// What sides of pictures are made of.
+    fn sides(&self) -> Sides {
+        self.space().factor().into()
     }
 
     /// Is the network told sizes of the original picture, the crop and the target ([`SizeIds`])?

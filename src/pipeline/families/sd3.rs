@@ -12,7 +12,7 @@ use super::{
     Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace, misfit,
 };
 use crate::error::{Error, Result};
-use crate::methods::{Denoiser, PatchInput, PublishedSchedule, Size};
+use crate::methods::{Denoiser, PatchInput, PublishedSchedule, Sides, Size};
 use crate::models::{ClipOutput, Mmdit, MmditConditioning, MmditConfig, UnetOptions};
 use crate::ops::{self, StepTable};
 use crate::pipeline::memory::{LoadOptions, Role};
@@ -145,8 +145,8 @@ impl Family for StableDiffusion3 {
     }
 
     /// The transformer sees patches of cells.
-    fn side_multiple(&self) -> usize {
-        self.latents.factor() * self.config.patch_size
+    fn sides(&self) -> Sides {
+        Sides { factor: self.latents.factor(), patch: self.config.patch_size }
     }
 
     fn reads_t5(&self) -> bool {
