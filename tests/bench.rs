@@ -1,5 +1,7 @@
 //! `megafuse bench` from outside: what it prints, compares, draws and refuses. No time is checked, only what is said of it.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/place.rs"]
 mod place;
 #[path = "common/skip.rs"]
@@ -337,6 +339,10 @@ fn the_parts_of_a_model_are_timed() {
             assert!(line[figure].as_f64() > Some(0.0), "{figure} in {line}");
         }
     }
+    let sd3 = drawn::folder("sd3/medium").display().to_string();
+    let sd3 = [&bench[..3], &[sd3.as_str()], &bench[4..], &["cpu", "--dtype", "f32"]].concat();
+    let parts: Vec<Value> = lines(&place.ok(&sd3)).iter().map(|line| line["part"].clone()).collect();
+    assert_eq!(parts, ["transformer, guided step of 1 [2,8,8]", "VAE, decode 1 of 16x16"]);
     let emulated = lines(&place.ok(&[&bench[..], &["emu"]].concat()));
     assert_eq!(emulated.len(), 2, "{emulated:?}");
     for line in &emulated {

@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use arrays::{Arrays, arrays};
+use megafuse::image::read_png_text;
 use megafuse::models::unet::CrossAttentionShape;
 use megafuse::models::{
     ClipVisionConfig, ClipVisionModel, ClipVisionOutput, ImageMasks, ImagePrompt, IpAdapter, IpAdapterConfig, Unet,
@@ -444,4 +445,28 @@ fn a_step_with_a_picture_has_no_further_launch() {
     let conditioning = unet.condition(&zeros(&[2, 77, 768], DType::BF16), &[0.0]).unwrap();
     let error = conditioning.with_images(&unet, few).map(drop).unwrap_err().to_string();
     assert!(error.contains("is 15, expected 16, the cross-attentions of the network"), "{error}");
+}
+
+/// The words for pictures alone are of a line that has none, not of one with a prompt.
+#[test]
+fn lines_have_the_words_that_they_are_alone_with() {
+    let place = Place::new();
+    let args = small("sd15", "sd15-base", "");
+    let own: Vec<&str> = args.iter().enumerate().filter(|(i, _)| *i != 1).map(|(_, arg)| arg.as_str()).collect();
+    fs::write(
+        place.path("lines.jsonl"),
+        "{\"prompt\": \"a dog\", \"id\": \"dog\"}\n{\"prompt\": \"\", \"id\": \"none\"}",
+    )
+    .unwrap();
+    place.ok(&[&own[..], &["--manifest", "lines.jsonl", "--out", "made"]].concat());
+    for (id, prompt) in [("dog", "a dog"), ("none", "")] {
+        let line: Value =
+            serde_json::from_str(&read_png_text(&place.path(&format!("made/{id}.png")), "megafuse").unwrap().unwrap())
+                .unwrap();
+        let seed = line["seed"].to_string();
+        let alone = [&own[..1], &[prompt], &own[1..], &["--seed", &seed, "--out", "alone.png"]].concat();
+        place.ok(&alone);
+        assert_eq!(place.bytes("alone.png"), place.bytes(&format!("made/{id}.png")), "{id}");
+        assert_eq!(line["negative_prompt"].as_str().is_some_and(|text| !text.is_empty()), id == "none", "{line}");
+    }
 }

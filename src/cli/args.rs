@@ -138,8 +138,8 @@ pub struct ProbeArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Module {
-    /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds; of SDXL clip1.*, clip2.*,
-    /// prompt_embeds, pooled_prompt_embeds
+    /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds; of SDXL and SD3 clip1.*, clip2.*,
+    /// t5.* (SD3), prompt_embeds, pooled_prompt_embeds
     Text,
     /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6])
     /// -> out [N,C,H,W]; with --control also control [N,3,H,W] in [0,1] -> control.down<i>, control.mid, which out has in it

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::console::say;
 use super::flags;
 use super::generate::{phase_suffix, shown_phases};
+use super::ip_args;
 use super::manifest::{self, Line, Shard};
 use super::method_options::MethodOptions;
 use super::output::{self, Target};
@@ -53,11 +54,11 @@ pub fn run(args: &GenerateArgs, manifest: &Path) -> Result<()> {
     }
     output::advise_on_interrupt("; the same command with --resume makes the missing ones");
     let mut item = |named: &Named| {
-        let request = flags.of(&named.line)?;
+        let request = flags.of(&session, &named.line)?;
         Ok(Item { named: named.clone(), cost: costs.of(&session, &request)?, request })
     };
     let todo: Vec<Item> = todo.into_iter().map(&mut item).collect::<Result<_>>()?;
-    let batch = session.batch(args.run.batch, &todo[0].request, todo.len())?;
+    let batch = session.batch(args.run.batch, &todo[0].pictured()?, todo.len())?;
     let pipeline = session.load()?;
     tell_unread(&pipeline, todo.iter().map(|item| &item.request))?;
     let writing = folder.begin()?;
@@ -74,8 +75,9 @@ struct Flags<'a> {
 }
 
 impl Flags<'_> {
-    fn of(&self, line: &Line) -> Result<Request> {
-        line.request(&self.request, self.options)
+    /// Without the line's own pictures.
+    fn of(&self, session: &Session, line: &Line) -> Result<Request> {
+        Ok(ip_args::worded(line.request(&self.request, self.options)?, session.planner.pipeline()))
     }
 }
 
@@ -100,24 +102,29 @@ impl Named {
 fn check(session: &Session, manifest: &Path, lines: Vec<Line>, flags: &Flags) -> Result<(Costs, Vec<Named>)> {
     let (mut costs, mut all) = (Costs::default(), Vec::new());
     for line in lines {
-        let request = flags.of(&line)?;
+        let request = flags.of(session, &line)?;
         if line.negative_prompt.as_ref().is_some_and(|negative| !negative.is_empty()) && request.guidance <= 1.0 {
             let reason = format!("negative_prompt has no effect with a guidance of {}", request.guidance);
             return Err(Error::file(&manifest::place(manifest, line.number), reason));
         }
-        let of_line = line.guidance.or(line.guidance_rescale).is_some();
-        if of_line && request.guidance_rescale > 0.0 && request.guidance <= 1.0 {
+        let rescaled = line.guidance.or(line.guidance_rescale).is_some();
+        if rescaled && request.guidance_rescale > 0.0 && request.guidance <= 1.0 {
             let (phi, guidance) = (request.guidance_rescale, request.guidance);
             let reason = format!("guidance_rescale {phi} has no effect with a guidance of {guidance}");
             return Err(Error::file(&manifest::place(manifest, line.number), reason));
         }
-        costs.of(session, &request).map_err(|error| match error {
+        let of_line = |error: Error| match error {
             // What the line does not say, the flags do: their error is theirs.
-            Error::Request { .. } if line.has_geometry() => {
+            Error::Request { .. } if line.has_geometry() || !line.control_images.is_empty() => {
                 Error::file(&manifest::place(manifest, line.number), flags::error_text(&error))
             }
             other => other,
-        })?;
+        };
+        let request = line.with_pictures(request).map_err(of_line)?;
+        costs.of(session, &request).map_err(of_line)?;
+        if !line.control_images.is_empty() {
+            session.planner.pipeline().resolve(&request).map_err(of_line)?;
+        }
         // Not resolved for nothing: there may be very many lines.
         let phases = match shown_phases(&request.method, 2) {
             0 => 0,
@@ -242,7 +249,8 @@ fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Named], flags:
             todo.push(named);
             continue;
         }
-        let parameters = session.planner.pipeline().parameters(&flags.of(line)?)?.json;
+        let request = line.with_pictures(flags.of(session, line)?)?;
+        let parameters = session.planner.pipeline().parameters(&request)?.json;
         match folder.find(line, &parameters)? {
             Found::Picture if named.file_names().iter().all(|name| folder.has(name)) => {}
             Found::Picture => todo.push(named),
@@ -258,9 +266,21 @@ fn missing<'a>(session: &Session, folder: &RunFolder, part: &[&'a Named], flags:
 /// A picture to make.
 struct Item {
     named: Named,
+    /// Without the line's own pictures.
     request: Request,
     /// In MACs.
     cost: u64,
+}
+
+impl Item {
+    fn pictured(&self) -> Result<Request> {
+        self.named.line.with_pictures(self.request.clone())
+    }
+
+    fn fits_into_batch_of(&self, other: &Item) -> bool {
+        self.named.line.control_images == other.named.line.control_images
+            && self.request.fits_into_batch_of(&other.request)
+    }
 }
 
 struct Pictures<'a> {
@@ -283,8 +303,7 @@ impl Pictures<'_> {
         }
         let (begin, mut failures) = (Instant::now(), Vec::new());
         let mut progress = PicturesProgress::new(todo.len(), todo.iter().map(|item| item.cost).sum());
-        let requests: Vec<&Request> = todo.iter().map(|item| &item.request).collect();
-        for group in batches(&requests, self.batch) {
+        for group in batches(todo, self.batch, Item::fits_into_batch_of) {
             let items: Vec<&Item> = group.iter().map(|&at| &todo[at]).collect();
             match self.together(&items, &mut progress, &failed, &mut failures) {
                 Ok(()) => {}
@@ -324,14 +343,14 @@ impl Pictures<'_> {
         failures: &mut Vec<String>,
     ) -> Result<()> {
         let place = |item: &Item| manifest::place(self.manifest, item.named.line.number).display().to_string();
-        let phases = items.iter().map(|item| {
+        let requests: Vec<Request> = items.iter().map(|item| item.pictured()).collect::<Result<_>>()?;
+        let phases = items.iter().zip(&requests).map(|(item, request)| {
             let names = item.named.file_names();
             let targets =
                 names.iter().take(item.named.phases).map(|name| Target::Chosen(self.folder.path().join(name)));
-            PhaseFiles::new(&self.pipeline, &item.request, &targets.collect::<Vec<_>>())
+            PhaseFiles::new(&self.pipeline, request, &targets.collect::<Vec<_>>())
         });
         progress.picture(place(items[0]), phases.collect::<Result<_>>()?);
-        let requests: Vec<Request> = items.iter().map(|item| item.request.clone()).collect();
         match (self.pipeline.generate_batch(&requests, progress), items) {
             (Ok(pictures), _) => {
                 for (item, picture) in items.iter().zip(&pictures) {

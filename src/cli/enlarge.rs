@@ -14,7 +14,7 @@ use super::method_options::MethodChoice;
 use super::output::{self, Outputs, Target};
 use super::picture_args::{PictureArgs, RunArgs, conflict};
 use super::session::{Session, tell_unread};
-use super::{flags, from, values};
+use super::{flags, from, ip_args, values};
 
 /// What enlarges where no flag says otherwise.
 const METHOD: &str = "megafusion";
@@ -187,6 +187,7 @@ fn request(
     if request.negative_prompt.is_none() {
         request.negative_prompt = negative.filter(|_| request.is_guided());
     }
+    let mut request = ip_args::worded(request, pipeline);
     request.init_image = Some(InitImage { picture, mask: None, strength });
     let size = match (args.run.stages.as_ref().and_then(|stages| stages.0.last()), args.run.size) {
         (Some(last), _) => last.size,

@@ -301,10 +301,13 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         };
         recipe.files.push(("ip_adapter", format!("--ip-adapter {name}.safetensors:{scale}")));
     }
-    for image in list("ip_images")? {
+    let images = list("ip_images")?;
+    let masked = images.iter().any(|image| image["mask"].is_string());
+    for image in images {
         let name = image["name"].as_str().ok_or_else(|| wrong("ip_images", "names of files"))?;
         recipe.files.push(("ip_image", format!("--ip-image {name}")));
-        if let Some(mask) = image["mask"].as_str() {
+        if masked {
+            let mask = image["mask"].as_str().unwrap_or("none");
             recipe.files.push(("ip_mask", format!("--ip-mask {mask}")));
         }
     }
@@ -776,6 +779,11 @@ mod tests {
             let message = read(&json).unwrap_err().to_string();
             assert!(message.starts_with("p.png: ") && message.contains(part), "{part} in: {message}");
         }
+        // Of several pictures a mask is one's own: the others' place is kept.
+        let mut json = good.clone();
+        json["ip_images"] = json!([{"name": "a.png"}, {"name": "b.png", "mask": "m.png"}]);
+        let files: Vec<String> = read(&json).unwrap().files.into_iter().map(|(_, flag)| flag).collect();
+        assert_eq!(files, ["--ip-image a.png", "--ip-mask none", "--ip-image b.png", "--ip-mask m.png"]);
         let mut json = good.clone();
         json.as_object_mut().unwrap().remove("model");
         assert!(read(&json).unwrap_err().to_string().contains("has no model, expected a text"));

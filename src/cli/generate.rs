@@ -14,7 +14,7 @@ use super::output::{self, Outputs, Target};
 use super::picture_args::{GenerateArgs, conflict};
 use super::progress::{Keep, PhaseFiles, Progress, seconds_text};
 use super::session::{Session, tell_unread};
-use super::{batch, bench, profile, safetensors_file, strip};
+use super::{batch, bench, ip_args, profile, safetensors_file, strip};
 
 pub fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(manifest) = &args.manifest {
@@ -28,6 +28,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         Some(path) => Session::on(&args.run, profile::device(args.run.device, path)?)?,
         None => Session::open(&args.run)?,
     };
+    let request = ip_args::worded(request, session.planner.pipeline());
     if let Some(picture) = &args.from {
         let parameters = session.planner.pipeline().parameters(&request)?.json;
         from::compare(picture, &parameters, &session.device().to_string(), args.run.model.as_deref())?;

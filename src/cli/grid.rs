@@ -112,7 +112,7 @@ fn pictures(pipeline: &Pipeline, cells: &[Cell], batch: usize, cell: [usize; 2])
     let mut progress = PicturesProgress::new(cells.len(), cells.iter().map(|cell| cell.cost).sum());
     let mut canvases: Vec<Option<Canvas>> = cells.iter().map(|_| None).collect();
     let requests: Vec<&Request> = cells.iter().map(|cell| &cell.request).collect();
-    for group in batches(&requests, batch) {
+    for group in batches(&requests, batch, |a, b| a.fits_into_batch_of(b)) {
         progress.picture(format!("{:?}", requests[group[0]].prompt), Vec::new());
         let together: Vec<Request> = group.iter().map(|&at| requests[at].clone()).collect();
         let made = pipeline.generate_batch(&together, &mut progress)?;
@@ -239,7 +239,7 @@ impl Grid {
         let relayed = self.methods.iter().map(|method| method.method).find(|spec| spec.relays);
         let flags = args.run.request(relayed.unwrap_or(wanted.method))?;
         let mut request = match &subject.line {
-            Some(line) => line.request(&flags, &args.run.options)?,
+            Some(line) => line.with_pictures(line.request(&flags, &args.run.options)?)?,
             None => Request { prompt: subject.prompt.clone(), ..flags },
         };
         if let Some(seeds) = &self.seeds {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use megafuse::pipeline::{InputPicture, IpAdapterFile, IpImage, Request};
+use megafuse::pipeline::{InputPicture, IpAdapterFile, IpImage, Pipeline, Request};
 use megafuse::{Error, Result};
 
 use super::values;
@@ -84,11 +84,12 @@ impl IpArgs {
     }
 }
 
-/// The request with words where it has pictures alone.
-pub fn worded(request: Request) -> Request {
+/// The request with words where it has pictures alone; negative ones where `pipeline` reads them.
+pub fn worded(request: Request, pipeline: &Pipeline) -> Request {
     let wordless = request.prompt.trim().is_empty() && request.negative_prompt.is_none();
-    match wordless && !request.ip_images.is_empty() {
-        false => request,
-        true => Request { prompt: WORDS.0.into(), negative_prompt: Some(WORDS.1.into()), ..request },
+    if request.ip_images.is_empty() || !wordless {
+        return request;
     }
+    let negative_prompt = pipeline.guides(&request).then(|| WORDS.1.into());
+    Request { prompt: WORDS.0.into(), negative_prompt, ..request }
 }

@@ -214,7 +214,8 @@ impl Line {
         (self.method.unwrap_or(spec), self.stages.as_ref().map_or(stages, |stages| &stages.0))
     }
 
-    /// The flags, with what the line says in their place, and those of the method's `options` that the line's run reads.
+    /// The flags, with what the line says in their place, and those of the method's `options` that the line's run reads; of the line's
+    /// own pictures see [`with_pictures`](Line::with_pictures).
     ///
     /// # Errors
     /// [`Error::Request`]: an option of the flags does not fit the line's method.
@@ -233,7 +234,6 @@ impl Line {
             steps: self.steps.or(flags.steps),
             guidance: self.guidance.unwrap_or(flags.guidance),
             guidance_rescale: self.guidance_rescale.unwrap_or(flags.guidance_rescale),
-            controls: self.controls(&flags.controls)?,
             count: 1,
             ..flags.clone()
         };
@@ -245,11 +245,16 @@ impl Line {
         Ok(Request { method, ..request })
     }
 
-    /// The flags' ControlNets, each with the line's picture where the line has pictures; edges are those of that.
-    fn controls(&self, flags: &[ControlInput]) -> Result<Vec<ControlInput>> {
+    /// The request with the line's pictures, read, where it has some, in place of those that its ControlNets read; edges are those of
+    /// these. They are large: a run of many lines reads them as it comes to each.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: another number than there are ControlNets; those of the files.
+    pub fn with_pictures(&self, request: Request) -> Result<Request> {
         if self.control_images.is_empty() {
-            return Ok(flags.to_vec());
+            return Ok(request);
         }
+        let flags = &request.controls;
         if self.control_images.len() != flags.len() {
             let value =
                 self.control_images.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
@@ -264,7 +269,8 @@ impl Line {
             };
             Ok(ControlInput { image, ..control.clone() })
         };
-        flags.iter().zip(&self.control_images).map(own).collect()
+        let controls = flags.iter().zip(&self.control_images).map(own).collect::<Result<_>>()?;
+        Ok(Request { controls, ..request })
     }
 
     /// Does the line say how the picture gets its size?

@@ -16,7 +16,7 @@ use super::args::named;
 use super::control_args::ControlArgs;
 use super::grid::{Axis, MethodAt};
 use super::hub::HubArgs;
-use super::ip_args::{self, IpArgs};
+use super::ip_args::IpArgs;
 use super::manifest::Shard;
 use super::method_options::{MethodChoice, MethodOptions};
 use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
@@ -285,9 +285,9 @@ pub struct PictureArgs {
 pub struct RunArgs {
     /// Model directory, single file or ORG/NAME of the Hugging Face hub (default: the small model inside the program)
     ///
-    /// The directory holds tokenizer/, text_encoder/, unet/, vae/ and scheduler/, with safetensors or .bin weights; or it is a
+    /// The directory holds tokenizer/, text_encoder/, unet/ (or transformer/), vae/ and scheduler/, with safetensors or .bin weights; or it is a
     /// model's folder in a cache of the Hugging Face hub (models--ORG--NAME). The file is a whole checkpoint of Stable
-    /// Diffusion 1.x, 2.x or XL in safetensors or .ckpt, of which nothing is run. What is no path is a name on the hub: ORG/NAME, ORG/NAME@REVISION, or
+    /// Diffusion 1.x, 2.x, XL, 3 or 3.5 in safetensors or .ckpt, of which nothing is run. What is no path is a name on the hub: ORG/NAME, ORG/NAME@REVISION, or
     /// ORG/NAME/FILE.safetensors where a repository holds single files. What its local cache does not have is fetched:
     /// of each part one safetensors form (else .bin), in f16 where the run's element type has 16 bits and there is one.
     #[arg(long, value_name = "MODEL", value_parser = values::path())]
@@ -651,7 +651,7 @@ impl PictureArgs {
         };
         let request = run.request(self.spec(run))?;
         let prompt = prompt.into();
-        Ok(ip_args::worded(Request { prompt, seed: self.seed, count: self.count, batch, ..request }))
+        Ok(Request { prompt, seed: self.seed, count: self.count, batch, ..request })
     }
 }
 

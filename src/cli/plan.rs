@@ -6,6 +6,7 @@ use megafuse::runtime::{OpKind, Work};
 use serde_json::json;
 
 use super::console::say;
+use super::ip_args;
 use super::memory::bytes_text;
 use super::output::print_line;
 use super::picture_args::PlanArgs;
@@ -20,6 +21,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let device = args.run.device.open()?;
     let source = args.run.source();
     let planner = Planner::with(&source, &args.run.load_options(&device))?;
+    let request = ip_args::worded(request, planner.pipeline());
     // Without --memory and --vae-partition the fastest way is planned, wherever the command runs.
     let report = planner.plan(&request)?;
     planner.pipeline().remarks(&request)?.iter().for_each(|remark| say!("warning: {remark}"));

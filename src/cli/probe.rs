@@ -234,7 +234,6 @@ fn encode(
     Ok((last, penultimate))
 }
 
-/// `control`: a ControlNet and its scale.
 /// `sample`, with its shape as the file has it.
 fn sample(input: &Inputs, channels: usize, device: &Device, dtype: DType) -> Result<(Tensor, [usize; 4])> {
     let wanted = format!("[N, {channels}, H, W]");
@@ -287,6 +286,7 @@ fn transformer(model: &Mmdit, input: &Inputs) -> Result<Arrays> {
     Ok(Arrays::from([("out".into(), to_nchw(&out)?)]))
 }
 
+/// `control`: a ControlNet and its scale.
 fn unet(
     unet: &Unet,
     control: Option<(ControlNet, f32)>,

@@ -157,13 +157,14 @@ pub fn variants_line(reports: &[WeightReport]) -> Option<String> {
 /// Pictures that `--batch auto` makes at once, at most: beyond it a card has little left to gain.
 const AUTO_BATCH: usize = 8;
 
-/// The requests by index, in groups of at most `most` that can be made in one batch; in the order of their first ones.
-pub fn batches(requests: &[&Request], most: usize) -> Vec<Vec<usize>> {
+/// The items by index, in groups of at most `most` that are `alike`, so that they can be made in one batch; in the order of their
+/// first ones.
+pub fn batches<T>(items: &[T], most: usize, alike: impl Fn(&T, &T) -> bool) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     // Groups with room, one of a kind.
     let mut open: Vec<usize> = Vec::new();
-    for (index, request) in requests.iter().enumerate() {
-        match open.iter().position(|&group| request.fits_into_batch_of(requests[groups[group][0]])) {
+    for (index, item) in items.iter().enumerate() {
+        match open.iter().position(|&group| alike(item, &items[groups[group][0]])) {
             Some(at) => {
                 let group = open[at];
                 groups[group].push(index);
@@ -265,9 +266,9 @@ mod tests {
             ..Request::default()
         };
         let requests = [of("a", 0, 5), of("b", 1, 5), of("a", 0, 6), of("c", 2, 5), of("d", 3, 6), of("e", 4, 5)];
-        let requests: Vec<&Request> = requests.iter().collect();
-        assert_eq!(batches(&requests, 3), [vec![0, 1, 3], vec![2, 4], vec![5]]);
-        assert_eq!(batches(&requests, 1), [[0], [1], [2], [3], [4], [5]]);
+        let batches = |most| batches(&requests, most, Request::fits_into_batch_of);
+        assert_eq!(batches(3), [vec![0, 1, 3], vec![2, 4], vec![5]]);
+        assert_eq!(batches(1), [[0], [1], [2], [3], [4], [5]]);
     }
 
     #[test]

@@ -30,6 +30,16 @@ pub struct ClipTextConfig {
     pub projection_dim: Option<usize>,
 }
 
+/// Of CLIP's text and vision models.
+pub(super) fn hidden_act(keys: &JsonConfig) -> Result<Activation> {
+    match keys.get("hidden_act") {
+        None => Ok(Activation::QuickGelu),
+        Some(Value::String(name)) if name == "quick_gelu" => Ok(Activation::QuickGelu),
+        Some(Value::String(name)) if name == "gelu" => Ok(Activation::Gelu),
+        Some(_) => Err(keys.error("hidden_act", "not supported, only \"quick_gelu\" or \"gelu\" is")),
+    }
+}
+
 impl ClipTextConfig {
     /// Parses and checks config.json; `what` (its path) stands in errors.
     ///
@@ -38,12 +48,7 @@ impl ClipTextConfig {
     pub fn from_json(what: &str, json: &str) -> Result<ClipTextConfig> {
         let keys = JsonConfig::parse(what, json, "CLIPTextModel")?;
         keys.only("model_type", &["clip_text_model".into(), Value::Null])?;
-        let hidden_act = match keys.get("hidden_act") {
-            None => Activation::QuickGelu,
-            Some(Value::String(name)) if name == "quick_gelu" => Activation::QuickGelu,
-            Some(Value::String(name)) if name == "gelu" => Activation::Gelu,
-            Some(_) => return Err(keys.error("hidden_act", "not supported, only \"quick_gelu\" or \"gelu\" is")),
-        };
+        let hidden_act = hidden_act(&keys)?;
         let eos_token_id = match keys.get("eos_token_id") {
             None => 49407,
             // Newer files may hold a list; of CLIP's it has one entry.

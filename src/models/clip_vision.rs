@@ -4,7 +4,7 @@
 
 use serde_json::Value;
 
-use super::clip::{EncoderLayer, EncoderShape};
+use super::clip::{EncoderLayer, EncoderShape, hidden_act};
 use super::config::{JsonConfig, most};
 use super::layers::{LayerNorm, Linear};
 use super::weights::{WeightStore, Weights};
@@ -45,12 +45,7 @@ impl ClipVisionConfig {
         if !names.iter().any(|name| name == "CLIPVisionModelWithProjection") {
             return Err(keys.error("architectures", "an image encoder is a CLIPVisionModelWithProjection"));
         }
-        let hidden_act = match keys.get("hidden_act") {
-            None => Activation::QuickGelu,
-            Some(Value::String(name)) if name == "quick_gelu" => Activation::QuickGelu,
-            Some(Value::String(name)) if name == "gelu" => Activation::Gelu,
-            Some(_) => return Err(keys.error("hidden_act", "not supported, only \"quick_gelu\" or \"gelu\" is")),
-        };
+        let hidden_act = hidden_act(&keys)?;
         let config = ClipVisionConfig {
             hidden_size: keys.count("hidden_size", 768, most::CHANNELS)?,
             intermediate_size: keys.count("intermediate_size", 3072, most::CHANNELS)?,

@@ -11,6 +11,7 @@
 use std::path::{Path, PathBuf};
 
 use super::clip_vision::{ClipVisionConfig, ClipVisionOutput};
+use super::foreign::Foreign;
 use super::layers::{LayerNorm, Linear};
 use super::unet::{CrossAttentionShape, UnetConfig};
 use super::weights::{WeightStore, Weights};
@@ -134,36 +135,35 @@ impl IpAdapterConfig {
     }
 }
 
+const FACE_ID: &str = "is an IP-Adapter FaceID, which needs a network for faces that is not here";
+
 /// What a file is that is no IP-Adapter of these kinds.
-fn foreign(store: &WeightStore) -> Option<&'static str> {
+fn foreign(store: &WeightStore) -> Option<String> {
     let any = |part: &str| store.tensors().any(|(key, _)| key.contains(part));
     let begins = |part: &str| store.tensors().any(|(key, _)| key.starts_with(part));
     if begins("image_proj.perceiver_resampler.")
         || any("to_k_lora.")
         || any("_lora.down.weight") && begins("ip_adapter.")
     {
-        return Some("is an IP-Adapter FaceID, which needs a network for faces that is not here");
+        return Some(FACE_ID.into());
     }
     if begins("image_proj.proj.3.") {
-        return Some("is an IP-Adapter of the full kind (full-face), which is not supported");
+        return Some("is an IP-Adapter of the full kind (full-face), which is not supported".into());
     }
     if begins("image_proj.proj.0.") {
-        return Some("is an IP-Adapter FaceID, which needs a network for faces that is not here");
+        return Some(FACE_ID.into());
     }
     if begins("image_proj.") && begins("ip_adapter.") {
         return None;
     }
-    let t2i = ["body.0.", "adapter.body.0.", "adapter.conv_in.", "channel_unshuffle.", "adapter.channel_"];
-    if t2i.into_iter().any(begins) {
-        return Some("is a T2I-Adapter, which adds maps to the UNet's and is not supported");
-    }
-    if begins("controlnet_cond_embedding.") || begins("input_hint_block.") || begins("control_model.") {
-        return Some("is a ControlNet");
-    }
     if any("lora_") {
-        return Some("is a LoRA, not an IP-Adapter: give it as a LoRA");
+        return Some("is a LoRA, not an IP-Adapter: give it as a LoRA".into());
     }
-    Some("is something else")
+    let keys: Vec<&str> = store.tensors().map(|(key, _)| key).collect();
+    Some(match Foreign::of_keys(keys.iter().copied(), any("diffusion_model.")) {
+        Some(foreign) => format!("is no IP-Adapter: {foreign}"),
+        None => "is no IP-Adapter".into(),
+    })
 }
 
 /// An adapter's layers: pictures' tokens, and their K and V.

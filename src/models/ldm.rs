@@ -46,8 +46,8 @@ fn number(text: &str) -> Option<(usize, &str)> {
 }
 
 /// The largest number that follows `prefix` in a key, plus one.
-fn count<'a>(keys: impl Iterator<Item = &'a str>, prefix: &str) -> usize {
-    keys.filter_map(|key| number(key.strip_prefix(prefix)?)).map(|(n, _)| n + 1).max().unwrap_or(0)
+pub(super) fn count<'a>(keys: impl Iterator<Item = &'a str>, prefix: &str) -> usize {
+    keys.filter_map(|key| number(key.strip_prefix(prefix)?)).map(|(n, _)| n.saturating_add(1)).max().unwrap_or(0)
 }
 
 /// Input blocks of a level: its layers and its downsampler. `keys` are those of an LDM UNet, without their prefix.

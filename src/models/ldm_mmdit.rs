@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::ldm;
 use super::weights::Entry;
 
 const NAMES: [(&str, &str); 8] = [
@@ -121,8 +122,7 @@ pub(super) fn entries(entries: BTreeMap<String, Entry>) -> (BTreeMap<String, Ent
 }
 
 fn blocks(entries: &BTreeMap<String, Entry>) -> usize {
-    let number = |key: &String| key.strip_prefix("joint_blocks.")?.split('.').next()?.parse::<usize>().ok();
-    entries.keys().filter_map(number).max().map_or(0, |last| last + 1)
+    ldm::count(entries.keys().map(String::as_str), "joint_blocks.")
 }
 
 /// `transformer/config.json` of the tensors, whose keys are those of the first files. Heads are 64 wide in every published model.
@@ -135,9 +135,11 @@ pub(super) fn config(entries: &BTreeMap<String, Entry>) -> Value {
     let positions =
         entries.get("pos_embed").map_or(192 * 192, |entry| entry.shape.iter().rev().nth(1).copied().unwrap_or(0));
     let count = blocks(entries);
-    let has = |key: String| entries.contains_key(&key);
-    let dual: Vec<usize> =
-        (0..count).filter(|block| has(format!("joint_blocks.{block}.x_block.attn2.qkv.weight"))).collect();
+    let is_dual = |key: &String| {
+        key.strip_prefix("joint_blocks.")?.strip_suffix(".x_block.attn2.qkv.weight")?.parse::<usize>().ok()
+    };
+    let mut dual: Vec<usize> = entries.keys().filter_map(is_dual).collect();
+    dual.sort_unstable();
     let shape = Shape {
         layers: count,
         width,
@@ -148,7 +150,7 @@ pub(super) fn config(entries: &BTreeMap<String, Entry>) -> Value {
         pooled: side("y_embedder.mlp.0.weight", 1, 2048),
         positions: (positions as f64).sqrt() as usize,
         dual,
-        qk_norm: has("joint_blocks.0.x_block.attn.ln_q.weight".into()),
+        qk_norm: entries.contains_key("joint_blocks.0.x_block.attn.ln_q.weight"),
     };
     shape.config()
 }
@@ -205,6 +207,12 @@ impl Shape {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
+    use super::super::weights::MappedFile;
     use super::*;
 
     fn whole(key: &str) -> Option<String> {
@@ -233,5 +241,20 @@ mod tests {
         assert_eq!(named("joint_blocks.0.x_block.attn2.qkv.weight", 3), Some(Named::Thirds(thirds)));
         assert_eq!(whole("joint_blocks.0.x_block.other.weight"), None);
         assert_eq!(whole("double_blocks.0.img_attn.qkv.weight"), None);
+    }
+
+    /// A number that no model has is one to refuse, not one to count to.
+    #[test]
+    fn a_block_of_any_number_is_read() {
+        let key = |block: usize| format!("joint_blocks.{block}.x_block.attn2.qkv.weight");
+        let bytes = [0u8; 48];
+        let view = || TensorView::new(Dtype::F32, vec![12, 1], &bytes).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let tensors = [3, usize::MAX].map(|block| (key(block), view()));
+        std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        let config = config(&Arc::new(MappedFile::open(path).unwrap()).entries().unwrap());
+        assert_eq!(config["dual_attention_layers"], json!([3, usize::MAX]));
+        assert_eq!(config["num_layers"], json!(usize::MAX));
     }
 }

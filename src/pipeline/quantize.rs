@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::families::Part;
 use super::files::{ModelFiles, ModelSource, Place};
 use crate::error::{Error, Result};
-use crate::models::{self, Mmdit, Rewritten, Unet, WeightFile, WeightFormat, WeightStore};
+use crate::models::{self, Mmdit, Rewritten, Unet, WeightFile, WeightFormat, WeightStore, Weights};
 use crate::runtime::{DType, Device};
 
 /// What was written.
@@ -120,16 +120,17 @@ fn parts(files: &ModelFiles) -> Result<BTreeMap<&'static str, WeightStore>> {
     let here = |part: &&Part| part.weights.is_some() && (!part.is_optional || files.has(part.folder));
     for part in files.family.parts.iter().filter(here) {
         let store = files.outline(part.folder, &Device::cpu(), DType::F32)?.with_format(WeightFormat::Fp8);
+        // On the meta device: which weights are asked for, and whether they fit the configuration.
+        let ask = |denoiser: &dyn Fn(&Weights) -> Result<()>| {
+            denoiser(&store.root()).map_err(|error| store.explained(error, denoiser))
+        };
         if part.folder == models::Part::Transformer.folder() {
             let config = files.transformer_config()?;
-            Mmdit::from_weights(&store.root(), &config)
-                .map_err(|error| store.explained(error, |w| Mmdit::from_weights(w, &config).map(drop)))?;
+            ask(&|w| Mmdit::from_weights(w, &config).map(drop))?;
         }
         if part.folder == models::Part::Unet.folder() {
-            // On the meta device: which weights are asked for, and whether they fit the configuration.
             let config = files.unet_config()?;
-            Unet::from_weights(&store.root(), &config)
-                .map_err(|error| store.explained(error, |w| Unet::from_weights(w, &config).map(drop)))?;
+            ask(&|w| Unet::from_weights(w, &config).map(drop))?;
         }
         parts.insert(part.folder, store);
     }

@@ -243,6 +243,11 @@ impl Pipeline {
         self.family.sides().multiple()
     }
 
+    /// Is there classifier-free guidance in a request's run, and so a negative prompt?
+    pub fn guides(&self, request: &Request) -> bool {
+        self.defaults.guides(request.guidance)
+    }
+
     /// The weights of every part.
     pub fn weights(&self) -> &[WeightReport] {
         &self.weights

@@ -425,3 +425,26 @@ fn lines_have_their_own_pictures() {
     let error = run(&["generate", "--manifest", &path("lines.jsonl"), "--out", &path("more")], &path("picture.png"));
     assert!(error.as_ref().is_err_and(|error| error.contains("expected 1, one for each --control")), "{error:?}");
 }
+
+/// A line's picture that does not fit is found before the first picture is made.
+#[test]
+fn a_lines_picture_of_another_size_is_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    for (name, side) in [("right", 16), ("wrong", 8)] {
+        let white = Array { shape: vec![1, 3, side, side], values: vec![1.0; 3 * side * side] };
+        files::write(&folder.path().join(format!("{name}.safetensors")), &[("control0", white)]);
+    }
+    let line = |name: &str| format!(r#"{{"prompt": "a cat", "control_image": "{name}.safetensors"}}"#);
+    std::fs::write(path("lines.jsonl"), [line("right"), line("wrong")].join("\n")).unwrap();
+    let (edges, model) = (net("sd15-edges").display().to_string(), data("sd15").display().to_string());
+    let args =
+        ["generate", "--method", "plain", "--size", "16x16", "--steps", "1", "--device", "cpu", "--model", &model];
+    let files = [path("lines.jsonl"), path("made"), path("right.safetensors")];
+    let files = ["--manifest", &files[0], "--out", &files[1], "--control", &edges, "--control-image", &files[2]];
+    let error = megafuse(&[&args[..], &files].concat()).unwrap_err();
+    for part in ["lines.jsonl:2", "control0 is 8x8, expected 16x16"] {
+        assert!(error.contains(part), "{part} is not in: {error}");
+    }
+    assert!(!folder.path().join("made").exists());
+}

@@ -36,12 +36,12 @@ pub enum What {
 
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Model directory with unet/ and vae/; tools/oracle/full_size.py writes random ones of the published sizes
+    /// Model directory with unet/ (or transformer/) and vae/; tools/oracle/full_size.py writes random ones of the published sizes
     #[arg(long, value_name = "DIR", value_parser = values::path(), required_unless_present = "random")]
     pub model: Option<PathBuf>,
 
-    /// Instead of --model: random weights, made in memory, of the shapes of sd15, sd21 or sdxl as they are published, or of
-    /// the configurations in a directory
+    /// Instead of --model: random weights, made in memory, of the shapes of sd15, sd21, sdxl, sd3 or sd35 as they are
+    /// published, or of the configurations in a directory
     #[arg(long, value_name = "MODEL", value_parser = values::random, conflicts_with = "model")]
     pub random: Option<RandomShapes>,
 
@@ -86,8 +86,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", value_parser = values::path())]
     pub model: Option<PathBuf>,
 
-    /// Instead of --model: random weights, made in memory, of the shapes of sd15, sd21 or sdxl as they are published, or of
-    /// the configurations in a directory
+    /// Instead of --model: random weights, made in memory, of the shapes of sd15, sd21, sdxl, sd3 or sd35 as they are
+    /// published, or of the configurations in a directory
     #[arg(long, value_name = "MODEL", value_parser = values::random, conflicts_with = "model")]
     pub random: Option<RandomShapes>,
 

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use megafuse::models::single_file::published_config;
 use megafuse::models::{
-    AddedConditioning, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+    AddedConditioning, Family, Mmdit, MmditConfig, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig,
+    WeightStore,
 };
 use megafuse::ops::StepIndex;
 use megafuse::ops::cases::{Call, Inputs};
-use megafuse::pipeline::RandomShapes;
+use megafuse::pipeline::{RandomShapes, T5_LENGTH};
 use megafuse::runtime::{Work, cuda};
 use megafuse::{DType, Device, Error, Result};
 use serde_json::json;
@@ -91,6 +92,14 @@ pub fn run(args: &ModelArgs) -> Result<()> {
     Ok(())
 }
 
+const UNET: &str = "unet";
+const TRANSFORMER: &str = "transformer";
+
+enum Denoiser {
+    Unet(UnetConfig),
+    Mmdit(MmditConfig),
+}
+
 #[derive(Clone, Copy)]
 enum Part {
     Denoiser,
@@ -110,6 +119,16 @@ impl Source<'_> {
             (None, Some(shapes)) => Ok(Source::Random(shapes)),
             (None, None) => Err(Error::config("bench models", "neither --model nor --random")),
         }
+    }
+
+    /// The folder of its denoiser.
+    fn denoiser(&self) -> &'static str {
+        let transforms = match self {
+            Source::Directory(folder) => folder.join(TRANSFORMER).is_dir(),
+            Source::Random(RandomShapes::Directory(folder)) => folder.join(TRANSFORMER).is_dir(),
+            Source::Random(RandomShapes::Published(family)) => matches!(family, Family::Sd3 | Family::Sd35),
+        };
+        if transforms { TRANSFORMER } else { UNET }
     }
 
     /// What messages call it, and the JSON.
@@ -154,7 +173,10 @@ impl Part {
         let work = recorder.take_report().total();
         let [n, h, w, _] = y.dims("bench models", "result")?;
         Ok(match self {
-            Part::Denoiser => (format!("UNet, guided step of {} [{n},{h},{w}]", args.batch), work),
+            Part::Denoiser => {
+                let network = if Source::of(args)?.denoiser() == TRANSFORMER { TRANSFORMER } else { "UNet" };
+                (format!("{network}, guided step of {} [{n},{h},{w}]", args.batch), work)
+            }
             Part::Vae => (format!("VAE, decode {n} of {w}x{h}"), work),
         })
     }
@@ -163,27 +185,44 @@ impl Part {
         let source = Source::of(args)?;
         let (what, json) = source.config("vae")?;
         let vae_config = VaeConfig::from_json(&what, &json)?;
-        let (what, json) = source.config("unet")?;
-        let config = UnetConfig::from_json(&what, &json)?;
+        let (what, json) = source.config(source.denoiser())?;
+        let denoiser = match source.denoiser() {
+            TRANSFORMER => Denoiser::Mmdit(MmditConfig::from_json(&what, &json)?),
+            _ => Denoiser::Unet(UnetConfig::from_json(&what, &json)?),
+        };
         let inputs = Inputs::new(device, args.dtype, 1);
         let factor = vae_config.factor();
-        let [own_h, own_w] = config.sample_size.unwrap_or([64, 64]);
+        let (sample_size, patch) = match &denoiser {
+            Denoiser::Mmdit(config) => (config.sample_size, config.patch_size),
+            Denoiser::Unet(config) => (config.sample_size, 1),
+        };
+        let [own_h, own_w] = sample_size.unwrap_or([64, 64]);
         let own = (own_w * factor, own_h * factor);
         let (width, height) = args.size.map_or(own, |size| (size.width, size.height));
-        if width % factor != 0 || height % factor != 0 {
-            let reason = format!("{factor} pixels are one latent: both sides are multiples of it");
+        let multiple = factor * patch;
+        if width % multiple != 0 || height % multiple != 0 {
+            let reason = format!("expected both sides as multiples of {multiple}");
             return Err(Error::Request { field: "--size", value: format!("{width}x{height}"), reason });
         }
         let [h, w] = [height / factor, width / factor];
-        match self {
-            Part::Vae => {
+        let samples = 2 * args.batch;
+        match (self, denoiser) {
+            (Part::Vae, _) => {
                 let vae = Vae::load(source.store("vae", device, args.dtype)?, &vae_config)?;
                 let latents = inputs.tensor(&[args.batch, h, w, vae_config.latent_channels])?;
                 Ok(Box::new(move || vae.decode(&latents)))
             }
-            Part::Denoiser => {
-                let unet = Unet::load(source.store("unet", device, args.dtype)?, &config)?;
-                let samples = 2 * args.batch;
+            (Part::Denoiser, Denoiser::Mmdit(config)) => {
+                let transformer = Mmdit::load(source.store(TRANSFORMER, device, args.dtype)?, &config)?;
+                let latents = inputs.tensor(&[samples, h, w, config.in_channels])?;
+                let text = inputs.tensor(&[samples, TOKENS + T5_LENGTH, config.joint_attention_dim])?;
+                let pooled = inputs.tensor(&[samples, config.pooled_projection_dim])?;
+                let conditioning = transformer.condition(&text, &pooled, &[981.0])?;
+                let step = StepIndex::one(device, 0)?;
+                Ok(Box::new(move || transformer.forward(&latents, &step, &conditioning)))
+            }
+            (Part::Denoiser, Denoiser::Unet(config)) => {
+                let unet = Unet::load(source.store(UNET, device, args.dtype)?, &config)?;
                 let latents = inputs.tensor(&[samples, h, w, config.in_channels])?;
                 let text = inputs.tensor(&[samples, TOKENS, config.cross_attention_dim])?;
                 let pooled = config.added.map(|added| inputs.tensor(&[samples, added.pooled_dim])).transpose()?;
@@ -200,8 +239,6 @@ impl Part {
 
 #[cfg(test)]
 mod tests {
-    use megafuse::models::Family;
-
     use super::*;
 
     /// The published parameter counts.
