@@ -44,21 +44,24 @@ impl LoadOptions {
 
     /// The same with everything on a meta device; text encoders that are elsewhere are on another one, whose memory nobody counts.
     pub(super) fn on_meta(&self, meta: &MetaDevice) -> LoadOptions {
-        let elsewhere = self.text_device.as_ref().filter(|device| !device.same(&self.device));
-        let text_device = elsewhere.map(|_| Device::meta());
+        let text_device = self.text_elsewhere().map(|_| Device::meta());
         LoadOptions { device: Device::Meta(meta.clone()), text_device, ..self.clone() }
     }
 }
 
 impl LoadOptions {
+    /// Where the text encoders are, where that is another place than the network's.
+    pub(super) fn text_elsewhere(&self) -> Option<&Device> {
+        self.text_device.as_ref().filter(|device| !device.same(&self.device))
+    }
+
     /// What of these decides a picture beside the device and the dtype, where it is not the default: name and value, as in a
     /// picture's JSON.
     pub fn named(&self) -> Vec<(&'static str, &'static str)> {
         let dtype = self.vae_dtype.map(|dtype| ("vae_dtype", dtype.name()));
         let tiles = (self.memory.vae == VaePartition::Tiles).then_some(("vae_partition", VaePartition::Tiles.name()));
         let weights = (self.weights != WeightFormat::Plain).then_some(("weights", self.weights.name()));
-        let elsewhere = self.text_device.as_ref().filter(|device| !device.same(&self.device));
-        let text = elsewhere.map(|device| match device {
+        let text = self.text_elsewhere().map(|device| match device {
             Device::Cpu(_) => ("text_encoder_device", "cpu"),
             Device::Cuda(_) => ("text_encoder_device", "cuda"),
             Device::Meta(_) => ("text_encoder_device", "meta"),

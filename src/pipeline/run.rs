@@ -545,8 +545,7 @@ impl Pipeline {
 
     /// Bytes of the modules that are in memory, of the device's own.
     pub(super) fn resident_bytes(&self) -> u64 {
-        let of_device =
-            |module: &dyn Module| module.role() != Role::Text || self.options.text_device().same(&self.options.device);
+        let of_device = |module: &dyn Module| module.role() != Role::Text || self.options.text_elsewhere().is_none();
         let modules = self.modules().into_iter().zip(self.weights());
         let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
         let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);

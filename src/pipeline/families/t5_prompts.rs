@@ -122,13 +122,13 @@ impl T5TextEncoder {
             return Ok((T5Encoding { ids: vec![0; length], length, truncated: None }, vec![1.0; length]));
         };
         let parsed = Prompt::parse(prompt.text.as_deref().unwrap_or_default(), options.syntax);
-        let part = |part: &'_ Part| match part {
-            Part::Text { text, weight } => Some((text.clone(), *weight)),
-            // T5 has no chunks that it could end.
-            Part::Break => None,
-        };
-        let parts: Vec<(String, f32)> = parsed.parts.iter().filter_map(part).collect();
-        let parts: Vec<(&str, f32)> = parts.iter().map(|(text, weight)| (text.as_str(), *weight)).collect();
+        let mut parts = Vec::new();
+        for part in &parsed.parts {
+            match part {
+                Part::Text { text, weight } => parts.push((text.as_str(), *weight)),
+                Part::Break => {} // T5 has no chunks that it could end
+            }
+        }
         tokenizer.encode_parts(&parts, length)
     }
 
