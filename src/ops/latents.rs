@@ -17,7 +17,7 @@ pub fn mix_latents(x: &mut Tensor, a: &Tensor, b: Option<&Tensor>, factors: Step
     if let Some(b) = b {
         b.expect(OP, "b", x.shape(), DType::F32, x.device())?;
     }
-    one_row(OP, &factors, n, 3, x.device())?;
+    one_row(OP, "factors", &factors, n, 3, x.device())?;
 
     let _timed = profile::scope(OP, x.shape());
     match x.device().clone() {
@@ -142,7 +142,7 @@ pub fn blur_latents(x: &Tensor, [top, left]: [usize; 2], weights: StepRows) -> R
     if taps % 2 == 0 {
         return Err(Error::shape(OP, "weights", weights.table, "an odd number of taps"));
     }
-    one_row(OP, &weights, n, taps, x.device())?;
+    one_row(OP, "weights", &weights, n, taps, x.device())?;
 
     let mut y = Tensor::uninit(x.device(), &[n, top + h, left + w, c], DType::F32)?;
     let _timed = profile::scope(OP, y.shape());
@@ -198,10 +198,17 @@ fn images(op: &'static str, x: &Tensor) -> Result<usize> {
     x.shape().first().copied().ok_or_else(|| Error::shape(op, "x", x, "[N, ...]"))
 }
 
-/// A table of f32 with one row of `columns` per step.
-fn one_row(op: &'static str, rows: &StepRows, images: usize, columns: usize, device: &Device) -> Result<()> {
+/// A table of f32 with one row of `columns` per step. `arg`: what the op calls it.
+fn one_row(
+    op: &'static str,
+    arg: &'static str,
+    rows: &StepRows,
+    images: usize,
+    columns: usize,
+    device: &Device,
+) -> Result<()> {
     if rows.rows != 1 {
         return Err(Error::argument(op, "rows", rows.rows, "1 for each step"));
     }
-    rows.check(op, "row", images, columns, DType::F32, device)
+    rows.check(op, arg, images, columns, DType::F32, device)
 }

@@ -209,7 +209,7 @@ fn errors_name_the_argument() {
     let mix = |a: &Tensor, factors| ops::mix_latents(&mut x.duplicate().unwrap(), a, None, factors).unwrap_err();
     assert!(matches!(mix(&other, rows(&three)), Error::Shape { arg: "a", .. }));
     assert!(matches!(mix(&half, rows(&three)), Error::Dtype { arg: "a", .. }));
-    assert!(matches!(mix(&x, rows(&four)), Error::Shape { arg: "row", .. }));
+    assert!(matches!(mix(&x, rows(&four)), Error::Shape { arg: "factors", .. }));
     assert!(matches!(mix(&x, StepRows { rows: 2, ..rows(&three) }), Error::Argument { arg: "rows", .. }));
     let late = StepIndex::one(&device, 1).unwrap();
     assert!(matches!(mix(&x, StepRows { step: &late, ..rows(&three) }), Error::Argument { arg: "step", .. }));

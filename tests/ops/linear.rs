@@ -423,7 +423,7 @@ fn arguments_of_a_gate_that_do_not_fit_are_named() {
     for (rows, expected) in [
         (StepRows { rows: 3, ..gate.rows }, "conditioning rows is 3"),
         (StepRows { step: &third, ..gate.rows }, "step is 3, expected below 3"),
-        (StepRows { table: &half, ..gate.rows }, "row is f16, expected f32"),
+        (StepRows { table: &half, ..gate.rows }, "gate is f16, expected f32"),
     ] {
         fails(Linear { gate: Some(StepColumns { rows, ..gate }), ..ok }, expected);
     }

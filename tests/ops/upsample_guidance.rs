@@ -138,7 +138,7 @@ fn errors_name_the_argument() {
     }
     let narrow = of(&[2, 2], DType::F32);
     let factors = StepRows { table: &narrow, ..factors };
-    assert!(matches!(guide(&output, &low, &pooled, factors), Error::Shape { arg: "row", .. }));
+    assert!(matches!(guide(&output, &low, &pooled, factors), Error::Shape { arg: "factors", .. }));
     let short = of(&[1, 3], DType::F32);
     let factors = StepRows { table: &short, ..factors };
     assert!(matches!(guide(&output, &low, &pooled, factors), Error::Argument { arg: "step", .. }));
