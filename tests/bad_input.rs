@@ -1,6 +1,9 @@
 //! Malformed model directories, files, prompts and flags, each against the built program: the message names the file or
 //! flag, the key, the value and what to do; the exit status is an error's and no panic's; nothing is left behind.
 
+#[path = "common/place.rs"]
+mod place;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
@@ -8,10 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use megafuse::image::{PngText, encode_png};
+use place::{MODEL, copy};
 use serde_json::{Map, Value, json};
 
-/// A small random model of the SD 1.x family, native size 32x32, two pixels a latent cell.
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
 /// Failed: a file, a configuration, a device.
 const FAILED: i32 = 1;
 /// Wrong usage: a flag or its value.
@@ -1040,20 +1042,6 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, u64> {
         }
     }
     found
-}
-
-/// Copies a model without the values that other tests compare with.
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else if !entry.file_name().to_string_lossy().starts_with("oracle") {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 /// The copy itself works: it is the damage that the other cases meet.

@@ -1,15 +1,17 @@
 //! `generate --manifest`: ten thousand pictures that survive whatever stops them, here a few dozen, really killed.
 
+#[path = "common/place.rs"]
+mod place;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use place::{MODEL, copy};
 use serde_json::Value;
 
-/// A small random model of the SD 1.x family, native size 32x32, two pixels a latent cell.
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sd15");
 const STAGES: &str = "16x16:2,24x24:1";
 
 struct Place {
@@ -511,17 +513,4 @@ fn poison(model: &Path, token: &str) {
     }
     let header = header.to_string();
     fs::write(&path, [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()).unwrap();
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else if !entry.file_name().to_string_lossy().starts_with("oracle") {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }

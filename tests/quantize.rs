@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use megafuse::models::{Adapters, Part, SingleFile, WeightStore};
 use megafuse::pipeline::{self, Lora, ModelSource};
 use megafuse::{DType, Device, Error};
-use place::{MODEL, Place};
+use place::{MODEL, Place, copy};
 use safetensors::{Dtype, SafeTensors};
 
 fn data(name: &str) -> PathBuf {
@@ -157,18 +157,6 @@ fn files_of_torch_become_safetensors() {
     let store = |file: &SingleFile, part| file.store(part, &Device::cpu(), DType::F32).unwrap();
     for part in [Part::TextEncoder, Part::Unet, Part::Vae] {
         compare(&store(&got, part), &store(&wanted, part), part == Part::Unet, 0.0, part.folder());
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let target = to.join(path.file_name().unwrap());
-        match path.is_dir() {
-            true => copy(&path, &target),
-            false => assert!(fs::copy(&path, &target).is_ok(), "{path:?}"),
-        }
     }
 }
 

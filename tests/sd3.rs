@@ -3,13 +3,15 @@
 
 #[path = "common/drawn.rs"]
 mod drawn;
+#[path = "common/place.rs"]
+mod place;
 
 use std::fs;
-use std::path::Path;
 
 use megafuse::methods::{METHODS, Method, Size};
 use megafuse::pipeline::{InitImage, InputPicture, ModelSource, Pipeline, Request, Silent, plan};
 use megafuse::{DType, Device, Error};
+use place::copy;
 use serde_json::{Value, json};
 
 fn small(name: &str) -> Pipeline {
@@ -29,18 +31,6 @@ fn changed(name: &str, file: &str, key: &str, value: Value) -> String {
     match Pipeline::load(ModelSource::Directory(to), Device::cpu(), DType::F32) {
         Ok(_) => format!("{file} with {key} changed loads"),
         Err(error) => error.to_string(),
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("a folder");
-    for entry in fs::read_dir(from).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        let target = to.join(path.file_name().expect("a name"));
-        match path.is_dir() {
-            true => copy(&path, &target),
-            false => assert!(fs::copy(&path, &target).is_ok(), "{}", path.display()),
-        }
     }
 }
 

@@ -34,7 +34,13 @@ pub fn channels_last(device: &Device, dtype: DType, (shape, values): &(Vec<usize
 /// root mean square error.
 pub fn errors(got: &Tensor, want: &Tensor) -> (f64, f64) {
     assert_eq!(got.shape(), want.shape());
-    let values = |x: &Tensor| x.to_f32_vec().expect("values").into_iter().map(f64::from).collect::<Vec<_>>();
+    errors_of(&got.to_f32_vec().expect("values"), &want.to_f32_vec().expect("values"))
+}
+
+/// The same of values.
+pub fn errors_of(got: &[f32], want: &[f32]) -> (f64, f64) {
+    assert_eq!(got.len(), want.len());
+    let values = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
     let (got, want) = (values(got), values(want));
     let rms = |x: &mut dyn Iterator<Item = f64>| (x.map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
     let size = rms(&mut want.iter().copied());

@@ -16,8 +16,7 @@ pub const F32_EPS: f64 = f32::EPSILON as f64;
 /// The devices that every op is tested on: the cpu and the emulated card, or those that `MEGAFUSE_TEST_DEVICES` lists
 /// (`cpu`, `emu`, `cuda`), for a machine that has a card. On a card each tensor is an allocation of its own.
 pub fn devices() -> Vec<Device> {
-    let listed = std::env::var("MEGAFUSE_TEST_DEVICES").unwrap_or_else(|_| "cpu,emu".into());
-    listed.split(',').map(device).collect()
+    skip::device_names().iter().map(|name| device(name)).collect()
 }
 
 /// The cards among [`devices`]; a test without one says that it checks nothing.
@@ -41,7 +40,8 @@ pub fn hoppers() -> Vec<(Device, CudaDevice)> {
     found
 }
 
-fn device(name: &str) -> Device {
+/// One of these by its name.
+pub fn device(name: &str) -> Device {
     let options = CudaOptions { separate_allocations: true, ..CudaOptions::default() };
     match name {
         "cpu" => Device::cpu(),

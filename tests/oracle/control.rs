@@ -12,7 +12,9 @@ use serde_json::Value;
 
 use crate::drawn;
 use crate::files::{self, Array, Arrays, all_passed, compare, data, megafuse};
-use crate::runs::{Run, check_in, generate, listed};
+use crate::modules::TOLERANCE;
+use crate::runs::{Run, check_half, check_in, generate, listed};
+use crate::skip;
 
 const FOLDER: &str = "control";
 
@@ -25,9 +27,6 @@ const NETS: [(&str, &str); 6] = [
     ("sdxl", "sdxl"),
     ("sdxl-turbo", "sdxl-turbo"),
 ];
-
-/// The expected values are f64's.
-const TOLERANCE: f64 = 2e-5;
 
 fn net(name: &str) -> PathBuf {
     drawn::folder(&format!("{FOLDER}/{name}"))
@@ -154,29 +153,55 @@ fn views() {
     check("demo", &[]);
 }
 
+#[test]
+fn in_half_precision() {
+    if skip::has_emulated_card() {
+        all_passed(vec![check_half(FOLDER, &run("plain"))]);
+    }
+}
+
+/// The one of this name.
+fn run(name: &str) -> Run {
+    runs(name).into_iter().find(|run| run.name == name).expect("a run of this name")
+}
+
+/// The same from another seed.
+fn seeded(name: &str, seed: &str) -> Run {
+    let mut run = run(name);
+    let at = run.args.iter().position(|arg| arg == "--seed").unwrap();
+    run.args[at + 1] = seed.into();
+    run
+}
+
+/// The pictures of a batch, which share the calls of a ControlNet, are to the bit those that are made alone.
+#[test]
+fn batches() {
+    for name in ["guess", "multi"] {
+        let folder = tempfile::tempdir().unwrap();
+        let dump = |name: &str| Arrays::read(folder.path().join(name)).0;
+        generate(folder.path(), &seeded(name, "91"), &["--count", "2", "--batch", "2"]).unwrap();
+        for (seed, of_batch) in [("91", "dump-1.safetensors"), ("92", "dump-2.safetensors")] {
+            generate(folder.path(), &seeded(name, seed), &[]).unwrap();
+            assert!(dump(of_batch) == dump("dump.safetensors"), "{name} {seed}");
+        }
+        assert!(dump("dump-1.safetensors") != dump("dump-2.safetensors"), "{name}: both from one seed");
+    }
+}
+
 /// One of each kind with recorded steps; the second picture's steps are replays, in the memory of the first one's.
 #[test]
 fn on_the_emulated_card() {
-    let devices = std::env::var("MEGAFUSE_TEST_DEVICES").unwrap_or_else(|_| "cpu,emu".into());
-    if !devices.split(',').any(|device| device == "emu") {
-        eprintln!("MEGAFUSE_TEST_DEVICES has no emu: nothing is checked");
+    if !skip::has_emulated_card() {
         return;
     }
     const EMU: [&str; 4] = ["--device", "emu", "--dtype", "f32"];
     for name in ["plain", "several-shares", "sdxl-guess", "mega-shares", "hi-sdxl", "demo"] {
         check(name, &EMU);
     }
-    let run = |name: &str| runs(name).remove(0);
     for name in ["guess", "mega-shares", "multi"] {
         let folder = tempfile::tempdir().unwrap();
-        let alone = |seed: &str| {
-            let mut run = run(name);
-            let at = run.args.iter().position(|arg| arg == "--seed").unwrap();
-            run.args[at + 1] = seed.into();
-            run
-        };
-        generate(folder.path(), &alone("91"), &[&EMU[..], &["--count", "2"]].concat()).unwrap();
-        generate(folder.path(), &alone("92"), &EMU).unwrap();
+        generate(folder.path(), &seeded(name, "91"), &[&EMU[..], &["--count", "2"]].concat()).unwrap();
+        generate(folder.path(), &seeded(name, "92"), &EMU).unwrap();
         let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
         assert!(read("out-2.png") == read("out.png"), "{name}");
     }
@@ -250,7 +275,7 @@ fn bad_inputs_have_their_errors() {
         (format!("--control\n{edges}"), vec!["--control ", "has no picture to read", "--control-image"]),
         (one(&["--control-image", &picture]), vec!["--control-image", "one more than the 1 given with --control"]),
         (format!("--control-image\n{picture}"), vec!["--control <CONTROLNET>"]),
-        (with(&path("missing"), &picture), vec!["missing"]),
+        (with(&path("missing"), &picture), vec!["missing", "No such file or directory"]),
         (with(&path("empty"), &picture), vec!["has no config.json", "ControlNet"]),
         (with(&path("adapter"), &picture), vec!["T2IAdapter", "this is a T2I-Adapter", "expected a ControlNet"]),
         (with(&path("pooled"), &picture), vec!["global_pool_conditions is true", "only false is"]),
@@ -264,8 +289,8 @@ fn bad_inputs_have_their_errors() {
         (with(&t2i, &picture), vec!["is a T2I-Adapter"]),
         (with(&vae, &picture), vec!["is no ControlNet", "a VAE"]),
         (with(&wide, &picture), vec!["text is none channels wide", "config.json"]),
-        (with(&picture, &picture), vec!["picture.png"]),
-        (with(&edges, &path("missing.png")), vec!["missing.png"]),
+        (with(&picture, &picture), vec!["picture.png", "not a readable safetensors file"]),
+        (with(&edges, &path("missing.png")), vec!["missing.png", "no such file; expected a PNG, JPEG or WebP file"]),
         (with(&edges, &bright), vec!["control0 has the value 2, expected 0 to 1"]),
         (with(&edges, &none), vec!["holds no tensor control<k>"]),
         (with(&edges, &stages), vec!["control0 is 12x12, expected 16x16, the size of that stage"]),
@@ -279,8 +304,8 @@ fn bad_inputs_have_their_errors() {
         (one(&["--control-start", "1.5"]), vec!["1.5", "expected a number from 0 to 1"]),
         (one(&["--control-canny", "200,100"]), vec!["expected LOW,HIGH"]),
         (
-            format!("{}\n--control-canny\n1,2", with(&edges, &bright.replace("bright", "right"))),
-            vec!["right.safetensors"],
+            format!("{}\n--control-canny\n1,2", with(&edges, &stages)),
+            vec!["stages.safetensors", "edges are found in a picture file"],
         ),
     ];
     for (args, wanted) in cases {
@@ -358,7 +383,8 @@ fn a_plan_counts_it() {
     assert!(with.total.macs > without.total.macs * 5 / 4 && with.peak_bytes > without.peak_bytes);
 }
 
-/// A scale of 0 leaves every method's bytes as they are, and a scale of 1 does not: no step of any goes without ControlNets.
+/// A scale of 0 leaves every method's bytes as they are; and at whichever one place of the schedule a ControlNet is on, the picture
+/// is another one.
 #[test]
 fn every_method_has_it() {
     let (xl, turbo, sd) = (("sdxl", "sdxl"), ("sdxl-turbo", "sdxl-turbo"), ("sd15-edges", "sd15"));
@@ -382,16 +408,27 @@ fn every_method_has_it() {
     for ((control, model), method) in cases {
         let (net, model) = (net(control).display().to_string(), data(model).display().to_string());
         let made = |more: &[&str]| {
-            let out = folder.path().join("out.png");
+            let [out, dump] = ["out.png", "dump.safetensors"].map(|name| folder.path().join(name));
             let always = ["generate", "a cat", "--guidance", "2", "--device", "cpu", "--model", &model, "--method"];
-            let own: Vec<&str> = method.split(' ').chain(["--out", out.to_str().unwrap()]).collect();
+            let files = ["--out", out.to_str().unwrap(), "--dump", dump.to_str().unwrap()];
+            let own: Vec<&str> = method.split(' ').chain(files).collect();
             megafuse(&[&always[..], &own, more].concat()).unwrap_or_else(|error| panic!("{method}: {error}"));
-            read_image(&out).expect("a picture").2
+            (read_image(&out).expect("a picture").2, Arrays::read(dump))
         };
-        let with = |scale| made(&["--control", &net, "--control-image", &picture, "--control-scale", scale]);
-        let without = made(&[]);
-        assert!(without == with("0"), "{method}");
-        assert!(without != with("1"), "{method}");
+        let with = |scale, more: &[&str]| {
+            made(&[&["--control", &net, "--control-image", &picture, "--control-scale", scale], more].concat())
+        };
+        let (picture_without, without) = made(&[]);
+        assert!(picture_without == with("0", &[]).0, "{method}");
+        assert!(picture_without != with("1", &[]).0, "{method}");
+        let places = without.get("timesteps").values.len();
+        for place in 0..places {
+            // A little more than its share, so that no rounding leaves it out.
+            let share = |place: usize, more: f64| (place as f64 / places as f64 + more).clamp(0.0, 1.0).to_string();
+            let (start, end) = (share(place, -1e-3), share(place + 1, 1e-3));
+            let (_, here) = with("1", &["--control-start", &start, "--control-end", &end]);
+            assert!(without.get("image") != here.get("image"), "{method}: place {place} of {places}");
+        }
     }
 }
 

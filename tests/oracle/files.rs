@@ -96,6 +96,15 @@ pub fn compare(what: &str, got: &Array, want: &Array, tolerance: f64) -> Result<
     Err(format!("{what}{at:?} is {got}, expected {want}: off by {error:.1e}, allowed {tolerance:.0e}"))
 }
 
+/// Of all elements: the root mean square of the error, relative to that of `want`.
+pub fn rms_error(got: &Array, want: &Array) -> f64 {
+    assert_eq!(got.shape, want.shape);
+    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
+    let want_squares = squares(&mut want.values.iter().map(|&x| f64::from(x)));
+    let errors = got.values.iter().zip(&want.values).map(|(&got, &want)| f64::from(got) - f64::from(want));
+    (squares(&mut { errors }) / want_squares).sqrt()
+}
+
 /// The element with the largest error relative to max(|want|, rms), and that error; infinite where one is not finite.
 fn worst(got: &Array, want: &Array) -> (usize, f64) {
     let squares: f64 = want.values.iter().map(|&x| f64::from(x).powi(2)).sum();

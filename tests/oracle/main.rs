@@ -13,4 +13,6 @@ mod resadapter;
 mod resizing;
 mod runs;
 mod sd3;
+#[path = "../common/skip.rs"]
+mod skip;
 mod tokens;

@@ -8,7 +8,7 @@ use crate::drawn;
 use crate::files::{self, Array, Arrays, MODELS, SDXL_MODELS, all_passed, compare, data, megafuse};
 
 /// The expected values are f64's; f32 on torch is within 1e-5 of them.
-const TOLERANCE: f64 = 2e-5;
+pub const TOLERANCE: f64 = 2e-5;
 /// This one case is ill-conditioned: torch's own f32 is off by 1.6e-5, and an input changed by 6e-8 moves it by 1.4e-5.
 const ILL_CONDITIONED: (&str, f64) = ("four-levels unet-square.out", 5e-5);
 

@@ -6,6 +6,7 @@ use megafuse::image::read_image;
 
 use crate::files::{Arrays, all_passed, data, megafuse};
 use crate::runs::{Run, check_in, generate, listed, model};
+use crate::skip;
 
 const FOLDER: &str = "pictures-in";
 
@@ -60,9 +61,7 @@ fn cascades_from_a_picture() {
 /// One of each kind, with recorded steps: known parts, further channels, a relay that begins late, a second pass.
 #[test]
 fn on_the_emulated_card() {
-    let devices = std::env::var("MEGAFUSE_TEST_DEVICES").unwrap_or_else(|_| "cpu,emu".into());
-    if !devices.split(',').any(|device| device == "emu") {
-        eprintln!("MEGAFUSE_TEST_DEVICES has no emu: nothing is checked");
+    if !skip::has_emulated_card() {
         return;
     }
     const EMU: [&str; 4] = ["--device", "emu", "--dtype", "f32"];

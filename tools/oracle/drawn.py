@@ -17,6 +17,18 @@ import torch
 
 import small_models
 
+TWIN = "encoder.embed_tokens.weight"  # a second name of T5's shared.weight
+
+
+class Described:
+    """What `write` asks of a module: tensors by name, without T5's second name of one, and the configuration that scales a VAE's."""
+
+    def __init__(self, state, config=None):
+        self.state, self.config = {name: tensor for name, tensor in state.items() if name != TWIN}, config
+
+    def state_dict(self):
+        return self.state
+
 
 def write(folder, stem, module, seed, part, dtype=torch.float32, factors={}, key=str):
     """Describes the weights of `module`, which `small_models.fill` has drawn from `seed` and `part`, as `folder/stem.drawn.json`.

@@ -89,16 +89,6 @@ def picture(name):
     return Image.open(PICTURES / f"{name}.png").convert("RGB")
 
 
-class Named:
-    """Tensors by name, as drawn.write takes them."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-
 def encoder(out, name, seed):
     config, preprocessor, prefixed = ENCODERS[name]
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config, attn_implementation="sdpa"))
@@ -113,7 +103,7 @@ def encoder(out, name, seed):
     for key, tensor in model.state_dict().items():
         assert key.startswith(("vision_model.", "visual_projection.")), key
         state[own(key)] = small_models.draw(seed, f"vision.{own(key)}", tensor)
-    drawn.write(folder, "model", Named(state), seed, "vision")
+    drawn.write(folder, "model", drawn.Described(state), seed, "vision")
     model.load_state_dict({key: state[own(key)] for key in model.state_dict()})
     return model.eval().requires_grad_(False)
 
@@ -161,7 +151,7 @@ def adapter(out, name, seed):
     if name == "sd15-base":
         torch.save(nested, out / f"{name}.bin")
     else:
-        drawn.write(out, name, Named(state), seed, "ip")
+        drawn.write(out, name, drawn.Described(state), seed, "ip")
     return nested
 
 

@@ -18,8 +18,11 @@ import types
 import torch
 from safetensors.torch import load_file, save_file
 
+import drawn
 import manifest
+import mmdit
 import single_file
+import t5
 from single_file import DATA, openclip, published, unet_name, vae_name, weights
 
 OUT = DATA / "single-file"
@@ -28,14 +31,6 @@ TEXT_G = manifest.TEXT | {
     "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
 }
 
-# stabilityai/stable-diffusion-3-medium and -3.5-medium, and their T5.
-SD3 = {
-    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
-    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "patch_size": 2,
-    "sample_size": 128, "pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None,
-}
-SD35 = SD3 | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
-T5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
 def meta(config):
@@ -88,14 +83,15 @@ def ldm(name, unet, vae, text, text_2=None):
     return "".join(f"{k} {'x'.join(map(str, v.shape))}\n" for k, v in sorted(file.items()))
 
 
-def sd3(name, config, t5):
+def sd3(name, config):
     """The same of a Stable Diffusion 3: its transformer under the first names, text encoders under those of transformers."""
     from diffusers import SD3Transformer2DModel
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**config)
-        encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **t5))
+        encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **t5.PUBLISHED))
+    config = transformer.config  # with the defaults of its class
     width, heads, text = config["caption_projection_dim"], config["attention_head_dim"], config["joint_attention_dim"]
     empty = lambda *shape: torch.empty(shape, device="meta")
     file = {}
@@ -135,7 +131,7 @@ def sd3(name, config, t5):
     clip = {k: v for k, v in meta(manifest.TEXT).items()}
     file |= {f"text_encoders.clip_l.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in clip.items()}
     file |= {f"text_encoders.clip_g.transformer.{k}": v for k, v in meta(TEXT_G).items()}
-    state = {k: v for k, v in encoder.state_dict().items() if k != "encoder.embed_tokens.weight"}
+    state = drawn.Described(encoder.state_dict()).state_dict()
     file |= {f"text_encoders.t5xxl.transformer.{k}": v for k, v in state.items()}
     return "".join(f"{k} {'x'.join(map(str, v.shape))}\n" for k, v in sorted(file.items()))
 
@@ -254,8 +250,8 @@ def main():
     config, lists = {name: config for name, (config, _) in manifest.MODELS.items()}, {}
     for name, text, second in [("sd15", "sd15-text", None), ("sd21", "sd21-text", None), ("sdxl", "sd15-text", TEXT_G)]:
         lists[name] = ldm(name, config[f"{name}-unet"], config["sd15-vae"], config[text], second)
-    for name, medium in [("sd3", SD3), ("sd35", SD35)]:
-        lists[name] = sd3(name, medium, T5)
+    for name in "sd3", "sd35":
+        lists[name] = sd3(name, mmdit.PUBLISHED[f"{name}-medium"])
     for name, text in lists.items():
         target = manifest.ROOT / f"ldm-{name}.txt.gz"
         if check and (not target.exists() or gzip.decompress(target.read_bytes()).decode() != text):

@@ -4,7 +4,9 @@
 
 A directory is as diffusers saves it, with described weights (drawn.py). runs.json lists the runs, one file each: per evaluation the
 timesteps, sigmas [stages, steps + 1], the latents after every step, what a relay goes through, the last latents and the picture,
-computed in f64 (tables, draws and PIL's resize stay f32); text.* of the first run is what the transformer is told.
+computed in f64 (tables, draws and PIL's resize stay f32); NAME-text.safetensors of three runs is what the transformer is told of
+the prompt. ldm.json of one model: the names of its transformer's and VAE's tensors in a single file, in the order of drawn.json,
+[name, i] for a third of rows that stand together there, [name, "swapped"] where the halves stand the other way round.
 
 The sampler is Euler's step of a rectified flow, x += (sigma' - sigma) v, at the sigmas of diffusers'
 FlowMatchEulerDiscreteScheduler, whose shift is there twice. MegaFusion relays by
@@ -27,6 +29,7 @@ import resize
 import small_models
 import small_tokenizer
 from module_values import relative, tokenize
+from single_file import vae_name
 from small_sdxl import text, tokenizer
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "tests/data"
@@ -104,6 +107,8 @@ RUNS = {
     "mega-reschedule": ("large", {"method": "megafusion", "stages": (((16, 16), 2), ((28, 24), 2)), "guidance": 3.0, "seed": 7, "reschedule": True}),
     "mega-dual": ("dual", {"method": "megafusion", "stages": (((24, 24), 2), ((30, 32), 2)), "guidance": 1.0, "seed": 8}),
 }
+# Whose tensors' names in a single file are stored.
+LDM = "medium-3.5"
 PARTS = [("text_encoder", "text"), ("text_encoder_2", "text_2"), ("text_encoder_3", "text_3"), ("transformer", "transformer"), ("vae", "vae")]
 
 
@@ -158,29 +163,83 @@ def build(name):
         factors = {}
         if attribute == "transformer":
             # As large as the patches' own embedding.
-            name = "pos_embed.pos_embed"
+            table = "pos_embed.pos_embed"
             state = module.state_dict()
-            factors[name] = (1, float(state[name][0].numel() ** 0.5))
-            state[name] = state[name] * factors[name][1]
+            factors[table] = (1, float(state[table][0].numel() ** 0.5))
+            state[table] = state[table] * factors[table][1]
             module.load_state_dict(state)
         if attribute == "text_3":
             # One tensor under two names.
             shared = small_models.draw(spec["seed"], f"{part}.shared.weight", module.shared.weight)
             module.load_state_dict(module.state_dict() | {"shared.weight": shared, "encoder.embed_tokens.weight": shared})
-        drawn.write(folder / part, "model" if "text" in part else "diffusion_pytorch_model", Described(module), spec["seed"], part,
+        drawn.write(folder / part, "model" if "text" in part else "diffusion_pytorch_model", drawn.Described(module.state_dict(), module.config), spec["seed"], part,
                     factors=factors)
         setattr(model, attribute, module.double())
+    if name == LDM:
+        write_ldm(model, folder)
     return model
 
 
-class Described:
-    """A module's state without the second name of T5's embedding."""
+def ldm_name(key, last):
+    """What the first files of Stable Diffusion 3 call a tensor of the transformer; or [name, i], the i-th third of its rows; or
+    [name, "swapped"], its halves the other way round. last: the number of the last block."""
+    top = {"pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder", "proj_out": "final_layer.linear",
+           "norm_out.linear": "final_layer.adaLN_modulation.1"}
+    top |= {f"time_text_embed.{to}.linear_{i + 1}": f"{at}.mlp.{2 * i}"
+            for to, at in (("timestep_embedder", "t_embedder"), ("text_embedder", "y_embedder")) for i in (0, 1)}
+    pixels, text = "x_block", "context_block"
+    inside = {"norm1.linear": f"{pixels}.adaLN_modulation.1", "norm1_context.linear": f"{text}.adaLN_modulation.1",
+              "attn.to_add_out": f"{text}.attn.proj"}
+    for stream, ff in (pixels, "ff"), (text, "ff_context"):
+        inside |= {f"{ff}.net.0.proj": f"{stream}.mlp.fc1", f"{ff}.net.2": f"{stream}.mlp.fc2"}
+    for at in "attn", "attn2":
+        inside[f"{at}.to_out.0"] = f"{pixels}.{at}.proj"
+        for i, x in enumerate("qkv"):
+            inside |= {f"{at}.to_{x}": (f"{pixels}.{at}.qkv", i), f"{at}.add_{x}_proj": (f"{text}.{at}.qkv", i),
+                       f"{at}.norm_{x}": f"{pixels}.{at}.ln_{x}", f"{at}.norm_added_{x}": f"{text}.{at}.ln_{x}"}
+    if key == "pos_embed.pos_embed":
+        return "pos_embed"
+    module, kind = key.rsplit(".", 1)
+    if module in top:
+        name = f"{top[module]}.{kind}"
+        return [name, "swapped"] if module == "norm_out.linear" else name
+    _, block, rest = module.split(".", 2)
+    found, at = inside[rest], f"joint_blocks.{block}"
+    if isinstance(found, tuple):
+        return [f"{at}.{found[0]}.{kind}", found[1]]
+    name = f"{at}.{found}.{kind}"
+    return [name, "swapped"] if rest == "norm1_context.linear" and int(block) == last else name
 
-    def __init__(self, module):
-        self.module, self.config = module, module.config
 
-    def state_dict(self):
-        return {k: v for k, v in self.module.state_dict().items() if k != "encoder.embed_tokens.weight"}
+def write_ldm(model, folder):
+    """The names of transformer and VAE in a single file, in the order of their drawn.json; diffusers reads the same out of it."""
+    from diffusers.loaders import single_file_utils as published
+
+    state, file, thirds = model.transformer.state_dict(), {}, {}
+    names = {key: ldm_name(key, len(model.transformer.transformer_blocks) - 1) for key in state}
+    for key, name in names.items():
+        if isinstance(name, str):
+            file[name] = state[key]
+        elif name[1] == "swapped":
+            file[name[0]] = torch.cat(state[key].chunk(2)[::-1])
+        else:
+            thirds.setdefault(name[0], [None] * 3)[name[1]] = state[key]
+    file |= {name: torch.cat(parts) for name, parts in thirds.items()}
+    file = {f"model.diffusion_model.{name}": tensor for name, tensor in file.items()}
+    own = model.vae.state_dict()
+    of_vae = {key: "first_stage_model." + vae_name(key, len(model.vae.config.block_out_channels)) for key in own}
+    for read, want in [
+        (published.convert_sd3_transformer_checkpoint_to_diffusers(file), state),
+        # Products of one pixel were convolutions.
+        (published.convert_ldm_vae_checkpoint(
+            {name: own[key][:, :, None, None] if ".attn_1." in name and own[key].ndim == 2 else own[key]
+             for key, name in of_vae.items()}, model.vae.config), own),
+    ]:
+        assert read.keys() == want.keys(), read.keys() ^ want.keys()
+        assert all(torch.equal(read[key], want[key]) for key in want)
+    lists = {"transformer": list(names.values()), "vae": [name.removeprefix("first_stage_model.") for name in of_vae.values()]}
+    lines = ",\n".join(f'"{part}": [\n' + ",\n".join(map(json.dumps, listed)) + "\n]" for part, listed in lists.items())
+    (folder / "ldm.json").write_text("{" + lines + "}\n")
 
 
 def encode(model, prompt, length):
@@ -262,7 +321,7 @@ def run(model, settings, length):
     latent = x if settings.method == "plain" else x0
     tensors["image"] = decode(model, latent)
     tensors["latent"] = latent
-    return tensors, embeds, pooled
+    return tensors
 
 
 def check_published(model, settings, length, latent, noise):
@@ -293,7 +352,7 @@ def main():
     listed = []
     for name, (on, changes) in RUNS.items():
         settings, length = reference.Settings(prompt="a photo of a cat", **changes), 77
-        tensors, embeds, pooled = run(models[on], settings, length)
+        tensors = run(models[on], settings, length)
         note = ""
         if settings.method == "plain":
             note = f"published pipeline: {check_published(models[on], settings, length, tensors['latent'], tensors['noise0']):.1e}"
@@ -301,7 +360,7 @@ def main():
         for _, attribute in PARTS:
             if getattr(models[on], attribute) is not None:
                 getattr(models[on], attribute).float()
-        in_f32, _, _ = run(models[on], settings, length)
+        in_f32 = run(models[on], settings, length)
         for _, attribute in PARTS:
             if getattr(models[on], attribute) is not None:
                 getattr(models[on], attribute).double()  # what was f32 before: the same values

@@ -29,9 +29,9 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import drawn
 import small_models
+from drawn import TWIN, Described
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "tests/data"
-TWIN = "encoder.embed_tokens.weight"  # of shared.weight
 
 # Keys of config.json; ids [N, L]; tokens of each row before the padding, where the model is told; dtype of the weights.
 CASES = {
@@ -78,20 +78,10 @@ TEXTS = [
 ]
 
 
-class Described:
-    """What drawn.write asks of a module: the state without the second name of the embedding."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def state_dict(self):
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name != TWIN}
-
-
 def model_of(config, seed, dtype):
     model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **config)).eval().requires_grad_(False)
     state = {name: small_models.draw(seed, f"text_encoder.{name}", tensor).to(dtype).float()
-             for name, tensor in Described(model).state_dict().items()}
+             for name, tensor in Described(model.state_dict()).state_dict().items()}
     model.load_state_dict(state | {TWIN: state["shared.weight"]})
     return model
 
@@ -114,7 +104,7 @@ def write_case(name, seed, config, shape, lengths, dtype):
     folder = DATA / "t5" / name
     write_config(folder, config)
     model = model_of(config, seed, dtype)
-    drawn.write(folder, "model", Described(model), seed, "text_encoder", dtype)
+    drawn.write(folder, "model", Described(model.state_dict()), seed, "text_encoder", dtype)
     ids = torch.randint(0, config["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
     lengths = None if lengths is None else torch.tensor(lengths)
     single = encode(model, ids, lengths)
@@ -138,7 +128,7 @@ def write_fp8():
     for stem, key in ("model", "hidden"), ("scaled", "hidden_scaled"):
         model = model_of(FP8, 9, torch.float32)
         state, stored = model.state_dict(), {}
-        for name, tensor in Described(model).state_dict().items():
+        for name, tensor in Described(model.state_dict()).state_dict().items():
             matrix = tensor.ndim == 2 and "relative" not in name and (stem == "model" or name != "shared.weight")
             if not matrix:
                 stored[name] = state[name] = tensor.half() if stem == "scaled" else tensor.to(torch.float8_e4m3fn)
@@ -163,7 +153,7 @@ def write_fp8():
 def write_manifest():
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **PUBLISHED))
-    keys = sorted([name, list(tensor.shape)] for name, tensor in Described(model).state_dict().items())
+    keys = sorted([name, list(tensor.shape)] for name, tensor in Described(model.state_dict()).state_dict().items())
     count = sum(p.numel() for p in model.parameters())
     lines = ",\n".join(json.dumps(k) for k in keys)
     config = json.dumps({"model_type": "t5", "feed_forward_proj": "gated-gelu", **PUBLISHED})
