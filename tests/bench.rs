@@ -396,7 +396,7 @@ fn whole_pictures_are_made_of_random_weights() {
     };
     // Another name than those of published models, which mean their full size.
     for (model, name) in [("sd15", "small-sd15"), ("sdxl", "small-sdxl")] {
-        copy(&Path::new(MODEL).with_file_name(model), name);
+        copy(&drawn::folder(model), name);
         let bench =
             ["bench", "generate", "--random", name, "--size", "16x16", "--steps", "2", "--json", "--device", "emu"];
         let made = lines(&place.ok(&[&bench[..], &["--batch", "1,2"]].concat()));

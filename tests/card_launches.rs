@@ -1,6 +1,8 @@
 //! What a pipeline's pictures launch, one by one and as graphs. Needs the emulated card, whose driver counts; its counters
 //! are those of the process, so there is one test.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/emulated.rs"]
 mod emulated;
 
@@ -123,8 +125,7 @@ fn views(emulated: &Emulated) {
     let cases: [(&str, Method, &str, &[u64]); 2] =
         [("sd15", windows.into(), "14x8", &[1, 1]), ("sdxl-turbo", phases.into(), "32x16", &[1, 1, 4, 4])];
     for (model, method, size, want) in cases {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(model);
-        let source = ModelSource::Directory(folder);
+        let source = ModelSource::Directory(drawn::folder(model));
         let base = Request {
             method,
             size: Some(size.parse().unwrap()),

@@ -1,5 +1,7 @@
 //! The program from outside: its flags, files, messages and exit status. Numbers are checked elsewhere.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/place.rs"]
 mod place;
 
@@ -467,7 +469,7 @@ fn a_check_compares_kernels_with_the_cpu() {
 #[test]
 fn a_dump_is_the_choices_of_another_run() {
     let place = Place::new();
-    let sdxl: &'static str = Path::new(MODEL).parent().unwrap().join("sdxl").display().to_string().leak();
+    let sdxl: &'static str = drawn::folder("sdxl").display().to_string().leak();
     let run = |command, steps, more: &[&'static str]| -> Vec<&'static str> {
         let begin = [command, "x", "--model", sdxl, "--method", "hidiffusion", "--size", "32x32", "--steps", steps];
         [&begin, more].concat()

@@ -196,7 +196,7 @@ fn every_method_makes_its_picture_again() {
 /// Of SDXL the empty prompt and no prompt are two things.
 #[test]
 fn an_empty_negative_prompt_is_remembered() {
-    let sdxl = data("sdxl");
+    let sdxl = drawn::folder("sdxl");
     let place = Place::with(&["--device", "cpu", "--method", "plain", "--size", "32x32", "--steps", "1"]);
     let make = |args: &[&str]| place.ok(&[&["generate", "--model", sdxl.to_str().unwrap()], args].concat());
     make(&["a cat", "--out", "none.png"]);
@@ -323,7 +323,7 @@ fn a_picture_of_webui_gives_what_can_be_read() {
 #[test]
 fn another_model_is_warned_of() {
     let place = Place::with(&["--device", "cpu"]);
-    let (sd21, file) = (data("sd21"), data("single-file/sd15.safetensors"));
+    let (sd21, file) = (drawn::folder("sd21"), data("single-file/sd15.safetensors"));
     let [sd21, file] = [sd21.to_str().unwrap(), file.to_str().unwrap()];
     place.ok(&["generate", "a", "--model", MODEL, "--method", "plain", "--stages", "16x16:1", "--out", "a.png"]);
     let heard = told(&place, &["generate", "--from", "a.png", "--model", sd21, "--out", "b.png"]);

@@ -1,6 +1,8 @@
 //! Models of the Hugging Face hub, against a server that the tests are: nothing here asks the real one, or touches the
 //! cache of this machine.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/place.rs"]
 mod place;
 #[path = "common/torch_file.rs"]
@@ -446,7 +448,7 @@ fn sixteen_bits_take_the_fp16_weights() {
 
 #[test]
 fn shards_come_before_their_index() {
-    let files = files_of(&Path::new(MODEL).with_file_name("sdxl-shards"));
+    let files = files_of(&drawn::folder("sdxl-shards"));
     let shards = files.keys().filter(|path| path.ends_with(".safetensors") && path.contains("-of-")).count();
     let hub = Hub::with(files);
     let cache = Cache::of(&hub);

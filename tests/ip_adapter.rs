@@ -193,7 +193,7 @@ fn runs() -> Vec<Run> {
         let (name, model) = (run["name"].as_str().unwrap(), run["model"].as_str().unwrap());
         let mut args: Vec<String> = vec!["generate".into()];
         args.extend(run["args"].as_array().unwrap().iter().map(|arg| arg.as_str().unwrap().to_string()));
-        args.extend(["--model".into(), path(data(model))]);
+        args.extend(["--model".into(), path(drawn::folder(model))]);
         for adapter in run["adapters"].as_array().unwrap() {
             let (_, file, encoder, _) =
                 ADAPTERS.into_iter().find(|of| of.0 == adapter["name"].as_str().unwrap()).unwrap();
@@ -264,7 +264,7 @@ fn small(model: &str, adapter: &str, scale: &str) -> Vec<String> {
     let path = |path: PathBuf| path.display().to_string();
     let own = ["generate", "a cat", "--method", "plain", "--size", "16x16", "--steps", "2", "--guidance", "2"];
     let mut args: Vec<String> = own.into_iter().map(String::from).collect();
-    args.extend(["--model".into(), path(data(model)), "--device".into(), "cpu".into()]);
+    args.extend(["--model".into(), path(drawn::folder(model)), "--device".into(), "cpu".into()]);
     args.extend(["--ip-adapter".into(), format!("{}{scale}", path(folder.join(file)))]);
     args.extend(["--ip-encoder".into(), path(folder.join(encoder))]);
     args.extend(["--ip-image".into(), path(data("pictures-in/photo.png"))]);

@@ -3,6 +3,8 @@
 
 #[path = "common/asked.rs"]
 mod asked;
+#[path = "common/drawn.rs"]
+mod drawn;
 
 use std::path::{Path, PathBuf};
 
@@ -121,7 +123,7 @@ fn data(path: &str) -> PathBuf {
 }
 
 fn pipeline(model: &str, device: &Device) -> Pipeline {
-    Pipeline::load(ModelSource::Directory(data(model)), device.clone(), DType::F32).unwrap()
+    Pipeline::load(ModelSource::Directory(drawn::folder(model)), device.clone(), DType::F32).unwrap()
 }
 
 fn request(method: impl Into<Method>, size: &str) -> Request {
@@ -173,7 +175,7 @@ fn twins_are_the_samples_before_them() {
     let device = Device::cpu();
     let config = std::fs::read_to_string(data("sdxl/unet/config.json")).unwrap();
     let config = UnetConfig::from_json("config.json", &config).unwrap();
-    let store = WeightStore::open(&data("sdxl/unet"), "diffusion_pytorch_model", &device, DType::F32).unwrap();
+    let store = WeightStore::open(&drawn::folder("sdxl/unet"), "diffusion_pytorch_model", &device, DType::F32).unwrap();
     let unet = Unet::load(store, &config).unwrap();
     let varied = |shape: &[usize], of: f32| {
         let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| ((i as f32 + 1.0) * of).sin()).collect();

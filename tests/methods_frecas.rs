@@ -1,5 +1,8 @@
 //! FreCaS: where stages begin and end, guidance by two scales, maps of cross-attention, and what it refuses.
 
+#[path = "common/drawn.rs"]
+mod drawn;
+
 use std::path::{Path, PathBuf};
 
 use megafuse::methods::{
@@ -276,7 +279,7 @@ fn request(method: impl Into<Method>, stages: &str) -> Request {
 /// Of a batch each picture has its own maps and its own ratio of scales.
 #[test]
 fn pictures_depend_on_their_own_requests_alone() {
-    let pipeline = Pipeline::load(ModelSource::Directory(data("sdxl")), Device::cpu(), DType::F32).unwrap();
+    let pipeline = Pipeline::load(ModelSource::Directory(drawn::folder("sdxl")), Device::cpu(), DType::F32).unwrap();
     let base = request(FreCaS::default(), "8x8:2,16x12:2,20x24:1");
     let requests = [
         base.clone(),

@@ -1,8 +1,10 @@
 //! MultiDiffusion, DemoFusion and PixelRush: where views lie, how they are jittered, what a phase does to latents, and which requests are
 //! refused. Whole runs are compared with torch's in tests/oracle.
 
+#[path = "common/drawn.rs"]
+mod drawn;
+
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::OnceLock;
 
 use megafuse::methods::views::window_starts;
@@ -397,8 +399,7 @@ fn all_paths_agree_where_there_is_no_noise() {
 }
 
 fn small(model: &str) -> Pipeline {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(model);
-    Pipeline::load(ModelSource::Directory(folder), device().clone(), DType::F32).unwrap()
+    Pipeline::load(ModelSource::Directory(drawn::folder(model)), device().clone(), DType::F32).unwrap()
 }
 
 fn request(method: impl Into<Method>, size: &str) -> Request {

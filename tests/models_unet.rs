@@ -215,7 +215,7 @@ struct Case {
 impl Case {
     fn load(model: &str, case: &str, dtype: DType) -> Case {
         let device = Device::cpu();
-        let unet = load_unet(&data(model).join("unet"), &device, dtype);
+        let unet = load_unet(&drawn::folder(model).join("unet"), &device, dtype);
         let all = arrays(&data(model).join("oracle.safetensors"));
         let get = |name: &str| &all[&format!("{case}.{name}")];
         let (shape, embeds) = get("prompt_embeds");
@@ -259,7 +259,7 @@ fn low_precision_vae_stays_within_its_rounding() {
     let all = arrays(&data("sd21/oracle.safetensors"));
     for dtype in [DType::F16, DType::BF16] {
         let device = Device::cpu();
-        let vae = load_vae(&data("sd21/vae"), &device, dtype);
+        let vae = load_vae(&drawn::folder("sd21/vae"), &device, dtype);
         let got = vae.decode(&channels_last(&device, dtype, &all["decode-odd.latent"])).expect("decodes");
         let (_, rms) = errors(&got, &channels_last(&device, DType::F32, &all["decode-odd.decoded"]));
         assert!(rms < 10.0 * dtype.ulp(), "{dtype}: off by {rms:.1e}, an ulp is {:.1e}", dtype.ulp());
@@ -383,7 +383,7 @@ fn wrong_arguments_are_errors() {
     let error = case.unet.condition(&context, &[1.0]).map(drop).expect_err("wrong").to_string();
     assert!(error.starts_with("unet: text has shape [1, 77, 17], expected [1, 77, 16]"), "{error}");
 
-    let vae = load_vae(&data("sd21/vae"), case.unet.device(), DType::F32);
+    let vae = load_vae(&drawn::folder("sd21/vae"), case.unet.device(), DType::F32);
     for shape in [[1, 9, 8, 3], [1, 8, 10, 3], [1, 0, 4, 3], [1, 8, 8, 4]] {
         let error = vae.encode(&tensor(&shape, DType::F32)).expect_err("wrong");
         assert!(matches!(error, Error::Shape { op: "vae_encode", arg: "image", .. }), "{error}");

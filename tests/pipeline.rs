@@ -1,6 +1,9 @@
 //! What a run promises beside its numbers (tests/oracle has those): seeds, counts, warnings, cancellation, parameters, and the
 //! planner's figures.
 
+#[path = "common/drawn.rs"]
+mod drawn;
+
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -19,7 +22,7 @@ fn data() -> PathBuf {
 }
 
 fn load(model: &str, dtype: DType) -> Pipeline {
-    Pipeline::load(ModelSource::Directory(data().join(model)), Device::cpu(), dtype).unwrap()
+    Pipeline::load(ModelSource::Directory(drawn::folder(model)), Device::cpu(), dtype).unwrap()
 }
 
 #[derive(Default)]
@@ -196,7 +199,7 @@ fn a_vae_that_leaves_the_range_of_f16_goes_on_in_bf16() {
 fn the_vae_has_the_dtype_that_it_can_bear() {
     let bytes = |model: &str, dtype, vae_dtype| {
         let options = LoadOptions { vae_dtype, ..LoadOptions::new(Device::meta(), dtype) };
-        let planner = Planner::with(&ModelSource::Directory(data().join(model)), &options).unwrap();
+        let planner = Planner::with(&ModelSource::Directory(drawn::folder(model)), &options).unwrap();
         let vae = planner.pipeline().weights().last().unwrap().clone();
         assert_eq!(vae.module, "vae");
         vae.bytes / vae.parameters
@@ -215,7 +218,7 @@ fn parts_of_a_model_come_and_go() {
     let made = |memory: MemoryOptions| {
         let device = Device::cpu();
         let options = LoadOptions { memory, ..LoadOptions::new(device.clone(), DType::F32) };
-        let pipeline = Pipeline::load_with(ModelSource::Directory(data().join("sdxl")), options).unwrap();
+        let pipeline = Pipeline::load_with(ModelSource::Directory(drawn::folder("sdxl")), options).unwrap();
         let stages = vec!["16x16:2".parse().unwrap(), "24x20:1".parse().unwrap()];
         let request = Request { stages, count: 2, ..small() };
         let pictures = pipeline.generate(&request, &mut Silent).unwrap();
@@ -282,7 +285,7 @@ fn a_latent_consistency_model_is_told_its_guidance_scale() {
         std::fs::copy(from, to).unwrap();
     };
     for part in ["tokenizer", "text_encoder", "vae", "scheduler"] {
-        for file in std::fs::read_dir(data().join("zero-snr").join(part)).unwrap().map(|file| file.unwrap().path()) {
+        for file in std::fs::read_dir(drawn::folder("zero-snr").join(part)).unwrap().map(|file| file.unwrap().path()) {
             copied(&file, dir.path().join(part).join(file.file_name().unwrap()));
         }
     }
@@ -463,7 +466,7 @@ fn halves(picture: &Picture, colour: Colour) -> [f64; 2] {
 #[test]
 fn a_batch_makes_the_pictures_that_its_requests_make_alone() {
     for (model, size) in [("sd15", "16x24"), ("sdxl", "16x24")] {
-        let pipeline = Pipeline::load(ModelSource::Directory(data().join(model)), Device::cpu(), DType::F32).unwrap();
+        let pipeline = Pipeline::load(ModelSource::Directory(drawn::folder(model)), Device::cpu(), DType::F32).unwrap();
         for method in [Plain {}.into(), MegaFusion::plus().into()] {
             let base = Request { method, size: Some(size.parse().unwrap()), steps: Some(3), ..Request::default() };
             let of = |prompt: &str, negative: Option<&str>, seed, guidance| Request {

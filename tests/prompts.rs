@@ -1,6 +1,9 @@
 //! Prompt syntax, chunks, learned words and emphasis against webui's and diffusers' behaviour over transformers
 //! (tools/oracle/prompts.py).
 
+#[path = "common/drawn.rs"]
+mod drawn;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -65,7 +68,8 @@ fn tokenizer(model: &str, with_words: bool) -> ClipTokenizer {
 /// The model's text encoder with the learned rows at the end of its embedding table.
 fn extended_encoder(model: &str) -> ClipTextModel {
     let config = ClipTextConfig::from_json("config.json", &config_json(model).to_string()).unwrap();
-    let store = WeightStore::open(&data(model).join("text_encoder"), "model", &Device::cpu(), DType::F32).unwrap();
+    let store =
+        WeightStore::open(&drawn::folder(model).join("text_encoder"), "model", &Device::cpu(), DType::F32).unwrap();
     let words = learned(model);
     let (rows, [count, _]) = words.table();
     ClipTextModel::load(store, &config).unwrap().with_learned(rows, count).unwrap()

@@ -1,5 +1,7 @@
 //! `megafuse quantize` and `--weights fp8`: what is written, what is left, and that pictures come out of it.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/place.rs"]
 mod place;
 #[path = "common/torch_file.rs"]
@@ -78,7 +80,7 @@ fn compare(got: &WeightStore, wanted: &WeightStore, unet: bool, allowed: f32, wh
 fn a_directory_keeps_its_layout() {
     let place = Place::new();
     let (model, output) = (place.path("model"), place.path("small"));
-    copy(&data("sdxl-shards"), &model);
+    copy(&drawn::folder("sdxl-shards"), &model);
     fs::write(model.join("unet/diffusion_pytorch_model.bin"), "old").unwrap();
     fs::write(model.join("README.md"), "of the model").unwrap();
     let mut named = Vec::new();

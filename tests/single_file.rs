@@ -1,6 +1,8 @@
 //! Single-file checkpoints and adapters against the directory form and PyTorch's sums (tools/oracle/single_file.py, whose
 //! files diffusers' own conversion has read back).
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/torch_file.rs"]
 mod torch_file;
 
@@ -24,7 +26,7 @@ fn data(name: &str) -> PathBuf {
 
 fn directory(model: &str, part: Part) -> WeightStore {
     let stem = if matches!(part, Part::Unet | Part::Vae) { "diffusion_pytorch_model" } else { "model" };
-    let folder = data(model).join(part.folder());
+    let folder = drawn::folder(model).join(part.folder());
     WeightStore::open(&folder, stem, &Device::cpu(), DType::F32).expect("a test model")
 }
 
@@ -242,7 +244,7 @@ fn dora_loha_lokr_and_convolutions_under_ldm_names() {
 /// The single file of a small model, which is of no published size: the directory's configurations and tokenizers go into
 /// its metadata.
 fn described_file(model: &str, to: &Path) -> ModelSource {
-    described_file_with(model, &data(model), &[], to)
+    described_file_with(model, &drawn::folder(model), &[], to)
 }
 
 /// The same with the configurations of another directory, and with further tensors.
@@ -283,7 +285,7 @@ fn picture(source: &ModelSource) -> pipeline::Picture {
 fn a_single_file_makes_the_picture_of_its_directory() {
     let place = tempfile::tempdir().expect("a folder");
     for model in ["sd15", "sd21", "sdxl"] {
-        let (file, folder) = (described_file(model, place.path()), ModelSource::Directory(data(model)));
+        let (file, folder) = (described_file(model, place.path()), ModelSource::Directory(drawn::folder(model)));
         let picture_of_file = picture(&file);
         assert_eq!(picture_of_file.rgb, picture(&folder).rgb, "{model}");
         assert_eq!(picture_of_file.parameters.json["model"], model);

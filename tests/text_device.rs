@@ -32,7 +32,7 @@ fn request() -> Request {
 fn text_encoders_may_stay_on_the_host() {
     for card in cards() {
         for model in ["sd15", "sdxl"] {
-            let source = ModelSource::Directory(data(model));
+            let source = ModelSource::Directory(common::drawn::folder(model));
             let with = |text_device| LoadOptions { text_device, ..LoadOptions::new(card.clone(), DType::F32) };
             let made = |text_device| {
                 let pipeline = Pipeline::load_with(source.clone(), with(text_device)).unwrap();

@@ -1,5 +1,8 @@
 //! The autoencoder a part of the picture at a time: the same picture, in how much memory.
 
+#[path = "common/drawn.rs"]
+mod drawn;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +31,7 @@ fn devices() -> Vec<Device> {
 }
 
 fn load(model: &str, device: &Device, dtype: DType) -> Vae {
-    let folder = data(model).join("vae");
+    let folder = drawn::folder(&format!("{model}/vae"));
     let config = fs::read_to_string(folder.join("config.json")).expect("config.json");
     let config = VaeConfig::from_json("config.json", &config).expect("a good config");
     let stem = "diffusion_pytorch_model";
@@ -131,8 +134,10 @@ fn tiles_are_those_of_the_published_library() {
 #[test]
 fn large_activations_are_for_bf16() {
     const LARGE: f32 = 65536.0;
-    let (weights, stored) =
-        (read(&data("sdxl/vae/diffusion_pytorch_model.fp16.safetensors")), read(&data("vae/large.safetensors")));
+    let (weights, stored) = (
+        read(&drawn::folder("sdxl/vae").join("diffusion_pytorch_model.fp16.safetensors")),
+        read(&data("vae/large.safetensors")),
+    );
     // What tools/oracle/vae_values.py does to the same tensors.
     let grows = |name: &str| {
         let parts = ["conv_in.", ".conv2.", ".to_out.0.", ".upsamplers.0.conv.bias", ".conv_shortcut.bias"];

@@ -278,7 +278,7 @@ fn replayed_twins_are_launched_twins_bit_for_bit() {
     };
     let generate = |eager, prompts: &[&str]| -> Vec<Vec<u8>> {
         let device = CudaDevice::open(CudaOptions { eager, ..CudaOptions::default() }).unwrap();
-        let source = ModelSource::Directory(data("sdxl-turbo"));
+        let source = ModelSource::Directory(drawn::folder("sdxl-turbo"));
         let pipeline = Pipeline::load(source, Device::Cuda(device), DType::BF16).unwrap();
         let of = |prompt: &&str| Request { prompt: prompt.to_string(), ..request.clone() };
         prompts.iter().map(|prompt| pipeline.generate(&of(prompt), &mut Silent).unwrap()[0].rgb.clone()).collect()
@@ -493,7 +493,7 @@ impl Observer for Reserved<'_> {
 fn a_run_asks_the_driver_for_memory_once() {
     cards(); // the driver is chosen
     let card = CudaDevice::open(CudaOptions::default()).unwrap();
-    let source = ModelSource::Directory(data("four-levels"));
+    let source = ModelSource::Directory(drawn::folder("four-levels"));
     let pipeline = Pipeline::load(source, Device::Cuda(card.clone()), DType::F32).unwrap();
     // Another request before: what was planned for it is not what the next one gets.
     let small =
@@ -680,7 +680,8 @@ fn a_picture_does_not_depend_on_those_made_before() {
 #[test]
 fn shifts_of_windows_are_those_of_the_pictures_seed() {
     for device in cards() {
-        let load = || Pipeline::load(ModelSource::Directory(data("sdxl")), device.clone(), DType::F32).unwrap();
+        let load =
+            || Pipeline::load(ModelSource::Directory(drawn::folder("sdxl")), device.clone(), DType::F32).unwrap();
         let of = |seed| Request {
             prompt: "a cat".into(),
             method: HiDiffusion { raunet: false, ..HiDiffusion::default() }.into(),
@@ -757,7 +758,7 @@ fn varied(scheduler: &str, unet: Option<&str>) -> tempfile::TempDir {
     for part in ["tokenizer", "text_encoder", "unet", "vae"] {
         let from = match unet {
             Some(unet) if part == "unet" => data(unet),
-            _ => data("zero-snr").join(part),
+            _ => drawn::folder("zero-snr").join(part),
         };
         std::fs::create_dir(dir.path().join(part)).unwrap();
         let files = std::fs::read_dir(from).unwrap().map(|file| file.unwrap().path());

@@ -44,7 +44,7 @@ fn probe(control: &str, path: &Path, model: &str, more: &[&str]) -> Result<(), S
     let path_text = |path: &Path| path.display().to_string();
     let mut args = vec!["probe", "--module", "unet"].into_iter().map(String::from).collect::<Vec<_>>();
     for (flag, value) in [
-        ("--model", path_text(&data(model))),
+        ("--model", path_text(&drawn::folder(model))),
         ("--control", path_text(path)),
         ("--control-scale", want.get("scale").values[0].to_string()),
         ("--in", path_text(&input)),
@@ -406,7 +406,7 @@ fn every_method_has_it() {
     let folder = tempfile::tempdir().unwrap();
     let picture = data("control/picture.png").display().to_string();
     for ((control, model), method) in cases {
-        let (net, model) = (net(control).display().to_string(), data(model).display().to_string());
+        let (net, model) = (net(control).display().to_string(), drawn::folder(model).display().to_string());
         let made = |more: &[&str]| {
             let [out, dump] = ["out.png", "dump.safetensors"].map(|name| folder.path().join(name));
             let always = ["generate", "a cat", "--guidance", "2", "--device", "cpu", "--model", &model, "--method"];

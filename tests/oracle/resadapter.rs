@@ -6,6 +6,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
+use crate::drawn;
 use crate::files::{self, Arrays, compare, data, megafuse};
 
 /// torch's f32 is 1.6e-6 from f64 in these runs.
@@ -22,7 +23,7 @@ fn its_runs_are_those_of_the_summed_weights() {
         let name = run["model"].as_str().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = |file: &str| folder.path().join(file).display().to_string();
-        let model = data(name).display().to_string();
+        let model = drawn::folder(name).display().to_string();
         let adapter = format!("{}:{}", of(name), run["weight"]);
         let args: Vec<&str> = run["args"].as_array().unwrap().iter().map(|arg| arg.as_str().unwrap()).collect();
         let (png, dump) = (path("out.png"), path("dump.safetensors"));

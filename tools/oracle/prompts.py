@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import drawn
+
 DATA = pathlib.Path(__file__).resolve().parents[2] / "tests/data"
 OUT = DATA / "prompts"
 ROOM, BACKTRACK = 75, 20
@@ -98,7 +100,7 @@ def attention(text):
 class Model:
     def __init__(self, name):
         self.tokenizer = CLIPTokenizer.from_pretrained(DATA / name / "tokenizer")
-        self.encoder = CLIPTextModel.from_pretrained(DATA / name / "text_encoder", torch_dtype=torch.float32).eval()
+        self.encoder = CLIPTextModel.from_pretrained(drawn.folder(DATA / name / "text_encoder"), torch_dtype=torch.float32).eval()
         t = self.tokenizer
         self.start, self.end, self.pad = t.bos_token_id, t.eos_token_id, t.pad_token_id
         self.comma = t.get_vocab().get(",</w>")

@@ -455,9 +455,10 @@ def load(folder):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    import drawn
     import small_models
 
-    folder = pathlib.Path(folder)
+    folder = drawn.folder(folder)
     model = small_models.Model()
     model.name, model.folder = folder.name, folder
     variant = {"variant": "fp16"} if list(folder.glob("unet/*.fp16*safetensors")) else {}

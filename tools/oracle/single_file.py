@@ -13,6 +13,8 @@ import torch
 from diffusers.loaders import single_file_utils as published
 from safetensors.torch import load_file, save_file
 
+import drawn
+
 DATA = pathlib.Path(__file__).parents[2] / "tests/data"
 OUT = DATA / "single-file"
 RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
@@ -23,7 +25,7 @@ TOP = [("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", 
 
 
 def weights(folder, stem):
-    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    files = sorted(drawn.folder(folder).glob(f"{stem}*.safetensors"))
     return {k: v for f in files for k, v in load_file(f).items()}
 
 

@@ -65,7 +65,7 @@ MODELS = {
                 "scaling_factor": 0.18215},
         "scheduler": {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": False, "set_alpha_to_one": False,
                       "skip_prk_steps": True, "trained_betas": None, "prediction_type": "v_prediction"},
-        "files": {"dtype": "f16", "prefix": False},
+        "files": {"dtype": "f16", "prefix": False, "described": True},
     },
     # Four levels as in the published UNets, f32 in shards, per-level transformer depth.
     "four-levels": {
@@ -85,7 +85,7 @@ MODELS = {
         "scheduler": {"_class_name": "EulerDiscreteScheduler", **SD_SCHEDULE, "interpolation_type": "linear",
                       "prediction_type": "epsilon", "timestep_spacing": "linspace", "use_karras_sigmas": False,
                       "trained_betas": None},
-        "files": {"dtype": "f32", "prefix": True, "shard": 100_000},
+        "files": {"dtype": "f32", "prefix": True, "shard": 100_000, "described": True},
     },
     # No quant convolutions, bf16, tokenizer.json only, x0 prediction.
     "no-quant": {
@@ -104,7 +104,7 @@ MODELS = {
                 "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.25},
         "scheduler": {"_class_name": "EulerAncestralDiscreteScheduler", **SD_SCHEDULE, "prediction_type": "sample",
                       "timestep_spacing": "trailing", "trained_betas": None},
-        "files": {"dtype": "bf16", "prefix": True},
+        "files": {"dtype": "bf16", "prefix": True, "described": True},
     },
     # The least a config.json may say: everything else is the class default.
     "defaults": {
@@ -116,7 +116,7 @@ MODELS = {
         "unet": {"block_out_channels": [8, 8, 8, 8], "cross_attention_dim": 16, "norm_num_groups": 4},
         "vae": {"block_out_channels": [8], "norm_num_groups": 4},
         "scheduler": {"_class_name": "DDIMScheduler"},
-        "files": {"dtype": "f16", "prefix": False},
+        "files": {"dtype": "f16", "prefix": False, "described": True},
     },
     # A VAE without mid attention and with three layers a block; DDPM; one level with cross-attention between two without.
     "mixed": {
@@ -136,7 +136,7 @@ MODELS = {
                 "mid_block_add_attention": False, "scaling_factor": 0.3},
         "scheduler": {"_class_name": "DDPMScheduler", **SD_SCHEDULE, "clip_sample": False, "variance_type": "fixed_small",
                       "prediction_type": "epsilon", "trained_betas": None},
-        "files": {"dtype": "f16", "prefix": False, "position_ids": True, "variant": "fp16"},
+        "files": {"dtype": "f16", "prefix": False, "position_ids": True, "variant": "fp16", "described": True},
     },
     # Channels that are no power of two, attention at the lowest level too; a multistep config; v-prediction with quick_gelu.
     "wide": {
@@ -156,7 +156,7 @@ MODELS = {
         "scheduler": {"_class_name": "DPMSolverMultistepScheduler", **SD_SCHEDULE, "prediction_type": "v_prediction",
                       "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
                       "lower_order_final": True, "trained_betas": None},
-        "files": {"dtype": "f16", "prefix": True, "shard": 60_000},
+        "files": {"dtype": "f16", "prefix": True, "shard": 60_000, "described": True},
     },
     # SD 2.1 fine-tuned with v-prediction down to no signal at all.
     "zero-snr": {
@@ -174,7 +174,7 @@ MODELS = {
         "scheduler": {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": False, "set_alpha_to_one": False,
                       "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
                       "timestep_spacing": "trailing"},
-        "files": {"dtype": "f16", "prefix": True},
+        "files": {"dtype": "f16", "prefix": True, "described": True},
     },
 }
 
@@ -237,6 +237,12 @@ def write_shards(folder: pathlib.Path, stem: str, state: dict, value, shard: int
 
     `state` may hold tensors without values: value(name, tensor) is what is written, asked for when its file is.
     """
+    for file, part in files_of(folder, stem, state, shard, variant):
+        save_file({k: value(k, t).contiguous() for k, t in part.items()}, folder / file, metadata={"format": "pt"})
+
+
+def files_of(folder: pathlib.Path, stem: str, state: dict, shard: int | None, variant: str | None):
+    """[(name, tensors)] of these files; the index of shards is written."""
     size_of = lambda tensor: tensor.numel() * tensor.element_size()
     dot = f".{variant}" if variant else ""
     shards, size = [{}], 0
@@ -246,14 +252,13 @@ def write_shards(folder: pathlib.Path, stem: str, state: dict, value, shard: int
             size = 0
         shards[-1][name] = tensor
         size += size_of(tensor)
-    weight_map = {}
-    for i, part in enumerate(shards):
-        file = f"{stem}{dot}-{i + 1:05}-of-{len(shards):05}.safetensors" if shard else f"{stem}{dot}.safetensors"
-        save_file({k: value(k, t).contiguous() for k, t in part.items()}, folder / file, metadata={"format": "pt"})
-        weight_map |= {name: file for name in part}
+    name_of = lambda i: f"{stem}{dot}-{i + 1:05}-of-{len(shards):05}.safetensors" if shard else f"{stem}{dot}.safetensors"
+    files = [(name_of(i), part) for i, part in enumerate(shards)]
     if shard:
+        weight_map = {name: file for file, part in files for name in part}
         index = {"metadata": {"total_size": sum(map(size_of, state.values()))}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps(index, indent=2) + "\n")
+    return files
 
 
 def write_json(path: pathlib.Path, tree):
@@ -281,12 +286,13 @@ def write_text_encoder(folder: pathlib.Path, config: dict, seed: int, files: dic
     folder.mkdir()
     write_json(folder / "config.json", {"architectures": [cls.__name__], "model_type": "clip_text_model", **config})
     state = {k: v for k, v in text.state_dict().items() if v.is_floating_point()}
-    if files.get("described"):
+    # Integers are not drawn.
+    if files.get("described") and not files.get("position_ids"):
         import drawn
 
         inner = lambda name: "text_model." * files["prefix"] + name.removeprefix("text_model.")
         key = lambda name: name if name == "text_projection.weight" else inner(name)
-        drawn.write(folder, "model", text, seed, folder.name, dtype, key=key)
+        drawn.write(folder, "model", text, seed, folder.name, dtype, key=key, shard=files.get("shard"), variant=files.get("variant"))
         return text
     outer = {k: v.to(dtype) for k, v in state.items() if k == "text_projection.weight"}
     state = {k.removeprefix("text_model."): v.to(dtype) for k, v in state.items() if k not in outer}
@@ -303,7 +309,7 @@ def write_network(folder: pathlib.Path, module, seed: int, dtype, files: dict):
     if files.get("described"):
         import drawn
 
-        drawn.write(folder, "diffusion_pytorch_model", module, seed, folder.name, dtype)
+        drawn.write(folder, "diffusion_pytorch_model", module, seed, folder.name, dtype, shard=files.get("shard"), variant=files.get("variant"))
         return
     state = {k: v.to(dtype) for k, v in module.state_dict().items()}
     if folder.name == "vae" and files.get("old_vae_names"):

@@ -90,7 +90,7 @@ MODELS = {
         "vae": vae([8, 16], layers_per_block=2, act_fn="silu", in_channels=3, out_channels=3, force_upcast=True),
         "scheduler": EULER,
         "index": {"force_zeros_for_empty_prompt": True, "add_watermarker": None},
-        "files": {"dtype": "f16", "prefix": True, "variant": "fp16"},
+        "files": {"dtype": "f16", "prefix": True, "variant": "fp16", "described": True},
     },
     # An encoded negative prompt where none is given; every dimension of the size conditioning another.
     "sdxl-encoded-negative": {
@@ -119,7 +119,7 @@ MODELS = {
         "vae": vae([8, 8], force_upcast=True),
         "scheduler": {**EULER, "_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
         "index": {"_name_or_path": "stabilityai/sdxl-turbo"},
-        "files": {"dtype": "f16", "prefix": True},
+        "files": {"dtype": "f16", "prefix": True, "described": True},
     },
     # A fine-tuned model with v-prediction and zero terminal SNR.
     "sdxl-v-zero-snr": {
@@ -151,7 +151,7 @@ MODELS = {
         "scheduler": {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": False, "set_alpha_to_one": False,
                       "prediction_type": "epsilon"},
         "index": {"force_zeros_for_empty_prompt": True},
-        "files": {"dtype": "f32", "prefix": True, "position_ids": True, "shard": 30_000},
+        "files": {"dtype": "f32", "prefix": True, "position_ids": True, "shard": 30_000, "described": True},
     },
     # Widths that are no power of two, attention in the first level too, projections as 1x1 convolutions.
     "sdxl-odd": {
@@ -168,6 +168,6 @@ MODELS = {
         "vae": vae([6, 12], norm_num_groups=3, force_upcast=False),
         "scheduler": EULER,
         "index": {"force_zeros_for_empty_prompt": True},
-        "files": {"dtype": "bf16", "prefix": False},
+        "files": {"dtype": "bf16", "prefix": False, "described": True},
     },
 }

@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+import drawn
+
 DATA = pathlib.Path(__file__).resolve().parents[2] / "tests/data"
 
 
@@ -20,7 +22,7 @@ def normal(seed, *shape):
 
 
 def load(model, variant=None):
-    return AutoencoderKL.from_pretrained(DATA / model / "vae", variant=variant).double().eval()
+    return AutoencoderKL.from_pretrained(drawn.folder(DATA / model / "vae"), variant=variant).double().eval()
 
 
 def tiled():
