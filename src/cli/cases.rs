@@ -192,10 +192,16 @@ struct Conv {
     splits: Option<usize>,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Norm {
-    Plain,
-    Silu,
+/// Modulated by the second step's row of each image, or not, and what follows.
+#[derive(Clone, Copy)]
+struct Norm {
+    modulated: bool,
+    activation: Activation,
+}
+
+impl Norm {
+    const PLAIN: Norm = Norm { modulated: false, activation: Activation::None };
+    const SILU: Norm = Norm { activation: Activation::Silu, ..Norm::PLAIN };
 }
 
 const CONV: Conv = Conv {
@@ -232,9 +238,9 @@ fn convolutions(cases: &mut Vec<Case>) {
     push("1x1, two sources".into(), Conv { kernel: 1, skip: 32, ..CONV });
     push("stride 2".into(), Conv { stride: 2, ..CONV });
     push("dilation 2".into(), Conv { dilation: 2, ..CONV });
-    push("two sources, norm silu".into(), Conv { skip: 32, norm: Some(Norm::Silu), ..CONV });
-    push("1x1, norm".into(), Conv { kernel: 1, norm: Some(Norm::Plain), ..CONV });
-    push("norm silu".into(), Conv { norm: Some(Norm::Silu), ..CONV });
+    push("two sources, norm silu".into(), Conv { skip: 32, norm: Some(Norm::SILU), ..CONV });
+    push("1x1, norm".into(), Conv { kernel: 1, norm: Some(Norm::PLAIN), ..CONV });
+    push("norm silu".into(), Conv { norm: Some(Norm::SILU), ..CONV });
     push("resized to 18x22".into(), Conv { resize_to: Some([18, 22]), ..CONV });
     push("row, residual, scale".into(), Conv { fused: true, ..CONV });
     push("in 3 parts, row, residual, scale".into(), Conv { fused: true, splits: Some(3), ..CONV });
@@ -256,8 +262,13 @@ fn conv2d(inputs: &mut Inputs, conv: Conv) -> Result<Vec<Tensor>> {
     let (gamma, beta) = (inputs.shifted(&[channels], 1.0, 0.2)?, inputs.uniform(&[channels], 0.2)?);
     let rows = inputs.uniform(&[2 * N, conv.outputs], 2.0)?;
     let step = StepIndex::one(inputs.device, 1)?;
-    let norm =
-        conv.norm.map(|norm| ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: norm == Norm::Silu });
+    let modulations = inputs.uniform(&[2 * N, 2 * channels], 0.3)?;
+    let by_image =
+        Modulation { rows: StepRows { table: &modulations, step: &step, rows: N }, scale: 0, shift: channels };
+    let norm = conv.norm.map(|Norm { modulated, activation }| {
+        let modulation = modulated.then_some(by_image);
+        ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, modulation, activation }
+    });
     let reach = conv.dilation * (conv.kernel / 2);
     let x = if conv.skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
     let args = Conv2d {
@@ -280,17 +291,22 @@ fn conv2d(inputs: &mut Inputs, conv: Conv) -> Result<Vec<Tensor>> {
 fn norms(cases: &mut Vec<Case>) {
     // Values up to 1.5 of deviation 0.6, means of half that: (2 + 1) / 0.6 of each, gamma up to 1.5, beta up to 1.
     const TERMS: f64 = 10.0;
-    for (name, [n, h, w, c], skip, silu) in [
-        ("[2,9,11,64]", [2, 9, 11, 64], 0, false),
-        ("[2,9,11,64] silu", [2, 9, 11, 64], 0, true),
-        ("[2,9,11,40+24] silu", [2, 9, 11, 40], 24, true),
-        ("[1,48,48,64] silu", [1, 48, 48, 64], 0, true),
+    for (name, [n, h, w, c], skip, norm) in [
+        ("[2,9,11,64]", [2, 9, 11, 64], 0, Norm::PLAIN),
+        ("[2,9,11,64] silu", [2, 9, 11, 64], 0, Norm::SILU),
+        ("[2,9,11,40+24] silu", [2, 9, 11, 40], 24, Norm::SILU),
+        ("[1,48,48,64] silu", [1, 48, 48, 64], 0, Norm::SILU),
     ] {
         cases.push(case("group_norm", name, TERMS, move |inputs| {
             let (a, b) = (inputs.shifted(&[n, h, w, c], 0.5, 1.0)?, inputs.shifted(&[n, h, w, skip], 0.5, 1.0)?);
             let (gamma, beta) = (inputs.shifted(&[c + skip], 1.0, 0.5)?, inputs.uniform(&[c + skip], 1.0)?);
             let x = if skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
-            Ok(vec![ops::group_norm(GroupNorm { x, gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu })?])
+            let table = inputs.uniform(&[2 * n, 2 * (c + skip)], 0.5)?;
+            let step = StepIndex::one(a.device(), 1)?;
+            let rows = StepRows { table: &table, step: &step, rows: n };
+            let modulation = norm.modulated.then_some(Modulation { rows, scale: 0, shift: c + skip });
+            let (gamma, beta, activation) = (&gamma, &beta, norm.activation);
+            Ok(vec![ops::group_norm(GroupNorm { x, gamma, beta, groups: 8, eps: 1e-5, modulation, activation })?])
         }));
     }
     for (rows, c) in [(37, 320), (5, 1280), (3, 67)] {

@@ -325,18 +325,19 @@ impl GroupNorm {
     }
 
     /// For a conv that normalises while loading.
-    pub fn on_load(&self, silu: bool) -> Option<ConvNorm<'_>> {
-        Some(self.conv_norm(silu))
+    pub fn on_load(&self, activation: Activation) -> Option<ConvNorm<'_>> {
+        Some(self.conv_norm(activation))
     }
 
-    pub fn conv_norm(&self, silu: bool) -> ConvNorm<'_> {
-        ConvNorm { gamma: &self.weight, beta: &self.bias, groups: self.groups, eps: self.eps, silu }
+    /// Without a modulation.
+    pub fn conv_norm(&self, activation: Activation) -> ConvNorm<'_> {
+        let (gamma, beta, groups, eps) = (&self.weight, &self.bias, self.groups, self.eps);
+        ConvNorm { gamma, beta, groups, eps, modulation: None, activation }
     }
 
     /// `[N, H, W, C]` to the same.
     pub fn forward<'a>(&'a self, x: impl Into<Source<'a>>) -> Result<Tensor> {
-        let (gamma, beta, groups, eps) = (&self.weight, &self.bias, self.groups, self.eps);
-        ops::group_norm(ops::GroupNorm { x: x.into(), gamma, beta, groups, eps, silu: false })
+        ops::group_norm(self.conv_norm(Activation::None).of(x.into()))
     }
 }
 
@@ -420,7 +421,7 @@ impl ResnetBlock {
         forms: [ConvForm<'a>; 2],
     ) -> Result<Tensor> {
         let x = x.into();
-        let conv1 = ops::Conv2d { norm: self.norm1.on_load(true), row, ..self.conv1.args(x) };
+        let conv1 = ops::Conv2d { norm: self.norm1.on_load(Activation::Silu), row, ..self.conv1.args(x) };
         let h = self.conv1.formed(conv1, forms[0])?;
         let shortcut = match (&self.conv_shortcut, x) {
             (Some(conv), x) => ops::conv2d(conv.args(x))?,
@@ -436,7 +437,7 @@ impl ResnetBlock {
     /// # Errors
     /// Those of the ops.
     pub fn forward_owned(&self, x: Tensor) -> Result<Tensor> {
-        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(true), ..self.conv1.args(&x) })?;
+        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(Activation::Silu), ..self.conv1.args(&x) })?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => {
                 let shortcut = conv.forward(&x)?;
@@ -449,7 +450,7 @@ impl ResnetBlock {
     }
 
     fn second_half(&self, h: &Tensor, shortcut: &Tensor, form: ConvForm) -> Result<Tensor> {
-        let (norm, residual) = (self.norm2.on_load(true), Some(shortcut));
+        let (norm, residual) = (self.norm2.on_load(Activation::Silu), Some(shortcut));
         self.conv2.formed(ops::Conv2d { norm, residual, scale: self.scale, ..self.conv2.args(h) }, form)
     }
 }

@@ -10,7 +10,7 @@ use super::config::{JsonConfig, most};
 use super::layers::{Conv2d, Downsample, GroupNorm, Linear, ResnetBlock, ResnetConfig, Upsample};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, Attention};
+use crate::ops::{self, Activation, Attention};
 use crate::runtime::{DType, Device, Tensor};
 
 /// Added to the variance in every norm of the VAE.
@@ -337,7 +337,7 @@ impl Encoder {
             }
         }
         let x = self.mid_block.forward(x)?;
-        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(true), ..self.conv_out.args(&x) })
+        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(Activation::Silu), ..self.conv_out.args(&x) })
     }
 }
 
@@ -389,7 +389,7 @@ impl Decoder {
                 x = upsample.forward(&x, [2 * h, 2 * w])?;
             }
         }
-        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(true), ..self.conv_out.args(&x) })
+        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(Activation::Silu), ..self.conv_out.args(&x) })
     }
 }
 

@@ -325,6 +325,15 @@ pub fn sd3(l: usize) -> Vec<Case> {
     ]
 }
 
+/// The UNet of DeepFloyd IF-I-XL in a guided step, pictures of `l` x `l`: 64 as it was trained. Of its ResNets the convolutions, whose
+/// norms are followed by GELU and of which each image modulates the second by its timestep, and that norm alone.
+pub fn if_xl(l: usize) -> Vec<Case> {
+    let levels = [704, 1408, 2112, 2816].into_iter().enumerate().map(|(level, c)| (l >> level, c));
+    levels
+        .flat_map(|(l, c)| [gelu_res(2, l, c, false), gelu_res(2, l, c, true), modulated_group_norm([2, l, l, c])])
+        .collect()
+}
+
 /// Every op once, so small that an emulated card does them all in seconds.
 pub fn small() -> Vec<Case> {
     let mut cases = vec![
@@ -374,9 +383,10 @@ struct Conv {
     /// Top, bottom, left, right; `None`: as much as keeps the size at stride 1.
     padding: Option<[usize; 4]>,
     bias: bool,
-    /// Groups of the group norm of the input, and SiLU after it.
+    /// Groups of the group norm of the input, whether each image modulates it by a row of its own, and what follows it.
     norm_groups: Option<usize>,
-    silu: bool,
+    modulated: bool,
+    activation: Activation,
     resize_to: Option<[usize; 2]>,
     /// A row for each image (of its timestep), and a tensor of the result's shape, are added.
     row: bool,
@@ -396,7 +406,8 @@ impl Default for Conv {
             padding: None,
             bias: true,
             norm_groups: None,
-            silu: false,
+            modulated: false,
+            activation: Activation::None,
             resize_to: None,
             row: false,
             residual: false,
@@ -407,13 +418,20 @@ impl Default for Conv {
 impl Conv {
     /// Group norm of 32 groups and SiLU.
     fn normed(self) -> Conv {
-        Conv { norm_groups: Some(32), silu: true, ..self }
+        Conv { norm_groups: Some(32), activation: Activation::Silu, ..self }
     }
 }
 
 fn res(n: usize, l: usize, channels: usize, skip: usize, outputs: usize) -> Case {
     let name = format!("res {l}{}", if skip > 0 { " skip" } else { "" });
     conv(Conv { name, shape: [n, l, l, channels], skip, outputs, ..Conv::default() }.normed())
+}
+
+/// As [`res`], by GELU; `modulated`: the second convolution, which adds what the ResNet began with.
+fn gelu_res(n: usize, l: usize, channels: usize, modulated: bool) -> Case {
+    let (name, shape, activation) = (format!("res {l}"), [n, l, l, channels], Activation::Gelu);
+    let plain = Conv { name, shape, outputs: channels, modulated, residual: modulated, ..Conv::default() };
+    conv(Conv { activation, ..plain.normed() })
 }
 
 fn up(n: usize, l: usize, channels: usize) -> Case {
@@ -428,13 +446,21 @@ pub(super) fn conv_shape(args: &Conv2d, g: &Geometry) -> Value {
         "n": g.images, "h": g.input[0], "w": g.input[1], "c": g.channels, "o": g.outputs, "kernel": g.kernel[0],
         "stride": args.stride, "dilation": args.dilation, "bias": args.bias.is_some(), "second_source": second,
         "resized_from": args.resize_to.map(|_| g.stored), "norm_groups": args.norm.map(|norm| norm.groups),
-        "silu": args.norm.is_some_and(|norm| norm.silu), "padding": args.padding, "row": args.row.is_some(),
-        "residual": args.residual.is_some(),
+        "activation": activation_name(args.norm.map_or(Activation::None, |norm| norm.activation)),
+        "padding": args.padding, "row": args.row.is_some(), "residual": args.residual.is_some(),
     });
+    if let Some(modulation) = args.norm.and_then(|norm| norm.modulation) {
+        shape["modulation"] = json!([g.images, modulation.rows.rows]);
+    }
     if args.stripe.is_some() || g.kernel[0] != g.kernel[1] {
         shape["part"] = true.into(); // which of_shape does not make
     }
     shape
+}
+
+/// As JSON and names of cases have it.
+fn activation_name(activation: Activation) -> String {
+    format!("{activation:?}").to_lowercase()
 }
 
 fn conv(c: Conv) -> Case {
@@ -444,9 +470,11 @@ fn conv(c: Conv) -> Case {
     if !c.name.is_empty() {
         name = format!("{} {name}", c.name);
     }
+    let followed = format!(" {}", activation_name(c.activation));
     let said = [
         (c.norm_groups.is_some(), " norm"),
-        (c.silu, " silu"),
+        (c.modulated, " modulated"),
+        (c.activation != Activation::None, &followed),
         (c.row, " row"),
         (c.residual, " residual"),
         (!c.bias, " without bias"),
@@ -454,12 +482,15 @@ fn conv(c: Conv) -> Case {
     said.iter().filter(|(is, _)| *is).for_each(|(_, words)| name += words);
     let [seen_h, seen_w] = c.resize_to.unwrap_or([h, w]);
     let padding = c.padding.unwrap_or([c.dilation * (c.kernel / 2); 4]);
-    let fields = json!({
+    let mut fields = json!({
         "n": n, "h": seen_h, "w": seen_w, "c": channels + c.skip, "o": c.outputs, "kernel": c.kernel,
         "stride": c.stride, "dilation": c.dilation, "bias": c.bias, "second_source": c.skip,
-        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm_groups, "silu": c.silu, "padding": padding,
-        "row": c.row, "residual": c.residual,
+        "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm_groups,
+        "activation": activation_name(c.activation), "padding": padding, "row": c.row, "residual": c.residual,
     });
+    if c.modulated {
+        fields["modulation"] = json!([n, n]);
+    }
     let reach = c.dilation * (c.kernel - 1) + 1;
     let output =
         |size: usize, before: usize, after: usize| (size + before + after).saturating_sub(reach) / c.stride + 1;
@@ -473,12 +504,16 @@ fn conv(c: Conv) -> Case {
         let table = some(c.row, &[n, c.outputs])?;
         let step = StepIndex::one(inputs.device, 0)?;
         let residual = some(c.residual, &[n, output[0], output[1], c.outputs])?;
-        let (two, groups, silu, stride, dilation, resize_to) =
-            (c.skip > 0, c.norm_groups, c.silu, c.stride, c.dilation, c.resize_to);
+        let modulations = some(c.modulated, &[n, 2 * (channels + c.skip)])?;
+        let (two, groups, activation, stride, dilation, resize_to) =
+            (c.skip > 0, c.norm_groups, c.activation, c.stride, c.dilation, c.resize_to);
         Ok(Box::new(move || {
             let x = if two { Source::Two(&a, &b) } else { Source::One(&a) };
-            let norm = groups.map(|groups| ConvNorm { gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu });
-            let row = table.as_ref().map(|table| StepRows { table, step: &step, rows: n });
+            let by_image = |table| StepRows { table, step: &step, rows: n };
+            let modulation = modulated_by(modulations.as_ref().map(by_image), gamma.numel());
+            let (gamma, beta, eps) = (&gamma, &gamma, 1e-5);
+            let norm = groups.map(|groups| ConvNorm { gamma, beta, groups, eps, modulation, activation });
+            let row = table.as_ref().map(by_image);
             let (bias, residual) = (bias.as_ref(), residual.as_ref());
             let plain = Conv2d::new(x, &weight);
             super::conv2d(Conv2d { bias, norm, stride, dilation, padding, resize_to, row, residual, ..plain })
@@ -495,7 +530,7 @@ pub(super) fn linear_shape(
     gate: Option<[usize; 2]>,
     residual: bool,
 ) -> Value {
-    let activation = format!("{activation:?}").to_lowercase();
+    let activation = activation_name(activation);
     let mut fields = json!({ "m": m, "n": n, "k": k, "bias": bias, "activation": activation, "residual": residual });
     if let Some(gate) = gate {
         fields["gate"] = json!(gate);
@@ -548,7 +583,30 @@ fn linear_with(
 /// What [`Case::shape`] says of a group norm.
 pub(super) fn group_norm_shape(args: &GroupNorm, [n, h, w, c]: [usize; 4]) -> Value {
     let second = args.x.second().map_or(0, |second| second.shape()[3]);
-    json!({ "n": n, "h": h, "w": w, "c": c, "second_source": second, "groups": args.groups, "silu": args.silu })
+    let modulation = args.modulation.map(|modulation| [n, modulation.rows.rows]);
+    group_norm_fields([n, h, w, c], second, args.groups, modulation, args.activation)
+}
+
+fn group_norm_fields(
+    [n, h, w, c]: [usize; 4],
+    second: usize,
+    groups: usize,
+    modulation: Option<[usize; 2]>,
+    activation: Activation,
+) -> Value {
+    let activation = activation_name(activation);
+    let mut fields = json!({
+        "n": n, "h": h, "w": w, "c": c, "second_source": second, "groups": groups, "activation": activation,
+    });
+    if let Some(modulation) = modulation {
+        fields["modulation"] = json!(modulation);
+    }
+    fields
+}
+
+/// Of a table whose rows hold C scales, then C shifts.
+fn modulated_by(rows: Option<StepRows>, c: usize) -> Option<Modulation> {
+    rows.map(|rows| Modulation { rows, scale: 0, shift: c })
 }
 
 /// What [`Case::shape`] says of a norm of rows.
@@ -557,20 +615,40 @@ pub(super) fn rows_shape(x: &Tensor, c: usize) -> Value {
 }
 
 fn group_norm(shape: [usize; 4], skip: usize) -> Case {
-    group_norm_with(shape, skip, 32, true)
+    group_norm_with(shape, skip, 32, None, Activation::Silu)
 }
 
-fn group_norm_with(shape: [usize; 4], skip: usize, groups: usize, silu: bool) -> Case {
+/// Each image by a row of its own, then GELU.
+fn modulated_group_norm(shape: [usize; 4]) -> Case {
+    group_norm_with(shape, 0, 32, Some([shape[0]; 2]), Activation::Gelu)
+}
+
+/// `modulation`: images, and conditioning rows of a step.
+fn group_norm_with(
+    shape: [usize; 4],
+    skip: usize,
+    groups: usize,
+    modulation: Option<[usize; 2]>,
+    activation: Activation,
+) -> Case {
     let [n, h, w, channels] = shape;
-    let fields =
-        json!({ "n": n, "h": h, "w": w, "c": channels + skip, "second_source": skip, "groups": groups, "silu": silu });
-    let suffix = if silu { "silu " } else { "" };
-    case("group_norm", format!("{suffix}[{n},{h},{w},{channels}+{skip}]"), fields, move |inputs| {
+    let c = channels + skip;
+    let fields = group_norm_fields([n, h, w, c], skip, groups, modulation, activation);
+    let mut name = if modulation.is_some() { "modulated ".to_owned() } else { String::new() };
+    if activation != Activation::None {
+        name += &format!("{} ", activation_name(activation));
+    }
+    case("group_norm", format!("{name}[{n},{h},{w},{channels}+{skip}]"), fields, move |inputs| {
         let t = |shape: &[usize]| inputs.tensor(shape);
-        let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[channels + skip])?);
+        let (a, b, gamma) = (t(&shape)?, t(&[n, h, w, skip])?, t(&[c])?);
+        let table = modulation.map(|[_, per_step]| t(&[per_step, 2 * c])).transpose()?;
+        let step = StepIndex::one(inputs.device, 0)?;
         Ok(Box::new(move || {
             let x = if skip > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
-            super::group_norm(GroupNorm { x, gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu })
+            let of = |(table, [_, rows]): (_, [usize; 2])| StepRows { table, step: &step, rows };
+            let modulation = modulated_by(table.as_ref().zip(modulation).map(of), c);
+            let (gamma, beta, eps) = (&gamma, &gamma, 1e-5);
+            super::group_norm(GroupNorm { x, gamma, beta, groups, eps, modulation, activation })
         }))
     })
 }
@@ -613,7 +691,7 @@ fn layer_norm_with(rows: usize, c: usize, affine: bool, modulation: Option<[usiz
         Ok(Box::new(move || {
             let gamma = gamma.as_ref();
             let of = |(table, [_, rows]): (_, [usize; 2])| StepRows { table, step: &step, rows };
-            let modulation = table.as_ref().zip(modulation).map(|m| Modulation { rows: of(m), scale: 0, shift: c });
+            let modulation = modulated_by(table.as_ref().zip(modulation).map(of), c);
             super::layer_norm(LayerNorm { gamma, beta: gamma, modulation, ..LayerNorm::new(&x, 1e-5) })
         }))
     })
@@ -805,16 +883,17 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
         let values = numbers(field)?;
         values.map(|values| values.try_into().map_err(|_| wrong(field))).transpose()
     };
+    let activation = || {
+        let named = |activation: &&Activation| shape["activation"] == activation_name(**activation).as_str();
+        Activation::ALL.iter().find(named).copied().ok_or_else(|| wrong("activation"))
+    };
     if !shape["part"].is_null() {
         return Ok(None);
     }
     Ok(Some(match op {
         "linear" => {
-            let named =
-                |activation: &&Activation| shape["activation"] == format!("{activation:?}").to_lowercase().as_str();
-            let activation = *Activation::ALL.iter().find(named).ok_or_else(|| wrong("activation"))?;
             let size = [number("m")?, number("n")?, number("k")?];
-            linear_with(size, flag("bias")?, activation, pair("gate")?, flag("residual")?)
+            linear_with(size, flag("bias")?, activation()?, pair("gate")?, flag("residual")?)
         }
         "conv2d" => {
             let (skip, seen) = (number("second_source")?, [number("h")?, number("w")?]);
@@ -840,7 +919,8 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
                 padding: Some(padding[..].try_into().map_err(|_| wrong("padding"))?),
                 bias: flag("bias")?,
                 norm_groups: if shape["norm_groups"].is_null() { None } else { Some(number("norm_groups")?) },
-                silu: flag("silu")?,
+                modulated: pair("modulation")?.is_some(),
+                activation: activation()?,
                 resize_to: from.is_some().then_some(seen),
                 row: flag("row")?,
                 residual: flag("residual")?,
@@ -861,7 +941,8 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
                 [number("n")?, number("h")?, number("w")?, channels],
                 skip,
                 number("groups")?,
-                flag("silu")?,
+                pair("modulation")?,
+                activation()?,
             )
         }
         "layer_norm" => {

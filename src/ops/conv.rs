@@ -7,7 +7,10 @@ use super::cpu::gemm::{self, Rows, Store};
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, OutputRows, math};
 use super::cuda::conv::{Plan, Scratch};
-use super::{GroupNorm, GroupStatistics, Source, StepRows, Tensor, by_dtype, bytes_of, cases, cuda, profile};
+use super::{
+    Activation, GroupNorm, GroupStatistics, Modulation, Source, StepRows, Tensor, by_dtype, bytes_of, cases, cuda,
+    profile,
+};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -24,7 +27,7 @@ pub struct Conv2d<'a> {
     pub dilation: usize,
     /// Zeros around the input: top, bottom, left, right.
     pub padding: [usize; 4],
-    /// Group norm (and SiLU) of the input; its statistics are those of `x`.
+    /// Group norm of the input, modulated or not, and an activation; its statistics are those of `x`.
     pub norm: Option<ConvNorm<'a>>,
     /// The (normalised) input is resized to this height and width by nearest neighbour (the upsampler's conv).
     pub resize_to: Option<[usize; 2]>,
@@ -63,12 +66,15 @@ pub struct ConvNorm<'a> {
     pub beta: &'a Tensor,
     pub groups: usize,
     pub eps: f32,
-    pub silu: bool,
+    /// Of the images of the convolution.
+    pub modulation: Option<Modulation<'a>>,
+    pub activation: Activation,
 }
 
 impl<'a> ConvNorm<'a> {
     pub fn of(self, x: Source<'a>) -> GroupNorm<'a> {
-        GroupNorm { x, gamma: self.gamma, beta: self.beta, groups: self.groups, eps: self.eps, silu: self.silu }
+        let ConvNorm { gamma, beta, groups, eps, modulation, activation } = self;
+        GroupNorm { x, gamma, beta, groups, eps, modulation, activation }
     }
 }
 
@@ -123,7 +129,7 @@ pub(super) struct Geometry {
     pub(super) kernel: [usize; 2],
 }
 
-/// 2-d cross-correlation, fused: `leaky_relu(scale * (conv(resize(silu(norm(x)))) + bias + row + residual))`.
+/// 2-d cross-correlation, fused: `leaky_relu(scale * (conv(resize(activation(norm(x)))) + bias + row + residual))`.
 ///
 /// `H_out = (H + top + bottom - dilation * (kh - 1) - 1) / stride + 1`, the same for W (after `resize_to`).
 ///
@@ -133,7 +139,7 @@ pub(super) struct Geometry {
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype), [`Error::Device`](crate::Error::Device):
 /// which argument; [`Error::Argument`](crate::Error::Argument): stride or dilation 0, a kernel larger than the padded
-/// input, an empty `resize_to`, `eps` as in [`group_norm`](super::group_norm);
+/// input, an empty `resize_to`, what [`group_norm`](super::group_norm) refuses;
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn conv2d(args: Conv2d) -> Result<Tensor> {
     let g = check(&args)?;
@@ -284,13 +290,16 @@ fn work(args: &Conv2d, g: &Geometry, plan: &Plan, y: &Tensor) -> Work {
     let epilogue = [args.bias.is_some(), args.row.is_some(), args.residual.is_some(), args.scale != 1.0, is_leaky];
     let epilogue = epilogue.iter().filter(|&&used| used).count() as u64;
     let x_values = (g.images * (g.held[1] - g.held[0]) * g.stored[1] * g.channels) as u64;
-    let norm = args.norm.map_or(0, |norm| norm.of(args.x).flops_per_element() * x_values);
-    let (gamma, beta) = (args.norm.map(|norm| norm.gamma), args.norm.map(|norm| norm.beta));
+    let norm = args.norm.map(|norm| norm.of(args.x));
+    let norm_flops = norm.map_or(0, |norm| norm.flops_per_element() * x_values);
+    let modulation = norm.map_or(0, |norm| norm.modulation_bytes([g.images, g.stored[0], g.stored[1], g.channels]));
+    let (gamma, beta) = (norm.map(|norm| norm.gamma), norm.map(|norm| norm.beta));
     let (x, x2) = (Some(args.x.first()), args.x.second());
     Work {
         macs,
-        flops: 2 * macs + epilogue * values + norm,
+        flops: 2 * macs + epilogue * values + norm_flops,
         bytes: bytes_of(&[x, x2, Some(args.weight), args.bias, gamma, beta, args.residual, Some(y)])
+            + modulation
             + args.row.map_or(0, |row| {
                 let rows: BTreeSet<usize> = row.indices(g.images).collect();
                 (rows.len() * g.outputs * y.dtype().size_bytes()) as u64

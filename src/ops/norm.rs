@@ -2,7 +2,9 @@ use rayon::prelude::*;
 
 use super::cpu::norm::{ChannelAffine, SourceRows};
 use super::cpu::{self, math};
-use super::{Source, StepColumns, StepRows, Tensor, by_dtype, bytes_of, cases, cuda, float, profile};
+use super::{
+    Activation, Source, StepColumns, StepRows, Tensor, by_dtype, bytes_of, cases, cuda, float, linear, profile,
+};
 use crate::error::{Error, Result};
 use crate::runtime::{Device, Element, OpKind, Work};
 
@@ -19,15 +21,17 @@ pub struct GroupNorm<'a> {
     pub groups: usize,
     /// Added to the variance, units of x squared.
     pub eps: f32,
-    /// Also apply SiLU.
-    pub silu: bool,
+    /// What is done to each image's normalised channels, by its step.
+    pub modulation: Option<Modulation<'a>>,
+    /// Of the normalised and modulated values: `None`, `Silu` or `Gelu`.
+    pub activation: Activation,
 }
 
-impl GroupNorm<'_> {
+impl<'a> GroupNorm<'a> {
     /// The arguments fit together: `[N, H, W, C]` of the input.
     pub(super) fn check(&self, op: &'static str) -> Result<[usize; 4]> {
         let dims = self.x.dims(op)?;
-        let (x, c) = (self.x.first(), dims[3]);
+        let (x, [images, .., c]) = (self.x.first(), dims);
         self.gamma.expect(op, "gamma", &[c], x.dtype(), x.device())?;
         self.beta.expect(op, "beta", &[c], x.dtype(), x.device())?;
         if self.groups == 0 || c % self.groups != 0 {
@@ -39,12 +43,29 @@ impl GroupNorm<'_> {
             });
         }
         check_eps(op, self.eps)?;
+        for columns in self.columns().iter().flatten() {
+            columns.check(op, "modulation", images, c, x.dtype(), x.device())?;
+        }
+        if !matches!(self.activation, Activation::None | Activation::Silu | Activation::Gelu) {
+            let (got, want) = (format!("{:?}", self.activation), "None, Silu or Gelu after a group norm");
+            return Err(Error::argument(op, "activation", got, want));
+        }
         Ok(dims)
     }
 
-    /// Flops of normalising one element: mean 1, variance 3, normalise 2, gamma and beta 2; SiLU 4.
+    /// Scale and shift of the modulation.
+    pub(super) fn columns(&self) -> Option<[StepColumns<'a>; 2]> {
+        self.modulation.map(|modulation| modulation.columns())
+    }
+
+    /// Flops of normalising one element: mean 1, variance 3, normalise 2, gamma and beta 2; scale and shift 2; the activation.
     pub(super) fn flops_per_element(&self) -> u64 {
-        if self.silu { 12 } else { 8 }
+        8 + if self.modulation.is_some() { 2 } else { 0 } + linear::activation_flops(self.activation)
+    }
+
+    /// Bytes of scale and shift that `images` images read.
+    pub(super) fn modulation_bytes(&self, [images, .., c]: [usize; 4]) -> u64 {
+        self.columns().iter().flatten().map(|columns| columns.bytes(images, c)).sum()
     }
 }
 
@@ -55,15 +76,16 @@ pub(super) fn check_eps(op: &'static str, eps: f32) -> Result<()> {
     Err(Error::argument(op, "eps", eps, "a finite value that is not negative"))
 }
 
-/// Group norm, optionally followed by SiLU: `[N, H, W, C]`, dtype of the input. Statistics in f32, two passes. Wu & He
-/// 2018, arXiv:1803.08494, sec. 3.
+/// `activation((1 + scale) * group_norm(x) + shift)`, without a modulation `activation(group_norm(x))`: `[N, H, W, C]`, dtype of the
+/// input. Statistics in f32, two passes. Wu & He 2018, arXiv:1803.08494, sec. 3; the modulation as in the ResNets of Dhariwal &
+/// Nichol 2021, arXiv:2105.05233, sec. 3.1.
 ///
 /// An image's result depends on that image only, bit for bit: not on the batch, nor on the number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) (also: `groups` does not divide C), [`Error::Dtype`](crate::Error::Dtype),
 /// [`Error::Device`](crate::Error::Device): which argument; [`Error::Argument`](crate::Error::Argument): a negative or
-/// non-finite `eps`.
+/// non-finite `eps`, another activation, rows of the modulation that do not divide the images, a step beyond its table.
 pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
     const OP: &str = "group_norm";
     let dims = args.check(OP)?;
@@ -77,7 +99,8 @@ pub fn group_norm(args: GroupNorm) -> Result<Tensor> {
         Device::Meta(meta) => {
             let _scratch = cuda::norm::scratch(x.device(), &form)?;
             let flops = args.flops_per_element() * y.numel() as u64;
-            let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)]);
+            let bytes = bytes_of(&[Some(x), args.x.second(), Some(args.gamma), Some(args.beta), Some(&y)])
+                + args.modulation_bytes(dims);
             let launches = form.launches();
             meta.record(OP, OpKind::Norm, y.shape(), Work { macs: 0, flops, bytes, launches });
         }
@@ -128,8 +151,9 @@ impl<'a> LayerNorm<'a> {
     }
 }
 
-/// What a diffusion transformer does to a normalised row: `(1 + scale) * normed + shift`, by each image's step. Peebles & Xie 2023,
-/// arXiv:2212.09748, sec. 3.2.
+/// What is done to normalised values by each image's step: `(1 + scale) * normed + shift`, with a value of each for every channel. Of
+/// a diffusion transformer's layer norms, Peebles & Xie 2023, arXiv:2212.09748, sec. 3.2, and of the second group norm of a ResNet,
+/// Dhariwal & Nichol 2021, arXiv:2105.05233, sec. 3.1 (there: adaptive group normalisation).
 #[derive(Clone, Copy, Debug)]
 pub struct Modulation<'a> {
     /// Of a table that has both: `[steps * R, C or more]`.
@@ -179,7 +203,7 @@ pub fn layer_norm(args: LayerNorm) -> Result<Tensor> {
     profile::call(OP, || cases::layer_norm_shape(&args, c));
     match x.device() {
         Device::Meta(meta) => {
-            // As group norm without SiLU; one for each of gamma and beta, two for scale and shift.
+            // As group norm; one for each of gamma and beta, two for scale and shift.
             let affine = [gamma.is_some(), beta.is_some(), modulation.is_some(), modulation.is_some()];
             let flops = (6 + affine.iter().filter(|&&used| used).count() as u64) * y.numel() as u64;
             let rows = columns.iter().flatten().map(|columns| columns.bytes(x.shape()[0], c)).sum::<u64>();

@@ -236,6 +236,11 @@ pub fn columns_of(columns: &StepColumns, images: usize, width: usize) -> Vec<Vec
     (0..images).map(|image| values[row(image) * all + columns.first..][..width].to_vec()).collect()
 }
 
+/// Scale and shift of each image.
+fn modulation_of(&Modulation { rows, scale, shift }: &Modulation, images: usize, c: usize) -> [Vec<Vec<f64>>; 2] {
+    [scale, shift].map(|first| columns_of(&StepColumns { rows, first }, images, c))
+}
+
 /// The sources side by side, `[N, H, W, C]`.
 pub fn concatenated(x: &Source) -> (Vec<f64>, [usize; 4]) {
     let [n, h, w, c] = x.dims("test").unwrap();
@@ -252,6 +257,7 @@ pub fn concatenated(x: &Source) -> (Vec<f64>, [usize; 4]) {
 pub fn group_norm(args: &GroupNorm) -> Expected {
     let (x, [n, h, w, c]) = concatenated(&args.x);
     let (gamma, beta) = (f64s(args.gamma), f64s(args.beta));
+    let modulation = args.modulation.map(|modulation| modulation_of(&modulation, n, c));
     let group = c / args.groups;
     let mut values = vec![0.0; x.len()];
     let mut magnitudes = vec![0.0; x.len()];
@@ -265,10 +271,18 @@ pub fn group_norm(args: &GroupNorm) -> Expected {
             let rstd = 1.0 / (var + f64::from(args.eps)).sqrt();
             let size = all().map(|i| x[i].abs()).sum::<f64>() / count;
             for i in all() {
-                let y = (x[i] - mean) * rstd * gamma[i % c] + beta[i % c];
-                values[i] = if args.silu { silu(y) } else { y };
+                let [scale, shift] =
+                    modulation.as_ref().map_or([0.0; 2], |parts| parts.each_ref().map(|part| part[image][i % c]));
+                let y = ((x[i] - mean) * rstd * gamma[i % c] + beta[i % c]) * (1.0 + scale) + shift;
+                values[i] = match args.activation {
+                    Activation::None => y,
+                    Activation::Silu => silu(y),
+                    Activation::Gelu => gelu(y),
+                    other => panic!("{other:?} after a group norm"),
+                };
                 // The mean, a sum of terms of this size, and the difference from it are rounded.
-                magnitudes[i] = (x[i].abs() + size) * rstd * gamma[i % c].abs() + beta[i % c].abs() + y.abs();
+                let affine = (x[i].abs() + size) * rstd * gamma[i % c].abs() + beta[i % c].abs();
+                magnitudes[i] = affine * (1.0 + scale).abs() + shift.abs() + y.abs();
             }
         }
     }
@@ -281,9 +295,7 @@ pub fn layer_norm(args: &LayerNorm) -> Expected {
     let of = |affine: Option<&Tensor>, otherwise: f64| affine.map_or_else(|| vec![otherwise; c], f64s);
     let (gamma, beta) = (of(args.gamma, 1.0), of(args.beta, 0.0));
     let images = args.x.shape()[0];
-    let modulation = args.modulation.map(|Modulation { rows, scale, shift }| {
-        [scale, shift].map(|first| columns_of(&StepColumns { rows, first }, images, c))
-    });
+    let modulation = args.modulation.map(|modulation| modulation_of(&modulation, images, c));
     let (mut values, mut magnitudes) = (Vec::new(), Vec::new());
     let image_rows = (x.len() / c.max(1) / images.max(1)).max(1);
     for (number, row) in x.chunks_exact(c.max(1)).enumerate() {

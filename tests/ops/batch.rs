@@ -45,7 +45,14 @@ fn conv2d_has_the_same_bits_in_every_batch() {
             let weight = random.tensor(device, &[outputs, k, k, c], dtype, 0.0, 0.05);
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(device, &[c], dtype, mean, 0.5));
             let (bias, table) = (random.randn(device, &[outputs], dtype), random.randn(device, &[5, outputs], dtype));
-            let norm = ConvNorm { gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: true };
+            let norm = ConvNorm {
+                gamma: &gamma,
+                beta: &beta,
+                groups: 4,
+                eps: 1e-5,
+                modulation: None,
+                activation: Activation::Silu,
+            };
             for norm in [None, Some(norm)] {
                 check(device, dtype, &format!("{h}x{w}x{c} norm {}", norm.is_some()), &[h, w, c], |x, first| {
                     let steps: Vec<usize> = (first..first + x.shape()[0]).collect();
@@ -127,7 +134,16 @@ fn group_norm_has_the_same_bits_in_every_batch() {
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(device, &[c], dtype, mean, 0.5));
             check(device, dtype, &format!("{h}x{w}x{c}"), &[h, w, c], |x, _| {
                 let (gamma, beta) = (&gamma, &beta);
-                ops::group_norm(GroupNorm { x: x.into(), gamma, beta, groups: 4, eps: 1e-5, silu: true }).unwrap()
+                ops::group_norm(GroupNorm {
+                    x: x.into(),
+                    gamma,
+                    beta,
+                    groups: 4,
+                    eps: 1e-5,
+                    modulation: None,
+                    activation: Activation::Silu,
+                })
+                .unwrap()
             });
         }
     });

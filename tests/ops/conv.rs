@@ -2,7 +2,7 @@
 
 use crate::common::{F32_EPS, Random, assert_close, cards, devices, hoppers, kernels, unaligned};
 use megafuse::Error;
-use megafuse::ops::{self, Conv2d, ConvNorm, Source, StepIndex, StepRows};
+use megafuse::ops::{self, Activation, Conv2d, ConvNorm, Source, StepIndex, StepRows};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
@@ -20,7 +20,7 @@ pub struct Case {
     pub resize_to: Option<[usize; 2]>,
     /// Of the norm, 0 for none.
     pub groups: usize,
-    pub silu: bool,
+    pub activation: Activation,
     pub bias: bool,
     pub row: bool,
     pub residual: bool,
@@ -38,7 +38,7 @@ pub const PLAIN: Case = Case {
     padding: [1; 4],
     resize_to: None,
     groups: 0,
-    silu: false,
+    activation: Activation::None,
     bias: false,
     row: false,
     residual: false,
@@ -101,7 +101,8 @@ impl Inputs {
                 beta: &self.beta,
                 groups: case.groups,
                 eps: 1e-5,
-                silu: case.silu,
+                modulation: None,
+                activation: case.activation,
             }),
             resize_to: case.resize_to,
             row: case.row.then_some(StepRows { table: &self.row, step: &self.step, rows: self.rows }),
@@ -213,7 +214,7 @@ const TOGETHER: Case = Case {
     outputs: 20,
     resize_to: Some([11, 9]),
     groups: 4,
-    silu: true,
+    activation: Activation::Silu,
     bias: true,
     row: true,
     residual: true,
@@ -229,10 +230,10 @@ fn every_fused_option_alone_and_together() {
         base,
         Case { channels: [7, 5], ..base },
         Case { groups: 4, ..base },
-        Case { groups: 4, silu: true, ..base },
-        Case { groups: 4, silu: true, channels: [7, 5], ..base },
-        Case { groups: 12, silu: true, stride: 2, padding: [0, 1, 0, 1], ..base },
-        Case { groups: 4, silu: true, dilation: 2, padding: [2; 4], ..base },
+        Case { groups: 4, activation: Activation::Silu, ..base },
+        Case { groups: 4, activation: Activation::Silu, channels: [7, 5], ..base },
+        Case { groups: 12, activation: Activation::Silu, stride: 2, padding: [0, 1, 0, 1], ..base },
+        Case { groups: 4, activation: Activation::Silu, dilation: 2, padding: [2; 4], ..base },
         Case { resize_to: Some([12, 10]), ..base },
         Case { resize_to: Some([7, 13]), ..base },
         Case { resize_to: Some([4, 3]), ..base },
@@ -662,7 +663,8 @@ fn bands_of_a_large_image_join() {
     let values: Vec<f32> = (0..h * w * c).map(|i| x[(i / c % w * 7 + i / c / w * 13) % 64 * c + i % c]).collect();
     let x = Tensor::from_f32(&device, &[1, h, w, c], DType::F32, &values).unwrap();
     let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], DType::F32, mean, 0.5));
-    let norm = ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true };
+    let norm =
+        ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, modulation: None, activation: Activation::Silu };
     let weight = random.tensor(&device, &[4, 3, 3, c], DType::F32, 0.0, 0.05);
     let normalised = ops::group_norm(norm.of((&x).into())).unwrap();
     for (stride, padding) in [(1, [1; 4]), (2, [0, 1, 0, 1])] {
@@ -682,7 +684,14 @@ fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
         let x = random.randn(&device, &[3, h, w, c], DType::F32);
         let weight = random.tensor(&device, &[96, 3, 3, c], DType::F32, 0.0, 0.05);
         let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], DType::F32, mean, 0.5));
-        let norm = Some(ConvNorm { gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true });
+        let norm = Some(ConvNorm {
+            gamma: &gamma,
+            beta: &beta,
+            groups: 8,
+            eps: 1e-5,
+            modulation: None,
+            activation: Activation::Silu,
+        });
         let run = |x: &Tensor| ops::conv2d(Conv2d { norm, ..Conv2d::new(x, &weight) }).unwrap().to_f32_vec().unwrap();
         let all = run(&x);
         for image in 0..3 {
@@ -707,7 +716,7 @@ fn a_card_launches_what_meta_counts() {
         TOGETHER,
         one_tap,
         split,
-        Case { groups: 8, silu: true, ..split },
+        Case { groups: 8, activation: Activation::Silu, ..split },
         large,
         Case { kernel: [1, 1], padding: [0; 4], ..large },
         Case { input: [0, 4, 4], groups: 3, ..PLAIN },
@@ -743,7 +752,8 @@ fn meta_records_the_fused_kernel() {
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
     let plain = Conv2d::new(Source::Two(&a, &b), &weight);
-    let norm = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
+    let norm =
+        ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, modulation: None, activation: Activation::Silu };
     let fused = Conv2d {
         bias: Some(&bias),
         norm: Some(norm),
@@ -812,7 +822,8 @@ fn arguments_that_do_not_fit_are_named() {
     fails(Conv2d { row: Some(StepRows { step: &late, rows: 1, ..odd }), ..ok }, "step is 5, expected below 5");
     fails(Conv2d { residual: Some(&x), ..ok }, "residual has shape [2, 4, 5, 6], expected [2, 4, 5, 7]");
     let seven = zeros(&[7], f);
-    let norm = ConvNorm { gamma: &six, beta: &six, groups: 3, eps: 1e-5, silu: true };
+    let norm =
+        ConvNorm { gamma: &six, beta: &six, groups: 3, eps: 1e-5, modulation: None, activation: Activation::Silu };
     assert!(ops::conv2d(Conv2d { norm: Some(norm), ..ok }).is_ok());
     fails(Conv2d { norm: Some(ConvNorm { gamma: &seven, ..norm }), ..ok }, "gamma has shape [7], expected [6]");
     fails(Conv2d { norm: Some(ConvNorm { groups: 4, ..norm }), ..ok }, "that 4 groups divide");

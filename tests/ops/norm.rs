@@ -2,7 +2,7 @@
 
 use crate::common::{Random, assert_close, cards, cases, devices, unaligned};
 use megafuse::Error;
-use megafuse::ops::{self, GroupNorm, LayerNorm, Modulation, Source, StepIndex, StepRows};
+use megafuse::ops::{self, Activation, GroupNorm, LayerNorm, Modulation, Source, StepIndex, StepRows};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
@@ -39,15 +39,19 @@ const SHAPES: [[usize; 6]; 21] = [
 #[test]
 fn group_norm_matches_f64() {
     for (device, dtype, [n, h, w, c_a, c_b, groups]) in cases(&SHAPES) {
-        for (mean, silu) in [(0.0, false), (0.0, true), (1000.0, false), (-3.0, true)] {
+        let [none, silu, gelu] = [Activation::None, Activation::Silu, Activation::Gelu];
+        for (mean, activation) in [(0.0, none), (0.0, silu), (0.0, gelu), (1000.0, none), (-3.0, silu), (-3.0, gelu)] {
+            if activation == Activation::Gelu && matches!(device, Device::Cuda(_)) {
+                continue; // no kernel yet
+            }
             let mut random = Random::new(11);
             let a = random.tensor(&device, &[n, h, w, c_a], dtype, mean, 2.0);
             let b = random.tensor(&device, &[n, h, w, c_b], dtype, mean + 1.0, 1.0);
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c_a + c_b], dtype, mean, 0.5));
             let x = if c_b > 0 { Source::Two(&a, &b) } else { Source::One(&a) };
-            let args = GroupNorm { x, gamma: &gamma, beta: &beta, groups, eps: 1e-5, silu };
-            let what = format!("{device} {n} {h} {w} {c_a}+{c_b} groups {groups} mean {mean} silu {silu}");
-            // 4: the mean in f32, the difference, the scale, SiLU.
+            let args = GroupNorm { x, gamma: &gamma, beta: &beta, groups, eps: 1e-5, modulation: None, activation };
+            let what = format!("{device} {n} {h} {w} {c_a}+{c_b} groups {groups} mean {mean} {activation:?}");
+            // 4: the mean in f32, the difference, the scale, the activation.
             assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, what);
         }
     }
@@ -65,7 +69,15 @@ fn group_norm_of_an_outlier_in_the_first_place() {
         values[16 * (pixels - 1)..].fill(-3000.0);
         let x = Tensor::from_f32(&device, &[1, pixels, 1, 16], dtype, &values).unwrap();
         let [gamma, beta] = [1.0, 0.0].map(|value| Tensor::from_f32(&device, &[16], dtype, &[value; 16]).unwrap());
-        let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: false };
+        let args = GroupNorm {
+            x: (&x).into(),
+            gamma: &gamma,
+            beta: &beta,
+            groups: 4,
+            eps: 1e-5,
+            modulation: None,
+            activation: Activation::None,
+        };
         let mut want = crate::common::group_norm(&args);
         // The sums run over differences from the outlier: F32_EPS of a deviation, which is 1 in the result.
         want.magnitudes.iter_mut().for_each(|magnitude| *magnitude += 1.0);
@@ -83,7 +95,15 @@ fn a_value_that_is_not_finite_spoils_its_group() {
                 values[at * 16 + 6] = bad;
                 let x = Tensor::from_f32(&device, &[2, 1, pixels, 16], dtype, &values).unwrap();
                 let gamma = Tensor::from_f32(&device, &[16], dtype, &[1.0; 16]).unwrap();
-                let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &gamma, groups: 4, eps: 1e-5, silu: true };
+                let args = GroupNorm {
+                    x: (&x).into(),
+                    gamma: &gamma,
+                    beta: &gamma,
+                    groups: 4,
+                    eps: 1e-5,
+                    modulation: None,
+                    activation: Activation::Silu,
+                };
                 for (i, y) in ops::group_norm(args).unwrap().to_f32_vec().unwrap().into_iter().enumerate() {
                     let in_group = i < pixels * 16 && i % 16 / 4 == 1;
                     assert_eq!(y.is_finite(), !in_group, "{device} {dtype} {bad} at pixel {at}: element {i} is {y}");
@@ -100,7 +120,15 @@ fn tensors_need_no_alignment() {
         let mut random = Random::new(14);
         let [a, b] = [0, 1].map(|_| unaligned(&random.randn(&device, &[n, h, w, c], dtype)));
         let [gamma, beta] = [1.0, 0.0].map(|mean| unaligned(&random.tensor(&device, &[2 * c], dtype, mean, 0.5)));
-        let args = GroupNorm { x: Source::Two(&a, &b), gamma: &gamma, beta: &beta, groups: 4, eps: 1e-5, silu: true };
+        let args = GroupNorm {
+            x: Source::Two(&a, &b),
+            gamma: &gamma,
+            beta: &beta,
+            groups: 4,
+            eps: 1e-5,
+            modulation: None,
+            activation: Activation::Silu,
+        };
         assert_close(&ops::group_norm(args).unwrap(), &crate::common::group_norm(&args), 4.0, &device);
         let tokens = a.reshape(&[n * h * w / 2, 2 * c]).unwrap();
         let args = LayerNorm { gamma: Some(&gamma), beta: Some(&beta), ..LayerNorm::new(&tokens, 1e-5) };
@@ -122,7 +150,15 @@ fn launches_are_those_the_meta_device_counts() {
                 let x = Tensor::zeros(device, &shape, DType::BF16).unwrap();
                 let gamma = Tensor::zeros(device, &[shape[3]], DType::BF16).unwrap();
                 move || {
-                    let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &gamma, groups, eps: 1e-5, silu: true };
+                    let args = GroupNorm {
+                        x: (&x).into(),
+                        gamma: &gamma,
+                        beta: &gamma,
+                        groups,
+                        eps: 1e-5,
+                        modulation: None,
+                        activation: Activation::Silu,
+                    };
                     ops::group_norm(args)
                 }
             };
@@ -150,7 +186,15 @@ fn group_norm_of_a_constant_is_beta() {
         let x = Tensor::from_f32(&device, &[1, pixels, 1, 4], DType::F32, &vec![1234.5; 4 * pixels]).unwrap();
         let gamma = Tensor::from_f32(&device, &[4], DType::F32, &[1.0, 2.0, 3.0, 4.0]).unwrap();
         let beta = Tensor::from_f32(&device, &[4], DType::F32, &[0.5, -0.5, 0.25, 0.0]).unwrap();
-        let args = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &beta, groups: 2, eps: 1e-6, silu: false };
+        let args = GroupNorm {
+            x: (&x).into(),
+            gamma: &gamma,
+            beta: &beta,
+            groups: 2,
+            eps: 1e-6,
+            modulation: None,
+            activation: Activation::None,
+        };
         let y = ops::group_norm(args).unwrap().to_f32_vec().unwrap();
         for pixel in y.chunks_exact(4) {
             assert_eq!(pixel, [0.5, -0.5, 0.25, 0.0], "{device}");
@@ -166,7 +210,15 @@ fn an_image_does_not_depend_on_the_others_or_on_the_threads() {
         let x = random.randn(&device, &[3, h, w, c], dtype);
         let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(&device, &[c], dtype, mean, 0.5));
         let run = |x: &Tensor| {
-            let args = GroupNorm { x: x.into(), gamma: &gamma, beta: &beta, groups: 8, eps: 1e-5, silu: true };
+            let args = GroupNorm {
+                x: x.into(),
+                gamma: &gamma,
+                beta: &beta,
+                groups: 8,
+                eps: 1e-5,
+                modulation: None,
+                activation: Activation::Silu,
+            };
             ops::group_norm(args).unwrap().to_f32_vec().unwrap()
         };
         let all = run(&x);
@@ -297,7 +349,15 @@ fn meta_records_one_pass_over_the_operands() {
     let (a, b, gamma) = (zeros(&[2, 8, 8, 640]), zeros(&[2, 8, 8, 320]), zeros(&[960]));
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
-    let args = GroupNorm { x: Source::Two(&a, &b), gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
+    let args = GroupNorm {
+        x: Source::Two(&a, &b),
+        gamma: &gamma,
+        beta: &gamma,
+        groups: 32,
+        eps: 1e-5,
+        modulation: None,
+        activation: Activation::Silu,
+    };
     let y = ops::group_norm(args).unwrap();
     assert_eq!(y.shape(), [2, 8, 8, 960]);
     let tokens = y.reshape(&[2, 64, 960]).unwrap();
@@ -319,7 +379,15 @@ fn arguments_that_do_not_fit_are_named() {
     let zeros = |shape: &[usize], dtype| Tensor::zeros(&device, shape, dtype).unwrap();
     let f = DType::F32;
     let (x, x2, gamma, tokens) = (zeros(&[1, 2, 2, 6], f), zeros(&[1, 2, 3, 6], f), zeros(&[6], f), zeros(&[4, 6], f));
-    let ok = GroupNorm { x: (&x).into(), gamma: &gamma, beta: &gamma, groups: 3, eps: 1e-5, silu: false };
+    let ok = GroupNorm {
+        x: (&x).into(),
+        gamma: &gamma,
+        beta: &gamma,
+        groups: 3,
+        eps: 1e-5,
+        modulation: None,
+        activation: Activation::None,
+    };
     assert!(ops::group_norm(ok).is_ok());
     let fails = |args: GroupNorm, expected: &str| {
         let error = ops::group_norm(args).unwrap_err();

@@ -20,7 +20,8 @@ const ROWS: usize = 41;
 fn every_op(device: &Device) -> Result<()> {
     let zeros = |shape: &[usize]| Tensor::zeros(device, shape, DType::F32);
     let (x, gamma) = (zeros(&[1, ROWS, 3, 4])?, zeros(&[4])?);
-    let norm = ConvNorm { gamma: &gamma, beta: &gamma, groups: 2, eps: 1e-5, silu: false };
+    let norm =
+        ConvNorm { gamma: &gamma, beta: &gamma, groups: 2, eps: 1e-5, modulation: None, activation: Activation::None };
 
     ops::activation(&x, Activation::Silu)?;
     ops::add(&x, &x)?;
@@ -38,7 +39,7 @@ fn every_op(device: &Device) -> Result<()> {
     ops::diagonal_gaussian(&x, None)?;
     let ids = Tensor::from_u32(device, &[1, ROWS], &[0; ROWS])?;
     ops::embedding(&ids, &zeros(&[2, 8])?, &zeros(&[ROWS, 8])?)?;
-    ops::group_norm(GroupNorm { silu: true, ..norm.of(Source::One(&x)) })?;
+    ops::group_norm(GroupNorm { activation: Activation::Silu, ..norm.of(Source::One(&x)) })?;
     // More than 1024 pixels, so that a card has something to do at the end too.
     let image = zeros(&[1, ROWS, 29, 4])?;
     let mut moments = GroupMoments::new(norm, [1, ROWS, 29, 4])?;
@@ -126,7 +127,8 @@ fn a_recorded_call_is_made_again_from_its_shape() {
     let Device::Meta(recorder) = &meta else { unreachable!() };
     let zeros = |shape: &[usize]| Tensor::zeros(&meta, shape, DType::BF16).unwrap();
     let (x, skip, gamma) = (zeros(&[2, 6, 8, 64]), zeros(&[2, 6, 8, 32]), zeros(&[96]));
-    let norm = ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, silu: true };
+    let norm =
+        ConvNorm { gamma: &gamma, beta: &gamma, groups: 32, eps: 1e-5, modulation: None, activation: Activation::Silu };
     let step = StepIndex::one(&meta, 0).unwrap();
     let table = zeros(&[2, 16]);
     let row = StepRows { table: &table, step: &step, rows: 2 };
@@ -145,7 +147,7 @@ fn a_recorded_call_is_made_again_from_its_shape() {
         ops::conv2d(Conv2d { stride: 2, padding: [0, 1, 0, 1], ..Conv2d::new(&x, &down) })?;
         ops::conv2d(Conv2d { dilation: 2, padding: [2; 4], ..Conv2d::new(&x, &down) })?;
         ops::conv2d(Conv2d { resize_to: Some([12, 16]), ..Conv2d::new(&x, &down) })?;
-        ops::group_norm(GroupNorm { silu: false, ..norm.of(source) })?;
+        ops::group_norm(GroupNorm { activation: Activation::None, ..norm.of(source) })?;
         ops::layer_norm(LayerNorm {
             gamma: Some(&zeros(&[64])),
             beta: Some(&zeros(&[64])),

@@ -2,10 +2,10 @@
 
 use crate::common::{cards, devices, hoppers};
 use crate::conv::{Case, Inputs, PLAIN};
-use megafuse::ops::{self, Conv2d, ConvNorm, GroupMoments, GroupStatistics, Source, Stripe};
+use megafuse::ops::{self, Activation, Conv2d, ConvNorm, GroupMoments, GroupStatistics, Source, Stripe};
 use megafuse::runtime::{DType, Device, Tensor};
 
-const WHOLE: Case = Case { input: [1, 9, 7], channels: [8, 0], silu: true, bias: true, ..PLAIN };
+const WHOLE: Case = Case { input: [1, 9, 7], channels: [8, 0], activation: Activation::Silu, bias: true, ..PLAIN };
 
 const CASES: [Case; 12] = [
     WHOLE,
@@ -19,7 +19,15 @@ const CASES: [Case; 12] = [
     Case { resize_to: Some([18, 14]), ..WHOLE },
     Case { resize_to: Some([13, 7]), groups: 8, ..WHOLE },
     // More than 1024 pixels: the statistics in several parts, of pixels that no row ends with.
-    Case { input: [1, 37, 31], channels: [12, 0], outputs: 8, groups: 3, silu: false, residual: true, ..WHOLE },
+    Case {
+        input: [1, 37, 31],
+        channels: [12, 0],
+        outputs: 8,
+        groups: 3,
+        activation: Activation::None,
+        residual: true,
+        ..WHOLE
+    },
     // Long sums of a small image, which a card splits.
     Case { input: [1, 5, 3], channels: [256, 0], outputs: 16, groups: 8, ..WHOLE },
     // On the cpu 16 pixels are summed up at a time.

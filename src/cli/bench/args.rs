@@ -214,6 +214,8 @@ pub enum Shapes {
     Sdxl,
     /// A block of SD 3's transformer, a guided step at 1024x1024
     Sd3,
+    /// ResNets of the UNet of DeepFloyd IF-I-XL, a guided step at 64x64
+    IfXl,
     /// A relay from 512x512 to 1024x1024, and the sampler's steps
     Relay,
     /// What methods do beside the network at 2048x2048: views, patches, frequency bands, moments

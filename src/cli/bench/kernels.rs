@@ -68,6 +68,7 @@ impl Shapes {
             Shapes::VaeAt1024 => cases::vae_decode(128),
             Shapes::Sdxl => cases::sdxl(128),
             Shapes::Sd3 => cases::sd3(128),
+            Shapes::IfXl => cases::if_xl(64),
             Shapes::Relay => cases::relay(64),
             Shapes::Methods => cases::methods(128),
         }

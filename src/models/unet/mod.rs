@@ -21,7 +21,7 @@ pub use image_prompt::{CrossAttentionShape, CrossAttentions, ImageMasks, ImagePr
 use super::layers::{Conv2d, GroupNorm, Redilation};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, FreeU, Source, StepIndex};
+use crate::ops::{self, Activation, FreeU, Source, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, UpBlock};
 use conditioning::TimeEmbedding;
@@ -305,6 +305,6 @@ impl Unet {
         if let Some(maps) = attention_maps.filter(|_| options.attention_maps.collect) {
             maps.finish(options.attention_maps.flat)?;
         }
-        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(true), ..self.conv_out.args(&x) })
+        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(Activation::Silu), ..self.conv_out.args(&x) })
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::{Decoder, Encoder};
 use crate::error::Result;
 use crate::models::layers::{Conv2d, GroupNorm, ResnetBlock, Upsample};
-use crate::ops::{self, GroupMoments, GroupStatistics, Stripe};
+use crate::ops::{self, Activation, GroupMoments, GroupStatistics, Stripe};
 use crate::runtime::Tensor;
 
 /// Does level `i` of [`block_out_channels`](super::VaeConfig::block_out_channels), with `input` and `output` channels, need no more
@@ -123,7 +123,7 @@ impl Input<'_> {
 
     fn statistics(&self, norm: &GroupNorm, stripe_rows: usize) -> Result<GroupStatistics> {
         let dims = self.dims()?;
-        let mut moments = GroupMoments::new(norm.conv_norm(true), dims)?;
+        let mut moments = GroupMoments::new(norm.conv_norm(Activation::Silu), dims)?;
         match self {
             Input::Whole(x) => moments.add(x)?,
             Input::Upsampled { .. } => {
@@ -143,7 +143,7 @@ fn in_stripes(block: &ResnetBlock, input: Input, stripe_rows: usize) -> Result<T
     let like =
         |channels| Tensor::uninit(block.conv1.weight.device(), &[height, w, channels], block.conv1.weight.dtype());
     let statistics = input.statistics(&block.norm1, stripe_rows)?;
-    let mut moments = GroupMoments::new(block.norm2.conv_norm(true), [1, height, w, block.outputs()])?;
+    let mut moments = GroupMoments::new(block.norm2.conv_norm(Activation::Silu), [1, height, w, block.outputs()])?;
     let mut h = like(block.outputs())?;
     let mut shortcut = match (&input, &block.conv_shortcut) {
         (Input::Whole(_), None) => None,
@@ -155,7 +155,7 @@ fn in_stripes(block: &ResnetBlock, input: Input, stripe_rows: usize) -> Result<T
         let first_row = range.start.saturating_sub(1);
         let x = input.rows(first_row..height.min(range.end + 1))?;
         let stripe = Stripe { height, first_row, output, statistics: Some(&statistics) };
-        let norm = Some(block.norm1.conv_norm(true));
+        let norm = Some(block.norm1.conv_norm(Activation::Silu));
         let y = ops::conv2d(ops::Conv2d { norm, stripe: Some(stripe), ..block.conv1.args(&x) })?;
         moments.add(&y)?;
         copy_rows(&mut h, range.start, &y)?;
@@ -186,7 +186,7 @@ fn in_stripes(block: &ResnetBlock, input: Input, stripe_rows: usize) -> Result<T
     for range in stripes(height, stripe_rows) {
         let output = [range.start, range.end];
         let stripe = Some(Stripe { height, first_row: 0, output, statistics: Some(&statistics) });
-        let (norm, scale) = (Some(block.norm2.conv_norm(true)), block.scale);
+        let (norm, scale) = (Some(block.norm2.conv_norm(Activation::Silu)), block.scale);
         let made = {
             let residual = y.rows(range.clone())?.reshape(&[1, range.len(), w, c])?;
             let residual = Some(&residual);
@@ -200,7 +200,7 @@ fn in_stripes(block: &ResnetBlock, input: Input, stripe_rows: usize) -> Result<T
 /// The last norm and convolution.
 fn normalised_in_stripes(norm: &GroupNorm, conv: &Conv2d, x: Tensor, stripe_rows: usize) -> Result<Tensor> {
     let [_, height, w, _] = x.dims("vae", "x")?;
-    let norm = norm.conv_norm(true);
+    let norm = norm.conv_norm(Activation::Silu);
     let mut moments = GroupMoments::new(norm, x.dims("vae", "x")?)?;
     moments.add(&x)?;
     let statistics = moments.finish()?;

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::math::{self, simd};
-use crate::ops::{GroupNorm, Source};
+use crate::ops::{Activation, GroupNorm, Source};
 use crate::runtime::Element;
 
 /// Rows of C channels that a task or a partial sum takes: 64 KiB of f32, however many threads there are.
@@ -71,15 +71,16 @@ impl Moments {
     }
 }
 
-/// Group norm of an input whose statistics are known: `y[n, c] = (x - mean[n, c]) * scale[n, c] + shift[c]`, then SiLU.
+/// Group norm of an input whose statistics are known: `y[n, c] = activation((x - mean[n, c]) * scale[n, c] + shift[n, c])`.
 pub struct ChannelAffine {
     /// `[N, C]`
     mean: Vec<f32>,
-    /// `[N, C]`: gamma / sqrt(var + eps)
+    /// `[N, C]`: gamma / sqrt(var + eps), times 1 + scale of the modulation
     scale: Vec<f32>,
-    /// `[C]`: beta
+    /// `[N, C]`: beta, modulated
     shift: Vec<f32>,
-    silu: bool,
+    channels: usize,
+    activation: Activation,
 }
 
 impl ChannelAffine {
@@ -95,33 +96,41 @@ impl ChannelAffine {
 
     /// `statistics`: mean and 1 / sqrt(var + eps) of every image and group.
     pub fn new<T: Element>(args: &GroupNorm, statistics: &[[f64; 2]]) -> ChannelAffine {
-        let (gamma, shift) = (super::to_f32::<T>(args.gamma), super::to_f32::<T>(args.beta));
-        let images = statistics.len() / args.groups;
+        let (gamma, beta) = (super::to_f32::<T>(args.gamma), super::to_f32::<T>(args.beta));
+        let (images, channels) = (statistics.len() / args.groups, gamma.len());
         let mut affine = ChannelAffine {
-            mean: Vec::with_capacity(images * gamma.len()),
-            scale: Vec::with_capacity(images * gamma.len()),
-            shift,
-            silu: args.silu,
+            mean: Vec::with_capacity(images * channels),
+            scale: Vec::with_capacity(images * channels),
+            shift: beta.repeat(images),
+            channels,
+            activation: args.activation,
         };
-        let group_channels = gamma.len() / args.groups;
+        let group_channels = channels / args.groups;
         for (i, [mean, rstd]) in statistics.iter().enumerate() {
             let group = i % args.groups;
             let channels = group * group_channels..(group + 1) * group_channels;
             affine.mean.extend(channels.clone().map(|_| *mean as f32));
             affine.scale.extend(gamma[channels].iter().map(|&gamma| (f64::from(gamma) * rstd) as f32));
         }
+        if let Some(columns) = args.columns() {
+            let [scale, shift] = columns.map(|columns| columns.cpu::<T>(images, channels).concat());
+            for (to, scale) in affine.scale.iter_mut().zip(&scale) {
+                *to *= 1.0 + scale;
+            }
+            modulate(&mut affine.shift, &scale, &shift);
+        }
         affine
     }
 
     /// Normalises one row of image `image` in place.
     pub fn apply(&self, image: usize, values: &mut [f32]) {
-        let c = self.shift.len();
-        let (mean, scale) = (&self.mean[image * c..][..c], &self.scale[image * c..][..c]);
-        if self.silu {
-            affine_silu(values, mean, scale, &self.shift);
-        } else {
-            affine(values, mean, scale, &self.shift);
+        let [mean, scale, shift] =
+            [&self.mean, &self.scale, &self.shift].map(|all| &all[image * self.channels..][..self.channels]);
+        if self.activation == Activation::Silu {
+            return affine_silu(values, mean, scale, shift);
         }
+        affine(values, mean, scale, shift);
+        math::activate(self.activation, values);
     }
 }
 

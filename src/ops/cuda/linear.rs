@@ -50,7 +50,7 @@ impl LinearArgs {
 }
 
 /// `LinearActivation` of linear.cuh.
-fn activation_number(activation: Activation) -> i32 {
+pub(super) fn activation_number(activation: Activation) -> i32 {
     match activation {
         Activation::None => 0,
         Activation::Silu => 1,

@@ -1,10 +1,11 @@
 //! Launches of kernels/norm.cu and kernels/sm90/norm.cu. How many there are follows from shape, dtype and card; the meta
 //! device counts as a card of sm_90 launches.
 
+use super::linear::activation_number;
 use super::step_rows::{StepRowsArgs, aligned_rows};
 use super::{aligned, entry, int};
-use crate::error::Result;
-use crate::ops::{GroupNorm, LayerNorm};
+use crate::error::{Error, Result};
+use crate::ops::{Activation, GroupNorm, LayerNorm};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Isa, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -282,11 +283,23 @@ pub fn group_norm(
     statistics: Option<Statistics>,
     y: &mut Tensor,
 ) -> Result<()> {
+    check_kernels(args)?;
     let Some(mut statistics) = statistics else {
         return group_norm_whole(device, args, dims, Some(y), None);
     };
     statistics.compute(device, args, dims)?;
     group_norm_apply(device, args, dims, &statistics.values, y)
+}
+
+/// What there is no kernel for yet.
+fn check_kernels(args: &GroupNorm) -> Result<()> {
+    if args.modulation.is_some() {
+        return Err(Error::argument("group_norm", "modulation", "some", "none on a card so far"));
+    }
+    match args.activation {
+        Activation::Gelu => Err(Error::argument("group_norm", "activation", "Gelu", "None or Silu on a card so far")),
+        _ => Ok(()),
+    }
 }
 
 /// `y = group_norm(x)` by given statistics `[N, groups, 2]`.
@@ -297,6 +310,7 @@ pub fn group_norm_apply(
     statistics: &Tensor,
     y: &Tensor,
 ) -> Result<()> {
+    check_kernels(args)?;
     let (a, b) = (args.x.first(), args.x.second());
     let [channels_a, channels_b] = channels("group_norm", args)?;
     let vector = vectors(args) && all_aligned(args, Some(y));
@@ -320,7 +334,7 @@ pub fn group_norm_apply(
                 channels_b,
                 int("group_norm", "H*W", h * w)?,
                 args.groups as i32,
-                i32::from(args.silu),
+                activation_number(args.activation),
                 tile as i32,
                 i32::from(vector)
             ],
@@ -375,7 +389,7 @@ fn group_norm_cluster(
                 args.groups as i32,
                 window as i32,
                 args.eps,
-                i32::from(args.silu)
+                activation_number(args.activation)
             ],
         )
     }
@@ -416,7 +430,7 @@ fn group_norm_small(
                 args.groups as i32,
                 window as i32,
                 args.eps,
-                i32::from(args.silu),
+                activation_number(args.activation),
                 i32::from(vector)
             ],
         )
