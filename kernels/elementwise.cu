@@ -2,7 +2,7 @@
 //
 // Memory bound: every operand once. Launch of all: grid ceil(count / (kThreads kVector)), block kThreads; a thread takes
 // kVector elements, 16 bytes at a time where the addresses allow it. Any alignment. concat: one unit per thread.
-#include "common/math.cuh"
+#include "common/activation.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 
@@ -25,15 +25,15 @@ DEVICE void map(T* y, const T* x, int64_t count, F f) {
     }
 }
 
-// activation: y = f(x), kind 0: x, 1: SiLU, 2: GELU (by erf), 3: quick GELU, 5: GELU by tanh.   y, x [count]
+// activation: y = f(x), all but GEGLU.   y, x [count]
 template <class T>
 DEVICE void activation(T* y, const T* x, int kind, int64_t count) {
     map(y, x, count, [kind](float v) {
         switch (kind) {
-            case 1: return silu(v);
-            case 2: return gelu(v);
-            case 3: return quick_gelu(v);
-            case 5: return gelu_tanh(v);
+            case kSilu: return silu(v);
+            case kGelu: return gelu(v);
+            case kQuickGelu: return quick_gelu(v);
+            case kGeluTanh: return gelu_tanh(v);
             default: return v;
         }
     });

@@ -1,7 +1,10 @@
-// norm.cu: group norm (with SiLU, over one or two sources) and layer norm.
+// norm.cu: group norm (over one or two sources; modulated, and with SiLU or GELU, or not) and layer norm.
 //
 // Group norm of x [N, H*W, C], channels-last, G groups of D = C/G channels; Wu & He 2018, arXiv:1803.08494:
-//   mean, var over the H*W*D elements of a group;  y = (x - mean) / sqrt(var + eps) * gamma[c] + beta[c], then SiLU
+//   mean, var over the H*W*D elements of a group;  z = (x - mean) / sqrt(var + eps) * gamma[c] + beta[c];  y = f(z)
+// or modulated: y = f((1 + scale[r, c]) z + shift[r, c]), r the row of an image's step in a table (common/step_rows.cuh), the
+// second norm of a ResNet in Dhariwal & Nichol 2021, arXiv:2105.05233. A thread takes it into gamma and beta of its channels,
+// once for all its pixels. f: nothing, SiLU or GELU.
 // x may be two tensors a [N, H*W, Ca], b [N, H*W, Cb] side by side on the channels, C = Ca + Cb; a group may span both.
 // T = f32 | f16 | bf16; statistics in f32, as float2 {mean, 1 / sqrt(var + eps)} [N, G].
 //
@@ -14,12 +17,9 @@
 // square of that sample's own deviation is part of the result, so n samples lose at most n eps of it even where the
 // sample is an outlier. Parts are joined around their joint mean (Chan, Golub & LeVeque 1979), never as E[x^2] - E[x]^2.
 //
-// `vector`: all channel counts are multiples of kVector and all pointers aligned to 16 bytes.
-#include "common/math.cuh"
+// `vector`: all channel counts are multiples of kVector and all pointers aligned to 16 bytes, scale and shift in every row too.
 #include "common/norm.cuh"
 #include "common/reduce.cuh"
-#include "common/step_rows.cuh"
-#include "common/vector.cuh"
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -141,24 +141,24 @@ struct Affine {
     float gamma[V], beta[V];
 
     template <class T>
-    __device__ void apply(T* y, const Raw<V, T>& x, int silu_too) const {
+    __device__ void apply(T* y, const Raw<V, T>& x, int activation) const {
         float values[V];
         widen(values, x);
         UNROLL
-        for (int j = 0; j < V; j++) {
-            const float z = normalise(values[j], statistics[j], gamma[j], beta[j]);
-            values[j] = silu_too ? silu(z) : z;
-        }
+        for (int j = 0; j < V; j++) values[j] = normalise(values[j], statistics[j], gamma[j], beta[j]);
+        activate_normed<T>(values, activation);
         store<V>(y, values);
     }
 };
 
 // `statistics`: of the group that `channel` is in, and of those behind it.
 template <int V, class T>
-DEVICE Affine<V> affine(const float2* statistics, const T* gamma, const T* beta, int channel, int group_channels) {
+DEVICE Affine<V> affine(const float2* statistics, const T* gamma, const T* beta, const ModulationArgs<T>& modulation, int image,
+                        int channel, int group_channels) {
     Affine<V> affine;
     load<V>(affine.gamma, gamma + channel);
     load<V>(affine.beta, beta + channel);
+    modulate(affine.gamma, affine.beta, modulation, image, channel);
     int in_group = channel % group_channels;
     UNROLL
     for (int j = 0; j < V; j++) {
@@ -171,7 +171,7 @@ DEVICE Affine<V> affine(const float2* statistics, const T* gamma, const T* beta,
 // V channels of the next kInFlight pixels of a thread: `pixel`, `pixel` + `rows` .. below `pixels`. `first`: of the image.
 template <int V, class T>
 DEVICE void normalise_pixels(T* y, const Sources<T>& x, const Affine<V>& affine, int64_t first, int pixel, int rows,
-                             int pixels, int channel, int silu) {
+                             int pixels, int channel, int activation) {
     Raw<V, T> raw[kInFlight];
     UNROLL
     for (int k = 0; k < kInFlight; k++) {
@@ -180,24 +180,24 @@ DEVICE void normalise_pixels(T* y, const Sources<T>& x, const Affine<V>& affine,
     UNROLL
     for (int k = 0; k < kInFlight; k++) {
         const int64_t at = first + pixel + k * rows;
-        if (GUARD(pixel + k * rows < pixels)) affine.apply(y + at * x.channels() + channel, raw[k], silu);
+        if (GUARD(pixel + k * rows < pixels)) affine.apply(y + at * x.channels() + channel, raw[k], activation);
     }
 }
 
-// group_norm_apply: y [N, H*W, C] = norm (and SiLU) of x, statistics [N, G], gamma, beta [C]. Memory bound: x and y once.
+// group_norm_apply: y [N, H*W, C] = f(norm of x), statistics [N, G], gamma, beta [C]. Memory bound: x and y once.
 // Launch: grid (ceil(H*W / (rows kApplyPixels)), ceil(C / (tile V)), N), block tile * rows, rows = kThreads / tile.
 template <int V, class T>
 DEVICE void group_norm_apply(T* y, const Sources<T>& x, const float2* statistics, const T* gamma, const T* beta,
-                             int pixels, int groups, int silu, int tile) {
+                             const ModulationArgs<T>& modulation, int pixels, int groups, int activation, int tile) {
     const int row = threadIdx.x / tile, rows = blockDim.x / tile;
     const int channel = (blockIdx.y * tile + threadIdx.x % tile) * V, group_channels = x.channels() / groups;
     if (!GUARD(channel < x.channels())) return;
     statistics += blockIdx.z * groups + channel / group_channels;
-    const Affine<V> normalised = affine<V>(statistics, gamma, beta, channel, group_channels);
+    const Affine<V> normalised = affine<V>(statistics, gamma, beta, modulation, blockIdx.z, channel, group_channels);
     const int first = blockIdx.x * kApplyPixels * rows + row;
     UNROLL
     for (int i = 0; i < kApplyPixels; i += kInFlight) {
-        normalise_pixels(y, x, normalised, int64_t(blockIdx.z) * pixels, first + i * rows, rows, pixels, channel, silu);
+        normalise_pixels(y, x, normalised, int64_t(blockIdx.z) * pixels, first + i * rows, rows, pixels, channel, activation);
     }
 }
 
@@ -205,8 +205,9 @@ DEVICE void group_norm_apply(T* y, const Sources<T>& x, const float2* statistics
 // Launch: grid (G / window, N), block kThreads; a block takes `window` groups, whose channels a vector does not straddle
 // and which are at most kThreads columns of V channels.
 template <int V, class T>
-DEVICE void group_norm_small(T* y, float2* statistics, const Sources<T>& x, const T* gamma, const T* beta, int pixels,
-                             int groups, int window, float eps, int silu) {
+DEVICE void group_norm_small(T* y, float2* statistics, const Sources<T>& x, const T* gamma, const T* beta,
+                             const ModulationArgs<T>& modulation, int pixels, int groups, int window, float eps,
+                             int activation) {
     SHARED_STATIC(float, means, [kThreads * V]);
     SHARED_STATIC(float, deviations, [kThreads * V]);
     SHARED_STATIC(float2, finals, [kVector]);
@@ -248,9 +249,10 @@ DEVICE void group_norm_small(T* y, float2* statistics, const Sources<T>& x, cons
     }
     __syncthreads();
     if (y && row < last) {
-        const Affine<V> normalised = affine<V>(finals + column / group_channels, gamma, beta, channel, group_channels);
+        const Affine<V> normalised =
+            affine<V>(finals + column / group_channels, gamma, beta, modulation, blockIdx.y, channel, group_channels);
         for (int pixel = row; pixel < pixels; pixel += kInFlight * rows) {
-            normalise_pixels(y, x, normalised, first_pixel, pixel, rows, pixels, channel, silu);
+            normalise_pixels(y, x, normalised, first_pixel, pixel, rows, pixels, channel, activation);
         }
     }
 }
@@ -362,8 +364,7 @@ struct LayerNormArgs {
     const T* x;
     const T* gamma;
     const T* beta;
-    StepRowsArgs<T> modulation;
-    int scale, shift;  // columns of the table with which they begin
+    ModulationArgs<T> modulation;
     int rows, image_rows;
     int channels;
     float eps;
@@ -378,10 +379,10 @@ DEVICE void layer_norm(const LayerNormArgs<T>& args) {
     const T* x = args.x + row * channels;
     T* y = args.y + row * channels;
     RowAffine<T> affine = {args.gamma, args.beta, nullptr, nullptr};
-    if (args.modulation.table != nullptr) {
-        const T* of_image = row_of(args.modulation, int(row) / args.image_rows);
-        affine.scale = of_image + args.scale;
-        affine.shift = of_image + args.shift;
+    if (args.modulation.rows.table != nullptr) {
+        const T* of_image = row_of(args.modulation.rows, int(row) / args.image_rows);
+        affine.scale = of_image + args.modulation.scale;
+        affine.shift = of_image + args.modulation.shift;
     }
     constexpr int kStep = 32 * kVector;
     if (!args.vector) {
@@ -417,27 +418,30 @@ REGISTER_KERNEL(group_norm_merge_f32)
         }                                                                                                            \
     }                                                                                                                \
     REGISTER_KERNEL(group_norm_statistics_##suffix)                                                                  \
-    KERNEL(group_norm_apply_##suffix, kThreads, 1)(T* y, const T* a, const T* b, const float2* statistics,           \
-                                                   const T* gamma, const T* beta, int channels_a, int channels_b,    \
-                                                   int pixels, int groups, int silu, int tile, int vector) {         \
+    KERNEL(group_norm_apply_##suffix, kThreads, 2)(T* y, const T* a, const T* b, const float2* statistics,           \
+                                                   const T* gamma, const T* beta, const ModulationArgs<T> modulation,\
+                                                   int channels_a, int channels_b, int pixels, int groups,           \
+                                                   int activation, int tile, int vector) {                           \
         follow_previous();                                                                                           \
         const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
         if (vector) {                                                                                                \
-            group_norm_apply<kVector>(y, x, statistics, gamma, beta, pixels, groups, silu, tile);                    \
+            group_norm_apply<kVector>(y, x, statistics, gamma, beta, modulation, pixels, groups, activation, tile);  \
         } else {                                                                                                     \
-            group_norm_apply<1>(y, x, statistics, gamma, beta, pixels, groups, silu, tile);                          \
+            group_norm_apply<1>(y, x, statistics, gamma, beta, modulation, pixels, groups, activation, tile);        \
         }                                                                                                            \
     }                                                                                                                \
     REGISTER_KERNEL(group_norm_apply_##suffix)                                                                       \
-    KERNEL(group_norm_small_##suffix, kThreads, 1)(T* y, float2* statistics, const T* a, const T* b, const T* gamma, \
-                                                   const T* beta, int channels_a, int channels_b, int pixels,        \
-                                                   int groups, int window, float eps, int silu, int vector) {        \
+    KERNEL(group_norm_small_##suffix, kThreads, 2)(T* y, float2* statistics, const T* a, const T* b, const T* gamma, \
+                                                   const T* beta, const ModulationArgs<T> modulation, int channels_a,\
+                                                   int channels_b, int pixels, int groups, int window, float eps,    \
+                                                   int activation, int vector) {                                     \
         follow_previous();                                                                                           \
         const Sources<T> x = {a, b, channels_a, channels_b};                                                         \
         if (vector) {                                                                                                \
-            group_norm_small<kVector>(y, statistics, x, gamma, beta, pixels, groups, window, eps, silu);             \
+            group_norm_small<kVector>(y, statistics, x, gamma, beta, modulation, pixels, groups, window, eps,        \
+                                      activation);                                                                   \
         } else {                                                                                                     \
-            group_norm_small<1>(y, statistics, x, gamma, beta, pixels, groups, window, eps, silu);                   \
+            group_norm_small<1>(y, statistics, x, gamma, beta, modulation, pixels, groups, window, eps, activation); \
         }                                                                                                            \
     }                                                                                                                \
     REGISTER_KERNEL(group_norm_small_##suffix)                                                                       \

@@ -8,10 +8,8 @@
 //   nothing.
 // Bias, activation, gate and residual in f32, one rounding at the store.
 #pragma once
-#include "math.cuh"
+#include "activation.cuh"
 #include "step_rows.cuh"
-
-enum LinearActivation { kNone, kSilu, kGelu, kQuickGelu, kGeglu, kGeluTanh, kGegluTanh };
 
 // Bits of `wide`: these rows are whole aligned chunks.
 enum LinearWide { kWideX = 1, kWideWeight = 2, kWideOutput = 4 };
@@ -34,31 +32,9 @@ struct LinearArgs {
     int image_rows;  // rows of x that share one row of the gate
 };
 
-// GELU as precise as a result of T can show.
-template <class T>
-DEVICE float gelu_for(float z) {
-    if constexpr (same_type<T, float>) {
-        return gelu(z);
-    } else {
-        return gelu_16_bit(z);
-    }
-}
-
 // What GEGLU multiplies a value by.
 template <int kActivation, class T>
 DEVICE float gate_for(float z) {
     static_assert(kActivation == kGeglu || kActivation == kGegluTanh);
     return kActivation == kGeglu ? gelu_for<T>(z) : gelu_tanh(z);
-}
-
-// All activations but GEGLU, which takes two sums.
-template <class T>
-DEVICE float activate(int activation, float z) {
-    switch (activation) {
-        case kSilu: return silu(z);
-        case kGelu: return gelu_for<T>(z);
-        case kQuickGelu: return quick_gelu(z);
-        case kGeluTanh: return gelu_tanh(z);
-        default: return z;
-    }
 }

@@ -1,4 +1,4 @@
-// sm90/norm.cu: group norm (and SiLU) of common/norm.cuh in one launch, for Hopper (sm_90a): f16 and bf16.
+// sm90/norm.cu: group norm of norm.cu, modulated, with SiLU or GELU, or not, in one launch, for Hopper (sm_90a): f16 and bf16.
 //
 // A cluster takes a window of groups of one image, its blocks the pixels in equal parts. A thread has one vector of channels
 // and every rows-th pixel of its block; the first kHeld of them stay in registers, all on their way at once, the others are
@@ -10,14 +10,13 @@
 // joined around their joint mean (Chan, Golub & LeVeque 1979), through distributed shared memory, in the order of their
 // ranks. The cluster follows from one image's size alone (src/ops/cuda/norm.rs), and so does the order of all sums.
 //
-// Asked for: channel counts that are multiples of kVector, all pointers aligned to 16; C/G >= kVector or C/G = 4, so that a
-// vector lies in at most two groups; a window of whole vectors and at most kMostGroups groups; a pixel for every block.
+// Asked for: channel counts that are multiples of kVector, all pointers aligned to 16, scale and shift in every row too; C/G >=
+// kVector or C/G = 4, so that a vector lies in at most two groups; a window of whole vectors and at most kMostGroups groups; a
+// pixel for every block.
 // Launch: group_norm_cluster_<dtype>, grid (G / window * blocks, N), cluster (blocks, 1, 1), block kThreads.
 #include "common/hopper.cuh"
-#include "common/math.cuh"
 #include "common/norm.cuh"
 #include "common/reduce.cuh"
-#include "common/vector.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
@@ -73,8 +72,9 @@ DEVICE Part part_of(int pixels, int rank, int blocks) {
 
 // y and statistics [N, G], either of them null where it is not wanted.
 template <class T>
-DEVICE void group_norm_cluster(T* y, float2* statistics, const Sources<T>& x, const T* gamma, const T* beta, int pixels,
-                               int groups, int window, float eps, int silu_too) {
+DEVICE void group_norm_cluster(T* y, float2* statistics, const Sources<T>& x, const T* gamma, const T* beta,
+                               const ModulationArgs<T>& modulation, int pixels, int groups, int window, float eps,
+                               int activation) {
     SHARED_STATIC(Shares, held_sums, [1]);
     SHARED_STATIC(Shares, sums, [1]);
     SHARED_STATIC(Shares, squares, [1]);
@@ -189,15 +189,16 @@ DEVICE void group_norm_cluster(T* y, float2* statistics, const Sources<T>& x, co
         float gammas[kVector], betas[kVector];
         widen(gammas, scale);
         widen(betas, shift);
+        modulate(gammas, betas, modulation, blockIdx.y, channel);
         const float2 own = finals[straddle.group], next = finals[straddle.of(kVector - 1)];
         const auto put = [&](int pixel, const Raw<kVector, T>& raw) {
             float values[kVector];
             widen(values, raw);
             UNROLL
             for (int j = 0; j < kVector; j++) {
-                const float z = normalise(values[j], j < straddle.own ? own : next, gammas[j], betas[j]);
-                values[j] = silu_too ? silu(z) : z;
+                values[j] = normalise(values[j], j < straddle.own ? own : next, gammas[j], betas[j]);
             }
+            activate_normed<T>(values, activation);
             store<kVector>(y + (first + pixel) * x.channels() + channel, values);
         };
         UNROLL
@@ -228,11 +229,12 @@ DEVICE void group_norm_cluster(T* y, float2* statistics, const Sources<T>& x, co
 
 #define ENTRY(T, suffix)                                                                                                \
     KERNEL(group_norm_cluster_##suffix, kThreads, 1)(T* y, float2* statistics, const T* a, const T* b, const T* gamma,  \
-                                                     const T* beta, int channels_a, int channels_b, int pixels,         \
-                                                     int groups, int window, float eps, int silu) {                     \
+                                                     const T* beta, const ModulationArgs<T> modulation,                 \
+                                                     int channels_a, int channels_b, int pixels, int groups,            \
+                                                     int window, float eps, int activation) {                           \
         follow_previous();                                                                                              \
         const Sources<T> x = {a, b, channels_a, channels_b};                                                            \
-        group_norm_cluster(y, statistics, x, gamma, beta, pixels, groups, window, eps, silu);                           \
+        group_norm_cluster(y, statistics, x, gamma, beta, modulation, pixels, groups, window, eps, activation);         \
     }                                                                                                                   \
     REGISTER_KERNEL(group_norm_cluster_##suffix)
 

@@ -202,6 +202,8 @@ struct Norm {
 impl Norm {
     const PLAIN: Norm = Norm { modulated: false, activation: Activation::None };
     const SILU: Norm = Norm { activation: Activation::Silu, ..Norm::PLAIN };
+    const GELU: Norm = Norm { activation: Activation::Gelu, ..Norm::PLAIN };
+    const MODULATED: Norm = Norm { modulated: true, ..Norm::GELU };
 }
 
 const CONV: Conv = Conv {
@@ -241,6 +243,8 @@ fn convolutions(cases: &mut Vec<Case>) {
     push("two sources, norm silu".into(), Conv { skip: 32, norm: Some(Norm::SILU), ..CONV });
     push("1x1, norm".into(), Conv { kernel: 1, norm: Some(Norm::PLAIN), ..CONV });
     push("norm silu".into(), Conv { norm: Some(Norm::SILU), ..CONV });
+    push("norm gelu".into(), Conv { norm: Some(Norm::GELU), ..CONV });
+    push("two sources, norm modulated gelu".into(), Conv { skip: 32, norm: Some(Norm::MODULATED), ..CONV });
     push("resized to 18x22".into(), Conv { resize_to: Some([18, 22]), ..CONV });
     push("row, residual, scale".into(), Conv { fused: true, ..CONV });
     push("in 3 parts, row, residual, scale".into(), Conv { fused: true, splits: Some(3), ..CONV });
@@ -294,8 +298,11 @@ fn norms(cases: &mut Vec<Case>) {
     for (name, [n, h, w, c], skip, norm) in [
         ("[2,9,11,64]", [2, 9, 11, 64], 0, Norm::PLAIN),
         ("[2,9,11,64] silu", [2, 9, 11, 64], 0, Norm::SILU),
+        ("[2,9,11,64] modulated gelu", [2, 9, 11, 64], 0, Norm::MODULATED),
         ("[2,9,11,40+24] silu", [2, 9, 11, 40], 24, Norm::SILU),
+        ("[2,9,11,40+24] modulated gelu", [2, 9, 11, 40], 24, Norm::MODULATED),
         ("[1,48,48,64] silu", [1, 48, 48, 64], 0, Norm::SILU),
+        ("[1,48,48,64] modulated gelu", [1, 48, 48, 64], 0, Norm::MODULATED),
     ] {
         cases.push(case("group_norm", name, TERMS, move |inputs| {
             let (a, b) = (inputs.shifted(&[n, h, w, c], 0.5, 1.0)?, inputs.shifted(&[n, h, w, skip], 0.5, 1.0)?);

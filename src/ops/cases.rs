@@ -325,8 +325,8 @@ pub fn sd3(l: usize) -> Vec<Case> {
     ]
 }
 
-/// The UNet of DeepFloyd IF-I-XL in a guided step, pictures of `l` x `l`: 64 as it was trained. Of its ResNets the convolutions, whose
-/// norms are followed by GELU and of which each image modulates the second by its timestep, and that norm alone.
+/// The UNet of DeepFloyd IF-I-XL in a guided step, pictures of `l` x `l`: 64 as it was trained. Of its ResNets the convolutions,
+/// whose norms are followed by GELU and of which each image modulates the second by its timestep, and that norm alone.
 pub fn if_xl(l: usize) -> Vec<Case> {
     let levels = [704, 1408, 2112, 2816].into_iter().enumerate().map(|(level, c)| (l >> level, c));
     levels
@@ -339,11 +339,13 @@ pub fn small() -> Vec<Case> {
     let mut cases = vec![
         res(1, 8, 64, 0, 64),
         res(1, 8, 32, 32, 64),
+        gelu_res(2, 4, 64, true),
         up(1, 4, 32),
         linear(64, 64, 64, Activation::None),
         linear(64, 64, 128, Activation::Geglu),
         gated_linear(64, 64, 64, 2),
         group_norm([1, 8, 8, 64], 0),
+        modulated_group_norm([2, 8, 8, 64]),
         layer_norm(16, 64),
         modulated_layer_norm(16, 64, 2),
         rms_norm(16, 64),
@@ -383,9 +385,9 @@ struct Conv {
     /// Top, bottom, left, right; `None`: as much as keeps the size at stride 1.
     padding: Option<[usize; 4]>,
     bias: bool,
-    /// Groups of the group norm of the input, whether each image modulates it by a row of its own, and what follows it.
+    /// Groups of the group norm of the input, images and conditioning rows of a step by which it is modulated, and what follows.
     norm_groups: Option<usize>,
-    modulated: bool,
+    modulation: Option<[usize; 2]>,
     activation: Activation,
     resize_to: Option<[usize; 2]>,
     /// A row for each image (of its timestep), and a tensor of the result's shape, are added.
@@ -406,7 +408,7 @@ impl Default for Conv {
             padding: None,
             bias: true,
             norm_groups: None,
-            modulated: false,
+            modulation: None,
             activation: Activation::None,
             resize_to: None,
             row: false,
@@ -430,7 +432,8 @@ fn res(n: usize, l: usize, channels: usize, skip: usize, outputs: usize) -> Case
 /// As [`res`], by GELU; `modulated`: the second convolution, which adds what the ResNet began with.
 fn gelu_res(n: usize, l: usize, channels: usize, modulated: bool) -> Case {
     let (name, shape, activation) = (format!("res {l}"), [n, l, l, channels], Activation::Gelu);
-    let plain = Conv { name, shape, outputs: channels, modulated, residual: modulated, ..Conv::default() };
+    let modulation = modulated.then_some([n, n]);
+    let plain = Conv { name, shape, outputs: channels, modulation, residual: modulated, ..Conv::default() };
     conv(Conv { activation, ..plain.normed() })
 }
 
@@ -473,7 +476,7 @@ fn conv(c: Conv) -> Case {
     let followed = format!(" {}", activation_name(c.activation));
     let said = [
         (c.norm_groups.is_some(), " norm"),
-        (c.modulated, " modulated"),
+        (c.modulation.is_some(), " modulated"),
         (c.activation != Activation::None, &followed),
         (c.row, " row"),
         (c.residual, " residual"),
@@ -488,8 +491,8 @@ fn conv(c: Conv) -> Case {
         "resized_from": c.resize_to.map(|_| [h, w]), "norm_groups": c.norm_groups,
         "activation": activation_name(c.activation), "padding": padding, "row": c.row, "residual": c.residual,
     });
-    if c.modulated {
-        fields["modulation"] = json!([n, n]);
+    if let Some(modulation) = c.modulation {
+        fields["modulation"] = json!(modulation);
     }
     let reach = c.dilation * (c.kernel - 1) + 1;
     let output =
@@ -504,16 +507,17 @@ fn conv(c: Conv) -> Case {
         let table = some(c.row, &[n, c.outputs])?;
         let step = StepIndex::one(inputs.device, 0)?;
         let residual = some(c.residual, &[n, output[0], output[1], c.outputs])?;
-        let modulations = some(c.modulated, &[n, 2 * (channels + c.skip)])?;
+        let modulations = c.modulation.map(|[_, rows]| t(&[rows, 2 * (channels + c.skip)])).transpose()?;
         let (two, groups, activation, stride, dilation, resize_to) =
             (c.skip > 0, c.norm_groups, c.activation, c.stride, c.dilation, c.resize_to);
         Ok(Box::new(move || {
             let x = if two { Source::Two(&a, &b) } else { Source::One(&a) };
-            let by_image = |table| StepRows { table, step: &step, rows: n };
-            let modulation = modulated_by(modulations.as_ref().map(by_image), gamma.numel());
+            let rows_of = |table, rows| StepRows { table, step: &step, rows };
+            let modulation = modulations.as_ref().map(|table| rows_of(table, table.shape()[0]));
+            let modulation = modulated_by(modulation, gamma.numel());
             let (gamma, beta, eps) = (&gamma, &gamma, 1e-5);
             let norm = groups.map(|groups| ConvNorm { gamma, beta, groups, eps, modulation, activation });
-            let row = table.as_ref().map(by_image);
+            let row = table.as_ref().map(|table| rows_of(table, n));
             let (bias, residual) = (bias.as_ref(), residual.as_ref());
             let plain = Conv2d::new(x, &weight);
             super::conv2d(Conv2d { bias, norm, stride, dilation, padding, resize_to, row, residual, ..plain })
@@ -892,8 +896,8 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
     }
     Ok(Some(match op {
         "linear" => {
-            let size = [number("m")?, number("n")?, number("k")?];
-            linear_with(size, flag("bias")?, activation()?, pair("gate")?, flag("residual")?)
+            let (activation, size) = (activation()?, [number("m")?, number("n")?, number("k")?]);
+            linear_with(size, flag("bias")?, activation, pair("gate")?, flag("residual")?)
         }
         "conv2d" => {
             let (skip, seen) = (number("second_source")?, [number("h")?, number("w")?]);
@@ -919,7 +923,7 @@ pub fn of_shape(op: &str, shape: &Value) -> Result<Option<Case>> {
                 padding: Some(padding[..].try_into().map_err(|_| wrong("padding"))?),
                 bias: flag("bias")?,
                 norm_groups: if shape["norm_groups"].is_null() { None } else { Some(number("norm_groups")?) },
-                modulated: pair("modulation")?.is_some(),
+                modulation: pair("modulation")?,
                 activation: activation()?,
                 resize_to: from.is_some().then_some(seen),
                 row: flag("row")?,

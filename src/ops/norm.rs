@@ -76,9 +76,9 @@ pub(super) fn check_eps(op: &'static str, eps: f32) -> Result<()> {
     Err(Error::argument(op, "eps", eps, "a finite value that is not negative"))
 }
 
-/// `activation((1 + scale) * group_norm(x) + shift)`, without a modulation `activation(group_norm(x))`: `[N, H, W, C]`, dtype of the
-/// input. Statistics in f32, two passes. Wu & He 2018, arXiv:1803.08494, sec. 3; the modulation as in the ResNets of Dhariwal &
-/// Nichol 2021, arXiv:2105.05233, sec. 3.1.
+/// `activation((1 + scale) * group_norm(x) + shift)`, without a modulation `activation(group_norm(x))`: `[N, H, W, C]`, dtype of
+/// the input. Statistics in f32, two passes. Wu & He 2018, arXiv:1803.08494, sec. 3; the modulation as in the ResNets of
+/// Dhariwal & Nichol 2021, arXiv:2105.05233.
 ///
 /// An image's result depends on that image only, bit for bit: not on the batch, nor on the number of threads.
 ///
@@ -151,9 +151,9 @@ impl<'a> LayerNorm<'a> {
     }
 }
 
-/// What is done to normalised values by each image's step: `(1 + scale) * normed + shift`, with a value of each for every channel. Of
-/// a diffusion transformer's layer norms, Peebles & Xie 2023, arXiv:2212.09748, sec. 3.2, and of the second group norm of a ResNet,
-/// Dhariwal & Nichol 2021, arXiv:2105.05233, sec. 3.1 (there: adaptive group normalisation).
+/// What is done to normalised values by each image's step: `(1 + scale) * normed + shift`, with a value of each for every
+/// channel. Of a diffusion transformer's layer norms, Peebles & Xie 2023, arXiv:2212.09748, sec. 3.2, and of the second group
+/// norm of a ResNet, Dhariwal & Nichol 2021, arXiv:2105.05233 (there: adaptive group normalization).
 #[derive(Clone, Copy, Debug)]
 pub struct Modulation<'a> {
     /// Of a table that has both: `[steps * R, C or more]`.

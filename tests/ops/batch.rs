@@ -3,8 +3,8 @@
 
 use crate::common::{Random, devices};
 use megafuse::ops::{
-    self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Linear, SecondSource, StepIndex,
-    StepRows,
+    self, Activation, Attention, AttentionOptions, Conv2d, ConvNorm, GroupNorm, Linear, Modulation, SecondSource,
+    StepIndex, StepRows,
 };
 use megafuse::runtime::{DType, Device, Tensor};
 
@@ -45,6 +45,7 @@ fn conv2d_has_the_same_bits_in_every_batch() {
             let weight = random.tensor(device, &[outputs, k, k, c], dtype, 0.0, 0.05);
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(device, &[c], dtype, mean, 0.5));
             let (bias, table) = (random.randn(device, &[outputs], dtype), random.randn(device, &[5, outputs], dtype));
+            let modulations = random.randn(device, &[5, 2 * c], dtype);
             let norm = ConvNorm {
                 gamma: &gamma,
                 beta: &beta,
@@ -53,10 +54,14 @@ fn conv2d_has_the_same_bits_in_every_batch() {
                 modulation: None,
                 activation: Activation::Silu,
             };
-            for norm in [None, Some(norm)] {
-                check(device, dtype, &format!("{h}x{w}x{c} norm {}", norm.is_some()), &[h, w, c], |x, first| {
+            for (norm, modulated) in [(None, false), (Some(norm), false), (Some(norm), true)] {
+                let what = format!("{h}x{w}x{c} norm {} modulated {modulated}", norm.is_some());
+                check(device, dtype, &what, &[h, w, c], |x, first| {
                     let steps: Vec<usize> = (first..first + x.shape()[0]).collect();
                     let step = StepIndex::new(device, &steps).unwrap();
+                    let rows = StepRows { table: &modulations, step: &step, rows: 1 };
+                    let modulation = modulated.then_some(Modulation { rows, scale: 0, shift: c });
+                    let norm = norm.map(|norm| ConvNorm { modulation, ..norm });
                     let row = Some(StepRows { table: &table, step: &step, rows: 1 });
                     ops::conv2d(Conv2d { bias: Some(&bias), norm, row, ..Conv2d::new(x, &weight) }).unwrap()
                 });
@@ -132,19 +137,17 @@ fn group_norm_has_the_same_bits_in_every_batch() {
         for [h, w, c] in [[9, 7, 64], [40, 33, 32], [35, 31, 12]] {
             let mut random = Random::new(25);
             let [gamma, beta] = [1.0, 0.0].map(|mean| random.tensor(device, &[c], dtype, mean, 0.5));
-            check(device, dtype, &format!("{h}x{w}x{c}"), &[h, w, c], |x, _| {
-                let (gamma, beta) = (&gamma, &beta);
-                ops::group_norm(GroupNorm {
-                    x: x.into(),
-                    gamma,
-                    beta,
-                    groups: 4,
-                    eps: 1e-5,
-                    modulation: None,
-                    activation: Activation::Silu,
-                })
-                .unwrap()
-            });
+            let table = random.randn(device, &[5, 2 * c], dtype);
+            for (modulated, activation) in [(false, Activation::Silu), (true, Activation::Gelu)] {
+                check(device, dtype, &format!("{h}x{w}x{c} {activation:?}"), &[h, w, c], |x, first| {
+                    let steps: Vec<usize> = (first..first + x.shape()[0]).collect();
+                    let step = StepIndex::new(device, &steps).unwrap();
+                    let rows = StepRows { table: &table, step: &step, rows: 1 };
+                    let modulation = modulated.then_some(Modulation { rows, scale: 0, shift: c });
+                    let (x, gamma, beta) = (x.into(), &gamma, &beta);
+                    ops::group_norm(GroupNorm { x, gamma, beta, groups: 4, eps: 1e-5, modulation, activation }).unwrap()
+                });
+            }
         }
     });
 }

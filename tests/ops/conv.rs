@@ -2,7 +2,7 @@
 
 use crate::common::{F32_EPS, Random, assert_close, cards, devices, hoppers, kernels, unaligned};
 use megafuse::Error;
-use megafuse::ops::{self, Activation, Conv2d, ConvNorm, Source, StepIndex, StepRows};
+use megafuse::ops::{self, Activation, Conv2d, ConvNorm, Modulation, Source, StepIndex, StepRows};
 use megafuse::runtime::cuda::Isa;
 use megafuse::runtime::{DType, Device, OpKind, Tensor};
 
@@ -20,6 +20,8 @@ pub struct Case {
     pub resize_to: Option<[usize; 2]>,
     /// Of the norm, 0 for none.
     pub groups: usize,
+    /// The norm: by a table's row of each image.
+    pub modulated: bool,
     pub activation: Activation,
     pub bias: bool,
     pub row: bool,
@@ -38,6 +40,7 @@ pub const PLAIN: Case = Case {
     padding: [1; 4],
     resize_to: None,
     groups: 0,
+    modulated: false,
     activation: Activation::None,
     bias: false,
     row: false,
@@ -53,6 +56,8 @@ pub struct Inputs {
     pub weight: Tensor,
     pub gamma: Tensor,
     pub beta: Tensor,
+    /// Eight values, scales, shifts of every channel.
+    pub modulation: Tensor,
     pub bias: Tensor,
     pub row: Tensor,
     pub step: StepIndex,
@@ -76,6 +81,7 @@ impl Inputs {
             gamma: random.tensor(device, &[c], dtype, 1.0, 0.5),
             beta: random.tensor(device, &[c], dtype, 0.0, 0.5),
             bias: random.randn(device, &[case.outputs], dtype),
+            modulation: Random::new(18).tensor(device, &[3 * n, 8 + 2 * c], dtype, 0.0, 0.3),
             // The second of three steps.
             row: random.randn(device, &[3 * n, case.outputs], dtype),
             step: StepIndex::one(device, 1).unwrap(),
@@ -89,6 +95,8 @@ impl Inputs {
     }
 
     pub fn args(&self, case: &Case) -> Conv2d<'_> {
+        let by_image = |table| StepRows { table, step: &self.step, rows: self.rows };
+        let c = case.channels[0] + case.channels[1];
         Conv2d {
             x: if case.channels[1] > 0 { Source::Two(&self.a, &self.b) } else { Source::One(&self.a) },
             weight: &self.weight,
@@ -101,11 +109,15 @@ impl Inputs {
                 beta: &self.beta,
                 groups: case.groups,
                 eps: 1e-5,
-                modulation: None,
+                modulation: case.modulated.then(|| Modulation {
+                    rows: by_image(&self.modulation),
+                    scale: 8,
+                    shift: 8 + c,
+                }),
                 activation: case.activation,
             }),
             resize_to: case.resize_to,
-            row: case.row.then_some(StepRows { table: &self.row, step: &self.step, rows: self.rows }),
+            row: case.row.then(|| by_image(&self.row)),
             residual: case.residual.then_some(&self.residual),
             scale: case.scale,
             negative_slope: case.negative_slope,
@@ -120,7 +132,9 @@ impl Inputs {
 fn allowed(device: &Device, case: &Case, dtype: DType) -> f64 {
     let doubled = case.resize_to == Some([2 * case.input[1], 2 * case.input[2]]);
     let rounded = matches!(device, Device::Cuda(_)) && (case.groups > 0 || doubled) && dtype != DType::F32;
-    8.0 + if rounded { dtype.ulp() / 2.0 / F32_EPS } else { 0.0 }
+    // As of a group norm alone.
+    let gelu = if rounded && case.activation == Activation::Gelu { 5e-6 / F32_EPS } else { 0.0 };
+    8.0 + gelu + if rounded { dtype.ulp() / 2.0 / F32_EPS } else { 0.0 }
 }
 
 fn run(device: &Device, case: &Case, dtype: DType) {
@@ -232,6 +246,10 @@ fn every_fused_option_alone_and_together() {
         Case { groups: 4, ..base },
         Case { groups: 4, activation: Activation::Silu, ..base },
         Case { groups: 4, activation: Activation::Silu, channels: [7, 5], ..base },
+        Case { groups: 4, activation: Activation::Gelu, ..base },
+        Case { groups: 4, modulated: true, ..base },
+        Case { groups: 4, modulated: true, activation: Activation::Gelu, channels: [7, 5], ..base },
+        Case { modulated: true, activation: Activation::Gelu, channels: [8, 24], outputs: 24, ..TOGETHER },
         Case { groups: 12, activation: Activation::Silu, stride: 2, padding: [0, 1, 0, 1], ..base },
         Case { groups: 4, activation: Activation::Silu, dilation: 2, padding: [2; 4], ..base },
         Case { resize_to: Some([12, 10]), ..base },
@@ -253,10 +271,11 @@ fn every_fused_option_alone_and_together() {
 }
 
 /// Every image finds the row of its own step and of its conditioning, however many of either there are; with the sums in
-/// one part and in several.
+/// one part and in several; the modulation of its norm too.
 #[test]
 fn rows_by_step_and_conditioning() {
     let case = Case { input: [6, 5, 3], channels: [8, 0], outputs: 24, bias: true, row: true, ..PLAIN };
+    let modulated = Case { groups: 2, modulated: true, activation: Activation::Gelu, ..case };
     for (device, dtype) in devices().into_iter().flat_map(|d| DType::FLOATS.map(|dtype| (d.clone(), dtype))) {
         let mut inputs = Inputs::new(&device, &case, dtype);
         for steps in [&[2][..], &[0, 3], &[4, 0, 2], &[1, 1, 1], &[5, 4, 3, 2, 1, 0]] {
@@ -264,12 +283,14 @@ fn rows_by_step_and_conditioning() {
                 inputs.step = StepIndex::new(&device, steps).unwrap();
                 inputs.rows = rows;
                 inputs.row = Random::new(8).randn(&device, &[6 * rows, case.outputs], dtype);
-                let args = inputs.args(&case);
-                let want = crate::common::conv2d(&args);
-                for splits in [1, 3] {
+                inputs.modulation = Random::new(9).tensor(&device, &[6 * rows, 8 + 2 * 8], dtype, 0.0, 0.3);
+                for (case, splits) in [(&case, 1), (&case, 3), (&modulated, 1)] {
+                    let args = inputs.args(case);
+                    let want = crate::common::conv2d(&args);
                     let kernel = format!("conv2d.splits={splits}");
                     let got = ops::with_variants(&kernel, || ops::conv2d(args)).unwrap();
-                    assert_close(&got, &want, 8.0, format!("{device} steps {steps:?} rows {rows} splits {splits}"));
+                    let what = format!("{device} steps {steps:?} rows {rows} splits {splits} norm {}", case.groups > 0);
+                    assert_close(&got, &want, allowed(&device, case, dtype), what);
                 }
             }
         }
@@ -718,6 +739,7 @@ fn a_card_launches_what_meta_counts() {
         split,
         Case { groups: 8, activation: Activation::Silu, ..split },
         large,
+        Case { modulated: true, activation: Activation::Gelu, ..large },
         Case { kernel: [1, 1], padding: [0; 4], ..large },
         Case { input: [0, 4, 4], groups: 3, ..PLAIN },
         Case { input: [2, 4, 4], groups: 3, outputs: 0, ..PLAIN },
@@ -748,6 +770,7 @@ fn meta_records_the_fused_kernel() {
     let (a, b) = (zeros(&[2, 32, 32, 640]), zeros(&[2, 32, 32, 320]));
     let (weight, gamma, bias) = (zeros(&[640, 3, 3, 960]), zeros(&[960]), zeros(&[640]));
     let (row, residual) = (zeros(&[2, 640]), zeros(&[2, 32, 32, 640]));
+    let modulations = zeros(&[1, 2 * 960]);
     let step = StepIndex::one(&device, 0).unwrap();
     let Device::Meta(meta) = &device else { unreachable!() };
     meta.take_report();
@@ -767,6 +790,9 @@ fn meta_records_the_fused_kernel() {
     assert_eq!(ops::conv2d(Conv2d { stride: 2, padding: [0, 1, 0, 1], ..plain }).unwrap().shape(), [2, 16, 16, 640]);
     assert_eq!(ops::conv2d(Conv2d { resize_to: Some([63, 64]), ..plain }).unwrap().shape(), [2, 63, 64, 640]);
     ops::conv2d(shared).unwrap();
+    let rows = StepRows { table: &modulations, step: &step, rows: 1 };
+    let modulation = Some(Modulation { rows, scale: 960, shift: 0 });
+    ops::conv2d(Conv2d { norm: Some(ConvNorm { modulation, activation: Activation::Gelu, ..norm }), ..fused }).unwrap();
     let report = meta.take_report();
     let (pixels, k) = (2 * 32 * 32, 9 * 960);
     let macs: Vec<u64> = report.ops[..4].iter().map(|op| op.work.macs).collect();
@@ -778,6 +804,10 @@ fn meta_records_the_fused_kernel() {
     assert_eq!(report.ops[4].work.bytes - plain.bytes, 2 * 640, "one row for both images");
     assert_eq!(fused.flops - plain.flops, 3 * pixels * 640 + 12 * pixels * 960);
     assert_eq!(fused.launches, 2);
+    let (modulated, fused) = (report.ops[5].work, report.ops[1].work);
+    assert_eq!(modulated.bytes - fused.bytes, 2 * 2 * 960, "of one row for both images");
+    assert_eq!(modulated.flops - fused.flops, 3 * pixels * 960, "scale, shift, and GELU's one more than SiLU's");
+    assert_eq!(modulated.launches, 2);
     assert_eq!((report.ops[0].op, report.ops[0].kind), ("conv2d", OpKind::Conv));
 }
 
@@ -827,6 +857,16 @@ fn arguments_that_do_not_fit_are_named() {
     assert!(ops::conv2d(Conv2d { norm: Some(norm), ..ok }).is_ok());
     fails(Conv2d { norm: Some(ConvNorm { gamma: &seven, ..norm }), ..ok }, "gamma has shape [7], expected [6]");
     fails(Conv2d { norm: Some(ConvNorm { groups: 4, ..norm }), ..ok }, "that 4 groups divide");
+    let table = zeros(&[4, 12], f);
+    let modulation = Modulation { rows: StepRows { table: &table, step: &step, rows: 2 }, scale: 0, shift: 6 };
+    let modulated = |modulation| Conv2d { norm: Some(ConvNorm { modulation: Some(modulation), ..norm }), ..ok };
+    assert!(ops::conv2d(modulated(modulation)).is_ok());
+    let expected = "conv2d: modulation has shape [4, 12], expected columns 7 to 13";
+    fails(modulated(Modulation { shift: 7, ..modulation }), expected);
+    let rows = StepRows { rows: 4, ..modulation.rows };
+    fails(modulated(Modulation { rows, ..modulation }), "conditioning rows is 4");
+    let quick = ConvNorm { activation: Activation::QuickGelu, ..norm };
+    fails(Conv2d { norm: Some(quick), ..ok }, "conv2d: activation is QuickGelu, expected None, Silu or Gelu");
     fails(Conv2d { stride: 0, ..ok }, "stride is 0, expected at least 1");
     fails(Conv2d { dilation: 0, ..ok }, "dilation is 0, expected at least 1");
     fails(Conv2d { dilation: 4, ..ok }, "9 values of the height, expected at most the padded input's 6");

@@ -148,6 +148,15 @@ fn a_recorded_call_is_made_again_from_its_shape() {
         ops::conv2d(Conv2d { dilation: 2, padding: [2; 4], ..Conv2d::new(&x, &down) })?;
         ops::conv2d(Conv2d { resize_to: Some([12, 16]), ..Conv2d::new(&x, &down) })?;
         ops::group_norm(GroupNorm { activation: Activation::None, ..norm.of(source) })?;
+        // One row for both images, and one for each.
+        for rows in [1, 2] {
+            let table = zeros(&[rows, 192]);
+            let rows = StepRows { table: &table, step: &step, rows };
+            let modulation = Some(Modulation { rows, scale: 0, shift: 96 });
+            let norm = ConvNorm { modulation, activation: Activation::Gelu, ..norm };
+            ops::group_norm(norm.of(source))?;
+            ops::conv2d(Conv2d { norm: Some(norm), ..plain })?;
+        }
         ops::layer_norm(LayerNorm {
             gamma: Some(&zeros(&[64])),
             beta: Some(&zeros(&[64])),

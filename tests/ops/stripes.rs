@@ -7,7 +7,7 @@ use megafuse::runtime::{DType, Device, Tensor};
 
 const WHOLE: Case = Case { input: [1, 9, 7], channels: [8, 0], activation: Activation::Silu, bias: true, ..PLAIN };
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 14] = [
     WHOLE,
     Case { channels: [8, 24], ..WHOLE },
     Case { groups: 4, residual: true, ..WHOLE },
@@ -26,6 +26,17 @@ const CASES: [Case; 12] = [
         groups: 3,
         activation: Activation::None,
         residual: true,
+        ..WHOLE
+    },
+    // A ResNet of DeepFloyd IF: the norm modulated, and GELU; with statistics in one launch and in several.
+    Case { groups: 4, modulated: true, activation: Activation::Gelu, residual: true, ..WHOLE },
+    Case {
+        input: [1, 37, 31],
+        channels: [32, 0],
+        outputs: 8,
+        groups: 4,
+        modulated: true,
+        activation: Activation::Gelu,
         ..WHOLE
     },
     // Long sums of a small image, which a card splits.

@@ -1,4 +1,4 @@
-use super::{aligned, entry, int};
+use super::{activation_number, aligned, entry, int};
 use crate::error::Result;
 use crate::ops::Activation;
 use crate::runtime::Tensor;
@@ -15,14 +15,7 @@ fn over(count: usize) -> Launch {
 }
 
 pub fn activation(device: &CudaDevice, x: &Tensor, activation: Activation, y: &mut Tensor) -> Result<()> {
-    let kind: i32 = match activation {
-        Activation::None => 0,
-        Activation::Silu => 1,
-        Activation::Gelu => 2,
-        Activation::QuickGelu => 3,
-        Activation::GeluTanh => 5,
-        Activation::Geglu | Activation::GegluTanh => unreachable!("the op refuses it"),
-    };
+    let kind = activation_number(activation);
     let (entry, count) = (entry("activation", x.dtype()), x.numel());
     // SAFETY: arguments as the entry has them; both tensors have `count` elements.
     unsafe { device.launch("elementwise", &entry, over(count), args![y.cuda(), x.cuda(), kind, count as i64]) }

@@ -1,8 +1,8 @@
 use super::step_rows::{StepRowsArgs, aligned_rows};
 use super::tiles::{self, Card, Product, Wide};
-use super::{aligned, entry, linear_sm90, variants};
+use super::{activation_number, aligned, entry, linear_sm90, variants};
 use crate::error::Result;
-use crate::ops::{Activation, Linear};
+use crate::ops::Linear;
 use crate::runtime::Tensor;
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Launch, args};
 
@@ -46,19 +46,6 @@ impl LinearArgs {
             wide: wide.bits(),
             image_rows: tiles::count(op, "rows of an image", args.image_rows(m))?,
         })
-    }
-}
-
-/// `LinearActivation` of linear.cuh.
-pub(super) fn activation_number(activation: Activation) -> i32 {
-    match activation {
-        Activation::None => 0,
-        Activation::Silu => 1,
-        Activation::Gelu => 2,
-        Activation::QuickGelu => 3,
-        Activation::Geglu => 4,
-        Activation::GeluTanh => 5,
-        Activation::GegluTanh => 6,
     }
 }
 

@@ -29,6 +29,7 @@ pub mod upsample_guidance;
 pub mod variants;
 
 use crate::error::{Error, Result};
+use crate::ops::Activation;
 use crate::runtime::{DType, Tensor};
 
 /// The entry of a kernel for a dtype: `add_bf16`.
@@ -39,6 +40,19 @@ pub fn entry(name: &str, dtype: DType) -> String {
 /// A size as the kernels count.
 pub fn int(op: &'static str, what: &'static str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| Error::TooLarge { op, what, got: value as u128, limit: i32::MAX as u128 })
+}
+
+/// `Activation` of activation.cuh.
+fn activation_number(activation: Activation) -> i32 {
+    match activation {
+        Activation::None => 0,
+        Activation::Silu => 1,
+        Activation::Gelu => 2,
+        Activation::QuickGelu => 3,
+        Activation::Geglu => 4,
+        Activation::GeluTanh => 5,
+        Activation::GegluTanh => 6,
+    }
 }
 
 /// May a kernel read and write it 16 bytes at a time, from the first element on?

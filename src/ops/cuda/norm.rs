@@ -1,11 +1,10 @@
 //! Launches of kernels/norm.cu and kernels/sm90/norm.cu. How many there are follows from shape, dtype and card; the meta
 //! device counts as a card of sm_90 launches.
 
-use super::linear::activation_number;
 use super::step_rows::{StepRowsArgs, aligned_rows};
-use super::{aligned, entry, int};
-use crate::error::{Error, Result};
-use crate::ops::{Activation, GroupNorm, LayerNorm};
+use super::{activation_number, aligned, entry, int};
+use crate::error::Result;
+use crate::ops::{GroupNorm, LayerNorm, Modulation};
 use crate::runtime::cuda::{CudaDevice, DevicePtr, Isa, Launch, args};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -283,23 +282,11 @@ pub fn group_norm(
     statistics: Option<Statistics>,
     y: &mut Tensor,
 ) -> Result<()> {
-    check_kernels(args)?;
     let Some(mut statistics) = statistics else {
         return group_norm_whole(device, args, dims, Some(y), None);
     };
     statistics.compute(device, args, dims)?;
     group_norm_apply(device, args, dims, &statistics.values, y)
-}
-
-/// What there is no kernel for yet.
-fn check_kernels(args: &GroupNorm) -> Result<()> {
-    if args.modulation.is_some() {
-        return Err(Error::argument("group_norm", "modulation", "some", "none on a card so far"));
-    }
-    match args.activation {
-        Activation::Gelu => Err(Error::argument("group_norm", "activation", "Gelu", "None or Silu on a card so far")),
-        _ => Ok(()),
-    }
 }
 
 /// `y = group_norm(x)` by given statistics `[N, groups, 2]`.
@@ -310,7 +297,6 @@ pub fn group_norm_apply(
     statistics: &Tensor,
     y: &Tensor,
 ) -> Result<()> {
-    check_kernels(args)?;
     let (a, b) = (args.x.first(), args.x.second());
     let [channels_a, channels_b] = channels("group_norm", args)?;
     let vector = vectors(args) && all_aligned(args, Some(y));
@@ -330,6 +316,7 @@ pub fn group_norm_apply(
                 statistics.cuda(),
                 args.gamma.cuda(),
                 args.beta.cuda(),
+                ModulationArgs::new("group_norm", args.modulation.as_ref(), n)?,
                 channels_a,
                 channels_b,
                 int("group_norm", "H*W", h * w)?,
@@ -383,6 +370,7 @@ fn group_norm_cluster(
                 DevicePtr::or_null(b),
                 args.gamma.cuda(),
                 args.beta.cuda(),
+                ModulationArgs::new("group_norm", args.modulation.as_ref(), n)?,
                 channels_a,
                 channels_b,
                 int("group_norm", "H*W", h * w)?,
@@ -424,6 +412,7 @@ fn group_norm_small(
                 DevicePtr::or_null(b),
                 args.gamma.cuda(),
                 args.beta.cuda(),
+                ModulationArgs::new("group_norm", args.modulation.as_ref(), n)?,
                 channels_a,
                 channels_b,
                 int("group_norm", "H*W", h * w)?,
@@ -437,6 +426,26 @@ fn group_norm_small(
     }
 }
 
+/// `ModulationArgs` of norm.cuh.
+#[derive(Clone, Copy, bytemuck::NoUninit)]
+#[repr(C)]
+struct ModulationArgs {
+    rows: StepRowsArgs,
+    scale: i32,
+    shift: i32,
+}
+
+impl ModulationArgs {
+    /// Of a batch of `images` images.
+    fn new(op: &'static str, modulation: Option<&Modulation>, images: usize) -> Result<ModulationArgs> {
+        let Some(Modulation { rows, scale, shift }) = modulation else {
+            return Ok(ModulationArgs { rows: StepRowsArgs::NONE, scale: 0, shift: 0 });
+        };
+        let rows = StepRowsArgs::new(op, rows, images)?;
+        Ok(ModulationArgs { rows, scale: int(op, "scale", *scale)?, shift: int(op, "shift", *shift)? })
+    }
+}
+
 /// `LayerNormArgs` of norm.cu.
 #[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
@@ -445,9 +454,7 @@ struct LayerNormArgs {
     x: DevicePtr,
     gamma: DevicePtr,
     beta: DevicePtr,
-    modulation: StepRowsArgs,
-    scale: i32,
-    shift: i32,
+    modulation: ModulationArgs,
     rows: i32,
     image_rows: i32,
     channels: i32,
@@ -465,18 +472,12 @@ pub fn layer_norm(device: &CudaDevice, args: &LayerNorm, c: usize, y: &mut Tenso
         && [Some(x), gamma, beta, Some(&*y)].into_iter().flatten().all(aligned)
         && columns.iter().flatten().all(aligned_rows);
     let (rows, images) = (y.numel() / c, x.shape()[0]);
-    let [scale, shift] = modulation.map_or([0, 0], |modulation| [modulation.scale, modulation.shift]);
     let arguments = LayerNormArgs {
         y: y.cuda(),
         x: x.cuda(),
         gamma: DevicePtr::or_null(gamma),
         beta: DevicePtr::or_null(beta),
-        modulation: match &modulation {
-            None => StepRowsArgs::NONE,
-            Some(modulation) => StepRowsArgs::new(OP, &modulation.rows, images)?,
-        },
-        scale: int(OP, "scale", scale)?,
-        shift: int(OP, "shift", shift)?,
+        modulation: ModulationArgs::new(OP, modulation.as_ref(), images)?,
         rows: int(OP, "rows", rows)?,
         image_rows: int(OP, "rows of an image", if modulation.is_some() { rows / images } else { rows })?,
         channels: int(OP, "C", c)?,
@@ -503,7 +504,7 @@ fn vectors(args: &GroupNorm) -> bool {
 
 fn all_aligned(args: &GroupNorm, y: Option<&Tensor>) -> bool {
     let tensors = [Some(args.x.first()), args.x.second(), Some(args.gamma), Some(args.beta), y];
-    tensors.into_iter().flatten().all(aligned)
+    tensors.into_iter().flatten().all(aligned) && args.columns().iter().flatten().all(aligned_rows)
 }
 
 /// Tiles side by side, columns of a tile, rows of threads: at most a warp of columns, tiles as even as can be.
