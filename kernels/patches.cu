@@ -84,7 +84,8 @@ DEVICE void gather_patches(T* y, const float* x, const float* from, const float*
 // last group divides by how many of all patches hold it. So the mean has the same bits however the patches are grouped.
 //   next = next_from_x x + next_from_e e + next_from_x0 clamp(x0_from_x x + x0_from_e e)
 //   sums = (first group ? 0 : sums) + sum of next; behind the last group the mean, or x where no patch is
-//   sums, x [images, height, width, C] f32   output [images, count, rows, columns, C] T, guided twice that
+//   sums, x [images, height, width, C] f32   output [images, count, rows, columns, C] T, guided twice that, of which a
+//   predicted variance is no part
 //   guidance [images * count, 2]   factors [images * count]   elements = images * height * width * C
 // Memory bound: 12 * elements bytes and the output once. Launch: grid ceil(elements / kThreads), block kThreads.
 template <class T>
@@ -153,9 +154,10 @@ REGISTER_KERNEL(merge_patches)
     REGISTER_KERNEL(gather_patches_##suffix)                                                                           \
     KERNEL(step_patches_##suffix, kThreads, 1)                                                                         \
     (float* sums, const float* x, const T* output, const float* guidance, const float* factors, const float* table,    \
-     const unsigned* step, int64_t elements, int64_t outputs, GRID_CONST Patches patches) {                            \
+     const unsigned* step, int64_t elements, int64_t outputs, int variance_channels, GRID_CONST Patches patches) {     \
         follow_previous();                                                                                             \
-        step_patches<T>(sums, x, Output<T>{output, guidance, factors, outputs}, table, step, elements, patches);       \
+        const Output<T> guided{output, guidance, factors, outputs, variance_channels};                                 \
+        step_patches<T>(sums, x, guided, table, step, elements, patches);                                              \
     }                                                                                                                  \
     REGISTER_KERNEL(step_patches_##suffix)
 

@@ -22,7 +22,9 @@ DEVICE void scale_input(T* y, const float* x, const float* table, const unsigned
 // sampler_step: guidance, x0 and update in one pass, in place, for images that have not ended.
 //   e  = (guided ? uncond + scale (cond - uncond) : output[i]) * factor
 //   x0 = clamp(x0_from_x x + x0_from_e e), or with a threshold s clamp to [-s, s], over s
-//   x' = next_from_x x + next_from_e e + next_from_x0 x0 + sum_j next_from_history[j] history[j] + next_from_noise noise
+//   x' = next_from_x x + next_from_e e + next_from_x0 x0 + sum_j next_from_history[j] history[j] + next_from_noise d noise
+//   d  = 1, or where the row learns it exp((f log_largest + (1 - f) log_smallest) / 2) with f = (v + 1) / 2 of the v that the
+//        network predicts for each value, with guidance in the conditional half; arXiv:2102.09672, eq. (15)
 //   history, if the row keeps: kept_from_x x + kept_from_e e + kept_from_x0 x0 before those that were there
 //   x, x0, noise [count] f32 (noise may be null)   history [depth, count] f32, depth <= 3
 //   guidance [images, 2], factors, thresholds [images] f32, each may be null   step as above
@@ -50,7 +52,14 @@ DEVICE void sampler_step(float* x, float* x0, float* history, const Output<T>& o
         const float weight = k[kNextFromHistory + j];
         if (weight != 0.f) next += weight * history[j * count + i];
     }
-    if (k[kNextFromNoise] != 0.f) next += k[kNextFromNoise] * noise[i];
+    if (k[kNextFromNoise] != 0.f) {
+        float weight = k[kNextFromNoise];
+        if (k[kLearnsNoise] != 0.f) {
+            const float fraction = (output.variance(i) + 1.f) / 2.f;
+            weight *= expf(0.5f * (fraction * k[kLogLargest] + (1.f - fraction) * k[kLogSmallest]));
+        }
+        next += weight * noise[i];
+    }
     if (depth > 0 && k[kKeeps] != 0.f) {
         for (int j = depth - 1; j > 0; j--) history[j * count + i] = history[(j - 1) * count + i];
         history[i] = k[kKeptFromX] * now + k[kKeptFromE] * e + k[kKeptFromX0] * clean;
@@ -61,30 +70,32 @@ DEVICE void sampler_step(float* x, float* x0, float* history, const Output<T>& o
 
 // guidance_rescale: what each image's guided output is multiplied by; Lin et al. 2023, arXiv:2305.08891, eqs. (15), (16).
 //   factors[image] = rescale std(cond) / std(uncond + scale (cond - uncond)) + 1 - rescale
-//   output [2, images, per_image] T   guidance [images, 2]   factors [images] f32
+//   output [2, images, per_image] T, of which a predicted variance is no part   guidance [images, 2]   factors [images] f32
 // The deviations' common divisor is left out. Sums in an order that depends on nothing but per_image.
 // Reads the output twice, the second time from L2. Launch: a block of kReduceThreads per image.
 template <class T>
-DEVICE void guidance_rescale(float* factors, const T* output, const float* guidance, int per_image, int images) {
+DEVICE void guidance_rescale(float* factors, const Output<T>& output, int per_image) {
     constexpr int kWarps = kReduceThreads / 32;
     SHARED_STATIC(float, cond_sums, [kWarps]);
     SHARED_STATIC(float, guided_sums, [kWarps]);
     SHARED_STATIC(float, cond_squares, [kWarps]);
     SHARED_STATIC(float, guided_squares, [kWarps]);
     const int64_t image = blockIdx.x;
-    const float scale = guidance[2 * image], rescale = guidance[2 * image + 1];
-    const T* uncond = output + image * per_image;
-    const T* cond = uncond + int64_t(images) * per_image;
-    const auto guided = [=](int i) { return to_f32(uncond[i]) + scale * (to_f32(cond[i]) - to_f32(uncond[i])); };
+    const float scale = output.guidance[2 * image], rescale = output.guidance[2 * image + 1];
+    const T* uncond = output.values + output.place(image * per_image);
+    const T* cond = uncond + output.half();
+    const auto guided = [=](int64_t at) { return to_f32(uncond[at]) + scale * (to_f32(cond[at]) - to_f32(uncond[at])); };
     float c = 0.f, g = 0.f;
     for (int i = threadIdx.x; i < per_image; i += kReduceThreads) {
-        c += to_f32(cond[i]);
-        g += guided(i);
+        const int64_t at = output.place(i);
+        c += to_f32(cond[at]);
+        g += guided(at);
     }
     const float c_mean = block_sum(c, cond_sums) / per_image, g_mean = block_sum(g, guided_sums) / per_image;
     float c_square = 0.f, g_square = 0.f;
     for (int i = threadIdx.x; i < per_image; i += kReduceThreads) {
-        const float dc = to_f32(cond[i]) - c_mean, dg = guided(i) - g_mean;
+        const int64_t at = output.place(i);
+        const float dc = to_f32(cond[at]) - c_mean, dg = guided(at) - g_mean;
         c_square += dc * dc;
         g_square += dg * dg;
     }
@@ -172,37 +183,38 @@ DEVICE void dynamic_threshold(float* thresholds, const float* x, const Output<T>
     }
 }
 
-#define ENTRIES(T, suffix)                                                                                         \
-    KERNEL(scale_input_##suffix, kThreads, 1)                                                                      \
-    (T* y, const float* x, const float* table, const unsigned* step, int step_images, int64_t per_image,           \
-     int64_t count, int repeats) {                                                                                 \
-        follow_previous();                                                                                         \
-        scale_input<T>(y, x, table, step, step_images, per_image, count, repeats);                                 \
-    }                                                                                                              \
-    REGISTER_KERNEL(scale_input_##suffix)                                                                          \
-    KERNEL(sampler_step_##suffix, kThreads, 1)                                                                     \
-    (float* x, float* x0, float* history, const T* output, const float* guidance, const float* factors,            \
+#define ENTRIES(T, suffix)                                                                                             \
+    KERNEL(scale_input_##suffix, kThreads, 1)                                                                          \
+    (T* y, const float* x, const float* table, const unsigned* step, int step_images, int64_t per_image,               \
+     int64_t count, int repeats) {                                                                                     \
+        follow_previous();                                                                                             \
+        scale_input<T>(y, x, table, step, step_images, per_image, count, repeats);                                     \
+    }                                                                                                                  \
+    REGISTER_KERNEL(scale_input_##suffix)                                                                              \
+    KERNEL(sampler_step_##suffix, kThreads, 1)                                                                         \
+    (float* x, float* x0, float* history, const T* output, const float* guidance, const float* factors,                \
      const float* thresholds, const float* noise, const float* table, const unsigned* step, int step_images, int depth,\
-     int64_t per_image, int64_t count) {                                                                           \
-        follow_previous();                                                                                         \
-        const Output<T> guided{output, guidance, factors, count};                                                  \
-        sampler_step<T>(x, x0, history, guided, thresholds, noise, table, step, step_images, depth, per_image);      \
-    }                                                                                                              \
-    REGISTER_KERNEL(sampler_step_##suffix)                                                                         \
-    KERNEL(guidance_rescale_##suffix, kReduceThreads, 1)                                                           \
-    (float* factors, const T* output, const float* guidance, int per_image, int images) {                          \
-        follow_previous();                                                                                         \
-        guidance_rescale<T>(factors, output, guidance, per_image, images);                                         \
-    }                                                                                                              \
-    REGISTER_KERNEL(guidance_rescale_##suffix)                                                                     \
-    KERNEL(dynamic_threshold_##suffix, kReduceThreads, 1)                                                          \
-    (float* thresholds, const float* x, const T* output, const float* guidance, const float* factors,              \
-     const float* table, const unsigned* step, int step_images, float most, int below, int above, float weight,      \
-     int per_image, int images) {                                                                                  \
-        follow_previous();                                                                                         \
-        const Output<T> guided{output, guidance, factors, int64_t(images) * per_image};                            \
-        dynamic_threshold<T>(thresholds, x, guided, table, step, step_images, most, below, above, weight, per_image);\
-    }                                                                                                              \
+     int64_t per_image, int64_t count, int variance_channels) {                                                        \
+        follow_previous();                                                                                             \
+        const Output<T> guided{output, guidance, factors, count, variance_channels};                                   \
+        sampler_step<T>(x, x0, history, guided, thresholds, noise, table, step, step_images, depth, per_image);        \
+    }                                                                                                                  \
+    REGISTER_KERNEL(sampler_step_##suffix)                                                                             \
+    KERNEL(guidance_rescale_##suffix, kReduceThreads, 1)                                                               \
+    (float* factors, const T* output, const float* guidance, int per_image, int images, int variance_channels) {       \
+        follow_previous();                                                                                             \
+        const Output<T> halves{output, guidance, nullptr, int64_t(images) * per_image, variance_channels};             \
+        guidance_rescale<T>(factors, halves, per_image);                                                               \
+    }                                                                                                                  \
+    REGISTER_KERNEL(guidance_rescale_##suffix)                                                                         \
+    KERNEL(dynamic_threshold_##suffix, kReduceThreads, 1)                                                              \
+    (float* thresholds, const float* x, const T* output, const float* guidance, const float* factors,                  \
+     const float* table, const unsigned* step, int step_images, float most, int below, int above, float weight,        \
+     int per_image, int images, int variance_channels) {                                                               \
+        follow_previous();                                                                                             \
+        const Output<T> guided{output, guidance, factors, int64_t(images) * per_image, variance_channels};             \
+        dynamic_threshold<T>(thresholds, x, guided, table, step, step_images, most, below, above, weight, per_image);  \
+    }                                                                                                                  \
     REGISTER_KERNEL(dynamic_threshold_##suffix)
 
 ENTRIES(float, f32)

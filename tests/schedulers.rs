@@ -458,7 +458,7 @@ fn bad_configurations_name_the_key() {
     bad(json!({"_class_name": "PNDMScheduler"}), Sampler::Pndm, "skip_prk_steps");
     bad(json!({"clip_sample_range": -1.0}), Sampler::Ddim, "clip_sample_range");
     bad(json!({"steps_offset": 200}), Sampler::Ddim, "steps_offset");
-    bad(json!({"variance_type": "learned_range"}), Sampler::Ddpm, "variance_type");
+    bad(json!({"variance_type": "learned"}), Sampler::Ddpm, "variance_type");
     bad(json!({"use_beta_sigmas": true}), Sampler::Euler, "use_beta_sigmas");
     bad(json!({"use_karras_sigmas": true, "use_exponential_sigmas": true}), Sampler::Euler, "use_karras_sigmas");
     bad(json!({"interpolation_type": "cubic"}), Sampler::Euler, "interpolation_type");

@@ -64,8 +64,8 @@ pub use sampler::{add_noise, diagonal_gaussian};
 pub use spectral_filter::{LowPass, SpectralFilter, Strength, spectral_filter};
 pub use statistics::{GroupMoments, GroupStatistics};
 pub use step::{
-    Guidance, GuidanceScale, HISTORY, Kept, Repaint, SampleState, StepCoefficients, StepColumns, StepIndex, StepRow,
-    StepRows, StepTable, Thresholding, history, repaint, sampler_step, scale_input,
+    Guidance, GuidanceScale, HISTORY, Kept, LearnedNoise, Repaint, SampleState, StepCoefficients, StepColumns,
+    StepIndex, StepRow, StepRows, StepTable, Thresholding, history, repaint, sampler_step, scale_input,
 };
 pub use unpatchify::unpatchify;
 pub use upsample_guidance::{pool_latents, upsample_guidance};

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use super::cpu::patches as on_cpu;
 use super::step::{Output, rescale_factors};
-use super::{Guidance, StepTable, Tensor, bytes_of, cuda, float, profile};
+use super::{Guidance, StepTable, Tensor, bytes_of, cuda, profile};
 use crate::error::{Error, Result};
 use crate::runtime::{DType, Device, OpKind, Work};
 
@@ -213,7 +213,8 @@ pub fn gather_patches(
 ///
 /// * `x`, `sums`: `[N, H, W, C]`, f32; `x` is what every patch is a part of
 /// * `model_output`: `[N * V, h, w, C]` without guidance, else `[2 N V, h, w, C]`, as
-///   [`gather_patches`] has them; any float dtype
+///   [`gather_patches`] has them; any float dtype. Of a network that also predicts the variance of its noise 2C channels, of
+///   which the second half is not read
 /// * `guidance`: of N V images, those of an image's patches side by side
 ///
 /// # Errors
@@ -233,19 +234,13 @@ pub fn step_patches(
     sums.expect(OP, "sums", x.shape(), DType::F32, x.device())?;
     let ([h, w], images) = (patches.layout.size, n * patches.group_len());
     patches.layout.check_wrap(OP)?;
-    float(OP, "model_output", model_output)?;
-    let rows = if guidance.is_some() { 2 * images } else { images };
-    model_output.expect(OP, "model_output", &[rows, h, w, c], model_output.dtype(), x.device())?;
-    if let Some(guidance) = guidance {
-        guidance.tensor().expect(OP, "guidance", &[images, 2], DType::F32, x.device())?;
-    }
+    let mut output = Output::new(OP, model_output, guidance, [images, h, w, c], steps.learns_noise(), x.device())?;
     let whole = steps.adds_noise() || steps.history() > 0 || steps.thresholding.is_some();
     if whole || steps.rows().iter().any(|row| row.coefficients.x0_from_next) {
         let want = "steps that read the patch and the output alone: no noise, history, threshold or x0 from the next";
         return Err(Error::argument(OP, "steps", "with more", want));
     }
 
-    let mut output = Output { values: model_output, guidance, factors: None };
     let factors = match guidance {
         Some(guidance) if guidance.rescales() => Some(rescale_factors(&output, guidance, images)?),
         _ => None,

@@ -378,8 +378,38 @@ impl SchedulerConfig {
         })
     }
 
-    pub(super) fn fixed_large_variance(&self) -> bool {
-        self.variance_type.as_deref() == Some("fixed_large")
+    /// Of the noise that DDPM adds; the other samplers' classes do not have the key.
+    pub(super) fn variance(&self, sampler: Sampler) -> Variance {
+        match self.variance_type.as_deref() {
+            Some("fixed_large") if sampler == Sampler::Ddpm => Variance::Largest,
+            Some("learned_range") if sampler == Sampler::Ddpm => Variance::LearnedRange,
+            _ => Variance::Smallest,
+        }
+    }
+
+    /// Can this sampler step samples of `channels` channels by a network whose output has `output_channels`? It has as many,
+    /// or twice as many where it also predicts a variance: that is needed by DDPM with variance_type learned_range, and left
+    /// alone otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the configuration's file: the channels of the variance are missing; the output has another
+    /// number of channels.
+    pub fn check_channels(&self, sampler: Sampler, channels: usize, output_channels: usize) -> Result<()> {
+        let learned = self.variance(sampler) == Variance::LearnedRange;
+        if output_channels == 2 * channels || (output_channels == channels && !learned) {
+            return Ok(());
+        }
+        let twice = 2 * channels;
+        Err(self.error(match learned {
+            true => format!(
+                "variance_type is learned_range, so the denoiser's output must have {twice} channels, \
+                 {channels} of them of the variance; it has {output_channels}: set variance_type to fixed_small, or use request.scheduler ddim"
+            ),
+            false => format!(
+                "the denoiser's output has {output_channels} channels, expected {channels} as the samples have, \
+                 or {twice} with a variance"
+            ),
+        }))
     }
 
     pub(super) fn ends_at_smallest_sigma(&self) -> bool {
@@ -464,7 +494,7 @@ impl SchedulerConfig {
             }
             Sampler::Deis => Ok(()),
             Sampler::Ddpm => match self.variance_type.as_deref() {
-                None | Some("fixed_small" | "fixed_small_log" | "fixed_large") => Ok(()),
+                None | Some("fixed_small" | "fixed_small_log" | "fixed_large" | "learned_range") => Ok(()),
                 Some(other) => unsupported("variance_type", other, "use request.scheduler ddim"),
             },
             Sampler::Ddim | Sampler::Heun | Sampler::Lcm => Ok(()),
@@ -504,6 +534,17 @@ impl SchedulerConfig {
             }
         }
     }
+}
+
+/// The variance of the noise that a step of DDPM adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Variance {
+    /// The posterior's. Ho et al. 2020, arXiv:2006.11239, sec. 3.2.
+    Smallest,
+    /// beta. The same.
+    Largest,
+    /// Between the two, where the network says for each value. Nichol & Dhariwal 2021, arXiv:2102.09672, eq. (15).
+    LearnedRange,
 }
 
 /// The keys of the multistep solvers.

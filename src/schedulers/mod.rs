@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::ops::{StepCoefficients, Thresholding};
-use config::Solver;
+use config::{Solver, Variance};
 use levels::Levels;
 use schedule::{NoiseSchedule, Noising, noise_preserving, x0_preserving};
 
@@ -166,7 +166,8 @@ pub struct Scheduler {
     eta: f64,
     /// DDIM's distance to the previous timestep, whatever the spacing: `num_train_timesteps / steps`, rounded down.
     stride: usize,
-    fixed_large_variance: bool,
+    /// Of the noise that DDPM adds.
+    variance: Variance,
     solver: Solver,
     /// LCM's: how fast the boundary condition's share of the clean sample goes to 1.
     timestep_scaling: f64,
@@ -220,7 +221,7 @@ impl Scheduler {
             thresholding: config.thresholding(sampler),
             eta,
             stride: config.num_train_timesteps / steps,
-            fixed_large_variance: config.fixed_large_variance(),
+            variance: config.variance(sampler),
             solver: config.solver(),
             timestep_scaling: config.timestep_scaling(),
             stochastic_flow: config.stochastic_sampling(),
@@ -297,6 +298,12 @@ impl Scheduler {
     /// For the step table of a run: the clean sample of every evaluation is thresholded so.
     pub fn thresholding(&self) -> Option<Thresholding> {
         self.thresholding
+    }
+
+    /// Does the network predict the variance of the noise, in channels of its output behind the C of the noise? Whether it has
+    /// them says [`check_channels`](SchedulerConfig::check_channels).
+    pub fn learns_variance(&self) -> bool {
+        self.variance == Variance::LearnedRange
     }
 
     /// One per step, descending. The network is told those of the [`evaluations`](Scheduler::evaluations).

@@ -1,9 +1,10 @@
 //! The steps of every sampler, in the notation of their papers: abar_t, sigma = sqrt((1 - abar) / abar), and for those
 //! of variance-preserving latents x = signal x0 + noise_level n with signal = sqrt(abar).
 
+use super::config::Variance;
 use super::schedule::{Noising, noise_preserving, x0_preserving};
 use super::{Evaluation, Prediction, Sampler, Scheduler};
-use crate::ops::{HISTORY, Kept, StepCoefficients};
+use crate::ops::{HISTORY, Kept, LearnedNoise, StepCoefficients};
 
 /// [`StepCoefficients`] before they are rounded to f32.
 #[derive(Clone, Copy, Default)]
@@ -14,6 +15,8 @@ struct Affine {
     next_from_e: f64,
     next_from_x0: f64,
     next_from_noise: f64,
+    /// Variances, the smallest and the largest.
+    learned: Option<[f64; 2]>,
     next_from_history: [f64; HISTORY],
     /// (from x, from e, from x0)
     kept: Option<[f64; 3]>,
@@ -29,6 +32,10 @@ impl Affine {
             next_from_e: self.next_from_e as f32,
             next_from_x0: self.next_from_x0 as f32,
             next_from_noise: self.next_from_noise as f32,
+            learned: self.learned.map(|variances| {
+                let [log_smallest, log_largest] = variances.map(|variance| variance.ln() as f32);
+                LearnedNoise { log_smallest, log_largest }
+            }),
             next_from_history: self.next_from_history.map(|weight| weight as f32),
             kept: self.kept.map(|[x, e, x0]| Kept { from_x: x as f32, from_e: e as f32, from_x0: x0 as f32 }),
             x0_from_next: false,
@@ -139,15 +146,20 @@ impl Scheduler {
         }
     }
 
-    /// The posterior's mean and deviation: arXiv:2006.11239, eq. (7), from this timestep to the list's next one.
+    /// The posterior's mean and deviation: arXiv:2006.11239, eq. (7), from this timestep to the list's next one. The variance
+    /// lies between the posterior's and beta: it is one of the two, or learned, arXiv:2102.09672, eq. (15).
     fn ddpm(&self, i: usize) -> Affine {
+        const LEAST: f64 = 1e-20; // its logarithm is taken
         let abar = self.abar(i);
         let previous = if i + 1 < self.timesteps().len() { self.abar(i + 1) } else { 1.0 };
         let alpha = abar / previous;
         let beta = 1.0 - alpha;
-        let variance = match self.fixed_large_variance {
-            true => beta,
-            false => ((1.0 - previous) / (1.0 - abar) * beta).max(1e-20),
+        let posterior = ((1.0 - previous) / (1.0 - abar) * beta).max(LEAST);
+        let (noise, learned) = match self.variance {
+            _ if self.timesteps()[i] <= 0.0 => (0.0, None),
+            Variance::Smallest => (posterior.sqrt(), None),
+            Variance::Largest => (beta.sqrt(), None),
+            Variance::LearnedRange => (1.0, Some([posterior, beta.max(LEAST)])),
         };
         let (x0_from_x, x0_from_e) = self.x0_at(abar);
         Affine {
@@ -155,7 +167,8 @@ impl Scheduler {
             x0_from_e,
             next_from_x: alpha.sqrt() * (1.0 - previous) / (1.0 - abar),
             next_from_x0: previous.sqrt() * beta / (1.0 - abar),
-            next_from_noise: if self.timesteps()[i] > 0.0 { variance.sqrt() } else { 0.0 },
+            next_from_noise: noise,
+            learned,
             ..Affine::default()
         }
     }

@@ -19,6 +19,7 @@ const COEFFICIENTS: StepCoefficients = StepCoefficients {
     next_from_e: 0.4,
     next_from_x0: 0.9,
     next_from_noise: 0.0,
+    learned: None,
     next_from_history: [0.0; 3],
     kept: None,
     x0_from_next: false,

@@ -115,8 +115,7 @@ fn step_as<T: Element>(x: &Tensor, patches: &Patches, output: &Output, steps: &S
     let k = steps.row(0).coefficients;
     let clip = k.clip.unwrap_or(f32::INFINITY);
     let (per_image, per_patch) = (height * width * c, h * w * c);
-    let half = x.shape()[0] * group.len() * per_patch;
-    let (output, x) = (CpuOutput::<T>::new(output, half), x.cpu::<f32>());
+    let (output, x) = (CpuOutput::<T>::new(output), x.cpu::<f32>());
     let of_images = sums.cpu_mut::<f32>().par_chunks_exact_mut(per_image).zip(x.par_chunks_exact(per_image));
     of_images.enumerate().for_each(|(image, (sums, x))| {
         if group.start == 0 {

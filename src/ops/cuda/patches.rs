@@ -112,10 +112,10 @@ pub fn step(
     let launch = Launch::grid([elements.div_ceil(THREADS), 1, 1]).block(THREADS);
     let (guidance, factors) =
         (DevicePtr::or_null(output.guidance.map(|guidance| guidance.tensor())), DevicePtr::or_null(output.factors));
-    let outputs = if output.guidance.is_some() { output.values.numel() / 2 } else { output.values.numel() };
     let (table, step) = (steps.tensor().cuda(), steps.index().tensor().cuda());
-    // SAFETY: as the entry has them; sums and x have `elements` elements, the output `outputs` or with guidance twice that,
-    // guidance and factors a row for each of the group's patches of all images; the table has the step.
+    // SAFETY: as the entry has them; sums and x have `elements` elements, the output as many as the group's patches of all
+    // images, twice that with guidance and again with a variance; guidance and factors have a row for each of these patches;
+    // the table has the step.
     unsafe {
         device.launch(
             "patches",
@@ -130,7 +130,8 @@ pub fn step(
                 table,
                 step,
                 elements as i64,
-                outputs as i64,
+                output.count() as i64,
+                output.variance_channels as i32,
                 group
             ],
         )

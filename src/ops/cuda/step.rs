@@ -56,9 +56,9 @@ pub fn sampler_step(
         (DevicePtr::or_null(output.guidance.map(|g| g.tensor())), DevicePtr::or_null(output.factors));
     let (noise, thresholds) = (DevicePtr::or_null(noise), DevicePtr::or_null(thresholds));
     let history = DevicePtr::or_null(history.as_deref());
-    // SAFETY: as the entry has them; x, x0 and noise have `count` elements, the history `depth` times as many, the output
-    // as many or with guidance twice; guidance, factors and thresholds have a row per image; the table has the step, the
-    // history what its rows reach back to, and noise is there when one of its rows wants it.
+    // SAFETY: as the entry has them; x, x0 and noise have `count` elements, the history `depth` times as many, the output as
+    // many, twice with guidance and again with a variance; guidance, factors and thresholds have a row per image; the table has
+    // the step, the history what its rows reach back to, and noise and variance are there when one of its rows wants them.
     unsafe {
         let count = count as i64;
         device.launch(
@@ -79,7 +79,8 @@ pub fn sampler_step(
                 step_images,
                 depth,
                 per_image,
-                count
+                count,
+                output.variance_channels as i32
             ],
         )
     }
@@ -95,10 +96,17 @@ pub fn guidance_rescale(
     let images = factors.numel();
     let launch = Launch::grid([images, 1, 1]).block(REDUCE_THREADS);
     let (values, guidance, per_image) = (output.values, guidance.tensor().cuda(), per_image as i32);
-    // SAFETY: as the entry has them; the output has two halves of `images * per_image` elements, guidance a row per image.
+    let variance_channels = output.variance_channels as i32;
+    // SAFETY: as the entry has them; the output has two halves of `images * per_image` elements, with a variance of twice as
+    // many, guidance a row per image.
     unsafe {
         let entry = entry("guidance_rescale", values.dtype());
-        device.launch("step", &entry, launch, args![factors.cuda(), values.cuda(), guidance, per_image, images as i32])
+        device.launch(
+            "step",
+            &entry,
+            launch,
+            args![factors.cuda(), values.cuda(), guidance, per_image, images as i32, variance_channels],
+        )
     }
 }
 
@@ -120,8 +128,8 @@ pub fn dynamic_threshold(
         (DevicePtr::or_null(output.guidance.map(|g| g.tensor())), DevicePtr::or_null(output.factors));
     let (below, above, images) = (rank.below as i32, rank.above as i32, thresholds.numel() as i32);
     let (thresholds, values) = (thresholds.cuda(), output.values.cuda());
-    // SAFETY: as the entry has them; x has `images * per_image` elements, the output as many or with guidance twice;
-    // guidance and factors have a row per image; the table has the step, and the ranks are below `per_image`.
+    // SAFETY: as the entry has them; x has `images * per_image` elements, the output as many, twice with guidance and again with
+    // a variance; guidance and factors have a row per image; the table has the step, and the ranks are below `per_image`.
     unsafe {
         let (per_image, weight) = (per_image as i32, rank.weight);
         device.launch(
@@ -142,7 +150,8 @@ pub fn dynamic_threshold(
                 above,
                 weight,
                 per_image,
-                images
+                images,
+                output.variance_channels as i32
             ],
         )
     }

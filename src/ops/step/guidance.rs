@@ -1,4 +1,5 @@
-use super::{Output, per_image};
+use super::output::{Output, place};
+use super::per_image;
 use crate::error::{Error, Result};
 use crate::ops::{by_dtype, cuda, profile};
 use crate::runtime::{DType, Device, Element, OpKind, Tensor, Work};
@@ -66,37 +67,39 @@ impl Guidance {
 }
 
 /// `[N]`, f32: what the guided output of each image is multiplied by: arXiv:2305.08891, eqs. (15), (16). 1 for an image
-/// that does not rescale.
+/// that does not rescale. A predicted variance is not part of the output.
 pub(in crate::ops) fn rescale_factors(output: &Output, guidance: &Guidance, n: usize) -> Result<Tensor> {
     const OP: &str = "guidance_rescale";
     let values = output.values;
-    let count = per_image(OP, values)?;
+    per_image(OP, values)?;
+    let count = output.count() / n.max(1);
 
     let mut factors = Tensor::uninit(values.device(), &[n], DType::F32)?;
     let _timed = profile::scope(OP, factors.shape());
     match values.device() {
         Device::Meta(meta) => {
-            let (flops, bytes) = (5 * values.numel() as u64, 2 * values.bytes() + factors.bytes());
+            let (flops, bytes) = (10 * (n * count) as u64, 2 * values.bytes() + factors.bytes());
             meta.record(OP, OpKind::Elementwise, factors.shape(), Work { macs: 0, flops, bytes, launches: 1 });
         }
         Device::Cpu(_) | Device::Cuda(_) if factors.numel() == 0 => {}
-        Device::Cpu(_) => by_dtype!(values.dtype(), T => rescale_factors_cpu::<T>(values, guidance, &mut factors)),
+        Device::Cpu(_) => {
+            by_dtype!(values.dtype(), T => rescale_factors_cpu::<T>(output, guidance, count, &mut factors))
+        }
         Device::Cuda(card) => cuda::step::guidance_rescale(card, output, guidance, count, &mut factors)?,
     }
     Ok(factors)
 }
 
-fn rescale_factors_cpu<T: Element>(values: &Tensor, guidance: &Guidance, factors: &mut Tensor) {
-    let half = values.numel() / 2;
-    let (count, scales) = (half / factors.numel(), guidance.tensor().cpu::<f32>());
-    let (uncond, cond) = values.cpu::<T>().split_at(half);
+fn rescale_factors_cpu<T: Element>(output: &Output, guidance: &Guidance, count: usize, factors: &mut Tensor) {
+    let scales = guidance.tensor().cpu::<f32>();
+    let (uncond, cond) = output.values.cpu::<T>().split_at(output.values.numel() / 2);
     for (image, factor) in factors.cpu_mut::<f32>().iter_mut().enumerate() {
         let (scale, rescale) = (scales[2 * image], scales[2 * image + 1]);
-        let range = image * count..(image + 1) * count;
-        let cond = || cond[range.clone()].iter().map(|v| v.to_f32());
+        let places = (image * count..(image + 1) * count).map(|i| place(i, output.variance_channels));
+        let cond = || places.clone().map(|i| cond[i].to_f32());
         let guided = || {
-            uncond[range.clone()].iter().zip(cond()).map(|(e, cond)| {
-                let e = e.to_f32();
+            places.clone().zip(cond()).map(|(i, cond)| {
+                let e = uncond[i].to_f32();
                 e + scale * (cond - e)
             })
         };

@@ -3,6 +3,7 @@
 
 mod guidance;
 mod index;
+mod output;
 mod repaint;
 mod rows;
 mod sampler_step;
@@ -14,13 +15,13 @@ mod thresholding;
 pub(super) use guidance::rescale_factors;
 pub use guidance::{Guidance, GuidanceScale};
 pub use index::StepIndex;
+pub(super) use output::{CpuOutput, Output};
 pub use repaint::{Repaint, repaint};
 pub use rows::{StepColumns, StepRows};
 pub use sampler_step::sampler_step;
-pub(super) use sampler_step::{CpuOutput, Output};
 pub use scale_input::scale_input;
 pub use state::SampleState;
-pub use table::{HISTORY, Kept, StepCoefficients, StepRow, StepTable, history};
+pub use table::{HISTORY, Kept, LearnedNoise, StepCoefficients, StepRow, StepTable, history};
 pub(super) use thresholding::Rank;
 pub use thresholding::Thresholding;
 

@@ -2,24 +2,19 @@ use rayon::prelude::*;
 
 use super::guidance::rescale_factors;
 use super::thresholding::dynamic_thresholds;
-use super::{Guidance, SampleState, StepRow, StepTable};
+use super::{CpuOutput, Guidance, LearnedNoise, Output, SampleState, StepRow, StepTable};
 use crate::error::{Error, Result};
 use crate::ops::elementwise::CHUNK;
-use crate::ops::{by_dtype, bytes_of, cuda, float, profile};
-use crate::runtime::{DType, Device, Element, OpKind, Tensor, Work};
-
-/// What is known of an evaluation's output before the step: all of it checked.
-pub(in crate::ops) struct Output<'a> {
-    pub values: &'a Tensor,
-    pub guidance: Option<&'a Guidance>,
-    /// `[N]`, f32: what the guided output is multiplied by, where any image rescales.
-    pub factors: Option<&'a Tensor>,
-}
+use crate::ops::{by_dtype, bytes_of, cuda, profile};
+use crate::runtime::{DType, Device, OpKind, Tensor, Work};
 
 /// Guidance, x0 and update in one pass, in place, with the row of each image's step. An image's result does not depend on
 /// the others of the batch; an image that has ended keeps its samples.
 ///
-/// * `model_output`: `[N, H, W, C]` without guidance, else `[2N, H, W, C]`, unconditional rows first; any float dtype
+/// * `model_output`: `[N, H, W, C]` without guidance, else `[2N, H, W, C]`, unconditional rows first; any float dtype. Of a
+///   network that also predicts the variance of its noise 2C channels, the second half the variance: rows with
+///   [`learned`](super::StepCoefficients::learned) noise read it, with guidance from the conditional rows, and need it; other
+///   rows do not read it
 /// * `guidance`: of N images; `None` when the output has N rows. Where an image rescales, a pass over the output before
 ///   finds the standard deviations
 /// * `noise`: `[N, H, W, C]`, f32, required exactly when a row of the table has a `next_from_noise` other than 0; an image
@@ -43,12 +38,8 @@ pub fn sampler_step(
     let x = &state.x;
     let [n, h, w, c] = x.dims(OP, "x")?;
     x.expect(OP, "x", x.shape(), DType::F32, steps.tensor().device())?;
-    float(OP, "model_output", model_output)?;
-    let rows = if guidance.is_some() { 2 * n } else { n };
-    model_output.expect(OP, "model_output", &[rows, h, w, c], model_output.dtype(), x.device())?;
-    if let Some(guidance) = guidance {
-        guidance.tensor().expect(OP, "guidance", &[n, 2], DType::F32, x.device())?;
-    }
+    let learns = steps.learns_noise();
+    let mut output = Output::new(OP, model_output, guidance, [n, h, w, c], learns, x.device())?;
     match (noise, steps.adds_noise()) {
         (Some(noise), true) => noise.expect(OP, "noise", x.shape(), DType::F32, x.device())?,
         (None, false) => {}
@@ -63,7 +54,6 @@ pub fn sampler_step(
     }
     steps.check(OP, n)?;
 
-    let mut output = Output { values: model_output, guidance, factors: None };
     let factors = match guidance {
         Some(guidance) if guidance.rescales() => Some(rescale_factors(&output, guidance, n)?),
         _ => None,
@@ -76,7 +66,7 @@ pub fn sampler_step(
     let _timed = profile::scope(OP, x.shape());
     match model_output.device() {
         Device::Meta(meta) => {
-            let flops = x.numel() as u64 * if guidance.is_some() { 13 } else { 10 };
+            let flops = x.numel() as u64 * (if guidance.is_some() { 13 } else { 10 } + if learns { 9 } else { 0 });
             let history = state.history.as_ref().map_or(0, |history| 2 * history.bytes());
             let bytes = 4 * x.bytes() + history + bytes_of(&[Some(model_output), noise]);
             meta.record(OP, OpKind::Elementwise, x.shape(), Work { macs: 0, flops, bytes, launches: 1 });
@@ -106,7 +96,7 @@ fn sampler_step_cpu(
         None => None,
     };
     by_dtype!(output.values.dtype(), T => {
-        let output = CpuOutput::<T>::new(output, count);
+        let output = CpuOutput::<T>::new(output);
         let of_images = next.cpu_mut::<f32>().chunks_exact_mut(per_image).zip(x0.cpu_mut().chunks_exact_mut(per_image));
         for (image, (next, x0)) in of_images.enumerate() {
             let first = image * per_image;
@@ -154,7 +144,8 @@ fn sampler_step_cpu(
                         *next += weight * values[i];
                     }
                     if let Some(noise) = noise {
-                        *next += k.next_from_noise * noise[i];
+                        let deviation = |learned: LearnedNoise| learned.deviation(output.variance(first + i));
+                        *next += k.learned.map_or(1.0, deviation) * k.next_from_noise * noise[i];
                     }
                     if let (Some(of), Some(kept)) = (keeps, kept.get_mut(j)) {
                         *kept = of.from_x * x[i] + of.from_e * e + of.from_x0 * *x0;
@@ -175,31 +166,4 @@ fn sampler_step_cpu(
         }
     });
     Ok(SampleState { x: next, x0, history })
-}
-
-/// The output on the host, guided.
-pub(in crate::ops) struct CpuOutput<'a, T> {
-    uncond: &'a [T],
-    /// The other half, and scale and rescale per image.
-    guided: Option<(&'a [T], &'a [f32])>,
-    factors: Option<&'a [f32]>,
-}
-
-impl<'a, T: Element> CpuOutput<'a, T> {
-    pub(in crate::ops) fn new(output: &Output<'a>, count: usize) -> CpuOutput<'a, T> {
-        let (uncond, cond) = output.values.cpu::<T>().split_at(count);
-        let guided = output.guidance.map(|guidance| (cond, guidance.tensor().cpu::<f32>()));
-        CpuOutput { uncond, guided, factors: output.factors.map(|factors| factors.cpu()) }
-    }
-
-    pub(in crate::ops) fn at(&self, i: usize, image: usize) -> f32 {
-        let mut e = self.uncond[i].to_f32();
-        if let Some((cond, scales)) = self.guided {
-            e += scales[2 * image] * (cond[i].to_f32() - e);
-        }
-        if let Some(factors) = self.factors {
-            e *= factors[image];
-        }
-        e
-    }
 }

@@ -9,7 +9,8 @@ pub const HISTORY: usize = 3;
 /// ```text
 /// e    = e_uncond + guidance (e_cond - e_uncond)            (the model's output: eps, v or x0)
 /// x0   = x0_from_x x + x0_from_e e,                          then clamped to [-clip, clip] if asked
-/// next = next_from_x x + next_from_e e + next_from_x0 x0 + sum_j next_from_history[j] h[j] + next_from_noise n
+/// next = next_from_x x + next_from_e e + next_from_x0 x0 + sum_j next_from_history[j] h[j] + next_from_noise d n
+/// d    = the deviation that the network predicts, for each value its own, where the noise is learned; else 1
 /// h    = [kept.from_x x + kept.from_e e + kept.from_x0 x0, h[0], h[1]]   where something is kept
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
@@ -21,12 +22,35 @@ pub struct StepCoefficients {
     pub next_from_e: f32,
     pub next_from_x0: f32,
     pub next_from_noise: f32,
+    /// How the noise's deviation is made of what the network predicts. Not read where `next_from_noise` is 0.
+    pub learned: Option<LearnedNoise>,
     /// Of the values kept by earlier evaluations, the latest first. One with weight 0 is not read.
     pub next_from_history: [f32; HISTORY],
     /// What becomes the latest value of the history; `None` leaves the history as it is.
     pub kept: Option<Kept>,
     /// x0 is computed a second time, from `next` in the place of x: what the published MegaFusion code relays.
     pub x0_from_next: bool,
+}
+
+/// Noise of a variance that the network predicts for each value, between two that the step has. Nichol & Dhariwal 2021,
+/// arXiv:2102.09672, eq. (15), in which the fraction is f = (v + 1) / 2 of the network's v:
+/// variance = exp(f log_largest + (1 - f) log_smallest).
+///
+/// v is not kept within -1 to 1, so the variance may lie beyond the two.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LearnedNoise {
+    /// Of the variance at v = -1: the posterior's.
+    pub log_smallest: f32,
+    /// Of the variance at v = 1: beta.
+    pub log_largest: f32,
+}
+
+impl LearnedNoise {
+    /// The deviation of noise whose variance the network says is `v`.
+    pub(super) fn deviation(self, v: f32) -> f32 {
+        let fraction = (v + 1.0) / 2.0;
+        (0.5 * (fraction * self.log_largest + (1.0 - fraction) * self.log_smallest)).exp()
+    }
 }
 
 /// A value for the history.
@@ -57,7 +81,7 @@ pub struct StepTable {
     window_shifts: Option<Tensor>,
 }
 
-const COLUMNS: usize = 16;
+const COLUMNS: usize = 19;
 
 /// The table's elements, `[steps, COLUMNS]`.
 fn values(rows: &[StepRow]) -> Result<Vec<f32>> {
@@ -73,6 +97,12 @@ fn values(rows: &[StepRow]) -> Result<Vec<f32>> {
         values.extend(k.next_from_history);
         let kept = k.kept.unwrap_or_default();
         values.extend([f32::from(u8::from(k.kept.is_some())), kept.from_x, kept.from_e, kept.from_x0]);
+        let learned = k.learned.map_or([0.0; 2], |learned| [learned.log_smallest, learned.log_largest]);
+        if let Some(log) = learned.into_iter().find(|log| !log.is_finite()) {
+            return Err(Error::argument("StepTable", "learned", log, "the logarithm of a variance, finite"));
+        }
+        values.push(f32::from(u8::from(k.learned.is_some())));
+        values.extend(learned);
     }
     Ok(values)
 }
@@ -87,7 +117,8 @@ impl StepTable {
     /// The first row is next, for all images.
     ///
     /// # Errors
-    /// [`Error::Argument`]: no rows, a `clip` that is negative or NaN; [`Error::OutOfMemory`].
+    /// [`Error::Argument`]: no rows, a `clip` that is negative or NaN, a variance whose logarithm is not finite;
+    /// [`Error::OutOfMemory`].
     pub fn new(device: &Device, rows: Vec<StepRow>) -> Result<StepTable> {
         const OP: &str = "StepTable";
         if rows.is_empty() {
@@ -218,6 +249,12 @@ impl StepTable {
     /// Does any step add noise?
     pub fn adds_noise(&self) -> bool {
         self.rows.iter().any(|row| row.coefficients.next_from_noise != 0.0)
+    }
+
+    /// Does any step add noise of a deviation that the network predicts? Then its output has the channels for it.
+    pub fn learns_noise(&self) -> bool {
+        let learns = |row: &StepRow| row.coefficients.learned.is_some() && row.coefficients.next_from_noise != 0.0;
+        self.rows.iter().any(learns)
     }
 
     /// How many earlier values the rows reach back to: what

@@ -1,5 +1,4 @@
-use super::sampler_step::CpuOutput;
-use super::{Output, StepTable, per_image};
+use super::{CpuOutput, Output, StepTable, per_image};
 use crate::error::Result;
 use crate::ops::{by_dtype, cuda, profile};
 use crate::runtime::{DType, Device, Element, OpKind, Tensor, Work};
@@ -34,7 +33,7 @@ pub(super) fn dynamic_thresholds(
         }
         Device::Cpu(_) | Device::Cuda(_) if x.numel() == 0 => {}
         Device::Cpu(_) => by_dtype!(output.values.dtype(), T => {
-            dynamic_thresholds_cpu(x, &CpuOutput::<T>::new(output, n * count), steps, max, rank, &mut thresholds);
+            dynamic_thresholds_cpu(x, &CpuOutput::<T>::new(output), steps, max, rank, &mut thresholds);
         }),
         Device::Cuda(card) => {
             cuda::step::dynamic_threshold(card, x, output, steps, max, rank, count, &mut thresholds)?;
