@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use megafuse::Error;
-use megafuse::ops::{HISTORY, StepCoefficients, Thresholding};
+use megafuse::ops::{HISTORY, LearnedNoise, StepCoefficients, Thresholding};
 use megafuse::schedulers::{Evaluation, Sampler, Scheduler, SchedulerConfig, SigmaSpacing};
 use safetensors::SafeTensors;
 
@@ -70,12 +70,12 @@ struct Run {
 }
 
 impl Run {
-    /// x0 of the evaluation.
+    /// x0 of the evaluation, of an output and the noise, `(noise, its deviation)`.
     fn step(
         &mut self,
         c: &StepCoefficients,
         e: &[f32],
-        n: Option<&[f32]>,
+        n: Option<&[(f32, f64)]>,
         thresholding: Option<Thresholding>,
     ) -> Vec<f64> {
         let clean = |(x, e): (&f64, &f32)| f64::from(c.x0_from_x) * x + f64::from(c.x0_from_e) * f64::from(*e);
@@ -97,7 +97,7 @@ impl Run {
                 + f64::from(c.next_from_e) * e
                 + f64::from(c.next_from_x0) * x0[i]
                 + earlier.map(|(weight, values)| f64::from(*weight) * values[i]).sum::<f64>()
-                + n.map_or(0.0, |n| f64::from(c.next_from_noise) * f64::from(n[i]));
+                + n.map_or(0.0, |n| f64::from(c.next_from_noise) * n[i].1 * f64::from(n[i].0));
         }
         if c.kept.is_some() {
             self.history.rotate_right(1);
@@ -105,6 +105,15 @@ impl Run {
         }
         x0
     }
+}
+
+/// The deviation of noise whose variance the network says is `v`, and the size of what its logarithm is a sum of.
+/// arXiv:2102.09672, eq. (15).
+fn deviation(learned: Option<LearnedNoise>, v: f32) -> (f64, f64) {
+    let Some(LearnedNoise { log_smallest, log_largest }) = learned else { return (1.0, 0.0) };
+    let fraction = (f64::from(v) + 1.0) / 2.0;
+    let terms = [fraction * f64::from(log_largest), (1.0 - fraction) * f64::from(log_smallest)];
+    ((0.5 * (terms[0] + terms[1])).exp(), terms[0].abs() + terms[1].abs())
 }
 
 /// Each difference within `tolerance` of the values' scale; `scale` is the largest magnitude that entered the sums.
@@ -158,21 +167,30 @@ fn every_step_is_the_published_one() {
         let x0s = expected.tensor(&format!("{name}.pred_original")).map(|t| t.1);
         let inputs = expected.tensor(&format!("{name}.model_inputs")).map(|t| t.1);
         let noise = expected.tensor(&format!("{name}.noise")).map(|t| t.1);
-        let size = outputs.len() / evaluations.len();
+        let size = samples.len() / (evaluations.len() + 1);
+        // Of a network that predicts a variance each output is followed by it.
+        let each = outputs.len() / evaluations.len();
         assert_eq!(shape[1..].iter().product::<usize>() * shape[0], outputs.len());
+        config.check_channels(sampler, size, each).unwrap();
         let mut run = Run { x: vec![0.0; size], history: Default::default() };
         for (i, evaluation) in evaluations.iter().enumerate() {
             let what = format!("{name}, evaluation {i}");
             assert_eq!(evaluation.draws_noise, case["draws"][i].as_bool().unwrap(), "{what}");
             let (c, range) = (&evaluation.coefficients, i * size..(i + 1) * size);
-            let (x, e) = (&samples[range.clone()], &outputs[range.clone()]);
-            let n = evaluation.draws_noise.then(|| &noise.as_ref().unwrap()[range.clone()]);
+            let (x, e) = (&samples[range.clone()], &outputs[i * each..][..size]);
+            let learned = c.learned.filter(|_| scheduler.learns_variance());
+            assert_eq!(learned.is_some(), json["variance_type"] == "learned_range" && evaluation.draws_noise, "{what}");
+            let deviations: Vec<(f64, f64)> =
+                (0..size).map(|j| deviation(learned, outputs[i * each + (size + j) % each])).collect();
+            let noise = evaluation.draws_noise.then(|| &noise.as_ref().unwrap()[range.clone()]);
+            let n = noise.map(|n| n.iter().zip(&deviations).map(|(&n, &(d, _))| (n, d)).collect::<Vec<_>>());
             run.x = x.iter().map(|&x| f64::from(x)).collect();
-            let x0 = run.step(c, e, n, scheduler.thresholding());
+            let x0 = run.step(c, e, n.as_deref(), scheduler.thresholding());
             let history = c.next_from_history.iter().map(|weight| f64::from(weight.abs())).sum::<f64>();
             for j in 0..size {
-                let values = [x[j], e[j], n.map_or(0.0, |n| n[j])];
-                let sum = values.iter().map(|v| f64::from(v.abs())).sum::<f64>() + x0[j].abs();
+                // An error of a variance's logarithm is one of the noise, relative to it.
+                let noise = n.as_ref().map_or(0.0, |n| f64::from(n[j].0.abs()) * n[j].1 * (1.0 + deviations[j].1));
+                let sum = [x[j], e[j]].iter().map(|v| f64::from(v.abs())).sum::<f64>() + noise + x0[j].abs();
                 let x0_scale = f64::from(c.x0_from_x.abs().max(c.x0_from_e.abs()).max(1.0));
                 let next_scale = (x0_scale * f64::from(c.next_from_x0.abs())).max(1.0).max(history);
                 close(run.x[j], samples[j + (i + 1) * size], sum * next_scale, TOLERANCE, &what);
@@ -193,7 +211,7 @@ fn every_step_is_the_published_one() {
         }
         compared += 1;
     }
-    assert!(compared >= 140, "only {compared} cases");
+    assert!(compared >= 144, "only {compared} cases");
 }
 
 /// Names of other programs, each of one sampler; its own name is what is written.
@@ -431,6 +449,86 @@ fn classes_choose_their_sampler() {
     assert!(config(&old).substitution().unwrap().contains("algorithm_type dpmsolver"));
 }
 
+/// DeepFloyd IF's stages: the levels of their steps, and the two variances of each as in arXiv:2102.09672, eq. (15), also of
+/// the schedule for pictures of four times the area.
+#[test]
+fn deepfloyds_stages_learn_their_variance() {
+    let file = |sample_max_value: f64| {
+        serde_json::json!({
+            "_class_name": "DDPMScheduler", "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2",
+            "clip_sample": true, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.95, "num_train_timesteps": 1000,
+            "prediction_type": "epsilon", "sample_max_value": sample_max_value, "thresholding": true, "trained_betas": null,
+            "variance_type": "learned_range"
+        })
+    };
+    // (largest, steps, the first steps' end, relay: timestep, abar, and of gamma 4)
+    for (max, steps, end, relay, abar, four) in
+        [(1.5, 100, 200.0, 190.0, 0.907018, 0.709191), (1.0, 50, 200.0, 180.0, 0.915877, 0.731316)]
+    {
+        let config = config(&file(max));
+        assert_eq!((config.sampler(), config.substitution()), (Sampler::Ddpm, None));
+        let base = Scheduler::new(&config, Sampler::Ddpm, steps, 0.0).unwrap();
+        assert!(base.learns_variance());
+        assert_eq!(base.thresholding(), Some(Thresholding { ratio: 0.95, max: max as f32 }));
+        let stride = 1000 / steps;
+        let want: Vec<f32> = (0..steps).rev().map(|i| (i * stride) as f32).collect();
+        assert_eq!(base.timesteps(), want);
+        // Of eq. (17) itself; the table is a product of f32.
+        for (t, want) in [(500, 0.492285), (990, 0.000196719), (0, 0.999959)] {
+            assert!((base.alphas_cumprod()[t] / want - 1.0).abs() < 1e-5, "{t}: {}", base.alphas_cumprod()[t]);
+        }
+        let first = steps * 4 / 5;
+        assert_eq!([first - 1, first].map(|i| base.timesteps()[i]), [end, relay]);
+        for (scheduler, want) in [(base.clone(), abar), (base.rescheduled(4.0), four)] {
+            assert!(scheduler.learns_variance());
+            assert!((scheduler.noise_level(first).0.powi(2) / want - 1.0).abs() < 2e-6);
+            let evaluations = scheduler.evaluations(0..steps);
+            for (i, Evaluation { coefficients: c, draws_noise, .. }) in evaluations.iter().enumerate() {
+                assert_eq!(c.clip, None);
+                if i + 1 == steps {
+                    assert_eq!((c.learned, c.next_from_noise, *draws_noise), (None, 0.0, false), "t = 0");
+                    continue;
+                }
+                let [now, next] = [i, i + 1].map(|i| scheduler.alphas_cumprod()[base.timesteps()[i] as usize]);
+                let beta = 1.0 - now / next;
+                let want = [(1.0 - next) / (1.0 - now) * beta, beta].map(f64::ln);
+                let learned = c.learned.unwrap();
+                for (got, want) in [learned.log_smallest, learned.log_largest].into_iter().zip(want) {
+                    assert!((f64::from(got) - want).abs() < 5e-7 * want.abs(), "step {i}: {got}, expected {want}");
+                }
+                assert_eq!((c.next_from_noise, *draws_noise), (1.0, true));
+            }
+        }
+    }
+}
+
+/// Channels of the network's output beside those of the samples: what learned noise needs, and others leave alone.
+#[test]
+fn a_variance_that_is_missing_is_one_clear_error() {
+    let learned = config(&serde_json::json!({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}));
+    let fixed = config(&serde_json::json!({"_class_name": "DDPMScheduler", "variance_type": "fixed_small"}));
+    learned.check_channels(Sampler::Ddpm, 3, 6).unwrap();
+    for sampler in Sampler::ALL {
+        fixed.check_channels(sampler, 3, 3).unwrap();
+        fixed.check_channels(sampler, 3, 6).unwrap();
+        assert!(fixed.check_channels(sampler, 3, 4).unwrap_err().to_string().contains("has 4 channels"));
+        if sampler != Sampler::FlowEuler {
+            let scheduler = Scheduler::new(&learned, sampler, 10, 0.0).unwrap();
+            assert_eq!(scheduler.learns_variance(), sampler == Sampler::Ddpm, "{sampler}");
+            let learns = scheduler.evaluations(0..10).iter().any(|e| e.coefficients.learned.is_some());
+            assert_eq!(learns, sampler == Sampler::Ddpm, "{sampler}");
+        }
+        if sampler != Sampler::Ddpm {
+            learned.check_channels(sampler, 3, 3).unwrap();
+        }
+    }
+    for channels in [3, 4, 12] {
+        let text = learned.check_channels(Sampler::Ddpm, 3, channels).unwrap_err().to_string();
+        let words = ["scheduler_config.json", "learned_range", "6 channels", &format!("it has {channels}")];
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    }
+}
+
 #[test]
 fn bad_configurations_name_the_key() {
     let bad = |json: serde_json::Value, sampler: Sampler, word: &str| {
@@ -459,6 +557,7 @@ fn bad_configurations_name_the_key() {
     bad(json!({"clip_sample_range": -1.0}), Sampler::Ddim, "clip_sample_range");
     bad(json!({"steps_offset": 200}), Sampler::Ddim, "steps_offset");
     bad(json!({"variance_type": "learned"}), Sampler::Ddpm, "variance_type");
+    bad(json!({"variance_type": "fixed_large_log"}), Sampler::Ddpm, "variance_type");
     bad(json!({"use_beta_sigmas": true}), Sampler::Euler, "use_beta_sigmas");
     bad(json!({"use_karras_sigmas": true, "use_exponential_sigmas": true}), Sampler::Euler, "use_karras_sigmas");
     bad(json!({"interpolation_type": "cubic"}), Sampler::Euler, "interpolation_type");

@@ -403,7 +403,8 @@ impl SchedulerConfig {
         Err(self.error(match learned {
             true => format!(
                 "variance_type is learned_range, so the denoiser's output must have {twice} channels, \
-                 {channels} of them of the variance; it has {output_channels}: set variance_type to fixed_small, or use request.scheduler ddim"
+                 {channels} of them of the variance; it has {output_channels}: \
+                 set variance_type to fixed_small, or use request.scheduler ddim"
             ),
             false => format!(
                 "the denoiser's output has {output_channels} channels, expected {channels} as the samples have, \

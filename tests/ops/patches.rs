@@ -268,6 +268,36 @@ fn steps_patches_and_averages_them_whatever_the_groups() {
     }
 }
 
+/// A variance that the network predicts is left alone, whatever it is: the same bits as without.
+#[test]
+fn a_predicted_variance_is_not_read() {
+    for (device, dtype) in devices().into_iter().flat_map(|device| DType::FLOATS.map(|dtype| (device.clone(), dtype))) {
+        let case = &cases()[1];
+        let mut random = Random::new(6);
+        let (x, table) = (random.randn(&device, &case.shape(), DType::F32), steps(&device, Some(1.0)));
+        let mut patches = patches(&device, case);
+        patches.begin_group(0..case.total()).unwrap();
+        for guided in [false, true] {
+            let images = case.images * case.total();
+            let [h, w] = case.layout.size;
+            let rows = if guided { 2 * images } else { images };
+            let output = random.randn(&device, &[rows, h, w, case.channels], dtype);
+            let values = output.to_f32_vec().unwrap();
+            let pixels = values.chunks(case.channels).map(|pixel| [pixel, &vec![f32::NAN; case.channels]].concat());
+            let wide: Vec<f32> = pixels.flatten().collect();
+            let wide = Tensor::from_f32(&device, &[rows, h, w, 2 * case.channels], dtype, &wide).unwrap();
+            let scale = GuidanceScale { scale: 4.0, rescale: 0.7 };
+            let guidance = guided.then(|| Guidance::new(&device, &vec![scale; images]).unwrap());
+            let [narrow, wide] = [&output, &wide].map(|output| {
+                let mut sums = Tensor::uninit(&device, x.shape(), DType::F32).unwrap();
+                ops::step_patches(&x, &patches, output, guidance.as_ref(), &table, &mut sums).unwrap();
+                sums.to_f32_vec().unwrap()
+            });
+            assert!(narrow == wide && narrow.iter().all(|v| v.is_finite()), "{device} {dtype} guided {guided}");
+        }
+    }
+}
+
 /// Of guidance that rescales, the deviations are those of each patch.
 #[test]
 fn guidance_is_rescaled_patch_by_patch() {

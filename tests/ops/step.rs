@@ -3,7 +3,8 @@
 use crate::common::{Expected, Random, assert_close, cards, devices, f64s};
 use megafuse::Error;
 use megafuse::ops::{
-    self, Guidance, GuidanceScale, Kept, SampleState, StepCoefficients, StepIndex, StepRow, StepTable, Thresholding,
+    self, Guidance, GuidanceScale, Kept, LearnedNoise, SampleState, StepCoefficients, StepIndex, StepRow, StepTable,
+    Thresholding,
 };
 use megafuse::runtime::{DType, Device, MetaDevice, Repeated, Tensor};
 use megafuse::schedulers::{Evaluation, Sampler, Scheduler, SchedulerConfig};
@@ -107,6 +108,132 @@ fn expected(k: &StepCoefficients, x: &[f64], output: &[f64], guidance: Option<f3
         x0.1.push(size);
     }
     (next, x0)
+}
+
+/// The logarithms of a variance that a network's predictions lie between.
+const LEARNED: LearnedNoise = LearnedNoise { log_smallest: -3.5, log_largest: -0.75 };
+
+/// An output `[.., C]` with a variance behind it, `[.., 2C]`.
+fn with_variance(output: &Tensor, variance: impl Iterator<Item = f32>) -> Tensor {
+    let (mut shape, values) = (output.shape().to_vec(), output.to_f32_vec().unwrap());
+    let (c, variance) = (shape[3], variance.take(values.len()).collect::<Vec<f32>>());
+    let pixels = values.chunks(c.max(1)).zip(variance.chunks(c.max(1)));
+    let wide: Vec<f32> = pixels.flat_map(|(values, variance)| [values, variance].concat()).collect();
+    shape[3] = 2 * c;
+    Tensor::from_f32(output.device(), &shape, output.dtype(), &wide).unwrap()
+}
+
+/// Noise of the variance that the network predicts for each value: with guidance in the conditional half, of which the other's
+/// is NaN here; of rows that learn none, or add none, it is not read. A variance may lie beyond the two of the row.
+#[test]
+fn learned_noise_has_the_variance_of_the_conditional_half() {
+    let noisy = StepCoefficients { next_from_noise: 1.0, learned: Some(LEARNED), ..COEFFICIENTS };
+    let posterior = LearnedNoise { log_smallest: 1e-20f32.ln(), log_largest: -9.0 };
+    let kinds = [
+        (noisy, true),
+        (StepCoefficients { learned: None, ..noisy }, false),
+        (StepCoefficients { next_from_noise: -0.4, clip: Some(0.5), x0_from_next: true, ..noisy }, true),
+        (StepCoefficients { learned: Some(posterior), ..noisy }, true),
+        (StepCoefficients { next_from_noise: 0.0, ..noisy }, false),
+    ];
+    for device in devices() {
+        for (dtype, shape) in DType::FLOATS.into_iter().flat_map(|dtype| SHAPES.map(|s| (dtype, s))) {
+            for guidance in [None, Some(7.5), Some(-1.0)] {
+                let mut random = Random::new(21);
+                let mut steps = table(&device, &kinds.map(|(k, _)| k));
+                let mut state = SampleState::new(random.randn(&device, &shape, DType::F32)).unwrap();
+                let count = shape.iter().product::<usize>();
+                for (step, (k, reads)) in kinds.iter().enumerate() {
+                    let noise = random.randn(&device, &shape, DType::F32);
+                    let halves = if guidance.is_some() { 2 } else { 1 };
+                    let output = random.randn(&device, &[halves * shape[0], shape[1], shape[2], shape[3]], dtype);
+                    let v = random.randn(&device, &shape, dtype);
+                    let nan = std::iter::repeat_n(f32::NAN, (halves - 1) * count);
+                    let of_condition = v.to_f32_vec().unwrap().into_iter().map(|v| if *reads { v } else { f32::NAN });
+                    let wide = with_variance(&output, nan.chain(of_condition));
+
+                    let f = f64::from;
+                    let deviation = |v: f64| match k.learned.filter(|_| *reads) {
+                        None => (1.0, 1.0),
+                        Some(LearnedNoise { log_smallest, log_largest }) => {
+                            let fraction = (v + 1.0) / 2.0;
+                            let [large, small] = [fraction * f(log_largest), (1.0 - fraction) * f(log_smallest)];
+                            // An error of the logarithm is one of the deviation, relative to it.
+                            ((0.5 * (large + small)).exp(), 1.0 + large.abs() + small.abs())
+                        }
+                    };
+                    let deviations: Vec<(f64, f64)> = f64s(&v).into_iter().map(deviation).collect();
+                    let noised: Vec<f64> = f64s(&noise).iter().zip(&deviations).map(|(n, (d, _))| n * d).collect();
+                    let mut want = expected(k, &f64s(state.x()), &f64s(&output), guidance, &noised);
+                    for (i, (_, size)) in deviations.iter().enumerate() {
+                        let more = (f(k.next_from_noise) * noised[i]).abs() * size;
+                        want.0.1[i] += more;
+                        want.1.1[i] += if k.x0_from_next { more } else { 0.0 };
+                    }
+                    let guided = guide(&device, shape[0], guidance);
+                    ops::sampler_step(&mut state, &wide, guided.as_ref(), &steps, Some(&noise)).unwrap();
+                    steps.index_mut().advance().unwrap();
+                    let what = format!("{device} {dtype} {shape:?} guidance {guidance:?} step {step}");
+                    for (got, (values, magnitudes), name) in [(state.x(), want.0, "x"), (state.x0(), want.1, "x0")] {
+                        let want = Expected { shape: shape.to_vec(), values, magnitudes };
+                        assert_close(got, &want, 3.0, format!("{name} {what}"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What rescales, thresholds and remembers has the same bits beside a predicted variance as without it; learned noise is
+/// its own image's. One of three images ends before the others.
+#[test]
+fn a_predicted_variance_is_no_part_of_the_output() {
+    let kept = Some(Kept { from_x: 0.2, from_e: 0.3, from_x0: 0.5 });
+    let k = StepCoefficients { next_from_history: [0.4, 0.0, 0.0], kept, ..COEFFICIENTS };
+    let learned = StepCoefficients { next_from_noise: 1.0, learned: Some(LEARNED), ..k };
+    let scales = [(7.5, 0.7), (3.0, 0.0), (1.5, 1.0)].map(|(scale, rescale)| GuidanceScale { scale, rescale });
+    let shape = [3, 5, 7, 3];
+    for (device, dtype, guided, thresholds) in devices().into_iter().flat_map(|device| {
+        let dtypes = DType::FLOATS.map(|dtype| [(dtype, true, true), (dtype, true, false), (dtype, false, true)]);
+        dtypes.into_iter().flatten().map(move |(dtype, guided, bounds)| (device.clone(), dtype, guided, bounds))
+    }) {
+        let mut random = Random::new(22);
+        let x = random.randn(&device, &shape, DType::F32).to_f32_vec().unwrap();
+        let rows = if guided { 6 } else { 3 };
+        let outputs = [0, 1].map(|_| random.randn(&device, &[rows, 5, 7, 3], dtype));
+        let noise = random.randn(&device, &shape, DType::F32);
+        let v: Vec<f32> = (0..rows * 105).map(|_| random.normal() as f32).collect();
+        let v = Tensor::from_f32(&device, &[rows, 5, 7, 3], dtype, &v).unwrap().to_f32_vec().unwrap();
+        let run = |k: StepCoefficients, variance: Option<f32>| {
+            let mut steps = table(&device, &[k, k]).with_images(3).unwrap();
+            let limit = Thresholding { ratio: 0.83, max: 1.75 };
+            steps = steps.with_thresholding(thresholds.then_some(limit)).unwrap();
+            steps.index_mut().set_left(&[2, 2, 1]).unwrap();
+            let x = Tensor::from_f32(&device, &shape, DType::F32, &x).unwrap();
+            let mut state = SampleState::with_history(x, steps.history()).unwrap();
+            let guidance = guided.then(|| Guidance::new(&device, &scales).unwrap());
+            for output in &outputs {
+                let wide = variance.map(|scale| with_variance(output, v.iter().map(|v| scale * v)));
+                let noise = steps.adds_noise().then_some(&noise);
+                let output = wide.as_ref().unwrap_or(output);
+                ops::sampler_step(&mut state, output, guidance.as_ref(), &steps, noise).unwrap();
+                steps.index_mut().advance().unwrap();
+            }
+            [state.x(), state.x0()].map(|x| x.to_f32_vec().unwrap())
+        };
+        let what = format!("{device} {dtype} guided {guided} thresholds {thresholds}");
+        assert!(run(k, None) == run(k, Some(20.0)) && run(k, None) == run(k, Some(f32::NAN)), "{what}");
+        // Of the noise alone.
+        let alone = StepCoefficients { next_from_x: 0.0, next_from_e: 0.0, next_from_x0: 0.0, kept: None, ..learned };
+        let [noised, _] = run(StepCoefficients { next_from_history: [0.0; 3], ..alone }, Some(1.0));
+        for (i, got) in noised.into_iter().enumerate() {
+            let f = f64::from;
+            let fraction = (f(v[i + (rows - 3) * 105]) + 1.0) / 2.0;
+            let log = fraction * f(LEARNED.log_largest) + (1.0 - fraction) * f(LEARNED.log_smallest);
+            let want = (0.5 * log).exp() * f64s(&noise)[i];
+            assert!((f(got) - want).abs() <= 2e-6 * want.abs(), "{what} element {i}: {got}, expected {want}");
+        }
+    }
 }
 
 /// Guidance of 1 and of 0 are the conditional and the unconditional output; NaN is not clipped away; noise of weight 0 is
@@ -252,6 +379,49 @@ fn meta_records_what_the_card_launches() {
     assert_eq!(records, [("scale_input", 960), ("sampler_step", 4 * 480 + 480 + 480), ("advance_step", 16)]);
 }
 
+/// A step that learns its noise, with everything before it: as many launches as a card makes of it.
+#[test]
+fn meta_counts_the_launches_of_learned_noise() {
+    let work = |device: &Device, wide: usize, run: &mut dyn FnMut(&mut dyn FnMut())| {
+        let zeros = |shape: [usize; 4], dtype| Tensor::zeros(device, &shape, dtype).unwrap();
+        let mut state = SampleState::new(zeros([2, 3, 5, 4], DType::F32)).unwrap();
+        let (output, noise) = (zeros([4, 3, 5, wide * 4], DType::F16), zeros([2, 3, 5, 4], DType::F32));
+        let learned = (wide == 2).then_some(LEARNED);
+        let mut steps = table(device, &[StepCoefficients { next_from_noise: 1.0, learned, ..COEFFICIENTS }]);
+        steps = steps.with_thresholding(Some(Thresholding { ratio: 0.9, max: 1.5 })).unwrap();
+        let guidance = Guidance::new(device, &[GuidanceScale { scale: 7.0, rescale: 0.5 }; 2]).unwrap();
+        run(&mut || ops::sampler_step(&mut state, &output, Some(&guidance), &steps, Some(&noise)).unwrap());
+    };
+    let names = ["guidance_rescale", "dynamic_threshold", "sampler_step"];
+    let bytes = [1, 2].map(|wide| {
+        let meta = MetaDevice::default();
+        let mut bytes = Vec::new();
+        work(&Device::Meta(meta.clone()), wide, &mut |step| {
+            meta.take_report();
+            step();
+            let ops = meta.take_report().ops;
+            assert_eq!(ops.iter().map(|op| (op.op, op.work.launches)).collect::<Vec<_>>(), names.map(|name| (name, 1)));
+            bytes = ops.iter().map(|op| op.work.bytes).collect();
+        });
+        bytes
+    });
+    // The variance of 240 values in f16 beside the output: read twice, eight times, once.
+    let more: Vec<u64> = bytes[1].iter().zip(&bytes[0]).map(|(wide, narrow)| wide - narrow).collect();
+    assert_eq!(more, [2 * 480, 8 * 480, 480]);
+    for device in cards() {
+        let Device::Cuda(card) = &device else { unreachable!() };
+        work(&device, 2, &mut |step| {
+            let graph = card
+                .capture(0, || {
+                    step();
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(graph.kernels(), names.map(|name| format!("{name}_f16")));
+        });
+    }
+}
+
 #[test]
 fn errors_name_the_argument() {
     for device in devices() {
@@ -278,6 +448,27 @@ fn errors_name_the_argument() {
         assert!(matches!(SampleState::new(half.clone()).unwrap_err(), Error::Dtype { arg: "x", .. }));
         assert!(matches!(SampleState::new(zeros(&[3], DType::F32)).unwrap_err(), Error::Shape { arg: "x", .. }));
         assert!(matches!(SampleState::new(x.clone()).unwrap_err(), Error::Argument { arg: "x", .. }), "it is shared");
+        // Samples of 4 channels, and of 8 with their variance.
+        let learns =
+            table(&device, &[StepCoefficients { next_from_noise: 1.0, learned: Some(LEARNED), ..COEFFICIENTS }]);
+        let wide = |rows: usize, channels: usize| zeros(&[rows, 3, 5, channels], DType::F32);
+        for (output, guidance, steps) in [
+            (wide(2, 4), None, &learns),
+            (wide(2, 12), None, &learns),
+            (wide(2, 12), None, &plain),
+            (wide(2, 2), None, &plain),
+            (wide(2, 8), Some(7.0), &learns),
+            (wide(4, 8), None, &plain),
+        ] {
+            let error = step(&output, guidance, steps, steps.adds_noise().then_some(&x));
+            let text = error.to_string();
+            assert!(matches!(error, Error::Shape { arg: "model_output", .. }) && text.contains("variance"), "{text}");
+        }
+        for log in [f32::NAN, f32::NEG_INFINITY] {
+            let learned = Some(LearnedNoise { log_smallest: log, ..LEARNED });
+            let rows = vec![row(StepCoefficients { learned, ..COEFFICIENTS })];
+            assert!(matches!(StepTable::new(&device, rows).unwrap_err(), Error::Argument { arg: "learned", .. }));
+        }
         for clip in [-1.0, f32::NAN] {
             let rows = vec![row(StepCoefficients { clip: Some(clip), ..COEFFICIENTS })];
             assert!(matches!(StepTable::new(&device, rows).unwrap_err(), Error::Argument { arg: "clip", .. }));
@@ -524,14 +715,18 @@ fn traces(device: &Device, run: &TwoImages, images: &[usize], begins: &[usize]) 
     steps = steps.with_thresholding(run.thresholding).unwrap();
     let guidance = Guidance::new(device, &images.iter().map(|&i| run.guidance[i]).collect::<Vec<_>>()).unwrap();
     // One per image, row and kind: the start, the two halves of the output, the noise.
-    let values = |image: usize, row: usize, kind: usize| -> Vec<f32> {
+    let some = |count: usize, image: usize, row: usize, kind: usize| -> Vec<f32> {
         let mut random = Random::new((1 + image + 7 * row + 1009 * kind) as u64);
-        (0..size).map(|_| random.normal() as f32).collect()
+        (0..count).map(|_| random.normal() as f32).collect()
     };
+    let values = |image: usize, row: usize, kind: usize| some(size, image, row, kind);
     let start: Vec<f32> = images.iter().flat_map(|&image| values(image, 0, 9)).collect();
     let x = Tensor::from_f32(device, &shape(n), DType::F32, &start).unwrap();
     let mut state = SampleState::with_history(x, steps.history()).unwrap();
-    let mut output = Tensor::zeros(device, &shape(2 * n), DType::F32).unwrap();
+    let outputs = if steps.learns_noise() { 2 } else { 1 };
+    let mut output_shape = shape(2 * n);
+    output_shape[3] *= outputs;
+    let mut output = Tensor::zeros(device, &output_shape, DType::F32).unwrap();
     let mut noise = steps.adds_noise().then(|| Tensor::zeros(device, &shape(n), DType::F32).unwrap());
     let (mut repeated, mut traces) = (Repeated::new(device), vec![Trace::new(); n]);
     let mut input = None;
@@ -541,16 +736,17 @@ fn traces(device: &Device, run: &TwoImages, images: &[usize], begins: &[usize]) 
             let left = |&begin: &usize| if t < begin { 0 } else { (begin + count).saturating_sub(t) };
             steps.index_mut().set_left(&begins.iter().map(left).collect::<Vec<_>>()).unwrap();
         }
-        let of = |kind: usize, read: &dyn Fn(&StepRow) -> bool| -> Vec<f32> {
+        let of = |kind: usize, count: usize, read: &dyn Fn(&StepRow) -> bool| -> Vec<f32> {
             let of_image = |i: usize| match running[i] && read(&run.rows[t - begins[i]]) {
-                true => values(images[i], t - begins[i], kind),
-                false => vec![f32::NAN; size],
+                true => some(count, images[i], t - begins[i], kind),
+                false => vec![f32::NAN; count],
             };
             (0..n).flat_map(of_image).collect()
         };
-        output.write_f32(&[of(0, &|_| true), of(1, &|_| true)].concat()).unwrap();
+        let halves = [0, 1].map(|half| of(half, outputs * size, &|_| true));
+        output.write_f32(&halves.concat()).unwrap();
         if let Some(noise) = &mut noise {
-            noise.write_f32(&of(2, &|row| row.coefficients.next_from_noise != 0.0)).unwrap();
+            noise.write_f32(&of(2, size, &|row| row.coefficients.next_from_noise != 0.0)).unwrap();
         }
         let step = || {
             input = Some(ops::scale_input(state.x(), &steps, DType::F16, 2)?);
@@ -593,11 +789,13 @@ struct TwoImages {
 #[test]
 fn images_at_different_steps_are_what_each_is_alone() {
     let json = r#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000, "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#;
+        "num_train_timesteps": 1000, "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1,
+        "variance_type": "learned_range"}"#;
     let config = SchedulerConfig::from_json("scheduler_config.json", json).unwrap();
-    for (device, sampler) in devices().into_iter().flat_map(|device| {
-        [Sampler::Ddim, Sampler::EulerAncestral, Sampler::Dpm2M, Sampler::Heun].map(|sampler| (device.clone(), sampler))
-    }) {
+    // Ddpm's noise is learned.
+    let samplers = [Sampler::Ddim, Sampler::EulerAncestral, Sampler::Dpm2M, Sampler::Heun, Sampler::Ddpm];
+    for (device, sampler) in devices().into_iter().flat_map(|device| samplers.map(|sampler| (device.clone(), sampler)))
+    {
         let scheduler = Scheduler::new(&config, sampler, 5, 0.0).unwrap();
         let row = |evaluation: &Evaluation| StepRow {
             input_scale: evaluation.input_scale,

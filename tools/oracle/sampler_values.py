@@ -14,6 +14,7 @@ from module_values import compact, normal
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (1, 4, 3, 5)
 SMALL = (1, 2, 2, 3)
+PIXELS = (1, 3, 2, 2)
 
 
 def cases():
@@ -189,6 +190,20 @@ def small_cases():
     return out
 
 
+def learned_cases():
+    """DeepFloyd IF's stages, whose network predicts the variance of the noise for each value. DPM-Solver's class drops it."""
+    stage_1 = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True,
+               "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5}
+    # The last timestep is above 0, so that noise of the smallest variance that there is may be added there.
+    trailing = stage_1 | {"thresholding": False, "timestep_spacing": "trailing"}
+    return [
+        ("ddpm-learned-stage-1", "DDPM", stage_1, 5, None),
+        ("ddpm-learned-stage-2", "DDPM", stage_1 | {"sample_max_value": 1.0}, 4, None),
+        ("ddpm-learned-trailing", "DDPM", trailing, 4, None),
+        ("dpm-learned", "DPMSolverMultistep", stage_1, 4, None),
+    ]
+
+
 ZERO_SNR = (("ddim", "DDIM"), ("ddpm", "DDPM"), ("lcm", "LCM"), ("euler", "EulerDiscrete"),
             ("euler-ancestral", "EulerAncestralDiscrete"), ("heun", "HeunDiscrete"), ("dpm", "DPMSolverMultistep"),
             ("unipc", "UniPCMultistep"), ("deis", "DEISMultistep"))
@@ -223,6 +238,8 @@ def trajectory(name, cls, config, steps, eta, tensors, shape=SHAPE):
     for i, t in enumerate(scheduler.timesteps):
         model_input = scale(x, t)
         output = 0.1 * torch.tanh(model_input) + 0.9 * normal(5000 + i, *shape)
+        if config.get("variance_type") == "learned_range":
+            output = torch.cat([output, 0.6 * normal(6000 + i, *shape)], 1)  # beyond -1 to 1 at times, as the networks' are
         if cls == "DDIM":
             noise = torch.randn(shape, generator=generator) if eta > 0 else None
             step = scheduler.step(output, t, x, eta=eta, variance_noise=noise)
@@ -283,6 +300,7 @@ def write(root):
     check_what_divides_by_zero()
     listed = [trajectory(*case, tensors) for case in cases()]
     listed += [trajectory(*case, tensors, SMALL) for case in small_cases()]
+    listed += [trajectory(*case, tensors, PIXELS) for case in learned_cases()]
     tables(tensors)
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "oracle.safetensors")
     (folder / "oracle.json").write_text(compact(json.dumps({"cases": listed}, indent=1)))
