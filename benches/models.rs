@@ -129,7 +129,7 @@ impl Model {
                 let [_, h, w, _] = latents.dims("bench", "latents")?;
                 let time_ids = [[8 * h, 8 * w, 0, 0, 8 * h, 8 * w].map(|side| side as f32)];
                 let added = pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &time_ids });
-                let text = TextConditioning { text: context, added, guidance: None };
+                let text = TextConditioning { text: context, added, guidance: None, noise_level: None };
                 let conditioning = unet.condition(text, &[981.0])?;
                 unet.forward(latents, &StepIndex::one(latents.device(), 0)?, &conditioning, &UnetOptions::default())
             }

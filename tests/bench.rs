@@ -407,7 +407,7 @@ fn whole_pictures_are_made_of_random_weights() {
         }
     }
     let error = place.fails(2, &["bench", "generate", "--random", "sd4"]);
-    assert!(error.contains("expected sd15, sd21, sdxl, sd3, sd35, or a directory with the configurations"), "{error}");
+    assert!(error.contains("expected sd15, sd21, sdxl, sd3, sd35, if-i-xl, if-i-l, if-i-m, if-ii-l, or a directory with the configurations"), "{error}");
     assert!(place.fails(2, &["bench", "generate", "--model", MODEL, "--random", "sd15"]).contains("--random"));
 }
 

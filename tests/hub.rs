@@ -357,6 +357,23 @@ fn a_model_is_fetched_whole_and_then_not_again() {
     assert_eq!(again, ["/api/models/acme/tiny/revision/main?blobs=true"]);
 }
 
+/// The folders of a DeepFloyd IF are those that a Stable Diffusion has too, without the VAE's; its second stage has a scheduler more.
+#[test]
+fn a_model_over_pixels_is_fetched_whole() {
+    let hub = Hub::new();
+    let files = files_of(&drawn::folder("if/ii-l"));
+    let wanted: Vec<String> = files.keys().filter(|path| !path.ends_with(".drawn.json")).cloned().collect();
+    hub.state().files = files;
+    hub.state().files.insert("watermarker/model.safetensors".into(), b"not wanted".to_vec());
+    let cache = Cache::of(&hub);
+    let place = cache.get("acme/tiny", F32).unwrap();
+    let mut asked = hub.files_asked();
+    asked.sort();
+    assert_eq!(asked, wanted);
+    assert!(place.join("image_noising_scheduler/scheduler_config.json").is_file());
+    ModelFiles::open(&ModelSource::Directory(place)).unwrap().t5_tokenizer("tokenizer").unwrap();
+}
+
 #[test]
 fn a_plan_needs_no_weights() {
     let hub = Hub::new();

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::PathBuf;
 
 use megafuse::models::{ClipTextConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, WeightStore, Weights};
@@ -13,6 +14,27 @@ fn read(name: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+fn unpacked(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/manifest").join(name);
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(fs::File::open(&path).expect(name)).read_to_string(&mut text).expect(name);
+    text
+}
+
+/// The lists of IF's stages are whole: `tensors` of `parameters`.
+#[test]
+fn lists_of_deepfloyd_if() {
+    for (name, total, tensors) in [
+        ("if-i-xl-unet", 4_304_695_110, 775),
+        ("if-i-l-unet", 935_365_830, 775),
+        ("if-i-m-unet", 371_605_830, 775),
+        ("if-ii-l-unet", 1_243_277_190, 939),
+    ] {
+        let keys = published(name);
+        assert_eq!((parameters(&keys), keys.len()), (total, tensors), "{name}");
+    }
+}
+
 /// Lines `path name shape name shape ...`, or the list that tools/oracle/clip.py writes.
 fn published(name: &str) -> BTreeMap<String, Vec<usize>> {
     if name.starts_with("text_encoder_") {
@@ -20,7 +42,8 @@ fn published(name: &str) -> BTreeMap<String, Vec<usize>> {
         return serde_json::from_value::<Vec<_>>(list["tensors"].clone()).expect(name).into_iter().collect();
     }
     let mut keys = BTreeMap::new();
-    for line in read(&format!("{name}.txt")).lines() {
+    let text = if name.starts_with("if-") { unpacked(&format!("{name}.txt.gz")) } else { read(&format!("{name}.txt")) };
+    for line in text.lines() {
         let words: Vec<&str> = line.split(' ').collect();
         for tensor in words[1..].chunks(2) {
             let shape = tensor[1].split('x').map(|d| d.parse().expect("a dimension")).collect();

@@ -187,8 +187,9 @@ fn twins_are_the_samples_before_them() {
         let pooled = varied(&[rows, added.pooled_dim], 0.61);
         let time_ids = [[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]];
         let added = Some(AddedConditioning { pooled: &pooled, time_ids: &time_ids });
-        let conditioning =
-            unet.condition(TextConditioning { text: &text, added, guidance: None }, &[981.0, 1.0]).unwrap();
+        let conditioning = unet
+            .condition(TextConditioning { text: &text, added, guidance: None, noise_level: None }, &[981.0, 1.0])
+            .unwrap();
         let (twins, options) = (rows - first, UnetOptions::default());
         let x = varied(&[rows, 6, 5, 4], 0.83);
         let step = StepIndex::one(&device, 1).unwrap();

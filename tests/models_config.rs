@@ -14,7 +14,7 @@ fn vae(json: &str) -> VaeConfig {
 fn block(channels: usize, resnets: usize, heads: usize) -> BlockConfig {
     let attention =
         (heads > 0).then(|| AttentionConfig { heads, layers: vec![1; resnets], only_cross_attention: false });
-    BlockConfig { channels, resnets, attention }
+    BlockConfig { channels, resnets, attention, pixel: None }
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn unet_values_per_level() {
     let attention = |heads, layers: &[usize], only_cross_attention| {
         Some(AttentionConfig { heads, layers: layers.to_vec(), only_cross_attention })
     };
-    let with = |channels, resnets, attention| BlockConfig { channels, resnets, attention };
+    let with = |channels, resnets, attention| BlockConfig { channels, resnets, attention, pixel: None };
     let down =
         [block(32, 1, 0), with(64, 2, attention(2, &[2, 2], true)), with(96, 3, attention(3, &[4, 4, 4], false))];
     assert_eq!(c.down_blocks, down);
@@ -86,6 +86,22 @@ fn unet_head_counts_under_either_name() {
     assert_eq!(c.up_blocks[3].attention.as_ref().map(|a| a.heads), Some(5));
 }
 
+/// Blocks over pixels: a list of widths of heads is of the blocks in their order, on the way down and on the way up.
+#[test]
+fn heads_over_pixels_are_counted_as_published() {
+    let c = unet(
+        r#"{"block_out_channels": [32, 64], "down_block_types": ["SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"],
+            "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"], "attention_head_dim": [8, 16],
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "only_cross_attention": true}"#,
+    );
+    let heads = |block: &BlockConfig| block.pixel.as_ref().and_then(|pixel| pixel.attention.as_ref()).map(|a| a.heads);
+    assert_eq!(c.down_blocks.iter().map(heads).collect::<Vec<_>>(), [Some(4), Some(4)]);
+    assert_eq!(c.up_blocks.iter().map(heads).collect::<Vec<_>>(), [Some(8), Some(2)]);
+    let mid = c.mid_block.clone().and_then(|mid| mid.added_kv).expect("an attention");
+    assert_eq!((mid.heads, mid.only_text), (4, true));
+    assert!(c.is_of_pixels() && c.factor() == 2);
+}
+
 /// What is wrong, and what the message must name beside the file.
 #[test]
 fn bad_unet_configs_name_key_and_value() {
@@ -113,9 +129,10 @@ fn bad_unet_configs_name_key_and_value() {
             &["down_block_types", "AttnDownBlock2D is not supported"],
         ),
         (r#"{"up_block_types": "UpBlock2D"}"#, &["up_block_types", "a list of names"]),
-        (r#"{"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}"#, &["mid_block_type", "SimpleCrossAttn", "not supp"]),
+        (r#"{"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}"#, &["down_block_types", "DeepFloyd IF", "one kind"]),
+        (r#"{"mid_block_type": "UNetMidBlockFlat"}"#, &["mid_block_type is \"UNetMidBlockFlat\"", "not supported"]),
         (r#"{"mid_block_scale_factor": 0}"#, &["mid_block_scale_factor is 0"]),
-        (r#"{"act_fn": "gelu"}"#, &["act_fn is \"gelu\"", "silu"]),
+        (r#"{"act_fn": "mish"}"#, &["act_fn is \"mish\"", "silu", "gelu"]),
         (r#"{"addition_embed_type": "image"}"#, &["addition_embed_type is \"image\"", "not supported", "text_time"]),
         (r#"{"addition_embed_type": "text_time"}"#, &["addition_time_embed_dim is absent", "needs a number"]),
         (
@@ -129,10 +146,10 @@ fn bad_unet_configs_name_key_and_value() {
         ),
         (r#"{"class_embed_type": "projection"}"#, &["class_embed_type", "projection"]),
         (r#"{"num_class_embeds": 1000}"#, &["num_class_embeds is 1000"]),
-        (r#"{"encoder_hid_dim": 4096}"#, &["encoder_hid_dim is 4096"]),
+        (r#"{"encoder_hid_dim_type": "image_proj"}"#, &["encoder_hid_dim_type is \"image_proj\""]),
         (r#"{"time_cond_proj_dim": "256"}"#, &["time_cond_proj_dim is \"256\""]),
         (r#"{"time_embedding_type": "fourier"}"#, &["time_embedding_type", "fourier"]),
-        (r#"{"resnet_time_scale_shift": "scale_shift"}"#, &["resnet_time_scale_shift", "scale_shift"]),
+        (r#"{"resnet_time_scale_shift": "ada_group"}"#, &["resnet_time_scale_shift", "ada_group"]),
         (r#"{"dual_cross_attention": true}"#, &["dual_cross_attention is true"]),
         (r#"{"attention_type": "gated"}"#, &["attention_type", "gated"]),
         (r#"{"conv_in_kernel": 4}"#, &["conv_in_kernel is 4", "odd"]),

@@ -89,7 +89,7 @@ impl OptionCase {
     }
 
     fn text(&self) -> TextConditioning<'_> {
-        TextConditioning { text: &self.text, added: self.added(), guidance: self.guidance }
+        TextConditioning { text: &self.text, added: self.added(), guidance: self.guidance, noise_level: None }
     }
 
     fn timestep(&self) -> f32 {

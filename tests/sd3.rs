@@ -173,7 +173,7 @@ fn published_models_are_planned_from_their_configurations() {
     use megafuse::models::Family;
     use megafuse::pipeline::RandomShapes;
     for (family, transformer) in [(Family::Sd3, 2_028_328_000u64 + 192 * 192 * 1536), (Family::Sd35, 2_469_663_936)] {
-        let source = ModelSource::Random(RandomShapes::Published(family));
+        let source = ModelSource::Random(RandomShapes::Published(family.into()));
         let request = Request { prompt: "a cat".into(), ..Request::suited_to(&source) };
         let report = plan(&source, DType::BF16, &request).expect("a plan");
         let stages: Vec<String> = report.stages.iter().map(ToString::to_string).collect();

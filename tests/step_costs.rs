@@ -59,7 +59,7 @@ fn step(family: Family, size: usize) -> (Report, u64) {
     let pooled = config.added.map(|added| zeros(&[2, added.pooled_dim]));
     let time_ids = [[0.0; 6]; 2];
     let added = pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &time_ids });
-    let conditioning = TextConditioning { text: &text, added, guidance: None };
+    let conditioning = TextConditioning { text: &text, added, guidance: None, noise_level: None };
     let conditioning = unet.condition(conditioning, &[981.0]).expect("conditions");
     let at = StepIndex::one(&device, 0).expect("a step");
     recorded(&recorder, || unet.forward(&latents, &at, &conditioning, &UnetOptions::default()).expect("runs"))

@@ -139,10 +139,10 @@ pub struct ProbeArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Module {
     /// --prompt -> input_ids, last_hidden_state, penultimate, pooled, prompt_embeds; of SDXL and SD3 clip1.*, clip2.*,
-    /// t5.* (SD3), prompt_embeds, pooled_prompt_embeds
+    /// t5.* (SD3, DeepFloyd IF), prompt_embeds, pooled_prompt_embeds
     Text,
-    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6])
-    /// -> out [N,C,H,W]; with --control also control [N,3,H,W] in [0,1] -> control.down<i>, control.mid, which out has in it
+    /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6];
+    /// DeepFloyd IF-II: class_labels [1], the noise level) -> out [N,C,H,W]; with --control also control [N,3,H,W] in [0,1] -> control.down<i>, control.mid, which out has in it
     Unet,
     /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D], pooled_prompt_embeds [N,P] (SD3) -> out [N,C,H,W]
     Transformer,

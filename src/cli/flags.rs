@@ -4,7 +4,7 @@ use megafuse::Error;
 use megafuse::pipeline::METHODS;
 
 /// Fields of the request and what they are here.
-const FLAGS: [(&str, &str); 35] = [
+const FLAGS: [(&str, &str); 42] = [
     ("batch", "--batch"),
     ("cache", "--cache"),
     ("cache_options", "--cache-options"),
@@ -24,11 +24,18 @@ const FLAGS: [(&str, &str); 35] = [
     ("ip_images", "--ip-image"),
     ("ip_masks", "--ip-mask"),
     ("lora", "--lora"),
+    ("lowres", "--lowres"),
     ("mask", "--mask"),
     ("method", "--method"),
     ("negative_prompt", "--negative"),
+    ("noise_level", "--noise-level"),
     ("resadapter", "--resadapter"),
     ("scheduler", "--scheduler"),
+    ("second.guidance", "--upscale-guidance"),
+    ("second.method", "--upscale-method"),
+    ("second.size", "--upscale-stages"),
+    ("second.stages", "--upscale-stages"),
+    ("second.steps", "--upscale-steps"),
     ("sigmas", "--sigmas"),
     ("size", "--size"),
     ("size_ids.crop", "--crop"),

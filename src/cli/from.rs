@@ -200,7 +200,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Keys whose value is that of a flag: key, flag.
-const SAME: [(&str, &str); 25] = [
+const SAME: [(&str, &str); 29] = [
     ("cache", "cache"),
     ("cache_options", "cache_options"),
     ("size", "size"),
@@ -224,6 +224,10 @@ const SAME: [(&str, &str); 25] = [
     ("t5_length", "t5_length"),
     ("prompt_syntax", "prompt_syntax"),
     ("long_prompt", "long_prompt"),
+    ("noise_level", "noise_level"),
+    ("upscale_guidance", "upscale_guidance"),
+    ("upscale_method", "upscale_method"),
+    ("upscale_stages", "upscale_stages"),
     ("original_size", "original_size"),
     ("target_size", "target_size"),
 ];
@@ -328,7 +332,11 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
         recipe.files.push(("choices", format!("--choices {choices}")));
     }
     controls(list("controls")?, &mut recipe).ok_or_else(|| wrong("controls", "names, pictures and scales"))?;
-    for (key, flag) in [("init_image", "--init-image"), ("mask", "--mask")] {
+    if let Some(name) = json.get("second_model") {
+        let name = name.as_str().ok_or_else(|| wrong("second_model", "a name"))?;
+        recipe.files.push(("upscale_model", format!("--upscale-model {name}")));
+    }
+    for (key, flag) in [("init_image", "--init-image"), ("mask", "--mask"), ("lowres", "--lowres")] {
         if let Some(name) = json.get(key) {
             let name = name.as_str().ok_or_else(|| wrong(key, "the name of a file"))?;
             recipe.files.push((key, format!("{flag} {name}")));
@@ -345,6 +353,8 @@ fn of_json(path: &Path, json: &Map<String, Value>) -> Result<Recipe> {
             "choices",
             "cache_computed",
             "upscale_model",
+            "second_model",
+            "lowres",
             "init_image",
             "mask",
             "controls",
@@ -596,7 +606,7 @@ fn without_networks(prompt: &str) -> (String, Vec<String>) {
 }
 
 /// Keys that say what a run was made of: another value makes another picture.
-const COMPARED: [&str; 11] = [
+const COMPARED: [&str; 12] = [
     "model",
     "loras",
     "resadapter",
@@ -606,6 +616,7 @@ const COMPARED: [&str; 11] = [
     "vae",
     "version",
     "init_image_digest",
+    "lowres_digest",
     "mask_digest",
     "control_files",
 ];

@@ -21,6 +21,7 @@ mod memory;
 mod method_options;
 mod output;
 mod picture_args;
+mod pixel_args;
 mod plan;
 mod predict;
 mod probe;

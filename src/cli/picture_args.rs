@@ -19,6 +19,7 @@ use super::hub::HubArgs;
 use super::ip_args::IpArgs;
 use super::manifest::Shard;
 use super::method_options::{MethodChoice, MethodOptions};
+use super::pixel_args::{PixelArgs, second_model};
 use super::values::{self, Batch, DeviceChoice, Seeds, Stages};
 
 #[derive(Args)]
@@ -54,7 +55,8 @@ pub struct GenerateArgs {
     ///
     /// f32, NCHW: noise<j> (the j-th draw, from 0), timesteps, alpha_bar, step<n> (latents after the n-th update, from
     /// 1), relay<k>.{x0,decoded,upsampled,encoded,noised} (the k-th relay, from 1), init<k>.{picture,encoded,mask,masked,noised}
-    /// (of --init-image, for stage k from 0), latent, image; and as i64 what the method chose (see --choices): shifts.
+    /// (of --init-image, for stage k from 0), cond<k> (of --lowres, with its noise), latent, image; of a second stage of DeepFloyd IF
+    /// second.*; and as i64 what the method chose (see --choices): shifts.
     /// Replaced when it exists; with --count N the names get -1 to -N before the ending.
     #[arg(long, value_name = "FILE", value_parser = values::path(), help_heading = "Output", conflicts_with = "manifest")]
     pub dump: Option<PathBuf>,
@@ -329,7 +331,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", value_parser = values::clip_skip, help_heading = "Prompt")]
     pub clip_skip: Option<usize>,
 
-    /// Tokens of a prompt that a T5 text encoder (SD 3) reads (default: 256; 77 with --reference-compat)
+    /// Tokens of a prompt that a T5 text encoder (SD 3, DeepFloyd IF) reads (default: 256; 77 with --reference-compat, and of
+    /// DeepFloyd IF)
     #[arg(long, value_name = "N", value_parser = values::t5_length, help_heading = "Prompt")]
     pub t5_length: Option<usize>,
 
@@ -435,7 +438,7 @@ pub struct RunArgs {
 
     /// Where text encoders run (default: where everything does)
     ///
-    /// cpu: on the host, so that they need no memory of a card; their T5 is the largest part of SD 3.
+    /// cpu: on the host, so that they need no memory of a card; their T5 is the largest part of SD 3 and of DeepFloyd IF.
     #[arg(long, value_name = "D", value_parser = ["cpu"], help_heading = "Machine")]
     pub text_encoder_device: Option<String>,
 
@@ -457,6 +460,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub upscale: UpscaleArgs,
+
+    #[command(flatten)]
+    pub pixel: PixelArgs,
 
     /// Where to run: auto, cpu, cuda, cuda:N or emu; auto takes the best that is there
     #[arg(long, value_name = "D", value_parser = DeviceChoice::parse, default_value = "auto",
@@ -548,11 +554,13 @@ impl StartArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Upscaling")]
 pub struct UpscaleArgs {
-    /// Enlarge every finished picture with this network: ESRGAN, Real-ESRGAN or BSRGAN (RRDBNet)
+    /// Enlarge every finished picture with this network: ESRGAN, Real-ESRGAN or BSRGAN (RRDBNet); or with this second stage of
+    /// DeepFloyd IF
     ///
     /// A safetensors or .pth file; how many times the edges become longer, 1, 2, 4 or 8, is the network's. The same bytes as of
-    /// megafuse upscale on the picture.
-    #[arg(long, value_name = "FILE", value_parser = values::path())]
+    /// megafuse upscale on the picture. Or a folder as diffusers saves a second stage, behind a --model that is a first one: it reads
+    /// the same prompt, and needs no text encoder.
+    #[arg(long, value_name = "FILE|DIR", value_parser = values::path())]
     pub upscale_model: Option<PathBuf>,
 
     /// How the upscaler goes through a picture: stripes of N of its rows; 0: at once (default: what fits)
@@ -568,7 +576,7 @@ pub struct UpscaleArgs {
 
 impl UpscaleArgs {
     fn options(&self, device: &Device) -> Option<UpscaleOptions> {
-        let file = self.upscale_model.clone()?;
+        let file = self.upscale_model.clone().filter(|path| second_model(path).is_none())?;
         let dtype = self.upscale_dtype.unwrap_or_else(|| UpscaleOptions::usual_dtype(device));
         Some(UpscaleOptions { file, dtype, tiling: tiling(self.upscale_tile) })
     }
@@ -673,7 +681,9 @@ impl RunArgs {
         let (upscale, controls) = (self.upscale.options(device), self.control.control.clone());
         let host = self.text_encoder_device.is_some() && !matches!(device, Device::Cpu(_));
         let (text_device, vae_dtype) = (host.then(Device::cpu), self.vae_dtype);
-        LoadOptions { device: device.clone(), text_device, dtype, weights, vae_dtype, memory, upscale, controls }
+        let second = self.upscale.upscale_model.as_deref().and_then(second_model);
+        let (device, reads_prompts) = (device.clone(), true);
+        LoadOptions { device, text_device, dtype, weights, vae_dtype, memory, upscale, controls, reads_prompts, second }
     }
 
     /// Those of `--stages`; none: they are planned.
@@ -706,6 +716,8 @@ impl RunArgs {
             guidance_rescale: self.guidance_rescale,
             guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
+            lowres: self.pixel.lowres(self.upscale.upscale_model.as_deref())?,
+            second: self.pixel.second(self.upscale.upscale_model.as_deref())?,
             controls: self.control.inputs()?,
             ip_images: self.ip.images()?,
             size_ids: SizeIds { original: self.original_size, crop: self.crop, target: self.target_size },

@@ -8,7 +8,7 @@ use megafuse::models::{
     TextEmbeddings, Unet, UnetCall, UnetOptions, Vae,
 };
 use megafuse::ops::StepIndex;
-use megafuse::pipeline::{ControlFiles, ModelFiles, T5_LENGTH, WeightReport};
+use megafuse::pipeline::{ControlFiles, IF_T5_LENGTH, ModelFiles, T5_LENGTH, WeightReport};
 use megafuse::{DType, Device, Error, Result, Tensor};
 
 use super::args::{Module, ProbeArgs};
@@ -109,11 +109,12 @@ fn missing(flag: &'static str, reason: String) -> Error {
     Error::Request { field: flag, value: "is missing".into(), reason }
 }
 
-/// T5, of a model that has one: `t5.input_ids`, `t5.attention_mask`, `t5.last_hidden_state`, of [`T5_LENGTH`] tokens.
+/// T5, of a model that has one: `t5.input_ids`, `t5.attention_mask`, `t5.last_hidden_state`, of `length` tokens; `masked`: nothing
+/// attends to the padding.
 fn t5(
     files: &ModelFiles,
     [tokenizer, encoder]: [&'static str; 2],
-    prompt: &str,
+    (prompt, length, masked): (&str, usize, bool),
     device: &Device,
     dtype: DType,
     loaded: &mut dyn FnMut(WeightReport),
@@ -121,23 +122,25 @@ fn t5(
     let (model, report) = files.t5(encoder, device, dtype)?;
     loaded(report);
     let tokenizer = files.t5_tokenizer(tokenizer)?.fitted(model.config().vocab_size)?;
-    let tokens = tokenizer.encode(prompt, T5_LENGTH)?;
+    let tokens = tokenizer.encode(prompt, length)?;
     if let Some(rest) = &tokens.truncated {
-        say!("warning: the prompt is longer than T5's {T5_LENGTH} tokens; cut off: {rest:?}");
+        say!("warning: the prompt is longer than T5's {length} tokens; cut off: {rest:?}");
     }
-    let hidden = model.forward(std::slice::from_ref(&tokens.ids), None)?;
+    let lengths = masked.then_some(std::slice::from_ref(&tokens.length));
+    let hidden = model.forward(std::slice::from_ref(&tokens.ids), lengths)?;
     let ids = tokens.ids.iter().map(|&id| i64::from(id)).collect();
-    let mask = (0..T5_LENGTH).map(|token| i64::from(token < tokens.length)).collect();
+    let mask = (0..length).map(|token| i64::from(token < tokens.length)).collect();
     Ok(Arrays::from([
-        ("t5.input_ids".into(), Array::i64(&[1, T5_LENGTH], ids)),
-        ("t5.attention_mask".into(), Array::i64(&[1, T5_LENGTH], mask)),
+        ("t5.input_ids".into(), Array::i64(&[1, length], ids)),
+        ("t5.attention_mask".into(), Array::i64(&[1, length], mask)),
         ("t5.last_hidden_state".into(), Array::f32(hidden.shape(), hidden.to_f32_vec()?)),
     ]))
 }
 
 /// One encoder: `input_ids`, `last_hidden_state`, `penultimate`, `pooled`, and `prompt_embeds`, which is what the UNet of the
 /// SD 1.x/2.x family reads, the last hidden state. Two (SDXL): the same of each as `clip1.*` and `clip2.*`, `prompt_embeds`, both
-/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection. Of SD3 [`told_sd3`], and T5's own.
+/// penultimate states side by side, and `pooled_prompt_embeds`, the second one's projection. Of SD3 [`told_sd3`], and T5's own; of
+/// DeepFloyd IF T5's alone, which are the `prompt_embeds`.
 fn text(
     files: &ModelFiles,
     prompt: &str,
@@ -145,6 +148,15 @@ fn text(
     dtype: DType,
     loaded: &mut dyn FnMut(WeightReport),
 ) -> Result<Arrays> {
+    if files.reads_t5_alone() {
+        let prompt = prompt.to_lowercase();
+        let read = (prompt.trim(), IF_T5_LENGTH, true);
+        let mut arrays = t5(files, ["tokenizer", "text_encoder"], read, device, dtype, loaded)?;
+        if let Some(hidden) = arrays.get("t5.last_hidden_state").cloned() {
+            arrays.insert("prompt_embeds".into(), hidden);
+        }
+        return Ok(arrays);
+    }
     let mut arrays = Arrays::new();
     let mut part = |[tokenizer, encoder]: [&'static str; 2], prefix: &str| -> Result<(TextEmbeddings, Tensor)> {
         let (model, report) = files.clip(encoder, device, dtype)?;
@@ -189,7 +201,8 @@ fn told_sd3(
         to[..own].copy_from_slice(from);
     }
     if files.has("text_encoder_3") {
-        let t5 = t5(files, ["tokenizer_3", "text_encoder_3"], prompt, device, dtype, loaded)?;
+        let read = (prompt, T5_LENGTH, false);
+        let t5 = t5(files, ["tokenizer_3", "text_encoder_3"], read, device, dtype, loaded)?;
         if let Some(Array { values: Values::F32(values), .. }) = t5.get("t5.last_hidden_state") {
             all[tokens * width..].copy_from_slice(values);
         }
@@ -269,10 +282,15 @@ fn pooled_prompt_embeds(input: &Inputs, [n, width]: [usize; 2], device: &Device,
 
 /// `timestep`, the same of all `n` samples.
 fn timestep(input: &Inputs, n: usize) -> Result<f32> {
-    let (shape, timesteps) = input.get("timestep")?;
-    match timesteps.first() {
-        Some(&first) if timesteps.iter().all(|&t| t == first) && [1, n].contains(&timesteps.len()) => Ok(first),
-        _ => Err(input.mismatch("timestep", &shape, &format!("one value (or {n} equal ones)"))),
+    of_all(input, "timestep", n)
+}
+
+/// A number that is the same of all `n` samples.
+fn of_all(input: &Inputs, name: &str, n: usize) -> Result<f32> {
+    let (shape, values) = input.get(name)?;
+    match values.first() {
+        Some(&first) if values.iter().all(|&value| value == first) && [1, n].contains(&values.len()) => Ok(first),
+        _ => Err(input.mismatch(name, &shape, &format!("one value (or {n} equal ones)"))),
     }
 }
 
@@ -295,7 +313,7 @@ fn unet(
     device: &Device,
     dtype: DType,
 ) -> Result<Arrays> {
-    let (in_channels, width) = (unet.config().in_channels, unet.config().cross_attention_dim);
+    let (in_channels, width) = (unet.config().in_channels, unet.config().text_dim());
     let (x, sample_shape) = sample(input, in_channels, device, dtype)?;
     let n = sample_shape[0];
     let (text, timestep) = (prompt_embeds(input, [n, width], device, dtype)?, timestep(input, n)?);
@@ -313,7 +331,11 @@ fn unet(
         }
     };
     let added = added.as_ref().map(|(pooled, time_ids)| AddedConditioning { pooled, time_ids });
-    let told = TextConditioning { text: &text, added, guidance: None };
+    let noise_level = match unet.config().reads_noise_level {
+        true => Some(of_all(input, "class_labels", n)?),
+        false => None,
+    };
+    let told = TextConditioning { text: &text, added, guidance: None, noise_level };
     let (conditioning, step) = (unet.condition(told, &[timestep])?, StepIndex::one(device, 0)?);
     let Some((net, scale)) = control else {
         let out = unet.forward(&x, &step, &conditioning, options)?;

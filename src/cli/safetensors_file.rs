@@ -10,12 +10,14 @@ use safetensors::tensor::{SafeTensors, TensorView};
 use super::output;
 
 /// A tensor on its way to a file.
+#[derive(Clone)]
 pub enum Values {
     F32(Vec<f32>),
     I64(Vec<i64>),
 }
 
 /// A named array, row-major.
+#[derive(Clone)]
 pub struct Array {
     pub shape: Vec<usize>,
     pub values: Values,

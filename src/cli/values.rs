@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 
-use megafuse::models::Family;
+use megafuse::models::{DeepFloydModel, Family, PublishedModel};
 use megafuse::pipeline::{MethodSpec, ModelSource, RandomShapes, Stage, StageParts, hub_name};
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{Device, Error};
@@ -97,18 +97,22 @@ pub fn source_name(source: &ModelSource) -> String {
 }
 
 /// Published models that `--random` knows: their shapes need no file.
-const PUBLISHED: [(&str, Family); 5] = [
-    ("sd15", Family::Sd1),
-    ("sd21", Family::Sd2),
-    ("sdxl", Family::Sdxl),
-    ("sd3", Family::Sd3),
-    ("sd35", Family::Sd35),
+const PUBLISHED: [(&str, PublishedModel); 9] = [
+    ("sd15", PublishedModel::Stable(Family::Sd1)),
+    ("sd21", PublishedModel::Stable(Family::Sd2)),
+    ("sdxl", PublishedModel::Stable(Family::Sdxl)),
+    ("sd3", PublishedModel::Stable(Family::Sd3)),
+    ("sd35", PublishedModel::Stable(Family::Sd35)),
+    ("if-i-xl", PublishedModel::DeepFloyd(DeepFloydModel::IXl)),
+    ("if-i-l", PublishedModel::DeepFloyd(DeepFloydModel::IL)),
+    ("if-i-m", PublishedModel::DeepFloyd(DeepFloydModel::IM)),
+    ("if-ii-l", PublishedModel::DeepFloyd(DeepFloydModel::IiL)),
 ];
 
 /// `--random`: one of [`PUBLISHED`], or a directory with configurations.
 pub fn random(text: &str) -> Result<RandomShapes, String> {
     match PUBLISHED.iter().find(|(name, _)| *name == text) {
-        Some((_, family)) => Ok(RandomShapes::Published(*family)),
+        Some((_, model)) => Ok(RandomShapes::Published(*model)),
         None if Path::new(text).is_dir() => Ok(RandomShapes::Directory(text.into())),
         None => {
             let names: Vec<&str> = PUBLISHED.iter().map(|(name, _)| *name).collect();
@@ -120,8 +124,8 @@ pub fn random(text: &str) -> Result<RandomShapes, String> {
 /// As [`random`] reads it.
 pub fn random_name(shapes: &RandomShapes) -> String {
     match shapes {
-        RandomShapes::Published(family) => {
-            PUBLISHED.iter().find(|(_, other)| other == family).map_or("a published model", |(name, _)| name).into()
+        RandomShapes::Published(model) => {
+            PUBLISHED.iter().find(|(_, other)| other == model).map_or("a published model", |(name, _)| name).into()
         }
         RandomShapes::Directory(path) => path.display().to_string(),
     }

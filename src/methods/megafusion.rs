@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::method::{GenerationMethod, MethodSpec, OptionKind, OptionSpec, from_options};
 use super::parts::{self, PartOptions, with_parts};
-use super::{Geometry, Method, RelayClamp, Run, Sampling, Size, Stage, StageParts, relay_stages};
+use super::{Geometry, Method, ModelFacts, RelayClamp, Run, Sampling, Size, Stage, StageParts, relay_stages};
 use crate::error::{Error, Result};
 use crate::models::UnetOptions;
 use crate::ops::{self, StepCoefficients, Upsampler};
@@ -250,6 +250,10 @@ impl GenerationMethod for MegaFusion {
         relay_stages(geometry)
     }
 
+    fn takes_pixels(&self) -> bool {
+        true
+    }
+
     fn parts(&self) -> StageParts {
         parts::OF_ANY_METHOD.and(StageParts::DILATION)
     }
@@ -279,6 +283,13 @@ impl GenerationMethod for MegaFusion {
                 let reason = "has no effect without re-scheduling; add request.reschedule true or choose megafusion++";
                 return refuse("gamma", gamma.to_string(), reason);
             }
+        }
+        if self.reference_compat && run.model().is_some_and(ModelFacts::is_of_pixels) {
+            return refuse(
+                "reference_compat",
+                "true".into(),
+                "there is no published code of MegaFusion for models over pixels",
+            );
         }
         if self.reference_compat && run.scheduler().sampler() != Sampler::Ddim {
             let value = format!("with request.scheduler {}", run.scheduler().sampler());

@@ -81,6 +81,11 @@ pub trait GenerationMethod: Debug + Send + Sync {
         false
     }
 
+    /// Does it make pictures by models over pixels (DeepFloyd IF), whose networks give more than a sample's channels?
+    fn takes_pixels(&self) -> bool {
+        false
+    }
+
     /// Are its steps guided on the whole map, so that guidance can have a scale per band of frequencies
     /// ([`FrequencySplit`](super::FrequencySplit))?
     fn splits_guidance(&self) -> bool {

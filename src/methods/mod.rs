@@ -49,7 +49,7 @@ pub use hires_fix::{Enlarged, HIRES_FIX, HiresFix};
 pub use low_resolution::{LowEvaluation, LowResolution, LowSteps};
 pub use megafusion::{MEGAFUSION, MEGAFUSION_PLUS, MegaFusion};
 pub use method::{GenerationMethod, Method, MethodSpec, OptionKind, OptionSpec, from_options, text_of, without_effect};
-pub use model::{Denoiser, DiffusionModel, NoiseSource, PatchInput, ViewPlaces};
+pub use model::{Denoiser, DiffusionModel, NoiseSource, NoisedPicture, PatchInput, ViewPlaces};
 pub use multidiffusion::{MULTIDIFFUSION, MultiDiffusion};
 pub use observer::{Event, Observer, Silent, StepProgress, Watch, tell};
 pub use parts::PartOptions;

@@ -53,10 +53,32 @@ pub trait DiffusionModel {
         Ok(Vec::new())
     }
 
+    /// The pictures that the network enlarges, of a stage's size, if it reads such beside the samples.
+    ///
+    /// # Errors
+    /// Those of the pictures and the device.
+    fn lowres(&self, _size: Size) -> Result<Option<NoisedPicture>> {
+        Ok(None)
+    }
+
+    /// Has a picture a distribution of clean samples, of which [`encode`](DiffusionModel::encode) draws one? Samples of pixels are
+    /// the picture's own.
+    fn has_posterior(&self) -> bool {
+        true
+    }
+
     /// Does the network read a mask and the masked picture beside the samples?
     fn reads_mask(&self) -> bool {
         false
     }
+}
+
+/// What a network enlarges, and the noise that it reads it with: signal picture + sigma noise.
+pub struct NoisedPicture {
+    /// f32, `[N, H, W, 3]`, in [-1, 1].
+    pub pictures: Tensor,
+    pub signal: f64,
+    pub sigma: f64,
 }
 
 /// A network in a stage.
@@ -78,7 +100,8 @@ pub trait Denoiser: Any + Send {
         Err(Error::config("denoiser", "has no conditioning for samples that come twice"))
     }
 
-    /// What the network reads beside the samples, `[N, h, w, C]`, f32: the mask, then the masked picture's samples. Before
+    /// What the network reads beside the samples, `[N, h, w, C]`, f32: the mask, then the masked picture's samples; or the noised
+    /// picture that it enlarges. Before
     /// the first step of a stage; where the denoiser has them already, in the same memory.
     ///
     /// # Errors

@@ -72,7 +72,8 @@ pub trait Observer {
     /// draw, from 0), `timesteps`, `alpha_bar` (`[stages, training timesteps]`), `step<n>` (latents after the n-th
     /// update, from 1; `phase<s>.step<n>` where a method has phases, with `phase<s>.latent` at their ends),
     /// `relay<k>.{x0,decoded,upsampled,encoded,noised}` (k: the stage it leads to, the second is 1),
-    /// `init<k>.{picture,encoded,mask,masked,noised}` (what stage k, from 0, gets of the run's picture), `latent` (what is
+    /// `init<k>.{picture,encoded,mask,masked,noised}` (what stage k, from 0, gets of the run's picture), `cond<k>` (the noised picture
+    /// that stage k's network enlarges), `latent` (what is
     /// decoded at the end), `image` (not clamped).
     ///
     /// # Errors

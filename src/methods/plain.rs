@@ -32,6 +32,10 @@ impl GenerationMethod for Plain {
         Ok(())
     }
 
+    fn takes_pixels(&self) -> bool {
+        true
+    }
+
     /// The last latents, as in diffusers.
     fn sample(&self, sampling: &mut Sampling) -> Result<Tensor> {
         sampling.prepare(vec![sampling.run().scheduler().clone()], |coefficients| coefficients)?;

@@ -58,6 +58,13 @@ pub struct ModelFacts {
     pub unet: Option<UnetConfig>,
 }
 
+impl ModelFacts {
+    /// Are its samples pixels, which its network predicts the variance of (DeepFloyd IF)?
+    pub fn is_of_pixels(&self) -> bool {
+        self.unet.as_ref().is_some_and(UnetConfig::is_of_pixels)
+    }
+}
+
 /// What MegaFusion's published code has for the models of a family, whatever their sizes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PublishedSchedule {
@@ -169,8 +176,32 @@ impl Run {
     /// [`Error::Request`], [`Error::Config`]: what the method's check says of its options and the model.
     pub fn of_model(self, model: ModelFacts) -> Result<Run> {
         let run = Run { model: Some(model), ..self };
+        run.check_pixels()?;
         run.method.implementation().check(&run)?;
         Ok(run)
+    }
+
+    /// Most methods and the parts of stages are made for latents.
+    fn check_pixels(&self) -> Result<()> {
+        let Some(model) = self.model.as_ref().filter(|model| model.is_of_pixels()) else { return Ok(()) };
+        if !self.method.implementation().takes_pixels() {
+            let names = MethodSpec::names(|method| method.implementation().takes_pixels());
+            let reason =
+                format!("is for models over latents, and {} is over pixels; choose {}", model.name, one_of(&names));
+            return Err(Error::Request { field: "method", value: self.method.to_string(), reason });
+        }
+        let parts = self.stages.iter().fold(StageParts::NONE, |all, stage| all.and(stage.parts));
+        let beyond = parts.without(StageParts::DILATION);
+        if !beyond.is_empty() {
+            let reason = format!("stages with {beyond} are for models over latents, and {} is over pixels", model.name);
+            return Err(Error::Request { field: "stages", value: self.stages_text(), reason });
+        }
+        if self.guidance_high.is_some() || self.cache.is_some() {
+            let field = if self.cache.is_some() { "cache" } else { "guidance_high" };
+            let reason = format!("is for models over latents, and {} is over pixels; leave it out", model.name);
+            return Err(Error::Request { field, value: "given".into(), reason });
+        }
+        Ok(())
     }
 
     /// With what is given in place of the method's own draws.

@@ -6,8 +6,8 @@ use super::cache::{Caching, StepWork};
 use super::observer::{check_finite, tell};
 use super::views::{ViewBegin, ViewKey, ViewStage};
 use super::{
-    Denoiser, DiffusionModel, Event, FrequencySplit, Known, LowResolution, NoiseSource, Prediction, Run, Size, Stage,
-    StageInputs, StepKey, StepProgress, Watch,
+    Denoiser, DiffusionModel, Event, FrequencySplit, Known, LowResolution, NoiseSource, NoisedPicture, Prediction, Run,
+    Size, Stage, StageInputs, StepKey, StepProgress, Watch,
 };
 use crate::error::Result;
 use crate::models::UnetOptions;
@@ -232,6 +232,10 @@ impl<'a> Sampling<'a> {
         let (model, stages) = (self.model, self.run.stages());
         let (Stage { size, parts, .. }, steps) = (stages[index], self.run.ranges()[index].len());
         let (known, channels, maps) = (self.known.take(), self.channels.take(), self.attention_maps.take());
+        let channels = match channels {
+            None => self.lowres(index)?,
+            channels => channels,
+        };
         self.watch.begin(Event::Condition { stage: index })?;
         let key = StepKey { repaints: known.is_some(), ..self.key(size) };
         let guidance = self.guidance(key.sample[0]);
@@ -553,13 +557,38 @@ impl<'a> Sampling<'a> {
         Tensor::concat(&pictures.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?)
     }
 
-    /// Clean samples of one picture for every image of the batch, each with its own `noise`, `[N, h, w, C]`.
+    /// Clean samples of one picture for every image of the batch, each with its own `noise`, `[N, h, w, C]`; without, all alike.
     ///
     /// # Errors
     /// Those of the model.
-    pub fn encode_once(&mut self, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+    pub fn encode_once(&mut self, picture: &Tensor, noise: Option<&Tensor>) -> Result<Tensor> {
         let (model, observer) = (self.model, &mut *self.watch.observer);
-        model.encode(picture, Some(noise), &mut |message| observer.warning(message))
+        let encoded = model.encode(picture, noise, &mut |message| observer.warning(message))?;
+        match noise {
+            Some(_) => Ok(encoded),
+            None => Tensor::concat(&vec![encoded; self.images()]),
+        }
+    }
+
+    /// The draw for a sample of a posterior, of a stage's size; `None`: the model has none.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(super) fn posterior_noise(&mut self, shape: [usize; 4]) -> Result<Option<Tensor>> {
+        match self.model.has_posterior() {
+            true => self.draw(shape).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// What a network reads of the picture that it enlarges in stage `index`: with fresh noise, dumped as `cond<index>`.
+    fn lowres(&mut self, index: usize) -> Result<Option<Tensor>> {
+        let size = self.run.stages()[index].size;
+        let Some(NoisedPicture { pictures, signal, sigma }) = self.model.lowres(size)? else { return Ok(None) };
+        let noise = self.draw(self.sample_shape(size))?;
+        let noised = ops::add_noise(&pictures, &noise, signal as f32, sigma as f32)?;
+        self.dump(&format!("cond{index}"), &noised)?;
+        Ok(Some(noised))
     }
 
     /// A phase begins.

@@ -184,10 +184,10 @@ impl Sampling<'_> {
     fn encode_start(&mut self, picture: &dyn StartPicture, stage: usize) -> Result<Tensor> {
         let size = self.run.stages()[stage].size;
         let shape = self.sample_shape(size);
-        let noise = self.draw(shape)?;
+        let noise = self.posterior_noise(shape)?;
         let pixels = picture.picture(size)?;
         self.dump_each(&format!("init{stage}.picture"), &vec![pixels.clone(); shape[0]])?;
-        let known = self.encode_once(&pixels, &noise)?;
+        let known = self.encode_once(&pixels, noise.as_ref())?;
         self.dump(&format!("init{stage}.encoded"), &known)?;
         Ok(known)
     }
@@ -199,7 +199,7 @@ impl Sampling<'_> {
         }
         let size = self.run.stages()[stage].size;
         let shape @ [n, h, w, _] = self.sample_shape(size);
-        let posterior_noise = self.draw(shape)?;
+        let posterior_noise = self.posterior_noise(shape)?;
         let mask = picture.mask(size, [h, w])?;
         self.dump_each(&format!("init{stage}.mask"), &vec![mask.clone(); n])?;
         match known.filter(|_| !self.model.reads_mask()) {
@@ -209,7 +209,7 @@ impl Sampling<'_> {
                 self.known = Some(Known { mask, samples, noise, levels });
             }
             None => {
-                let masked = self.encode_once(&picture.masked_picture(size)?, &posterior_noise)?;
+                let masked = self.encode_once(&picture.masked_picture(size)?, posterior_noise.as_ref())?;
                 self.dump(&format!("init{stage}.masked"), &masked)?;
                 self.channels = Some(beside(&mask, &masked)?);
             }

@@ -160,6 +160,11 @@ impl<'a> JsonConfig<'a> {
         }
     }
 
+    /// Is it this text?
+    pub(super) fn is(&self, key: &str, text: &str) -> bool {
+        self.get(key).is_some_and(|value| value == text)
+    }
+
     /// The key must be absent or one of `supported`.
     pub(super) fn only(&self, key: &str, supported: &[Value]) -> Result<()> {
         match self.get(key) {

@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::ops::{
-    self, Activation, ConvNorm, LinearFp8, LowPass, Quantized, Source, SpectralFilter, StepColumns, StepRows, Stripe,
+    self, Activation, ConvNorm, LinearFp8, LowPass, Modulation, Quantized, Source, SpectralFilter, StepColumns,
+    StepRows, Stripe,
 };
 use crate::runtime::Tensor;
 
@@ -369,6 +370,28 @@ pub struct ResnetConfig {
     pub eps: f32,
     /// The sum of branch and shortcut is multiplied by this: 1 / output_scale_factor.
     pub scale: f32,
+    /// Behind both norms.
+    pub activation: Activation,
+    /// The timestep's row scales and shifts what the second norm gives, in place of being added before it.
+    pub scale_shift: bool,
+}
+
+impl ResnetConfig {
+    /// With SiLU and an added row.
+    pub fn new(in_channels: usize, out_channels: usize, groups: usize, eps: f32) -> ResnetConfig {
+        let (scale, activation, scale_shift) = (1.0, Activation::Silu, false);
+        ResnetConfig { in_channels, out_channels, groups, eps, scale, activation, scale_shift }
+    }
+}
+
+/// What a ResNet does to the size of its map, behind the first norm of the branch and on the shortcut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resample {
+    Keep,
+    /// Means of 2x2 pixels.
+    Halve,
+    /// Nearest neighbour, to this height and width.
+    To([usize; 2]),
 }
 
 /// Residual block of the UNet (with the timestep's row) and of the VAE (without). Ho et al. 2020, arXiv:2006.11239.
@@ -381,6 +404,8 @@ pub struct ResnetBlock {
     pub(super) conv2: Conv2d,                 // [C_out, 3, 3, C_out]
     pub(super) conv_shortcut: Option<Conv2d>, // [C_out, 1, 1, C_in], when C_in != C_out
     pub(super) scale: f32,
+    activation: Activation,
+    scale_shift: bool,
 }
 
 impl ResnetBlock {
@@ -396,6 +421,8 @@ impl ResnetBlock {
                 false => Some(Conv2d::load(&w.at("conv_shortcut"), output, input, 1)?),
             },
             scale: c.scale,
+            activation: c.activation,
+            scale_shift: c.scale_shift,
         })
     }
 
@@ -409,8 +436,9 @@ impl ResnetBlock {
         self.conv1.outputs()
     }
 
-    /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps'; to `[N, H, W, C_out]`.
-    /// `forms`: of the two 3x3 convs.
+    /// `x: [N, H, W, C_in]`, one source or two; `row`: of `[steps * R, C_out]`, the timesteps', or with
+    /// [`ResnetConfig::scale_shift`] of `[steps * R, 2 C_out]`, scales before shifts; to `[N, H, W, C_out]`. `forms`: of the two 3x3
+    /// convs.
     ///
     /// # Errors
     /// Those of the ops; [`Error::Shape`] for two sources in a block without `conv_shortcut`, which has one input only.
@@ -421,14 +449,44 @@ impl ResnetBlock {
         forms: [ConvForm<'a>; 2],
     ) -> Result<Tensor> {
         let x = x.into();
-        let conv1 = ops::Conv2d { norm: self.norm1.on_load(Activation::Silu), row, ..self.conv1.args(x) };
+        let norm = self.norm1.on_load(self.activation);
+        let conv1 = ops::Conv2d { norm, row: row.filter(|_| !self.scale_shift), ..self.conv1.args(x) };
         let h = self.conv1.formed(conv1, forms[0])?;
         let shortcut = match (&self.conv_shortcut, x) {
             (Some(conv), x) => ops::conv2d(conv.args(x))?,
             (None, Source::One(x)) => x.clone(),
             (None, Source::Two(x, _)) => return Err(Error::shape("resnet", "x", x, "one source: C_in is C_out")),
         };
-        self.second_half(&h, &shortcut, forms[1])
+        self.second_half(&h, &shortcut, row, forms[1])
+    }
+
+    /// As [`forward`](ResnetBlock::forward) in place of a down- or upsampler: `x` has C_in = C_out channels.
+    ///
+    /// # Errors
+    /// As [`forward`](ResnetBlock::forward).
+    pub fn forward_resampled<'a>(
+        &'a self,
+        x: &'a Tensor,
+        row: Option<StepRows<'a>>,
+        forms: [ConvForm<'a>; 2],
+        resample: Resample,
+    ) -> Result<Tensor> {
+        let row1 = row.filter(|_| !self.scale_shift);
+        let norm = self.norm1.conv_norm(self.activation);
+        let (h, shortcut) = match resample {
+            Resample::Keep => return self.forward(x, row, forms),
+            Resample::Halve => {
+                let halved = ops::avg_pool(&ops::group_norm(norm.of(x.into()))?)?;
+                let conv1 = ops::Conv2d { row: row1, ..self.conv1.args(&halved) };
+                (self.conv1.formed(conv1, forms[0])?, ops::avg_pool(x)?)
+            }
+            Resample::To(size) => {
+                let args = self.conv1.args(x);
+                let conv1 = ops::Conv2d { norm: Some(norm), resize_to: Some(size), row: row1, ..args };
+                (self.conv1.formed(conv1, forms[0])?, ops::resize_nearest(x, size)?)
+            }
+        };
+        self.second_half(&h, &shortcut, row, forms[1])
     }
 
     /// As [`forward`](ResnetBlock::forward) without rows and dilation, in less memory: `x` lives no longer than the block needs
@@ -437,7 +495,7 @@ impl ResnetBlock {
     /// # Errors
     /// Those of the ops.
     pub fn forward_owned(&self, x: Tensor) -> Result<Tensor> {
-        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(Activation::Silu), ..self.conv1.args(&x) })?;
+        let h = ops::conv2d(ops::Conv2d { norm: self.norm1.on_load(self.activation), ..self.conv1.args(&x) })?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => {
                 let shortcut = conv.forward(&x)?;
@@ -446,12 +504,15 @@ impl ResnetBlock {
             }
             None => x,
         };
-        self.second_half(&h, &shortcut, Redilation::NONE.into())
+        self.second_half(&h, &shortcut, None, Redilation::NONE.into())
     }
 
-    fn second_half(&self, h: &Tensor, shortcut: &Tensor, form: ConvForm) -> Result<Tensor> {
-        let (norm, residual) = (self.norm2.on_load(Activation::Silu), Some(shortcut));
-        self.conv2.formed(ops::Conv2d { norm, residual, scale: self.scale, ..self.conv2.args(h) }, form)
+    fn second_half(&self, h: &Tensor, shortcut: &Tensor, row: Option<StepRows>, form: ConvForm) -> Result<Tensor> {
+        let modulation =
+            row.filter(|_| self.scale_shift).map(|rows| Modulation { rows, scale: 0, shift: self.outputs() });
+        let norm = Some(ConvNorm { modulation, ..self.norm2.conv_norm(self.activation) });
+        let conv2 = ops::Conv2d { norm, residual: Some(shortcut), scale: self.scale, ..self.conv2.args(h) };
+        self.conv2.formed(conv2, form)
     }
 }
 

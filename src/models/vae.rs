@@ -96,7 +96,7 @@ impl VaeConfig {
 
     fn resnet(&self, w: &Weights, in_channels: usize, out_channels: usize) -> Result<ResnetBlock> {
         let (groups, eps, scale) = (self.norm_num_groups, EPS, 1.0);
-        ResnetBlock::load(w, ResnetConfig { in_channels, out_channels, groups, eps, scale })
+        ResnetBlock::load(w, ResnetConfig { scale, ..ResnetConfig::new(in_channels, out_channels, groups, eps) })
     }
 
     /// `resnets.0` to `resnets.{count - 1}`; the first has `input` channels, all give `output`.

@@ -3,14 +3,14 @@ mod t5;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use super::families::{Defaults, FamilySpec, Part, load_part};
+use super::families::{Defaults, FamilySpec, OF_PIXELS, Part, SCHEDULERS, load_part};
 use super::ip_adapter::{IpAdapterFile, IpFiles};
 use super::{WeightReport, embedded};
 use crate::error::{Error, Result};
-use crate::models::single_file::{check_extension, open_vae, published_config};
+use crate::models::single_file::{check_extension, open_vae};
 use crate::models::{
-    self, Adapters, ClipTextConfig, ClipTextModel, Foreign, Mmdit, MmditConfig, SingleFile, Unet, UnetConfig, Unused,
-    Vae, VaeConfig, WeightFile, WeightStore,
+    self, Adapters, ClipTextConfig, ClipTextModel, Foreign, Mmdit, MmditConfig, PublishedModel, SingleFile, Unet,
+    UnetConfig, Unused, Vae, VaeConfig, WeightFile, WeightStore,
 };
 use crate::runtime::{DType, Device};
 use crate::schedulers::SchedulerConfig;
@@ -41,8 +41,7 @@ pub enum ModelSource {
 /// Whose shapes random weights have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RandomShapes {
-    /// The published model of a family.
-    Published(models::Family),
+    Published(PublishedModel),
     /// A directory in the layout of diffusers; of its parts only the configurations are read.
     Directory(PathBuf),
 }
@@ -194,7 +193,7 @@ pub struct ModelFiles {
 pub(super) enum Place {
     Directory(PathBuf),
     /// Configurations alone.
-    Published(models::Family),
+    Published(PublishedModel),
     File(SingleFile),
     /// Path inside the model's directory, contents.
     Embedded(embedded::Files),
@@ -209,7 +208,7 @@ impl Place {
             Place::Directory(path) => path.join(folder).is_dir(),
             Place::File(file) => file.part_list().iter().any(|part| part.folder() == holder),
             Place::Embedded(files) => files.get(&format!("{folder}/config.json")).is_some(),
-            Place::Published(family) => published_config(*family, &format!("{holder}/config.json")).is_some(),
+            Place::Published(model) => model.config(&format!("{holder}/config.json")).is_some(),
         }
     }
 }
@@ -302,7 +301,7 @@ fn refuse_foreign(path: &Path) -> Result<()> {
     let channels = |config: &serde_json::Value, key: &str| config[key].as_u64().and_then(|v| usize::try_from(v).ok());
     let latents = channels(&json("vae/config.json"), "latent_channels").unwrap_or(4);
     match channels(&unet, "in_channels") {
-        Some(found) if latents == 4 => match Foreign::of_channels(found) {
+        Some(found) if latents == 4 && path.join("vae").is_dir() => match Foreign::of_channels(found) {
             Some(foreign) => refuse(
                 "unet/config.json",
                 foreign,
@@ -316,6 +315,7 @@ fn refuse_foreign(path: &Path) -> Result<()> {
 
 /// What a saved pipeline is made of.
 pub(super) const INDEX: &str = "model_index.json";
+const UNET: &str = "unet/config.json";
 /// What a directory must have, for messages.
 const LAYOUT: &str = "a model is a directory with tokenizer/, text_encoder/, unet/ (or transformer/), vae/ and scheduler/, as diffusers saves it";
 /// For messages about a path that is not there.
@@ -371,7 +371,7 @@ impl ModelFiles {
             }
             ModelSource::Embedded => Place::Embedded(embedded::files()?),
             ModelSource::File(path) => Place::File(SingleFile::open(&check_extension(path)?)?),
-            ModelSource::Random(RandomShapes::Published(family)) => Place::Published(*family),
+            ModelSource::Random(RandomShapes::Published(model)) => Place::Published(*model),
             ModelSource::Directory(path) | ModelSource::Random(RandomShapes::Directory(path)) => {
                 if path.is_file() {
                     return Err(Error::file(path, format!("is one file, not a directory; {LAYOUT}")));
@@ -389,7 +389,11 @@ impl ModelFiles {
         let random = matches!(source, ModelSource::Random(_));
         let (loras, embeddings) = (Vec::new(), Vec::new());
         let (resadapter, ip_files, vae) = (None, None, None);
-        let files = ModelFiles { place, family, loras, resadapter, ip_files, adapters, embeddings, vae, random };
+        let mut files = ModelFiles { place, family, loras, resadapter, ip_files, adapters, embeddings, vae, random };
+        let pixels = files.read(UNET)?.is_some_and(|config| UnetConfig::names_blocks_of_pixels(&config));
+        if pixels {
+            files.family = OF_PIXELS;
+        }
         files.check_index()?;
         if let Place::Directory(path) = &files.place {
             let needed = files.family.parts.iter().filter(|part| part.weights.is_some() && !part.is_optional);
@@ -430,7 +434,7 @@ impl ModelFiles {
         let mut add = |bytes: &[u8]| {
             hasher.update_rayon(bytes).update(&(bytes.len() as u64).to_le_bytes());
         };
-        let folders = || self.family.parts.iter().map(|part| part.folder).chain(["scheduler"]);
+        let folders = || self.family.parts.iter().map(|part| part.folder).chain(SCHEDULERS);
         for (folder, file) in folders().flat_map(|folder| CONFIGURATIONS.map(|file| (folder, file))) {
             if let Some(bytes) = self.read(&format!("{folder}/{file}"))? {
                 add(format!("{folder}/{file}").as_bytes());
@@ -568,6 +572,25 @@ impl ModelFiles {
         SchedulerConfig::from_json(&what, &json)
     }
 
+    /// Of a scheduler beside the model's own, in this folder.
+    ///
+    /// # Errors
+    /// [`Error::File`]; as [`SchedulerConfig::from_json`].
+    pub(super) fn scheduler_config_in(&self, folder: &str) -> Result<SchedulerConfig> {
+        let (what, json) = self.json(&format!("{folder}/scheduler_config.json"))?;
+        SchedulerConfig::from_json(&what, &json)
+    }
+
+    /// Is T5 its only text encoder (DeepFloyd IF)?
+    pub fn reads_t5_alone(&self) -> bool {
+        self.is_of_pixels()
+    }
+
+    /// Are its samples pixels?
+    pub(super) fn is_of_pixels(&self) -> bool {
+        std::ptr::eq(self.family, OF_PIXELS)
+    }
+
     /// Of the CLIP text encoder in `folder` (`text_encoder`, `text_encoder_2`).
     ///
     /// # Errors
@@ -578,7 +601,7 @@ impl ModelFiles {
     }
 
     pub fn unet_config(&self) -> Result<UnetConfig> {
-        let (what, json) = self.json("unet/config.json")?;
+        let (what, json) = self.json(UNET)?;
         UnetConfig::from_json(&what, &json)
     }
 
@@ -702,6 +725,12 @@ impl ModelFiles {
     /// What requests get that do not say it: the family's, or those of distilled models for one that is named turbo or whose
     /// scheduler is Euler-ancestral with trailing timesteps, or for one whose UNet reads its guidance scale.
     pub(super) fn defaults(&self) -> Defaults {
+        if self.is_of_pixels() {
+            let enlarges = self.unet_config().is_ok_and(|config| config.reads_noise_level);
+            let defaults = if enlarges { Defaults::STAGE_II } else { self.family.defaults };
+            // The published pipelines know no other than the model's own.
+            return Defaults { sampler: self.scheduler_config().ok().map(|config| config.sampler()), ..defaults };
+        }
         if self.unet_config().is_ok_and(|config| config.time_cond_proj_dim.is_some()) {
             return self.family.defaults.latent_consistency();
         }
@@ -797,7 +826,7 @@ impl ModelFiles {
         match &self.place {
             Place::Embedded(files) => Ok(files.get(name).map(Cow::Borrowed)),
             Place::File(file) => Ok(file.config(name).map(|text| Cow::Owned(text.into_bytes()))),
-            Place::Published(family) => Ok(published_config(*family, name).map(|text| Cow::Owned(text.into_bytes()))),
+            Place::Published(model) => Ok(model.config(name).map(|text| Cow::Owned(text.into_bytes()))),
             Place::Directory(path) => {
                 let path = path.join(name);
                 match std::fs::read(&path) {

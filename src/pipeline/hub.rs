@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::families::{FamilySpec, Part};
+use super::families::{FamilySpec, OF_PIXELS, Part, SCHEDULERS};
 use super::files::{CONFIGURATIONS, INDEX};
 use super::{ModelFiles, ModelSource};
 use crate::error::{Error, Result};
@@ -248,6 +248,10 @@ fn family(snapshot: &Path, files: &[String]) -> Result<&'static FamilySpec> {
         }
         Err(_) => None,
     };
+    let class = index.as_ref().and_then(|index| index["_class_name"].as_str()).unwrap_or_default();
+    if OF_PIXELS.pipelines.contains(&class) {
+        return Ok(OF_PIXELS); // its parts are also those of others
+    }
     Ok(FamilySpec::of(|folder| match &index {
         Some(index) => index.get(folder).is_some_and(|entry| !entry[1].is_null()),
         None => files.iter().any(|file| file.starts_with(&format!("{folder}/"))),
@@ -262,7 +266,7 @@ fn parts_of<'a>(family: &'static FamilySpec, files: &'a [String]) -> impl Iterat
 
 /// Is this one of the small files that a model of the family is read from?
 fn is_configuration(family: &FamilySpec, path: &str) -> bool {
-    let folders = family.parts.iter().map(|part| part.folder).chain(["scheduler"]);
+    let folders = family.parts.iter().map(|part| part.folder).chain(SCHEDULERS);
     path == INDEX
         || path.split_once('/').is_some_and(|(folder, file)| {
             folders.into_iter().any(|known| known == folder) && CONFIGURATIONS.contains(&file)

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
+use super::ModelSource;
 use super::upscale::UpscaleOptions;
 use crate::models::{Partition, WeightFormat};
 use crate::names::named;
@@ -27,14 +28,20 @@ pub struct LoadOptions {
     pub upscale: Option<UpscaleOptions>,
     /// ControlNets beside the denoiser: directories in the layout of diffusers, or single files. Each run has a picture for each.
     pub controls: Vec<PathBuf>,
+    /// Are the text encoders loaded? Without them prompts are encoded elsewhere: a second stage of DeepFloyd IF reads what the
+    /// first one's say.
+    pub reads_prompts: bool,
+    /// A second model that enlarges what this one makes: a second stage of DeepFloyd IF. It is loaded with the same options.
+    pub second: Option<ModelSource>,
 }
 
 impl LoadOptions {
     /// Everything else is decided by what there is.
     pub fn new(device: Device, dtype: DType) -> LoadOptions {
         let (weights, memory) = (WeightFormat::Plain, MemoryOptions::default());
-        let controls = Vec::new();
-        LoadOptions { device, text_device: None, dtype, weights, vae_dtype: None, memory, upscale: None, controls }
+        let (controls, reads_prompts) = (Vec::new(), true);
+        let (text_device, vae_dtype, upscale, second) = (None, None, None, None);
+        LoadOptions { device, text_device, dtype, weights, vae_dtype, memory, upscale, controls, reads_prompts, second }
     }
 
     /// Where text encoders are.

@@ -3,7 +3,8 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::files::stem;
-use super::{ControlInput, IpAdapterFile, IpImage, Lora, Pipeline, Request, SizeIds, TextOptions};
+use super::second::SecondModel;
+use super::{ControlInput, IpAdapterFile, IpImage, Lora, Lowres, Pipeline, Request, SizeIds, TextOptions};
 use crate::image::infotext;
 use crate::methods::{Computed, Run, Stage, text_of};
 use crate::rng::RngKind;
@@ -164,6 +165,13 @@ impl Parameters {
             let file = |(input, path): (&ControlInput, &PathBuf)| format!("{}: {}", stem(path), input.image.digest());
             json["control_files"] = request.controls.iter().zip(paths).map(file).collect();
         }
+        if let Some(Lowres { picture, noise_level }) = &request.lowres {
+            fields.push(("Lowres".into(), picture.name().to_string()));
+            fields.push(("Noise level".into(), noise_level.to_string()));
+            json["lowres"] = picture.name().into();
+            json["lowres_digest"] = picture.digest().into();
+            json["noise_level"] = (*noise_level).into();
+        }
         let SizeIds { original, crop, target } = request.size_ids;
         for (name, value) in [
             ("original_size", original.map(|size| size.to_string())),
@@ -180,6 +188,16 @@ impl Parameters {
         }
         let fields: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
         Parameters { text: infotext(&request.prompt, negative, &fields), json }
+    }
+
+    /// With the second model's run of it.
+    pub(super) fn with_second(mut self, second: &SecondModel, run: &Run, request: &Request) -> Parameters {
+        let mut fields = Vec::new();
+        second.describe(request, run, &mut fields, &mut self.json);
+        for (name, value) in fields {
+            self.text += &format!(", {name}: {value}");
+        }
+        self
     }
 
     /// With what is known only once the picture is made: how many of its evaluations a cache left to the network.

@@ -189,12 +189,21 @@ impl Planner {
     /// # Errors
     /// As [`plan`](Planner::plan).
     pub(super) fn plan_on(&self, rung: usize, request: &Request) -> Result<PlanReport> {
-        let stages = self.pipeline.resolve(request)?.stages().to_vec();
+        let mut stages = self.pipeline.resolve(request)?.stages().to_vec();
+        if let Some(second) = self.pipeline.resolve_second(request)? {
+            stages.extend(second.stages().iter().cloned());
+        }
         self.pipeline.release_all();
         let meta = self.meta.clone();
         meta.take_report(); // sets the peak to what is alive
-        let mut recorder =
-            Recorder { meta, pipeline: &self.pipeline, stages: stages.clone(), current: None, phases: Vec::new() };
+        let mut recorder = Recorder {
+            meta,
+            pipeline: &self.pipeline,
+            stages: stages.clone(),
+            last: 0,
+            current: None,
+            phases: Vec::new(),
+        };
         let one_batch = Request { count: request.count.min(request.most_at_once()), ..request.clone() };
         self.pipeline.generate_on(Some(rung), &one_batch, &mut recorder)?;
 
@@ -214,6 +223,7 @@ impl Planner {
             .collect();
         let mut weights = self.pipeline.weights().to_vec();
         weights.extend(self.pipeline.upscaler().map(Upscaler::weights));
+        weights.extend(self.pipeline.second().into_iter().flat_map(|second| second.weights().to_vec()));
         let (dtype, memory) = (self.pipeline.dtype(), self.pipeline.ladder()[rung]);
         Ok(PlanReport { dtype, stages, phases, weights, by_kind, total, peak_bytes, memory })
     }
@@ -224,6 +234,8 @@ struct Recorder<'a> {
     meta: MetaDevice,
     pipeline: &'a Pipeline,
     stages: Vec<Stage>,
+    /// The stage that began last.
+    last: usize,
     /// The phase that the next record belongs to; `None`: not counted (the first noise).
     current: Option<(&'static str, Option<usize>)>,
     phases: Vec<PhaseReport>,
@@ -235,7 +247,10 @@ impl Observer for Recorder<'_> {
         if let Some((name, stage)) = self.current.take() {
             self.add(name, stage, &report);
         }
-        let last = self.stages.len() - 1;
+        if let Event::StageBegins { stage, .. } = *event {
+            self.last = stage;
+        }
+        let last = self.last;
         self.current = match *event {
             Event::EncodeText => Some(("text", None)),
             Event::Condition { stage } => Some(("condition", Some(stage))),

@@ -1,5 +1,5 @@
 use super::families::Defaults;
-use super::{ControlInput, InitImage, IpImage, ModelFiles, ModelSource};
+use super::{ControlInput, InitImage, IpImage, Lowres, ModelFiles, ModelSource};
 use crate::error::{Error, Result};
 use crate::methods::{
     Choices, ControlShares, Geometry, MegaFusion, Method, Plain, Run, Sides, Size, Stage, Start, StepCache,
@@ -44,6 +44,11 @@ pub struct Request {
     /// A picture to begin from. Without `size` and `stages` its own size, rounded down to whole cells,
     /// is the final one.
     pub init_image: Option<InitImage>,
+    /// The picture that a second stage of DeepFloyd IF enlarges.
+    pub lowres: Option<Lowres>,
+    /// The run of the second model that the model was loaded with; its prompts, seed and picture are this request's. `None`: as that
+    /// model's defaults have it.
+    pub second: Option<Box<SecondRequest>>,
     /// Of each ControlNet that the model was loaded with, in their order: what it reads, and how it counts.
     pub controls: Vec<ControlInput>,
     /// Pictures that the model's IP-Adapters show the network beside the prompt, those of one adapter in this order.
@@ -60,6 +65,14 @@ pub struct Request {
     pub choices: Choices,
     /// Which steps are made without the network. `None`: every step asks it.
     pub cache: Option<StepCache>,
+}
+
+/// The run of a second model, of whose request prompts, seed and picture are the first one's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SecondRequest {
+    pub request: Request,
+    /// As in [`Lowres`].
+    pub noise_level: usize,
 }
 
 impl Default for Request {
@@ -79,6 +92,8 @@ impl Default for Request {
             guidance_rescale: 0.0,
             guidance_high: None,
             init_image: None,
+            lowres: None,
+            second: None,
             controls: Vec::new(),
             ip_images: Vec::new(),
             size_ids: SizeIds::default(),
@@ -101,12 +116,16 @@ pub struct TextOptions {
     /// As webui counts: 1 is the last layer's output, n the n-th layer's from the end; then the final layer norm, which SDXL
     /// does without. `None`: the family's own, the last for SD and the last but one for SDXL.
     pub clip_skip: Option<usize>,
-    /// Tokens of T5, the end token and padding included. `None`: [`T5_LENGTH`], or what `reference_compat` asks for.
+    /// Tokens of T5, the end token and padding included. `None`: [`T5_LENGTH`] ([`IF_T5_LENGTH`]), or what `reference_compat` asks
+    /// for.
     pub t5_length: Option<usize>,
 }
 
 /// Tokens that T5 reads of a prompt, as published pipelines have it; a prompt is cut off there, or padded to it.
 pub const T5_LENGTH: usize = 256;
+
+/// The same of DeepFloyd IF's.
+pub const IF_T5_LENGTH: usize = 77;
 
 /// The same of MegaFusion's published code.
 const REFERENCE_T5_LENGTH: usize = 77;
@@ -141,15 +160,18 @@ impl Request {
             | ModelSource::Resized { model, .. }
             | ModelSource::Prompted { model, .. } => Request::suited_to(model),
             ModelSource::Directory(_) | ModelSource::File(_) | ModelSource::Random(_) => {
-                let defaults = ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults());
-                let method = match defaults.is_distilled() {
-                    true => Plain {}.into(),
-                    false if defaults.dilates => MegaFusion::plus().into(),
-                    false => MegaFusion::default().into(),
-                };
-                Request { method, guidance: defaults.guidance, ..Request::default() }
+                Request::with_defaults(ModelFiles::open(source).map_or(Defaults::LATENT, |files| files.defaults()))
             }
         }
+    }
+
+    pub(super) fn with_defaults(defaults: Defaults) -> Request {
+        let method = match defaults.is_distilled() {
+            true => Plain {}.into(),
+            false if defaults.dilates => MegaFusion::plus().into(),
+            false => MegaFusion::default().into(),
+        };
+        Request { method, guidance: defaults.guidance, ..Request::default() }
     }
 
     /// Which method [`suited_to`](Request::suited_to) chooses, in a sentence for a help text.
@@ -247,10 +269,11 @@ impl Request {
         }
     }
 
-    /// Without what makes no difference to the cost: words, seed, and how strong a guidance is.
+    /// Without what makes no difference to the cost: words, seed, the pixels that are enlarged, and how strong a guidance is.
     pub(super) fn without_words(&self) -> Request {
         let guidance = if self.is_guided() { 2.0 } else { 1.0 };
-        Request { prompt: String::new(), negative_prompt: None, seed: 0, guidance, ..self.clone() }
+        let lowres = self.lowres.as_ref().map(Lowres::without_pixels);
+        Request { prompt: String::new(), negative_prompt: None, seed: 0, guidance, lowres, ..self.clone() }
     }
 
     /// Is the scale one of classifier-free guidance? So there is a negative prompt, unless the model is told the scale.
@@ -258,7 +281,7 @@ impl Request {
         self.guidance > 1.0
     }
 
-    /// Do the two differ in words, guidance scale, seed and counts alone? One without guidance is no neighbour of one with.
+    /// Do the two differ in words, guidance scale, seed, enlarged picture and counts alone? One without guidance is no neighbour of one with.
     pub fn fits_into_batch_of(&self, other: &Request) -> bool {
         let alike = |request: &Request| Request { count: 1, batch: 1, ..request.without_words() };
         alike(self) == alike(other)
@@ -291,7 +314,13 @@ impl Request {
         let replaced = own.filter(|_| self.method.in_place_of_first_stage().is_some());
         let (size, native) = match (self.size.or(own), native.or(replaced)) {
             (Some(size), Some(native)) => (size, native),
-            (None, Some(native)) => (self.method.implementation().default_size(native), native),
+            (None, Some(native)) => {
+                let size = match defaults.relayed_size.filter(|_| self.method.spec().relays) {
+                    Some(times) => native.times(times),
+                    None => self.method.implementation().default_size(native),
+                };
+                (size, native)
+            }
             (Some(size), None) if !self.method.spec().relays => (size, size),
             (Some(size), None) => {
                 let reason = "the model's configuration has no sample_size to plan stages from; name request.stages";

@@ -8,16 +8,19 @@ use super::memory::{LoadOptions, Residency, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
 use super::resident::Module;
+use super::second::{Behind, SecondModel};
 use super::start::OnDevice;
 use super::upscale::Upscaler;
-use super::{ControlInput, Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
+use super::{
+    ControlInput, Lora, Lowres, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport,
+};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
-    self, Denoiser, DiffusionModel, Event, Geometry, ModelFacts, NoiseSource, Observer, RecordedSteps, Run, RunRange,
-    Size, StartPicture, Watch, tell,
+    self, Computed, Denoiser, DiffusionModel, Event, Geometry, ModelFacts, NoiseSource, NoisedPicture, Observer,
+    RecordedSteps, Run, RunRange, Size, StartPicture, Watch, tell,
 };
-use crate::models::Partition;
+use crate::models::{Partition, UnetConfig};
 use crate::rng::Rng;
 use crate::runtime::{DType, Device, Tensor, bytes_text};
 use crate::schedulers::SchedulerConfig;
@@ -51,6 +54,8 @@ pub struct Pipeline {
     vae: Option<String>,
     /// Enlarges every finished picture.
     upscaler: Option<Upscaler>,
+    /// The same, as a run of its own.
+    second: Option<SecondModel>,
     warnings: Vec<String>,
     defaults: Defaults,
     recorded: RecordedSteps,
@@ -97,12 +102,17 @@ impl Pipeline {
     /// their widths; with [`Residency::Keep`] [`Error::OutOfMemory`].
     pub fn load_with(source: ModelSource, options: LoadOptions) -> Result<Pipeline> {
         let files = Arc::new(ModelFiles::open(&source)?);
-        let scheduler = files.scheduler_config()?.for_latents();
+        let scheduler = match files.is_of_pixels() {
+            true => files.scheduler_config()?,
+            false => files.scheduler_config()?.for_latents(),
+        };
         files.family().check_scheduler(&scheduler)?;
         let family = (files.family().open)(&files, &options)?;
         let is_meta = matches!(options.device, Device::Meta(_));
         let planner = if is_meta { None } else { Some(Box::new(Planner::with(&source, &options)?)) };
         let upscaler = options.upscale.as_ref().map(|upscale| Upscaler::open(upscale, &options.device)).transpose()?;
+        let text_dim = family.unet().map(UnetConfig::text_dim);
+        let second = options.second.as_ref().map(|source| SecondModel::open(source, &options, text_dim)).transpose()?;
         let ip_adapters = IpAdapters::open(&files, family.unet(), &options)?;
         let of_adapters = ip_adapters.iter().flat_map(|adapters| adapters.weights.iter().cloned());
         let weights = family.weights().iter().cloned().chain(of_adapters).collect();
@@ -119,6 +129,7 @@ impl Pipeline {
             embeddings: files.embeddings().iter().map(|file| file.word().to_string()).collect(),
             vae: files.vae_file().map(stem),
             upscaler,
+            second,
             warnings: Vec::new(),
             defaults: files.defaults(),
             recorded: RecordedSteps::default(),
@@ -133,6 +144,8 @@ impl Pipeline {
             pipeline.warnings = pipeline.load_parts(&files)?;
             let of_upscaler = pipeline.upscaler.iter().flat_map(|upscaler| upscaler.warnings()).cloned();
             pipeline.warnings.extend(of_upscaler);
+            let of_second = pipeline.second.iter().flat_map(|second| second.pipeline().warnings()).cloned();
+            pipeline.warnings.extend(of_second.collect::<Vec<_>>());
         }
         Ok(pipeline)
     }
@@ -203,6 +216,35 @@ impl Pipeline {
     /// What enlarges every finished picture.
     pub fn upscaler(&self) -> Option<&Upscaler> {
         self.upscaler.as_ref()
+    }
+
+    /// The second model, which enlarges what this one makes.
+    pub fn second(&self) -> Option<&Pipeline> {
+        self.second.as_ref().map(SecondModel::pipeline)
+    }
+
+    /// The second model's run of a request's pictures.
+    ///
+    /// # Errors
+    /// As [`resolve`](Pipeline::resolve).
+    pub fn resolve_second(&self, request: &Request) -> Result<Option<Run>> {
+        let Some(second) = &self.second else { return Ok(None) };
+        second.pipeline().resolve(&second.request(request, None)?).map(Some).map_err(SecondModel::named)
+    }
+
+    /// Does the network read a smaller picture, which it enlarges?
+    pub(super) fn enlarges_lowres(&self) -> bool {
+        self.family.lowres_noising().is_some()
+    }
+
+    /// Width of the text that the network reads, where it is a UNet.
+    pub(super) fn text_dim(&self) -> Option<usize> {
+        self.family.unet().map(UnetConfig::text_dim)
+    }
+
+    /// The defaults that suit the model.
+    pub(super) fn suited_request(&self) -> Request {
+        Request::with_defaults(self.defaults)
     }
 
     /// What was odd about the files, a sentence each: tensors that belong to no part.
@@ -325,6 +367,26 @@ impl Pipeline {
             let reason = format!("{} is an inpainting model; give it request.init_image and request.mask", self.name);
             return Err(Error::Request { field, value, reason });
         }
+        match (self.family.lowres_noising(), &request.lowres) {
+            (Some(levels), Some(lowres)) => lowres.check(levels)?,
+            (None, None) => {}
+            (Some(_), None) => {
+                let (field, value) = ("lowres", "(none)".into());
+                let reason =
+                    format!("{} enlarges a picture: a second stage of DeepFloyd IF; give it request.lowres", self.name);
+                return Err(Error::Request { field, value, reason });
+            }
+            (None, Some(lowres)) => {
+                let (field, value) = ("lowres", lowres.picture.name().to_string());
+                let reason = format!("has no effect with {}; a second stage of DeepFloyd IF reads it", self.name);
+                return Err(Error::Request { field, value, reason });
+            }
+        }
+        if let (None, Some(_)) = (&self.second, &request.second) {
+            let (field, value) = ("second", "given".into());
+            let reason = format!("has no effect with {}, beside which no second model was loaded", self.name);
+            return Err(Error::Request { field, value, reason });
+        }
         let (given, nets) = (request.controls.len(), self.options.controls.len());
         if given != nets {
             let (field, value) = ("control_image", format!("{given} pictures"));
@@ -335,6 +397,9 @@ impl Pipeline {
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
         let sides = self.family.sides();
         let run = request.resolve(&self.scheduler, self.native_size(), sides, self.defaults)?.of_model(model)?;
+        if let Some(unet) = self.family.unet().filter(|unet| unet.is_of_pixels()) {
+            self.scheduler.check_channels(run.scheduler().sampler(), unet.sample_channels(), unet.out_channels)?;
+        }
         ip_adapter::check(self.ip_adapters.as_ref(), &request.ip_images, &run)?;
         Ok(run)
     }
@@ -355,7 +420,11 @@ impl Pipeline {
     /// # Errors
     /// As [`Pipeline::resolve`].
     pub fn parameters(&self, request: &Request) -> Result<Parameters> {
-        Ok(Parameters::new(request, &self.resolve(request)?, self, request.seed))
+        let parameters = Parameters::new(request, &self.resolve(request)?, self, request.seed);
+        match (&self.second, self.resolve_second(request)?) {
+            (Some(second), Some(run)) => Ok(parameters.with_second(second, &run, &second.request(request, None)?)),
+            _ => Ok(parameters),
+        }
     }
 
     /// The request's pictures, `batch` at a time; a picture depends on the request and its own seed alone. On the meta
@@ -432,6 +501,7 @@ impl Pipeline {
 
     fn batch(&self, rung: Option<usize>, requests: &[Request], count: usize, watch: Watch) -> Result<Vec<Picture>> {
         let Some(first) = requests.first() else { return Ok(Vec::new()) };
+        let second = self.resolve_second(first)?; // before hours of work
         if let Some(other) = requests.iter().find(|other| !other.fits_into_batch_of(first)) {
             let (field, value) = ("batch", format!("with the prompt {:?}", other.prompt));
             let reason =
@@ -442,6 +512,7 @@ impl Pipeline {
         let guidance = requests.iter().map(Request::guidance_scale).collect();
         let run = self.resolve(first)?.with_guidance(guidance);
         let Watch { observer, first: first_index } = watch;
+        let is_meta = matches!(self.options.device, Device::Meta(_));
         if requests.len() > 1 && first.one_at_a_time() {
             let mut pictures = Vec::new();
             for (index, request) in requests.iter().enumerate() {
@@ -450,6 +521,57 @@ impl Pipeline {
             }
             return Ok(pictures);
         }
+        let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
+        let given = Given { rung, prompts: None, rngs };
+        let watch = Watch { observer: &mut *observer, first: first_index };
+        let Made { mut images, computed, rngs, prompts, rung: first_rung } =
+            self.made(requests, &run, count, given, watch)?;
+        let mut enlarged = None;
+        if let (Some(second), Some(of_second)) = (&self.second, second) {
+            let pictures = requests.iter().zip(&images);
+            let requests: Vec<Request> =
+                pictures.map(|(request, image)| second.request(request, Some(image))).collect::<Result<_>>()?;
+            let guidance = requests.iter().map(Request::guidance_scale).collect();
+            let of_second = of_second.with_guidance(guidance);
+            let guided = of_second.guidance().is_some();
+            let prompts = match guided == run.guidance().is_some() {
+                true => prompts,
+                false => self.encode_prompts(&requests, guided, observer)?,
+            };
+            let prompts = Some(prompts);
+            let rung = rung.map(|rung| rung.min(second.pipeline().ladder.len() - 1));
+            let (stages, steps) = (run.stages().len(), run.steps());
+            let mut behind = Behind { observer: &mut *observer, stages, steps };
+            let watch = Watch { observer: &mut behind, first: first_index };
+            let given = Given { rung, prompts, rngs };
+            if !self.ladder[first_rung].keeps_network {
+                self.release(Role::Network);
+            }
+            images = second.pipeline().made(&requests, &of_second, count, given, watch)?.images;
+            enlarged = Some((second, of_second, requests));
+        }
+        let mut pictures = Vec::new();
+        for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
+            let [_, height, width, _] = image.dims("generate", "picture")?;
+            let rgb = if is_meta { Vec::new() } else { image::to_bytes(&image.to_f32_vec()?)? };
+            let (size, rgb) = self.enlarge(Size::new(width, height), rgb, observer)?;
+            if !is_meta {
+                let mut parameters = Parameters::new(request, &run, self, request.seed).with_computed(computed);
+                if let Some((second, run, requests)) = &enlarged {
+                    parameters = parameters.with_second(second, run, &requests[index]);
+                }
+                let Size { width, height } = size;
+                pictures.push(Picture { width, height, rgb, seed: request.seed, parameters });
+            }
+            tell(observer, &Event::PictureEnds { index: first_index + index });
+        }
+        Ok(pictures)
+    }
+
+    /// The pictures of a run, before they are bytes.
+    fn made(&self, requests: &[Request], run: &Run, count: usize, given: Given, watch: Watch) -> Result<Made> {
+        let first = &requests[0];
+        let (Given { rung, prompts, rngs }, Watch { observer, first: first_index }) = (given, watch);
         let _range = RunRange::begin(|| match (&self.options.device, requests.len()) {
             (Device::Meta(_), _) => "plan".into(),
             (_, 1) => "1 picture".into(),
@@ -468,12 +590,20 @@ impl Pipeline {
             }
             reserve()?;
         }
-        tell(observer, &Event::EncodeText);
-        if observer.cancelled() {
-            return Err(Error::Interrupted);
-        }
         let guided = run.guidance().is_some();
-        let prompts = self.encode_prompts(requests, guided, observer)?;
+        let prompts = match prompts {
+            Some(prompts) => {
+                tell(observer, &Event::Condition { stage: 0 });
+                prompts
+            }
+            None => {
+                tell(observer, &Event::EncodeText);
+                if observer.cancelled() {
+                    return Err(Error::Interrupted);
+                }
+                self.encode_prompts(requests, guided, observer)?
+            }
+        };
         let images = self.encode_images(&first.ip_images, guided, observer)?;
         if !keeps_text {
             self.release(Role::Text);
@@ -487,38 +617,27 @@ impl Pipeline {
         let controls: Vec<ControlStrength> = first.controls.iter().map(strength).collect();
         let guesses = controls.iter().map(|control| usize::from(control.guess));
         let conditioning_key = rows.iter().copied().chain(guesses).collect();
-        let original = || run.method().implementation().original_beside_controls(&run).filter(|_| run.has_controls());
+        let original = || run.method().implementation().original_beside_controls(run).filter(|_| run.has_controls());
         let sizes = SizeIds { original: first.size_ids.original.or_else(original), ..first.size_ids };
-        let inputs = RunInputs { prompts, images, repeats, sizes, guidance: embedded, controls };
+        let told = prompts.clone();
+        let noise_level = first.lowres.as_ref().map(|lowres| lowres.noise_level as f32);
+        let inputs = RunInputs { prompts, images, repeats, sizes, guidance: embedded, noise_level, controls };
         let mut conditions = self.family.conditions(inputs);
         conditions.prepare(&run.timesteps())?;
         let (images, conditions, rung) = (requests.len(), RefCell::new(conditions), Cell::new(rung));
         let start = first.init_image.as_ref().map(|init| OnDevice { init, device: self.device() });
         let controls = &first.controls;
-        let model = Conditioned { pipeline: self, images, conditioning_key, conditions, rung, start, controls };
+        let lowres = requests.iter().filter_map(|request| request.lowres.as_ref()).collect();
+        let model = Conditioned { pipeline: self, images, conditioning_key, conditions, rung, start, controls, lowres };
 
         for (index, request) in requests.iter().enumerate() {
             tell(observer, &Event::PictureBegins { index: first_index + index, count, seed: request.seed });
         }
-        let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
         let seeds = requests.iter().map(|request| request.seed).collect();
         let mut noise = Noise { seeds, rngs, device: self.device() };
         let watch = Watch { observer, first: first_index };
-        let (images, computed) = methods::generate_counted(&model, &run, &mut noise, watch)?;
-        let mut pictures = Vec::new();
-        for (index, (request, image)) in requests.iter().zip(&images).enumerate() {
-            let is_meta = matches!(self.options.device, Device::Meta(_));
-            let [_, height, width, _] = image.dims("generate", "picture")?;
-            let rgb = if is_meta { Vec::new() } else { image::to_bytes(&image.to_f32_vec()?)? };
-            let (size, rgb) = self.enlarge(Size::new(width, height), rgb, observer)?;
-            if !is_meta {
-                let parameters = Parameters::new(request, &run, self, request.seed).with_computed(computed);
-                let Size { width, height } = size;
-                pictures.push(Picture { width, height, rgb, seed: request.seed, parameters });
-            }
-            tell(observer, &Event::PictureEnds { index: first_index + index });
-        }
-        Ok(pictures)
+        let (images, computed) = methods::generate_counted(&model, run, &mut noise, watch)?;
+        Ok(Made { images, computed, rngs: noise.rngs, prompts: told, rung: model.rung.get() })
     }
 
     /// A finished picture as the upscaler makes it; without one as it is.
@@ -549,7 +668,8 @@ impl Pipeline {
         let modules = self.modules().into_iter().zip(self.weights());
         let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
         let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
-        loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler
+        let second = self.second().map_or(0, Pipeline::resident_bytes);
+        loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler + second
     }
 
     /// Takes modules out of memory, with what was recorded of the network; was one of them there?
@@ -566,6 +686,9 @@ impl Pipeline {
     pub(super) fn release_all(&self) {
         for role in Role::ALL {
             self.release(role);
+        }
+        if let Some(second) = self.second() {
+            second.release_all();
         }
     }
 
@@ -696,6 +819,29 @@ impl Pipeline {
     }
 }
 
+/// What a run is given beside its requests.
+struct Given {
+    /// `None`: the first one that fits into memory.
+    rung: Option<usize>,
+    /// The rows of the network's batch; `None`: they are encoded.
+    prompts: Option<PromptEmbeds>,
+    /// Of every picture.
+    rngs: Vec<Rng>,
+}
+
+/// What a run makes.
+struct Made {
+    /// f32, `[1, H, W, 3]` each, not clamped.
+    images: Vec<Tensor>,
+    computed: Option<Computed>,
+    /// As the run leaves them.
+    rngs: Vec<Rng>,
+    /// The rows of the network's batch.
+    prompts: PromptEmbeds,
+    /// Where on the pipeline's ladder the run was at its end.
+    rung: usize,
+}
+
 /// Tells the observer of a whole batch about a part of it.
 struct Group<'a> {
     observer: &'a mut dyn Observer,
@@ -748,6 +894,8 @@ struct Conditioned<'a> {
     rung: Cell<usize>,
     start: Option<OnDevice<'a>>,
     controls: &'a [ControlInput],
+    /// Of every picture of the batch, where the network enlarges one.
+    lowres: Vec<&'a Lowres>,
 }
 
 type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
@@ -820,6 +968,17 @@ impl DiffusionModel for Conditioned<'_> {
 
     fn control_pictures(&self, stage: usize, size: Size) -> Result<Vec<Tensor>> {
         self.controls.iter().map(|control| control.image.on(self.device(), stage, size)).collect()
+    }
+
+    fn lowres(&self, size: Size) -> Result<Option<NoisedPicture>> {
+        match self.pipeline.family.lowres_noising() {
+            Some(levels) => Lowres::noised(&self.lowres, levels, self.device(), size).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn has_posterior(&self) -> bool {
+        self.pipeline.family.space().has_posterior()
     }
 
     fn reads_mask(&self) -> bool {

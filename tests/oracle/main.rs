@@ -3,6 +3,7 @@
 //! user's do; randn, tokenizers and resizing through the library.
 
 mod control;
+mod deepfloyd;
 #[path = "../common/drawn.rs"]
 mod drawn;
 mod files;

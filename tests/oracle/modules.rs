@@ -62,7 +62,7 @@ const SDXL_UNET: Module = Module {
     outputs: &["out"],
 };
 
-fn run_unet(
+pub fn run_unet(
     model: &str,
     case: &Value,
     stored: &Arrays,
@@ -83,6 +83,9 @@ fn run_unet(
         let rows: Vec<_> = inputs.iter().map(|(name, x)| (*name, row(x, n))).collect();
         out.values.extend(&run(&rows)?.get("out").values);
     }
+    // A network may give more channels than it reads.
+    let [n, _, h, w] = out.shape[..] else { panic!("a sample is [N, C, H, W]") };
+    out.shape[1] = out.values.len() / (n * h * w);
     Ok(Arrays([("out".to_string(), out)].into()))
 }
 
@@ -113,18 +116,18 @@ const VAE_DECODE: Module = Module {
     outputs: &["decoded"],
 };
 
-fn key(case: &Value, tensor: &str) -> String {
+pub fn key(case: &Value, tensor: &str) -> String {
     format!("{}.{tensor}", case["name"].as_str().unwrap())
 }
 
-fn row(array: &Array, n: usize) -> Array {
+pub fn row(array: &Array, n: usize) -> Array {
     let length: usize = array.shape[1..].iter().product();
     let mut shape = array.shape.clone();
     shape[0] = 1;
     Array { shape, values: array.values[n * length..][..length].to_vec() }
 }
 
-fn probe(model: &str, module: &str, dtype: &str, more: &[&str]) -> Result<Arrays, String> {
+pub fn probe(model: &str, module: &str, dtype: &str, more: &[&str]) -> Result<Arrays, String> {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out.safetensors");
     let (model, out_text) = (drawn::folder(model).display().to_string(), out.display().to_string());

@@ -109,7 +109,7 @@ pub fn check_in(stored: &str, run: &Run, more: &[&str]) -> Result<(), String> {
     let want = Arrays::read(data(stored).join(format!("{}.safetensors", run.name)));
     // Most runs are stored without what decides the tensors after it (run_values.py).
     let implied = |name: &str| {
-        let ends = [".decoded", ".upsampled"].iter().any(|end| name.ends_with(end));
+        let ends = [".decoded", ".upsampled", ".encoded"].iter().any(|end| name.ends_with(end));
         ["alpha_bar", "latent", "image"].contains(&name) || name.starts_with("noise") || ends
     };
     got.0.retain(|name, _| !implied(name) || want.0.contains_key(name));

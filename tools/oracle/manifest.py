@@ -2,13 +2,16 @@
 
     tools/oracle/venv tools/oracle/manifest.py [--check]
 
-For every model: NAME.json, its config.json with the keys of the published file, and NAME.txt, one line a module: path,
-then name and shape of each of its tensors. Parts of SDXL that have the tensors of another model's have NAME.json alone, and
+For every model: NAME.json, its config.json with the keys of the published file, and NAME.txt (of DeepFloyd IF NAME.txt.gz), one line a
+module: path, then name and shape of each of its tensors. The configurations of IF-I-XL and IF-II-L are those of deepfloyd.py's
+docstring; IF-I-L and IF-I-M are IF-I-XL's with their own channels, which their numbers of parameters confirm. That of IF-II-M is
+not to be had: no list of it is here. Parts of SDXL that have the tensors of another model's have NAME.json alone, and
 the script stops unless the two lists are one. The classes are built on torch's meta device, so this takes no memory and no
 weights. --check compares with the files that are there instead of writing.
 """
 
 import argparse
+import gzip
 import json
 import pathlib
 import sys
@@ -71,6 +74,63 @@ UNET_XL = UNET_21 | {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "upcast_attention": None,
 }
+UNET_IF = UNET_21 | {
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "attention_head_dim": 64,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": "group_norm",
+    "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "in_channels": 3,
+    "layers_per_block": 3,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "num_attention_heads": None,
+    "out_channels": 6,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "scale_shift",
+    "sample_size": 64,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+UNET_IF_II = UNET_IF | {
+    "_diffusers_version": "0.18.0.dev0",
+    "block_out_channels": [160, 320, 640, 960, 1280],
+    "class_embed_type": "timestep",
+    "cross_attention_dim": 1280,
+    "down_block_types": ["ResnetDownsampleBlock2D"] * 3 + ["SimpleCrossAttnDownBlock2D"] * 2,
+    "in_channels": 6,
+    "layers_per_block": [2, 2, 3, 5, 5],
+    "mid_block_scale_factor": 1.4142271248762552,
+    "resnet_out_scale_factor": 1.4142271248762552,
+    "resnet_skip_time_act": True,
+    "sample_size": 256,
+    "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 1280,
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2 + ["ResnetUpsampleBlock2D"] * 3,
+}
+
+
+def unet_if(channels):
+    return UNET_IF | {"block_out_channels": channels, "cross_attention_dim": channels[-1]}
+
+
 VAE = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.6.0",
@@ -120,6 +180,10 @@ MODELS = {
     "sd15-unet": (UNET, 859_520_964),
     "sd21-unet": (UNET_21, 865_910_724),
     "sdxl-unet": (UNET_XL, 2_567_463_684),
+    "if-i-xl-unet": (unet_if([704, 1408, 2112, 2816]), 4_304_695_110),
+    "if-i-l-unet": (unet_if([320, 640, 960, 1280]), 935_365_830),
+    "if-i-m-unet": (unet_if([192, 384, 576, 768]), 371_605_830),
+    "if-ii-l-unet": (UNET_IF_II, 1_243_277_190),
     "sd15-vae": (VAE, 83_653_863),
     "sd21-vae": (VAE | {"_diffusers_version": "0.10.0.dev0", "sample_size": 768}, 83_653_863),
     "sd15-text": (TEXT, 123_060_480),
@@ -194,14 +258,14 @@ def main():
         elif not check:
             path.write_text(text)
     for name, (config, _) in MODELS.items():
-        for path, text in [
-            (ROOT / f"{name}.json", json.dumps(config, indent=2) + "\n"),
-            (ROOT / f"{name}.txt", listing(name)),
-        ]:
-            if check and (not path.exists() or path.read_text() != text):
+        listed = (ROOT / f"{name}.txt", listing(name).encode())
+        if name.startswith("if-"):
+            listed = (ROOT / f"{name}.txt.gz", gzip.compress(listed[1], 9, mtime=0))
+        for path, data in [(ROOT / f"{name}.json", (json.dumps(config, indent=2) + "\n").encode()), listed]:
+            if check and (not path.exists() or path.read_bytes() != data):
                 changed.append(path.name)
             elif not check:
-                path.write_text(text)
+                path.write_bytes(data)
     if changed:
         sys.exit(f"differ: {', '.join(changed)}")
 

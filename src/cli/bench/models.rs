@@ -3,10 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use megafuse::models::single_file::published_config;
 use megafuse::models::{
-    AddedConditioning, Family, Mmdit, MmditConfig, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig,
-    WeightStore,
+    AddedConditioning, Mmdit, MmditConfig, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
 };
 use megafuse::ops::StepIndex;
 use megafuse::ops::cases::{Call, Inputs};
@@ -49,7 +47,7 @@ pub fn run(args: &ModelArgs) -> Result<()> {
             None => print_line("no performance figures: the times of the emulated card say nothing about a card"),
         }
     }
-    for part in [Part::Denoiser, Part::Vae] {
+    for part in Part::of(&Source::of(args)?)? {
         let (name, work) = part.work(args)?;
         let call = part.prepare(args, &device)?;
         let mut timed: Vec<_> = clock.ready("", vec![call])?.into_iter().collect();
@@ -96,11 +94,11 @@ const UNET: &str = "unet";
 const TRANSFORMER: &str = "transformer";
 
 enum Denoiser {
-    Unet(UnetConfig),
+    Unet(Box<UnetConfig>),
     Mmdit(MmditConfig),
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Part {
     Denoiser,
     Vae,
@@ -126,7 +124,9 @@ impl Source<'_> {
         let transforms = match self {
             Source::Directory(folder) => folder.join(TRANSFORMER).is_dir(),
             Source::Random(RandomShapes::Directory(folder)) => folder.join(TRANSFORMER).is_dir(),
-            Source::Random(RandomShapes::Published(family)) => matches!(family, Family::Sd3 | Family::Sd35),
+            Source::Random(RandomShapes::Published(model)) => {
+                model.config(&format!("{TRANSFORMER}/config.json")).is_some()
+            }
         };
         if transforms { TRANSFORMER } else { UNET }
     }
@@ -136,9 +136,9 @@ impl Source<'_> {
         match self {
             Source::Directory(folder) => Source::read(folder, part),
             Source::Random(RandomShapes::Directory(folder)) => Source::read(folder, part),
-            Source::Random(RandomShapes::Published(family)) => {
+            Source::Random(RandomShapes::Published(model)) => {
                 let name = format!("{part}/config.json");
-                let json = published_config(*family, &name);
+                let json = model.config(&name);
                 let json = json.ok_or_else(|| Error::config(name.clone(), "the family has none"))?;
                 Ok((name, json))
             }
@@ -163,6 +163,15 @@ impl Source<'_> {
 }
 
 impl Part {
+    /// Those of a model; one over pixels has no VAE.
+    fn of(source: &Source) -> Result<Vec<Part>> {
+        let over_pixels = match source.denoiser() {
+            TRANSFORMER => false,
+            unet => UnetConfig::names_blocks_of_pixels(source.config(unet)?.1.as_bytes()),
+        };
+        Ok(if over_pixels { vec![Part::Denoiser] } else { vec![Part::Denoiser, Part::Vae] })
+    }
+
     /// What it is, and what it costs, from the configuration.
     fn work(self, args: &ModelArgs) -> Result<(String, Work)> {
         let meta = Device::meta();
@@ -183,17 +192,23 @@ impl Part {
 
     fn prepare(self, args: &ModelArgs, device: &Device) -> Result<Call> {
         let source = Source::of(args)?;
-        let (what, json) = source.config("vae")?;
-        let vae_config = VaeConfig::from_json(&what, &json)?;
+        let vae_config = match Part::of(&source)?.contains(&Part::Vae) {
+            true => {
+                let (what, json) = source.config("vae")?;
+                Some(VaeConfig::from_json(&what, &json)?)
+            }
+            false => None,
+        };
         let (what, json) = source.config(source.denoiser())?;
         let denoiser = match source.denoiser() {
             TRANSFORMER => Denoiser::Mmdit(MmditConfig::from_json(&what, &json)?),
-            _ => Denoiser::Unet(UnetConfig::from_json(&what, &json)?),
+            _ => Denoiser::Unet(Box::new(UnetConfig::from_json(&what, &json)?)),
         };
         let inputs = Inputs::new(device, args.dtype, 1);
-        let factor = vae_config.factor();
+        let factor = vae_config.as_ref().map_or(1, VaeConfig::factor);
         let (sample_size, patch) = match &denoiser {
             Denoiser::Mmdit(config) => (config.sample_size, config.patch_size),
+            Denoiser::Unet(config) if config.is_of_pixels() => (config.sample_size, config.factor()),
             Denoiser::Unet(config) => (config.sample_size, 1),
         };
         let [own_h, own_w] = sample_size.unwrap_or([64, 64]);
@@ -208,6 +223,7 @@ impl Part {
         let samples = 2 * args.batch;
         match (self, denoiser) {
             (Part::Vae, _) => {
+                let vae_config = vae_config.ok_or_else(|| Error::config("bench models", "the model has no VAE"))?;
                 let vae = Vae::load(source.store("vae", device, args.dtype)?, &vae_config)?;
                 let latents = inputs.tensor(&[args.batch, h, w, vae_config.latent_channels])?;
                 Ok(Box::new(move || vae.decode(&latents)))
@@ -224,12 +240,14 @@ impl Part {
             (Part::Denoiser, Denoiser::Unet(config)) => {
                 let unet = Unet::load(source.store(UNET, device, args.dtype)?, &config)?;
                 let latents = inputs.tensor(&[samples, h, w, config.in_channels])?;
-                let text = inputs.tensor(&[samples, TOKENS, config.cross_attention_dim])?;
+                let text = inputs.tensor(&[samples, TOKENS, config.text_dim()])?;
                 let pooled = config.added.map(|added| inputs.tensor(&[samples, added.pooled_dim])).transpose()?;
                 let sizes = [height, width, 0, 0, height, width].map(|side| side as f32);
                 let time_ids = vec![sizes; samples];
                 let added = pooled.as_ref().map(|pooled| AddedConditioning { pooled, time_ids: &time_ids });
-                let conditioning = unet.condition(TextConditioning { text: &text, added, guidance: None }, &[981.0])?;
+                let noise_level = config.reads_noise_level.then_some(250.0);
+                let told = TextConditioning { text: &text, added, guidance: None, noise_level };
+                let conditioning = unet.condition(told, &[981.0])?;
                 let step = StepIndex::one(device, 0)?;
                 Ok(Box::new(move || unet.forward(&latents, &step, &conditioning, &UnetOptions::default())))
             }
@@ -240,13 +258,14 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use megafuse::models::Family;
 
     /// The published parameter counts.
     #[test]
     fn random_models_have_the_published_size() {
         for (family, unet) in [(Family::Sd1, 859_520_964u64), (Family::Sd2, 865_910_724), (Family::Sdxl, 2_567_463_684)]
         {
-            let shapes = RandomShapes::Published(family);
+            let shapes = RandomShapes::Published(family.into());
             let source = Source::Random(&shapes);
             let counted = |part: &str| -> u64 {
                 let store = source.store(part, &Device::meta(), DType::BF16).unwrap();

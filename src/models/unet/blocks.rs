@@ -1,16 +1,17 @@
-use super::config::{AttentionConfig, BlockConfig, MidBlockConfig};
+use super::added_kv::AddedKvAttention;
+use super::config::{AddedKvConfig, AttentionConfig, BlockConfig, MidBlockConfig};
 use super::{
     AttentionMapMemory, AttentionMaps, ConvPlace, ConvRole, ImageMasks, UnetBlock, UnetConditioning, UnetConfig,
     UnetOptions,
 };
 use crate::error::{Error, Result};
 use crate::models::layers::{
-    ConvForm, Downsample, FilteredConv, GroupNorm, LayerNorm, Linear, Redilation, ResnetBlock, ResnetConfig, Upsample,
+    ConvForm, Downsample, FilteredConv, GroupNorm, LayerNorm, Linear, Redilation, Resample, ResnetBlock, ResnetConfig,
+    Upsample,
 };
 use crate::models::weights::Weights;
 use crate::ops::{
-    self, Activation, Attention, AttentionOptions, FreeU, SecondSource, Source, StepIndex, Upsampler, WindowShift,
-    Windows,
+    self, Activation, Attention, AttentionOptions, FreeU, SecondSource, Source, StepIndex, WindowShift, Windows,
 };
 use crate::runtime::Tensor;
 
@@ -24,15 +25,21 @@ pub(super) struct Projections {
 
 /// K and V of the text, fused.
 pub(super) struct ToKv {
-    weight: Tensor, // [2 C, cross_attention_dim]
-    heads: usize,
+    pub(super) weight: Tensor,          // [2 C, cross_attention_dim]
+    pub(super) bias: Option<Tensor>,    // [2 C]
+    pub(super) norm: Option<GroupNorm>, // [cross_attention_dim], before it
+    pub(super) heads: usize,
 }
 
 impl ToKv {
     /// `text: [R, L, cross_attention_dim]` to `[R, L, 2, heads, head_dim]`.
     pub(super) fn forward(&self, text: &Tensor) -> Result<Tensor> {
-        let [n, l, _] = text.dims("unet", "text")?;
-        let kv = ops::linear(ops::Linear::new(text, &self.weight))?;
+        let [n, l, c] = text.dims("unet", "text")?;
+        // A group's statistics are of all tokens, as of the pixels of a map.
+        let normed = self.norm.as_ref().map(|norm| norm.forward(&text.reshape(&[n, l, 1, c])?)?.reshape(&[n, l, c]));
+        let normed = normed.transpose()?;
+        let x = normed.as_ref().unwrap_or(text);
+        let kv = ops::linear(ops::Linear { bias: self.bias.as_ref(), ..ops::Linear::new(x, &self.weight) })?;
         kv.reshape(&[n, l, 2, self.heads, self.weight.shape()[0] / 2 / self.heads])
     }
 }
@@ -159,22 +166,49 @@ pub(super) struct Resnet {
 
 impl Resnet {
     fn forward<'a>(&'a self, x: impl Into<Source<'a>>, call: Call<'a>) -> Result<Tensor> {
+        self.block.forward(x, Some(call.conditioning.rows(self.row, call.step)), self.forms(call))
+    }
+
+    /// In place of a down- or upsampler.
+    fn forward_resampled<'a>(&'a self, x: &'a Tensor, call: Call<'a>, resample: Resample) -> Result<Tensor> {
         let row = call.conditioning.rows(self.row, call.step);
-        self.block.forward(x, Some(row), self.places.map(|place| call.form(place, Some(self.row))))
+        self.block.forward_resampled(x, Some(row), self.forms(call), resample)
+    }
+
+    fn forms<'a>(&self, call: Call<'a>) -> [ConvForm<'a>; 2] {
+        self.places.map(|place| call.form(place, Some(self.row)))
     }
 }
 
 impl Loader<'_> {
     /// `resnets.{number}` of the block with the weights `w`.
     fn resnet(&mut self, w: &Weights, number: usize, channels: [usize; 2], scale: f32) -> Result<Resnet> {
-        let (w, [in_channels, out_channels]) = (w.at(format!("resnets.{number}")), channels);
-        let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);
-        let block = ResnetBlock::load(&w, ResnetConfig { in_channels, out_channels, groups, eps, scale })?;
-        let proj = Linear::load(&w.at("time_emb_proj"), out_channels, self.config.time_embed_dim)?;
+        let roles = [ConvRole::Conv1(number), ConvRole::Conv2(number)];
+        self.resnet_of(&w.at(format!("resnets.{number}")), roles, channels, scale)
+    }
+
+    fn resnet_of(
+        &mut self,
+        w: &Weights,
+        roles: [ConvRole; 2],
+        [in_channels, out_channels]: [usize; 2],
+        scale: f32,
+    ) -> Result<Resnet> {
+        let &UnetConfig { norm_num_groups, norm_eps, activation, scale_shift, time_embed_dim, .. } = self.config;
+        let config = ResnetConfig::new(in_channels, out_channels, norm_num_groups, norm_eps);
+        let block = ResnetBlock::load(w, ResnetConfig { scale, activation, scale_shift, ..config })?;
+        let columns = if scale_shift { 2 * out_channels } else { out_channels };
+        let proj = Linear::load(&w.at("time_emb_proj"), columns, time_embed_dim)?;
         self.projections.time_emb_proj.push(proj);
-        let places =
-            [ConvRole::Conv1(number), ConvRole::Conv2(number)].map(|role| ConvPlace { block: self.block, role });
+        let places = roles.map(|role| ConvPlace { block: self.block, role });
         Ok(Resnet { block, row: self.projections.time_emb_proj.len() - 1, places })
+    }
+
+    fn added_kv(&mut self, w: &Weights, channels: usize, c: &AddedKvConfig) -> Result<BlockAttention> {
+        let number = self.projections.to_kv.len();
+        let (attention, to_kv) = AddedKvAttention::load(w, channels, c, self.config, number)?;
+        self.projections.to_kv.push(to_kv);
+        Ok(BlockAttention::AddedKv(attention))
     }
 
     fn transformer(&mut self, w: &Weights, channels: usize, c: &AttentionConfig, resnet: usize) -> Result<Transformer> {
@@ -237,7 +271,7 @@ impl Loader<'_> {
         second: Option<usize>,
     ) -> Result<CrossAttention> {
         let weight = w.stacked(&["to_k.weight", "to_v.weight"], channels, Some(self.config.cross_attention_dim))?;
-        self.projections.to_kv.push(ToKv { weight, heads });
+        self.projections.to_kv.push(ToKv { weight, bias: None, norm: None, heads });
         Ok(CrossAttention {
             to_q: Linear { weight: w.at("to_q").product("weight", channels, channels)?, bias: None },
             to_out: Linear::load_product(&w.at("to_out.0"), channels, channels)?,
@@ -247,21 +281,30 @@ impl Loader<'_> {
         })
     }
 
-    /// The ResNets of a block, `in_channels` of each, and the transformers behind them.
+    /// The ResNets of a block, `in_channels` of each, and the attentions behind them.
     fn layers(
         &mut self,
         w: &Weights,
         c: &BlockConfig,
         in_channels: &[usize],
-    ) -> Result<(Vec<Resnet>, Vec<Transformer>)> {
+    ) -> Result<(Vec<Resnet>, Vec<BlockAttention>)> {
         let (mut resnets, mut attentions) = (Vec::new(), Vec::new());
         for (i, &input) in in_channels.iter().enumerate() {
-            resnets.push(self.resnet(w, i, [input, c.channels], 1.0)?);
+            resnets.push(self.resnet(w, i, [input, c.channels], c.scale())?);
+            let w = w.at(format!("attentions.{i}"));
             if let Some(attention) = &c.attention {
-                attentions.push(self.transformer(&w.at(format!("attentions.{i}")), c.channels, attention, i)?);
+                attentions.push(BlockAttention::Transformer(self.transformer(&w, c.channels, attention, i)?));
+            }
+            if let Some(attention) = c.pixel.as_ref().and_then(|pixel| pixel.attention.as_ref()) {
+                attentions.push(self.added_kv(&w, c.channels, attention)?);
             }
         }
         Ok((resnets, attentions))
+    }
+
+    /// The ResNet in the place of a sampler.
+    fn resnet_sampler(&mut self, w: &Weights, c: &BlockConfig) -> Result<Resnet> {
+        self.resnet_of(w, [ConvRole::Sampler; 2], [c.channels; 2], c.scale())
     }
 
     /// The down blocks and the middle block, which a ControlNet copies.
@@ -288,7 +331,12 @@ impl Loader<'_> {
         let (resnets, attentions) = self.layers(w, c, &in_channels)?;
         let downsample = match last {
             true => None,
-            false => Some(Downsample::load(w, c.channels, self.config.downsample_padding)?),
+            false if c.pixel.is_some() => {
+                Some(Downsampler::Resnet(Box::new(self.resnet_sampler(&w.at("downsamplers.0"), c)?)))
+            }
+            false => {
+                Some(Downsampler::Conv(Box::new(Downsample::load(w, c.channels, self.config.downsample_padding)?)))
+            }
         };
         Ok(DownBlock { resnets, attentions, downsample, level: self.level, sampler: self.sampler() })
     }
@@ -305,7 +353,13 @@ impl Loader<'_> {
         let before = |i: usize| if i == 0 { input } else { c.channels };
         let in_channels: Vec<usize> = skips.iter().enumerate().map(|(i, skip)| before(i) + skip).collect();
         let (resnets, attentions) = self.layers(w, c, &in_channels)?;
-        let upsample = if last { None } else { Some(Upsample::load(w, c.channels)?) };
+        let upsample = match last {
+            true => None,
+            false if c.pixel.is_some() => {
+                Some(Upsampler::Resnet(Box::new(self.resnet_sampler(&w.at("upsamplers.0"), c)?)))
+            }
+            false => Some(Upsampler::Conv(Upsample::load(w, c.channels)?)),
+        };
         Ok(UpBlock { resnets, attentions, upsample, level: self.level, sampler: self.sampler(), width: self.width() })
     }
 
@@ -321,22 +375,55 @@ impl Loader<'_> {
     fn mid_block(&mut self, w: &Weights, channels: usize, c: &MidBlockConfig) -> Result<MidBlock> {
         let scale = c.scale();
         let first = self.resnet(w, 0, [channels, channels], scale)?;
-        let rest = match &c.attention {
-            None => None,
-            Some(attention) => {
-                let transformer = self.transformer(&w.at("attentions.0"), channels, attention, 0)?;
-                Some((transformer, self.resnet(w, 1, [channels, channels], scale)?))
+        let of_attention = w.at("attentions.0");
+        let attention = match (&c.attention, &c.added_kv) {
+            (Some(attention), _) => {
+                Some(BlockAttention::Transformer(self.transformer(&of_attention, channels, attention, 0)?))
             }
+            (None, Some(attention)) => Some(self.added_kv(&of_attention, channels, attention)?),
+            (None, None) => None,
+        };
+        let rest = match attention {
+            Some(attention) => Some((attention, self.resnet(w, 1, [channels, channels], scale)?)),
+            None => None,
         };
         Ok(MidBlock { first, rest })
     }
 }
 
-/// DownBlock2D and CrossAttnDownBlock2D.
+/// What stands behind a ResNet.
+enum BlockAttention {
+    Transformer(Transformer),
+    AddedKv(AddedKvAttention),
+}
+
+impl BlockAttention {
+    /// `[N, H, W, C]` to the same.
+    fn forward(&self, x: Tensor, call: Call) -> Result<Tensor> {
+        match self {
+            BlockAttention::Transformer(transformer) => transformer.forward(x, call),
+            BlockAttention::AddedKv(attention) => attention.forward(x, call),
+        }
+    }
+}
+
+/// Half the size.
+enum Downsampler {
+    Conv(Box<Downsample>),
+    Resnet(Box<Resnet>),
+}
+
+/// Twice the size.
+enum Upsampler {
+    Conv(Upsample),
+    Resnet(Box<Resnet>),
+}
+
+/// DownBlock2D, CrossAttnDownBlock2D, ResnetDownsampleBlock2D and SimpleCrossAttnDownBlock2D.
 pub(super) struct DownBlock {
     resnets: Vec<Resnet>,
-    attentions: Vec<Transformer>, // none, or one behind each ResNet
-    downsample: Option<Downsample>,
+    attentions: Vec<BlockAttention>, // none, or one behind each ResNet
+    downsample: Option<Downsampler>,
     level: Option<usize>,
     /// Of the downsampler.
     sampler: ConvPlace,
@@ -359,9 +446,10 @@ impl DownBlock {
         }
         if let Some(downsample) = &self.downsample {
             let wide = self.level.is_some() && call.options.wide_downsampler == self.level;
-            x = match wide {
-                true => downsample.forward_wide(&x)?,
-                false => downsample.forward_as(&x, call.form(self.sampler, None))?,
+            x = match downsample {
+                Downsampler::Conv(conv) if wide => conv.forward_wide(&x)?,
+                Downsampler::Conv(conv) => conv.forward_as(&x, call.form(self.sampler, None))?,
+                Downsampler::Resnet(resnet) => resnet.forward_resampled(&x, call, Resample::Halve)?,
             };
             skips.push(x.clone());
         }
@@ -369,10 +457,10 @@ impl DownBlock {
     }
 }
 
-/// UNetMidBlock2DCrossAttn, or a single ResNet.
+/// UNetMidBlock2DCrossAttn, UNetMidBlock2DSimpleCrossAttn, or a single ResNet.
 pub(super) struct MidBlock {
     first: Resnet,
-    rest: Option<(Transformer, Resnet)>,
+    rest: Option<(BlockAttention, Resnet)>,
 }
 
 impl MidBlock {
@@ -387,11 +475,11 @@ impl MidBlock {
     }
 }
 
-/// UpBlock2D and CrossAttnUpBlock2D.
+/// UpBlock2D, CrossAttnUpBlock2D, ResnetUpsampleBlock2D and SimpleCrossAttnUpBlock2D.
 pub(super) struct UpBlock {
     resnets: Vec<Resnet>,
-    attentions: Vec<Transformer>, // none, or one behind each ResNet
-    upsample: Option<Upsample>,
+    attentions: Vec<BlockAttention>, // none, or one behind each ResNet
+    upsample: Option<Upsampler>,
     level: Option<usize>,
     /// Of the upsampler.
     sampler: ConvPlace,
@@ -409,7 +497,7 @@ impl UpBlock {
             let skip = skips.pop().ok_or_else(|| Error::config("unet", "an up block found no skip connection"))?;
             if i + 1 == self.resnets.len() && call.is_pooled(self.level) {
                 let [_, h, w, _] = skip.dims("unet", "skip")?;
-                x = ops::resize(&x, [h, w], Upsampler::BicubicTorch, None, None)?;
+                x = ops::resize(&x, [h, w], ops::Upsampler::BicubicTorch, None, None)?;
             }
             x = match self.freeu(&x, call)? {
                 Some(freeu) => resnet.forward(&ops::freeu(&x, &skip, freeu)?, call)?,
@@ -423,7 +511,10 @@ impl UpBlock {
         match (&self.upsample, skips.last()) {
             (Some(upsample), Some(skip)) => {
                 let [_, h, w, _] = skip.dims("unet", "skip")?;
-                upsample.forward_as(&x, [h, w], call.form(self.sampler, None))
+                match upsample {
+                    Upsampler::Conv(conv) => conv.forward_as(&x, [h, w], call.form(self.sampler, None)),
+                    Upsampler::Resnet(resnet) => resnet.forward_resampled(&x, call, Resample::To([h, w])),
+                }
             }
             _ => Ok(x),
         }
@@ -556,7 +647,7 @@ impl SelfAttention {
 /// `[N, L, C]` of a map to that of another, bicubically as torch does.
 fn resized(x: &Tensor, [h, w]: [usize; 2], to: [usize; 2]) -> Result<Tensor> {
     let [n, _, c] = x.dims("unet", "x")?;
-    let y = ops::resize(&x.reshape(&[n, h, w, c])?, to, Upsampler::BicubicTorch, None, None)?;
+    let y = ops::resize(&x.reshape(&[n, h, w, c])?, to, ops::Upsampler::BicubicTorch, None, None)?;
     y.reshape(&[n, to[0] * to[1], c])
 }
 

@@ -1,6 +1,8 @@
-//! What the UNet is told beside its sample: the text, the timestep, and for SDXL the pooled text and the picture's sizes.
+//! What the UNet is told beside its sample: the text, the timestep, for SDXL the pooled text and the picture's sizes, and for DeepFloyd
+//! IF's second stage how noisy the picture is that it enlarges.
 
 use super::blocks::Projections;
+use super::text_pooling::TextPooling;
 use super::{ImagePrompt, TIME_IDS, Unet, UnetConfig};
 use crate::error::{Error, Result};
 use crate::models::layers::{Conv2d, Linear};
@@ -12,18 +14,20 @@ use crate::runtime::{DType, Device, Tensor};
 /// unconditional row or rows come first.
 #[derive(Clone, Copy, Debug)]
 pub struct TextConditioning<'a> {
-    /// `[R, L, cross_attention_dim]`
+    /// `[R, L, D]`, D as in [`UnetConfig::text_dim`].
     pub text: &'a Tensor,
     /// Given exactly when the model has [`UnetConfig::added`].
     pub added: Option<AddedConditioning<'a>>,
     /// The number that a model with [`UnetConfig::time_cond_proj_dim`] was trained to read as its guidance scale (the
     /// published pipelines pass the guidance scale minus 1). Without one the embedding is left out.
     pub guidance: Option<f32>,
+    /// A timestep: given exactly when the model has [`UnetConfig::reads_noise_level`].
+    pub noise_level: Option<f32>,
 }
 
 impl<'a> From<&'a Tensor> for TextConditioning<'a> {
     fn from(text: &'a Tensor) -> TextConditioning<'a> {
-        TextConditioning { text, added: None, guidance: None }
+        TextConditioning { text, added: None, guidance: None, noise_level: None }
     }
 }
 
@@ -42,11 +46,13 @@ pub struct AddedConditioning<'a> {
 #[derive(Clone, Debug)]
 pub struct UnetConditioning {
     rows: Vec<Tensor>,    // one a ResNet: [steps * rows_per_step, C_out], those of a step together
-    rows_per_step: usize, // R with added conditioning, of samples with sizes of their own their number, else 1
+    rows_per_step: usize, // R where rows have embeddings of their own, of samples with sizes of their own their number, else 1
     kv: Vec<Tensor>,      // one a cross-attention: [R, L, 2, heads, head_dim]
     text_rows: usize,     // R
     steps: usize,
     guidance: Option<f32>,
+    noise_level: Option<f32>,
+    pooled: Option<Tensor>, // of the text, where it is added to the timestep's embedding: [R, T]
     /// With twins whose rows are not the others': the same tables of the others and of the twins.
     twins: Option<[PartRows; 2]>,
     /// What pictures add to every cross-attention.
@@ -212,10 +218,34 @@ impl UnetConditioning {
 
 /// Sinusoid of the timestep, two linear layers, and what is added to them.
 pub(super) struct TimeEmbedding {
-    linear_1: Linear,          // [T, C_0]
-    linear_2: Linear,          // [T, T]
+    mlp: EmbeddingMlp,
     cond_proj: Option<Linear>, // [C_0, time_cond_proj_dim], no bias
     add_embedding: Option<AddEmbedding>,
+    text_pooling: Option<TextPooling>,
+    noise_level: Option<EmbeddingMlp>,
+}
+
+/// Two linear layers behind a sinusoid.
+struct EmbeddingMlp {
+    linear_1: Linear, // [T, C_0]
+    linear_2: Linear, // [T, T]
+    activation: Activation,
+}
+
+impl EmbeddingMlp {
+    fn load(w: &Weights, config: &UnetConfig) -> Result<EmbeddingMlp> {
+        let (t, first) = (config.time_embed_dim, config.block_out_channels[0]);
+        Ok(EmbeddingMlp {
+            linear_1: Linear::load(&w.at("linear_1"), t, first)?,
+            linear_2: Linear::load(&w.at("linear_2"), t, t)?,
+            activation: config.activation,
+        })
+    }
+
+    /// `[rows, C_0]` to `[rows, T]`, with `activation` after the second layer, or with `[rows, T]` added to it.
+    fn forward(&self, sinusoid: &Tensor, activation: Activation, added: Option<&Tensor>) -> Result<Tensor> {
+        self.linear_2.fused(&self.linear_1.fused(sinusoid, self.activation, None)?, activation, added)
+    }
 }
 
 /// `add_embedding`: of the pooled text and the sizes.
@@ -228,7 +258,7 @@ struct AddEmbedding {
 impl TimeEmbedding {
     pub(super) fn load(w: &Weights, config: &UnetConfig) -> Result<TimeEmbedding> {
         let (time, added) = (w.at("time_embedding"), w.at("add_embedding"));
-        let (t, first) = (config.time_embed_dim, config.block_out_channels[0]);
+        let (t, first, text) = (config.time_embed_dim, config.block_out_channels[0], config.text_dim());
         let cond_proj = match config.time_cond_proj_dim {
             None => None,
             Some(dim) => Some(Linear::load_without_bias(&time.at("cond_proj"), first, dim)?),
@@ -244,12 +274,14 @@ impl TimeEmbedding {
                 })
             }
         };
-        Ok(TimeEmbedding {
-            linear_1: Linear::load(&time.at("linear_1"), t, first)?,
-            linear_2: Linear::load(&time.at("linear_2"), t, t)?,
-            cond_proj,
-            add_embedding,
-        })
+        let text_pooling =
+            config.text_pooling_heads.map(|heads| TextPooling::load(&added, text, t, heads)).transpose()?;
+        let noise_level = match config.reads_noise_level {
+            true => Some(EmbeddingMlp::load(&w.at("class_embedding"), config)?),
+            false => None,
+        };
+        let mlp = EmbeddingMlp::load(&time, config)?;
+        Ok(TimeEmbedding { mlp, cond_proj, add_embedding, text_pooling, noise_level })
     }
 }
 
@@ -271,7 +303,7 @@ impl Unet {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`]: `text`, `pooled`; [`Error::Argument`]: `added` or `guidance`
-    /// missing or superfluous, other than 1 or R `time_ids`; [`Error::OutOfMemory`].
+    /// missing or superfluous, a noise level likewise, other than 1 or R `time_ids`; [`Error::OutOfMemory`].
     pub fn condition<'a>(
         &self,
         conditioning: impl Into<TextConditioning<'a>>,
@@ -295,12 +327,30 @@ impl Unet {
     }
 }
 
+/// What a conditioning says whatever the timesteps and the sizes.
+struct Told {
+    kv: Vec<Tensor>,
+    text_rows: usize,
+    pooled: Option<Tensor>,
+    guidance: Option<f32>,
+    noise_level: Option<f32>,
+}
+
+impl Told {
+    fn of(conditioning: &UnetConditioning) -> Told {
+        let &UnetConditioning { ref kv, text_rows, ref pooled, guidance, noise_level, .. } = conditioning;
+        Told { kv: kv.clone(), text_rows, pooled: pooled.clone(), guidance, noise_level }
+    }
+}
+
 /// The layers whose input is the same in every step of a run: of the UNet, and of a ControlNet, which reads what the UNet is told.
 pub struct Conditioner {
     pub(super) config: UnetConfig,
     pub(super) device: Device,
     pub(super) dtype: DType,
     pub(super) time_embedding: TimeEmbedding,
+    /// `encoder_hid_proj`
+    pub(super) text_projection: Option<Linear>, // [cross_attention_dim, D]
     pub(super) projections: Projections,
 }
 
@@ -314,11 +364,15 @@ impl Conditioner {
         conditioning: impl Into<TextConditioning<'a>>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
-        let TextConditioning { text, added, guidance } = conditioning.into();
+        let TextConditioning { text, added, guidance, noise_level } = conditioning.into();
         let [text_rows, length, _] = text.dims("unet", "text")?;
-        text.expect("unet", "text", &[text_rows, length, self.config.cross_attention_dim], self.dtype, &self.device)?;
+        text.expect("unet", "text", &[text_rows, length, self.config.text_dim()], self.dtype, &self.device)?;
+        let pooled = self.time_embedding.text_pooling.as_ref().map(|pooling| pooling.forward(text)).transpose()?;
+        let projected = self.text_projection.as_ref().map(|projection| projection.forward(text)).transpose()?;
+        let text = projected.as_ref().unwrap_or(text);
         let kv = self.projections.to_kv.iter().map(|to_kv| to_kv.forward(text)).collect::<Result<_>>()?;
-        self.with_rows(kv, text_rows, text_rows, added, guidance, timesteps)
+        let text = Told { kv, text_rows, pooled, guidance, noise_level };
+        self.with_rows(text, text_rows, added, timesteps)
     }
 
     /// As [`Unet::recondition`].
@@ -331,9 +385,8 @@ impl Conditioner {
         added: Option<AddedConditioning>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
-        let &UnetConditioning { ref kv, ref images, text_rows, guidance, .. } = conditioning;
-        let made = self.with_rows(kv.clone(), text_rows, text_rows, added, guidance, timesteps)?;
-        Ok(UnetConditioning { images: images.clone(), ..made })
+        let made = self.with_rows(Told::of(conditioning), conditioning.text_rows, added, timesteps)?;
+        Ok(UnetConditioning { images: conditioning.images.clone(), ..made })
     }
 
     /// One timestep for a batch whose samples have sizes of their own, with the text and the guidance of `conditioning`, whose
@@ -347,42 +400,72 @@ impl Conditioner {
         added: AddedConditioning,
         timestep: f32,
     ) -> Result<UnetConditioning> {
-        let &UnetConditioning { ref kv, ref images, text_rows, guidance, .. } = conditioning;
         let [samples, _] = added.pooled.dims("unet", "pooled")?;
-        let made = self.with_rows(kv.clone(), text_rows, samples, Some(added), guidance, &[timestep])?;
-        Ok(UnetConditioning { images: images.clone(), ..made })
+        let made = self.with_rows(Told::of(conditioning), samples, Some(added), &[timestep])?;
+        Ok(UnetConditioning { images: conditioning.images.clone(), ..made })
     }
 
+    /// `samples`: rows of the added conditioning.
     fn with_rows(
         &self,
-        kv: Vec<Tensor>,
-        text_rows: usize,
-        added_rows: usize,
+        told: Told,
+        samples: usize,
         added: Option<AddedConditioning>,
-        guidance: Option<f32>,
         timesteps: &[f32],
     ) -> Result<UnetConditioning> {
+        let Told { kv, text_rows, pooled, guidance, noise_level } = told;
         let steps = timesteps.len();
-        let added = self.added(added_rows, added)?;
-        let rows_per_step = if added.is_some() { added_rows } else { 1 };
+        let of_rows = match (self.added(samples, added)?, &pooled) {
+            (Some(added), _) => Some(added),
+            (None, pooled) => pooled.clone(),
+        };
+        let rows_per_step = of_rows.as_ref().map_or(1, |of_rows| of_rows.shape()[0]);
         // Of a step R times the same, with the rows of the added conditioning.
         let repeated: Vec<f32> = timesteps.iter().flat_map(|&t| std::iter::repeat_n(t, rows_per_step)).collect();
+        let of_level = self.noise_level(noise_level, repeated.len())?;
         let mut emb = ops::timestep_embedding(&repeated, self.config.timestep, &self.device, self.dtype)?; // [rows, C_0]
         if let Some((cond_proj, guidance)) = self.guidance(guidance, repeated.len())? {
             emb = cond_proj.forward_residual(&guidance, &emb)?;
         }
-        let time = &self.time_embedding;
-        let emb = time.linear_1.fused(&emb, Activation::Silu, None)?;
-        // The ResNets read nothing but silu(emb): [rows, T].
-        let emb = match added {
-            Some(added) if steps > 0 => {
-                let added = ops::scale_cast(&added, 1.0, 0.0, self.dtype, steps)?; // [R, T] of each step
-                ops::activation(&time.linear_2.forward_residual(&emb, &added)?, Activation::Silu)?
-            }
-            _ => time.linear_2.fused(&emb, Activation::Silu, None)?,
+        let added = match of_rows {
+            Some(of_rows) if steps > 0 => Some(ops::scale_cast(&of_rows, 1.0, 0.0, self.dtype, steps)?), // [R, T] of each step
+            _ => None,
         };
+        let added = match (added, of_level) {
+            (Some(added), Some(of_level)) => Some(ops::add(&added, &of_level)?),
+            (added, of_level) => added.or(of_level),
+        };
+        // The ResNets read what their activation makes of it: [rows, T].
+        let mlp = &self.time_embedding.mlp;
+        let (fused, rest) = match (&added, &self.config.time_activations[..]) {
+            (None, [first, rest @ ..]) => (*first, rest),
+            (_, all) => (Activation::None, all),
+        };
+        let mut emb = mlp.forward(&emb, fused, added.as_ref())?;
+        for &activation in rest {
+            emb = ops::activation(&emb, activation)?;
+        }
         let rows = self.projections.time_emb_proj.iter().map(|proj| proj.forward(&emb)).collect::<Result<_>>()?;
-        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance, twins: None, images: Vec::new() })
+        let (twins, images) = (None, Vec::new());
+        Ok(UnetConditioning { rows, rows_per_step, kv, text_rows, steps, guidance, noise_level, pooled, twins, images })
+    }
+
+    /// The embedding of the noise level, `[rows, T]`, every row the same.
+    fn noise_level(&self, level: Option<f32>, rows: usize) -> Result<Option<Tensor>> {
+        match (&self.time_embedding.noise_level, level) {
+            (Some(mlp), Some(level)) => {
+                let sinusoid =
+                    ops::timestep_embedding(&vec![level; rows], self.config.timestep, &self.device, self.dtype)?;
+                mlp.forward(&sinusoid, Activation::None, None).map(Some)
+            }
+            (Some(_), None) => {
+                Err(Error::argument("unet", "noise level", "missing", "a timestep: class_embed_type is \"timestep\""))
+            }
+            (None, Some(level)) => {
+                Err(Error::argument("unet", "noise level", level, "none: the model has no class_embed_type"))
+            }
+            (None, None) => Ok(None),
+        }
     }
 
     /// The embedding of the added conditioning of `rows` rows, `[rows, T]`.

@@ -1,8 +1,8 @@
 use serde_json::{Value, json};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::config::{JsonConfig, as_count, most};
-use crate::ops::TimestepEmbedding;
+use crate::ops::{Activation, TimestepEmbedding};
 
 /// `unet/config.json`; absent keys take the class defaults of diffusers' `UNet2DConditionModel`. What the file describes
 /// per level (scalar or list) is resolved per block here.
@@ -12,8 +12,10 @@ pub struct UnetConfig {
     pub out_channels: usize,
     /// Native latent height and width: [H, W].
     pub sample_size: Option<[usize; 2]>,
-    /// Width of the text embeddings.
+    /// Width of the text that cross-attention reads.
     pub cross_attention_dim: usize,
+    /// `encoder_hid_dim`: width of the text embeddings, where a linear layer makes them `cross_attention_dim` wide (DeepFloyd IF).
+    pub encoder_hid_dim: Option<usize>,
     /// Channels of each level, the finest first.
     pub block_out_channels: Vec<usize>,
     /// The down blocks in order, one a level.
@@ -22,6 +24,14 @@ pub struct UnetConfig {
     pub mid_block: Option<MidBlockConfig>,
     /// The up blocks in order, the coarsest level first.
     pub up_blocks: Vec<BlockConfig>,
+    /// Of the ResNets, inside the embeddings and before the last convolution: SiLU, or GELU (DeepFloyd IF).
+    pub activation: Activation,
+    /// `resnet_time_scale_shift` is "scale_shift": the timestep's row scales and shifts what a ResNet's second norm gives, in place of
+    /// being added before it (Dhariwal & Nichol 2021, arXiv:2105.05233, sec. 4.3).
+    pub scale_shift: bool,
+    /// What becomes of the timestep's embedding before each ResNet's projection, in this order: `time_embedding_act_fn`, and
+    /// without `resnet_skip_time_act` the ResNets' own.
+    pub time_activations: Vec<Activation>,
     /// The model sees `2 x - 1`.
     pub center_input_sample: bool,
     /// Sinusoid of the timestep; its width is `block_out_channels[0]`.
@@ -30,6 +40,12 @@ pub struct UnetConfig {
     pub time_embed_dim: usize,
     /// `addition_embed_type` is "text_time": the timestep's embedding gets one of pooled text and sizes added (SDXL).
     pub added: Option<AddedConfig>,
+    /// `addition_embed_type` is "text": the timestep's embedding gets one of the text added, pooled by an attention of so many heads
+    /// (DeepFloyd IF).
+    pub text_pooling_heads: Option<usize>,
+    /// `class_embed_type` is "timestep": the timestep's embedding gets one of a number added, that of the noise in the picture
+    /// which DeepFloyd IF's second stage reads (Ho et al. 2021, arXiv:2106.15282, sec. 4.2).
+    pub reads_noise_level: bool,
     /// `time_cond_proj_dim`: width of the guidance scale's embedding, of models distilled from guided ones (LCM).
     pub time_cond_proj_dim: Option<usize>,
     /// Symmetric padding of the downsampling convs; 0 pads bottom and right by one.
@@ -59,10 +75,8 @@ impl AddedConfig {
     /// `timestep`: the timestep's sinusoid.
     fn read(c: &JsonConfig, timestep: TimestepEmbedding) -> Result<Option<AddedConfig>> {
         const INPUT: &str = "projection_class_embeddings_input_dim";
-        match c.get("addition_embed_type") {
-            None | Some(Value::Null) => return Ok(None),
-            Some(Value::String(name)) if name == "text_time" => {}
-            Some(_) => return Err(c.error("addition_embed_type", "not supported, only null or \"text_time\" is")),
+        if !c.is("addition_embed_type", "text_time") {
+            return Ok(None);
         }
         let required = |key: &str| {
             let wanted = "addition_embed_type = \"text_time\" needs a number of at least 1";
@@ -92,8 +106,30 @@ pub struct BlockConfig {
     /// Channels of the block's output.
     pub channels: usize,
     pub resnets: usize,
-    /// `None` for blocks without attention.
+    /// `None` for blocks without transformers.
     pub attention: Option<AttentionConfig>,
+    /// The block is one of DeepFloyd IF's.
+    pub pixel: Option<PixelBlockConfig>,
+}
+
+/// A block of a UNet over pixels: its down- or upsampler is a ResNet, and behind each other ResNet is an attention or none
+/// (`ResnetDownsampleBlock2D`, `SimpleCrossAttnDownBlock2D` and their mirrors).
+#[derive(Clone, Debug, PartialEq)]
+pub struct PixelBlockConfig {
+    pub attention: Option<AddedKvConfig>,
+    /// `resnet_out_scale_factor`: the ResNets' outputs are divided by it.
+    pub scale_factor: f64,
+}
+
+/// An attention of the pixels to the text and to each other in one softmax: keys and values of the text are added to those of the
+/// pixels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AddedKvConfig {
+    pub heads: usize,
+    /// Pixels attend to the text alone.
+    pub only_text: bool,
+    /// `cross_attention_norm` is "group_norm": the text is normalised by each attention.
+    pub norms_text: bool,
 }
 
 /// The transformers of a block.
@@ -109,8 +145,10 @@ pub struct AttentionConfig {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct MidBlockConfig {
-    /// `None`: `UNetMidBlock2D`, a single ResNet.
+    /// `None`: `UNetMidBlock2D`, a single ResNet, or one of DeepFloyd IF.
     pub attention: Option<AttentionConfig>,
+    /// `UNetMidBlock2DSimpleCrossAttn`: this attention between two ResNets.
+    pub added_kv: Option<AddedKvConfig>,
     /// `mid_block_scale_factor`: the ResNets' outputs are divided by it.
     pub scale_factor: f64,
 }
@@ -119,14 +157,14 @@ pub struct MidBlockConfig {
 fn unsupported() -> Vec<(&'static str, Vec<Value>)> {
     vec![
         ("dual_cross_attention", vec![json!(false)]),
-        ("encoder_hid_dim", vec![Value::Null]),
-        ("encoder_hid_dim_type", vec![Value::Null]),
-        ("class_embed_type", vec![Value::Null]),
+        ("encoder_hid_dim_type", vec![Value::Null, json!("text_proj")]),
+        ("class_embed_type", vec![Value::Null, json!("timestep")]),
+        ("addition_embed_type", vec![Value::Null, json!("text_time"), json!("text")]),
         ("num_class_embeds", vec![Value::Null]),
         ("class_embeddings_concat", vec![json!(false), Value::Null]),
-        ("resnet_time_scale_shift", vec![json!("default")]),
+        ("resnet_time_scale_shift", vec![json!("default"), json!("scale_shift")]),
+        ("cross_attention_norm", vec![Value::Null, json!("group_norm")]),
         ("time_embedding_type", vec![json!("positional")]),
-        ("time_embedding_act_fn", vec![Value::Null]),
         ("timestep_post_act", vec![Value::Null]),
         ("attention_type", vec![json!("default")]),
     ]
@@ -137,18 +175,21 @@ impl UnetConfig {
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) with key and value: of the wrong type, lists of unequal length, or a part of the published class
-    /// that the SD 1.x/2.x and SDXL families do not use.
+    /// that the families do not use.
     pub fn from_json(what: &str, json: &str) -> Result<UnetConfig> {
         let c = JsonConfig::parse(what, json, "UNet2DConditionModel")?;
         for (key, values) in unsupported() {
             c.only(key, &values)?;
         }
-        c.only_silu("act_fn")?;
+        let activation = activation(&c, "act_fn")?.unwrap_or(Activation::Silu);
         let norm_num_groups = c.count("norm_num_groups", 32, most::CHANNELS)?;
         let block_out_channels = c.levels(&[320, 640, 1280, 1280], norm_num_groups)?;
         let levels = block_out_channels.len();
         let blocks = Blocks::read(&c, &block_out_channels)?;
         let dim = block_out_channels[0];
+        let cross_attention_dim = cross_attention_dim(&c, levels)?;
+        let encoder_hid_dim = c.optional_count("encoder_hid_dim", most::CHANNELS)?;
+        let of_pixels = blocks.down[0].pixel.is_some();
         let timestep = TimestepEmbedding {
             dim,
             flip_sin_to_cos: c.flag("flip_sin_to_cos", true)?,
@@ -158,7 +199,13 @@ impl UnetConfig {
             in_channels: c.count("in_channels", 4, most::CHANNELS)?,
             out_channels: c.count("out_channels", 4, most::CHANNELS)?,
             sample_size: c.size("sample_size")?,
-            cross_attention_dim: cross_attention_dim(&c, levels)?,
+            cross_attention_dim,
+            encoder_hid_dim,
+            activation,
+            scale_shift: c.is("resnet_time_scale_shift", "scale_shift"),
+            time_activations: time_activations(&c, activation, of_pixels)?,
+            text_pooling_heads: text_pooling_heads(&c, encoder_hid_dim.unwrap_or(cross_attention_dim))?,
+            reads_noise_level: c.is("class_embed_type", "timestep"),
             down_blocks: blocks.down,
             mid_block: blocks.mid,
             up_blocks: blocks.up,
@@ -181,6 +228,12 @@ impl UnetConfig {
         Ok(config)
     }
 
+    /// Does this config.json name blocks of DeepFloyd IF? Whatever else it says.
+    pub fn names_blocks_of_pixels(json: &[u8]) -> bool {
+        let config: Value = serde_json::from_slice(json).unwrap_or_default();
+        config["down_block_types"][0].as_str().is_some_and(|name| DOWN[2..].contains(&name))
+    }
+
     /// Self-attentions of a level, of its down and its up block: those of [`UnetOptions::windowed_level`](super::UnetOptions).
     pub fn self_attentions(&self, level: usize) -> usize {
         let levels = self.down_blocks.len();
@@ -190,6 +243,22 @@ impl UnetConfig {
             _ => 0,
         };
         blocks.into_iter().flatten().map(of).sum()
+    }
+
+    /// Width of the text embeddings that the network reads.
+    pub fn text_dim(&self) -> usize {
+        self.encoder_hid_dim.unwrap_or(self.cross_attention_dim)
+    }
+
+    /// Channels of a sample: its output may have as many more, the logarithm of a variance each (Nichol & Dhariwal 2021,
+    /// arXiv:2102.09672, sec. 3.1).
+    pub fn sample_channels(&self) -> usize {
+        if self.is_of_pixels() { 3 } else { self.out_channels }
+    }
+
+    /// Is it one of DeepFloyd IF's, over pixels? Sides of samples are then multiples of [`factor`](UnetConfig::factor).
+    pub fn is_of_pixels(&self) -> bool {
+        self.down_blocks.iter().any(|block| block.pixel.is_some())
     }
 
     /// Channels of the skip connections, in the order in which they are written.
@@ -214,25 +283,57 @@ struct Blocks {
     up: Vec<BlockConfig>,
 }
 
+/// What a block's type says.
+#[derive(Clone, Copy, PartialEq)]
+struct BlockKind {
+    attends: bool,
+    of_pixels: bool,
+}
+
+impl BlockKind {
+    /// As `down_block_types` or `up_block_types` name it; the names: without attention and with it, of latents and of pixels.
+    fn read(c: &JsonConfig, key: &str, name: &str, [plain, cross, resnet, simple]: [&str; 4]) -> Result<BlockKind> {
+        let (attends, of_pixels) = match name.strip_prefix("UNetRes").unwrap_or(name) {
+            name if name == plain => (false, false),
+            name if name == cross => (true, false),
+            name if name == resnet => (false, true),
+            name if name == simple => (true, true),
+            name => {
+                let wanted = format!("{name} is not supported, only {plain}, {cross}, {resnet} and {simple} are");
+                return Err(c.error(key, wanted));
+            }
+        };
+        Ok(BlockKind { attends, of_pixels })
+    }
+}
+
+const DOWN: [&str; 4] =
+    ["DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"];
+const UP: [&str; 4] = ["UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"];
+const PIXEL_MID: &str = "UNetMidBlock2DSimpleCrossAttn";
+
 impl Blocks {
     fn read(c: &JsonConfig, channels: &[usize]) -> Result<Blocks> {
         let levels = channels.len();
-        let types = |key: &str, default: &[&str], plain: &str, cross: &str| -> Result<Vec<bool>> {
+        let types = |key: &str, default: &[&str], kinds: [&str; 4]| -> Result<Vec<BlockKind>> {
             let names = c.names(key, default)?;
             if names.len() != levels {
                 return Err(c.error(key, format!("expected {levels} entries, as many as block_out_channels has")));
             }
-            let has_attention = |name: &String| match name.strip_prefix("UNetRes").unwrap_or(name) {
-                name if name == plain => Ok(false),
-                name if name == cross => Ok(true),
-                name => Err(c.error(key, format!("{name} is not supported, only {plain} and {cross} are"))),
-            };
-            names.iter().map(has_attention).collect()
+            names.iter().map(|name| BlockKind::read(c, key, name, kinds)).collect()
         };
         let down_default = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"];
         let up_default = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"];
-        let down_types = types("down_block_types", &down_default, "DownBlock2D", "CrossAttnDownBlock2D")?;
-        let up_types = types("up_block_types", &up_default, "UpBlock2D", "CrossAttnUpBlock2D")?;
+        let down_types = types("down_block_types", &down_default, DOWN)?;
+        let up_types = types("up_block_types", &up_default, UP)?;
+        let of_pixels = down_types[0].of_pixels;
+        if down_types.iter().chain(&up_types).any(|kind| kind.of_pixels != of_pixels)
+            || c.is("mid_block_type", PIXEL_MID) != of_pixels
+        {
+            let wanted =
+                format!("blocks of DeepFloyd IF ({}, {}) stand beside others; expected one kind", DOWN[2], DOWN[3]);
+            return Err(c.error("down_block_types", wanted));
+        }
 
         let resnets = c.count_per_level("layers_per_block", levels, 2, most::LAYERS)?;
         // The published class takes either name and means the number of heads.
@@ -251,38 +352,60 @@ impl Blocks {
             }
             Ok(Some(AttentionConfig { heads: heads[level], layers, only_cross_attention }))
         };
+        let added_kv =
+            |level: usize, entry: usize, only_text: bool| AddedKvConfig::read(c, channels, [level, entry], only_text);
+        let scale_factor = c.positive("resnet_out_scale_factor", 1.0)?;
+        let pixel = |level: usize, entry: usize, kind: BlockKind| {
+            let attention = match kind.attends {
+                true => Some(added_kv(level, entry, only_cross_attention[level])?),
+                false => None,
+            };
+            Ok::<_, Error>(PixelBlockConfig { attention, scale_factor })
+        };
 
         let (mut down, mut up) = (Vec::new(), Vec::new());
         for level in 0..levels {
-            let resnets = resnets[level];
-            let attention = match down_types[level] {
+            let (resnets, kind) = (resnets[level], down_types[level]);
+            let attention = match kind.attends && !of_pixels {
                 true => attention(level, layers.down(c, level, resnets)?, only_cross_attention[level])?,
                 false => None,
             };
-            down.push(BlockConfig { channels: channels[level], resnets, attention });
+            let pixel = of_pixels.then(|| pixel(level, level, kind)).transpose()?;
+            down.push(BlockConfig { channels: channels[level], resnets, attention, pixel });
         }
         for (i, level) in (0..levels).rev().enumerate() {
-            let resnets = resnets[level] + 1;
-            let attention = match up_types[i] {
+            let (resnets, kind) = (resnets[level] + 1, up_types[i]);
+            let attention = match kind.attends && !of_pixels {
                 true => attention(level, layers.up(c, i, resnets)?, only_cross_attention[level])?,
                 false => None,
             };
-            up.push(BlockConfig { channels: channels[level], resnets, attention });
+            let pixel = of_pixels.then(|| pixel(level, i, kind)).transpose()?;
+            up.push(BlockConfig { channels: channels[level], resnets, attention, pixel });
         }
         let scale_factor = c.positive("mid_block_scale_factor", 1.0)?;
         let last = levels - 1;
         let mid = match c.get("mid_block_type") {
             Some(Value::Null) => None,
             Some(Value::String(name)) if name == "UNetMidBlock2D" => {
-                Some(MidBlockConfig { attention: None, scale_factor })
+                Some(MidBlockConfig { attention: None, added_kv: None, scale_factor })
+            }
+            Some(Value::String(name)) if name == PIXEL_MID => {
+                let only_text = match (c.get("mid_block_only_cross_attention"), c.get("only_cross_attention")) {
+                    (None | Some(Value::Null), Some(Value::Bool(all))) => *all,
+                    (None | Some(Value::Null), _) => false,
+                    _ => c.flag("mid_block_only_cross_attention", false)?,
+                };
+                Some(MidBlockConfig { attention: None, added_kv: Some(added_kv(last, last, only_text)?), scale_factor })
             }
             Some(value) if value != "UNetMidBlock2DCrossAttn" => {
-                let wanted = "not supported, only \"UNetMidBlock2DCrossAttn\", \"UNetMidBlock2D\" or null is";
+                let wanted = format!(
+                    "not supported, only \"UNetMidBlock2DCrossAttn\", \"UNetMidBlock2D\", \"{PIXEL_MID}\" or null is"
+                );
                 return Err(c.error("mid_block_type", wanted));
             }
             _ => {
                 let attention = attention(last, vec![layers.down(c, last, 1)?[0]], false)?;
-                Some(MidBlockConfig { attention, scale_factor })
+                Some(MidBlockConfig { attention, added_kv: None, scale_factor })
             }
         };
         // Each count may be believed and their product not.
@@ -293,6 +416,21 @@ impl Blocks {
             return Err(c.error("layers_per_block", wanted));
         }
         Ok(Blocks { down, mid, up })
+    }
+}
+
+impl AddedKvConfig {
+    /// Of a level: `attention_head_dim` means the width of a head here. Of a list the published class takes the entry of the block's
+    /// own number on the way up too, where the other lists are of levels.
+    fn read(c: &JsonConfig, channels: &[usize], [level, entry]: [usize; 2], only_text: bool) -> Result<AddedKvConfig> {
+        const KEY: &str = "attention_head_dim";
+        let (width, channels) = (c.count_per_level(KEY, channels.len(), 8, most::CHANNELS)?[entry], channels[level]);
+        if !channels.is_multiple_of(width) {
+            let wanted = format!("level {level} has {channels} channels, not divisible into heads of this width");
+            return Err(c.error(KEY, wanted));
+        }
+        let norms_text = c.is("cross_attention_norm", "group_norm");
+        Ok(AddedKvConfig { heads: channels / width, only_text, norms_text })
     }
 }
 
@@ -362,6 +500,38 @@ fn cross_attention_dim(c: &JsonConfig, levels: usize) -> Result<usize> {
     Ok(dims[0])
 }
 
+/// An activation by name; `None` for null and absent.
+fn activation(c: &JsonConfig, key: &str) -> Result<Option<Activation>> {
+    match c.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(name)) => match name.to_lowercase().as_str() {
+            "silu" | "swish" => Ok(Some(Activation::Silu)),
+            "gelu" => Ok(Some(Activation::Gelu)),
+            _ => Err(c.error(key, "not supported, only \"silu\" (or \"swish\") and \"gelu\" are")),
+        },
+        Some(_) => Err(c.error(key, "expected the name of an activation, \"silu\" or \"gelu\"")),
+    }
+}
+
+/// Blocks of latents have no `resnet_skip_time_act`.
+fn time_activations(c: &JsonConfig, of_resnets: Activation, of_pixels: bool) -> Result<Vec<Activation>> {
+    let first = activation(c, "time_embedding_act_fn")?;
+    let skips = c.flag("resnet_skip_time_act", false)? && of_pixels;
+    Ok(first.into_iter().chain((!skips).then_some(of_resnets)).collect())
+}
+
+/// `width`: of the text.
+fn text_pooling_heads(c: &JsonConfig, width: usize) -> Result<Option<usize>> {
+    const KEY: &str = "addition_embed_type_num_heads";
+    if !c.is("addition_embed_type", "text") {
+        return Ok(None);
+    }
+    match c.count(KEY, 64, most::CHANNELS)? {
+        heads if width.is_multiple_of(heads) => Ok(Some(heads)),
+        _ => Err(c.error(KEY, format!("the text is {width} channels wide, not divisible into as many heads"))),
+    }
+}
+
 fn padding(c: &JsonConfig) -> Result<usize> {
     match c.get("downsample_padding").map(Value::as_u64) {
         None => Ok(1),
@@ -373,6 +543,13 @@ fn padding(c: &JsonConfig) -> Result<usize> {
 fn odd(c: &JsonConfig, key: &str) -> Result<usize> {
     let kernel = c.count(key, 3, most::KERNEL)?;
     if kernel % 2 == 1 { Ok(kernel) } else { Err(c.error(key, "expected an odd kernel size")) }
+}
+
+impl BlockConfig {
+    /// What the ResNets' outputs are multiplied by.
+    pub(super) fn scale(&self) -> f32 {
+        self.pixel.as_ref().map_or(1.0, |pixel| (1.0 / pixel.scale_factor) as f32)
+    }
 }
 
 impl MidBlockConfig {

@@ -151,7 +151,12 @@ fn encoder(what: &str, mut keys: Map<String, Value>) -> Result<UnetConfig> {
     for key in ["center_input_sample", "conv_in_kernel", "time_embedding_dim", "time_cond_proj_dim", "sample_size"] {
         keys.remove(key);
     }
-    UnetConfig::from_json(what, &Value::Object(keys).to_string())
+    let encoder = UnetConfig::from_json(what, &Value::Object(keys).to_string())?;
+    if encoder.is_of_pixels() || encoder.encoder_hid_dim.is_some() || encoder.reads_noise_level {
+        let reason = "is for a UNet over pixels (DeepFloyd IF), for which there are no ControlNets here";
+        return Err(Error::config(what, reason));
+    }
+    Ok(encoder)
 }
 
 /// A convolution that was trained on blue, green and red, for red, green and blue.
@@ -336,6 +341,7 @@ impl ControlNet {
                 device: w.device().clone(),
                 dtype: w.dtype(),
                 time_embedding: TimeEmbedding::load(w, encoder)?,
+                text_projection: None,
                 projections: loader.projections,
             },
             controlnet_cond_embedding: HintEmbedding::load(&w.at("controlnet_cond_embedding"), config)?,

@@ -85,7 +85,7 @@ impl FromIterator<(ConvPlace, Redilation)> for Redilations {
 }
 
 impl UnetConfig {
-    /// The 3x3 convolutions of the blocks, in the order of execution.
+    /// The 3x3 convolutions of the blocks, in the order of execution, but for those of ResNets in the place of samplers.
     pub fn convolutions(&self) -> Vec<ConvPlace> {
         let resnets = |block, count: usize| {
             let both = move |i| [ConvRole::Conv1(i), ConvRole::Conv2(i)];
@@ -95,14 +95,15 @@ impl UnetConfig {
         let mut places = Vec::new();
         for (i, block) in self.down_blocks.iter().enumerate() {
             places.extend(resnets(UnetBlock::Down(i), block.resnets));
-            places.extend(sampler(UnetBlock::Down(i), i + 1 < self.down_blocks.len()));
+            places.extend(sampler(UnetBlock::Down(i), block.pixel.is_none() && i + 1 < self.down_blocks.len()));
         }
         if let Some(mid) = &self.mid_block {
-            places.extend(resnets(UnetBlock::Mid, if mid.attention.is_some() { 2 } else { 1 }));
+            places
+                .extend(resnets(UnetBlock::Mid, if mid.attention.is_some() || mid.added_kv.is_some() { 2 } else { 1 }));
         }
         for (i, block) in self.up_blocks.iter().enumerate() {
             places.extend(resnets(UnetBlock::Up(i), block.resnets));
-            places.extend(sampler(UnetBlock::Up(i), i + 1 < self.up_blocks.len()));
+            places.extend(sampler(UnetBlock::Up(i), block.pixel.is_none() && i + 1 < self.up_blocks.len()));
         }
         places
     }

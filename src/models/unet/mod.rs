@@ -1,6 +1,8 @@
-//! UNet2DConditionModel of the SD 1.x/2.x and SDXL families. Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023,
-//! arXiv:2307.01952; the convolutional frame is that of Ho et al. 2020, arXiv:2006.11239.
+//! UNet2DConditionModel of the SD 1.x/2.x and SDXL families, over latents, and of DeepFloyd IF, over pixels. Rombach et al. 2022,
+//! arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952; Saharia et al. 2022, arXiv:2205.11487; the convolutional frame is that of
+//! Ho et al. 2020, arXiv:2006.11239.
 
+mod added_kv;
 mod attention_maps;
 mod blocks;
 mod conditioning;
@@ -9,19 +11,22 @@ mod controlnet;
 mod convolutions;
 mod fourier;
 mod image_prompt;
+mod text_pooling;
 
 pub use attention_maps::{AttentionMapMemory, AttentionMaps};
 pub use conditioning::{AddedConditioning, Conditioner, TextConditioning, UnetConditioning};
-pub use config::{AddedConfig, AttentionConfig, BlockConfig, MidBlockConfig, TIME_IDS, UnetConfig};
+pub use config::{
+    AddedConfig, AddedKvConfig, AttentionConfig, BlockConfig, MidBlockConfig, PixelBlockConfig, TIME_IDS, UnetConfig,
+};
 pub use controlnet::{Control, ControlNet, ControlNetConfig, ControlOptions, ZeroConvs};
 pub use convolutions::{ConvPlace, ConvRole, Redilations, UnetBlock};
 pub use fourier::FourierConvs;
 pub use image_prompt::{CrossAttentionShape, CrossAttentions, ImageMasks, ImagePrompt};
 
-use super::layers::{Conv2d, GroupNorm, Redilation};
+use super::layers::{Conv2d, GroupNorm, Linear, Redilation};
 use super::weights::{WeightStore, Weights};
 use crate::error::{Error, Result};
-use crate::ops::{self, Activation, FreeU, Source, StepIndex};
+use crate::ops::{self, FreeU, Source, StepIndex};
 use crate::runtime::{DType, Device, Tensor};
 use blocks::{Call, DownBlock, Loader, MidBlock, UpBlock};
 use conditioning::TimeEmbedding;
@@ -213,6 +218,10 @@ impl Unet {
                 device: w.device().clone(),
                 dtype: w.dtype(),
                 time_embedding: TimeEmbedding::load(w, config)?,
+                text_projection: match config.encoder_hid_dim {
+                    Some(dim) => Some(Linear::load(&w.at("encoder_hid_proj"), config.cross_attention_dim, dim)?),
+                    None => None,
+                },
                 projections: loader.projections,
             },
             down_blocks,
@@ -267,6 +276,9 @@ impl Unet {
         if h == 0 || w == 0 {
             return Err(Error::shape("unet", "x", x, "a height and width of at least 1"));
         }
+        if config.is_of_pixels() && !(h.is_multiple_of(config.factor()) && w.is_multiple_of(config.factor())) {
+            return Err(Error::shape("unet", "x", x, format!("sides that are multiples of {}", config.factor())));
+        }
         conditioning.check(x, n, step)?;
         options.check(config)?;
         if let Some(maps) = attention_maps {
@@ -305,6 +317,6 @@ impl Unet {
         if let Some(maps) = attention_maps.filter(|_| options.attention_maps.collect) {
             maps.finish(options.attention_maps.flat)?;
         }
-        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(Activation::Silu), ..self.conv_out.args(&x) })
+        ops::conv2d(ops::Conv2d { norm: self.conv_norm_out.on_load(config.activation), ..self.conv_out.args(&x) })
     }
 }

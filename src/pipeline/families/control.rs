@@ -130,7 +130,7 @@ impl ControlCondition {
             Some((made, zero_convs)) => (net.conditioner().recondition(&made, added, timesteps)?, zero_convs),
             None => {
                 let text = prompts.embeds.rows(rows)?;
-                let text = TextConditioning { text: &text, added, guidance: None };
+                let text = TextConditioning { text: &text, added, guidance: None, noise_level: None };
                 (net.conditioner().condition(text, timesteps)?, net.zero_convs(scale, guess)?)
             }
         };

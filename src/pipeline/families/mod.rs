@@ -3,12 +3,14 @@
 
 mod conditioning;
 mod control;
+mod deepfloyd;
 mod latent;
 mod prompts;
 mod sd;
 mod sd3;
 mod sdxl;
 mod t5_prompts;
+mod unet_conditions;
 
 use std::sync::Arc;
 
@@ -24,15 +26,21 @@ use crate::schedulers::{Sampler, SchedulerConfig};
 
 pub(super) use control::ControlStrength;
 
-/// Every family. A model is of the last one whose parts it has.
+/// Every family over latents. A model is of the last one whose parts it has.
 static FAMILIES: &[&FamilySpec] = &[&sd::SD, &sdxl::SDXL, &sd3::SD3];
+
+/// The family over pixels, by its UNet ([`UnetConfig::is_of_pixels`]).
+pub(super) static OF_PIXELS: &FamilySpec = &deepfloyd::DEEPFLOYD;
+
+/// Folders of schedulers: the samples', and of the noise in a picture that is enlarged.
+pub(super) const SCHEDULERS: [&str; 2] = ["scheduler", deepfloyd::NOISING];
 
 /// A family as it is listed.
 pub(super) struct FamilySpec {
     /// `Stable Diffusion 1.x or 2.x`, for messages.
     pub name: &'static str,
-    /// The class of its model_index.json, where no other family has that.
-    pub pipeline: Option<&'static str>,
+    /// The classes of its model_index.json that no other family has.
+    pub pipelines: &'static [&'static str],
     /// Beside the scheduler, which every family has.
     pub parts: &'static [Part],
     pub defaults: Defaults,
@@ -57,6 +65,8 @@ pub(super) struct Defaults {
     pub sampler: Option<Sampler>,
     /// By how much of the native sides a relay enlarges a picture, at most.
     pub relay_growth: f64,
+    /// How many times the native sides a relay's picture has that names no size; `None`: as the method has it.
+    pub relayed_size: Option<usize>,
     /// The share of a relay's steps that all stages after the first have together.
     pub relayed_share: f64,
     /// Has the network convolutions that MegaFusion++ dilates? Else plain MegaFusion is the method.
@@ -73,6 +83,7 @@ impl Defaults {
         embeds_guidance: false,
         sampler: None,
         relay_growth: 0.5,
+        relayed_size: None,
         relayed_share: 0.2,
         dilates: true,
         published: PublishedSchedule::SD,
@@ -153,7 +164,11 @@ impl FamilySpec {
 
     /// The family that model_index.json says a model is of, where its class says it.
     pub fn of_class(class: &str) -> Option<&'static FamilySpec> {
-        FAMILIES.iter().copied().find(|family| family.pipeline == Some(class))
+        FamilySpec::all().find(|family| family.pipelines.contains(&class))
+    }
+
+    fn all() -> impl Iterator<Item = &'static FamilySpec> {
+        FAMILIES.iter().copied().chain([OF_PIXELS])
     }
 
     pub fn part(&self, folder: &str) -> Option<&'static Part> {
@@ -162,7 +177,7 @@ impl FamilySpec {
 
     /// The names of all families, for messages.
     pub fn names() -> String {
-        let names: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
+        let names: Vec<&str> = FamilySpec::all().map(|family| family.name).collect();
         crate::names::one_of(&names)
     }
 }
@@ -198,6 +213,12 @@ pub(super) trait Family: Send + Sync {
     /// Is the network an inpainting one, which reads a mask and the masked picture's latents beside the latents?
     fn reads_mask(&self) -> bool;
 
+    /// Does the network enlarge a picture, which it reads with noise beside the samples? Then abar of every timestep that the noise
+    /// may have.
+    fn lowres_noising(&self) -> Option<&[f64]> {
+        None
+    }
+
     /// How many chunks of the text encoder's context a prompt fills; 1 where long prompts are cut off.
     ///
     /// # Errors
@@ -231,13 +252,18 @@ pub(super) trait Family: Send + Sync {
     fn weights(&self) -> &[WeightReport];
 }
 
-/// What samples are to pictures: the latents of a VAE.
+/// What samples are to pictures: the latents of a VAE, or the pictures themselves.
 pub(super) trait SampleSpace: Send + Sync {
     /// Pixels per cell of a sample, along a side.
     fn factor(&self) -> usize;
 
     /// Channels of a sample.
     fn channels(&self) -> usize;
+
+    /// Has a picture a distribution of clean samples, of which one is drawn?
+    fn has_posterior(&self) -> bool {
+        true
+    }
 
     /// The picture of a clean sample: f32, `[1, h, w, C]` to `[1, H, W, 3]`, not clamped. `warn` is told what had to be
     /// done otherwise than asked.
@@ -270,6 +296,8 @@ pub(super) struct RunInputs {
     pub sizes: SizeIds,
     /// What a network is told that reads its guidance scale, less 1.
     pub guidance: Option<f32>,
+    /// The timestep of the noise in the picture that the network enlarges, where it does.
+    pub noise_level: Option<f32>,
     /// Of each ControlNet beside the network.
     pub controls: Vec<ControlStrength>,
 }

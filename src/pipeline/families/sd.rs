@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use super::conditioning::{OfTimesteps, StageConditioning};
-use super::control::{ControlConditions, ControlNets};
-use super::latent::{LatentSpace, UnetDenoiser, check_fit, native_size, reads_mask, unet};
+use super::control::ControlNets;
+use super::latent::{LatentSpace, check_fit, native_size, reads_mask, unet};
 use super::prompts::TextEncoder;
+use super::unet_conditions::UnetConditions;
 use super::{Defaults, Family, FamilySpec, Part, PromptEmbeds, PromptText, RunConditions, RunInputs, SampleSpace};
 use crate::error::Result;
-use crate::methods::{Denoiser, Size};
-use crate::models::{ClipOutput, TextConditioning, Unet, UnetConditioning, UnetConfig};
-use crate::pipeline::ip_adapter::ImagePrompts;
+use crate::methods::Size;
+use crate::models::{ClipOutput, Unet, UnetConfig};
 use crate::pipeline::memory::LoadOptions;
 use crate::pipeline::resident::{Module, Resident};
 use crate::pipeline::{ModelFiles, TextOptions, WeightReport};
@@ -18,7 +17,7 @@ use crate::text::Encoder;
 
 pub static SD: FamilySpec = FamilySpec {
     name: "Stable Diffusion 1.x or 2.x",
-    pipeline: None,
+    pipelines: &[],
     parts: &[
         Part::tokenizer("tokenizer"),
         Part::text_encoder("text_encoder", "CLIPTextModel"),
@@ -37,48 +36,6 @@ struct StableDiffusion {
     controls: ControlNets,
     latents: LatentSpace,
     weights: Vec<WeightReport>,
-}
-
-/// A run's prompts. What the UNet is told is the same in every stage.
-struct Conditions {
-    unet: Arc<Resident<Unet>>,
-    controls: ControlConditions,
-    prompts: PromptEmbeds,
-    images: ImagePrompts,
-    repeats: usize,
-    /// What a UNet that reads its guidance scale is told.
-    guidance: Option<f32>,
-    made: OfTimesteps<UnetConditioning>,
-}
-
-impl Conditions {
-    fn conditioning(&mut self, timesteps: &[f32]) -> Result<&UnetConditioning> {
-        let Conditions { unet, prompts, images, guidance, made, .. } = self;
-        made.get(timesteps, || {
-            let text = TextConditioning { text: &prompts.embeds, added: None, guidance: *guidance };
-            let unet = unet.get()?;
-            unet.condition(text, timesteps)?.with_images(&unet, images.prompts.clone())
-        })
-    }
-}
-
-impl RunConditions for Conditions {
-    fn prepare(&mut self, timesteps: &[f32]) -> Result<()> {
-        self.conditioning(timesteps).map(drop)
-    }
-
-    fn begin_stage(
-        &mut self,
-        size: Size,
-        timesteps: &[f32],
-        reuse: Option<Box<dyn Denoiser>>,
-    ) -> Result<Box<dyn Denoiser>> {
-        let conditioning = self.conditioning(timesteps)?.clone();
-        let controls = self.controls.begin_stage(&self.prompts, None, timesteps)?;
-        let unet = self.unet.get()?;
-        let masks = self.images.masks(size, unet.device())?;
-        UnetDenoiser::begin(unet, StageConditioning::new(conditioning, self.repeats, None), controls, masks, reuse)
-    }
 }
 
 impl StableDiffusion {
@@ -133,9 +90,7 @@ impl Family for StableDiffusion {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, images, repeats, guidance, controls, sizes: _ } = inputs;
-        let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
-        Box::new(Conditions { unet, controls, prompts, images, repeats, guidance, made: OfTimesteps::nothing() })
+        Box::new(UnetConditions::new(self.unet.clone(), &self.controls, inputs))
     }
 
     fn modules(&self) -> Vec<&dyn Module> {

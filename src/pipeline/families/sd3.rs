@@ -22,7 +22,7 @@ use crate::runtime::{DType, Device, Tensor};
 
 pub static SD3: FamilySpec = FamilySpec {
     name: "Stable Diffusion 3",
-    pipeline: Some("StableDiffusion3Pipeline"),
+    pipelines: &["StableDiffusion3Pipeline"],
     parts: &[
         Part::tokenizer("tokenizer"),
         Part::tokenizer("tokenizer_2"),

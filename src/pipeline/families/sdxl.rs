@@ -22,7 +22,7 @@ use crate::runtime::{DType, Device, Tensor};
 
 pub static SDXL: FamilySpec = FamilySpec {
     name: "Stable Diffusion XL",
-    pipeline: None,
+    pipelines: &[],
     parts: &[
         Part::tokenizer("tokenizer"),
         Part::tokenizer("tokenizer_2"),
@@ -168,7 +168,7 @@ impl Family for StableDiffusionXl {
     }
 
     fn conditions(&self, inputs: RunInputs) -> Box<dyn RunConditions> {
-        let RunInputs { prompts, images, repeats, sizes, guidance, controls } = inputs;
+        let RunInputs { prompts, images, repeats, sizes, guidance, controls, noise_level: _ } = inputs;
         let (unet, controls) = (self.unet.clone(), self.controls.conditions(controls, repeats));
         Box::new(Conditions { unet, controls, prompts, images, repeats, sizes, guidance, made: None })
     }
@@ -216,7 +216,8 @@ impl RunConditions for Conditions {
         let conditioning = match &self.made {
             Some(made) => unet.recondition(made, added, timesteps)?,
             None => {
-                let text = TextConditioning { text: &self.prompts.embeds, added, guidance: self.guidance };
+                let text =
+                    TextConditioning { text: &self.prompts.embeds, added, guidance: self.guidance, noise_level: None };
                 unet.condition(text, timesteps)?.with_images(&unet, self.images.prompts.clone())?
             }
         };
