@@ -7,7 +7,6 @@ mod drawn;
 mod place;
 
 use std::collections::BTreeMap;
-use std::fs;
 
 use megafuse::methods::{Event, METHODS, Method, Observer, Size};
 use megafuse::models::DeepFloydModel;
@@ -16,7 +15,7 @@ use megafuse::pipeline::{
     Planner, RandomShapes, Request, Residency, SecondRequest, Silent, plan,
 };
 use megafuse::{DType, Device, Result};
-use place::copy;
+use place::copy_changed;
 use serde_json::{Value, json};
 
 fn source(name: &str) -> ModelSource {
@@ -66,11 +65,7 @@ fn refused(pipeline: &Pipeline, request: &Request) -> String {
 fn changed(name: &str, file: &str, key: &str, value: Value) -> String {
     let place = tempfile::tempdir().expect("a folder");
     let to = place.path().join("model");
-    copy(&drawn::folder(&format!("if/{name}")), &to);
-    let path = to.join(file);
-    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).expect("a file")).expect("JSON");
-    config[key] = value;
-    fs::write(&path, config.to_string()).expect("a file");
+    copy_changed(&drawn::folder(&format!("if/{name}")), &to, file, key, value);
     match Pipeline::load(ModelSource::Directory(to), Device::cpu(), DType::F32) {
         Ok(_) => format!("{file} with {key} changed loads"),
         Err(error) => error.to_string(),
@@ -143,11 +138,8 @@ fn requests_that_do_not_fit_are_named() {
 fn a_variance_that_is_not_there_is_said() {
     let place = tempfile::tempdir().expect("a folder");
     let to = place.path().join("model");
-    copy(&drawn::folder("if/i-clip"), &to);
-    let path = to.join("scheduler/scheduler_config.json");
-    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).expect("a file")).expect("JSON");
-    config["variance_type"] = "learned_range".into();
-    fs::write(&path, config.to_string()).expect("a file");
+    let file = "scheduler/scheduler_config.json";
+    copy_changed(&drawn::folder("if/i-clip"), &to, file, "variance_type", "learned_range".into());
     let pipeline = Pipeline::load(ModelSource::Directory(to), Device::cpu(), DType::F32).expect("a model");
     says(&refused(&pipeline, &request("plain", &["16x16:2"])), &["learned_range", "6 channels", "ddim"]);
 }

@@ -11,7 +11,7 @@ use std::fs;
 use megafuse::methods::{METHODS, Method, Size};
 use megafuse::pipeline::{InitImage, InputPicture, ModelSource, Pipeline, Request, Silent, plan};
 use megafuse::{DType, Device, Error};
-use place::copy;
+use place::{copy, copy_changed};
 use serde_json::{Value, json};
 
 fn small(name: &str) -> Pipeline {
@@ -23,11 +23,7 @@ fn small(name: &str) -> Pipeline {
 fn changed(name: &str, file: &str, key: &str, value: Value) -> String {
     let place = tempfile::tempdir().expect("a folder");
     let to = place.path().join("model");
-    copy(&drawn::folder(&format!("sd3/{name}")), &to);
-    let path = to.join(file);
-    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).expect("a file")).expect("JSON");
-    config[key] = value;
-    fs::write(&path, config.to_string()).expect("a file");
+    copy_changed(&drawn::folder(&format!("sd3/{name}")), &to, file, key, value);
     match Pipeline::load(ModelSource::Directory(to), Device::cpu(), DType::F32) {
         Ok(_) => format!("{file} with {key} changed loads"),
         Err(error) => error.to_string(),

@@ -5,13 +5,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use super::WeightReport;
 use super::families::load_part;
 use super::files::stem;
 use super::start::InputPicture;
+use super::tensor_picture::TensorFile;
 use crate::error::{Error, Result};
 use crate::methods::Size;
 use crate::models::{ControlFile, ControlNet, ControlNetConfig, WeightStore};
@@ -212,43 +212,21 @@ impl StagePictures {
     /// Of a safetensors file `control<k>`, f32, `[1, 3, H, W]`, k the stage from 0; from 1 where there is no `control0`. Others are
     /// passed over.
     fn read(path: &Path) -> Result<StagePictures> {
-        let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-        let refuse = |reason: String| Error::file(path, reason);
-        let file =
-            SafeTensors::deserialize(&bytes).map_err(|error| refuse(format!("is no safetensors file ({error})")))?;
+        let file = TensorFile::read(path)?;
         let mut pictures = BTreeMap::new();
-        for (name, view) in file.iter() {
-            let Some(stage) = name.strip_prefix("control").and_then(|number| number.parse::<usize>().ok()) else {
-                continue;
-            };
-            let &[1, 3, height, width] = view.shape() else {
-                return Err(refuse(format!("{name} has shape {:?}, expected [1, 3, H, W]", view.shape())));
-            };
-            if view.dtype() != Dtype::F32 || height * width == 0 {
-                return Err(refuse(format!(
-                    "{name} is {:?} of {width}x{height}, expected F32 and pixels",
-                    view.dtype()
-                )));
+        for (name, view) in file.tensors()?.iter() {
+            if let Some(stage) = name.strip_prefix("control").and_then(|number| number.parse::<usize>().ok()) {
+                pictures.insert(stage, file.picture(name, &view, 0.0..=1.0)?);
             }
-            let values: Vec<f32> = bytemuck::pod_collect_to_vec(view.data());
-            if let Some(value) = values.iter().find(|value| !(0.0..=1.0).contains(*value)) {
-                return Err(refuse(format!("{name} has the value {value}, expected 0 to 1")));
-            }
-            let area = height * width;
-            let pixels = (0..3 * area).map(|i| values[i % 3 * area + i / 3]).collect();
-            pictures.insert(stage, (Size::new(width, height), pixels));
         }
         if pictures.is_empty() {
-            return Err(refuse(
-                "holds no tensor control<k>, expected one for each stage: control0, control1, ...".into(),
-            ));
+            return Err(file.error("holds no tensor control<k>, expected one for each stage: control0, control1, ..."));
         }
         if !pictures.contains_key(&0) {
             pictures = pictures.into_iter().map(|(stage, picture)| (stage - 1, picture)).collect();
         }
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        let digest = blake3::hash(&bytes).to_hex()[..16].to_string();
-        Ok(StagePictures { name, digest, pictures: Arc::new(pictures) })
+        let digest = blake3::hash(&file.bytes).to_hex()[..16].to_string();
+        Ok(StagePictures { name: file.name(), digest, pictures: Arc::new(pictures) })
     }
 
     fn of(&self, stage: usize, size: Size) -> Result<&[f32]> {

@@ -4,9 +4,8 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::{Dtype, SafeTensors};
-
 use super::start::InputPicture;
+use super::tensor_picture::TensorFile;
 use crate::error::{Error, Result};
 use crate::image::from_bytes;
 use crate::methods::{NoisedPicture, Size};
@@ -62,26 +61,11 @@ impl PictureValues {
 
     /// Of a safetensors file `lowres`, f32, `[1, 3, H, W]`, from -1 to 1; others are passed over.
     fn read(path: &Path) -> Result<PictureValues> {
-        let bytes = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-        let refuse = |reason: String| Error::file(path, reason);
-        let file =
-            SafeTensors::deserialize(&bytes).map_err(|error| refuse(format!("is no safetensors file ({error})")))?;
-        let view = file.tensor("lowres").map_err(|_| refuse("holds no tensor lowres, expected one".into()))?;
-        let (shape, dtype) = (view.shape(), view.dtype());
-        let &[1, 3, height, width] = shape else {
-            return Err(refuse(format!("lowres has shape {shape:?}, expected [1, 3, H, W]")));
-        };
-        if dtype != Dtype::F32 || height * width == 0 {
-            return Err(refuse(format!("lowres is {dtype:?} of {width}x{height}, expected F32 and pixels")));
-        }
-        let planes: Vec<f32> = bytemuck::pod_collect_to_vec(view.data());
-        if let Some(value) = planes.iter().find(|value| !(-1.0..=1.0).contains(*value)) {
-            return Err(refuse(format!("lowres has the value {value}, expected -1 to 1")));
-        }
-        let area = height * width;
-        let values = (0..3 * area).map(|i| planes[i % 3 * area + i / 3]).collect();
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        Ok(PictureValues::new(&name, Size::new(width, height), values))
+        let file = TensorFile::read(path)?;
+        let tensors = file.tensors()?;
+        let view = tensors.tensor("lowres").map_err(|_| file.error("holds no tensor lowres, expected one"))?;
+        let (size, values) = file.picture("lowres", &view, -1.0..=1.0)?;
+        Ok(PictureValues::new(&file.name(), size, values))
     }
 }
 

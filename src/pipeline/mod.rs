@@ -16,6 +16,7 @@ mod resident;
 mod run;
 mod second;
 mod start;
+mod tensor_picture;
 mod upscale;
 
 pub use crate::hub::{HubName, HubObserver, HubSettings};

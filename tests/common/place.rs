@@ -85,6 +85,16 @@ pub fn copy(from: &Path, to: &Path) {
     }
 }
 
+/// The same with one key of a configuration changed.
+pub fn copy_changed(from: &Path, to: &Path, file: &str, key: &str, value: serde_json::Value) {
+    copy(from, to);
+    let path = to.join(file);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    config[key] = value;
+    fs::write(&path, config.to_string()).expect("a file");
+}
+
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
