@@ -14,7 +14,7 @@ aliasing. At 64 pixels most of it is gone, at 256 all of it is there.
 import argparse
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -246,6 +246,10 @@ def expected_centre(asked, width, height):
     return tuple(a * side + o * short for a, side, o in zip(asked.anchor, (width, height), asked.offset))
 
 
+SCATTERED_WORDS = ("number", "colour", "ground")  # what a caption can still say of a scattered scene
+SCATTERED_RADIUS = (0.075, 0.140)
+
+
 def random_light(rng):
     return Light(side=rng.uniform(-0.8, 0.8), slope=rng.uniform(0.0, 0.16))
 
@@ -259,6 +263,48 @@ def random_scene(rng, kind):
         shifts = tuple(tuple(rng.uniform(-0.03, 0.03, 2)) for _ in range(count))
         scales = tuple(rng.uniform(0.95, 1.04, count))
     return Scene(kind, shifts, scales, rng.uniform(0.94, 1.0), random_light(rng), int(rng.integers(2**31)))
+
+
+def scattered_scene(rng, kind, width, height):
+    """The kind's objects on its ground, anywhere in a width x height picture, in any size, without touching.
+
+    Of a kind that is trained on never one that would pass for a held-out kind.
+    """
+    short = min(width, height)
+    sides = np.array((width, height)) / short
+    asked = kind.asked()
+    home = [np.array(expected_centre(a, width, height)) / short for a in asked]
+    while True:
+        radii = rng.uniform(*SCATTERED_RADIUS, len(asked))
+        centres = [rng.uniform(1.2 * r, sides - 1.2 * r) for r in radii]
+        apart = (
+            np.linalg.norm(centres[i] - centres[k]) - 1.35 * (radii[i] + radii[k])
+            for i, k in itertools.combinations(range(len(asked)), 2)
+        )
+        if min(apart, default=0.0) < 0.0:
+            continue
+        like = _taken_for(kind, centres, radii, sides)
+        if held_out(kind) or like is None or not held_out(like):
+            break
+    shifts = tuple(tuple(map(float, c - h)) for c, h in zip(centres, home))
+    scales = tuple(float(r / RADIUS[a.size]) for r, a in zip(radii, asked))
+    return Scene(kind, shifts, scales, rng.uniform(0.94, 1.0), random_light(rng), int(rng.integers(2**31)))
+
+
+def _taken_for(kind, centres, radii, sides):
+    """The kind that these objects come nearest to with these centres and radii; None for a group of unlike sizes."""
+    sizes = [min(SIZES, key=lambda name: abs(RADIUS[name] - r)) for r in radii]
+    if isinstance(kind, Group):
+        middle = np.mean(centres, axis=0)
+        away = {name: np.linalg.norm(middle - anchor * sides) for name, (_, anchor, _) in POSITIONS.items()}
+        alike = len(set(sizes)) == 1
+        return replace(kind, position=min(away, key=away.get), size=sizes[0]) if alike else None
+    ends = [(sizes[0], kind.colour, kind.shape), (sizes[1], kind.colour2, kind.shape2)]
+    step = centres[1] - centres[0]
+    relation = "left" if abs(step[0]) > abs(step[1]) else "above"
+    if step @ RELATIONS[relation][2] < 0:
+        ends.reverse()
+    return Pair(*ends[0], relation, *ends[1], kind.ground)
 
 
 # ---- textures --------------------------------------------------------------------------------------------------------
@@ -414,6 +460,28 @@ def outline(shape, centre, radius, width, height):
         (np.arange(width) + 0.5 - centre[0]) / radius, (np.arange(height) + 0.5 - centre[1]) / radius
     )
     return np.clip(0.5 - _SHAPE_OF[shape](u, v, 0.0, 1.0)[0] * radius, 0.0, 1.0)
+
+
+def outlines(scene, width, height=None, line=None, window=None):
+    """The edges of a scene's objects, white on black, float32 [height, width] in 0..1; nothing of ground and shading.
+
+    line: how wide they are, in pixels; a 64th of the shorter side unless given. A line narrower than a pixel is as much
+    darker. window as for render_things.
+    """
+    height = height or width
+    short = min(width, height)
+    line = short / 64 if line is None else line
+    left, top, columns, rows = window or (0, 0, width, height)
+    x = (left + np.arange(columns, dtype=np.float32) + 0.5)[None, :]
+    y = (top + np.arange(rows, dtype=np.float32) + 0.5)[:, None]
+    picture = np.zeros((rows, columns), np.float32)
+    for thing in scene.things(width, height):
+        radius = thing.radius * short
+        u, v = np.broadcast_arrays(*((at / short - c) / thing.radius for at, c in zip((x, y), thing.centre)))
+        distance = _SHAPE_OF[thing.shape](u, v, 0.0, 1.0)[0] * radius
+        edge = np.clip(0.5 * (line + 1.0) - np.abs(distance), 0.0, min(line, 1.0))
+        picture = np.where(distance < 0.0, edge, np.maximum(picture, edge))  # an object hides what is behind it
+    return picture.astype(np.float32)
 
 
 def to_image(picture):

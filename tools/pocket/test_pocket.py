@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 import read
 import scenes
@@ -81,6 +82,69 @@ class Scenes(unittest.TestCase):
             gap = second.centre[0] - first.centre[0]
             self.assertAlmostEqual(gap, scenes.APART, delta=0.061)
             self.assertAlmostEqual((first.centre[1] * min(width, height)) / height, 0.5, delta=0.031)
+
+    def test_outlines_are_the_edges_of_the_objects(self):
+        for caption in (
+            "three large green cones on the right, on a wooden ground",
+            "one small red ball at the bottom, on a black ground",
+        ):
+            scene = scene_of(caption)
+            for width, height in ((64, 64), (200, 120), (96, 300)):
+                lines = scenes.outlines(scene, width, height, line=1.0)
+                self.assertEqual((lines.shape, lines.dtype, lines.min()), ((height, width), np.float32, 0.0))
+                self.assertLessEqual(lines.max(), 1.0)
+                short = min(width, height)
+                covers = [
+                    scenes.outline(t.shape, np.array(t.centre) * short, t.radius * short, width, height)
+                    for t in scene.things(width, height)
+                ]
+                cover = np.max(covers, axis=0)
+                edge = ndimage.binary_dilation(cover > 0.5) & ~ndimage.binary_erosion(cover > 0.5)
+                self.assertFalse((lines[~edge] > 0.6).any(), (caption, width))
+                _, count = ndimage.label(lines > 0.2, np.ones((3, 3)))
+                self.assertEqual(count, len(covers))  # each one closed, none touches another
+                holes = ndimage.binary_fill_holes(lines > 0.2)
+                self.assertLess(np.abs(holes.sum() / cover.sum() - 1.0), 0.35)
+
+    def test_outlines_follow_the_size(self):
+        scene = scene_of("a large red ball to the left of a small blue cube, on a sand ground")
+        small, large = scenes.outlines(scene, 64), scenes.outlines(scene, 256)
+        shrunk = large.reshape(64, 4, 64, 4).mean(axis=(1, 3))
+        self.assertLess(np.abs(shrunk - small).mean(), 0.004)
+        whole, window = (scenes.outlines(scene, 96, 160, 2.0, window) for window in (None, (40, 30, 50, 70)))
+        np.testing.assert_array_equal(window, whole[30:100, 40:90])
+        self.assertAlmostEqual(scenes.outlines(scene, 64, line=0.25).max(), 0.25, delta=0.01)
+
+    def test_an_object_hides_the_outline_behind_it(self):
+        scene = scene_of("a large red ball to the left of a small blue cube, on a sand ground")
+        ball, cube = scene.things(64, 64)
+        over = replace(scene, shifts=((scenes.APART - 0.05, 0.0), (0.0, 0.0)))
+        x, y = np.array(over.things(64, 64)[1].centre) * 64
+        inside = scenes.outlines(over, 64)[round(y) - 3 : round(y) + 3, round(x) - 3 : round(x) + 3]
+        self.assertEqual(inside.max(), 0.0)
+
+    def test_scattered_scenes_are_within_the_picture_and_not_held_out(self):
+        rng = np.random.default_rng(0)
+        for width, height in ((64, 64), (128, 32)):
+            for _ in range(300):
+                kind = scenes.random_kind(rng)
+                scene = scenes.scattered_scene(rng, kind, width, height)
+                things, short = scene.things(width, height), min(width, height)
+                for thing in things:
+                    for c, side in zip(thing.centre, (width, height)):
+                        self.assertTrue(1.1 * thing.radius < c < side / short - 1.1 * thing.radius)
+                if (width, height) == (64, 64):
+                    picture = scenes.render(scene, width, height)
+                    seen = read.read(as_png(picture)).objects
+                    self.assertEqual(sorted(o.shape for o in seen), sorted(t.shape for t in things), scene)
+                if isinstance(kind, scenes.Pair):
+                    first, second = sorted(things, key=lambda t: t.centre)
+                    step = np.subtract(second.centre, first.centre)
+                    if step[0] > abs(step[1]):
+                        sizes = ["small" if t.radius < 0.105 else "large" for t in (first, second)]
+                        ends = [(size, t.colour, t.shape) for size, t in zip(sizes, (first, second))]
+                        like = scenes.Pair(*ends[0], "left", *ends[1], kind.ground)
+                        self.assertFalse(scenes.held_out(like))
 
 
 class Reader(unittest.TestCase):
