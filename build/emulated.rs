@@ -31,14 +31,14 @@ const PLAIN: Variant =
 const FOR_TESTS: [Variant; 2] = [
     Variant {
         name: "race",
-        flags: &["-O1", "-g", "-DEMU_RACE"],
+        flags: &["-O1", "-g1", "-DEMU_RACE"],
         // The compiler calls a hook at every access; the emulator has the hooks, not the thread sanitizer's library.
         kernel_flags: &["-fsanitize=thread"],
         link_flags: &["-Wl,-z,defs"],
     },
     Variant {
         name: "sanitize",
-        flags: &["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+        flags: &["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
         kernel_flags: &[],
         link_flags: &["-fsanitize=address,undefined"],
     },
