@@ -84,17 +84,17 @@ DEVICE void guidance_rescale(float* factors, const Output<T>& output, int per_im
     const float scale = output.guidance[2 * image], rescale = output.guidance[2 * image + 1];
     const T* uncond = output.values + output.place(image * per_image);
     const T* cond = uncond + output.half();
-    const auto guided = [=](int64_t at) { return to_f32(uncond[at]) + scale * (to_f32(cond[at]) - to_f32(uncond[at])); };
+    const auto guided = [=](unsigned at) { return to_f32(uncond[at]) + scale * (to_f32(cond[at]) - to_f32(uncond[at])); };
     float c = 0.f, g = 0.f;
     for (int i = threadIdx.x; i < per_image; i += kReduceThreads) {
-        const int64_t at = output.place(i);
+        const unsigned at = output.place_in_image(i);
         c += to_f32(cond[at]);
         g += guided(at);
     }
     const float c_mean = block_sum(c, cond_sums) / per_image, g_mean = block_sum(g, guided_sums) / per_image;
     float c_square = 0.f, g_square = 0.f;
     for (int i = threadIdx.x; i < per_image; i += kReduceThreads) {
-        const int64_t at = output.place(i);
+        const unsigned at = output.place_in_image(i);
         const float dc = to_f32(cond[at]) - c_mean, dg = guided(at) - g_mean;
         c_square += dc * dc;
         g_square += dg * dg;

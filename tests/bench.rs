@@ -407,7 +407,8 @@ fn whole_pictures_are_made_of_random_weights() {
         }
     }
     let error = place.fails(2, &["bench", "generate", "--random", "sd4"]);
-    assert!(error.contains("expected sd15, sd21, sdxl, sd3, sd35, if-i-xl, if-i-l, if-i-m, if-ii-l, or a directory with the configurations"), "{error}");
+    let expected = "expected sd15, sd21, sdxl, sd3, sd35, if-i-xl, if-i-l, if-i-m, if-ii-l, or a directory with the configurations";
+    assert!(error.contains(expected), "{error}");
     assert!(place.fails(2, &["bench", "generate", "--model", MODEL, "--random", "sd15"]).contains("--random"));
 }
 

@@ -1,6 +1,8 @@
 //! A run on the card whose memory ends at any point: an error each time, nothing leaks, and the next run on the same device
 //! makes the picture. Needs the emulated card, which fails on demand; the tests take turns, since a fault has no address.
 
+#[path = "common/drawn.rs"]
+mod drawn;
 #[path = "common/emulated.rs"]
 mod emulated;
 
@@ -9,8 +11,8 @@ use std::sync::{Mutex, MutexGuard};
 
 use megafuse::methods::MegaFusion;
 use megafuse::pipeline::{
-    Event, LoadOptions, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request, Residency, Silent,
-    VaePartition,
+    Event, LoadOptions, MemoryOptions, ModelSource, Observer, Picture, Pipeline, Planner, Request, Residency,
+    SecondRequest, Silent, VaePartition,
 };
 use megafuse::runtime::{CudaDevice, CudaOptions};
 use megafuse::{DType, Device, Error, Result};
@@ -233,6 +235,78 @@ fn parts_that_leave_memory_come_back() {
         assert_eq!(pictures, want);
         assert!(least < most, "{least} of {most} bytes");
     }
+}
+
+/// Bounds the memory from when the first of two models has its samples, by what is held then and a bit.
+struct Filled<'a> {
+    emulated: &'a Emulated,
+    bound: bool,
+    said: Vec<String>,
+}
+
+impl Observer for Filled<'_> {
+    fn event(&mut self, event: &Event) {
+        if matches!(event, Event::Decode) && !std::mem::replace(&mut self.bound, true) {
+            self.emulated.set("emu_set_memory_limit", self.emulated.call::<u64>("emu_live_bytes") + 100_000);
+        }
+    }
+
+    fn warning(&mut self, message: &str) {
+        self.said.push(message.into());
+    }
+}
+
+/// DeepFloyd IF: the parts of a first model leave memory for the second's network, and that one's for the first model's next run.
+#[test]
+fn two_models_take_turns_where_both_do_not_fit() {
+    let _turn = turn();
+    let emulated = Emulated::open();
+    let device =
+        CudaDevice::open(CudaOptions { separate_allocations: true, ..CudaOptions::default() }).expect("the card opens");
+    let source = |name: &str| ModelSource::Directory(drawn::folder(&format!("if/{name}")));
+    let options = |device: Device| {
+        let memory = MemoryOptions { residency: Residency::Low, ..MemoryOptions::default() };
+        LoadOptions { second: Some(source("ii-l")), memory, ..LoadOptions::new(device, DType::BF16) }
+    };
+    let load = || Pipeline::load_with(source("i-xl"), options(Device::Cuda(device.clone()))).unwrap();
+    let before = emulated.call::<u64>("emu_live_bytes");
+    let of = |prompt: &str| {
+        let of = |stage: &str| Request {
+            prompt: prompt.into(),
+            method: "plain".parse().unwrap(),
+            stages: vec![stage.parse().unwrap()],
+            guidance: 1.0,
+            ..Request::default()
+        };
+        Request { second: Some(Box::new(SecondRequest { request: of("16x16:1"), noise_level: 250 })), ..of("8x8:1") }
+    };
+    let pipeline = load();
+    let prompts = ["a cat", "a dog"];
+    let want = prompts.map(|prompt| pipeline.generate(&of(prompt), &mut Silent).unwrap());
+    drop(pipeline);
+
+    let pipeline = load();
+    let mut filled = Filled { emulated: &emulated, bound: false, said: Vec::new() };
+    let made = pipeline.generate(&of("a cat"), &mut filled);
+    emulated.set("emu_set_memory_limit", 0);
+    assert_eq!(made.expect("the second model's run"), want[0]);
+    assert_eq!(filled.said.len(), 1, "{:?}", filled.said);
+    assert!(filled.said[0].ends_with("; other parts leave memory"), "{:?}", filled.said);
+
+    // The second's network is there. On the last rung of the ladder all that comes later has its turn, too.
+    let planner = Planner::with(&source("i-xl"), &options(Device::meta())).expect("a planner");
+    let ladder = planner.ladder(&of("a dog")).expect("peaks");
+    emulated.set("emu_set_memory_limit", before + ladder.last().expect("a rung").1);
+    let said = [1, 0, 1].map(|index| {
+        let mut starved = Starved { emulated: &emulated, phase: |_| false, rungs: 0, said: Vec::new() };
+        let made = pipeline.generate(&of(prompts[index]), &mut starved);
+        assert_eq!(made.expect("the next run"), want[index], "{}", prompts[index]);
+        starved.said
+    });
+    emulated.set("emu_set_memory_limit", 0);
+    assert!(said[0][0].ends_with("the denoiser leaves memory while the VAE works"), "{said:?}");
+    assert!(said[0][1].ends_with("; other parts leave memory"), "{said:?}");
+    assert_eq!(said.map(|said| said.len()), [2, 0, 0], "what leaves by the plan needs no word");
 }
 
 #[test]

@@ -88,8 +88,8 @@ fn help_shows_every_command_and_flag_with_examples() {
                  scheduler sigmas eta steps guidance guidance-high guidance-rescale seed count batch original-size crop target-size prompt-syntax long-prompt clip-skip rng dtype vae-dtype memory vae-partition device out dump strip manifest resume shard \
                  reference-compat choices raunet windows t1 t2 aggressive \
                  control control-image control-scale control-guess control-start control-end control-canny \
-                 ip-adapter ip-encoder ip-image ip-mask t5-length text-encoder-device lowres noise-level upscale-model upscale-stages upscale-steps \
-                 upscale-guidance upscale-method";
+                 ip-adapter ip-encoder ip-image ip-mask t5-length text-encoder-device lowres noise-level \
+                 upscale-model upscale-stages upscale-steps upscale-guidance upscale-method";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is not in the help");
     }

@@ -45,6 +45,11 @@ struct Output {
         return variance_channels == 0 ? i : i + i / variance_channels * variance_channels;
     }
 
+    // The same from an image's first value on, whose output is less than 2^32 values.
+    __device__ unsigned place_in_image(unsigned i) const {
+        return variance_channels == 0 ? i : i + i / unsigned(variance_channels) * unsigned(variance_channels);
+    }
+
     __device__ int64_t half() const { return variance_channels == 0 ? count : 2 * count; }
 
     __device__ float at(int64_t i, int64_t image) const {

@@ -142,7 +142,8 @@ pub enum Module {
     /// t5.* (SD3, DeepFloyd IF), prompt_embeds, pooled_prompt_embeds
     Text,
     /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D] (SDXL: pooled_prompt_embeds [N,P], time_ids [N,6];
-    /// DeepFloyd IF-II: class_labels [1], the noise level) -> out [N,C,H,W]; with --control also control [N,3,H,W] in [0,1] -> control.down<i>, control.mid, which out has in it
+    /// DeepFloyd IF-II: class_labels [1], the noise level) -> out [N,C,H,W]; with --control also control [N,3,H,W] in
+    /// [0,1] -> control.down<i>, control.mid, which out has in it
     Unet,
     /// sample [N,C,H,W], timestep [1], prompt_embeds [N,L,D], pooled_prompt_embeds [N,P] (SD3) -> out [N,C,H,W]
     Transformer,

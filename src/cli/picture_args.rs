@@ -716,7 +716,7 @@ impl RunArgs {
             guidance_rescale: self.guidance_rescale,
             guidance_high: self.guidance_high,
             init_image: self.start.init_image()?,
-            lowres: self.pixel.lowres(self.upscale.upscale_model.as_deref())?,
+            lowres: self.pixel.lowres()?,
             second: self.pixel.second(self.upscale.upscale_model.as_deref())?,
             controls: self.control.inputs()?,
             ip_images: self.ip.images()?,

@@ -39,30 +39,27 @@ pub struct PixelArgs {
     pub upscale_guidance: Option<f32>,
 
     /// Method of the second stage (default: megafusion++)
-    #[arg(long, value_name = "METHOD", value_parser = PossibleValuesParser::new(METHODS.iter().map(|spec| spec.name)), requires = "upscale_model")]
+    #[arg(long, value_name = "METHOD", requires = "upscale_model",
+          value_parser = PossibleValuesParser::new(METHODS.iter().map(|spec| spec.name)))]
     pub upscale_method: Option<String>,
 }
 
 impl PixelArgs {
     /// # Errors
-    /// Those of the file; [`Error::Request`](megafuse::Error::Request): a noise level of no picture.
-    pub fn lowres(&self, upscale_model: Option<&Path>) -> Result<Option<Lowres>> {
-        let Some(path) = &self.lowres else {
-            return match self.noise_level.filter(|_| upscale_model.is_none()) {
-                Some(level) => {
-                    Err(conflict("--noise-level", level, "has no picture; give it with --lowres or --upscale-model"))
-                }
-                None => Ok(None),
-            };
-        };
-        let picture = LowresPicture::read(path)?;
-        Ok(Some(Lowres { picture, noise_level: self.noise_level.unwrap_or(Lowres::NOISE_LEVEL) }))
+    /// Those of the file.
+    pub fn lowres(&self) -> Result<Option<Lowres>> {
+        let Some(path) = &self.lowres else { return Ok(None) };
+        Ok(Some(Lowres { picture: LowresPicture::read(path)?, noise_level: self.noise_level() }))
+    }
+
+    fn noise_level(&self) -> usize {
+        self.noise_level.unwrap_or(Lowres::NOISE_LEVEL)
     }
 
     /// The run of the second stage in this folder; a super-resolution network, which is a file, has none.
     ///
     /// # Errors
-    /// [`Error::Request`](megafuse::Error::Request): flags of a second stage beside such a network.
+    /// [`Error::Request`](megafuse::Error::Request): flags of a second stage beside such a network, or a noise level of no picture.
     pub fn second(&self, upscale_model: Option<&Path>) -> Result<Option<Box<SecondRequest>>> {
         let Some(source) = upscale_model.and_then(second_model) else {
             let given = [
@@ -74,7 +71,12 @@ impl PixelArgs {
             ];
             return match given.into_iter().find_map(|(flag, value)| Some((flag, value?))) {
                 Some((flag, value)) => {
-                    let reason = "is of a second stage of DeepFloyd IF, whose folder --upscale-model is to name";
+                    let reason = match flag {
+                        "--noise-level" => {
+                            "has no picture; give it with --lowres, or a second stage with --upscale-model"
+                        }
+                        _ => "is of a second stage of DeepFloyd IF, whose folder --upscale-model is to name",
+                    };
                     Err(conflict(flag, value, reason))
                 }
                 None => Ok(None),
@@ -92,7 +94,7 @@ impl PixelArgs {
             guidance: self.upscale_guidance.unwrap_or(suited.guidance),
             ..suited
         };
-        Ok(Some(Box::new(SecondRequest { request, noise_level: self.noise_level.unwrap_or(Lowres::NOISE_LEVEL) })))
+        Ok(Some(Box::new(SecondRequest { request, noise_level: self.noise_level() })))
     }
 }
 

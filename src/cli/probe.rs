@@ -148,7 +148,7 @@ fn text(
     dtype: DType,
     loaded: &mut dyn FnMut(WeightReport),
 ) -> Result<Arrays> {
-    if files.reads_t5_alone() {
+    if files.is_of_pixels() {
         let prompt = prompt.to_lowercase();
         let read = (prompt.trim(), IF_T5_LENGTH, true);
         let mut arrays = t5(files, ["tokenizer", "text_encoder"], read, device, dtype, loaded)?;

@@ -59,9 +59,22 @@ pub struct ModelFacts {
 }
 
 impl ModelFacts {
-    /// Are its samples pixels, which its network predicts the variance of (DeepFloyd IF)?
+    /// Are its samples pixels (DeepFloyd IF)?
     pub fn is_of_pixels(&self) -> bool {
         self.unet.as_ref().is_some_and(UnetConfig::is_of_pixels)
+    }
+
+    /// Most methods are made for latents.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: the method does not run over this model's pixels.
+    pub fn check_method(&self, method: &Method) -> Result<()> {
+        if !self.is_of_pixels() || method.implementation().takes_pixels() {
+            return Ok(());
+        }
+        let names = MethodSpec::names(|method| method.implementation().takes_pixels());
+        let reason = format!("is for models over latents, and {} is over pixels; choose {}", self.name, one_of(&names));
+        Err(Error::Request { field: "method", value: method.to_string(), reason })
     }
 }
 
@@ -181,25 +194,23 @@ impl Run {
         Ok(run)
     }
 
-    /// Most methods and the parts of stages are made for latents.
+    /// Most methods, the parts of stages and what changes guidance and steps are made for latents.
     fn check_pixels(&self) -> Result<()> {
         let Some(model) = self.model.as_ref().filter(|model| model.is_of_pixels()) else { return Ok(()) };
-        if !self.method.implementation().takes_pixels() {
-            let names = MethodSpec::names(|method| method.implementation().takes_pixels());
-            let reason =
-                format!("is for models over latents, and {} is over pixels; choose {}", model.name, one_of(&names));
-            return Err(Error::Request { field: "method", value: self.method.to_string(), reason });
-        }
+        model.check_method(&self.method)?;
         let parts = self.stages.iter().fold(StageParts::NONE, |all, stage| all.and(stage.parts));
         let beyond = parts.without(StageParts::DILATION);
         if !beyond.is_empty() {
             let reason = format!("stages with {beyond} are for models over latents, and {} is over pixels", model.name);
             return Err(Error::Request { field: "stages", value: self.stages_text(), reason });
         }
-        if self.guidance_high.is_some() || self.cache.is_some() {
-            let field = if self.cache.is_some() { "cache" } else { "guidance_high" };
+        let given = [
+            ("cache", self.cache.as_ref().map(|cache| cache.kind().to_string())),
+            ("guidance_high", self.guidance_high.map(|scale| scale.to_string())),
+        ];
+        if let Some((field, value)) = given.into_iter().find_map(|(field, value)| Some((field, value?))) {
             let reason = format!("is for models over latents, and {} is over pixels; leave it out", model.name);
-            return Err(Error::Request { field, value: "given".into(), reason });
+            return Err(Error::Request { field, value, reason });
         }
         Ok(())
     }

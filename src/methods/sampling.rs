@@ -232,11 +232,11 @@ impl<'a> Sampling<'a> {
         let (model, stages) = (self.model, self.run.stages());
         let (Stage { size, parts, .. }, steps) = (stages[index], self.run.ranges()[index].len());
         let (known, channels, maps) = (self.known.take(), self.channels.take(), self.attention_maps.take());
+        self.watch.begin(Event::Condition { stage: index })?;
         let channels = match channels {
             None => self.lowres(index)?,
             channels => channels,
         };
-        self.watch.begin(Event::Condition { stage: index })?;
         let key = StepKey { repaints: known.is_some(), ..self.key(size) };
         let guidance = self.guidance(key.sample[0]);
         let split = self.frequency_split(index, guidance.as_deref());

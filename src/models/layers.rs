@@ -387,7 +387,6 @@ impl ResnetConfig {
 /// What a ResNet does to the size of its map, behind the first norm of the branch and on the shortcut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resample {
-    Keep,
     /// Means of 2x2 pixels.
     Halve,
     /// Nearest neighbour, to this height and width.
@@ -474,7 +473,6 @@ impl ResnetBlock {
         let row1 = row.filter(|_| !self.scale_shift);
         let norm = self.norm1.conv_norm(self.activation);
         let (h, shortcut) = match resample {
-            Resample::Keep => return self.forward(x, row, forms),
             Resample::Halve => {
                 let halved = ops::avg_pool(&ops::group_norm(norm.of(x.into()))?)?;
                 let conv1 = ops::Conv2d { row: row1, ..self.conv1.args(&halved) };

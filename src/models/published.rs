@@ -34,9 +34,13 @@ pub enum DeepFloydModel {
 impl PublishedModel {
     /// A file of it by its path (`unet/config.json`); `None`: it has no such file.
     pub fn config(self, name: &str) -> Option<String> {
-        match self {
-            PublishedModel::Stable(family) => published_config(family, name),
-            PublishedModel::DeepFloyd(model) => model.config(name).map(|config| config.to_string()),
+        match (self, name) {
+            (PublishedModel::Stable(family), name) => published_config(family, name),
+            // google/t5-v1_1-xxl, as Stable Diffusion 3 has it.
+            (PublishedModel::DeepFloyd(_), "text_encoder/config.json") => {
+                published_config(Family::Sd3, "text_encoder_3/config.json")
+            }
+            (PublishedModel::DeepFloyd(model), name) => model.config(name).map(|config| config.to_string()),
         }
     }
 }
@@ -46,7 +50,6 @@ impl DeepFloydModel {
         let enlarges = self == DeepFloydModel::IiL;
         Some(match name {
             "unet/config.json" => self.unet(),
-            "text_encoder/config.json" => t5_xxl(),
             "scheduler/scheduler_config.json" => json!({
                 "_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": true,
                 "dynamic_thresholding_ratio": 0.95, "num_train_timesteps": 1000, "prediction_type": "epsilon",
@@ -104,13 +107,4 @@ impl DeepFloydModel {
         }
         config
     }
-}
-
-/// google/t5-v1_1-xxl
-fn t5_xxl() -> Value {
-    json!({
-        "_class_name": "T5EncoderModel", "d_ff": 10240, "d_kv": 64, "d_model": 4096, "feed_forward_proj": "gated-gelu",
-        "layer_norm_epsilon": 1e-06, "num_heads": 64, "num_layers": 24, "relative_attention_max_distance": 128,
-        "relative_attention_num_buckets": 32, "vocab_size": 32128,
-    })
 }

@@ -41,6 +41,7 @@ pub enum ModelSource {
 /// Whose shapes random weights have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RandomShapes {
+    /// Of a published model, by its name.
     Published(PublishedModel),
     /// A directory in the layout of diffusers; of its parts only the configurations are read.
     Directory(PathBuf),
@@ -581,13 +582,8 @@ impl ModelFiles {
         SchedulerConfig::from_json(&what, &json)
     }
 
-    /// Is T5 its only text encoder (DeepFloyd IF)?
-    pub fn reads_t5_alone(&self) -> bool {
-        self.is_of_pixels()
-    }
-
-    /// Are its samples pixels?
-    pub(super) fn is_of_pixels(&self) -> bool {
+    /// Are its samples pixels, and is T5 its only text encoder (DeepFloyd IF)?
+    pub fn is_of_pixels(&self) -> bool {
         std::ptr::eq(self.family, OF_PIXELS)
     }
 

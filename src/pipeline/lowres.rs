@@ -97,13 +97,6 @@ impl LowresPicture {
         }
     }
 
-    pub fn size(&self) -> Size {
-        match self {
-            LowresPicture::File(picture) => picture.size(),
-            LowresPicture::Values(values) => values.size,
-        }
-    }
-
     /// One of the same cost: without pixels.
     fn without_pixels() -> LowresPicture {
         LowresPicture::Values(PictureValues::new("", Size::new(1, 1), vec![0.0; 3]))
@@ -123,11 +116,6 @@ impl LowresPicture {
 impl Lowres {
     /// Of the published pipeline.
     pub const NOISE_LEVEL: usize = 250;
-
-    /// At the usual noise level.
-    pub fn new(picture: LowresPicture) -> Lowres {
-        Lowres { picture, noise_level: Lowres::NOISE_LEVEL }
-    }
 
     /// The same at no other cost.
     pub(super) fn without_pixels(&self) -> Lowres {

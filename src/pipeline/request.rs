@@ -281,7 +281,8 @@ impl Request {
         self.guidance > 1.0
     }
 
-    /// Do the two differ in words, guidance scale, seed, enlarged picture and counts alone? One without guidance is no neighbour of one with.
+    /// Do the two differ in words, guidance scale, seed, enlarged picture and counts alone? One without guidance is no neighbour of
+    /// one with.
     pub fn fits_into_batch_of(&self, other: &Request) -> bool {
         let alike = |request: &Request| Request { count: 1, batch: 1, ..request.without_words() };
         alike(self) == alike(other)

@@ -11,6 +11,30 @@ use crate::error::{Error, Result};
 use crate::methods::{Event, Observer, Run, Size, Stage, StepProgress};
 use crate::runtime::{Device, Tensor};
 
+/// Fields of a request that the second run has of its own, and what they are called beside the first one's.
+const OWN_FIELDS: [(&str, &str); 5] = [
+    ("guidance", "second.guidance"),
+    ("method", "second.method"),
+    ("size", "second.size"),
+    ("stages", "second.stages"),
+    ("steps", "second.steps"),
+];
+
+fn own_name(field: &str) -> Option<&'static str> {
+    OWN_FIELDS.iter().find(|(name, _)| *name == field).map(|(_, own)| *own)
+}
+
+/// A text that names fields as `request.steps`, with `request.second.steps` where the second run has its own.
+fn with_own_names(text: &str) -> String {
+    let mut parts = text.split("request.");
+    let before = parts.next().unwrap_or_default().to_string();
+    parts.fold(before, |text, part| {
+        let end = part.find(|c: char| !(c.is_ascii_lowercase() || c == '_')).unwrap_or(part.len());
+        let (field, rest) = part.split_at(end);
+        format!("{text}request.{}{rest}", own_name(field).unwrap_or(field))
+    })
+}
+
 /// The second model, loaded.
 pub(super) struct SecondModel(Box<Pipeline>);
 
@@ -36,15 +60,7 @@ impl SecondModel {
     pub fn named(error: Error) -> Error {
         match error {
             Error::Request { field, value, reason } => {
-                let field = match field {
-                    "stages" => "second.stages",
-                    "size" => "second.size",
-                    "steps" => "second.steps",
-                    "guidance" => "second.guidance",
-                    "method" => "second.method",
-                    field => field,
-                };
-                Error::Request { field, value, reason }
+                Error::Request { field: own_name(field).unwrap_or(field), value, reason: with_own_names(&reason) }
             }
             other => other,
         }
@@ -90,33 +106,42 @@ impl SecondModel {
     }
 }
 
-/// Tells the observer of the first run about the second: its stages and steps come behind those of the first, and its tensors are
+/// Tells the observer of both runs about one of them: its stages and steps stand among those of both, and the second's tensors are
 /// called `second.*`.
-pub(super) struct Behind<'a> {
+pub(super) struct OneOfTwo<'a> {
     pub observer: &'a mut dyn Observer,
-    pub stages: usize,
-    pub steps: usize,
+    pub is_second: bool,
+    /// Stages and steps of the other run.
+    pub other: (usize, usize),
 }
 
-impl Observer for Behind<'_> {
+impl OneOfTwo<'_> {
+    fn named(&self, name: &str) -> String {
+        if self.is_second { format!("second.{name}") } else { name.into() }
+    }
+}
+
+impl Observer for OneOfTwo<'_> {
     fn event(&mut self, event: &Event) {
         let mut event = event.clone();
+        let (other_stages, other_steps) = self.other;
+        let (stages_before, steps_before) = if self.is_second { self.other } else { (0, 0) };
         match &mut event {
-            Event::PictureBegins { .. } | Event::PictureEnds { .. } => return,
+            Event::PictureBegins { .. } | Event::PictureEnds { .. } if self.is_second => return,
             Event::StageBegins { stage, stages, .. } => {
-                *stage += self.stages;
-                *stages += self.stages;
+                *stage += stages_before;
+                *stages += other_stages;
             }
             Event::Condition { stage }
             | Event::EncodePicture { stage }
             | Event::Relay { stage, .. }
             | Event::RelayUpsample { stage }
             | Event::RelayEncode { stage }
-            | Event::PhaseEnds { stage } => *stage += self.stages,
+            | Event::PhaseEnds { stage } => *stage += stages_before,
             Event::Step(StepProgress { stage, run_step, run_steps, .. }) => {
-                *stage += self.stages;
-                *run_step += self.steps;
-                *run_steps += self.steps;
+                *stage += stages_before;
+                *run_step += steps_before;
+                *run_steps += other_steps;
             }
             _ => {}
         }
@@ -136,10 +161,14 @@ impl Observer for Behind<'_> {
     }
 
     fn tensor(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<f32>) -> Result<()> {
-        self.observer.tensor(index, &format!("second.{name}"), shape, values)
+        self.observer.tensor(index, &self.named(name), shape, values)
+    }
+
+    fn phase(&mut self, index: usize, phase: usize, size: [usize; 2], values: Vec<f32>) -> Result<()> {
+        self.observer.phase(index, phase, size, values)
     }
 
     fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {
-        self.observer.integers(index, &format!("second.{name}"), shape, values)
+        self.observer.integers(index, &self.named(name), shape, values)
     }
 }

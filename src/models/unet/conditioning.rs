@@ -1,5 +1,5 @@
-//! What the UNet is told beside its sample: the text, the timestep, for SDXL the pooled text and the picture's sizes, and for DeepFloyd
-//! IF's second stage how noisy the picture is that it enlarges.
+//! What the UNet is told beside its sample: the text, the timestep, for SDXL the pooled text and the picture's sizes, and for
+//! DeepFloyd IF's second stage how noisy the picture is that it enlarges.
 
 use super::blocks::Projections;
 use super::text_pooling::TextPooling;
@@ -45,7 +45,7 @@ pub struct AddedConditioning<'a> {
 /// ResNet's projection of every timestep's embedding.
 #[derive(Clone, Debug)]
 pub struct UnetConditioning {
-    rows: Vec<Tensor>,    // one a ResNet: [steps * rows_per_step, C_out], those of a step together
+    rows: Vec<Tensor>, // one a ResNet: [steps * rows_per_step, C_out], with scale_shift 2 C_out, those of a step together
     rows_per_step: usize, // R where rows have embeddings of their own, of samples with sizes of their own their number, else 1
     kv: Vec<Tensor>,      // one a cross-attention: [R, L, 2, heads, head_dim]
     text_rows: usize,     // R

@@ -53,6 +53,7 @@ impl TextPooling {
         let pooled = ops::attention(Attention::Cross { q: &q, kv: &kv })?.reshape(&[rows, width])?;
         self.norm2.forward(&self.proj.forward(&pooled)?)
     }
+
     /// The mean of the tokens with the position of this one: `[R, L, D]` to `[R, D]`, on the host, as it is computed once a run.
     fn class_token(&self, text: &Tensor) -> Result<Tensor> {
         let [rows, length, width] = text.dims("unet", "text")?;

@@ -59,6 +59,8 @@ impl Defaults {
 
 /// Where the noise of the picture is described that stage II enlarges.
 pub const NOISING: &str = "image_noising_scheduler";
+
+/// One stage: a UNet, and the text encoder where the folder has one.
 struct DeepFloyd {
     name: String,
     /// `None`: prompts are encoded elsewhere.

@@ -1,28 +1,31 @@
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
-use super::families::{ControlStrength, Defaults, Family, PromptEmbeds, PromptText, RunConditions, RunInputs};
+mod model;
+mod residency;
+
+use model::{Conditioned, Noise};
+use residency::Need;
+
+use super::families::{ControlStrength, Defaults, Family, PromptEmbeds, PromptText, RunInputs};
 use super::files::stem;
 use super::ip_adapter::{self, ImagePrompts, IpAdapterFile, IpAdapters, IpImage};
-use super::memory::{LoadOptions, Residency, Role, Rung};
+use super::memory::{LoadOptions, Role, Rung};
 use super::parameters::Parameters;
 use super::plan::Planner;
 use super::resident::Module;
-use super::second::{Behind, SecondModel};
+use super::second::{OneOfTwo, SecondModel};
 use super::start::OnDevice;
 use super::upscale::Upscaler;
-use super::{
-    ControlInput, Lora, Lowres, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport,
-};
+use super::{ControlInput, Lora, ModelFiles, ModelSource, Request, ResAdapter, SizeIds, TextOptions, WeightReport};
 use crate::error::{Error, Result};
 use crate::image;
 use crate::methods::{
-    self, Computed, Denoiser, DiffusionModel, Event, Geometry, ModelFacts, NoiseSource, NoisedPicture, Observer,
-    RecordedSteps, Run, RunRange, Size, StartPicture, Watch, tell,
+    self, Computed, Event, Geometry, ModelFacts, Observer, RecordedSteps, Run, RunRange, Size, Watch, tell,
 };
-use crate::models::{Partition, UnetConfig};
+use crate::models::UnetConfig;
 use crate::rng::Rng;
-use crate::runtime::{DType, Device, Tensor, bytes_text};
+use crate::runtime::{DType, Device, Tensor};
 use crate::schedulers::SchedulerConfig;
 use crate::text::LongPrompt;
 
@@ -73,15 +76,6 @@ pub struct Pipeline {
     told: Mutex<usize>,
     /// The request whose memory was reserved last, as it was planned, and its rung.
     reserved: Mutex<Option<(Request, usize)>>,
-}
-
-/// Memory that a run needs on a rung.
-#[derive(Clone, Copy, Debug)]
-struct Need {
-    /// The modules' weights included.
-    peak_bytes: u64,
-    /// Beside the weights.
-    beside_weights_bytes: u64,
 }
 
 impl Pipeline {
@@ -148,27 +142,6 @@ impl Pipeline {
             pipeline.warnings.extend(of_second.collect::<Vec<_>>());
         }
         Ok(pipeline)
-    }
-
-    /// Brings the parts into memory as far as they shall be there before a run; what was odd, a sentence each.
-    fn load_parts(&self, files: &ModelFiles) -> Result<Vec<String>> {
-        let mut warnings = Vec::new();
-        let modules = self.modules();
-        let load = || modules.iter().try_for_each(|module| module.load());
-        match self.options.memory.residency {
-            Residency::Low => {}
-            Residency::Keep => load()?,
-            Residency::Auto => match load() {
-                Err(Error::OutOfMemory { .. }) => {
-                    self.release_all();
-                    let message = "the parts of the model do not fit into memory together: each is loaded when needed";
-                    warnings.push(message.into());
-                }
-                loaded => loaded?,
-            },
-        }
-        warnings.extend(files.warnings(self.weights())?);
-        Ok(warnings)
     }
 
     pub fn name(&self) -> &str {
@@ -395,6 +368,7 @@ impl Pipeline {
         }
         let distilled = self.defaults.is_distilled();
         let model = ModelFacts { name: self.name.clone(), distilled, unet: self.family.unet().cloned() };
+        model.check_method(&request.method)?; // before what its scheduler lacks for the method
         let sides = self.family.sides();
         let run = request.resolve(&self.scheduler, self.native_size(), sides, self.defaults)?.of_model(model)?;
         if let Some(unet) = self.family.unet().filter(|unet| unet.is_of_pixels()) {
@@ -523,7 +497,12 @@ impl Pipeline {
         }
         let rngs = requests.iter().map(|request| Rng::new(request.rng, request.seed)).collect();
         let given = Given { rung, prompts: None, rngs };
-        let watch = Watch { observer: &mut *observer, first: first_index };
+        let [of_first, of_second] = [Some(&run), second.as_ref()].map(|run| {
+            let of = |run: &Run| (run.stages().len(), run.steps());
+            run.map(of).unwrap_or_default()
+        });
+        let mut part = OneOfTwo { observer: &mut *observer, is_second: false, other: of_second };
+        let watch = Watch { observer: &mut part, first: first_index };
         let Made { mut images, computed, rngs, prompts, rung: first_rung } =
             self.made(requests, &run, count, given, watch)?;
         let mut enlarged = None;
@@ -540,14 +519,19 @@ impl Pipeline {
             };
             let prompts = Some(prompts);
             let rung = rung.map(|rung| rung.min(second.pipeline().ladder.len() - 1));
-            let (stages, steps) = (run.stages().len(), run.steps());
-            let mut behind = Behind { observer: &mut *observer, stages, steps };
-            let watch = Watch { observer: &mut behind, first: first_index };
+            let mut part = OneOfTwo { observer: &mut *observer, is_second: true, other: of_first };
+            let watch = Watch { observer: &mut part, first: first_index };
             let given = Given { rung, prompts, rngs };
-            if !self.ladder[first_rung].keeps_network {
+            let second_pipeline = second.pipeline();
+            let keeps_network = self.ladder[first_rung].keeps_network;
+            if !keeps_network {
                 self.release(Role::Network);
             }
-            images = second.pipeline().made(&requests, &of_second, count, given, watch)?.images;
+            second_pipeline.bring_for(Role::Network, &|| self.release_own(), &mut |m| watch.observer.warning(m))?;
+            images = second_pipeline.made(&requests, &of_second, count, given, watch)?.images;
+            if !keeps_network {
+                second_pipeline.release(Role::Network);
+            }
             enlarged = Some((second, of_second, requests));
         }
         let mut pictures = Vec::new();
@@ -657,107 +641,6 @@ impl Pipeline {
         }
     }
 
-    /// How the model may be held in memory, the fastest way first.
-    pub(super) fn ladder(&self) -> &[Rung] {
-        &self.ladder
-    }
-
-    /// Bytes of the modules that are in memory, of the device's own.
-    pub(super) fn resident_bytes(&self) -> u64 {
-        let of_device = |module: &dyn Module| module.role() != Role::Text || self.options.text_elsewhere().is_none();
-        let modules = self.modules().into_iter().zip(self.weights());
-        let loaded = modules.filter(|(module, _)| module.is_loaded() && of_device(*module));
-        let upscaler = self.upscaler.as_ref().map_or(0, |upscaler| upscaler.weights().bytes);
-        let second = self.second().map_or(0, Pipeline::resident_bytes);
-        loaded.map(|(_, weights)| weights.bytes).sum::<u64>() + upscaler + second
-    }
-
-    /// Takes modules out of memory, with what was recorded of the network; was one of them there?
-    fn release(&self, role: Role) -> bool {
-        if role == Role::Network {
-            self.recorded.clear(); // graphs hold the weights
-        }
-        *self.reserved.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
-        let of_role = self.modules().into_iter().filter(|module| module.role() == role);
-        of_role.filter(|module| module.release()).count() > 0
-    }
-
-    /// Nothing is in memory any more.
-    pub(super) fn release_all(&self) {
-        for role in Role::ALL {
-            self.release(role);
-        }
-        if let Some(second) = self.second() {
-            second.release_all();
-        }
-    }
-
-    /// Loads the modules of a role; where there is no memory for them, those of the others leave it first.
-    fn bring(&self, role: Role, warn: &mut dyn FnMut(&str)) -> Result<()> {
-        let load = || self.modules().iter().filter(|module| module.role() == role).try_for_each(|m| m.load());
-        match load() {
-            Err(error @ Error::OutOfMemory { .. }) => {
-                let others = Role::ALL.into_iter().filter(|&other| other != role);
-                if others.filter(|&other| self.release(other)).count() == 0 {
-                    return Err(error);
-                }
-                warn(&format!("{error}; the other parts of the model leave memory"));
-                load()
-            }
-            loaded => loaded,
-        }
-    }
-
-    /// The first rung on which a batch fits into what memory there is, else the last; and what the batch needs there beside
-    /// the weights.
-    fn choose_rung(&self, request: &Request, images: usize, observer: &mut dyn Observer) -> Result<(usize, u64)> {
-        let Some(planner) = &self.planner else { return Ok((0, 0)) };
-        let budget = self.options.device.budget_bytes();
-        let request = Request { count: images, batch: images, ..request.without_words() };
-        let mut planned = self.planned.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        planned.take_if(|(last, _)| *last != request);
-        let (_, needs) = planned.get_or_insert_with(|| (request.clone(), Vec::new()));
-        let mut chosen = self.ladder.len() - 1;
-        for rung in 0..self.ladder.len() {
-            if needs.len() == rung {
-                let plan = planner.plan_on(rung, &request)?;
-                needs.push(Need { peak_bytes: plan.peak_bytes, beside_weights_bytes: plan.beside_weights_bytes() });
-            }
-            if budget.is_none_or(|budget| needs[rung].peak_bytes <= budget) {
-                chosen = rung;
-                break;
-            }
-        }
-        let mut told = self.told.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if *told != chosen && chosen > 0 {
-            let (need, budget) = (bytes_text(needs[0].peak_bytes), bytes_text(budget.unwrap_or_default()));
-            let given_up = self.ladder[chosen].beyond(self.ladder[0]);
-            observer.warning(&format!("this takes {need} and there are {budget}: {given_up}"));
-        }
-        *told = chosen;
-        Ok((chosen, needs[chosen].beside_weights_bytes))
-    }
-
-    /// On a card, memory for all that a run holds beside the weights, in one piece: nothing is asked of the driver while
-    /// steps run, and what does not fit fails before the first of them.
-    fn reserve(&self, request: &Request, images: usize, (rung, bytes): (usize, u64)) -> Result<()> {
-        let Device::Cuda(card) = &self.options.device else { return Ok(()) };
-        let mut reserved = self.reserved.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let of = Some((Request { count: images, batch: images, ..request.without_words() }, rung));
-        // What the batch before took is there still: kept by its steps, or free.
-        if *reserved == of && rung == 0 {
-            return Ok(());
-        }
-        *reserved = None;
-        match card.reserve(bytes) {
-            // The steps of other requests may hold what this one needs.
-            Err(Error::OutOfMemory { .. }) if self.recorded.clear() > 0 => card.reserve(bytes)?,
-            done => done?,
-        }
-        *reserved = of;
-        Ok(())
-    }
-
     /// The rows of the network's batch, the negative prompts' first when there is guidance: one per picture, or one for
     /// all pictures where they have the same words.
     fn encode_prompts(&self, requests: &[Request], guided: bool, observer: &mut dyn Observer) -> Result<PromptEmbeds> {
@@ -795,9 +678,7 @@ impl Pipeline {
         let index = |row: &PromptText| distinct.iter().position(|other| other == row).unwrap_or(0);
         embeds.rows(&rows.iter().map(index).collect::<Vec<_>>())
     }
-}
 
-impl Pipeline {
     /// What the network is told of pictures beside the prompts: the same for every picture of a batch.
     fn encode_images(&self, images: &[IpImage], guided: bool, observer: &mut dyn Observer) -> Result<ImagePrompts> {
         let Some(adapters) = &self.ip_adapters else { return Ok(ImagePrompts::default()) };
@@ -880,139 +761,5 @@ impl Observer for Group<'_> {
 
     fn integers(&mut self, index: usize, name: &str, shape: &[usize], values: Vec<i64>) -> Result<()> {
         self.observer.integers(self.pictures[index], name, shape, values)
-    }
-}
-
-/// The model with the prompts of a batch.
-struct Conditioned<'a> {
-    pipeline: &'a Pipeline,
-    images: usize,
-    /// Shape of the prompts' embeddings, what tells image prompts apart, and of each ControlNet whether it sees all rows.
-    conditioning_key: Vec<usize>,
-    conditions: RefCell<Box<dyn RunConditions>>,
-    /// Where on the pipeline's ladder the run is.
-    rung: Cell<usize>,
-    start: Option<OnDevice<'a>>,
-    controls: &'a [ControlInput],
-    /// Of every picture of the batch, where the network enlarges one.
-    lowres: Vec<&'a Lowres>,
-}
-
-type VaeWork<'a> = dyn Fn(Partition, &mut dyn FnMut(&str)) -> Result<Tensor> + 'a;
-
-impl Conditioned<'_> {
-    /// What `work` does with the VAE, if need be further down the ladder.
-    fn with_vae(&self, warn: &mut dyn FnMut(&str), work: &VaeWork) -> Result<Tensor> {
-        let Pipeline { ladder, recorded, .. } = self.pipeline;
-        loop {
-            let rung = ladder[self.rung.get()];
-            if !rung.keeps_network {
-                self.pipeline.release(Role::Network);
-            }
-            let done = self.pipeline.bring(Role::Vae, warn).and_then(|()| work(rung.partition, warn));
-            let Err(Error::OutOfMemory { .. }) = &done else { return done };
-            if recorded.clear() > 0 {
-                warn("the VAE finds no room: the recorded steps leave memory");
-                continue;
-            }
-            let Some(&next) = ladder.get(self.rung.get() + 1) else { return done };
-            warn(&format!("the VAE finds no room: {}", next.beyond(rung)));
-            if !next.keeps_text {
-                self.pipeline.release(Role::Text);
-            }
-            self.rung.set(self.rung.get() + 1);
-        }
-    }
-}
-
-impl DiffusionModel for Conditioned<'_> {
-    fn device(&self) -> &Device {
-        self.pipeline.device()
-    }
-
-    fn sample_shape(&self, size: Size) -> [usize; 4] {
-        let space = self.pipeline.family.space();
-        [self.images, size.height / space.factor(), size.width / space.factor(), space.channels()]
-    }
-
-    fn conditioning_key(&self) -> Vec<usize> {
-        self.conditioning_key.clone()
-    }
-
-    fn begin_stage(
-        &self,
-        size: Size,
-        timesteps: &[f32],
-        reuse: Option<Box<dyn Denoiser>>,
-    ) -> Result<Box<dyn Denoiser>> {
-        // It may have left memory for a relay.
-        self.pipeline.bring(Role::Network, &mut |_| {})?;
-        self.conditions.borrow_mut().begin_stage(size, timesteps, reuse)
-    }
-
-    fn decode(&self, x0: &Tensor, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.with_vae(warn, &|partition, warn| self.pipeline.family.space().decode(x0, partition, warn))
-    }
-
-    fn encode(&self, picture: &Tensor, noise: Option<&Tensor>, warn: &mut dyn FnMut(&str)) -> Result<Tensor> {
-        self.with_vae(warn, &|partition, warn| self.pipeline.family.space().encode(picture, noise, partition, warn))
-    }
-
-    fn recorded_steps(&self) -> &RecordedSteps {
-        &self.pipeline.recorded
-    }
-
-    fn start(&self) -> Option<&dyn StartPicture> {
-        self.start.as_ref().map(|start| start as &dyn StartPicture)
-    }
-
-    fn control_pictures(&self, stage: usize, size: Size) -> Result<Vec<Tensor>> {
-        self.controls.iter().map(|control| control.image.on(self.device(), stage, size)).collect()
-    }
-
-    fn lowres(&self, size: Size) -> Result<Option<NoisedPicture>> {
-        match self.pipeline.family.lowres_noising() {
-            Some(levels) => Lowres::noised(&self.lowres, levels, self.device(), size).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    fn has_posterior(&self) -> bool {
-        self.pipeline.family.space().has_posterior()
-    }
-
-    fn reads_mask(&self) -> bool {
-        self.pipeline.family.reads_mask()
-    }
-}
-
-/// The draws of a batch: every picture has its own generator.
-struct Noise<'a> {
-    seeds: Vec<u64>,
-    rngs: Vec<Rng>,
-    device: &'a Device,
-}
-
-impl NoiseSource for Noise<'_> {
-    fn seeds(&self) -> Vec<u64> {
-        self.seeds.clone()
-    }
-
-    fn normal(&mut self, [_, h, w, c]: [usize; 4]) -> Result<Tensor> {
-        let device = self.device;
-        let parts: Vec<Tensor> =
-            self.rngs.iter_mut().map(|rng| rng.normal_nhwc(device, [1, h, w, c])).collect::<Result<_>>()?;
-        match &parts[..] {
-            [one] => Ok(one.clone()),
-            parts => Tensor::concat(parts),
-        }
-    }
-
-    fn normal_into(&mut self, to: &mut Tensor) -> Result<()> {
-        let shape = to.dims("normal_into", "to")?;
-        match &mut self.rngs[..] {
-            [rng] => rng.normal_nhwc_into(to),
-            _ => to.copy_from(&self.normal(shape)?),
-        }
     }
 }
