@@ -9,10 +9,12 @@ use std::fs;
 
 use megafuse::models::single_file::{Family, published_config};
 use megafuse::models::{
-    AddedConditioning, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig, WeightStore,
+    AddedConditioning, DeepFloydModel, PublishedModel, TextConditioning, Unet, UnetConfig, UnetOptions, Vae, VaeConfig,
+    WeightStore,
 };
 use megafuse::ops::StepIndex;
-use megafuse::runtime::{MetaDevice, Report};
+use megafuse::pipeline::{Method, ModelSource, PhaseReport, Planner, RandomShapes, Request, Stage};
+use megafuse::runtime::{MetaDevice, OpKind, Report};
 use megafuse::{DType, Device, Tensor};
 
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/step_costs.tsv");
@@ -158,4 +160,44 @@ fn a_difference_is_named_with_what_it_was() {
     ];
     assert_eq!(differences(stored, fresh), expected);
     assert_eq!(differences(stored, stored), [""; 0]);
+}
+
+/// MegaFusion's table of costs (Wu et al. 2024, arXiv:2408.11001): the denoiser's share of what all steps at the final size take, for the
+/// paper's stages. It is counted in two ways: with attention's products, and as counters of layers do it, convolutions and linears alone.
+/// docs/methods.md has the figures.
+#[test]
+fn the_relays_share_is_the_papers() {
+    let models = [
+        ("SD 1.5", PublishedModel::from(Family::Sd1), "512x512:40,768x768:5,1024x1024:5", 0.36),
+        ("SDXL", Family::Sdxl.into(), "1024x1024:40,2048x2048:10", 0.40),
+        ("SD 3", Family::Sd3.into(), "1024x1024:20,2048x2048:8", 0.46),
+        ("IF-I-XL", PublishedModel::DeepFloyd(DeepFloydModel::IXl), "64x64:80,128x128:20", 0.40),
+    ];
+    for (name, model, stages, paper) in models {
+        let source = ModelSource::Random(RandomShapes::Published(model));
+        let planner = Planner::new(&source, DType::BF16).expect("a planner");
+        let stages: Vec<Stage> = stages.split(',').map(|stage| stage.parse().expect("a stage")).collect();
+        let (last, steps) = (stages[stages.len() - 1].size, stages.iter().map(|stage| stage.steps).sum());
+        let request = Request { prompt: "a cat".into(), ..Request::suited_to(&source) };
+        let relay = Request { method: Method::named("megafusion").expect("a method"), stages, ..request.clone() };
+        let plain = Method::named("plain").expect("a method");
+        let whole = Request { method: plain, size: Some(last), steps: Some(steps), ..request };
+        let macs = |request: &Request, counts: fn(OpKind) -> bool| -> u64 {
+            let report = planner.plan(request).expect("a plan");
+            let steps = report.phases.iter().filter(|phase| phase.name == "denoise");
+            let of = |phase: &PhaseReport| {
+                phase.by_kind.iter().filter(|(kind, _)| counts(*kind)).map(|(_, work)| work.macs).sum::<u64>()
+            };
+            steps.map(|phase| phase.repeats as u64 * of(phase)).sum()
+        };
+        let share = |counts| macs(&relay, counts) as f64 / macs(&whole, counts) as f64;
+        let [all, layers] = [share(|_| true), share(|kind| kind != OpKind::Attention)];
+        let cost = macs(&relay, |_| true) as f64 / 1e12;
+        println!("{name}: {cost:.1} TMAC, {all:.3} with attention, {layers:.3} of layers alone, paper {paper}");
+        assert!(
+            (layers - paper).abs() < 0.03 || (all - paper).abs() < 0.03,
+            "{name}: {all} and {layers}, paper {paper}"
+        );
+        assert!(all < layers, "{name}: attention grows faster than the size");
+    }
 }
