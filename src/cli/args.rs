@@ -12,6 +12,7 @@ use super::bench::BenchArgs;
 use super::enlarge::EnlargeArgs;
 use super::hub::HubArgs;
 use super::picture_args::{AddedFiles, GenerateArgs, GridArgs, PlanArgs};
+use super::serve::ServeArgs;
 use super::values::{self, DeviceChoice};
 
 #[derive(Parser)]
@@ -41,6 +42,8 @@ pub enum Command {
     Grid(Box<GridArgs>),
     /// Make a picture larger, with new detail
     Enlarge(Box<EnlargeArgs>),
+    /// Make pictures for others, over HTTP
+    Serve(Box<ServeArgs>),
     /// Say what generate would cost, from the configuration files alone
     Plan(Box<PlanArgs>),
     /// Run one module of a model on tensors of a safetensors file

@@ -31,6 +31,7 @@ mod quantize;
 mod resize;
 mod run_folder;
 mod safetensors_file;
+mod serve;
 mod session;
 mod sheet;
 mod strip;
@@ -94,7 +95,10 @@ fn parse() -> std::result::Result<Cli, Ending> {
     let of_command = |command: clap::Command| {
         command.mut_args(takes_negative).mut_subcommands(|command| command.mut_args(takes_negative))
     };
-    let mut command = Cli::command().mut_subcommands(of_command).mut_subcommand("enlarge", enlarge::adapted);
+    let mut command = Cli::command()
+        .mut_subcommands(of_command)
+        .mut_subcommand("enlarge", enlarge::adapted)
+        .mut_subcommand("serve", serve::adapted);
     let matches = command.try_get_matches_from_mut(std::env::args_os())?;
     match from::expanded(&matches)? {
         None => Ok(Cli::from_arg_matches(&matches)?),
@@ -138,6 +142,10 @@ fn run(cli: Cli) -> Result<()> {
             output::end_at_once_on_interrupt()?;
             hub::resolve_for_run(&mut args.run)?;
             enlarge::run(*args)
+        }
+        Command::Serve(mut args) => {
+            hub::resolve_for_run(&mut args.run)?;
+            serve::run(&args)
         }
         Command::Plan(mut args) => {
             hub::resolve_for_plan(&mut args.run)?;

@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Cursor, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::write_atomically;
@@ -47,7 +47,18 @@ pub fn read_png_text(path: &Path, keyword: &str) -> Result<Option<String>> {
 /// # Errors
 /// [`Error::File`]: not a PNG, or truncated; [`Error::Io`] when the system cannot read it.
 pub fn read_png_texts(path: &Path) -> Result<Vec<(String, String)>> {
-    let mut file = File::open(path).map_err(|error| Error::io(path, error))?;
+    texts_of(path, BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?))
+}
+
+/// The same of a file's bytes; `name` stands in messages.
+///
+/// # Errors
+/// [`Error::File`]: not a PNG, or truncated.
+pub fn read_png_texts_of(name: &Path, bytes: &[u8]) -> Result<Vec<(String, String)>> {
+    texts_of(name, Cursor::new(bytes))
+}
+
+fn texts_of(path: &Path, mut file: impl BufRead + Seek) -> Result<Vec<(String, String)>> {
     let mut end = [0; END.len()];
     let whole = file.seek(SeekFrom::End(-(END.len() as i64))).and_then(|_| file.read_exact(&mut end));
     if whole.is_err() || end != END {
@@ -55,7 +66,7 @@ pub fn read_png_texts(path: &Path) -> Result<Vec<(String, String)>> {
     }
     file.rewind().map_err(|error| Error::io(path, error))?;
     let damaged = |error: png::DecodingError| Error::file(path, format!("a damaged PNG: {error}"));
-    let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(damaged)?;
+    let reader = png::Decoder::new(file).read_info().map_err(damaged)?;
     let info = reader.info();
     let plain = info.uncompressed_latin1_text.iter().map(|chunk| Ok((chunk.keyword.clone(), chunk.text.clone())));
     let compressed = info.compressed_latin1_text.iter();

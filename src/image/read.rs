@@ -31,11 +31,24 @@ pub fn read_image(path: &Path) -> Result<(usize, usize, Vec<u8>)> {
     if bytes.is_empty() {
         return Err(Error::file(path, format!("the file is empty; {WANTED}")));
     }
-    let image = decode(&bytes).map_err(|error| Error::file(path, explain(&error)))?.into_rgb8();
+    decode_image(path, &bytes, u64::MAX)
+}
+
+/// The same of a file's bytes; `name` stands in messages. A header that claims more than `most_pixels` is refused before any memory is
+/// asked for.
+///
+/// # Errors
+/// As [`read_image`]; [`Error::File`]: too many pixels.
+pub fn decode_image(name: &Path, bytes: &[u8], most_pixels: u64) -> Result<(usize, usize, Vec<u8>)> {
+    let decoded = decode(bytes, most_pixels).map_err(|error| Error::file(name, explain(&error)))?;
+    let Ok(image) = decoded.map(DynamicImage::into_rgb8) else {
+        return Err(Error::file(name, format!("has more than {most_pixels} pixels, the limit; make it smaller")));
+    };
     Ok((image.width() as usize, image.height() as usize, image.into_raw()))
 }
 
-fn decode(bytes: &[u8]) -> image::ImageResult<DynamicImage> {
+/// Of more than `most_pixels` nothing is decoded.
+fn decode(bytes: &[u8], most_pixels: u64) -> image::ImageResult<std::result::Result<DynamicImage, TooLarge>> {
     let mut limits = image::Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);
@@ -43,11 +56,17 @@ fn decode(bytes: &[u8]) -> image::ImageResult<DynamicImage> {
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     reader.limits(limits);
     let mut decoder = reader.into_decoder()?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > most_pixels {
+        return Ok(Err(TooLarge));
+    }
     let orientation = decoder.orientation()?;
     let mut image = DynamicImage::from_decoder(decoder)?;
     image.apply_orientation(orientation);
-    Ok(image)
+    Ok(Ok(image))
 }
+
+struct TooLarge;
 
 fn explain(error: &ImageError) -> String {
     match error {

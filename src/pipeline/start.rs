@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::image::{LevelFilter, canny_edges, from_bytes, luma, read_image, resize_levels};
+use crate::image::{LevelFilter, canny_edges, decode_image, from_bytes, luma, read_image, resize_levels};
 use crate::methods::{Method, Size, StartPicture};
 use crate::runtime::{DType, Device, Tensor};
 
@@ -28,6 +28,15 @@ impl InputPicture {
         let (width, height, rgb) = read_image(path)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
         InputPicture::new(&name, Size::new(width, height), rgb)
+    }
+
+    /// The same of a file's bytes; `name`: what the made picture says of it.
+    ///
+    /// # Errors
+    /// As [`decode_image`].
+    pub fn decode(name: &str, bytes: &[u8], most_pixels: u64) -> Result<InputPicture> {
+        let (width, height, rgb) = decode_image(Path::new(name), bytes, most_pixels)?;
+        InputPicture::new(name, Size::new(width, height), rgb)
     }
 
     /// `rgb`: `[height, width, 3]`; `name`: what the made picture says of it.
