@@ -19,7 +19,7 @@ use super::args::ServeArgs;
 use super::body::api_text;
 use super::{App, page};
 
-/// May be asked without a token, as the page's files: they do no work.
+/// May be asked without a token and by any name: they do no work.
 const OPEN: [&str; 2] = ["/healthz", "/readyz"];
 
 pub struct Guard {
@@ -52,6 +52,10 @@ impl Guard {
 
     fn check(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
         let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+        // Kubernetes' probes call a pod by its address.
+        if OPEN.contains(&uri.path()) {
+            return Ok(());
+        }
         // In HTTP/1.1 a request may have it in its first line.
         let host = uri.authority().map(|authority| authority.as_str()).or(text(HOST)).unwrap_or_default();
         if self.hosts.as_ref().is_some_and(|hosts| !hosts.contains(&without_port(host).to_ascii_lowercase())) {
@@ -67,7 +71,7 @@ impl Guard {
             }
         }
         let Some(token) = &self.token else { return Ok(()) };
-        if OPEN.contains(&uri.path()) || page::FILES.iter().any(|(path, ..)| *path == uri.path()) {
+        if page::FILES.iter().any(|(path, ..)| *path == uri.path()) {
             return Ok(());
         }
         match text(AUTHORIZATION).and_then(given_token) {
@@ -233,6 +237,7 @@ mod tests {
         ] {
             assert_eq!(status(&local, "/v1/jobs", headers), want, "{headers:?}");
         }
+        assert_eq!(status(&local, "/healthz", &[("host", "10.1.2.3:7860")]), 200);
         assert_eq!(status(&guard(None, None, &[]), "/v1/jobs", &[("host", "any.example")]), 200);
     }
 
