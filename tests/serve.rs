@@ -478,7 +478,7 @@ fn a_panic_fails_its_job_and_no_other() {
 #[test]
 fn a_signal_lets_what_was_taken_be_finished_and_a_second_ends_at_once() {
     let mut server = Server::start(&[]);
-    let id = server.submit(r#"{"prompt": "x", "size": "128x128", "steps": 12, "count": 2}"#);
+    let id = server.submit(r#"{"prompt": "x", "size": "128x128", "steps": 24, "count": 2}"#);
     server.until(|| server.is_running(&id));
     server.signal("-TERM");
     server.until(|| server.get("/readyz").status == 503);

@@ -1,6 +1,6 @@
 //! Every job of the server: what it asks for, where it stands, and its pictures for as long as they are kept.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -15,6 +15,9 @@ use utoipa::ToSchema;
 
 use super::metrics::Metrics;
 use super::queue::{Queue, Waiting};
+
+/// Jobs in a list, at most.
+const MOST_LISTED: usize = 100;
 
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -132,6 +135,8 @@ struct Inner {
     queue: Queue,
     jobs: BTreeMap<u64, Job>,
     by_name: HashMap<String, u64>,
+    /// Those that are not over: few beside those that are kept.
+    open: BTreeSet<u64>,
     next: u64,
     /// The model is loaded.
     ready: bool,
@@ -166,6 +171,7 @@ impl Jobs {
             queue: Queue::default(),
             jobs: BTreeMap::new(),
             by_name: HashMap::new(),
+            open: BTreeSet::new(),
             next: 0,
             ready: false,
             draining: false,
@@ -226,6 +232,7 @@ impl Jobs {
         }
         let job = Job { client, status: sender, cancelled: false, deadline, left, finished: None };
         inner.jobs.insert(number, job);
+        inner.open.insert(number);
         inner.by_name.insert(name, number);
         self.metrics.jobs_taken.inc();
         inner.tell_places();
@@ -241,11 +248,11 @@ impl Jobs {
         Some(inner.jobs[number].status.subscribe())
     }
 
-    /// Every job of a client, the latest first.
+    /// The last jobs of a client, the latest first.
     pub fn of(&self, client: &str) -> Vec<Status> {
         let inner = self.lock();
         let own = inner.jobs.values().rev().filter(|job| job.client == client);
-        own.map(|job| job.status.borrow().clone()).collect()
+        own.take(MOST_LISTED).map(|job| job.status.borrow().clone()).collect()
     }
 
     /// What is on the device now, if anything.
@@ -402,6 +409,7 @@ impl Jobs {
         let over = job.left == 0;
         if over {
             job.finished = Some(Instant::now());
+            inner.open.remove(&item.job);
             self.metrics.jobs_done.inc();
         }
         self.metrics.pictures.inc();
@@ -435,8 +443,8 @@ impl Jobs {
     /// No job goes on.
     pub fn fail_waiting(&self, error: &str) {
         let mut inner = self.lock();
-        let all: Vec<u64> = inner.jobs.keys().copied().collect();
-        all.into_iter().for_each(|job| inner.end(job, State::Failed, Some(error.to_string()), &self.metrics));
+        let open = inner.open.clone();
+        open.into_iter().for_each(|job| inner.end(job, State::Failed, Some(error.to_string()), &self.metrics));
     }
 
     /// The batch on the device is over; `work` multiply-accumulates took so long. `None`: it ended early.
@@ -473,6 +481,7 @@ impl Inner {
         let Some(job) = self.jobs.get_mut(&number).filter(|job| job.finished.is_none()) else { return };
         job.cancelled = true;
         job.finished = Some(Instant::now());
+        self.open.remove(&number);
         match state {
             State::Failed => metrics.jobs_failed.inc(),
             _ => metrics.jobs_cancelled.inc(),
@@ -490,8 +499,8 @@ impl Inner {
 
     /// Ends what has passed its deadline.
     fn fail_late(&mut self, now: Instant, metrics: &Metrics) {
-        let late = |job: &Job| job.finished.is_none() && job.deadline.is_some_and(|deadline| now >= deadline);
-        let late: Vec<u64> = self.jobs.iter().filter(|(_, job)| late(job)).map(|(&number, _)| number).collect();
+        let is_late = |number: &&u64| self.jobs[number].deadline.is_some_and(|deadline| now >= deadline);
+        let late: Vec<u64> = self.open.iter().filter(is_late).copied().collect();
         for number in late {
             self.end(number, State::Failed, Some("its deadline has passed".into()), metrics);
         }
@@ -500,9 +509,9 @@ impl Inner {
     /// Tells those who wait how many are before them.
     fn tell_places(&self) {
         let now = Instant::now();
-        for (&number, job) in &self.jobs {
-            let before = if job.finished.is_some() { None } else { self.queue.before(number, now) };
-            job.status.send_if_modified(|status| {
+        for &number in &self.open {
+            let before = self.queue.before(number, now);
+            self.jobs[&number].status.send_if_modified(|status| {
                 let changed = status.state == State::Queued && status.before != before;
                 if changed {
                     status.before = before;
@@ -522,4 +531,86 @@ fn unguessable() -> String {
 
 fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jobs(keep: u64, most_waiting: usize) -> Jobs {
+        Jobs::new(Duration::from_secs(keep), most_waiting).unwrap()
+    }
+
+    fn order(client: &str, count: u64, patience: Option<Duration>) -> Order {
+        let requests = (0..count).map(|seed| Request { seed, ..Request::default() }).collect();
+        let client = client.into();
+        Order { client, requests, cost: 10, steps: 4, stages: 1, warnings: Vec::new(), priority: 0, patience }
+    }
+
+    fn made(seed: u64) -> Made {
+        Made { seed, size: Size::new(8, 8), png: vec![1, 2, 3], parameters: Value::Null, infotext: String::new() }
+    }
+
+    #[test]
+    fn a_job_is_done_with_its_last_picture_and_forgotten_with_its_files() {
+        let jobs = jobs(60, 8);
+        let status = jobs.submit(order("a", 2, None)).unwrap();
+        let id = status.borrow().id.clone();
+        let group = jobs.take(8).unwrap();
+        assert_eq!((group.len(), status.borrow().state), (2, State::Running));
+        jobs.finished(&group[1], made(1)).unwrap();
+        assert_eq!((status.borrow().state, status.borrow().made), (State::Running, 1));
+        jobs.finished(&group[0], made(0)).unwrap();
+        jobs.batch_over(Some((20, Duration::from_secs(2))));
+        let over = status.borrow().clone();
+        assert_eq!(over.state, State::Done);
+        assert_eq!(over.pictures.iter().map(|picture| picture.seed).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(jobs.seconds_of(30), Some(3.0));
+        let name = over.pictures[0].url.strip_prefix("/v1/files/").unwrap().trim_end_matches(".png");
+        assert_eq!(jobs.picture(name), Some(vec![1, 2, 3]));
+        jobs.sweep(Instant::now() + Duration::from_secs(30));
+        assert!(jobs.find(&id).is_some() && jobs.picture(name).is_some());
+        jobs.sweep(Instant::now() + Duration::from_secs(61));
+        assert!(jobs.find(&id).is_none() && jobs.picture(name).is_none());
+        assert_eq!(std::fs::read_dir(jobs.folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_made_of_an_ended_job_is_thrown_away() {
+        let jobs = jobs(60, 8);
+        let (ended, other) = (jobs.submit(order("a", 1, None)).unwrap(), jobs.submit(order("b", 1, None)).unwrap());
+        let group = jobs.take(8).unwrap();
+        assert_eq!(group.len(), 2);
+        let id = ended.borrow().id.clone();
+        assert!(jobs.cancel(&id) && !jobs.is_given_up(), "the other one goes on");
+        group.iter().for_each(|item| jobs.finished(item, made(0)).unwrap());
+        assert_eq!((ended.borrow().state, other.borrow().state), (State::Cancelled, State::Done));
+        assert_eq!((ended.borrow().pictures.len(), std::fs::read_dir(jobs.folder.path()).unwrap().count()), (0, 1));
+        // An end is the end.
+        jobs.failed(&group[0], "late");
+        jobs.cancel(&other.borrow().id.clone());
+        assert_eq!((ended.borrow().state, other.borrow().state), (State::Cancelled, State::Done));
+    }
+
+    #[test]
+    fn full_queues_and_ends_are_told() {
+        let jobs = jobs(60, 2);
+        let late = jobs.submit(order("a", 1, Some(Duration::ZERO))).unwrap();
+        let waits = jobs.submit(order("b", 1, None)).unwrap();
+        let full = jobs.submit(order("c", 1, None)).unwrap_err();
+        assert_eq!(full, Refusal::Full { waiting: 2, after_seconds: 5 });
+        assert_eq!(jobs.take(8).unwrap().len(), 1);
+        assert_eq!(late.borrow().error.as_deref(), Some("its deadline has passed"));
+        jobs.drain();
+        assert_eq!(jobs.submit(order("c", 1, None)).unwrap_err(), Refusal::Draining);
+        assert!(jobs.take(8).is_none());
+        jobs.fail_waiting("the server ends");
+        assert_eq!(
+            (waits.borrow().state, jobs.current().map(|status| status.state)),
+            (State::Failed, Some(State::Failed))
+        );
+        for name in ["../../etc/passwd", "a/b", ""] {
+            assert_eq!(jobs.picture(name), None, "{name}");
+        }
+    }
 }

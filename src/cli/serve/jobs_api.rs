@@ -57,7 +57,7 @@ async fn create(
     Ok((StatusCode::ACCEPTED, [(LOCATION, place)], Json(status)).into_response())
 }
 
-/// The caller's own jobs, the latest first.
+/// The caller's own jobs, the latest first, a hundred at most.
 #[utoipa::path(get, path = "/v1/jobs", tag = "jobs", responses((status = 200, body = Vec<Status>)))]
 async fn list(State(app): Shared, address: ConnectInfo<SocketAddr>) -> Json<Vec<Status>> {
     Json(app.jobs.of(&client_of(address)))
