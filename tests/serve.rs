@@ -6,13 +6,14 @@ mod place;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use place::Place;
+use place::{MODEL, Place, copy, copy_changed};
 use serde_json::{Value, json};
 
 /// Long enough for any picture of these tests on a busy machine.
@@ -459,6 +460,61 @@ fn pictures_that_are_alike_are_made_together_with_the_bytes_of_each_alone() {
         (server.metric("megafuse_batch_pictures_count"), server.metric("megafuse_batch_pictures_sum")),
         (2.0, 5.0)
     );
+}
+
+#[test]
+fn models_are_asked_for_by_name_and_take_turns_in_memory() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| folder.path().join(name);
+    copy(Path::new(MODEL), &path("one"));
+    copy_changed(Path::new(MODEL), &path("two"), "scheduler/scheduler_config.json", "beta_end", json!(0.02));
+    copy(Path::new(MODEL), &path("without"));
+    std::fs::remove_file(path("without/unet/diffusion_pytorch_model.safetensors")).expect("removed");
+    std::fs::write(path("readme.txt"), "no model").expect("written");
+    let place = Place::with(&["--device", "cpu"]);
+    let want = ["one", "two"].map(|name| {
+        let model = path(name).display().to_string();
+        place.ok(&[
+            "generate", "a cat", "--model", &model, "--method", "plain", "--steps", "2", "--seed", "1", "--out",
+            "a.png",
+        ]);
+        place.bytes("a.png")
+    });
+    assert!(want[0] != want[1]);
+
+    let server = Server::start(&["--model-dir", &folder.path().display().to_string()]);
+    let list = server.get("/v1/models").json();
+    assert_eq!(
+        list["data"].as_array().expect("a list").iter().map(|model| &model["id"]).collect::<Vec<_>>(),
+        ["one", "two", "without"]
+    );
+    let made = |body: Value| {
+        let status = server.over(&server.submit(&body.to_string()));
+        assert_eq!(status["state"], "done", "{status}");
+        server.picture(&status, 0)
+    };
+    for (name, want) in [("two", &want[1]), ("one", &want[0]), ("two", &want[1])] {
+        assert!(made(json!({"prompt": "a cat", "seed": 1, "model": name})) == *want, "{name}");
+    }
+    assert!(made(json!({"prompt": "a cat", "seed": 1})) == want[0], "the default");
+    // One that cannot be read fails its jobs alone.
+    let broken = server.over(&server.submit(r#"{"prompt": "a cat", "model": "without"}"#));
+    assert!(broken["error"].as_str().expect("an error").contains("without"), "{broken}");
+    assert!(made(json!({"prompt": "a cat", "seed": 1})) == want[0], "the next");
+
+    let asked = server.post("/v1/jobs", &json!({"prompt": "a cat", "model": "../one"}));
+    assert_eq!(asked.status, 404);
+    assert!(asked.message().contains(r#"this server has "one", "two", "without""#), "{}", asked.message());
+    let decoded = |reply: Reply| STANDARD.decode(reply.json()["images"][0].as_str().expect("base64")).expect("base64");
+    let body = json!({"prompt": "a cat", "seed": 1, "override_settings": {"sd_model_checkpoint": "two"}});
+    assert!(decoded(server.post("/sdapi/v1/txt2img", &body)) == want[1]);
+    assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "two [0123]"})).status, 200);
+    assert_eq!(server.get("/sdapi/v1/options").json()["sd_model_checkpoint"], "two");
+    assert!(decoded(server.post("/sdapi/v1/txt2img", &json!({"prompt": "a cat", "seed": 1}))) == want[1]);
+
+    let empty = tempfile::tempdir().expect("a temporary folder");
+    let refused = place.fails(1, &["serve", "--model-dir", &empty.path().display().to_string()]);
+    assert!(refused.contains("holds no model"), "{refused}");
 }
 
 #[test]

@@ -145,7 +145,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Serve(mut args) => {
             hub::resolve_for_run(&mut args.run)?;
-            serve::run(&args)
+            serve::run(*args)
         }
         Command::Plan(mut args) => {
             hub::resolve_for_plan(&mut args.run)?;

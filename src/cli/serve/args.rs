@@ -1,13 +1,15 @@
 //! The flags of `megafuse serve`.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use clap::Args;
-use megafuse::Result;
 use megafuse::pipeline::Request;
+use megafuse::{Error, Result};
 
 use super::super::method_options::MethodChoice;
 use super::super::picture_args::{PictureArgs, RunArgs, conflict};
+use super::super::values;
 
 #[derive(Args)]
 #[command(after_long_help = SERVE_EXAMPLES)]
@@ -22,6 +24,19 @@ pub struct ServeArgs {
     /// reach needs one.
     #[arg(long, value_name = "TOKEN", env = "MEGAFUSE_API_TOKEN", hide_env_values = true, help_heading = "Server")]
     pub api_token: Option<String>,
+
+    /// A folder of further models, which requests name: each of its folders and files is one
+    ///
+    /// With --model, that one is the default; without, the first by name. A model is read when a request first asks for it. The other flags hold
+    /// for all; what they leave open suits each model.
+    #[arg(long, value_name = "DIR", value_parser = values::path(), help_heading = "Server")]
+    pub model_dir: Option<PathBuf>,
+
+    /// Models in memory at a time; the one that was asked for longest ago leaves
+    ///
+    /// What is in memory must fit together.
+    #[arg(long, value_name = "N", default_value = "1", help_heading = "Server")]
+    pub models: usize,
 
     /// A name by which clients reach the server, besides its address and localhost; may be given several times
     #[arg(long, value_name = "HOST", help_heading = "Server")]
@@ -99,13 +114,43 @@ impl ServeArgs {
             let reason = "other machines reach it, and whoever does could use this one; give --api-token too";
             return Err(conflict("--addr", self.addr, reason));
         }
-        for (flag, value) in [("--queue", self.queue), ("--max-steps", self.max_steps), ("--max-count", self.max_count)]
-        {
+        for (flag, value) in [
+            ("--queue", self.queue),
+            ("--max-steps", self.max_steps),
+            ("--max-count", self.max_count),
+            ("--models", self.models),
+        ] {
             if value == 0 {
                 return Err(conflict(flag, value, "expected at least 1"));
             }
         }
         Ok(())
+    }
+
+    /// The paths of the models, `--model` first. `None`: the one inside the program.
+    ///
+    /// # Errors
+    /// [`megafuse::Error::File`], [`megafuse::Error::Io`]: the folder cannot be read, or holds none.
+    pub fn model_paths(&self) -> Result<Vec<Option<PathBuf>>> {
+        let Some(folder) = &self.model_dir else { return Ok(vec![self.run.model.clone()]) };
+        let read = std::fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let entries = read.map_err(|error| Error::io(folder, error))?;
+        let is_model = |path: &PathBuf| {
+            let end = path.extension().map(|end| end.to_string_lossy().to_lowercase());
+            let named = end.is_some_and(|end| ["safetensors", "sft", "ckpt"].contains(&end.as_str()));
+            path.join("model_index.json").is_file() || (named && path.is_file())
+        };
+        let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).filter(is_model).collect();
+        paths.sort();
+        if paths.is_empty() {
+            let reason =
+                "holds no model: expected folders with a model_index.json, or checkpoints in .safetensors or .ckpt";
+            return Err(Error::file(folder, reason));
+        }
+        let own = self.run.model.clone().filter(|model| !paths.contains(model));
+        let first = self.run.model.clone().filter(|model| paths.contains(model));
+        paths.retain(|path| Some(path) != first.as_ref());
+        Ok(own.or(first).into_iter().chain(paths).map(Some).collect())
     }
 
     /// What the flags say of every request.

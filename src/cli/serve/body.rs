@@ -19,8 +19,8 @@ use super::super::values;
 
 /// A prompt in bytes, at most. Text encoders read 77 to 512 tokens.
 const LONGEST_PROMPT: usize = 20_000;
-/// A client's name in bytes, at most.
-const LONGEST_SEED_TEXT: &str = "a whole number from 0, or -1 for one that is drawn";
+/// What a seed is.
+const SEED: &str = "a whole number from 0, or -1 for one that is drawn";
 
 /// What the server may be asked for.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +48,8 @@ pub struct PictureBody {
     pub prompt: String,
     /// What guidance steers away from. An empty one counts as none, unless `negative_prompt_is_empty` is true.
     pub negative_prompt: Option<String>,
+    /// One of the server's models; left out: its default.
+    pub model: Option<String>,
     /// `megafusion`, `hidiffusion`, ... A method's own options are fields beside it: `dilation`, `view_batch`, ...
     pub method: Option<String>,
     /// Width x height in pixels, like `1024x1024`.
@@ -94,16 +96,8 @@ pub enum OneOrMore {
 }
 
 /// Fields of a picture's JSON that say how it was made on its machine, or that follow from others.
-const PASSED_OVER: [&str; 8] = [
-    "version",
-    "device",
-    "dtype",
-    "model",
-    "negative_prompt_is_empty",
-    "cache_computed",
-    "init_image_digest",
-    "mask_digest",
-];
+const PASSED_OVER: [&str; 7] =
+    ["version", "device", "dtype", "negative_prompt_is_empty", "cache_computed", "init_image_digest", "mask_digest"];
 
 impl PictureBody {
     /// One request for each picture, and what was odd.
@@ -153,9 +147,9 @@ impl PictureBody {
             None | Some(Value::Null) => "-1".to_string(),
             Some(Value::Number(number)) => number.to_string(),
             Some(Value::String(text)) => text.clone(),
-            Some(other) => return Err(wrong("seed", other, format!("expected {LONGEST_SEED_TEXT}"))),
+            Some(other) => return Err(wrong("seed", other, format!("expected {SEED}"))),
         };
-        let seed = values::seed(&text).map_err(|_| wrong("seed", &text, format!("expected {LONGEST_SEED_TEXT}")))?;
+        let seed = values::seed(&text).map_err(|_| wrong("seed", &text, format!("expected {SEED}")))?;
         match seed.checked_add(count as u64 - 1) {
             Some(_) => Ok(seed),
             None => Err(wrong("seed", seed, format!("with a count of {count} the last seed would exceed 2^64 - 1"))),
@@ -173,15 +167,18 @@ impl PictureBody {
             None => None,
             Some(text) => Some(values::stages(&text).map_err(|reason| wrong("stages", &text, reason))?.0),
         };
-        // Stages have their sizes and steps, and a size its own stages: the flags' do not go on top of them. A picture's JSON has all.
-        let own = stages.is_some() || self.size.is_some();
         let steps = parsed("steps", self.steps, values::steps)?;
         let size: Option<Size> = parsed("size", self.size.as_ref(), values::library)?;
-        let (size, steps) = match &stages {
-            Some(_) => (None, None),
-            None => (size.or(flags.size.filter(|_| !own)), steps.or(flags.steps)),
+        // Stages have their sizes and steps (a picture's JSON has all three), and who names a size or steps wants stages planned for them:
+        // of the flags' stages only the size and the steps are left then.
+        let (stages, size, steps) = match (stages, flags.stages.last()) {
+            (Some(stages), _) => (stages, None, None),
+            (None, Some(last)) if size.is_some() || steps.is_some() => {
+                let of_flags = flags.stages.iter().map(|stage| stage.steps).sum();
+                (Vec::new(), Some(size.unwrap_or(last.size)), Some(steps.unwrap_or(of_flags)))
+            }
+            (None, _) => (flags.stages.clone(), size.or(flags.size), steps.or(flags.steps)),
         };
-        let stages = stages.unwrap_or_else(|| if own { Vec::new() } else { flags.stages.clone() });
         let number = |value: Option<f64>| value.map(|value| value as f32);
         let text = TextOptions {
             clip_skip: parsed("clip_skip", self.clip_skip, values::clip_skip)?.or(flags.text.clip_skip),
@@ -331,4 +328,73 @@ pub fn api_text(error: &Error) -> String {
         other => other.to_string(),
     }
     .replace("request.", "")
+}
+
+#[cfg(test)]
+mod tests {
+    use megafuse::pipeline::MegaFusion;
+    use serde_json::json;
+
+    use super::*;
+
+    fn base(request: Request) -> Base {
+        let limits = Limits { pixels: 1 << 20, steps: 100, count: 4 };
+        Base { request, options: MethodOptions::default(), limits }
+    }
+
+    fn read(json: serde_json::Value, base: &Base) -> Request {
+        let body: PictureBody = serde_json::from_value(json).unwrap();
+        body.requests(base).unwrap().0.remove(0)
+    }
+
+    fn stages(text: &str) -> Vec<Stage> {
+        values::stages(text).unwrap().0
+    }
+
+    #[test]
+    fn what_a_request_says_of_its_size_stands_in_place_of_the_flags() {
+        let less_stages = |request| Request { stages: Vec::new(), ..request };
+        let staged = || Request {
+            stages: stages("64x64:40,128x128:10"),
+            method: MegaFusion::default().into(),
+            ..Request::default()
+        };
+        let sized = || Request { size: Some(Size::new(128, 64)), steps: Some(9), ..less_stages(staged()) };
+        type Geometry = (Vec<Stage>, Option<Size>, Option<usize>);
+        let geometry = |json: serde_json::Value, flags: Request| -> Geometry {
+            let Request { stages, size, steps, .. } = read(json, &base(flags));
+            (stages, size, steps)
+        };
+        let size = |width, height| Some(Size::new(width, height));
+        assert_eq!(geometry(json!({}), staged()), (staged().stages, None, None));
+        assert_eq!(geometry(json!({"steps": 20}), staged()), (Vec::new(), size(128, 128), Some(20)));
+        assert_eq!(geometry(json!({"size": "256x64"}), staged()), (Vec::new(), size(256, 64), Some(50)));
+        assert_eq!(geometry(json!({}), sized()), (Vec::new(), size(128, 64), Some(9)));
+        assert_eq!(geometry(json!({"steps": 20}), sized()), (Vec::new(), size(128, 64), Some(20)));
+        let own = stages("64x64:5,96x96:1");
+        for flags in [staged(), sized()] {
+            for named in [json!("64x64:5,96x96:1"), json!(["64x64:5", "96x96:1"])] {
+                let json = json!({"stages": named, "size": "96x96", "steps": 6});
+                assert_eq!(geometry(json, flags.clone()), (own.clone(), None, None));
+            }
+        }
+    }
+
+    #[test]
+    fn options_of_methods_are_fields() {
+        let flags = base(Request { method: MegaFusion::default().into(), ..Request::default() });
+        let given = |value: serde_json::Value| read(json!({"method": "megafusion", "dilation": value}), &flags).method;
+        assert_eq!(given(json!(3)).option("dilation"), Some(&json!(3)));
+        assert_eq!(given(json!("3")), given(json!(3)));
+        assert_eq!(given(json!(null)), read(json!({"method": "megafusion"}), &flags).method);
+    }
+
+    #[test]
+    fn seeds_are_drawn_where_none_is_named() {
+        let flags = base(Request::default());
+        let seed = |json: serde_json::Value| read(json, &flags).seed;
+        assert_eq!((seed(json!({"seed": 7})), seed(json!({"seed": "18446744073709551615"}))), (7, u64::MAX));
+        let drawn = [json!({}), json!({"seed": -1}), json!({"seed": null}), json!({"seed": "random"})].map(seed);
+        assert!(drawn.iter().all(|seed| *seed <= u64::from(u32::MAX)) && drawn[0] != drawn[1], "{drawn:?}");
+    }
 }

@@ -13,44 +13,70 @@ use super::body::api_text;
 use super::jobs::{Jobs, Made};
 use super::queue::Waiting;
 
-/// One device with one model.
+/// One device with models, of which some are in memory.
 pub struct Engine<L> {
     pub jobs: Arc<Jobs>,
     /// Pictures in one batch, at most.
     pub batch: usize,
-    /// Loads the model: at the beginning, and again where a panic may have left it half changed.
+    /// Models in memory at a time, at least 1.
+    pub kept: usize,
+    /// The model that is there from the beginning.
+    pub first: Arc<str>,
+    /// Loads a model by its name: when it is asked for, and again where a panic may have left it half changed.
     pub load: L,
 }
 
-impl<L: Fn() -> Result<Pipeline>> Engine<L> {
+impl<L: Fn(&str) -> Result<Pipeline>> Engine<L> {
     /// Until the server ends.
     ///
     /// # Errors
-    /// Those of the model's files, at the beginning or after a panic.
+    /// Those of the first model's files.
     pub fn run(&self) -> Result<()> {
-        let mut pipeline = (self.load)()?;
+        let mut loaded = vec![(Arc::clone(&self.first), (self.load)(&self.first)?)];
         self.jobs.set_ready(true);
         while let Some(group) = self.jobs.take(self.batch) {
             let begin = Instant::now();
-            let made = catch_unwind(AssertUnwindSafe(|| self.make(&pipeline, &group)));
-            let panicked = made.is_err();
-            let work = made.unwrap_or_else(|_| {
+            let made = catch_unwind(AssertUnwindSafe(|| match self.bring(&mut loaded, &group[0].model) {
+                Ok(pipeline) => self.make(pipeline, &group),
+                Err(error) => {
+                    group.iter().for_each(|item| self.give_up(item, &error));
+                    None
+                }
+            }));
+            if made.is_err() {
                 // Its words went to standard error, with the place in the program.
-                group
-                    .iter()
-                    .for_each(|item| self.jobs.failed(item, "an internal error ended it; the server's log has it"));
-                None
-            });
-            self.jobs.batch_over(work.map(|work| (work, begin.elapsed())));
-            if panicked {
-                self.jobs.set_ready(false);
-                say!("warning: a panic ended a batch; the model is loaded again");
-                drop(pipeline);
-                pipeline = (self.load)()?;
-                self.jobs.set_ready(true);
+                let error = "an internal error ended it; the server's log has it";
+                group.iter().for_each(|item| self.jobs.failed(item, error));
+                say!("warning: a panic ended a batch; models are read again");
+                loaded.clear();
             }
+            self.jobs.batch_over(made.ok().flatten().map(|work| (work, begin.elapsed())));
         }
         Ok(())
+    }
+
+    /// The model in memory, as the last of those there. What was asked for longest ago leaves first, and where there is no memory
+    /// beside the others, they all do.
+    fn bring<'a>(&self, loaded: &'a mut Vec<(Arc<str>, Pipeline)>, name: &Arc<str>) -> Result<&'a Pipeline> {
+        match loaded.iter().position(|(known, _)| known == name) {
+            Some(at) => {
+                let asked = loaded.remove(at);
+                loaded.push(asked);
+            }
+            None => {
+                let beyond = (loaded.len() + 1).saturating_sub(self.kept);
+                loaded.drain(..beyond);
+                let pipeline = match (self.load)(name) {
+                    Err(Error::OutOfMemory { .. }) if !loaded.is_empty() => {
+                        loaded.clear();
+                        (self.load)(name)?
+                    }
+                    loaded => loaded?,
+                };
+                loaded.push((Arc::clone(name), pipeline));
+            }
+        }
+        Ok(&loaded.last().expect("just put there").1)
     }
 
     /// Makes pictures in one batch: the work that was done, `None` where something went wrong. Where one comes out not finite, or

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use megafuse::pipeline::{Request, Size};
@@ -45,6 +45,7 @@ impl State {
 pub struct Status {
     /// Unguessable: who knows it may read and cancel the job.
     pub id: String,
+    pub model: String,
     pub state: State,
     /// Pictures that are made before its first, while it is queued.
     pub before: Option<usize>,
@@ -102,6 +103,7 @@ struct Job {
 /// What is asked for.
 pub struct Order {
     pub client: String,
+    pub model: Arc<str>,
     /// The pictures, one each, all of the same cost.
     pub requests: Vec<Request>,
     pub cost: u64,
@@ -205,6 +207,7 @@ impl Jobs {
         inner.next += 1;
         let status = Status {
             id: name.clone(),
+            model: order.model.to_string(),
             state: State::Queued,
             before: None,
             count: order.requests.len(),
@@ -226,8 +229,9 @@ impl Jobs {
         let deadline = order.patience.map(|patience| now + patience);
         let (left, client, cost) = (order.requests.len(), order.client, order.cost);
         for (index, request) in order.requests.into_iter().enumerate() {
-            let client = client.clone();
-            let waiting = Waiting { job: number, index, request, cost, client, priority: order.priority, arrived: now };
+            let (client, model) = (client.clone(), Arc::clone(&order.model));
+            let waiting =
+                Waiting { job: number, index, model, request, cost, client, priority: order.priority, arrived: now };
             inner.queue.push(waiting);
         }
         let job = Job { client, status: sender, cancelled: false, deadline, left, finished: None };
@@ -544,7 +548,17 @@ mod tests {
     fn order(client: &str, count: u64, patience: Option<Duration>) -> Order {
         let requests = (0..count).map(|seed| Request { seed, ..Request::default() }).collect();
         let client = client.into();
-        Order { client, requests, cost: 10, steps: 4, stages: 1, warnings: Vec::new(), priority: 0, patience }
+        Order {
+            client,
+            model: "m".into(),
+            requests,
+            cost: 10,
+            steps: 4,
+            stages: 1,
+            warnings: Vec::new(),
+            priority: 0,
+            patience,
+        }
     }
 
     fn made(seed: u64) -> Made {

@@ -14,7 +14,9 @@ mod page;
 mod queue;
 mod webui;
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -52,14 +54,36 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the routes share.
 pub struct App {
     jobs: Arc<Jobs>,
-    base: Base,
-    planner: Mutex<(Session, Costs)>,
-    model: String,
+    /// The default first.
+    models: Vec<Model>,
+    /// Which of them webui's clients have chosen.
+    chosen: AtomicUsize,
     device: String,
     dtype: &'static str,
-    /// The size that the model was trained at, if its configuration says so.
-    native: Option<String>,
     guard: Guard,
+}
+
+/// A model that requests may name, as its configurations say; its weights are the device's thread's.
+struct Model {
+    name: Arc<str>,
+    base: Base,
+    planner: Mutex<(Session, Costs)>,
+    /// The size that it was trained at, if its configuration says so.
+    native: Option<String>,
+}
+
+impl Model {
+    /// # Errors
+    /// Those of its configurations; what the flags ask for and it cannot meet.
+    fn open(args: &ServeArgs, device: Device) -> Result<Model> {
+        let session = Session::on(&args.run, device)?;
+        let limits = Limits { pixels: args.max_pixels, steps: args.max_steps, count: args.max_count };
+        let base = Base { request: args.request()?, options: args.run.options.clone(), limits };
+        session.check(&base.request)?;
+        let pipeline = session.planner.pipeline();
+        let (name, native) = (pipeline.name().into(), pipeline.native_size().map(|size| size.to_string()));
+        Ok(Model { name, base, native, planner: Mutex::new((session, Costs::default())) })
+    }
 }
 
 #[derive(OpenApi)]
@@ -76,39 +100,45 @@ pub struct App {
 struct Document;
 
 /// # Errors
-/// [`Error::Request`], naming the flag; those of the model and the device; [`Error::Io`]: the address cannot be had.
-pub fn run(args: &ServeArgs) -> Result<()> {
+/// [`Error::Request`], naming the flag; those of the models and the device; [`Error::Io`]: the address cannot be had.
+pub fn run(mut args: ServeArgs) -> Result<()> {
     args.check()?;
-    let session = Session::open(&args.run)?;
-    let (device, source) = (session.device().clone(), session.source().clone());
-    let base = Base {
-        request: args.request()?,
-        options: args.run.options.clone(),
-        limits: Limits { pixels: args.max_pixels, steps: args.max_steps, count: args.max_count },
-    };
-    session.check(&base.request)?;
+    let device = args.run.device.open()?;
+    let (mut models, mut sources) = (Vec::<Model>::new(), HashMap::new());
+    for path in args.model_paths()? {
+        args.run.model = path;
+        let model = Model::open(&args, device.clone())?;
+        if models.iter().any(|other| other.name == model.name) {
+            let reason = format!("two models are called {:?}; rename one", model.name);
+            return Err(Error::config("--model-dir", reason));
+        }
+        sources.insert(Arc::clone(&model.name), args.run.source());
+        models.push(model);
+    }
     let batch = match (args.run.batch, &device) {
         (Batch::Of(batch), _) => batch,
         (Batch::Auto, Device::Cuda(_)) => AUTO_BATCH,
         (Batch::Auto, _) => 1,
     };
     let jobs = Arc::new(Jobs::new(Duration::from_secs_f64(60.0 * args.keep), args.queue)?);
-    let options = args.run.load_options(&device);
-    let load = move || load(&source, &device, || Pipeline::load_with(source.clone(), options.clone()));
-    let device_name = session.device().to_string();
+    let (options, of_device) = (args.run.load_options(&device), device.clone());
+    let load = move |name: &str| {
+        let source = &sources[name];
+        load(source, &of_device, || Pipeline::load_with(source.clone(), options.clone()))
+    };
+    let (kept, first) = (args.models, Arc::clone(&models[0].name));
     let app = App {
         jobs: Arc::clone(&jobs),
-        base,
-        model: session.planner.pipeline().name().to_string(),
-        device: device_name,
-        dtype: session.dtype().name(),
-        native: session.planner.pipeline().native_size().map(|size| size.to_string()),
-        guard: Guard::new(args),
-        planner: Mutex::new((session, Costs::default())),
+        models,
+        chosen: AtomicUsize::new(0),
+        device: device.to_string(),
+        dtype: args.run.dtype_on(&device).name(),
+        guard: Guard::new(&args),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Error::config("threads", error.to_string()))?;
-    let ended = runtime.block_on(serve(args.addr, args.max_body << 20, app, Engine { jobs, batch, load }));
+    let engine = Engine { jobs, batch, kept, first, load };
+    let ended = runtime.block_on(serve(args.addr, args.max_body << 20, app, engine));
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
@@ -126,7 +156,7 @@ fn load(source: &ModelSource, device: &Device, read: impl FnOnce() -> Result<Pip
 /// Until the device's thread ends: by a signal once nothing waits, or by an error.
 async fn serve<L>(addr: SocketAddr, body_limit: usize, app: App, engine: Engine<L>) -> Result<()>
 where
-    L: Fn() -> Result<Pipeline> + Send + 'static,
+    L: Fn(&str) -> Result<Pipeline> + Send + 'static,
 {
     let at = |error| Error::Io { path: format!("address {addr}").into(), source: error };
     let listener = TcpListener::bind(addr).await.map_err(at)?;
@@ -217,13 +247,16 @@ async fn sweep(jobs: Arc<Jobs>) {
 /// What is wrong with it; a full queue; the server ends.
 async fn submit(app: &Arc<App>, body: PictureBody, client: String) -> std::result::Result<Awaited, Problem> {
     let app = Arc::clone(app);
+    let at = app.named(body.model.as_deref())?;
     // Pictures are decoded and runs planned here: work of the processor.
     let submitted = tokio::task::spawn_blocking(move || {
         let (priority, patience) = body.urgency()?;
-        let (requests, mut warnings) = body.requests(&app.base)?;
-        let planned = app.check(&requests[0], &mut warnings)?;
+        let model = &app.models[at];
+        let (requests, mut warnings) = body.requests(&model.base)?;
+        let planned = model.check(&requests[0], &mut warnings)?;
         let order = Order {
             client,
+            model: Arc::clone(&model.name),
             requests,
             cost: planned.cost,
             steps: planned.steps,
@@ -248,6 +281,20 @@ struct Planned {
 }
 
 impl App {
+    /// Which model is called so; without a name the default.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    fn named(&self, name: Option<&str>) -> std::result::Result<usize, Problem> {
+        let Some(name) = name else { return Ok(0) };
+        self.models.iter().position(|model| &*model.name == name).ok_or_else(|| {
+            let names: Vec<String> = self.models.iter().map(|model| format!("{:?}", model.name)).collect();
+            Problem::not_found(&format!("the model {name:?} is not here; this server has {}", names.join(", ")))
+        })
+    }
+}
+
+impl Model {
     /// Can the model meet it, within the limits and the memory?
     fn check(&self, request: &Request, warnings: &mut Vec<String>) -> std::result::Result<Planned, Problem> {
         let mut planner = self.planner.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

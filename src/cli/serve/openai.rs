@@ -24,7 +24,7 @@ use utoipa_axum::routes;
 use super::body::{PictureBody, wrong};
 use super::guard::{Problem, client_of};
 use super::jobs_api::read;
-use super::{App, Awaited, png_of, submit};
+use super::{App, Awaited, Model, png_of, submit};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(generations)).routes(routes!(models))
@@ -34,7 +34,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[derive(Deserialize, ToSchema)]
 struct ImageBody {
     prompt: String,
-    /// This server's model, or left out.
+    /// One of the server's models; left out: its default.
     model: Option<String>,
     /// How many pictures.
     n: Option<usize>,
@@ -54,17 +54,14 @@ struct ImageBody {
 }
 
 impl ImageBody {
-    fn job(&self, model: &str) -> Result<PictureBody, Problem> {
-        if let Some(asked) = self.model.as_ref().filter(|asked| *asked != model) {
-            let message = format!("the model {asked:?} is not here; this server has {model:?}");
-            return Err(Problem::not_found(&message));
-        }
+    fn job(&self) -> Result<PictureBody, Problem> {
         if let Some(format) = self.output_format.as_ref().filter(|format| *format != "png") {
             return Err(wrong("output_format", format!("{format:?}"), "pictures are png").into());
         }
         let mut fields = self.megafuse.clone();
         for (field, value) in [
             ("prompt", Some(Value::from(self.prompt.as_str()))),
+            ("model", self.model.as_deref().map(Value::from)),
             ("count", self.n.map(Value::from)),
             ("size", self.size.as_ref().filter(|size| *size != "auto").map(|size| size.as_str().into())),
         ] {
@@ -108,7 +105,7 @@ async fn generations(
     body: Result<Json<ImageBody>, JsonRejection>,
 ) -> Result<Response, Problem> {
     let body = read(body)?;
-    let (job, as_urls) = (body.job(&app.model)?, body.as_urls()?);
+    let (job, as_urls) = (body.job()?, body.as_urls()?);
     let mut awaited = submit(&app, job, client_of(address)).await?;
     if body.stream {
         return Ok(streamed(app, awaited).into_response());
@@ -160,10 +157,10 @@ fn streamed(app: Arc<App>, awaited: Awaited) -> impl IntoResponse {
     Sse::new(events).keep_alive(KeepAlive::default())
 }
 
-/// The model that this server has.
-#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list of one.")))]
+/// The server's models, the default first.
+#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, description = "A list.")))]
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(
-        json!({"object": "list", "data": [{"id": app.model, "object": "model", "created": 0, "owned_by": "megafuse"}]}),
-    )
+    let of = |model: &Model| json!({"id": &*model.name, "object": "model", "created": 0, "owned_by": "megafuse"});
+    let data: Vec<Value> = app.models.iter().map(of).collect();
+    Json(json!({"object": "list", "data": data}))
 }

@@ -15,10 +15,10 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::App;
 use super::body::PictureBody;
 use super::guard::Problem;
 use super::jobs_api::read;
+use super::{App, Model};
 
 /// The page's files: they are the same for everyone, and say nothing of anyone.
 pub const FILES: [(&str, &str, &str); 3] = [
@@ -51,7 +51,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(methods)).routes(routes!(plan))
 }
 
-/// Every method with its options, every sampler, and what the server's flags choose.
+/// Every model with what the server's flags choose for it, every method with its options, every sampler.
 #[utoipa::path(get, path = "/v1/methods", tag = "jobs", responses((status = 200)))]
 async fn methods(State(app): State<Arc<App>>) -> Json<Value> {
     let methods = METHODS.iter().map(|spec| {
@@ -59,11 +59,10 @@ async fn methods(State(app): State<Arc<App>>) -> Json<Value> {
         json!({"name": spec.name, "summary": spec.summary, "relays": spec.relays, "options": options})
     });
     let methods: Vec<Value> = methods.collect();
-    Json(json!({
-        "model": app.model, "device": app.device, "dtype": app.dtype, "native": app.native,
-        "default": app.base.request.method.name(), "methods": methods,
-        "samplers": Sampler::ALL.map(Sampler::name),
-    }))
+    let of = |model: &Model| json!({"name": &*model.name, "native": model.native, "method": model.base.request.method.name()});
+    let models: Vec<Value> = app.models.iter().map(of).collect();
+    let samplers = Sampler::ALL.map(Sampler::name);
+    Json(json!({"device": app.device, "dtype": app.dtype, "models": models, "methods": methods, "samplers": samplers}))
 }
 
 fn described(option: &OptionSpec) -> Value {
@@ -106,10 +105,12 @@ async fn plan(
     body: Result<Json<PictureBody>, JsonRejection>,
 ) -> Result<Json<Plan>, Problem> {
     let body = read(body)?;
+    let at = app.named(body.model.as_deref())?;
     let planned = tokio::task::spawn_blocking(move || {
-        let (requests, mut warnings) = body.requests(&app.base)?;
-        app.check(&requests[0], &mut warnings)?;
-        let report = app.report(&requests[0])?;
+        let model = &app.models[at];
+        let (requests, mut warnings) = body.requests(&model.base)?;
+        model.check(&requests[0], &mut warnings)?;
+        let report = model.report(&requests[0])?;
         Ok::<_, Problem>(Plan {
             stages: report.stages.iter().map(ToString::to_string).collect(),
             steps: report.stages.iter().map(|stage| stage.steps).sum(),

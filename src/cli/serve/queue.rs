@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use megafuse::pipeline::Request;
@@ -16,6 +17,8 @@ pub struct Waiting {
     pub job: u64,
     /// Which of the job's pictures, from 0.
     pub index: usize,
+    /// Its name.
+    pub model: Arc<str>,
     /// Of one picture.
     pub request: Request,
     /// In multiply-accumulates.
@@ -76,7 +79,7 @@ impl Queue {
                 None => true,
                 Some(first) => {
                     let alone = first.request.one_at_a_time() || item.request.one_at_a_time();
-                    !alone && item.request.fits_into_batch_of(&first.request)
+                    !alone && item.model == first.model && item.request.fits_into_batch_of(&first.request)
                 }
             };
             let candidates = self.waiting.iter().enumerate().filter(|(_, item)| fits(item));
@@ -120,7 +123,7 @@ mod tests {
 
     fn item(job: u64, client: &str, steps: usize, priority: i32, arrived: Instant) -> Waiting {
         let request = Request { prompt: format!("{job}"), steps: Some(steps), ..Request::default() };
-        Waiting { job, index: 0, request, cost: 10, client: client.into(), priority, arrived }
+        Waiting { job, index: 0, model: "m".into(), request, cost: 10, client: client.into(), priority, arrived }
     }
 
     fn jobs(group: Vec<Waiting>) -> Vec<u64> {
@@ -163,6 +166,9 @@ mod tests {
         assert_eq!(jobs(queue.take(8, now)), [0, 2, 4]);
         assert_eq!(jobs(queue.take(8, now)), [3, 1]);
         assert!(queue.take(8, now).is_empty());
+        queue.push(Waiting { model: "n".into(), ..item(5, "a", 5, 0, now) });
+        queue.push(item(6, "a", 5, 0, now));
+        assert_eq!((jobs(queue.take(8, now)), jobs(queue.take(8, now))), (vec![5], vec![6]));
     }
 
     #[test]

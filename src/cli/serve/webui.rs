@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::extract::rejection::JsonRejection;
@@ -20,7 +21,7 @@ use super::body::{OneOrMore, PictureBody, sampler, wrong};
 use super::guard::{Problem, client_of};
 use super::jobs::State as JobState;
 use super::jobs_api::read;
-use super::{App, png_of, submit};
+use super::{App, Model, png_of, submit};
 
 /// webui's share of the second pass.
 const DENOISE: f64 = 0.7;
@@ -84,9 +85,10 @@ struct WebuiBody {
 impl WebuiBody {
     /// As a job; `begins`: from a picture.
     fn job(&self, app: &App, begins: bool) -> Result<PictureBody, Problem> {
-        if let Some(model) = self.override_settings.get("sd_model_checkpoint").and_then(Value::as_str) {
-            check_model(app, model)?;
-        }
+        let model = match self.override_settings.get("sd_model_checkpoint").and_then(Value::as_str) {
+            Some(title) => titled(app, title)?,
+            None => app.chosen.load(Ordering::Relaxed),
+        };
         let (scheduler, sigmas) = self.sampler()?;
         let count = self.batch_size.unwrap_or(1).saturating_mul(self.n_iter.unwrap_or(1));
         let size = match (self.width, self.height) {
@@ -94,6 +96,7 @@ impl WebuiBody {
             (width, height) => Some(Size::new(width.or(height).unwrap_or(512), height.or(width).unwrap_or(512))),
         };
         let mut body = PictureBody {
+            model: Some(app.models[model].name.to_string()),
             prompt: self.prompt.clone(),
             negative_prompt: self.negative_prompt.clone().filter(|text| !text.is_empty()),
             seed: self.seed.clone(),
@@ -206,13 +209,14 @@ impl WebuiBody {
     }
 }
 
+/// Which model has this title, `name` or `name [hash]`; an empty one is the one that was chosen.
+///
 /// # Errors
-/// Another model than the server's.
-fn check_model(app: &App, asked: &str) -> Result<(), Problem> {
-    let name = asked.split(" [").next().unwrap_or_default();
-    match name.is_empty() || name == app.model {
-        true => Ok(()),
-        false => Err(Problem::not_found(&format!("the model {name:?} is not here; this server has {:?}", app.model))),
+/// There is none of this name.
+fn titled(app: &App, title: &str) -> Result<usize, Problem> {
+    match title.split(" [").next().unwrap_or_default() {
+        "" => Ok(app.chosen.load(Ordering::Relaxed)),
+        name => app.named(Some(name)),
     }
 }
 
@@ -236,7 +240,7 @@ async fn make(app: Arc<App>, client: String, body: WebuiBody, begins: bool) -> R
         "subseed": first.seed, "all_subseeds": each(&|i| status.pictures[i].seed.into()), "subseed_strength": 0,
         "width": first.width, "height": first.height, "steps": of("steps"), "cfg_scale": of("guidance"),
         "sampler_name": webui_sampler(&of("scheduler")), "batch_size": status.pictures.len(),
-        "denoising_strength": body.denoising_strength, "sd_model_name": app.model, "index_of_first_image": 0,
+        "denoising_strength": body.denoising_strength, "sd_model_name": status.model, "index_of_first_image": 0,
         "infotexts": each(&|i| status.pictures[i].infotext.clone().into()),
         "warnings": status.warnings, "megafuse": {"job": status.id, "parameters": first.parameters},
     });
@@ -331,18 +335,20 @@ async fn schedulers() -> Json<Value> {
 
 #[utoipa::path(get, path = "/sdapi/v1/sd-models", tag = "webui", responses((status = 200)))]
 async fn sd_models(State(app): State<Arc<App>>) -> Json<Value> {
-    let model = &app.model;
-    Json(
-        json!([{"title": model, "model_name": model, "hash": null, "sha256": null, "filename": model, "config": null}]),
-    )
+    let of = |model: &Model| {
+        let name = &*model.name;
+        json!({"title": name, "model_name": name, "hash": null, "sha256": null, "filename": name, "config": null})
+    };
+    Json(app.models.iter().map(of).collect())
 }
 
 #[utoipa::path(get, path = "/sdapi/v1/options", tag = "webui", responses((status = 200)))]
 async fn options(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({"sd_model_checkpoint": app.model, "samples_format": "png", "CLIP_stop_at_last_layers": 1}))
+    let chosen = &*app.models[app.chosen.load(Ordering::Relaxed)].name;
+    Json(json!({"sd_model_checkpoint": chosen, "samples_format": "png", "CLIP_stop_at_last_layers": 1}))
 }
 
-/// Of the options, only the model is looked at, and there is one.
+/// Of the options, only the model is looked at: that of later requests which name none, of every client of this API.
 #[utoipa::path(post, path = "/sdapi/v1/options", tag = "webui", request_body = Object, responses(
     (status = 200), (status = 404, description = "Another model was asked for."), (status = 422, description = "No object."),
 ))]
@@ -351,7 +357,7 @@ async fn set_options(
     body: Result<Json<Map<String, Value>>, JsonRejection>,
 ) -> Result<Json<Value>, Problem> {
     if let Some(model) = read(body)?.get("sd_model_checkpoint").and_then(Value::as_str) {
-        check_model(&app, model)?;
+        app.chosen.store(titled(&app, model)?, Ordering::Relaxed);
     }
     Ok(Json(json!({})))
 }

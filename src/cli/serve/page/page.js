@@ -3,11 +3,12 @@
 
 const by = (id) => document.getElementById(id);
 const form = by("form");
-const FIELDS = ["prompt", "negative_prompt", "method", "size", "steps", "guidance", "seed", "scheduler", "count", "stages"];
+const FIELDS = ["prompt", "negative_prompt", "method", "size", "steps", "guidance", "seed", "scheduler", "count", "stages", "model"];
 const NUMBERS = ["steps", "guidance", "count"];
 
 let token = sessionStorage.getItem("token") || "";
 let methods = [];
+let models = [];
 let shownPicture = null;
 
 function element(name, properties = {}, ...children) {
@@ -67,7 +68,7 @@ function settings() {
 // Puts the fields of a picture's own text into the form.
 function use(fields) {
   for (const name of FIELDS) {
-    if (name === "count") continue;
+    if (name === "count" || (name === "model" && !models.some((model) => model.name === fields.model))) continue;
     const value = fields[name] ?? "";
     by(name).value = Array.isArray(value) ? value.join(",") : value;
   }
@@ -146,7 +147,7 @@ async function make(event) {
     if (!compared.length) return watch([await submit(body)], body.prompt);
     // The same seed for all; options belong to one method and are left to the others' defaults.
     const seed = body.seed ?? String(Math.floor(Math.random() * 2 ** 32));
-    const common = Object.fromEntries(["prompt", "negative_prompt", "guidance", "scheduler", "count"].filter((name) => name in body).map((name) => [name, body[name]]));
+    const common = Object.fromEntries(["prompt", "negative_prompt", "guidance", "scheduler", "count", "model"].filter((name) => name in body).map((name) => [name, body[name]]));
     if (body.size) common.size = body.size;
     if (body.steps) common.steps = body.steps;
     const jobs = [];
@@ -278,17 +279,20 @@ async function take(file) {
 async function begin() {
   const known = await json("/v1/methods");
   methods = known.methods;
-  by("server").textContent = `${known.model}, ${known.dtype} on ${known.device}`;
+  models = known.models;
+  by("server").textContent = `${models.map((model) => model.name).join(", ")}, ${known.dtype} on ${known.device}`;
+  for (const { name } of models) by("model").append(element("option", { value: name, textContent: name }));
+  by("models").hidden = models.length < 2;
   const select = by("method");
   for (const method of methods) {
-    const own = method.name === known.default;
+    const own = method.name === models[0].method;
     select.append(element("option", { value: method.name, textContent: own ? `${method.name} (this server's)` : method.name, selected: own }));
     const box = element("input", { type: "checkbox", value: method.name });
     by("compare").append(element("label", {}, box, method.name));
   }
   known.samplers.forEach((value) => by("scheduler").append(element("option", { value, textContent: value })));
-  if (known.native) {
-    const [width, height] = known.native.split("x").map(Number);
+  if (models[0].native) {
+    const [width, height] = models[0].native.split("x").map(Number);
     for (const times of [1, 1.5, 2, 3, 4]) by("sizes").append(element("option", { value: `${width * times}x${height * times}` }));
   }
   showMethod();
