@@ -552,6 +552,86 @@ fn a_signal_lets_what_was_taken_be_finished_and_a_second_ends_at_once() {
     assert_eq!(server.process.wait().expect("it ends").code(), Some(130));
 }
 
+/// Bodies with one thing wrong, drawn from a seed: whatever they are, the server says so or makes a picture, and goes on.
+#[test]
+fn no_body_is_an_internal_error() {
+    let flags = ["--max-pixels", "4096", "--max-steps", "2", "--max-count", "2", "--size", "64x64", "--batch", "2"];
+    let server = Server::start(&flags);
+    let bodies = [
+        (
+            "/v1/plan",
+            json!({"prompt": "x", "negative_prompt": "y", "method": "megafusion", "size": "64x64", "stages": ["64x64:2"],
+            "steps": 2, "guidance": 2, "guidance_rescale": 0.5, "guidance_high": null, "scheduler": "ddim", "sigmas": "uniform", "eta": 0.5,
+            "clip_skip": 1, "prompt_syntax": "a1111", "rng": "torch-cpu", "seed": 1, "count": 1, "init_image": "AAAA", "mask": "AAAA",
+            "strength": 0.5, "priority": 1, "deadline_seconds": 9, "dilation": 2, "reschedule": true, "upsampler": "bicubic"}),
+        ),
+        (
+            "/v1/images/generations",
+            json!({"prompt": "x", "model": "pocket", "n": 1, "size": "64x64", "response_format": "url", "stream": false,
+            "output_format": "png", "megafuse": {"steps": 1, "seed": 3}}),
+        ),
+        (
+            "/sdapi/v1/txt2img",
+            json!({"prompt": "x", "negative_prompt": "y", "seed": 1, "steps": 1, "cfg_scale": 2, "width": 64, "height": 64,
+            "sampler_name": "Euler a", "scheduler": "Karras", "batch_size": 1, "n_iter": 1, "eta": 1, "enable_hr": false, "hr_scale": 2,
+            "hr_resize_x": 64, "hr_resize_y": 64, "denoising_strength": 0.5, "send_images": true, "override_settings": {}, "megafuse": {}}),
+        ),
+    ];
+    let values = [
+        json!(null),
+        json!(-1),
+        json!(0),
+        json!(1e300),
+        json!(u64::MAX),
+        json!(0.5),
+        json!(true),
+        json!(""),
+        json!("x"),
+        json!("\u{0}\u{10ffff}"),
+        json!("1x1:1,"),
+        json!("18446744073709551616"),
+        json!([]),
+        json!([[]]),
+        json!({}),
+        json!({"a": 1}),
+    ];
+    let mut state = 0x1234_5678_9abc_def0u64;
+    let mut below = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    };
+    let mut seen = BTreeSet::new();
+    for (path, body) in &bodies {
+        for _ in 0..150 {
+            let mut changed = body.clone();
+            let fields: Vec<String> = changed.as_object().expect("an object").keys().cloned().collect();
+            let field = &fields[below(fields.len())];
+            // Pictures of the plan's body are no pictures: without them the others are looked at.
+            if *path == "/v1/plan" && below(4) > 0 {
+                ["init_image", "mask", "strength"]
+                    .iter()
+                    .for_each(|name| drop(changed.as_object_mut().expect("an object").remove(*name)));
+            }
+            changed[field] = values[below(values.len())].clone();
+            let mut text = changed.to_string().into_bytes();
+            if below(5) == 0 {
+                let at = below(text.len());
+                text[at] = b"\"{}[],:0\\x"[below(10)];
+            }
+            let Ok(text) = String::from_utf8(text) else { continue };
+            let reply = server.ask("POST", path, &[], &text);
+            assert!(reply.status < 500, "{path} {text}: {} {}", reply.status, String::from_utf8_lossy(&reply.body));
+            seen.insert((*path, reply.status));
+        }
+    }
+    for (path, _) in &bodies {
+        for status in [200, 400, 422] {
+            assert!(seen.contains(&(*path, status)), "{path} never gave {status}: {seen:?}");
+        }
+    }
+    assert_eq!(server.metric("megafuse_jobs_failed_total"), 0.0);
+}
+
 /// Every route that the document names is there, and says what it may reply.
 #[test]
 fn the_document_describes_every_route() {
