@@ -34,7 +34,7 @@ flags, captions and seeds are the same. docs/evaluation.md says what is measured
 
 examples:
   cargo build --release && tools/eval/ablate --quick         a few tables on 12 captions, five minutes
-  tools/eval/ablate                                          everything, on 50 captions, under two hours
+  tools/eval/ablate                                          everything, on 50 captions, over three hours
   tools/eval/ablate --tables gamma delta --captions 200
   tools/eval/ablate --list                                   tables, rows and their flags; makes nothing
 """
