@@ -268,7 +268,7 @@ fn what_cannot_be_met_is_refused_by_name() {
     jobs(json!({"prompt": "x", "steps": 0}), "steps", "1 to 1000");
     jobs(json!({"prompt": "x", "method": "megafusion", "stages": "64x64:15,128x128:6"}), "steps", "at most 20");
     jobs(json!({"prompt": "x", "method": "magic"}), "method", "megafusion");
-    jobs(json!({"prompt": "x", "method": "plain", "stages": ["64x64:5", "128x128:5"]}), "stages", "");
+    jobs(json!({"prompt": "x", "method": "plain", "stages": ["64x64:5", "128x128:5"]}), "stages", "has one stage");
     jobs(json!({"prompt": "x", "dilation": 2}), "dilation", "has no effect with method plain");
     jobs(json!({"prompt": "x", "method": "megafusion", "dilation": "two"}), "dilation", "expected");
     jobs(json!({"prompt": "x", "guidance": -1}), "guidance", "0 to 1000");
@@ -333,11 +333,15 @@ fn what_cannot_be_met_is_refused_by_name() {
     server.until(|| server.is_running(&first));
     let second = server.submit(r#"{"prompt": "x", "count": 4}"#);
     assert_eq!(server.status(&second)["before"], 3);
+    assert_eq!(server.metric("megafuse_queue_pictures"), 7.0);
     let full = server.post("/v1/jobs", &json!({"prompt": "x", "count": 4}));
     assert_eq!(full.status, 429, "{}", String::from_utf8_lossy(&full.body));
     assert!(full.headers["retry-after"].to_str().expect("text").parse::<u64>().expect("seconds") >= 1);
     assert!(full.message().contains("7 pictures wait"), "{}", full.message());
     assert_eq!(server.metric("megafuse_jobs_refused_total"), 1.0);
+    server.post("/sdapi/v1/interrupt", &json!({}));
+    server.ask("DELETE", &format!("/v1/jobs/{second}"), &[], "");
+    assert_eq!(server.metric("megafuse_queue_pictures"), 0.0);
 }
 
 #[test]
@@ -471,6 +475,10 @@ fn models_are_asked_for_by_name_and_take_turns_in_memory() {
     copy(Path::new(MODEL), &path("without"));
     std::fs::remove_file(path("without/unet/diffusion_pytorch_model.safetensors")).expect("removed");
     std::fs::write(path("readme.txt"), "no model").expect("written");
+    // Left out, with a warning: the others are served.
+    std::fs::create_dir(path("broken")).expect("a folder");
+    std::fs::write(path("broken/model_index.json"), "{").expect("written");
+    std::fs::write(path("damaged.safetensors"), "no weights").expect("written");
     let place = Place::with(&["--device", "cpu"]);
     let want = ["one", "two"].map(|name| {
         let model = path(name).display().to_string();
@@ -497,6 +505,16 @@ fn models_are_asked_for_by_name_and_take_turns_in_memory() {
         assert!(made(json!({"prompt": "a cat", "seed": 1, "model": name})) == *want, "{name}");
     }
     assert!(made(json!({"prompt": "a cat", "seed": 1})) == want[0], "the default");
+    let own = json!({"model": "two", "stages": "64x64:2", "seed": 1});
+    let body = json!({"prompt": "a cat", "model": "one", "size": "16x16", "megafuse": own});
+    let reply = server.post("/v1/images/generations", &body).json();
+    let name = reply["megafuse"]["job"].as_str().expect("a job");
+    let status = server.status(name);
+    assert_eq!((&status["model"], &status["pictures"][0]["parameters"]["size"]), (&json!("two"), &json!("64x64")));
+    let body = json!({"prompt": "a cat", "enable_hr": true, "width": 16, "height": 16, "megafuse": {"size": "32x32", "method": "plain", "model": "two"}});
+    let info = server.post("/sdapi/v1/txt2img", &body).json()["info"].as_str().expect("a string").to_string();
+    let info: Value = serde_json::from_str(&info).expect("JSON");
+    assert_eq!((&info["sd_model_name"], &info["width"]), (&json!("two"), &json!(32)));
     // One that cannot be read fails its jobs alone.
     let broken = server.over(&server.submit(r#"{"prompt": "a cat", "model": "without"}"#));
     assert!(broken["error"].as_str().expect("an error").contains("without"), "{broken}");
@@ -514,7 +532,17 @@ fn models_are_asked_for_by_name_and_take_turns_in_memory() {
 
     let empty = tempfile::tempdir().expect("a temporary folder");
     let refused = place.fails(1, &["serve", "--model-dir", &empty.path().display().to_string()]);
-    assert!(refused.contains("holds no model"), "{refused}");
+    assert!(refused.contains("holds no model: expected"), "{refused}");
+    copy(&path("broken"), &empty.path().join("broken"));
+    let refused = place.fails(1, &["serve", "--model-dir", &empty.path().display().to_string()]);
+    assert!(
+        refused.contains("broken is left out") && refused.contains("holds no model that can be served"),
+        "{refused}"
+    );
+    // --model itself is not left out.
+    let broken = path("broken").display().to_string();
+    let refused = place.fails(1, &["serve", "--model", &broken, "--model-dir", &folder.path().display().to_string()]);
+    assert!(refused.contains("error:") && refused.contains("model_index.json"), "{refused}");
 }
 
 #[test]

@@ -106,26 +106,34 @@ impl Session {
     /// # Errors
     /// As [`Pipeline::load`].
     pub fn load(self) -> Result<Pipeline> {
-        let begin = Instant::now();
-        let name = values::source_name(&self.source);
-        let LoadOptions { device, dtype, .. } = &self.options;
-        let pipeline = Pipeline::load_with(self.source.clone(), self.options.clone())?;
-        pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
-        variants_line(pipeline.weights()).iter().for_each(|line| say!("{line}"));
-        let loading = seconds_text(begin.elapsed().as_secs_f64());
-        match device {
-            Device::Cuda(card) => say!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
-            _ => {
-                let threads = rayon::current_num_threads();
-                say!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
-            }
-        }
-        Ok(pipeline)
+        load(&self.source, &self.options)
     }
 
     pub fn source(&self) -> &ModelSource {
         &self.source
     }
+}
+
+/// Reads a model's weights and says so.
+///
+/// # Errors
+/// As [`Pipeline::load_with`].
+pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<Pipeline> {
+    let begin = Instant::now();
+    let name = values::source_name(source);
+    let LoadOptions { device, dtype, .. } = options;
+    let pipeline = Pipeline::load_with(source.clone(), options.clone())?;
+    pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
+    variants_line(pipeline.weights()).iter().for_each(|line| say!("{line}"));
+    let loading = seconds_text(begin.elapsed().as_secs_f64());
+    match device {
+        Device::Cuda(card) => say!("{name}, {dtype} on {device} ({}), loaded in {loading}", card.card()),
+        _ => {
+            let threads = rayon::current_num_threads();
+            say!("{name}, {dtype} on {device}, {threads} threads, loaded in {loading}");
+        }
+    }
+    Ok(pipeline)
 }
 
 /// Once per word: a line about words of textual inversion that no prompt holds.
@@ -155,7 +163,7 @@ pub fn variants_line(reports: &[WeightReport]) -> Option<String> {
 }
 
 /// Pictures that `--batch auto` makes at once, at most: beyond it a card has little left to gain.
-const AUTO_BATCH: usize = 8;
+pub const AUTO_BATCH: usize = 8;
 
 /// The items by index, in groups of at most `most` that are `alike`, so that they can be made in one batch; in the order of their
 /// first ones.
@@ -203,6 +211,9 @@ struct Asked {
     negative: bool,
 }
 
+/// Kinds of requests that are remembered, at most: a server is asked for ever new ones.
+const MOST_KINDS: usize = 4096;
+
 impl Costs {
     /// MACs of one picture, checked as by [`Session::check`].
     ///
@@ -218,6 +229,9 @@ impl Costs {
         let asked = Asked { method, size, stages, steps, guided, rescaled, negative };
         if let Some(&cost) = self.asked.get(&asked) {
             return Ok(cost);
+        }
+        if self.asked.len() >= MOST_KINDS {
+            *self = Costs::default();
         }
         let planned = (asked.method.clone(), session.planner.pipeline().resolve(request)?.stages().to_vec(), guided);
         let cost = match self.planned.get(&planned) {

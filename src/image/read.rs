@@ -40,33 +40,32 @@ pub fn read_image(path: &Path) -> Result<(usize, usize, Vec<u8>)> {
 /// # Errors
 /// As [`read_image`]; [`Error::File`]: too many pixels.
 pub fn decode_image(name: &Path, bytes: &[u8], most_pixels: u64) -> Result<(usize, usize, Vec<u8>)> {
-    let decoded = decode(bytes, most_pixels).map_err(|error| Error::file(name, explain(&error)))?;
-    let Ok(image) = decoded.map(DynamicImage::into_rgb8) else {
+    let wrong = |error: ImageError| Error::file(name, explain(&error));
+    let decoder = decoder(bytes).map_err(wrong)?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > most_pixels {
         return Err(Error::file(name, format!("has more than {most_pixels} pixels, the limit; make it smaller")));
-    };
+    }
+    let image = decode(decoder).map_err(wrong)?.into_rgb8();
     Ok((image.width() as usize, image.height() as usize, image.into_raw()))
 }
 
-/// Of more than `most_pixels` nothing is decoded.
-fn decode(bytes: &[u8], most_pixels: u64) -> image::ImageResult<std::result::Result<DynamicImage, TooLarge>> {
+fn decoder(bytes: &[u8]) -> image::ImageResult<impl ImageDecoder> {
     let mut limits = image::Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);
     limits.max_alloc = Some(MAX_BYTES);
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     reader.limits(limits);
-    let mut decoder = reader.into_decoder()?;
-    let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > most_pixels {
-        return Ok(Err(TooLarge));
-    }
+    reader.into_decoder()
+}
+
+fn decode(mut decoder: impl ImageDecoder) -> image::ImageResult<DynamicImage> {
     let orientation = decoder.orientation()?;
     let mut image = DynamicImage::from_decoder(decoder)?;
     image.apply_orientation(orientation);
-    Ok(Ok(image))
+    Ok(image)
 }
-
-struct TooLarge;
 
 fn explain(error: &ImageError) -> String {
     match error {

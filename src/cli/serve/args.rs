@@ -147,10 +147,9 @@ impl ServeArgs {
                 "holds no model: expected folders with a model_index.json, or checkpoints in .safetensors or .ckpt";
             return Err(Error::file(folder, reason));
         }
-        let own = self.run.model.clone().filter(|model| !paths.contains(model));
-        let first = self.run.model.clone().filter(|model| paths.contains(model));
+        let first = &self.run.model;
         paths.retain(|path| Some(path) != first.as_ref());
-        Ok(own.or(first).into_iter().chain(paths).map(Some).collect())
+        Ok(first.iter().cloned().chain(paths).map(Some).collect())
     }
 
     /// What the flags say of every request.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use megafuse::pipeline::{
-    InitImage, InputPicture, METHODS, Method, MethodSpec, OptionKind, Request, RngKind, Sampler, SigmaSpacing, Size,
-    Stage, Syntax, TextOptions, text_of, without_effect,
+    InitImage, InputPicture, LongPrompt, METHODS, Method, MethodSpec, OptionKind, Request, RngKind, Sampler,
+    SigmaSpacing, Size, SizeIds, Stage, Syntax, TextOptions, text_of, without_effect,
 };
 use megafuse::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -40,7 +40,8 @@ pub struct Base {
     pub limits: Limits,
 }
 
-/// A job. Fields are those of a picture's own JSON text, which may be posted as it is; what is left out is as the server's flags say.
+/// A job. Fields are those of a picture's own JSON text, which may be posted as it is (of what a run read beside its prompt, and of step
+/// caches, a warning says that it is not read); what is left out is as the server's flags say.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct PictureBody {
@@ -66,6 +67,11 @@ pub struct PictureBody {
     pub eta: Option<f64>,
     pub clip_skip: Option<usize>,
     pub prompt_syntax: Option<String>,
+    pub long_prompt: Option<String>,
+    pub t5_length: Option<usize>,
+    pub original_size: Option<String>,
+    pub crop: Option<String>,
+    pub target_size: Option<String>,
     pub rng: Option<String>,
     /// Of the first picture, the others have the next ones. Left out, or -1: one is drawn and told.
     #[schema(value_type = Option<i64>)]
@@ -100,6 +106,24 @@ const PASSED_OVER: [&str; 7] =
     ["version", "device", "dtype", "negative_prompt_is_empty", "cache_computed", "init_image_digest", "mask_digest"];
 
 impl PictureBody {
+    /// What another API asks for, as fields of a job, and over these its field `megafuse`. Who names stages there names size and steps
+    /// with them, and the other way round.
+    ///
+    /// # Errors
+    /// [`Error::Request`]: a field of `megafuse` is of another kind.
+    pub fn of(mut fields: Value, own: &Map<String, Value>) -> Result<PictureBody> {
+        let left_out: &[&str] =
+            match (own.contains_key("stages"), own.contains_key("size") || own.contains_key("steps")) {
+                (true, _) => &["size", "steps"],
+                (false, true) => &["stages"],
+                (false, false) => &[],
+            };
+        left_out.iter().for_each(|name| fields[*name] = Value::Null);
+        own.iter().for_each(|(name, value)| fields[name] = value.clone());
+        serde_json::from_value(fields)
+            .map_err(|error| wrong("megafuse", "given", format!("{error}; expected the fields of a job")))
+    }
+
     /// One request for each picture, and what was odd.
     ///
     /// # Errors
@@ -184,12 +208,21 @@ impl PictureBody {
             clip_skip: parsed("clip_skip", self.clip_skip, values::clip_skip)?.or(flags.text.clip_skip),
             syntax: parsed("prompt_syntax", self.prompt_syntax.as_ref(), values::library::<Syntax>)?
                 .unwrap_or(flags.text.syntax),
-            ..flags.text
+            long_prompt: parsed("long_prompt", self.long_prompt.as_ref(), values::library::<LongPrompt>)?
+                .unwrap_or(flags.text.long_prompt),
+            t5_length: parsed("t5_length", self.t5_length, values::t5_length)?.or(flags.text.t5_length),
+        };
+        let size_ids = SizeIds {
+            original: parsed("original_size", self.original_size.as_ref(), values::library)?
+                .or(flags.size_ids.original),
+            crop: parsed("crop", self.crop.as_ref(), values::crop)?.or(flags.size_ids.crop),
+            target: parsed("target_size", self.target_size.as_ref(), values::library)?.or(flags.size_ids.target),
         };
         let request = Request {
             prompt: self.prompt.clone(),
             negative_prompt: self.own_negative().or_else(|| flags.negative_prompt.clone()),
             text,
+            size_ids,
             size,
             stages,
             steps,
@@ -278,19 +311,25 @@ impl PictureBody {
     }
 }
 
-/// A PNG, JPEG or WebP in base64, with the beginning of a data URL or without.
+/// A PNG, JPEG or WebP in base64.
 fn picture(field: &'static str, text: &str, most_pixels: u64) -> Result<InputPicture> {
+    InputPicture::decode(field, &decoded(field, text)?, most_pixels).map_err(|error| match error {
+        Error::File { reason, .. } => wrong(field, "given", reason),
+        other => other,
+    })
+}
+
+/// A file in base64, with the beginning of a data URL or without.
+///
+/// # Errors
+/// [`Error::Request`], naming the field.
+pub fn decoded(field: &'static str, text: &str) -> Result<Vec<u8>> {
     let coded = match text.split_once(";base64,") {
         Some((kind, coded)) if kind.starts_with("data:") => coded,
         _ => text,
     };
     let bytes = STANDARD.decode(coded.trim());
-    let bytes = bytes
-        .map_err(|error| wrong(field, "given", format!("is not base64 ({error}); expected a picture file in it")))?;
-    InputPicture::decode(field, &bytes, most_pixels).map_err(|error| match error {
-        Error::File { reason, .. } => wrong(field, "given", reason),
-        other => other,
-    })
+    bytes.map_err(|error| wrong(field, "given", format!("is not base64 ({error}); expected a picture file in it")))
 }
 
 /// Samplers by this program's names and others'.

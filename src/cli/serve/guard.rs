@@ -14,6 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use megafuse::Error;
 use serde_json::{Value, json};
 use tower_http::cors::{Any, CorsLayer};
+use utoipa::IntoResponses;
 
 use super::args::ServeArgs;
 use super::body::api_text;
@@ -126,6 +127,30 @@ pub struct Problem {
     field: Option<String>,
     /// Seconds after which it may be tried again.
     retry_after: Option<u64>,
+}
+
+/// Why a job is not taken, for the document.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "the document alone reads it")]
+pub enum Refusals {
+    /// What is wrong, naming the field.
+    #[response(status = 400)]
+    Wrong,
+    /// Another model was asked for.
+    #[response(status = 404)]
+    OtherModel,
+    /// More bytes than --max-body.
+    #[response(status = 413)]
+    TooLarge,
+    /// Not the JSON that is expected.
+    #[response(status = 422)]
+    OtherJson,
+    /// The queue is full; Retry-After says when to come again.
+    #[response(status = 429)]
+    Full,
+    /// The server ends.
+    #[response(status = 503)]
+    Draining,
 }
 
 impl Problem {

@@ -240,7 +240,6 @@ impl Jobs {
         inner.by_name.insert(name, number);
         self.metrics.jobs_taken.inc();
         inner.tell_places();
-        self.metrics.waiting.set(inner.queue.len() as i64);
         self.wake.notify_all();
         Ok(receiver)
     }
@@ -272,7 +271,6 @@ impl Jobs {
         let mut inner = self.lock();
         let Some(&number) = inner.by_name.get(name) else { return false };
         inner.end(number, State::Cancelled, None, &self.metrics);
-        self.metrics.waiting.set(inner.queue.len() as i64);
         true
     }
 
@@ -304,8 +302,14 @@ impl Jobs {
         self.lock().queue.len()
     }
 
-    /// The PNG of a finished picture. `None`: it is not there, or no longer.
-    pub fn picture(&self, name: &str) -> Option<Vec<u8>> {
+    /// Everything that is counted, as Prometheus reads it.
+    pub fn metrics_text(&self) -> String {
+        self.metrics.text(self.waiting())
+    }
+
+    /// The PNG of a finished picture by its URL, or what stands behind the last slash. `None`: it is not there, or no longer.
+    pub fn picture(&self, url: &str) -> Option<Vec<u8>> {
+        let name = name_of(url);
         // Names are made here; what is none must not become a path.
         name.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| std::fs::read(self.path_of(name)).ok())?
     }
@@ -323,8 +327,7 @@ impl Jobs {
             let status = job.status.borrow().clone();
             inner.by_name.remove(&status.id);
             for picture in &status.pictures {
-                let name = picture.url.rsplit('/').next().unwrap_or_default().trim_end_matches(".png");
-                let _ = std::fs::remove_file(self.path_of(name));
+                let _ = std::fs::remove_file(self.path_of(name_of(&picture.url)));
             }
         }
     }
@@ -357,7 +360,6 @@ impl Jobs {
                 inner.running.sort_unstable();
                 inner.running.dedup();
                 inner.tell_places();
-                self.metrics.waiting.set(inner.queue.len() as i64);
                 return Some(group);
             }
             if inner.draining {
@@ -533,7 +535,12 @@ fn unguessable() -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn unix_seconds() -> u64 {
+/// What a picture's URL ends with, without `.png`.
+fn name_of(url: &str) -> &str {
+    url.rsplit('/').next().unwrap_or_default().trim_end_matches(".png")
+}
+
+pub fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
@@ -623,7 +630,7 @@ mod tests {
             (waits.borrow().state, jobs.current().map(|status| status.state)),
             (State::Failed, Some(State::Failed))
         );
-        for name in ["../../etc/passwd", "a/b", ""] {
+        for name in ["../../etc/passwd", "..", "a.png.txt", ""] {
             assert_eq!(jobs.picture(name), None, "{name}");
         }
     }

@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::PictureBody;
-use super::guard::{Problem, client_of};
+use super::guard::{Problem, Refusals, client_of};
 use super::jobs::Status;
 use super::{App, png_of, png_reply, submit};
 
@@ -41,11 +41,7 @@ pub fn read<T>(body: Result<Json<T>, JsonRejection>) -> Result<T, Problem> {
 
 /// Submit a job.
 #[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = PictureBody, responses(
-    (status = 202, description = "Taken; Location has its place.", body = Status),
-    (status = 400, description = "What is wrong, naming the field."),
-    (status = 422, description = "Not the JSON that is expected."),
-    (status = 429, description = "The queue is full; Retry-After says when to come again."),
-    (status = 503, description = "The server ends."),
+    (status = 202, description = "Taken; Location has its place.", body = Status), Refusals,
 ))]
 async fn create(
     State(app): Shared,
@@ -145,5 +141,5 @@ async fn ready(State(app): Shared) -> Result<&'static str, Problem> {
 ))]
 async fn metrics(State(app): Shared) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(CONTENT_TYPE, kind)], app.jobs.metrics.text()).into_response()
+    ([(CONTENT_TYPE, kind)], app.jobs.metrics_text()).into_response()
 }

@@ -17,8 +17,6 @@ pub struct Metrics {
     pub refused: Counter,
     pub pictures: Counter,
     pub steps: Counter,
-    /// Pictures that wait.
-    pub waiting: Gauge,
     /// Pictures per batch.
     pub batch: Histogram,
     /// Seconds per batch.
@@ -35,7 +33,6 @@ impl Default for Metrics {
             refused: Counter::default(),
             pictures: Counter::default(),
             steps: Counter::default(),
-            waiting: Gauge::default(),
             batch: Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),
             batch_seconds: Histogram::new(exponential_buckets(0.05, 2.0, 14)),
         }
@@ -43,8 +40,10 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// The exposition format's text.
-    pub fn text(&self) -> String {
+    /// The exposition format's text; `waiting`: pictures in the queue.
+    pub fn text(&self, waiting: usize) -> String {
+        let queue: Gauge = Gauge::default();
+        queue.set(waiting as i64);
         let mut registry = Registry::with_prefix("megafuse");
         registry.register("jobs_taken", "Jobs taken", self.jobs_taken.clone());
         registry.register("jobs_done", "Jobs whose pictures are all made", self.jobs_done.clone());
@@ -53,7 +52,7 @@ impl Metrics {
         registry.register("jobs_refused", "Jobs that found the queue full", self.refused.clone());
         registry.register("pictures", "Pictures made", self.pictures.clone());
         registry.register("steps", "Steps of the network, each of a whole batch", self.steps.clone());
-        registry.register("queue_pictures", "Pictures that wait", self.waiting.clone());
+        registry.register("queue_pictures", "Pictures that wait", queue);
         registry.register("batch_pictures", "Pictures per batch", self.batch.clone());
         let seconds = self.batch_seconds.clone();
         registry.register_with_unit("batch", "Time of a batch", Unit::Seconds, seconds);

@@ -16,6 +16,7 @@ mod webui;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
-use megafuse::pipeline::{ModelSource, Pipeline, PlanReport, Request};
+use megafuse::pipeline::{Pipeline, PlanReport, Request};
 use megafuse::{Device, Error, Result};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -36,16 +37,15 @@ use utoipa_axum::router::OpenApiRouter;
 pub use args::{ServeArgs, adapted};
 
 use super::console::say;
+use super::flags;
 use super::output;
-use super::session::{Costs, Session, variants_line};
-use super::values::{self, Batch};
+use super::session::{self, AUTO_BATCH, Costs, Session};
+use super::values::Batch;
 use body::{Base, Limits, PictureBody};
 use engine::Engine;
 use guard::{Guard, Problem};
 use jobs::{Jobs, Order, Refusal, Status};
 
-/// Pictures in a batch of `--batch auto` on a card. Where their memory is not there, they are made one by one.
-const AUTO_BATCH: usize = 8;
 /// How often finished jobs are looked through for old ones.
 const SWEEP: Duration = Duration::from_secs(5);
 /// A client that is silent for so long in the middle of its request is not waited for.
@@ -79,7 +79,11 @@ impl Model {
         let session = Session::on(&args.run, device)?;
         let limits = Limits { pixels: args.max_pixels, steps: args.max_steps, count: args.max_count };
         let base = Base { request: args.request()?, options: args.run.options.clone(), limits };
-        session.check(&base.request)?;
+        match session.check(&base.request) {
+            // Such a model has no use for a request without a picture, and every request may bring one.
+            Err(Error::Request { field: "mask" | "lowres", .. }) => {}
+            checked => drop(checked?),
+        }
         let pipeline = session.planner.pipeline();
         let (name, native) = (pipeline.name().into(), pipeline.native_size().map(|size| size.to_string()));
         Ok(Model { name, base, native, planner: Mutex::new((session, Costs::default())) })
@@ -105,9 +109,18 @@ pub fn run(mut args: ServeArgs) -> Result<()> {
     args.check()?;
     let device = args.run.device.open()?;
     let (mut models, mut sources) = (Vec::<Model>::new(), HashMap::new());
+    let own = args.run.model.clone();
     for path in args.model_paths()? {
         args.run.model = path;
-        let model = Model::open(&args, device.clone())?;
+        let model = match Model::open(&args, device.clone()) {
+            // What else lies in a folder is not this server's to refuse.
+            Err(error) if args.model_dir.is_some() && args.run.model != own => {
+                let path = args.run.model.as_deref().unwrap_or(Path::new(""));
+                say!("warning: {} is left out: {}", path.display(), flags::error_text(&error));
+                continue;
+            }
+            model => model?,
+        };
         if models.iter().any(|other| other.name == model.name) {
             let reason = format!("two models are called {:?}; rename one", model.name);
             return Err(Error::config("--model-dir", reason));
@@ -115,18 +128,19 @@ pub fn run(mut args: ServeArgs) -> Result<()> {
         sources.insert(Arc::clone(&model.name), args.run.source());
         models.push(model);
     }
+    let Some(first) = models.first().map(|model| Arc::clone(&model.name)) else {
+        let folder = args.model_dir.unwrap_or_default();
+        return Err(Error::file(&folder, "holds no model that can be served; the lines above say why"));
+    };
     let batch = match (args.run.batch, &device) {
         (Batch::Of(batch), _) => batch,
         (Batch::Auto, Device::Cuda(_)) => AUTO_BATCH,
         (Batch::Auto, _) => 1,
     };
     let jobs = Arc::new(Jobs::new(Duration::from_secs_f64(60.0 * args.keep), args.queue)?);
-    let (options, of_device) = (args.run.load_options(&device), device.clone());
-    let load = move |name: &str| {
-        let source = &sources[name];
-        load(source, &of_device, || Pipeline::load_with(source.clone(), options.clone()))
-    };
-    let (kept, first) = (args.models, Arc::clone(&models[0].name));
+    let options = args.run.load_options(&device);
+    let load = move |name: &str| session::load(&sources[name], &options);
+    let kept = args.models;
     let app = App {
         jobs: Arc::clone(&jobs),
         models,
@@ -141,16 +155,6 @@ pub fn run(mut args: ServeArgs) -> Result<()> {
     let ended = runtime.block_on(serve(args.addr, args.max_body << 20, app, engine));
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
-}
-
-fn load(source: &ModelSource, device: &Device, read: impl FnOnce() -> Result<Pipeline>) -> Result<Pipeline> {
-    let begin = Instant::now();
-    let pipeline = read()?;
-    pipeline.warnings().iter().for_each(|warning| say!("warning: {warning}"));
-    variants_line(pipeline.weights()).iter().for_each(|line| say!("{line}"));
-    let (name, dtype, seconds) = (values::source_name(source), pipeline.dtype(), begin.elapsed().as_secs_f64());
-    say!("{name}, {dtype} on {device}, loaded in {}", super::progress::seconds_text(seconds));
-    Ok(pipeline)
 }
 
 /// Until the device's thread ends: by a signal once nothing waits, or by an error.
@@ -373,9 +377,8 @@ impl Drop for Awaited {
 /// # Errors
 /// It is no longer kept.
 async fn png_of(app: &Arc<App>, url: &str) -> std::result::Result<Vec<u8>, Problem> {
-    let name = url.rsplit('/').next().unwrap_or_default().trim_end_matches(".png").to_string();
-    let jobs = Arc::clone(&app.jobs);
-    let read = tokio::task::spawn_blocking(move || jobs.picture(&name)).await;
+    let (jobs, url) = (Arc::clone(&app.jobs), url.to_string());
+    let read = tokio::task::spawn_blocking(move || jobs.picture(&url)).await;
     read.ok().flatten().ok_or_else(|| Problem::not_found("no such picture; they are kept for --keep minutes"))
 }
 

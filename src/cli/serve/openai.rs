@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::rejection::JsonRejection;
@@ -22,7 +21,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{PictureBody, wrong};
-use super::guard::{Problem, client_of};
+use super::guard::{Problem, Refusals, client_of};
+use super::jobs::unix_seconds;
 use super::jobs_api::read;
 use super::{App, Awaited, Model, png_of, submit};
 
@@ -30,7 +30,8 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(generations)).routes(routes!(models))
 }
 
-/// OpenAI's fields; what its models read and these do not (quality, style, user, ...) is passed over. What this program knows beyond them stands in `megafuse`, with the fields of a job.
+/// OpenAI's fields; what its models read and these do not (quality, style, user, ...) is passed over. `megafuse` holds the fields of a job
+/// (POST /v1/jobs), which stand over all others.
 #[derive(Deserialize, ToSchema)]
 struct ImageBody {
     prompt: String,
@@ -47,7 +48,6 @@ struct ImageBody {
     stream: bool,
     /// `png`; there is no other.
     output_format: Option<String>,
-    /// Fields of a job (POST /v1/jobs): method, stages, seed, ...
     #[serde(default)]
     #[schema(value_type = Object)]
     megafuse: Map<String, Value>,
@@ -58,23 +58,9 @@ impl ImageBody {
         if let Some(format) = self.output_format.as_ref().filter(|format| *format != "png") {
             return Err(wrong("output_format", format!("{format:?}"), "pictures are png").into());
         }
-        let mut fields = self.megafuse.clone();
-        for (field, value) in [
-            ("prompt", Some(Value::from(self.prompt.as_str()))),
-            ("model", self.model.as_deref().map(Value::from)),
-            ("count", self.n.map(Value::from)),
-            ("size", self.size.as_ref().filter(|size| *size != "auto").map(|size| size.as_str().into())),
-        ] {
-            if let Some(value) = value {
-                fields.insert(field.into(), value);
-            }
-        }
-        // Stages of its own have a size.
-        if self.megafuse.contains_key("stages") {
-            fields.remove("size");
-        }
-        serde_json::from_value(fields.into())
-            .map_err(|error| wrong("megafuse", "given", format!("{error}; expected the fields of a job")).into())
+        let size = self.size.as_ref().filter(|size| *size != "auto");
+        let fields = json!({"prompt": self.prompt, "model": self.model, "count": self.n, "size": size});
+        Ok(PictureBody::of(fields, &self.megafuse)?)
     }
 
     fn as_urls(&self) -> Result<bool, Problem> {
@@ -86,17 +72,10 @@ impl ImageBody {
     }
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
 /// Make pictures, as OpenAI's route of this name.
 #[utoipa::path(post, path = "/v1/images/generations", tag = "openai", request_body = ImageBody, responses(
     (status = 200, description = "The pictures; with `stream`, an event for each."),
-    (status = 400, description = "What is wrong, naming the field."),
-    (status = 404, description = "Another model was asked for."),
-    (status = 422, description = "Not the JSON that is expected."),
-    (status = 429, description = "The queue is full; Retry-After says when to come again."),
+    Refusals,
 ))]
 async fn generations(
     State(app): State<Arc<App>>,
@@ -121,7 +100,7 @@ async fn generations(
     }
     let seeds: Vec<u64> = status.pictures.iter().map(|picture| picture.seed).collect();
     let own = json!({"job": status.id, "seeds": seeds, "warnings": status.warnings});
-    Ok(Json(json!({"created": now(), "data": data, "output_format": "png", "megafuse": own})).into_response())
+    Ok(Json(json!({"created": unix_seconds(), "data": data, "output_format": "png", "megafuse": own})).into_response())
 }
 
 /// Each picture as it is finished. When the client goes, the job ends.
@@ -144,7 +123,7 @@ fn streamed(app: Arc<App>, awaited: Awaited) -> impl IntoResponse {
         };
         let data = match png_of(&going.app, &picture.url).await {
             Ok(png) => json!({
-                "type": "image_generation.completed", "created_at": now(), "output_format": "png",
+                "type": "image_generation.completed", "created_at": unix_seconds(), "output_format": "png",
                 "size": Size::new(picture.width, picture.height).to_string(), "b64_json": STANDARD.encode(png),
                 "megafuse": {"seed": picture.seed},
             }),

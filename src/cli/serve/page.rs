@@ -16,7 +16,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::PictureBody;
-use super::guard::Problem;
+use super::guard::{Problem, Refusals};
 use super::jobs_api::read;
 use super::{App, Model};
 
@@ -96,9 +96,7 @@ struct Plan {
 
 /// Say what a job would cost, without making it.
 #[utoipa::path(post, path = "/v1/plan", tag = "jobs", request_body = PictureBody, responses(
-    (status = 200, body = Plan),
-    (status = 400, description = "What is wrong, naming the field."),
-    (status = 422, description = "Not the JSON that is expected."),
+    (status = 200, body = Plan), Refusals,
 ))]
 async fn plan(
     State(app): State<Arc<App>>,

@@ -17,16 +17,19 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::body::{OneOrMore, PictureBody, sampler, wrong};
-use super::guard::{Problem, client_of};
+use super::body::{PictureBody, decoded, sampler, wrong};
+use super::guard::{Problem, Refusals, client_of};
 use super::jobs::State as JobState;
 use super::jobs_api::read;
 use super::{App, Model, png_of, submit};
 
 /// webui's share of the second pass.
 const DENOISE: f64 = 0.7;
-/// webui's steps, of a request that names none.
+/// Its share of a picture that a run begins from.
+const STRENGTH: f64 = 0.75;
+/// Its steps and size, of a request that names none.
 const STEPS: usize = 50;
+const SIZE: Size = Size { width: 512, height: 512 };
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -93,48 +96,42 @@ impl WebuiBody {
         let count = self.batch_size.unwrap_or(1).saturating_mul(self.n_iter.unwrap_or(1));
         let size = match (self.width, self.height) {
             (None, None) => None,
-            (width, height) => Some(Size::new(width.or(height).unwrap_or(512), height.or(width).unwrap_or(512))),
+            (width, height) => Some(Size::new(width.or(height).unwrap_or(0), height.or(width).unwrap_or(0))),
         };
-        let mut body = PictureBody {
-            model: Some(app.models[model].name.to_string()),
-            prompt: self.prompt.clone(),
-            negative_prompt: self.negative_prompt.clone().filter(|text| !text.is_empty()),
-            seed: self.seed.clone(),
-            steps: self.steps,
-            guidance: self.cfg_scale,
-            size: size.map(|size| size.to_string()),
+        let mut fields = json!({
+            "model": &*app.models[model].name, "prompt": self.prompt, "negative_prompt": self.negative_prompt,
+            "seed": self.seed, "steps": self.steps, "guidance": self.cfg_scale, "size": size.map(|size| size.to_string()),
             // Clients send one with every sampler, and webui reads it with those that have one.
-            eta: self.eta.filter(|_| scheduler.as_deref() == Some(Sampler::Ddim.name())),
-            scheduler,
-            sigmas,
-            count: Some(count),
-            ..PictureBody::default()
-        };
+            "eta": self.eta.filter(|_| scheduler == Some(Sampler::Ddim)),
+            "scheduler": scheduler.map(Sampler::name), "sigmas": sigmas.map(|spacing| spacing.to_string()), "count": count,
+        });
         if begins {
             let Some(image) = self.init_images.first() else {
                 return Err(wrong("init_images", "(none)", "expected a picture in base64").into());
             };
-            (body.init_image, body.mask) = (Some(image.clone()), self.mask.clone());
-            body.strength = Some(self.denoising_strength.unwrap_or(0.75));
+            (fields["init_image"], fields["mask"]) = (image.as_str().into(), self.mask.as_deref().into());
+            fields["strength"] = self.denoising_strength.unwrap_or(STRENGTH).into();
         } else if self.enable_hr {
-            self.enlarge(&mut body, size)?;
+            fields["method"] = "hires-fix".into();
+            fields["stages"] = self.passes(size)?.map(|stage| stage.to_string()).to_vec().into();
         }
-        self.over(body)
+        Ok(PictureBody::of(fields, &self.megafuse)?)
     }
 
     /// The two passes of hires fix.
-    fn enlarge(&self, body: &mut PictureBody, size: Option<Size>) -> Result<(), Problem> {
-        let first = size.unwrap_or(Size::new(512, 512));
+    fn passes(&self, size: Option<Size>) -> Result<[Stage; 2], Problem> {
+        let first = size.unwrap_or(SIZE);
         let scale = self.hr_scale.unwrap_or(2.0);
         if !(1.0..=16.0).contains(&scale) {
             return Err(wrong("hr_scale", scale, "expected 1 to 16").into());
         }
         let scaled = |side: usize| (side as f64 * scale) as usize;
         // A side that is 0 follows from the other, as webui has it.
+        let of = |side: usize, from: usize, to: usize| side.saturating_mul(to) / from.max(1);
         let last = match (self.hr_resize_x, self.hr_resize_y) {
             (0, 0) => Size::new(scaled(first.width), scaled(first.height)),
-            (x, 0) => Size::new(x, x * first.height / first.width.max(1)),
-            (0, y) => Size::new(y * first.width / first.height.max(1), y),
+            (x, 0) => Size::new(x, of(x, first.width, first.height)),
+            (0, y) => Size::new(of(y, first.height, first.width), y),
             (x, y) => Size::new(x, y),
         };
         let denoise = self.denoising_strength.unwrap_or(DENOISE);
@@ -143,50 +140,14 @@ impl WebuiBody {
         }
         let steps = self.steps.unwrap_or(STEPS);
         let again = ((steps as f64 * denoise) as usize).max(1);
-        let stages = [Stage::new(first, steps), Stage::new(last, again)].map(|stage| stage.to_string());
-        (body.method, body.size, body.steps) = (Some("hires-fix".into()), None, None);
-        body.stages = Some(OneOrMore::More(stages.to_vec()));
-        Ok(())
-    }
-
-    /// The fields of `megafuse` in place of the others.
-    fn over(&self, mut body: PictureBody) -> Result<PictureBody, Problem> {
-        let own: PictureBody = serde_json::from_value(self.megafuse.clone().into())
-            .map_err(|error| wrong("megafuse", "given", format!("{error}; expected the fields of a job")))?;
-        if own.stages.is_some() {
-            (body.stages, body.size, body.steps) = (own.stages, None, None);
-        }
-        macro_rules! take {
-            ($($field:ident),*) => { $(if own.$field.is_some() { body.$field = own.$field; })* };
-        }
-        take!(
-            negative_prompt,
-            method,
-            size,
-            steps,
-            guidance,
-            guidance_rescale,
-            guidance_high,
-            scheduler,
-            sigmas,
-            eta,
-            clip_skip,
-            prompt_syntax,
-            rng,
-            seed,
-            count,
-            strength,
-            priority,
-            deadline_seconds
-        );
-        body.rest = own.rest;
-        Ok(body)
+        Ok([Stage::new(first, steps), Stage::new(last, again)])
     }
 
     /// The sampler and how its noise levels are spaced, by this program's names.
-    fn sampler(&self) -> Result<(Option<String>, Option<String>), Problem> {
-        let spacing =
-            |name: &str| SigmaSpacing::ALL.iter().find(|spacing| spacing.webui_name().eq_ignore_ascii_case(name));
+    fn sampler(&self) -> Result<(Option<Sampler>, Option<SigmaSpacing>), Problem> {
+        let spacing = |name: &str| {
+            SigmaSpacing::ALL.iter().copied().find(|spacing| spacing.webui_name().eq_ignore_ascii_case(name))
+        };
         let mut sigmas = match self.scheduler.as_deref() {
             None | Some("" | "Automatic" | "automatic") => None,
             Some(name) => Some(spacing(name).ok_or_else(|| {
@@ -196,7 +157,7 @@ impl WebuiBody {
         };
         let Some(name) = self.sampler_name.as_ref().or(self.sampler_index.as_ref()).filter(|name| !name.is_empty())
         else {
-            return Ok((None, sigmas.map(|spacing| spacing.to_string())));
+            return Ok((None, sigmas));
         };
         let found = sampler(name).or_else(|reason| {
             let (name, last) = name.rsplit_once(' ').ok_or_else(|| reason.clone())?;
@@ -205,7 +166,7 @@ impl WebuiBody {
             sampler(name)
         });
         let found = found.map_err(|reason| wrong("sampler_name", format!("{name:?}"), reason))?;
-        Ok((Some(found.name().into()), sigmas.map(|spacing| spacing.to_string())))
+        Ok((Some(found), sigmas))
     }
 }
 
@@ -261,10 +222,7 @@ fn webui_sampler(name: &Value) -> Value {
 /// Make pictures from a prompt.
 #[utoipa::path(post, path = "/sdapi/v1/txt2img", tag = "webui", request_body = WebuiBody, responses(
     (status = 200, description = "images in base64, parameters, and info as JSON in a string."),
-    (status = 400, description = "What is wrong, naming the field."),
-    (status = 404, description = "Another model was asked for."),
-    (status = 422, description = "Not the JSON that is expected."),
-    (status = 429, description = "The queue is full; Retry-After says when to come again."),
+    Refusals,
 ))]
 async fn txt2img(
     State(app): State<Arc<App>>,
@@ -277,10 +235,7 @@ async fn txt2img(
 /// Make pictures from a picture.
 #[utoipa::path(post, path = "/sdapi/v1/img2img", tag = "webui", request_body = WebuiBody, responses(
     (status = 200, description = "images in base64, parameters, and info as JSON in a string."),
-    (status = 400, description = "What is wrong, naming the field."),
-    (status = 404, description = "Another model was asked for."),
-    (status = 422, description = "Not the JSON that is expected."),
-    (status = 429, description = "The queue is full; Retry-After says when to come again."),
+    Refusals,
 ))]
 async fn img2img(
     State(app): State<Arc<App>>,
@@ -374,9 +329,7 @@ struct PngBody {
 ))]
 async fn png_info(body: Result<Json<PngBody>, JsonRejection>) -> Result<Json<Value>, Problem> {
     let PngBody { image } = read(body)?;
-    let coded = image.split_once(";base64,").map_or(image.as_str(), |(_, coded)| coded);
-    let bytes =
-        STANDARD.decode(coded.trim()).map_err(|error| wrong("image", "given", format!("is not base64 ({error})")))?;
+    let bytes = decoded("image", &image)?;
     let texts = read_png_texts_of("image".as_ref(), &bytes)?;
     let info = texts.iter().find(|(keyword, _)| keyword == "parameters").map_or("", |(_, text)| text).to_string();
     let items: Map<String, Value> = texts.into_iter().map(|(keyword, text)| (keyword, text.into())).collect();
