@@ -224,6 +224,13 @@ fn webuis_fields_are_those_of_generate() {
     place.ok(&[&enlarged[..], &flags].concat());
     assert!(made(with(json!({"enable_hr": true, "hr_scale": 1.5, "denoising_strength": 0.5}))) == place.bytes("b.png"));
 
+    // Without a size and steps: the model's own, and the flags'.
+    let enlarged =
+        ["generate", "a red ball", "--method", "hires-fix", "--stages", "64x64:2,128x128:1", "--out", "e.png"];
+    place.ok(&[&enlarged[..], &flags].concat());
+    let body = json!({"prompt": "a red ball", "seed": 7, "cfg_scale": 3, "enable_hr": true, "denoising_strength": 0.5});
+    assert!(made(body) == place.bytes("e.png"));
+
     // From a picture: the name that it is given differs, so the pixels are compared.
     place.ok(&["generate", "a red ball", "--method", "plain", "--steps", "2", "--out", "start.png"]);
     let further =

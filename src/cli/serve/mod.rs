@@ -25,7 +25,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
-use megafuse::pipeline::{Pipeline, PlanReport, Request};
+use megafuse::pipeline::{Pipeline, PlanReport, Request, Size};
 use megafuse::{Device, Error, Result};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -69,7 +69,7 @@ struct Model {
     base: Base,
     planner: Mutex<(Session, Costs)>,
     /// The size that it was trained at, if its configuration says so.
-    native: Option<String>,
+    native: Option<Size>,
 }
 
 impl Model {
@@ -85,7 +85,7 @@ impl Model {
             checked => drop(checked?),
         }
         let pipeline = session.planner.pipeline();
-        let (name, native) = (pipeline.name().into(), pipeline.native_size().map(|size| size.to_string()));
+        let (name, native) = (pipeline.name().into(), pipeline.native_size());
         Ok(Model { name, base, native, planner: Mutex::new((session, Costs::default())) })
     }
 }

@@ -59,7 +59,7 @@ async fn methods(State(app): State<Arc<App>>) -> Json<Value> {
         json!({"name": spec.name, "summary": spec.summary, "relays": spec.relays, "options": options})
     });
     let methods: Vec<Value> = methods.collect();
-    let of = |model: &Model| json!({"name": &*model.name, "native": model.native, "method": model.base.request.method.name()});
+    let of = |model: &Model| json!({"name": &*model.name, "native": model.native.map(|size| size.to_string()), "method": model.base.request.method.name()});
     let models: Vec<Value> = app.models.iter().map(of).collect();
     let samplers = Sampler::ALL.map(Sampler::name);
     Json(json!({"device": app.device, "dtype": app.dtype, "models": models, "methods": methods, "samplers": samplers}))

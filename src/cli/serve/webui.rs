@@ -27,7 +27,7 @@ use super::{App, Model, png_of, submit};
 const DENOISE: f64 = 0.7;
 /// Its share of a picture that a run begins from.
 const STRENGTH: f64 = 0.75;
-/// Its steps and size, of a request that names none.
+/// Its steps and size, where neither request, flags nor model name any.
 const STEPS: usize = 50;
 const SIZE: Size = Size { width: 512, height: 512 };
 
@@ -92,6 +92,7 @@ impl WebuiBody {
             Some(title) => titled(app, title)?,
             None => app.chosen.load(Ordering::Relaxed),
         };
+        let model = &app.models[model];
         let (scheduler, sigmas) = self.sampler()?;
         let count = self.batch_size.unwrap_or(1).saturating_mul(self.n_iter.unwrap_or(1));
         let size = match (self.width, self.height) {
@@ -99,7 +100,7 @@ impl WebuiBody {
             (width, height) => Some(Size::new(width.or(height).unwrap_or(0), height.or(width).unwrap_or(0))),
         };
         let mut fields = json!({
-            "model": &*app.models[model].name, "prompt": self.prompt, "negative_prompt": self.negative_prompt,
+            "model": &*model.name, "prompt": self.prompt, "negative_prompt": self.negative_prompt,
             "seed": self.seed, "steps": self.steps, "guidance": self.cfg_scale, "size": size.map(|size| size.to_string()),
             // Clients send one with every sampler, and webui reads it with those that have one.
             "eta": self.eta.filter(|_| scheduler == Some(Sampler::Ddim)),
@@ -113,14 +114,14 @@ impl WebuiBody {
             fields["strength"] = self.denoising_strength.unwrap_or(STRENGTH).into();
         } else if self.enable_hr {
             fields["method"] = "hires-fix".into();
-            fields["stages"] = self.passes(size)?.map(|stage| stage.to_string()).to_vec().into();
+            fields["stages"] = self.passes(model, size)?.map(|stage| stage.to_string()).to_vec().into();
         }
         Ok(PictureBody::of(fields, &self.megafuse)?)
     }
 
     /// The two passes of hires fix.
-    fn passes(&self, size: Option<Size>) -> Result<[Stage; 2], Problem> {
-        let first = size.unwrap_or(SIZE);
+    fn passes(&self, model: &Model, size: Option<Size>) -> Result<[Stage; 2], Problem> {
+        let first = size.or(model.native).unwrap_or(SIZE);
         let scale = self.hr_scale.unwrap_or(2.0);
         if !(1.0..=16.0).contains(&scale) {
             return Err(wrong("hr_scale", scale, "expected 1 to 16").into());
@@ -138,7 +139,7 @@ impl WebuiBody {
         if !(denoise > 0.0 && denoise <= 1.0) {
             return Err(wrong("denoising_strength", denoise, "expected a number above 0, at most 1").into());
         }
-        let steps = self.steps.unwrap_or(STEPS);
+        let steps = self.steps.or(model.base.request.steps).unwrap_or(STEPS);
         let again = ((steps as f64 * denoise) as usize).max(1);
         Ok([Stage::new(first, steps), Stage::new(last, again)])
     }
